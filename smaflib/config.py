@@ -1,0 +1,315 @@
+"""Every constant of the method: one frozen model per stage, checked before anything starts.
+
+The defaults are the paper's setting on PASCAL VOC 2012 (source: the reference implementation, unless a comment says
+otherwise). A YAML file in ``configs/`` overrides them for a data set, ``--set key=value`` for one run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+VOID_LABEL = 255
+"""Mask value of pixels that count neither as hit nor as miss."""
+
+VOC_CLASSES = (
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
+    "sofa train tvmonitor"
+).split()
+"""The 20 foreground classes of PASCAL VOC, in the order of its mask values 1 to 20."""
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist or does not fit; the message names the setting and the cure."""
+
+
+class StageConfig(BaseModel):
+    """Base of all settings: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class DataConfig(StageConfig):
+    """Where images and image labels come from. Masks are for judging only (see ``label_source``)."""
+
+    kind: Literal["mini", "voc", "folder"] = "voc"
+    root: Path | None = None  # voc: the folder that holds JPEGImages; mini: None makes the set inside the run folder
+    images: Path | None = None  # folder: the folder of images
+    labels: Path | None = None  # CSV with the columns image,labels (labels joined by ;)
+    label_source: Literal["csv", "xml", "masks"] = "xml"  # masks: breaks the image-level setting, says so in the run
+    class_names: tuple[str, ...] = ()  # () : VOC's 20 (voc), the CSV's names in alphabetical order (folder)
+    train_split: str = "train"  # ImageSets/Segmentation/<name>.txt
+    val_split: str = "val"
+    saliency: Path | None = None  # folder of grey PNGs named like the images; needed by EPS
+    masks: Path | None = None  # folder of palette PNGs, for judging; None: SegmentationClass (voc), no judging (folder)
+    max_images: Positive | None = None  # only the first so many of each split (a quick look)
+    cache: bool = False  # keep decoded images in memory; for small sets
+    num_workers: Annotated[int, Field(ge=0)] = 0  # loader processes
+    num_train: Positive = 400  # mini: images to make
+    num_val: Positive = 200
+    image_size: Annotated[int, Field(ge=64)] = 128  # mini: side in pixels
+
+
+class ModelConfig(StageConfig):
+    """The network that turns an image into class logit maps."""
+
+    backbone: str = "resnet50"  # "slim" (for CPUs) or the name of a torchvision classification model
+    weights: str | None = None  # None: random; "torchvision": ImageNet; else a local .safetensors file
+    output_stride: Literal[8, 16, 32] = 8  # pixels per cell of the logit maps, where the backbone allows it
+    head_channels: Annotated[int, Field(ge=0)] = 0  # width of an extra 1x1 conv + BatchNorm + ReLU; SMAF uses 128
+    freeze_backbone: bool = False  # train the head only, on standardised features: for a few dozen photos
+    freeze_batch_norm: bool = True  # statistics and affine parameters; pointless without pretrained weights
+
+
+class TrainingConfig(StageConfig):
+    """One optimisation: what is drawn, how far each step goes, for how long."""
+
+    iterations: Positive = 20_000
+    batch_size: Positive = 8
+    crop_size: Positive = 448  # side of the square crop, in pixels
+    resize_range: tuple[Positive, Positive] = (256, 512)  # the long side is drawn from this range, in pixels
+    flip: bool = True
+    color_jitter: tuple[float, float, float, float] = (0.3, 0.3, 0.3, 0.1)  # brightness, contrast, saturation, hue
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    head_multiplier: float = 10.0  # learning rate of newly initialised layers
+    bias_multiplier: float = 2.0  # learning rate of biases, which get no weight decay
+    # The reference passes its weight decay in SGD's momentum slot, so its momentum is 5e-4 and not 0.9.
+    momentum: Fraction = 5e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    schedule: Literal["poly", "onecycle"] = "poly"
+    poly_power: float = 0.9
+    checkpoint_every: Positive = 500  # iterations between two points from which a killed run goes on
+
+    @model_validator(mode="after")
+    def _range_is_ordered(self) -> TrainingConfig:
+        if self.resize_range[0] > self.resize_range[1]:
+            raise ValueError(f"resize_range must be (smallest, largest), got {self.resize_range}")
+        return self
+
+
+class ClassifierConfig(TrainingConfig):
+    """Stage 1. ``eps`` adds the saliency loss of EPS (Lee et al., CVPR 2021) to the classification loss."""
+
+    pretraining: Literal["plain", "eps"] = "plain"
+    eps_tau: Fraction = 0.4  # overlap with saliency above which a labelled class counts as foreground
+    eps_lambda: Fraction = 0.5  # weight of the foreground estimate against the background's
+
+
+FusionRule = Literal["sum", "mean", "max", "size_adaptive"]
+
+
+class AttentionConfig(StageConfig):
+    """Stages 2 and 3: multi-scale attention, fusion, denoising, reactivation."""
+
+    scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.5, 1.0, 1.5, 2.0), min_length=1)
+    flip: bool = True
+    fusion: FusionRule = "sum"
+    bg_score: Fraction = 0.2  # a pixel whose every class stays below this is background
+
+
+class SelfTrainingConfig(TrainingConfig):
+    """Stage 4: the student learns the frozen teacher's reactivated targets."""
+
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    rounds: Positive = 1  # in each further round the student of the last one is the teacher
+    loss_weight: float = 100.0  # L_mac = loss_weight * mean squared error
+    control: bool = False  # also train a student on single-scale targets, the control of the paper's claim
+
+
+class CrfConfig(StageConfig):
+    """Dense CRF with Gaussian edge potentials (Kraehenbuehl and Koltun, NIPS 2011)."""
+
+    iterations: Annotated[int, Field(ge=0)] = 10
+    gt_prob: Annotated[float, Field(gt=0, lt=1)] = 0.7  # how sure a hard label is
+    gaussian_sxy: float = 3.0  # reach of the smoothness kernel, in pixels
+    gaussian_compat: float = 3.0
+    bilateral_sxy: float = 50.0  # reach of the appearance kernel, in pixels
+    bilateral_srgb: float = 5.0  # and in 8-bit colour steps
+    bilateral_compat: float = 10.0
+
+
+class PseudoMaskConfig(StageConfig):
+    """Stage 5: argmax over background and fused maps, then the CRF."""
+
+    bg_score: Fraction | None = None  # None: the one of the attention stage
+    refine: Literal["crf", "none"] = "crf"
+    crf: CrfConfig = CrfConfig()
+    num_workers: Annotated[int, Field(ge=0)] = 0  # processes; 0: one per core
+
+
+class SegmentationConfig(TrainingConfig):
+    """Stage 6: a segmentation network learns the pseudo masks."""
+
+    enabled: bool = True
+    crop_size: Positive = 321
+    resize_range: tuple[Positive, Positive] = (250, 750)
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    learning_rate: Annotated[float, Field(gt=0)] = 2.5e-4
+    momentum: Fraction = 0.9
+    batch_size: Positive = 10
+    supervision: Literal["pseudo_masks", "truth"] = "pseudo_masks"  # truth: the upper bound, not image-level
+    aspp_dilations: tuple[Positive, ...] = (6, 12, 18, 24)
+    skip_channels: Annotated[int, Field(ge=0)] = 0  # width of a skip from stride 4, for small objects; 0: none
+    test_scales: tuple[float, ...] = (1.0,)
+    test_flip: bool = True
+    test_crf: CrfConfig | None = None
+
+
+class EvaluationConfig(StageConfig):
+    """Stage 7. Object sizes: a class's share of an image's area."""
+
+    size_limits: tuple[Fraction, Fraction] = (0.04, 0.12)  # small below the first, large from the second on
+    thresholds: tuple[Fraction, ...] = tuple(round(0.05 * step, 2) for step in range(1, 17))  # background scores swept
+
+
+class Config(StageConfig):
+    """A whole run."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["float32", "bf16"] = "float32"  # bf16: autocast
+    num_threads: Annotated[int, Field(ge=0)] = 0  # torch's CPU threads; 0: one per core
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
+    attention: AttentionConfig = AttentionConfig()
+    self_training: SelfTrainingConfig = SelfTrainingConfig()
+    pseudo_masks: PseudoMaskConfig = PseudoMaskConfig()
+    segmentation: SegmentationConfig = SegmentationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _stages_fit_together(self) -> Config:
+        if self.classifier.pretraining == "eps" and self.data.kind != "mini" and self.data.saliency is None:
+            raise ValueError(
+                "classifier.pretraining is 'eps', which learns from saliency maps, but data.saliency is not set; "
+                "give the folder of saliency maps or set classifier.pretraining=plain"
+            )
+        if self.data.kind == "voc" and self.data.root is None:
+            raise ValueError("data.root is not set; give the folder that holds JPEGImages (VOCdevkit/VOC2012)")
+        if self.data.kind == "folder" and (self.data.images is None or self.data.labels is None):
+            raise ValueError("data.images and data.labels must be set: a folder of images and a CSV image,labels")
+        if self.data.label_source == "csv" and self.data.kind == "voc" and self.data.labels is None:
+            raise ValueError("data.label_source is 'csv' but data.labels is not set; give the CSV image,labels")
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply ``key=value`` overrides, check everything.
+
+    Args:
+        path: a YAML file of nested settings.
+        overrides: such as ``"classifier.iterations=100"``; values are YAML, so ``null``, ``true`` and lists work.
+
+    Raises:
+        ConfigError: if the file is no YAML mapping, a key does not exist (the nearest one is named) or a value does
+            not fit.
+        FileNotFoundError: if there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no config file {path}; the ready ones are in configs/")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} must hold settings such as 'seed: 0', got a {type(settings).__name__}")
+    for override in overrides:
+        _apply_override(settings, override)
+    return check_settings(settings, source=str(path))
+
+
+def check_settings(settings: dict[str, Any], source: str = "the settings") -> Config:
+    """Nested settings to a checked :class:`Config`; errors as in :func:`load_config`."""
+    _refuse_unknown_keys(settings, Config, "", source)
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            where = ".".join(str(part) for part in problem["loc"])
+            message = problem["msg"].removeprefix("Value error, ")
+            given = f", got {problem['input']!r}" if where and not isinstance(problem["input"], dict) else ""
+            lines.append(f"  {where + ': ' if where else ''}{message}{given}")
+        raise ConfigError(f"{source} does not fit:\n" + "\n".join(lines)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration as YAML, defaults included; :func:`load_config` reads it back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def config_differences(ours: Config, theirs: Config) -> list[str]:
+    """Each setting that differs, as ``key: ours | theirs``, in the order of the config."""
+    left, right = flat_settings(ours), flat_settings(theirs)
+    return [
+        f"{key}: {left.get(key)} | {right.get(key)}"
+        for key in {**left, **right}
+        if left.get(key, "-") != right.get(key, "-")
+    ]
+
+
+def flat_settings(config: Config) -> dict[str, Any]:
+    """``{"classifier.iterations": 20000, ...}``."""
+
+    def walk(settings: dict[str, Any], prefix: str) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in settings.items():
+            flat |= walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        return flat
+
+    return walk(config.model_dump(mode="json"), "")
+
+
+def _apply_override(settings: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"an override must look like key=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {override!r} is not valid YAML: {error}") from error
+    *parents, last = key.strip().split(".")
+    node = settings
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{key!r} cannot be set: {parent!r} is not a group of settings")
+    node[last] = value
+
+
+def _refuse_unknown_keys(settings: dict[str, Any], model: type[BaseModel], prefix: str, source: str) -> None:
+    # pydantic would only say "extra inputs are not permitted"; a typo deserves the name it was meant to be.
+    for key, value in settings.items():
+        if key not in model.model_fields:
+            hint = _nearest_setting(str(key), prefix, list(model.model_fields))
+            raise ConfigError(f"{source}: there is no setting {prefix}{key}; did you mean {hint}?")
+        child = _child_model(model.model_fields[key].annotation)
+        if child is not None and isinstance(value, dict):
+            _refuse_unknown_keys(value, child, f"{prefix}{key}.", source)
+
+
+def _child_model(annotation: Any) -> type[BaseModel] | None:
+    """The settings model behind an annotation such as ``CrfConfig | None``."""
+    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
+
+
+def _nearest_setting(key: str, prefix: str, siblings: list[str]) -> str:
+    """A sibling with nearly that name, else the same name in another group, else the nearest sibling."""
+    if close := difflib.get_close_matches(key, siblings, n=1, cutoff=0.7):
+        return prefix + close[0]
+    everywhere = flat_settings(Config(data=DataConfig(kind="mini")))
+    if namesake := next((full for full in everywhere if full.split(".")[-1] == key), None):
+        return namesake
+    return prefix + difflib.get_close_matches(key, siblings, n=1, cutoff=0.0)[0]

@@ -1,0 +1,100 @@
+"""Device, precision, threads, seeds and progress: what a computation needs beside its inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from tqdm import tqdm
+
+from smaflib.config import Config, ConfigError
+
+Item = TypeVar("Item")
+PROGRESS_FILE = "SMAF_PROGRESS_FILE"
+"""Environment variable: a file that takes the state of the running progress bar, for the runner's terminal."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how tensors are computed."""
+
+    device: torch.device
+    precision: str = "float32"
+    seed: int = 0
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """bf16 inside convolutions and matrix products, where the config asks for it."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def make_runtime(config: Config) -> Runtime:
+    """Choose the device, set torch's threads and its deterministic kernels.
+
+    Raises:
+        ConfigError: if the config names a device that this machine does not have.
+    """
+    device = PartialState().default_device if config.device == "auto" else torch.device(config.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda' but torch finds no CUDA GPU here; set device=auto or device=cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device is 'mps' but torch finds no Apple GPU here; set device=auto or device=cpu")
+    # torch's own default counts hyper-threads and ignores CPU limits of containers.
+    torch.set_num_threads(config.num_threads or num_cores())
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    return Runtime(device, config.precision, config.seed)
+
+
+def cpu_runtime(seed: int = 0) -> Runtime:
+    """A runtime that needs no config: float32 on the CPU."""
+    return Runtime(torch.device("cpu"), seed=seed)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device that a module's weights are on."""
+    return next(module.parameters()).device
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def derive_seed(*parts: object) -> int:
+    """A seed in [0, 2**63) that depends on every part, e.g. ``derive_seed(config.seed, "classifier", iteration)``.
+
+    Neighbouring seeds must not give neighbouring random streams, and Python's own ``hash`` differs between processes.
+    """
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def progress(items: Iterable[Item], total: int | None = None, desc: str = "", initial: int = 0) -> Iterator[Item]:
+    """Iterate with a progress bar: on the terminal and in JupyterLab as text, headless into the runner's bar.
+
+    ``tqdm.auto`` would leave dead widgets in saved notebooks, so this is the plain one.
+    """
+    target = os.environ.get(PROGRESS_FILE)
+    if target is None:
+        yield from tqdm(items, total=total, desc=desc, initial=initial, file=sys.stderr, mininterval=0.3)
+        return
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)  # type: ignore[arg-type]
+    start, written = time.monotonic(), 0.0
+    for count, item in enumerate(items, start=initial + 1):
+        yield item
+        now = time.monotonic()
+        if now - written > 0.3:
+            # A reader may see a half-written line once; it is redrawn a moment later.
+            Path(target).write_text(tqdm.format_meter(count, total or count, now - start, prefix=desc, initial=initial))
+            written = now
