@@ -1,0 +1,152 @@
+"""Stage 1: learn from image labels which classes an image shows; the logit maps then tell where.
+
+*Plain* training compares the spatial mean of each class's logit map with the image label. *EPS* (Lee et al.,
+"Railroad is not a Train", CVPR 2021) also asks the maps to explain a saliency map, which teaches them borders.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smaflib.config import ClassifierConfig, Config, ConfigError
+from smaflib.data.sample import Sample, Samples
+from smaflib.data.transforms import Crop, normalize
+from smaflib.models.networks import AttentionNetwork
+from smaflib.runtime import Runtime, derive_seed, progress
+from smaflib.training import Batch, Batches, History, fit
+
+
+def train_classifier(
+    samples: Samples, config: Config, runtime: Runtime, checkpoint: Path | None = None
+) -> tuple[AttentionNetwork, History]:
+    """Train the teacher from image labels, and with ``pretraining: eps`` from saliency maps too.
+
+    Args:
+        samples: the training split; masks are not looked at.
+        config: of the run.
+        runtime: device, precision and seed.
+        checkpoint: where weights are kept; an unfinished training goes on from there.
+
+    Returns:
+        The network in eval mode and its learning curve.
+
+    Raises:
+        ConfigError: if EPS is asked for and the samples have no saliency maps.
+    """
+    settings = config.classifier
+    eps = settings.pretraining == "eps"
+    if eps and not samples.has_saliency:
+        raise ConfigError(
+            "classifier.pretraining is 'eps', but not every image has a saliency map; set data.saliency or use plain"
+        )
+    network = new_teacher(config, len(samples.class_names), runtime)
+    if config.model.freeze_backbone and not (checkpoint and checkpoint.is_file()):
+        standardize_features(network, samples, runtime)
+    batches = Batches(
+        samples,
+        settings,
+        derive_seed(runtime.seed, "classifier"),
+        _crop_saliency if eps else None,
+        config.data.num_workers,
+    )
+
+    def loss(batch: Batch) -> dict[str, Tensor]:
+        logits = network(batch["image"])
+        losses = {"L_cls": classification_loss(network.image_logits(logits), batch["image_label"])}
+        if eps:
+            losses["L_sal"] = saliency_loss(logits, batch["saliency"], batch["image_label"], settings)
+        return losses
+
+    history = fit(network, batches, loss, runtime, checkpoint, desc="classifier")
+    return network, history
+
+
+def new_teacher(config: Config, num_classes: int, runtime: Runtime) -> AttentionNetwork:
+    """The untrained network of stage 1, the same for the same seed; EPS needs a background map."""
+    torch.manual_seed(derive_seed(runtime.seed, "initial weights"))
+    background = config.classifier.pretraining == "eps"
+    return AttentionNetwork(config.model, num_classes, background).to(runtime.device)
+
+
+def classification_loss(image_logits: Tensor, image_label: Tensor) -> Tensor:
+    """L_cls, the multi-label soft margin loss.
+
+    Args:
+        image_logits: (B, K).
+        image_label: (B, K) in {0, 1}.
+
+    Returns:
+        Scalar.
+    """
+    return F.multilabel_soft_margin_loss(image_logits, image_label)
+
+
+def saliency_loss(logits: Tensor, saliency: Tensor, image_label: Tensor, config: ClassifierConfig) -> Tensor:
+    r"""L_sal of EPS: foreground and inverted background maps together must explain the saliency map.
+
+    A labelled class of which more than ``eps_tau`` of its own area lies on the saliency is foreground; a labelled
+    class of which less does is background. Classes without label belong to neither.
+
+    Args:
+        logits: (B, K+1, h, w), background first.
+        saliency: (B, H, W) or (B, 1, H, W) in [0, 1]; resized (nearest) to h x w.
+        image_label: (B, K) in {0, 1}.
+        config: gives ``eps_tau`` and ``eps_lambda``.
+
+    Returns:
+        Scalar.
+
+    Source: equations 2 to 5 of EPS; the constants inside follow the reference code.
+    """
+    saliency = saliency if saliency.dim() == 4 else saliency[:, None]
+    saliency = F.interpolate(saliency, size=logits.shape[2:])[:, 0]  # (B, h, w), nearest
+    probabilities = logits.softmax(dim=1)  # (B, K+1, h, w)
+    background, classes = probabilities[:, 0], probabilities[:, 1:]
+    rounded = classes.round()
+    overlap = (rounded * saliency.round()[:, None]).sum(dim=(2, 3)) / (rounded + 1e-4).sum(dim=(2, 3))  # (B, K)
+    labelled = image_label > 0
+    is_foreground = (labelled & (overlap > config.eps_tau))[..., None, None]
+    # Only labelled classes that fail the test join the background; classes without label join neither.
+    is_background = (labelled & (overlap <= config.eps_tau))[..., None, None]
+    foreground = (classes * is_foreground).sum(dim=1)
+    background = background + (classes * is_background).sum(dim=1)
+    estimate = config.eps_lambda * foreground + (1 - config.eps_lambda) * (1 - background)
+    return F.mse_loss(estimate, saliency)
+
+
+@torch.no_grad()
+def standardize_features(network: AttentionNetwork, samples: Samples, runtime: Runtime) -> None:
+    """Measure mean and variance of a frozen backbone's features over the training images, once."""
+    network.to(runtime.device).eval()
+    layer = network.standardize
+    if not isinstance(layer, nn.BatchNorm2d):
+        raise ValueError("standardize_features is for networks whose model.freeze_backbone is true")
+    count, total, squares = 0, torch.zeros_like(layer.running_mean), torch.zeros_like(layer.running_var)  # type: ignore[arg-type]
+    for sample in progress(samples, total=len(samples), desc="feature statistics"):
+        features = network.backbone(normalize(sample.image)[None].to(runtime.device)).double()
+        count += features.shape[2] * features.shape[3]
+        total += features.sum(dim=(0, 2, 3))
+        squares += features.square().sum(dim=(0, 2, 3))
+    mean = total / count
+    layer.running_mean, layer.running_var = mean.float(), (squares / count - mean.square()).clamp(min=0).float()
+
+
+@torch.no_grad()
+def classify(network: AttentionNetwork, samples: Samples, runtime: Runtime) -> Tensor:
+    """Image logits of every sample, (N, K), at the images' own size."""
+    network.to(runtime.device).eval()
+    rows = []
+    for sample in progress(samples, total=len(samples), desc="classify"):
+        with runtime.autocast():
+            logits = network.image_logits(network(normalize(sample.image)[None].to(runtime.device)))
+        rows.append(logits.float().cpu()[0])
+    return torch.stack(rows)
+
+
+def _crop_saliency(sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:
+    assert sample.saliency is not None  # train_classifier has checked the whole split
+    return {"saliency": crop.apply(sample.saliency)}

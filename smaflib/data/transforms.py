@@ -1,0 +1,107 @@
+"""Geometry and colour shared by all training: one drawn crop is applied alike to image, saliency, maps and mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torchvision.transforms.v2.functional as F
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+
+from smaflib.config import TrainingConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalize(image: Tensor) -> Tensor:
+    """uint8 (..., 3, H, W) to float32 with ImageNet's mean and standard deviation, as torchvision's weights expect."""
+    if image.dtype != torch.uint8:
+        raise TypeError(f"an image at the boundary is uint8, got {image.dtype}; convert it with (image * 255).byte()")
+    return F.normalize(F.to_dtype(image, torch.float32, scale=True), list(IMAGENET_MEAN), list(IMAGENET_STD))
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A resize, an optional flip and a window, in pixels; the window may reach over the image's border."""
+
+    resized: tuple[int, int]  # (H', W')
+    top: int
+    left: int
+    side: int
+    flip: bool
+
+    def apply(self, field: Tensor, interpolation: str = "bilinear", fill: float = 0) -> Tensor:
+        """Cut the window out of a resized field.
+
+        Args:
+            field: (C, H, W) or (H, W), of any type that torchvision resizes.
+            interpolation: ``bilinear``, ``bicubic`` or ``nearest``.
+            fill: value outside the image.
+
+        Returns:
+            (C, side, side) or (side, side).
+        """
+        flat = field.dim() == 2
+        # torchvision's bilinear and bicubic resize antialias, as PIL's do.
+        resized = F.resize(field[None] if flat else field, list(self.resized), InterpolationMode(interpolation))
+        if self.flip:
+            resized = resized.flip(-1)
+        source, place = self._overlap()
+        canvas = resized.new_full((resized.shape[0], self.side, self.side), fill)
+        canvas[(slice(None), *place)] = resized[(slice(None), *source)]
+        return canvas[0] if flat else canvas
+
+    def zero_outside(self, field: Tensor) -> Tensor:
+        """Set what lies outside the image to 0 in a field that was cut already, (..., side, side)."""
+        _, place = self._overlap()
+        canvas = torch.zeros_like(field)
+        canvas[(..., *place)] = field[(..., *place)]
+        return canvas
+
+    def _overlap(self) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+        """Where window and resized image meet: rows and columns in the image, and in the window."""
+        source, place = [], []
+        for start, length in zip((self.top, self.left), self.resized, strict=True):
+            first, last = max(start, 0), min(start + self.side, length)
+            source.append(slice(first, last))
+            place.append(slice(first - start, last - start))
+        return (source[0], source[1]), (place[0], place[1])
+
+
+def draw_crop(size: tuple[int, int], config: TrainingConfig, generator: torch.Generator) -> Crop:
+    """Draw long side, window and flip; a side shorter than the window is placed inside it at random."""
+    height, width = size
+    smallest, largest = config.resize_range
+    long_side = int(torch.randint(smallest, largest + 1, (), generator=generator))
+    scale = long_side / max(height, width)
+    resized = (max(1, round(height * scale)), max(1, round(width * scale)))
+
+    def start(length: int) -> int:
+        slack = length - config.crop_size
+        offset = int(torch.randint(0, abs(slack) + 1, (), generator=generator))
+        return offset if slack >= 0 else -offset
+
+    flip = config.flip and bool(torch.rand((), generator=generator) < 0.5)
+    return Crop(resized, start(resized[0]), start(resized[1]), config.crop_size, flip)
+
+
+def jitter_colors(image: Tensor, strengths: tuple[float, float, float, float], generator: torch.Generator) -> Tensor:
+    """Shift brightness, contrast, saturation and hue by up to ``strengths``, in this order.
+
+    Args:
+        image: uint8 (3, H, W).
+        strengths: half-widths of the ranges around "unchanged"; hue in turns of the colour wheel.
+        generator: source of the four draws.
+    """
+    for adjust, strength, neutral in (
+        (F.adjust_brightness, strengths[0], 1.0),
+        (F.adjust_contrast, strengths[1], 1.0),
+        (F.adjust_saturation, strengths[2], 1.0),
+        (F.adjust_hue, strengths[3], 0.0),
+    ):
+        if strength:
+            draw = float(torch.rand((), generator=generator))
+            image = adjust(image, neutral + (2 * draw - 1) * strength)
+    return image

@@ -1,0 +1,200 @@
+"""Stage 7: how good masks are, over all pixels, per class and per object size. The only stage that needs the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+from smaflib.config import VOID_LABEL, EvaluationConfig
+from smaflib.reactivation import with_background_score
+
+SIZES = ("small", "medium", "large")
+
+
+def confusion_matrix(mask: Tensor, truth: Tensor, num_classes: int) -> Tensor:
+    """Count pixels by true and predicted label; void pixels of the truth count nowhere.
+
+    Args:
+        mask: uint8 (H, W) in [0, K].
+        truth: uint8 (H, W) in [0, K] or 255.
+        num_classes: K.
+
+    Returns:
+        int64 (K+1, K+1), rows are the truth.
+
+    Raises:
+        ValueError: if the sizes differ or the mask holds labels above K.
+    """
+    if mask.shape != truth.shape:
+        raise ValueError(f"mask {tuple(mask.shape)} and truth {tuple(truth.shape)} must have one size")
+    if mask.numel() and int(mask.max()) > num_classes:
+        raise ValueError(f"the mask holds label {int(mask.max())}, but there are {num_classes} classes")
+    counts = multiclass_confusion_matrix(
+        mask.long(), truth.long(), num_classes=num_classes + 1, ignore_index=VOID_LABEL, validate_args=False
+    )
+    return counts.long()
+
+
+def intersection_over_union(confusion: Tensor) -> Tensor:
+    """(K+1, K+1) counts to (K+1,) IoU in [0, 1]; nan for a class absent from truth and prediction."""
+    hits = confusion.diagonal().double()
+    return hits / (confusion.sum(dim=0) + confusion.sum(dim=1) - hits)
+
+
+def mean_over_classes(values: Tensor) -> float:
+    """Mean over the classes that have a value; nan if none has."""
+    return float(values.nanmean())
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was counted over a split.
+
+    Attributes:
+        confusion: int64 (K+1, K+1), rows are the truth, over all pixels.
+        by_size: int64 (3, K, 3): for small, medium and large, per foreground class, hits, false alarms and misses.
+            An object is what an image shows of one class; all its counts go to its size. False alarms of classes
+            that an image does not show have no size and count in ``confusion`` only.
+        class_names: the K foreground classes.
+    """
+
+    confusion: Tensor
+    by_size: Tensor
+    class_names: tuple[str, ...]
+
+    @property
+    def iou(self) -> Tensor:
+        """(K+1,) in [0, 1], background first."""
+        return intersection_over_union(self.confusion)
+
+    @property
+    def miou(self) -> float:
+        """Mean IoU over background and classes."""
+        return mean_over_classes(self.iou)
+
+    @property
+    def precision(self) -> Tensor:
+        """(K+1,): share of the pixels given a label that have it."""
+        return self.confusion.diagonal().double() / self.confusion.sum(dim=0)
+
+    @property
+    def recall(self) -> Tensor:
+        """(K+1,): share of the pixels of a label that were given it."""
+        return self.confusion.diagonal().double() / self.confusion.sum(dim=1)
+
+    def iou_of_size(self, size: str) -> Tensor:
+        """(K,) IoU of the objects of one size; nan for a class that has none."""
+        hits, alarms, misses = self.by_size[SIZES.index(size)].double().unbind(dim=1)
+        return hits / (hits + alarms + misses)
+
+    def records(self, **where: Any) -> list[dict[str, Any]]:
+        """Tidy records for ``metrics.json``: mean and per class IoU, precision and recall, mean IoU per object size.
+
+        Args:
+            where: fields that all records share: stage, variant, split, scale, bg_score.
+        """
+        records = []
+        for metric, values in (("iou", self.iou), ("precision", self.precision), ("recall", self.recall)):
+            records.append(where | {"metric": metric, "class_name": "mean", "value": mean_over_classes(values)})
+            for name, value in zip(("background", *self.class_names), values.tolist(), strict=True):
+                records.append(where | {"metric": metric, "class_name": name, "value": value})
+        for size in SIZES:
+            value = mean_over_classes(self.iou_of_size(size))
+            records.append(where | {"metric": "iou", "class_name": "mean", "object_size": size, "value": value})
+        return records
+
+
+def evaluate(
+    masks: Iterable[Tensor],
+    truths: Iterable[Tensor],
+    class_names: Sequence[str],
+    config: EvaluationConfig | None = None,
+) -> Scores:
+    """Compare masks with the truth over a whole split.
+
+    Args:
+        masks: per image uint8 (H, W).
+        truths: per image uint8 (H, W), 255 is void.
+        class_names: the K foreground classes.
+        config: the limits between object sizes.
+    """
+    config = config or EvaluationConfig()
+    num_classes = len(class_names)
+    confusion = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
+    by_size = torch.zeros(len(SIZES), num_classes, 3, dtype=torch.int64)
+    for mask, truth in zip(masks, truths, strict=True):
+        counts = confusion_matrix(mask, truth, num_classes)
+        confusion += counts
+        add_by_size(by_size, counts[None], truth.numel(), config)
+    return Scores(confusion, by_size, tuple(class_names))
+
+
+def add_by_size(by_size: Tensor, counts: Tensor, num_pixels: int, config: EvaluationConfig) -> None:
+    """Add one image's counts to the size of each of its objects.
+
+    Args:
+        by_size: (3, K, 3) or (T, 3, K, 3), changed in place.
+        counts: (T, K+1, K+1) confusion matrices of the image against the same truth.
+        num_pixels: of the image, void included.
+        config: the limits between object sizes.
+    """
+    target = by_size if by_size.dim() == 4 else by_size[None]
+    hits = counts.diagonal(dim1=1, dim2=2)[:, 1:]  # (T, K)
+    area = counts.sum(dim=2)[:, 1:]
+    alarms = counts.sum(dim=1)[:, 1:] - hits
+    kinds = torch.stack([hits, alarms, area - hits], dim=-1)  # (T, K, 3)
+    share = area[0] / num_pixels
+    small, large = config.size_limits
+    for index, chosen in enumerate((share < small, (share >= small) & (share < large), share >= large)):
+        target[:, index] += kinds * (chosen & (area[0] > 0))[:, None]
+
+
+def sweep_thresholds(
+    clean: Iterable[Tensor],
+    truths: Iterable[Tensor],
+    class_names: Sequence[str],
+    config: EvaluationConfig | None = None,
+) -> dict[float, Scores]:
+    """Scores of attention maps for every background score in ``config.thresholds``.
+
+    Args:
+        clean: per image (K, H, W) in [0, 1].
+        truths: per image uint8 (H, W), 255 is void.
+        class_names: the K foreground classes.
+        config: thresholds and the limits between object sizes.
+    """
+    config = config or EvaluationConfig()
+    num_labels, thresholds = len(class_names) + 1, torch.tensor(config.thresholds)
+    steps = len(thresholds)
+    confusion = torch.zeros(steps, num_labels, num_labels, dtype=torch.int64)
+    by_size = torch.zeros(steps, len(SIZES), num_labels - 1, 3, dtype=torch.int64)
+    for maps, truth in zip(clean, truths, strict=True):
+        # One histogram over (truth, strongest class, how many thresholds it exceeds) holds every threshold's matrix.
+        score, winner = maps.max(dim=0)
+        exceeded = torch.searchsorted(thresholds, score.contiguous())  # strictly below the score
+        counted = truth != VOID_LABEL
+        cell = (truth.long() * num_labels + winner + 1) * (steps + 1) + exceeded
+        size = num_labels * num_labels * (steps + 1)
+        histogram = torch.bincount(cell[counted], minlength=size).view(num_labels, num_labels, steps + 1)
+        total = histogram.sum(dim=(1, 2))  # (K+1,) pixels of each true label
+        found = histogram.flip(2).cumsum(dim=2).flip(2)[..., 1:].permute(2, 0, 1).clone()  # (T, truth, class)
+        found[:, :, 0] = total - found.sum(dim=2)
+        confusion += found
+        add_by_size(by_size, found, truth.numel(), config)
+    names = tuple(class_names)
+    return {t: Scores(confusion[i], by_size[i], names) for i, t in enumerate(config.thresholds)}
+
+
+def best_threshold(sweep: dict[float, Scores]) -> float:
+    """The background score with the highest mIoU. It knows the truth: choose on one split, report on another."""
+    return max(sweep, key=lambda threshold: sweep[threshold].miou)
+
+
+def masks_of(clean: Iterable[Tensor], bg_score: float) -> Iterable[Tensor]:
+    """Unrefined masks of attention maps: uint8 (H, W) each."""
+    return (with_background_score(maps, bg_score).argmax(dim=0).to(torch.uint8) for maps in clean)

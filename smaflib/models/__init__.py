@@ -1,0 +1,6 @@
+"""Backbones, the networks of the method, and weights from files."""
+
+from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, with_background
+from smaflib.models.weights import WeightsError, read_weights
+
+__all__ = ["AttentionNetwork", "SegmentationNetwork", "WeightsError", "read_weights", "with_background"]

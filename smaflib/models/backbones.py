@@ -1,0 +1,125 @@
+"""Feature extractors by name: the slim network, or any torchvision classification model without its classifier."""
+
+from __future__ import annotations
+
+import torchvision.models
+from torch import Tensor, nn
+
+from smaflib.config import ConfigError, ModelConfig
+from smaflib.models.slim import SlimResNet
+from smaflib.models.weights import load_backbone_weights
+
+
+class TorchvisionBackbone(nn.Module):
+    """Feature maps of a torchvision classification model.
+
+    ResNets (and ResNeXts, Wide ResNets) and models that are one ``features`` sequence of convolutions and pools (VGG,
+    SqueezeNet, MobileNet, EfficientNet, ...) reach ``output_stride`` by dilation instead of stride, which keeps
+    the pretrained weights' field of view (Chen et al., DeepLab). Other families keep the stride that they have.
+
+    Attributes:
+        num_features: channels C of the maps.
+        skip_channels: channels at stride 4, or 0 where the family offers no such point.
+    """
+
+    def __init__(self, model: nn.Module, output_stride: int) -> None:
+        super().__init__()
+        if hasattr(model, "layer4"):
+            self.skip_channels = model.layer1[-1].conv1.in_channels  # type: ignore[index, union-attr]
+            self.early = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool, model.layer1)  # type: ignore[arg-type]
+            self.late = nn.Sequential(model.layer2, model.layer3, model.layer4)  # type: ignore[arg-type]
+            for layer, stride in ((model.layer2, 8), (model.layer3, 16), (model.layer4, 32)):
+                if stride > output_stride:
+                    _dilate_residual_layer(layer, dilation=stride // output_stride)  # type: ignore[arg-type]
+        else:
+            self.skip_channels = 0
+            self.early = nn.Identity()
+            self.late = model.features  # type: ignore[assignment]
+            _dilate_sequence(self.late, output_stride)
+        self.num_features = _last_channels(self.late)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, C, h, w)
+        return self.late(self.early(images))
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features at stride 4 (only where ``skip_channels`` is not 0) and at the output stride."""
+        early = self.early(images)
+        return early, self.late(early)
+
+
+def build_backbone(config: ModelConfig) -> SlimResNet | TorchvisionBackbone:
+    """Make the backbone that a config names, with its initial weights.
+
+    Raises:
+        ConfigError: if there is no such model, or it has no convolutional features to make maps of.
+    """
+    if config.backbone == "slim":
+        slim = SlimResNet()
+        load_backbone_weights(slim, config.weights, source="slim")
+        return slim
+    known = torchvision.models.list_models(module=torchvision.models)
+    if config.backbone not in known:
+        raise ConfigError(
+            f"model.backbone is {config.backbone!r}, which is neither 'slim' nor a torchvision classification model; "
+            "common ones are resnet50, resnet101 and squeezenet1_0"
+        )
+    model = torchvision.models.get_model(config.backbone, weights=None)
+    if not hasattr(model, "layer4") and not isinstance(getattr(model, "features", None), nn.Sequential):
+        raise ConfigError(
+            f"model.backbone {config.backbone!r} has no plain convolutional features; choose a ResNet, VGG, SqueezeNet, "
+            "DenseNet, MobileNet, EfficientNet or ConvNeXt"
+        )
+    load_backbone_weights(model, config.weights, source=config.backbone)
+    return TorchvisionBackbone(model, config.output_stride)
+
+
+def _dilate_residual_layer(layer: nn.Module, dilation: int) -> None:
+    """Trade the layer's stride for dilation; its first block keeps the dilation of the layer before, as in DeepLab."""
+    for index, block in enumerate(layer.children()):
+        own = max(1, dilation // 2) if index == 0 else dilation
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+                if module.kernel_size == (3, 3):
+                    module.dilation = module.padding = (own, own)
+
+
+def _dilate_sequence(features: nn.Module, output_stride: int) -> None:
+    """Walk a feed-forward sequence: what would stride beyond ``output_stride`` dilates what follows instead."""
+    stride, dilation = 1, 1
+    for module in features.modules():
+        if not isinstance(module, nn.Conv2d | nn.MaxPool2d):
+            continue
+        kernel, step = _side(module.kernel_size), _side(module.stride)
+        if isinstance(module, nn.Conv2d) and dilation > 1 and kernel > 1:
+            module.dilation = (dilation, dilation)
+            module.padding = (dilation * (kernel // 2),) * 2
+        if step > 1 and kernel > 1:
+            if stride * step <= output_stride:
+                stride *= step
+            elif kernel % 2 == 1:
+                module.stride = 1 if isinstance(module, nn.MaxPool2d) else (1, 1)
+                if isinstance(module, nn.MaxPool2d):
+                    module.padding = kernel // 2
+                dilation *= step
+            elif isinstance(module, nn.MaxPool2d):
+                # VGG's 2x2 pool has no middle: without its stride it becomes a 3x3 pool, as in DeepLab.
+                module.kernel_size, module.stride, module.padding = 3, 1, 1
+                dilation *= step
+
+
+def _side(value: int | tuple[int, ...]) -> int:
+    return value if isinstance(value, int) else value[0]
+
+
+def _last_channels(features: nn.Module) -> int:
+    """Channels that a feature extractor gives, found by sending a small picture of zeros through it."""
+    import torch
+
+    stem = next(module for module in features.modules() if isinstance(module, nn.Conv2d))
+    training = features.training
+    features.eval()
+    with torch.no_grad():
+        channels = features(torch.zeros(1, stem.in_channels, 64, 64)).shape[1]
+    features.train(training)
+    return int(channels)

@@ -1,0 +1,142 @@
+"""The networks of the method: images in, logit maps out, background first."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smaflib.config import ConfigError, ModelConfig, SegmentationConfig
+from smaflib.models.backbones import SlimResNet, TorchvisionBackbone, build_backbone
+
+
+class AttentionNetwork(nn.Module):
+    """Backbone and a 1x1 convolution: teacher and student.
+
+    With ``background`` it gives K+1 logit maps, background first (EPS and the student), otherwise K (plain CAM).
+    ``forward`` returns logits; :meth:`attention` turns them into class attention maps.
+    """
+
+    def __init__(self, config: ModelConfig, num_classes: int, background: bool) -> None:
+        super().__init__()
+        self.config, self.num_classes, self.background = config, num_classes, background
+        self.backbone = build_backbone(config)
+        width = self.backbone.num_features
+        # A frozen backbone's channels differ in scale by orders of magnitude; a linear head needs them alike.
+        self.standardize = nn.BatchNorm2d(width, affine=False) if config.freeze_backbone else nn.Identity()
+        self.neck: nn.Module = nn.Identity()
+        if config.head_channels:
+            self.neck = nn.Sequential(
+                nn.Conv2d(width, config.head_channels, 1, bias=False),
+                nn.BatchNorm2d(config.head_channels),
+                nn.ReLU(inplace=True),
+            )
+            width = config.head_channels
+        self.head = nn.Conv2d(width, num_classes + background, 1, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, K or K+1, h, w) logits
+        return self.head(self.neck(self.standardize(self.backbone(images))))
+
+    def image_logits(self, logits: Tensor) -> Tensor:  # (B, K or K+1, h, w) -> (B, K)
+        """Spatial mean of the foreground logit maps: what the image label is compared with."""
+        return logits[:, self.num_background :].mean(dim=(2, 3))
+
+    def attention(self, logits: Tensor) -> Tensor:  # (B, K or K+1, h, w) -> (B, K, h, w) >= 0
+        """Class attention maps: the foreground of a softmax over all maps where there is a background, else ReLU."""
+        return logits.softmax(dim=1)[:, 1:] if self.background else logits.relu()
+
+    @property
+    def num_background(self) -> int:
+        return int(self.background)
+
+    def new_layers(self) -> list[nn.Module]:
+        """Layers without pretrained weights, which learn faster."""
+        return [self.neck, self.head]
+
+    def train(self, mode: bool = True) -> AttentionNetwork:
+        super().train(mode)
+        freeze_as_configured(self, self.config)
+        return self
+
+
+class SegmentationNetwork(nn.Module):
+    """DeepLab-V2's head on a backbone: parallel dilated 3x3 convolutions, summed, to K+1 logit maps.
+
+    With ``skip_channels`` features of stride 4 join before the classifier, so that small objects have pixels to be
+    seen on (the idea of DeepLab-V3+'s decoder).
+
+    Source: Chen et al., "DeepLab", TPAMI 2018, section 3.2.
+    """
+
+    def __init__(self, model: ModelConfig, config: SegmentationConfig, num_classes: int) -> None:
+        super().__init__()
+        self.config, self.num_classes = model, num_classes
+        self.backbone: SlimResNet | TorchvisionBackbone = build_backbone(model)
+        self.standardize = (
+            nn.BatchNorm2d(self.backbone.num_features, affine=False) if model.freeze_backbone else nn.Identity()
+        )
+        width = config.skip_channels or num_classes + 1
+        self.aspp = nn.ModuleList(
+            nn.Conv2d(self.backbone.num_features, width, 3, padding=dilation, dilation=dilation)
+            for dilation in config.aspp_dilations
+        )
+        self.skip = bool(config.skip_channels)
+        if self.skip:
+            if not self.backbone.skip_channels:
+                raise ConfigError(
+                    f"segmentation.skip_channels is set, but {model.backbone!r} has no features at stride 4; set it to 0"
+                )
+            self.early = nn.Conv2d(self.backbone.skip_channels, width, 1, bias=False)
+            self.mix = nn.Sequential(
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(width, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(width, num_classes + 1, 1),
+            )
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, K+1, h, w) logits, background first
+        early, late = self.backbone.features(images)
+        late = self.standardize(late)
+        logits = torch.stack([branch(late) for branch in self.aspp]).sum(dim=0)
+        if not self.skip:
+            return logits
+        finer = F.interpolate(logits, size=early.shape[2:], mode="bilinear", align_corners=False)
+        return self.mix(finer + self.early(early))
+
+    def new_layers(self) -> list[nn.Module]:
+        """Layers without pretrained weights, which learn faster."""
+        return [self.aspp, *([self.early, self.mix] if self.skip else [])]
+
+    def train(self, mode: bool = True) -> SegmentationNetwork:
+        super().train(mode)
+        freeze_as_configured(self, self.config)
+        return self
+
+
+def freeze_as_configured(network: AttentionNetwork | SegmentationNetwork, config: ModelConfig) -> None:
+    """Keep frozen layers in eval mode and without gradients, whatever mode the network is in."""
+    if config.freeze_backbone:
+        network.backbone.eval().requires_grad_(False)
+        network.standardize.eval()
+    if config.freeze_batch_norm:
+        for module in network.backbone.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval().requires_grad_(False)
+
+
+def with_background(teacher: AttentionNetwork) -> AttentionNetwork:
+    """A copy that starts from the teacher's weights and has a background map: the student before it learns.
+
+    A plain teacher has no background map; the student's starts at a logit of 0, so that a pixel where all class
+    logits are negative begins as background.
+    """
+    student = AttentionNetwork(
+        teacher.config.model_copy(update={"weights": None}), teacher.num_classes, background=True
+    )
+    state = dict(teacher.state_dict())
+    if not teacher.background:
+        state["head.weight"] = torch.cat([torch.zeros_like(state["head.weight"][:1]), state["head.weight"]])
+    student.load_state_dict(state)
+    return student.to(next(teacher.parameters()).device)

@@ -1,0 +1,55 @@
+"""A residual network small enough to be trained on a laptop's CPU in a minute."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+CHANNELS = (16, 32, 64, 96)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, dilation, dilation, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, dilation, dilation, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        same = stride == 1 and in_channels == out_channels
+        self.shortcut: nn.Module = (
+            nn.Identity()
+            if same
+            else nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class SlimResNet(nn.Module):
+    """Strides 2, 4, 8, 8 and 16, 32, 64, 96 channels; the last stage is dilated to see farther at the same stride."""
+
+    num_features = CHANNELS[-1]
+    skip_channels = CHANNELS[1]
+
+    def __init__(self) -> None:
+        super().__init__()
+        c1, c2, c3, c4 = CHANNELS
+        self.stem = nn.Sequential(nn.Conv2d(3, c1, 3, 2, 1, bias=False), nn.BatchNorm2d(c1), nn.ReLU(inplace=True))
+        self.layer1 = ResidualBlock(c1, c1)  # stride 2
+        self.layer2 = nn.Sequential(ResidualBlock(c1, c2, stride=2), ResidualBlock(c2, c2))  # stride 4
+        self.layer3 = nn.Sequential(ResidualBlock(c2, c3, stride=2), ResidualBlock(c3, c3))  # stride 8
+        self.layer4 = nn.Sequential(ResidualBlock(c3, c4, dilation=2), ResidualBlock(c4, c4, dilation=2))
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 96, H/8, W/8)
+        return self.features(images)[1]
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features at stride 4, (B, 32, H/4, W/4), for a decoder's skip, and at stride 8, (B, 96, H/8, W/8)."""
+        early = self.layer2(self.layer1(self.stem(images)))
+        return early, self.layer4(self.layer3(early))

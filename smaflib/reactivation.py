@@ -1,0 +1,58 @@
+"""Stage 3: denoise the fused maps with the image label, then reactivate them into the student's targets.
+
+Section 3.3 of the paper. Both are one line of arithmetic each, which is the point: the image label is certain and free, and
+dividing a pixel by its strongest score makes a weakly activated body as certain as the strongly activated head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def denoise(fused: Tensor, image_label: Tensor) -> Tensor:
+    """Erase the maps of classes that the image does not show.
+
+    Args:
+        fused: (K, H, W) or (B, K, H, W), in [0, 1].
+        image_label: (K,) or (B, K) in {0, 1}.
+
+    Returns:
+        As ``fused``; absent classes are zero.
+
+    Raises:
+        ValueError: if the label's shape does not match.
+    """
+    if image_label.shape != fused.shape[:-2]:
+        raise ValueError(
+            f"image_label must be {tuple(fused.shape[:-2])} to match the maps {tuple(fused.shape)}, got "
+            f"{tuple(image_label.shape)}; the background has no image label"
+        )
+    return fused * image_label.to(fused)[..., None, None]
+
+
+def reactivate(clean: Tensor, bg_score: float) -> Tensor:
+    """Divide every pixel by its strongest score, a constant background included: the winner becomes 1.
+
+    What is below the background is pushed down, and the ratios inside a pixel stay. Scores of a pixel need not sum to 1.
+
+    Args:
+        clean: (K, H, W) or (B, K, H, W), in [0, 1], absent classes zero.
+        bg_score: the background's score, in (0, 1].
+
+    Returns:
+        (K+1, H, W) or (B, K+1, H, W) in [0, 1], background first.
+
+    Raises:
+        ValueError: if ``bg_score`` is not in (0, 1]: with 0, a pixel without any class has no winner.
+    """
+    if not 0 < bg_score <= 1:
+        raise ValueError(f"bg_score must be in (0, 1], got {bg_score}")
+    scores = with_background_score(clean, bg_score)
+    return scores / scores.amax(dim=-3, keepdim=True)
+
+
+def with_background_score(clean: Tensor, bg_score: float) -> Tensor:
+    """Put a constant background map before the class maps: (..., K, H, W) to (..., K+1, H, W)."""
+    background = torch.full_like(clean[..., :1, :, :], bg_score)
+    return torch.cat([background, clean], dim=-3)

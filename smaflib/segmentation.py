@@ -1,0 +1,121 @@
+"""Stage 6: an ordinary segmentation network, trained on the pseudo masks as if a person had drawn them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
+from torch import Tensor, nn
+
+from smaflib.config import VOID_LABEL, Config, SegmentationConfig
+from smaflib.data.masks import read_mask
+from smaflib.data.sample import DataError, Sample, Samples
+from smaflib.data.transforms import Crop, normalize
+from smaflib.models.networks import SegmentationNetwork
+from smaflib.refinement import dense_crf
+from smaflib.runtime import Runtime, derive_seed, device_of
+from smaflib.training import Batch, Batches, History, fit
+
+
+class MaskFolder(Sequence[Tensor]):
+    """The masks of a split, read when asked for; uint8 (H, W)."""
+
+    def __init__(self, folder: Path, image_ids: Sequence[str]) -> None:
+        self.paths = [folder / f"{image_id}.png" for image_id in image_ids]
+        if missing := [path for path in self.paths if not path.is_file()]:
+            raise DataError(
+                f"{len(missing)} of {len(self.paths)} masks are missing, first {missing[0]}; notebook 06 makes them"
+            )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+        return read_mask(self.paths[index])
+
+
+def train_segmenter(
+    samples: Samples, masks: Sequence[Tensor], config: Config, runtime: Runtime, checkpoint: Path | None = None
+) -> tuple[SegmentationNetwork, History]:
+    """Train a segmentation network.
+
+    Args:
+        samples: the training split.
+        masks: per sample uint8 (H, W): pseudo masks, or the truth for the upper bound; 255 does not count.
+        config: of the run.
+        runtime: device, precision and seed.
+        checkpoint: where weights are kept; an unfinished training goes on from there.
+
+    Returns:
+        The network in eval mode and its learning curve.
+    """
+    network = new_segmenter(config, len(samples.class_names), runtime)
+
+    def crop_mask(sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:
+        return {"mask": crop.apply(masks[index], "nearest", fill=VOID_LABEL)}
+
+    batches = Batches(
+        samples, config.segmentation, derive_seed(runtime.seed, "segmenter"), crop_mask, config.data.num_workers
+    )
+
+    def loss(batch: Batch) -> dict[str, Tensor]:
+        return {"L_seg": segmentation_loss(network(batch["image"]), batch["mask"])}
+
+    history = fit(network, batches, loss, runtime, checkpoint, desc="segmentation")
+    return network, history
+
+
+def new_segmenter(config: Config, num_classes: int, runtime: Runtime) -> SegmentationNetwork:
+    """The untrained network of stage 6, the same for the same seed."""
+    torch.manual_seed(derive_seed(runtime.seed, "segmenter's initial weights"))
+    return SegmentationNetwork(config.model, config.segmentation, num_classes).to(runtime.device)
+
+
+def segmentation_loss(logits: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy at full resolution.
+
+    Args:
+        logits: (B, K+1, h, w).
+        mask: uint8 (B, H, W); 255 does not count.
+
+    Returns:
+        Scalar; 0 where every pixel is void.
+    """
+    upsampled = F.interpolate(logits.float(), size=mask.shape[1:], mode="bilinear", align_corners=False)
+    losses = F.cross_entropy(upsampled, mask.long(), ignore_index=VOID_LABEL, reduction="sum")
+    return losses / (mask != VOID_LABEL).sum().clamp(min=1)
+
+
+@torch.no_grad()
+def segment(network: nn.Module, image: Tensor, config: SegmentationConfig, runtime: Runtime | None = None) -> Tensor:
+    """Label an image's pixels: softmax averaged over the test scales and flips, CRF if the config has one.
+
+    Args:
+        network: gives (B, K+1, h, w) logits.
+        image: uint8 (3, H, W).
+        config: ``test_scales``, ``test_flip``, ``test_crf``.
+        runtime: precision; None: float32.
+
+    Returns:
+        uint8 (H, W).
+    """
+    network.eval()
+    height, width = image.shape[-2:]
+    total = torch.zeros(())
+    for scale in config.test_scales:
+        size = [max(1, round(height * scale)), max(1, round(width * scale))]
+        inputs = normalize(TF.resize(image, size, TF.InterpolationMode.BICUBIC))[None].to(device_of(network))
+        inputs = torch.cat([inputs, inputs.flip(-1)]) if config.test_flip else inputs
+        with runtime.autocast() if runtime else torch.autocast("cpu", enabled=False):
+            logits = network(inputs).float()
+        logits = F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
+        probabilities = logits.softmax(dim=1)
+        if config.test_flip:
+            probabilities = (probabilities[:1] + probabilities[1:].flip(-1)) / 2
+        total = total + probabilities[0].cpu()
+    if config.test_crf is not None:
+        return dense_crf(image, total / len(config.test_scales), config.test_crf)
+    return total.argmax(dim=0).to(torch.uint8)

@@ -1,0 +1,116 @@
+"""Stage 4: the student learns to give at one scale, in one look, what the teacher's fused and refined maps say.
+
+Section 3.4 of the paper. The teacher is frozen and its maps are made once; the student starts from its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from smaflib.cams import AttentionMaps
+from smaflib.config import Config, FusionRule
+from smaflib.data.sample import Sample, Samples
+from smaflib.data.transforms import Crop
+from smaflib.models.networks import AttentionNetwork, with_background
+from smaflib.reactivation import denoise, reactivate
+from smaflib.runtime import Runtime, derive_seed
+from smaflib.training import Batch, Batches, History, fit
+
+TARGET_STRIDE = 4
+"""Student and target meet at a quarter of the crop's side (reference code: 112 of 448)."""
+
+
+def self_train(
+    teacher: AttentionNetwork,
+    samples: Samples,
+    clean: Sequence[Tensor],
+    config: Config,
+    runtime: Runtime,
+    checkpoint: Path | None = None,
+) -> tuple[AttentionNetwork, History]:
+    """Train a student on the teacher's denoised maps, which are reactivated crop by crop.
+
+    Reactivation comes after cropping, because what lies outside the image has no attention and so becomes background.
+
+    Args:
+        teacher: stays as it is.
+        samples: the training split; masks are not looked at.
+        clean: per sample (K, H, W) in [0, 1], fused and denoised; may be lazy (:class:`CleanMaps`).
+        config: of the run.
+        runtime: device, precision and seed.
+        checkpoint: where weights are kept; an unfinished training goes on from there.
+
+    Returns:
+        The student in eval mode and its learning curve.
+    """
+    settings = config.self_training
+    student = with_background(teacher).to(runtime.device)
+
+    def crop_clean(sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:
+        return {"clean": crop.apply(clean[index])}
+
+    batches = Batches(samples, settings, derive_seed(runtime.seed, "student"), crop_clean, config.data.num_workers)
+
+    def loss(batch: Batch) -> dict[str, Tensor]:
+        side = settings.crop_size // TARGET_STRIDE
+        attention = F.interpolate(batch["clean"], size=(side, side), mode="bilinear", align_corners=True)
+        target = reactivate(attention, config.attention.bg_score)
+        return {"L_mac": mac_loss(student(batch["image"]), target, settings.loss_weight)}
+
+    history = fit(student, batches, loss, runtime, checkpoint, desc="self-training")
+    return student, history
+
+
+def mac_loss(logits: Tensor, target: Tensor, weight: float = 100.0) -> Tensor:
+    """L_mac: mean squared error between the student's softmax and the reactivated target.
+
+    Args:
+        logits: (B, K+1, h, w), background first; upsampled (bilinear, corners aligned) to the target's size.
+        target: (B, K+1, H, W) in [0, 1], background first.
+        weight: the loss's factor; 100 in the reference code.
+
+    Returns:
+        Scalar.
+    """
+    upsampled = F.interpolate(logits.float(), size=target.shape[2:], mode="bilinear", align_corners=True)
+    return weight * F.mse_loss(upsampled.softmax(dim=1), target)
+
+
+class CleanMaps(Sequence[Tensor]):
+    """Fused and denoised maps of a split, read when asked for: what the student learns from.
+
+    Args:
+        maps: the teacher's attention maps.
+        samples: the split, for order and image labels.
+        rule: of the fusion.
+        scales: which scales take part; None: all. One scale gives the control of the paper's claim.
+        cached: keep what was read, in half precision.
+    """
+
+    def __init__(
+        self,
+        maps: AttentionMaps,
+        samples: Samples,
+        rule: FusionRule = "sum",
+        scales: Sequence[float] | None = None,
+        cached: bool = False,
+    ) -> None:
+        self.maps, self.rule, self.scales, self.cached = maps, rule, scales, cached
+        self.image_ids, self.image_labels = samples.image_ids, samples.image_labels
+        self._cache: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+        if index not in self._cache:
+            fused = self.maps.fused(self.image_ids[index], self.rule, self.scales)
+            clean = denoise(fused, self.image_labels[index])
+            if not self.cached:
+                return clean
+            self._cache[index] = clean.half()
+        return self._cache[index].float()

@@ -1,0 +1,229 @@
+"""The optimisation loop that classifier, student and segmentation network share.
+
+What happens in an iteration depends on the seed and the iteration's number alone, so a killed run that goes on from
+its checkpoint ends with the same weights as one that was never killed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, PolynomialLR
+from torch.utils.data import DataLoader, Dataset
+
+from smaflib.config import TrainingConfig
+from smaflib.data.sample import Sample
+from smaflib.data.transforms import Crop, draw_crop, jitter_colors, normalize
+from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
+from smaflib.models.weights import fill, read_metadata, read_weights, write_weights
+from smaflib.runtime import Runtime, derive_seed, progress
+
+Network = AttentionNetwork | SegmentationNetwork
+Batch = dict[str, Tensor]
+History = list[dict[str, float]]
+"""One record per logged stretch: ``iteration`` and the mean of every loss since the record before."""
+
+CropFields = Callable[[Sample, int, Crop], dict[str, Tensor]]
+"""What a loss needs beside image and image label, cut with the same crop: (sample, its index, crop) -> fields."""
+
+LOG_POINTS = 50
+
+
+class Batches(Dataset[Batch]):
+    """Batch number ``iteration`` of a training: drawn, cropped, normalised.
+
+    Every pass over the samples is a fresh permutation; passes run on across batches, so that all batches are full.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        config: TrainingConfig,
+        seed: int,
+        crop_fields: CropFields | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        self.samples, self.config, self.seed = samples, config, seed
+        self.crop_fields, self.num_workers = crop_fields, num_workers
+
+    def __len__(self) -> int:
+        return self.config.iterations
+
+    def __getitem__(self, iteration: int) -> Batch:
+        first = iteration * self.config.batch_size
+        drawn = [self._draw(position) for position in range(first, first + self.config.batch_size)]
+        return {name: torch.stack([item[name] for item in drawn]) for name in drawn[0]}
+
+    def _draw(self, position: int) -> Batch:
+        round_, place = divmod(position, len(self.samples))
+        order = torch.randperm(len(self.samples), generator=_generator(self.seed, "order", round_))
+        index = int(order[place])
+        sample, generator = self.samples[index], _generator(self.seed, "crop", position)
+        height, width = sample.image.shape[-2:]
+        crop = draw_crop((height, width), self.config, generator)
+        image = jitter_colors(crop.apply(sample.image, "bicubic"), self.config.color_jitter, generator)
+        # The padding is 0 after normalisation (the mean colour), as in the reference, not black before it.
+        batch = {"image": crop.zero_outside(normalize(image)), "image_label": sample.image_label}
+        return batch | (self.crop_fields(sample, index, crop) if self.crop_fields else {})
+
+
+def fit(
+    network: Network,
+    batches: Batches,
+    loss: Callable[[Batch], dict[str, Tensor]],
+    runtime: Runtime,
+    checkpoint: Path | None = None,
+    desc: str = "training",
+) -> History:
+    """Optimise a network in place; ends in eval mode.
+
+    Args:
+        network: what learns; ``new_layers()`` learn at ``head_multiplier`` times the rate.
+        batches: what it learns from, and the settings of the optimisation.
+        loss: from a batch on the runtime's device to named losses, which are summed.
+        runtime: device and precision.
+        checkpoint: a safetensors file. It is written every ``checkpoint_every`` iterations and at the end; if it is
+            there already, training goes on from it, or is done if it is complete.
+        desc: name on the progress bar.
+
+    Returns:
+        The learning curve.
+
+    Raises:
+        FloatingPointError: if the loss is no longer finite.
+    """
+    config = batches.config
+    network.to(runtime.device).train()
+    optimizer = make_optimizer(network, config)
+    history, start = _resume(network, optimizer, checkpoint)
+    if start >= config.iterations:
+        network.eval()
+        return history
+    scheduler = make_scheduler(optimizer, config, start)
+    loader: DataLoader[Batch] = DataLoader(
+        batches, batch_size=None, sampler=range(start, config.iterations), num_workers=batches.num_workers
+    )
+    sums: dict[str, float] = {}
+    log_every = max(1, config.iterations // LOG_POINTS)
+    for iteration, batch in enumerate(progress(loader, total=len(loader), desc=desc), start=start):
+        torch.manual_seed(derive_seed(batches.seed, "dropout", iteration))
+        losses = _step(network, optimizer, batch, loss, runtime)
+        scheduler.step()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + value
+        done = iteration + 1
+        if done % log_every == 0 or done == config.iterations:
+            steps = (done - 1) % log_every + 1
+            history.append({"iteration": float(done)} | {name: value / steps for name, value in sums.items()})
+            sums = {}
+        # Checkpoints fall on log points, so that no half of a mean is lost.
+        if checkpoint and done < config.iterations and done % _rounded_up(config.checkpoint_every, log_every) == 0:
+            _save(checkpoint, network, history, done, optimizer)
+    network.eval()
+    if checkpoint:
+        _save(checkpoint, network, history, config.iterations, None)
+    return history
+
+
+def make_optimizer(network: Network, config: TrainingConfig) -> torch.optim.Optimizer:
+    """SGD or AdamW over four groups: backbone and new layers, each weights and biases.
+
+    Source: rates x1, x2, x10, x20 and biases without weight decay, as in the reference code.
+    """
+    new = {id(parameter) for layer in network.new_layers() for parameter in layer.parameters()}
+    groups: list[dict[str, Any]] = []
+    for is_new, layer_rate in ((False, 1.0), (True, config.head_multiplier)):
+        for is_bias, rate in ((False, 1.0), (True, config.bias_multiplier)):
+            parameters = [
+                parameter
+                for name, parameter in network.named_parameters()
+                if parameter.requires_grad and (id(parameter) in new) == is_new and name.endswith("bias") == is_bias
+            ]
+            decay = 0.0 if is_bias else config.weight_decay
+            if parameters:
+                rate_here = config.learning_rate * layer_rate * rate
+                groups.append({"params": parameters, "lr": rate_here, "weight_decay": decay})
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups)
+    return torch.optim.SGD(groups, momentum=config.momentum)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, start: int) -> LRScheduler:
+    """The learning rate over iterations, moved on to ``start``."""
+    scheduler: LRScheduler
+    if config.schedule == "poly":
+        scheduler = PolynomialLR(optimizer, total_iters=config.iterations, power=config.poly_power)
+    else:
+        rates = [group["lr"] for group in optimizer.param_groups]
+        # One step more than there are iterations: the scheduler steps once after the last one too.
+        scheduler = OneCycleLR(optimizer, rates, total_steps=config.iterations + 1, cycle_momentum=False)
+    for _ in range(start):
+        # Both schedules depend on the number of steps alone, so stepping is as good as a stored state.
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+        scheduler.step()
+    return scheduler
+
+
+def load_history(path: Path) -> History:
+    """The learning curve stored beside a network's weights."""
+    return json.loads(read_metadata(path).get("history", "[]"))
+
+
+def _step(
+    network: Network,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    loss: Callable[[Batch], dict[str, Tensor]],
+    runtime: Runtime,
+) -> dict[str, float]:
+    batch = {name: field.to(runtime.device, non_blocking=True) for name, field in batch.items()}
+    with runtime.autocast():
+        losses = loss(batch)
+    total = torch.stack(list(losses.values())).sum()
+    values = {name: float(value.detach()) for name, value in losses.items()}
+    if not torch.isfinite(total):
+        raise FloatingPointError(f"the loss is no longer finite ({values}); lower the learning rate of this stage")
+    optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    optimizer.step()
+    return values
+
+
+def _save(
+    path: Path, network: nn.Module, history: History, iteration: int, optimizer: torch.optim.Optimizer | None
+) -> None:
+    tensors = dict(network.state_dict())
+    if optimizer is not None:
+        # The optimizer's state as plain tensors: a torch checkpoint would be a pickle.
+        for index, slots in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items() if value is not None}
+    write_weights(path, tensors, iteration=iteration, history=history)
+
+
+def _resume(network: Network, optimizer: torch.optim.Optimizer, checkpoint: Path | None) -> tuple[History, int]:
+    if checkpoint is None or not checkpoint.is_file():
+        return [], 0
+    tensors = read_weights(checkpoint)
+    iteration = int(json.loads(read_metadata(checkpoint).get("iteration", "0")))
+    fill(network, {k: v for k, v in tensors.items() if not k.startswith("optimizer.")}, source=str(checkpoint))
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, slot = name.split(".", 2)
+            state.setdefault(int(index), {})[slot] = value
+    if state:
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return load_history(checkpoint), iteration
+
+
+def _generator(*parts: object) -> torch.Generator:
+    return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+def _rounded_up(value: int, step: int) -> int:
+    return -(-value // step) * step
