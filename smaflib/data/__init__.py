@@ -1,0 +1,58 @@
+"""Data sets: whatever the layout on the disk, each yields the same :class:`Sample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from smaflib.config import Config, DataConfig
+from smaflib.data.folder import load_folder
+from smaflib.data.sample import DataError, Sample, SampleFiles, Samples
+from smaflib.data.voc import load_voc
+
+__all__ = ["DataError", "Sample", "SampleFiles", "Samples", "load_samples"]
+
+
+def load_samples(config: Config, split: Literal["train", "val"], run_folder: Path | None = None) -> Samples:
+    """The samples of one split of the configured data set.
+
+    Files are looked for and labels checked here, for the whole split; pictures are decoded when a sample is read.
+
+    Args:
+        config: its ``data`` part says where and what.
+        split: ``train`` or ``val``; photos of one's own (kind ``folder``) have no ``val``, it is empty.
+        run_folder: where kind ``mini`` lies (in its folder ``data``) if ``data.root`` is not set.
+
+    Raises:
+        DataError: if something is missing or does not fit; the message names the file and the cure.
+    """
+    if config.data.kind == "folder":
+        return load_folder(config.data, split)
+    if config.data.kind == "voc":
+        return load_voc(config.data, split)
+    return load_voc(_mini_as_voc(config.data, run_folder), split)
+
+
+def _mini_as_voc(data: DataConfig, run_folder: Path | None) -> DataConfig:
+    """The settings that make the VOC loader read the mini set."""
+    # Imported late: mini.py uses this package's modules, and only this data set needs the drawing code.
+    from smaflib.data.mini import CLASS_NAMES
+
+    root = data.root or (run_folder / "data" if run_folder else None)
+    if root is None:
+        raise DataError("the mini data set lies in the folder of a run: give run_folder, or set data.root")
+    if not root.is_dir():
+        raise DataError(
+            f"there is no mini data set in {root}; notebook 01 makes it, as does `smaf run CONFIG --until data`"
+        )
+    if data.class_names and data.class_names != tuple(CLASS_NAMES):
+        raise DataError(f"data.class_names cannot be chosen for the mini data set: it has {', '.join(CLASS_NAMES)}")
+    return data.model_copy(
+        update={
+            "root": root,
+            "class_names": tuple(CLASS_NAMES),
+            "label_source": "masks" if data.label_source == "masks" else "csv",
+            "labels": data.labels or root / "labels.csv",
+            "saliency": data.saliency or root / "Saliency",
+        }
+    )

@@ -1,0 +1,249 @@
+"""Photos of one's own, the CSV, and the template configs/custom.yaml."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from smaflib.config import VOC_CLASSES, Config, load_config
+from smaflib.data import DataError, Samples, load_samples
+from smaflib.data.masks import mask_values, save_mask
+
+TEMPLATE = Path(__file__).parents[1] / "configs" / "custom.yaml"
+WIDTH, HEIGHT = 12, 8
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "my photos"
+    folder.mkdir()
+    for name in ("a.jpg", "b.JPEG", "c.png", "d.e.webp"):
+        Image.new("RGB", (WIDTH, HEIGHT), (200, 100, 50)).save(folder / name)
+    return folder
+
+
+def load(photos: Path, text: str | bytes | None = None, **data: Any) -> Samples:
+    labels = photos / "labels.csv"
+    if text is None:
+        text = "image,labels\na.jpg,cat\nb.JPEG,dog;cat\nc.png,dog\nd.e.webp,ape\n"
+    labels.write_bytes(text.encode() if isinstance(text, str) else text)
+    split = data.pop("split", "train")
+    settings = {"data": {"kind": "folder", "images": photos, "labels": labels, **data}}
+    return load_samples(Config.model_validate(settings), split)
+
+
+def test_images_of_all_kinds_load_with_their_labels(photos: Path) -> None:
+    samples = load(photos)
+    assert samples.image_ids == ["a", "b", "c", "d.e"]
+    assert samples.class_names == ("ape", "cat", "dog")
+    assert samples.image_labels.tolist() == [[0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 0]]
+    assert all(sample.image.shape == (3, HEIGHT, WIDTH) for sample in samples)
+    assert samples[3].image_label.tolist() == [1, 0, 0]
+    assert not samples.has_truth and not samples.has_saliency
+
+
+def test_val_is_empty(photos: Path) -> None:
+    samples = load(photos, split="val")
+    assert len(samples) == 0 and samples.class_names == ("ape", "cat", "dog") and not samples.has_truth
+
+
+def test_classes_can_be_named_in_an_order_of_one_s_own(photos: Path) -> None:
+    samples = load(photos, class_names=("dog", "cat", "zebra", "ape"))
+    assert samples[1].image_label.tolist() == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"image,labels\r\na.jpg,cat;dog\r\nc.png,dog\r\n",
+        b"\xef\xbb\xbfimage,labels\na.jpg,cat;dog\nc.png,dog",
+        b"image,labels\n a.jpg , cat ; dog \n\nc.png,  dog\n  ,  \n",
+        b'"image","labels"\n"a.jpg","cat;dog"\n"c.png", "dog"\n',
+        b"image,labels\na,cat;dog\nc,dog\n",
+        b"image,labels\na,dog;cat;;dog;\nc,dog\n",
+        b"photographer,labels,image\nme,cat;dog,a\n,dog,c\n",
+        b"Image,Labels,\na,cat;dog,\nc,dog,,\n",
+    ],
+    ids=["crlf", "bom", "spaces", "quotes", "no-ending", "repeated", "more-columns", "spreadsheet"],
+)
+def test_csv_is_read_as_programs_write_it(photos: Path, text: bytes) -> None:
+    samples = load(photos, text)
+    assert samples.image_ids == ["a", "c"]
+    assert samples.image_labels.tolist() == [[1, 1], [0, 1]]
+
+
+def test_names_may_hold_quotes_commas_and_letters_of_any_language(photos: Path) -> None:
+    Image.new("RGB", (4, 4)).save(photos / "grün, 1.png")
+    samples = load(photos, 'image,labels\n"grün, 1.png","Bär, groß;貓"\n')
+    assert samples.image_ids == ["grün, 1"] and samples.class_names == ("Bär, groß", "貓")
+
+
+def test_max_images_and_cache_are_respected(photos: Path) -> None:
+    samples = load(photos, max_images=2, cache=True)
+    assert samples.image_ids == ["a", "b"] and samples[0] is samples[0]
+    assert samples.class_names == ("ape", "cat", "dog")  # the classes do not depend on how many one looks at
+
+
+def test_photo_is_turned_as_its_orientation_flag_says_and_the_mask_must_fit_that(photos: Path) -> None:
+    pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    pixels[0, :] = 255  # the upper edge of the stored picture is the right edge of the upright one
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(photos / "c.png", exif=exif)
+    masks = photos.parent / "masks"
+    save_mask(masks / "c.png", np.zeros((WIDTH, HEIGHT), np.uint8))
+    samples = load(photos, "image,labels\nc,cat\n", masks=masks, class_names=("cat",)).with_truth()
+    assert samples[0].image.shape == (3, WIDTH, HEIGHT)
+    assert (samples[0].image[:, :, -1] == 255).all() and (samples[0].image[:, :, :-1] == 0).all()
+    save_mask(masks / "c.png", np.zeros((HEIGHT, WIDTH), np.uint8))
+    with pytest.raises(DataError, match=r"masks.c\.png is 12 x 8 pixels, but its image .*c\.png is 8 x 12"):
+        samples[0]
+
+
+def test_transparent_and_palette_photos_become_rgb(photos: Path) -> None:
+    Image.new("RGBA", (4, 4), (1, 2, 3, 0)).save(photos / "c.png")
+    assert load(photos)[2].image[:, 0, 0].tolist() == [1, 2, 3]
+    Image.new("RGB", (4, 4), (1, 2, 3)).quantize(2).save(photos / "c.png")
+    assert load(photos)[2].image[:, 0, 0].tolist() == [1, 2, 3]
+
+
+def test_masks_and_saliency_are_found_by_name(photos: Path) -> None:
+    for stem in ("a", "b", "c", "d.e"):
+        save_mask(photos.parent / "masks" / f"{stem}.png", np.full((HEIGHT, WIDTH), 2, np.uint8))
+        Image.new("L", (WIDTH, HEIGHT), 255).save(photos.parent / f"{stem}.png")
+    names = ("cat", "dog", "ape")
+    samples = load(photos, masks=photos.parent / "masks", saliency=photos.parent, class_names=names)
+    assert samples.has_truth and samples.has_saliency
+    sample = samples.with_truth()[3]
+    assert sample.mask is not None and sample.mask.unique().tolist() == [2]
+    assert sample.saliency is not None and sample.saliency.unique().tolist() == [1]
+    (photos.parent / "d.e.png").unlink()
+    with pytest.raises(DataError, match=r"no saliency map d\.e\.png"):
+        load(photos, saliency=photos.parent)
+    (photos.parent / "masks/d.e.png").unlink()
+    with pytest.raises(DataError, match=r"no mask d\.e\.png in .*masks; add it, or leave data\.masks empty"):
+        load(photos, masks=photos.parent / "masks", class_names=names)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("image,labels\na.jpg,cat\nx.jpg,cat\n", r"labels\.csv, line 3: there is no image x\.jpg in .*my photos"),
+        ("image,labels\na.JPG,cat\n", r"line 2: there is no image a\.JPG .*\(did you mean 'a\.jpg'\?\)"),
+        ("image,labels\nold/a.jpg,cat\n", r"line 2: 'old/a\.jpg' names a folder; give the file name only"),
+        ("image,labels\nlabels.csv,cat\n", r"line 2: labels\.csv is of a kind that is not read; save it as \.jpg or"),
+        ("file,class\na.jpg,cat\n", r"names the columns image,labels .* found 'file,class'"),
+        ("image;labels\na.jpg;cat\n", r"between them a comma.* found 'image;labels'"),
+        ("a.jpg,cat\n", r"names the columns image,labels .* found 'a\.jpg,cat'"),
+        ("", "names the columns image,labels .* found an empty file"),
+        ("image,labels\n", "lists no image"),
+        ("image,labels\na.jpg,cat\nb.JPEG,\n", r"line 3: b\.JPEG is an image without a label; name what it shows"),
+        ("image,labels\na.jpg, ; \n", r"line 2: a\.jpg is an image without a label"),
+        ("image,labels\na.jpg\n", r"line 2: a\.jpg is an image without a label"),
+        ("image,labels\n,cat\n", "line 2: there is no image name"),
+        ("image,labels\na.jpg,cat,dog\n", "line 2: 3 fields where the first line names 2 columns; join the labels"),
+        ("image,labels\na.jpg,cat\n\na.jpg,dog\n", r"line 4: a\.jpg is listed twice, before on line 2.*all its labels"),
+        (
+            "image,labels\na.jpg,cat\na.png,dog\n",
+            r"line 3: a\.png is listed twice, .*as a\.jpg; results are named a\.png",
+        ),
+        ('image,labels\na.jpg,"cat\n', r"labels\.csv, line 2: .*check the quotes"),
+        (b"image,labels\na.jpg,B\xe4r\n", r"labels\.csv is not UTF-8 .*save it as 'CSV UTF-8'"),
+    ],
+)
+def test_bad_csv_is_refused_with_line_and_cure(photos: Path, text: str | bytes, words: str) -> None:
+    with pytest.raises(DataError, match=words) as caught:
+        load(photos, text)
+    assert "labels.csv" in str(caught.value)
+
+
+def test_unknown_class_is_named_with_line_and_nearest(photos: Path) -> None:
+    text = "image,labels\na.jpg,cat\nb.JPEG,dog;Catt\n"
+    with pytest.raises(
+        DataError, match=r"line 3: there is no class 'Catt' \(did you mean 'cat'\?\); the classes are cat, dog"
+    ):
+        load(photos, text, class_names=("cat", "dog"))
+    with pytest.raises(DataError, match=r"line 2: there is no class 'cat'; the classes are horse"):
+        load(photos, text, class_names=("horse",))
+
+
+def test_everything_is_checked_before_anything_is_decoded(photos: Path) -> None:
+    (photos / "a.jpg").write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"no image x\.jpg"):
+        load(photos, "image,labels\na.jpg,cat\nx.jpg,cat\n")
+    samples = load(photos)
+    with pytest.raises(DataError, match=r"a\.jpg cannot be decoded"):
+        samples[0]
+
+
+def test_name_without_ending_must_be_clear(photos: Path) -> None:
+    Image.new("RGB", (4, 4)).save(photos / "a.png")
+    assert load(photos, "image,labels\na.jpg,cat\n")[0].image.shape == (3, HEIGHT, WIDTH)
+    with pytest.raises(DataError, match=r"line 2: a can be a\.jpg and a\.png in .*; write the ending, too"):
+        load(photos, "image,labels\na,cat\n")
+
+
+def test_missing_folder_and_missing_csv_are_named(photos: Path) -> None:
+    with pytest.raises(DataError, match=r"there is no folder .*nowhere; set data\.images"):
+        load(photos, images=photos / "nowhere")
+    with pytest.raises(DataError, match=r"there is no CSV file .*nowhere\.csv; set data\.labels"):
+        load(photos, labels=photos / "nowhere.csv")
+
+
+def test_masks_need_the_order_of_classes(photos: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"data\.class_names is empty: the values of the masks need the order of the classes"
+    ):
+        load(photos, masks=photos)
+
+
+def test_labels_from_masks_are_refused(photos: Path) -> None:
+    with pytest.raises(
+        DataError, match="label_source is 'masks', but data.kind 'folder' takes its labels from the CSV"
+    ):
+        load(photos, label_source="masks")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("cat", "dog", "cat"), "'cat' is given twice"),
+        (("background", "cat"), "'background' is no class; leave it out"),
+        (("cat;dog",), "no usable name"),
+        (("cat", ""), "no usable name"),
+    ],
+)
+def test_unusable_class_names_are_refused(photos: Path, names: tuple[str, ...], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        load(photos, class_names=names)
+
+
+def test_template_loads_once_its_paths_are_set(photos: Path) -> None:
+    load(photos)  # writes the CSV
+    overrides = [f"data.images={photos}", f"data.labels={photos / 'labels.csv'}"]
+    samples = load_samples(load_config(TEMPLATE, overrides), "train")
+    assert len(samples) == 4 and samples.class_names == ("ape", "cat", "dog")
+
+
+@pytest.mark.skipif("SMAF_PHOTOS" not in os.environ, reason="SMAF_PHOTOS names no folder of real photos in VOC layout")
+def test_real_photos_load_as_a_folder() -> None:
+    photos = Path(os.environ["SMAF_PHOTOS"])
+    overrides = [
+        f"data.images={photos / 'JPEGImages'}",
+        f"data.labels={photos / 'labels.csv'}",
+        f"data.masks={photos / 'SegmentationClass'}",
+        f"data.class_names=[{', '.join(VOC_CLASSES)}]",
+    ]
+    samples = load_samples(load_config(TEMPLATE, overrides), "train")
+    assert len(samples) == 40
+    for sample in samples.with_truth():
+        assert sample.image.dtype == torch.uint8 and sample.mask is not None
+        assert sample.mask.shape == sample.image.shape[1:]
+        shown = sorted(set(mask_values(sample.mask)) - {0, 255})
+        assert shown == (sample.image_label.nonzero().flatten() + 1).tolist()

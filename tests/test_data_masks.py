@@ -1,0 +1,104 @@
+"""Masks as palette PNGs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+
+from smaflib.data import DataError
+from smaflib.data.masks import VOC_PALETTE, check_mask_values, mask_values, read_mask, save_mask
+
+MASKS = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=40))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(mask=MASKS, as_tensor=st.booleans())
+def test_saved_mask_reads_back_unchanged(tmp_path: Path, mask: np.ndarray, as_tensor: bool) -> None:
+    path = tmp_path / "mask.png"
+    save_mask(path, torch.from_numpy(mask) if as_tensor else mask)
+    again = read_mask(path)
+    assert again.dtype == torch.uint8
+    assert np.array_equal(again.numpy(), mask)
+    assert [file.name for file in tmp_path.iterdir()] == ["mask.png"]  # nothing temporary stays
+
+
+@given(value=st.integers(0, 255))
+def test_palette_interleaves_the_bits_of_a_value(value: int) -> None:
+    bits = f"{value:08b}"[::-1]  # lowest bit first
+    colour = [int((bits[channel::3]).ljust(8, "0"), 2) for channel in range(3)]
+    assert VOC_PALETTE[value].tolist() == colour
+
+
+def test_palette_has_the_published_colours() -> None:
+    # aeroplane, bicycle, person, tvmonitor and the void border, as the VOC development kit prints them.
+    published = {
+        0: [0, 0, 0],
+        1: [128, 0, 0],
+        2: [0, 128, 0],
+        15: [192, 128, 128],
+        20: [0, 64, 128],
+        255: [224, 224, 192],
+    }
+    assert {value: VOC_PALETTE[value].tolist() for value in published} == published
+    assert len({tuple(colour) for colour in VOC_PALETTE.tolist()}) == 256
+
+
+def test_saved_mask_shows_the_palette_colours(tmp_path: Path) -> None:
+    save_mask(tmp_path / "new" / "mask.png", np.array([[0, 1], [15, 255]]))
+    with Image.open(tmp_path / "new" / "mask.png") as picture:
+        assert picture.mode == "P"
+        assert np.asarray(picture.convert("RGB")).tolist() == VOC_PALETTE[[[0, 1], [15, 255]]].tolist()
+
+
+def test_grey_and_foreign_palette_masks_give_class_numbers(tmp_path: Path) -> None:
+    grey = Image.fromarray(np.array([[0, 3, 255]], dtype=np.uint8))
+    grey.save(tmp_path / "grey.png")
+    grey.putpalette([9, 9, 9] * 256)
+    grey.save(tmp_path / "palette.png")
+    assert read_mask(tmp_path / "grey.png").tolist() == read_mask(tmp_path / "palette.png").tolist() == [[0, 3, 255]]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "1", "I;16"])
+def test_mask_without_class_numbers_is_refused_with_the_cure(tmp_path: Path, mode: str) -> None:
+    Image.new(mode, (4, 4)).save(tmp_path / "cat.png")
+    with pytest.raises(DataError, match=rf"cat\.png is a picture of mode {mode}.*convert the mask to an 8-bit palette"):
+        read_mask(tmp_path / "cat.png")
+
+
+def test_missing_mask_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"there is no file .*cat\.png"):
+        read_mask(tmp_path / "cat.png")
+
+
+def test_mask_values_are_those_that_occur() -> None:
+    assert mask_values(torch.tensor([[7, 0], [255, 7]], dtype=torch.uint8)) == [0, 7, 255]
+
+
+def test_value_beyond_the_classes_is_named_with_their_count() -> None:
+    check_mask_values(torch.tensor([[0, 1, 2, 255]], dtype=torch.uint8), 2, Path("cat.png"))
+    with pytest.raises(DataError, match=r"cat\.png holds the value 7, but there are 2 classes"):
+        check_mask_values(torch.tensor([[0, 7, 255]], dtype=torch.uint8), 2, Path("cat.png"))
+
+
+@pytest.mark.parametrize(
+    ("mask", "name", "words"),
+    [
+        (np.zeros((1, 4, 4), np.uint8), "a.png", r"must be \(H, W\).*got \(1, 4, 4\)"),
+        (np.zeros((0, 4), np.uint8), "a.png", "at least one pixel"),
+        (np.zeros((4, 4), np.float32), "a.png", "whole numbers, got float32"),
+        (np.array([[0, 256]]), "a.png", "0 to 255, got 0 to 256"),
+        (np.array([[-1, 0]]), "a.png", "0 to 255, got -1 to 0"),
+        (np.zeros((4, 4), np.uint8), "a.jpg", r"saved as \.png.*got a\.jpg"),
+    ],
+)
+def test_unfit_mask_is_refused_and_leaves_no_file(tmp_path: Path, mask: np.ndarray, name: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        save_mask(tmp_path / name, mask)
+    assert not list(tmp_path.iterdir())
