@@ -1,0 +1,370 @@
+"""The mini data set: what makes it honest is stated as numbers here."""
+
+import csv
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from smaflib.data import mini
+from smaflib.data.mini import CLASS_NAMES, FAMILIES, PREFERRED_SCENES, VOID, Scene, draw_scene, make_mini
+from smaflib.data.mini_drawing import CLASSES, DISTRACTORS, SCENES, TRIM, Sprite, render_object
+
+SIZE = 128
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return [draw_scene(seed=0, index=index, size=SIZE) for index in range(250)]
+
+
+def square_thing(class_index: int, left: int, top: int, side: int = 3) -> mini._Thing:
+    """A filled square in a box with one free pixel on each side."""
+    shape = np.zeros((side + 2, side + 2), dtype=bool)
+    shape[1:-1, 1:-1] = True
+    alpha = shape.astype(np.float32)
+    colour = np.repeat(alpha[..., None], 3, axis=2)
+    return mini._Thing(class_index, Sprite(colour, alpha, shape, shape, ~shape), left - 1, top - 1)
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- the task ---------------------------------------------------------------------------------------------------------
+
+
+def test_six_classes_in_three_families() -> None:
+    assert FAMILIES == (("llama", "ram"), ("crane", "mixer"), ("amphora", "plant"))
+    assert CLASS_NAMES == ("llama", "ram", "crane", "mixer", "amphora", "plant")
+
+
+@pytest.mark.parametrize(("one", "other"), FAMILIES)
+def test_siblings_differ_in_their_part_only(one: str, other: str) -> None:
+    a, b = CLASSES[one], CLASSES[other]
+    assert a.body is b.body and a.texture is b.texture and a.colours == b.colours
+    assert a.part is not b.part
+    assert a.scene != b.scene  # else the scene would tell nothing wrong, and the bias could not mislead
+    assert len(set(a.trim) & set(b.trim)) == 1 and len(a.trim) == len(b.trim) == 3
+
+
+def test_every_part_colour_occurs_in_several_families_and_on_a_distractor() -> None:
+    for colour in TRIM:
+        families = {family for family in FAMILIES for name in family if colour in CLASSES[name].trim}
+        assert len(families) >= 2
+    assert DISTRACTORS["ball"].trim == tuple(TRIM)
+
+
+def test_part_is_a_smallish_share_of_each_class(scenes: list[Scene]) -> None:
+    shares: dict[str, list[float]] = {name: [] for name in CLASS_NAMES}
+    for scene in scenes:
+        for thing in scene.objects:
+            shares[thing.class_name].append(thing.num_part_pixels / thing.num_pixels)
+    for name, values in shares.items():
+        assert len(values) > 40, name
+        assert 0.15 < np.mean(values) < 0.36, name
+        assert min(values) > 0.05, name
+
+
+def test_number_of_objects(scenes: list[Scene]) -> None:
+    counts = Counter(len(scene.objects) for scene in scenes)
+    assert set(counts) == {1, 2, 3}
+    for number, share in ((1, 0.6), (2, 0.28), (3, 0.12)):
+        assert counts[number] / len(scenes) == pytest.approx(share, abs=0.07)
+
+
+def test_small_medium_and_large_objects_are_all_frequent(scenes: list[Scene]) -> None:
+    extents = np.array([thing.extent for scene in scenes for thing in scene.objects])
+    small, large = (extents < 0.28 * SIZE).mean(), (extents >= 0.5 * SIZE).mean()
+    assert 0.25 < small < 0.45 and 0.2 < large < 0.45 and 0.2 < 1 - small - large < 0.5
+    assert extents.min() >= 12 and extents.max() >= 0.9 * SIZE
+
+
+def test_class_prefers_its_scene(scenes: list[Scene]) -> None:
+    single = [scene for scene in scenes if len(scene.objects) == 1]
+    at_home = [scene.scene_name == PREFERRED_SCENES[scene.class_names[0]] for scene in single]
+    assert np.mean(at_home) == pytest.approx(0.6, abs=0.08)
+    abroad = Counter(scene.scene_name for scene, home in zip(single, at_home, strict=True) if not home)
+    assert set(abroad) == set(SCENES)
+
+
+def test_saliency_is_as_good_as_a_detector_and_no_better(scenes: list[Scene]) -> None:
+    hit = false = missed = 0
+    for scene in scenes:
+        known = scene.mask != VOID
+        truth, guess = (scene.mask > 0) & known, (scene.saliency > 127) & known
+        hit, false, missed = (
+            hit + (truth & guess).sum(),
+            false + (guess & ~truth).sum(),
+            missed + (truth & ~guess).sum(),
+        )
+    assert hit / (hit + false + missed) == pytest.approx(0.76, abs=0.035)
+    assert hit / (hit + false) == pytest.approx(0.89, abs=0.04)
+    assert hit / (hit + missed) == pytest.approx(0.83, abs=0.04)
+
+
+def test_saliency_misses_objects_and_includes_other_things(scenes: list[Scene]) -> None:
+    known = [scene.mask != VOID for scene in scenes]
+    guess = [scene.saliency > 127 for scene in scenes]
+    recall = np.array([g[s.mask % VOID > 0].mean() for s, g in zip(scenes, guess, strict=True)])
+    false = np.array([(g & k & (s.mask == 0)).sum() for s, g, k in zip(scenes, guess, known, strict=True)])
+    assert 0.03 < (recall < 0.1).mean() < 0.25  # all of the image's objects missed
+    assert 0.1 < (false > 150).mean() < 0.6  # a whole thing too much: no warped edge has this many pixels
+    assert len(np.unique(scenes[0].saliency)) > 50  # grey levels, not a mask
+
+
+# --- masks and labels -------------------------------------------------------------------------------------------------
+
+
+def test_labels_and_objects_agree_with_the_mask(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        pixels = Counter(scene.mask[(scene.mask > 0) & (scene.mask != VOID)].tolist())
+        assert scene.class_names == tuple(CLASS_NAMES[index - 1] for index in sorted(pixels))
+        counted: Counter[int] = Counter()
+        for thing in scene.objects:
+            counted[CLASS_NAMES.index(thing.class_name) + 1] += thing.num_pixels
+            assert thing.extent >= 12 and thing.num_pixels >= 40 and thing.num_part_pixels >= 1
+        assert counted == pixels
+
+
+def test_void_lies_between_every_object_and_the_rest(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        mask = scene.mask
+        for one, other in (
+            (mask[:, 1:], mask[:, :-1]),
+            (mask[1:], mask[:-1]),
+            (mask[1:, 1:], mask[:-1, :-1]),
+            (mask[1:, :-1], mask[:-1, 1:]),
+        ):
+            assert not ((one != other) & (one != VOID) & (other != VOID)).any()
+
+
+def test_void_is_a_thin_border(scenes: list[Scene]) -> None:
+    void = touching = 0
+    for scene in scenes:
+        inside = np.pad((scene.mask > 0) & (scene.mask != VOID), 1)
+        near = np.zeros(scene.mask.shape, dtype=bool)
+        for row in range(3):
+            for column in range(3):
+                near |= inside[row : row + SIZE, column : column + SIZE]
+        void, touching = void + (scene.mask == VOID).sum(), touching + (near & (scene.mask == VOID)).sum()
+    assert touching / void > 0.97
+
+
+def test_object_casts_its_ring_on_what_is_behind() -> None:
+    things = [square_thing(2, left=1, top=1), square_thing(5, left=3, top=3)]
+    mask = mini._read_mask(things, mini._instance_map(things, 7))
+    v = VOID
+    assert mask.tolist() == [
+        [v, v, v, v, v, 0, 0],
+        [v, 2, 2, 2, v, 0, 0],
+        [v, 2, v, v, v, v, v],
+        [v, 2, v, 5, 5, 5, v],
+        [v, v, v, 5, 5, 5, v],
+        [0, 0, v, 5, 5, 5, v],
+        [0, 0, v, v, v, v, v],
+    ]
+
+
+def test_distractor_leaves_void_on_objects_only() -> None:
+    behind, thing, front = square_thing(0, 5, 1, side=1), square_thing(2, 1, 1), square_thing(0, 3, 3)
+    things = [behind, thing, front]
+    mask = mini._read_mask(things, mini._instance_map(things, 7))
+    v = VOID
+    assert mask.tolist() == [
+        [v, v, v, v, v, 0, 0],
+        [v, 2, 2, 2, v, 0, 0],
+        [v, 2, v, v, v, 0, 0],
+        [v, 2, v, 0, 0, 0, 0],
+        [v, v, v, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0],
+    ]
+
+
+def test_object_half_hidden_is_not_recognisable() -> None:
+    thing = square_thing(1, left=2, top=2, side=20)
+    free = mini._instance_map([thing], 40)
+    assert mini._describe(thing, 1, free) == mini.SceneObject("llama", extent=20, num_pixels=400, num_part_pixels=400)
+    assert mini._all_recognisable([thing], 40)
+    # A distractor over columns 10 to 29 leaves columns 2 to 8 of the object: 9 is void, and 7 * 20 of 400 too few.
+    cover = square_thing(0, left=10, top=2, side=20)
+    assert mini._describe(thing, 1, mini._instance_map([thing, cover], 40)).num_pixels == 140
+    assert not mini._all_recognisable([thing, cover], 40)
+
+
+def test_object_under_twelve_pixels_is_not_recognisable() -> None:
+    assert not mini._all_recognisable([square_thing(1, left=5, top=5, side=11)], 40)
+    assert mini._all_recognisable([square_thing(1, left=5, top=5, side=12)], 40)
+
+
+def test_thing_without_room_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mini, "_all_recognisable", lambda things, size: False)
+    things = [square_thing(1, left=5, top=5, side=20)]
+    stage = mini._Stage(size=64, horizon=20, light=(0.0, -1.0))
+    assert mini._add(things, 2, CLASSES["ram"], 30.0, stage, np.random.default_rng(0)) == things
+
+
+@given(left=st.integers(-20, 30), top=st.integers(-20, 30), side=st.integers(1, 12))
+def test_windows_lie_on_each_other(left: int, top: int, side: int) -> None:
+    size = 16
+    rows, columns = np.mgrid[:size, :size]
+    thing = square_thing(1, left, top, side)
+    window, inside = thing.windows(size)
+    sprite_rows, sprite_columns = np.mgrid[: side + 2, : side + 2]
+    assert (rows[window] - (top - 1)).tolist() == sprite_rows[inside].tolist()
+    assert (columns[window] - (left - 1)).tolist() == sprite_columns[inside].tolist()
+    covered = max(0, min(left + side, size) - max(left, 0)) * max(0, min(top + side, size) - max(top, 0))
+    assert (mini._instance_map([thing], size) == 1).sum() == covered
+
+
+@pytest.mark.parametrize("name", [*CLASSES, *DISTRACTORS])
+@pytest.mark.parametrize("extent", [18.0, 90.0])
+def test_rendered_thing_has_its_extent_and_a_free_margin(name: str, extent: float) -> None:
+    look = (CLASSES | DISTRACTORS)[name]
+    for seed in range(5):
+        sprite = render_object(look, extent, np.random.default_rng(seed), light=(0.0, -1.0))
+        assert max(sprite.shape.shape) == extent + 2
+        assert not (sprite.shape[[0, -1]].any() or sprite.shape[:, [0, -1]].any())
+        # Thin ends - a leaf's tip, a hoof - may cover less than half of the outermost pixels.
+        rows, columns = np.nonzero(sprite.shape)
+        assert extent - 5 <= max(np.ptp(rows), np.ptp(columns)) + 1 <= extent
+        assert sprite.part.any() == (look.part is not None)
+        assert not (sprite.part & ~sprite.shape).any()
+        assert (sprite.colour <= 256 * sprite.alpha[..., None] * 1.3).all()  # nothing is painted outside
+
+
+# --- determinism, arguments -------------------------------------------------------------------------------------------
+
+
+def test_scene_depends_on_its_arguments_only(scenes: list[Scene]) -> None:
+    again = draw_scene(seed=0, index=7, size=SIZE)
+    for field in ("image", "mask", "saliency"):
+        assert np.array_equal(getattr(again, field), getattr(scenes[7], field))
+    assert again.objects == scenes[7].objects
+    assert not np.array_equal(again.image, draw_scene(seed=1, index=7, size=SIZE).image)
+    assert not np.array_equal(again.image, scenes[8].image)
+
+
+@pytest.mark.parametrize("size", [64, 101, 200])
+def test_other_sizes(size: int) -> None:
+    for index in range(10):
+        scene = draw_scene(seed=2, index=index, size=size)
+        assert scene.image.shape == (size, size, 3)
+        assert scene.mask.shape == scene.saliency.shape == (size, size)
+        assert scene.image.dtype == scene.mask.dtype == scene.saliency.dtype == np.uint8
+        assert len(scene.objects) >= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seed": -1}, "seed must be a whole number, 0 or more, got -1"),
+        ({"index": -2}, "index must be a whole number, 0 or more, got -2"),
+        ({"size": 63}, "size must be a whole number, 64 or more, got 63"),
+        ({"size": 128.0}, "size must be a whole number, 64 or more, got 128.0"),
+    ],
+)
+def test_draw_scene_refuses_nonsense(arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw_scene(**{"seed": 0, "index": 0, **arguments})
+
+
+@pytest.mark.parametrize("argument", ["num_train", "num_val", "size", "seed", "num_workers"])
+def test_make_mini_refuses_nonsense_before_it_writes(tmp_path: Path, argument: str) -> None:
+    arguments = {"num_train": 1, "num_val": 1, **{argument: -1}}
+    with pytest.raises(ValueError, match=f"^{argument} must be a whole number"):
+        make_mini(tmp_path / "deep" / "mini", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mini_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("mini") / "data" / "mini"
+    make_mini(root, num_train=9, num_val=3, seed=4)
+    return root
+
+
+def test_layout_is_that_of_voc(mini_root: Path) -> None:
+    ids = [f"{index:06d}" for index in range(12)]
+    expected = {"labels.csv", "ImageSets/Segmentation/train.txt", "ImageSets/Segmentation/val.txt"}
+    expected |= {f"JPEGImages/{name}.jpg" for name in ids}
+    expected |= {f"{folder}/{name}.png" for folder in ("SegmentationClass", "Saliency") for name in ids}
+    assert set(files_below(mini_root)) == expected
+    assert (mini_root / "ImageSets/Segmentation/train.txt").read_text().splitlines() == ids[:9]
+    assert (mini_root / "ImageSets/Segmentation/val.txt").read_text().splitlines() == ids[9:]
+
+
+def test_files_hold_the_scenes(mini_root: Path) -> None:
+    with (mini_root / "labels.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["image", "labels"]
+    for index, (image, labels) in enumerate(rows[1:]):
+        scene = draw_scene(seed=4, index=index)
+        assert (image, labels) == (f"{index:06d}.jpg", ";".join(scene.class_names))
+        mask = Image.open(mini_root / "SegmentationClass" / f"{index:06d}.png")
+        assert mask.mode == "P" and np.array_equal(np.asarray(mask), scene.mask)
+        saliency = Image.open(mini_root / "Saliency" / f"{index:06d}.png")
+        assert saliency.mode == "L" and np.array_equal(np.asarray(saliency), scene.saliency)
+        jpeg = np.asarray(Image.open(mini_root / "JPEGImages" / image)).astype(int)
+        assert np.abs(jpeg - scene.image).mean() < 5  # noise is what JPEG loses; another scene is 40 away
+
+
+def test_palette_is_that_of_voc(mini_root: Path) -> None:
+    palette = Image.open(mini_root / "SegmentationClass" / "000000.png").getpalette()
+    assert palette is not None
+    colours = [tuple(palette[3 * index : 3 * index + 3]) for index in range(256)]
+    assert colours[:5] == [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128)]
+    assert colours[8] == (64, 0, 0) and colours[20] == (0, 64, 128)  # potted... to tv monitor, as in the devkit
+    assert colours[255] == (224, 224, 192)
+
+
+def test_files_are_the_same_with_two_workers(mini_root: Path, tmp_path: Path) -> None:
+    seen = []
+
+    def progress(iterable, *, total, desc):  # type: ignore[no-untyped-def]
+        for item in iterable:
+            seen.append((total, desc))
+            yield item
+
+    root = tmp_path / "mini"
+    root.mkdir()  # an empty folder is taken
+    make_mini(root, num_train=9, num_val=3, seed=4, num_workers=2, progress=progress)
+    assert files_below(root) == files_below(mini_root)
+    assert seen == [(12, "mini data set")] * 12
+    assert [path.name for path in tmp_path.iterdir()] == ["mini"]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_interrupted_run_leaves_nothing(tmp_path: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Threads instead of processes: they start at once, and the clean-up is the same.
+    monkeypatch.setattr(mini, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    begun = []
+
+    def interrupt(iterable, *, total, desc):  # type: ignore[no-untyped-def]
+        begun.append(next(iter(iterable)))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_mini(tmp_path / "mini", 20, 0, num_workers=num_workers, progress=interrupt)
+    assert begun == [draw_scene(0, 0).class_names]  # it had really started to write
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_data_is_never_touched(tmp_path: Path) -> None:
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    file.write_text("mine")
+    for root in (folder, file):
+        with pytest.raises(FileExistsError, match=f"{root.name} exists and is not an empty folder"):
+            make_mini(root, 1, 0)
+    assert files_below(tmp_path) == {"folder/notes.txt": b"mine", "file": b"mine"}
