@@ -1,0 +1,63 @@
+# The commands of the project; `make` prints them. Everything is installed into .venv and nowhere else.
+PYTHON ?= python3
+BIN := .venv/bin
+NBSTRIPOUT := $(BIN)/nbstripout --keep-id
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test check format lab lock clean
+
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.stamp  ## install the versions of requirements.lock into .venv (5 GB, a few minutes, once)
+
+reproduce: setup  ## run the whole chain on the mini data set; ends with the results and the path of the report
+	$(BIN)/smaf run configs/mini.yaml
+
+test: setup  ## run all tests
+	$(BIN)/python -m pytest
+
+check: setup  ## format, lint, types, notebooks stored without outputs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(NBSTRIPOUT) --verify notebooks/*.ipynb
+
+format: setup  ## bring code into shape and strip the notebooks' outputs
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(NBSTRIPOUT) notebooks/*.ipynb
+
+lab: setup  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+clean:  ## remove caches and build leftovers; .venv and papermill_runs stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
+
+# The stamp comes last: a set-up that was interrupted goes on with the next call.
+.venv/.stamp: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
+	  "smaflib needs Python 3.11 or newer, '$(PYTHON)' is not; name one with: make setup PYTHON=python3.11" >&2; exit 1; }
+	@command -v gcc >/dev/null && command -v g++ >/dev/null || { echo "pydensecrf2 is compiled during the set-up and" \
+	  "needs gcc and g++; install them: 'apt install build-essential' on Debian and Ubuntu," \
+	  "'xcode-select --install' on a Mac" >&2; exit 1; }
+	@$(PYTHON) -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("include"), "Python.h").stat()' \
+	  2>/dev/null || { echo "pydensecrf2 is compiled during the set-up and needs Python's headers;" \
+	  "install them: 'apt install python3-dev' on Debian and Ubuntu" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+# Torch's own CUDA and triton packages stay out (see the lock's header), and so do pip and smaflib itself. appnope is
+# what IPython's kernel needs on a Mac and nowhere else.
+lock:  ## write requirements.lock anew from the newest versions that pyproject.toml allows
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]' appnope
+	{ grep '^#' requirements.lock; build/lock/bin/python -m pip freeze --all --exclude pip --exclude-editable \
+	  | grep -vE '^(cuda-|nvidia-|triton==)' \
+	  | sed "s/^appnope==.*/& ; sys_platform == 'darwin'/"; } > build/requirements.lock
+	mv build/requirements.lock requirements.lock
+	rm -rf build/lock
