@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -24,8 +25,10 @@ from smaflib.files import load_arrays, save_arrays
 from smaflib.models.networks import AttentionNetwork
 from smaflib.runtime import Runtime, device_of, progress
 
+FUSION_RULES: tuple[FusionRule, ...] = get_args(FusionRule)
+
 PEAK_EPSILON = 0.5e-5
-"""Added to a class's peak before dividing by it. The reference adds 1e-5 to sums over both flips, which are means here."""
+"""Added to a peak before dividing by it: half the reference's 1e-5, which it adds to sums over two flips, not means."""
 
 
 @torch.no_grad()
@@ -106,7 +109,7 @@ def fuse_cams(
         weights = size_adaptive_weights(extent, torch.tensor(list(scales or ())))  # (S, K)
         fused = (weights[..., None, None] * _peak_at_one(upsampled)).sum(dim=0)
     else:
-        raise ValueError(f"there is no fusion rule {rule!r}; there are sum, mean, max and size_adaptive")
+        raise ValueError(f"there is no fusion rule {rule!r}; there are {', '.join(FUSION_RULES)}")
     return _peak_at_one(fused)
 
 

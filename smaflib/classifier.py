@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -150,3 +152,27 @@ def classify(network: AttentionNetwork, samples: Samples, runtime: Runtime) -> T
 def _crop_saliency(sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:
     assert sample.saliency is not None  # train_classifier has checked the whole split
     return {"saliency": crop.apply(sample.saliency)}
+
+
+def classification_scores(
+    image_logits: Tensor, image_labels: Tensor, class_names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Precision and recall per class of "logit above 0", their means, and the share of images with all labels right.
+
+    Args:
+        image_logits: (N, K).
+        image_labels: (N, K) in {0, 1}.
+        class_names: K names.
+
+    Returns:
+        Records with class_name, metric and value; nan: precision of a class never found, recall of one never there.
+    """
+    found, there = image_logits > 0, image_labels > 0
+    hits = (found & there).sum(dim=0).double()
+    records = []
+    for metric, values in (("precision", hits / found.sum(dim=0)), ("recall", hits / there.sum(dim=0))):
+        names = [*class_names, "mean"]
+        for name, value in zip(names, [*values.tolist(), float(values.nanmean())], strict=True):
+            records.append({"class_name": name, "metric": metric, "value": value})
+    exact = float((found == there).all(dim=1).double().mean())
+    return [*records, {"class_name": "mean", "metric": "accuracy", "value": exact}]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from smaflib.config import VOID_LABEL, EvaluationConfig
-from smaflib.reactivation import with_background_score
+from smaflib.reactivation import reactivate, with_background_score
 
 SIZES = ("small", "medium", "large")
 
@@ -198,3 +198,67 @@ def best_threshold(sweep: dict[float, Scores]) -> float:
 def masks_of(clean: Iterable[Tensor], bg_score: float) -> Iterable[Tensor]:
     """Unrefined masks of attention maps: uint8 (H, W) each."""
     return (with_background_score(maps, bg_score).argmax(dim=0).to(torch.uint8) for maps in clean)
+
+
+def evaluate_maps(
+    clean: Iterable[Tensor],
+    truths: Iterable[Tensor] | None,
+    class_names: Sequence[str],
+    config: EvaluationConfig,
+    bg_score: float | None = None,
+    **where: Any,
+) -> tuple[list[dict[str, Any]], float | None]:
+    """Judge attention maps, at a given background score or at the one that is best for them.
+
+    Args:
+        clean: per image (K, H, W) in [0, 1].
+        truths: per image uint8 (H, W); None where the data has none: then nothing is judged.
+        class_names: the K foreground classes.
+        config: thresholds and the limits between object sizes.
+        bg_score: None chooses the best threshold of this split; give that one to judge another split.
+        where: fields of the records: variant, split, scale.
+
+    Returns:
+        Tidy records, with ``iou_sweep`` for every threshold, and the background score they were judged at.
+    """
+    if truths is None:
+        return [], None
+    sweep = sweep_thresholds(clean, truths, class_names, config)
+    chosen = best_threshold(sweep) if bg_score is None else bg_score
+    records = sweep[chosen].records(bg_score=chosen, **where)
+    for threshold, scores in sweep.items():
+        records.append(
+            where | {"metric": "iou_sweep", "class_name": "mean", "bg_score": threshold, "value": scores.miou}
+        )
+    return records, chosen
+
+
+def image_score(mask: Tensor, truth: Tensor, num_classes: int) -> float:
+    """Mean IoU of one image over the labels that occur in it, to find the best and the worst cases; in [0, 1]."""
+    return mean_over_classes(intersection_over_union(confusion_matrix(mask, truth, num_classes)))
+
+
+def score_on_objects(
+    clean: Iterable[Tensor], truths: Iterable[Tensor], bg_score: float
+) -> dict[tuple[str, str], float]:
+    """How sure maps are of the right class, before and after reactivation.
+
+    Args:
+        clean: per image (K, H, W) in [0, 1].
+        truths: per image uint8 (H, W), 255 is void.
+        bg_score: the background's score in the reactivation.
+
+    Returns:
+        By ("denoised" or "reactivated", "score on objects" or "score on background"): on objects the mean score of
+        the true class, on background the mean score of the strongest class; both in [0, 1].
+    """
+    sums = {(step, place): [0.0, 0] for step in ("denoised", "reactivated") for place in ("objects", "background")}
+    for maps, truth in zip(clean, truths, strict=True):
+        objects, background = (truth > 0) & (truth != VOID_LABEL), truth == 0
+        index = (truth.long() - 1).clamp(0, len(maps) - 1)
+        for step, scores in (("denoised", maps), ("reactivated", reactivate(maps, bg_score)[1:])):
+            of_truth = scores.gather(0, index[None])[0]
+            for place, pixels in (("objects", of_truth[objects]), ("background", scores.amax(dim=0)[background])):
+                sums[step, place][0] += float(pixels.sum())
+                sums[step, place][1] += pixels.numel()
+    return {(step, f"score on {place}"): total / max(1, n) for (step, place), (total, n) in sums.items()}

@@ -1,7 +1,7 @@
 """Stage 3: denoise the fused maps with the image label, then reactivate them into the student's targets.
 
-Section 3.3 of the paper. Both are one line of arithmetic each, which is the point: the image label is certain and free, and
-dividing a pixel by its strongest score makes a weakly activated body as certain as the strongly activated head.
+Section 3.3 of the paper. Both are one line of arithmetic each, which is the point: the image label is certain and free,
+and dividing a pixel by its strongest score makes a weakly activated body as certain as the strongly activated head.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def denoise(fused: Tensor, image_label: Tensor) -> Tensor:
 def reactivate(clean: Tensor, bg_score: float) -> Tensor:
     """Divide every pixel by its strongest score, a constant background included: the winner becomes 1.
 
-    What is below the background is pushed down, and the ratios inside a pixel stay. Scores of a pixel need not sum to 1.
+    What is below the background is pushed down, and the ratios inside a pixel stay. A pixel's scores need not sum to 1.
 
     Args:
         clean: (K, H, W) or (B, K, H, W), in [0, 1], absent classes zero.

@@ -11,30 +11,13 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor, nn
 
 from smaflib.config import VOID_LABEL, Config, SegmentationConfig
-from smaflib.data.masks import read_mask
-from smaflib.data.sample import DataError, Sample, Samples
+from smaflib.data.masks import MaskFiles, save_mask
+from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import Crop, normalize
 from smaflib.models.networks import SegmentationNetwork
 from smaflib.refinement import dense_crf
-from smaflib.runtime import Runtime, derive_seed, device_of
+from smaflib.runtime import Runtime, derive_seed, device_of, progress
 from smaflib.training import Batch, Batches, History, fit
-
-
-class MaskFolder(Sequence[Tensor]):
-    """The masks of a split, read when asked for; uint8 (H, W)."""
-
-    def __init__(self, folder: Path, image_ids: Sequence[str]) -> None:
-        self.paths = [folder / f"{image_id}.png" for image_id in image_ids]
-        if missing := [path for path in self.paths if not path.is_file()]:
-            raise DataError(
-                f"{len(missing)} of {len(self.paths)} masks are missing, first {missing[0]}; notebook 06 makes them"
-            )
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
-        return read_mask(self.paths[index])
 
 
 def train_segmenter(
@@ -119,3 +102,22 @@ def segment(network: nn.Module, image: Tensor, config: SegmentationConfig, runti
     if config.test_crf is not None:
         return dense_crf(image, total / len(config.test_scales), config.test_crf)
     return total.argmax(dim=0).to(torch.uint8)
+
+
+def write_segmentation(
+    network: SegmentationNetwork, samples: Samples, folder: Path, config: Config, runtime: Runtime
+) -> MaskFiles:
+    """Segment a split into palette PNGs; images that have theirs already are skipped.
+
+    Args:
+        network: trained.
+        samples: the split.
+        folder: takes ``<image_id>.png``.
+        config: of the run.
+        runtime: device and precision.
+    """
+    paths = [folder / f"{image_id}.png" for image_id in samples.image_ids]
+    missing = [index for index, path in enumerate(paths) if not path.is_file()]
+    for index in progress(missing, desc=f"segment {samples.split}"):
+        save_mask(paths[index], segment(network, samples[index].image, config.segmentation, runtime))
+    return MaskFiles(paths)

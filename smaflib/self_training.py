@@ -89,6 +89,7 @@ class CleanMaps(Sequence[Tensor]):
         rule: of the fusion.
         scales: which scales take part; None: all. One scale gives the control of the paper's claim.
         cached: keep what was read, in half precision.
+        denoised: False leaves the maps of absent classes in, to show what denoising does.
     """
 
     def __init__(
@@ -98,8 +99,9 @@ class CleanMaps(Sequence[Tensor]):
         rule: FusionRule = "sum",
         scales: Sequence[float] | None = None,
         cached: bool = False,
+        denoised: bool = True,
     ) -> None:
-        self.maps, self.rule, self.scales, self.cached = maps, rule, scales, cached
+        self.maps, self.rule, self.scales, self.cached, self.denoised = maps, rule, scales, cached, denoised
         self.image_ids, self.image_labels = samples.image_ids, samples.image_labels
         self._cache: dict[int, Tensor] = {}
 
@@ -109,7 +111,7 @@ class CleanMaps(Sequence[Tensor]):
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
         if index not in self._cache:
             fused = self.maps.fused(self.image_ids[index], self.rule, self.scales)
-            clean = denoise(fused, self.image_labels[index])
+            clean = denoise(fused, self.image_labels[index]) if self.denoised else fused
             if not self.cached:
                 return clean
             self._cache[index] = clean.half()

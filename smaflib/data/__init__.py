@@ -7,10 +7,23 @@ from typing import Literal
 
 from smaflib.config import Config, DataConfig
 from smaflib.data.folder import load_folder
+from smaflib.data.masks import MaskFiles, save_mask, truth_of
+from smaflib.data.prepare import make_data, summarize
 from smaflib.data.sample import DataError, Sample, SampleFiles, Samples
 from smaflib.data.voc import load_voc
 
-__all__ = ["DataError", "Sample", "SampleFiles", "Samples", "load_samples"]
+__all__ = [
+    "DataError",
+    "MaskFiles",
+    "Sample",
+    "SampleFiles",
+    "Samples",
+    "load_samples",
+    "make_data",
+    "save_mask",
+    "summarize",
+    "truth_of",
+]
 
 
 def load_samples(config: Config, split: Literal["train", "val"], run_folder: Path | None = None) -> Samples:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from smaflib.config import VOID_LABEL
-from smaflib.data.sample import DataError
+from smaflib.data.sample import DataError, Samples
 from smaflib.files import save_image
 
 # What Pillow raises on damaged files, found by cutting and flipping bytes of real ones.
@@ -120,3 +120,30 @@ def save_mask(path: Path, mask: Tensor | np.ndarray) -> None:
     picture = Image.fromarray(np.ascontiguousarray(values, dtype=np.uint8))
     picture.putpalette(VOC_PALETTE.tobytes())
     save_image(path, picture)
+
+
+class MaskFiles(Sequence[Tensor]):
+    """Masks of a split, uint8 (H, W) each, read when asked for.
+
+    Args:
+        paths: one palette PNG per image.
+
+    Raises:
+        DataError: if any of them is missing.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = list(paths)
+        if missing := [path for path in self.paths if not path.is_file()]:
+            raise DataError(f"{len(missing)} of {len(self.paths)} masks are missing, the first is {missing[0]}")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+        return read_mask(self.paths[index])
+
+
+def truth_of(samples: Samples) -> MaskFiles | None:
+    """The true masks of a split, for judging; None where the data has none."""
+    return MaskFiles([files.mask for files in samples.files if files.mask]) if samples.has_truth else None

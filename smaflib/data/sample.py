@@ -107,7 +107,9 @@ class Samples(Sequence[Sample]):
         """The same samples with their masks, for judging."""
         if not self.has_truth:
             missing = next((files.image_id for files in self.files if files.mask is None), "all of them")
-            raise DataError(f"the split {self.split!r} cannot be judged: there is no mask for {missing}; set data.masks")
+            raise DataError(
+                f"the split {self.split!r} cannot be judged: there is no mask for {missing}; set data.masks"
+            )
         return self._copy(self.files, truth=True)
 
     def subset(self, indices: Sequence[int]) -> Samples:
@@ -120,7 +122,9 @@ class Samples(Sequence[Sample]):
             KeyError: if the split has no such image.
         """
         if image_id not in self.image_ids:
-            raise KeyError(f"there is no image {image_id!r} in the split {self.split!r}; the first is {self.image_ids[0]!r}")
+            raise KeyError(
+                f"there is no image {image_id!r} in the split {self.split!r}; the first is {self.image_ids[0]!r}"
+            )
         return self[self.image_ids.index(image_id)]
 
     def _copy(self, files: tuple[SampleFiles, ...], truth: bool) -> Samples:

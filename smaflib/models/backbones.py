@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torchvision.models
 from torch import Tensor, nn
 
@@ -22,21 +25,22 @@ class TorchvisionBackbone(nn.Module):
         skip_channels: channels at stride 4, or 0 where the family offers no such point.
     """
 
-    def __init__(self, model: nn.Module, output_stride: int) -> None:
+    def __init__(self, model: Any, output_stride: int) -> None:
         super().__init__()
+        self.early: nn.Module = nn.Identity()
+        self.late: nn.Module
+        self.skip_channels = 0
         if hasattr(model, "layer4"):
-            self.skip_channels = model.layer1[-1].conv1.in_channels  # type: ignore[index, union-attr]
-            self.early = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool, model.layer1)  # type: ignore[arg-type]
-            self.late = nn.Sequential(model.layer2, model.layer3, model.layer4)  # type: ignore[arg-type]
+            self.early = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool, model.layer1)
+            self.late = nn.Sequential(model.layer2, model.layer3, model.layer4)
+            self.skip_channels = model.layer1[-1].conv1.in_channels
             for layer, stride in ((model.layer2, 8), (model.layer3, 16), (model.layer4, 32)):
                 if stride > output_stride:
-                    _dilate_residual_layer(layer, dilation=stride // output_stride)  # type: ignore[arg-type]
+                    _dilate_residual_layer(layer, dilation=stride // output_stride)
         else:
-            self.skip_channels = 0
-            self.early = nn.Identity()
-            self.late = model.features  # type: ignore[assignment]
+            self.late = model.features
             _dilate_sequence(self.late, output_stride)
-        self.num_features = _last_channels(self.late)
+        self.num_features = _last_channels(nn.Sequential(self.early, self.late))
 
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, C, h, w)
         return self.late(self.early(images))
@@ -66,8 +70,8 @@ def build_backbone(config: ModelConfig) -> SlimResNet | TorchvisionBackbone:
     model = torchvision.models.get_model(config.backbone, weights=None)
     if not hasattr(model, "layer4") and not isinstance(getattr(model, "features", None), nn.Sequential):
         raise ConfigError(
-            f"model.backbone {config.backbone!r} has no plain convolutional features; choose a ResNet, VGG, SqueezeNet, "
-            "DenseNet, MobileNet, EfficientNet or ConvNeXt"
+            f"model.backbone {config.backbone!r} has no plain convolutional features; choose a ResNet, VGG, "
+            "SqueezeNet, DenseNet, MobileNet, EfficientNet or ConvNeXt"
         )
     load_backbone_weights(model, config.weights, source=config.backbone)
     return TorchvisionBackbone(model, config.output_stride)
@@ -114,8 +118,6 @@ def _side(value: int | tuple[int, ...]) -> int:
 
 def _last_channels(features: nn.Module) -> int:
     """Channels that a feature extractor gives, found by sending a small picture of zeros through it."""
-    import torch
-
     stem = next(module for module in features.modules() if isinstance(module, nn.Conv2d))
     training = features.training
     features.eval()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smaflib.config import ConfigError, ModelConfig, SegmentationConfig
-from smaflib.models.backbones import SlimResNet, TorchvisionBackbone, build_backbone
+from smaflib.models.backbones import TorchvisionBackbone, build_backbone
+from smaflib.models.slim import SlimResNet
+from smaflib.models.weights import WeightsError, fill, read_weights
 
 
 class AttentionNetwork(nn.Module):
@@ -84,7 +88,7 @@ class SegmentationNetwork(nn.Module):
         if self.skip:
             if not self.backbone.skip_channels:
                 raise ConfigError(
-                    f"segmentation.skip_channels is set, but {model.backbone!r} has no features at stride 4; set it to 0"
+                    f"segmentation.skip_channels is set, but {model.backbone!r} has no features at stride 4; set 0"
                 )
             self.early = nn.Conv2d(self.backbone.skip_channels, width, 1, bias=False)
             self.mix = nn.Sequential(
@@ -140,3 +144,20 @@ def with_background(teacher: AttentionNetwork) -> AttentionNetwork:
         state["head.weight"] = torch.cat([torch.zeros_like(state["head.weight"][:1]), state["head.weight"]])
     student.load_state_dict(state)
     return student.to(next(teacher.parameters()).device)
+
+
+def load_attention_network(path: Path, config: ModelConfig, num_classes: int) -> AttentionNetwork:
+    """Rebuild a teacher or student from a run's checkpoint, in eval mode on the CPU.
+
+    Raises:
+        ConfigError: if the file is missing or damaged.
+        WeightsError: if it belongs to another network.
+    """
+    # What an unfinished training stores beside the network does not belong to it.
+    state = {name: value for name, value in read_weights(path).items() if not name.startswith("optimizer.")}
+    if "head.weight" not in state:
+        raise WeightsError(f"{path} holds no attention network: it has no head.weight")
+    background = len(state["head.weight"]) == num_classes + 1
+    network = AttentionNetwork(config.model_copy(update={"weights": None}), num_classes, background)
+    fill(network, state, source=str(path))
+    return network.eval()

@@ -39,7 +39,7 @@ def load_backbone_weights(model: nn.Module, weights: str | None, source: str) ->
                 "model.weights is 'torchvision', but the slim backbone has no published weights; use null"
             )
         try:
-            state = torchvision.models.get_model_weights(source).DEFAULT.get_state_dict(progress=True)  # type: ignore[attr-defined]
+            state = torchvision.models.get_model_weights(source).DEFAULT.get_state_dict(progress=True)
         except OSError as error:
             raise ConfigError(
                 f"the ImageNet weights of {source} could not be downloaded ({error}); download them elsewhere, convert "

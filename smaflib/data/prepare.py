@@ -1,0 +1,69 @@
+"""Before hours are spent on a data set: make it, where code makes it, and say in numbers what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smaflib.config import VOID_LABEL, Config, EvaluationConfig
+from smaflib.data.mini import make_mini
+from smaflib.data.sample import Samples
+from smaflib.runtime import num_cores, progress
+
+
+def make_data(config: Config, run_folder: Path) -> None:
+    """Draw the mini data set at ``data.root`` (or in the run folder), unless it is there; other data is left alone."""
+    data = config.data
+    root = data.root or run_folder / "data"
+    if data.kind == "mini" and not root.is_dir():
+        make_mini(
+            root,
+            data.num_train,
+            data.num_val,
+            size=data.image_size,
+            seed=config.seed,
+            num_workers=num_cores(),
+            progress=progress,
+        )
+
+
+def summarize(samples: Samples, config: EvaluationConfig) -> dict[str, Any]:
+    """Count images and labels; with truth also object sizes, and how good the saliency maps are.
+
+    Args:
+        samples: a split.
+        config: the limits between object sizes.
+
+    Returns:
+        ``images``, ``labels_per_image``, ``images_per_class``, ``labels_sha256`` (of ids and labels), and with truth
+        ``object_shares`` (share of the image's area, of all objects) and ``saliency`` (iou, precision, recall of the
+        maps above 0.5 against the foreground).
+    """
+    labels = samples.image_labels
+    listing = "\n".join(f"{files.image_id}:{files.labels}" for files in samples.files)
+    facts: dict[str, Any] = {
+        "images": len(samples),
+        "labels_per_image": float(labels.sum(dim=1).mean()) if len(samples) else 0.0,
+        "images_per_class": dict(zip(samples.class_names, labels.sum(dim=0).int().tolist(), strict=True)),
+        "labels_sha256": hashlib.sha256(listing.encode()).hexdigest(),
+    }
+    if not samples.has_truth:
+        return facts
+    shares: list[float] = []
+    overlap = torch.zeros(3)  # saliency and truth both, saliency, truth
+    for sample in progress(samples.with_truth(), total=len(samples), desc=f"summary of {samples.split}"):
+        assert sample.mask is not None
+        counted = sample.mask != VOID_LABEL
+        areas = torch.bincount(sample.mask[counted].flatten().long(), minlength=1)[1:]
+        shares += (areas[areas > 0] / sample.mask.numel()).tolist()
+        if sample.saliency is not None:
+            found, there = (sample.saliency > 0.5)[counted], (sample.mask > 0)[counted]
+            overlap += torch.stack([(found & there).sum(), found.sum(), there.sum()])
+    facts["object_shares"] = [round(share, 4) for share in shares]
+    if samples.has_saliency:
+        both, found, there = overlap.tolist()
+        facts["saliency"] = {"iou": both / (found + there - both), "precision": both / found, "recall": both / there}
+    return facts
