@@ -42,8 +42,8 @@ class SlimResNet(nn.Module):
         c1, c2, c3, c4 = CHANNELS
         self.stem = nn.Sequential(nn.Conv2d(3, c1, 3, 2, 1, bias=False), nn.BatchNorm2d(c1), nn.ReLU(inplace=True))
         self.layer1 = ResidualBlock(c1, c1)  # stride 2
-        self.layer2 = nn.Sequential(ResidualBlock(c1, c2, stride=2), ResidualBlock(c2, c2))  # stride 4
-        self.layer3 = nn.Sequential(ResidualBlock(c2, c3, stride=2), ResidualBlock(c3, c3))  # stride 8
+        self.layer2 = ResidualBlock(c1, c2, stride=2)  # stride 4
+        self.layer3 = ResidualBlock(c2, c3, stride=2)  # stride 8
         self.layer4 = nn.Sequential(ResidualBlock(c3, c4, dilation=2), ResidualBlock(c4, c4, dilation=2))
 
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 96, H/8, W/8)

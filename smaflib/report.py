@@ -1,0 +1,365 @@
+"""Tables of results, and a report of a run that a browser reads without a network."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from PIL import Image
+
+from smaflib import files
+from smaflib.config import config_differences, dump_config
+from smaflib.runs import Run, Stage, find_run, read_manifest
+
+ROW = ["stage", "variant", "split", "scale"]
+"""What names a row of the results."""
+
+MEASURES = {  # column: (metric, object size)
+    "mIoU": ("iou", "all"),
+    "small": ("iou", "small"),
+    "medium": ("iou", "medium"),
+    "large": ("iou", "large"),
+    "precision": ("precision", "all"),
+    "recall": ("recall", "all"),
+}
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def results_table(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Results of a run in percent: a row per stage, variant, split and scale, in pipeline order.
+
+    Args:
+        metrics: tidy records as in ``metrics.json``.
+
+    Returns:
+        Columns ``mIoU`` over all objects, the same over small, medium and large ones, ``precision``, ``recall``; NaN
+        where nothing was measured. Sweeps over thresholds are left out, and rows without any IoU: a classifier's
+        precision is one of labels, not of pixels.
+    """
+    means = metrics[metrics["class_name"] == "mean"]
+    columns = {}
+    for column, (metric, size) in MEASURES.items():
+        columns[column] = _by_row(means[(means["metric"] == metric) & (means["object_size"] == size)])
+    table = pd.DataFrame(columns).dropna(how="all", subset=["mIoU", "small", "medium", "large"])
+    return _in_pipeline_order(table, metrics)
+
+
+def class_table(metrics: pd.DataFrame) -> pd.DataFrame:
+    """IoU in percent: rows as in :func:`results_table`, a column per class."""
+    ious = metrics[(metrics["metric"] == "iou") & (metrics["object_size"] == "all") & (metrics["class_name"] != "mean")]
+    columns = {name: _by_row(ious[ious["class_name"] == name]) for name in ious["class_name"].unique()}
+    return _in_pipeline_order(pd.DataFrame(columns), metrics)
+
+
+def compare_runs(folders: Sequence[str | Path], measure: str = "mIoU") -> pd.DataFrame:
+    """One measure of several runs side by side, in percent, with the differences to the first run.
+
+    Args:
+        folders: names of runs or paths of run folders.
+        measure: a column of :func:`results_table`.
+
+    Returns:
+        Rows as in :func:`results_table`; a column per run, then ``<run> - <first run>`` in percentage points.
+
+    Raises:
+        RunError: if one of them is no run.
+        ValueError: if there is no such measure.
+    """
+    if measure not in MEASURES:
+        raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {measure!r}")
+    runs = [find_run(str(folder)) for folder in folders]
+    labels = _labels(runs)
+    metrics = [run.metrics() for run in runs]
+    table = pd.DataFrame({label: results_table(part)[measure] for label, part in zip(labels, metrics, strict=True)})
+    for label in labels[1:]:
+        table[f"{label} - {labels[0]}"] = table[label] - table[labels[0]]
+    return _in_pipeline_order(table, pd.concat(metrics)).dropna(how="all")
+
+
+def comparison_text(folders: Sequence[str | Path], measure: str = "mIoU") -> str:
+    """:func:`compare_runs` for a terminal, then the settings in which the runs differ."""
+    runs = [find_run(str(folder)) for folder in folders]
+    table = compare_runs(folders, measure)
+    signed = {column: "{:+.1f}".format for column in table.columns[len(runs) :]}
+    lines = [f"{measure}, percent; differences in percentage points", table_text(table, signed)]
+    for run, label in zip(runs[1:], _labels(runs)[1:], strict=True):
+        differences = config_differences(runs[0].config, run.config)
+        lines += [f"\nsettings of {runs[0].name} | {label}:" + ("" if differences else " the same")]
+        lines += [f"  {line}" for line in differences]
+    return "\n".join(lines)
+
+
+def results_text(run: Run) -> str:
+    """The results table for a terminal."""
+    table = results_table(run.metrics())
+    return f"{run.name}: IoU in percent\n{table_text(table)}" if len(table) else f"{run.name}: no results yet"
+
+
+def table_text(table: pd.DataFrame, formats: dict[str, Any] | None = None) -> str:
+    """A table of percentages for a terminal: one decimal, a dash where nothing was measured."""
+    flat = table.reset_index()
+    formatted = {column: (formats or {}).get(column, "{:.1f}".format) for column in table.columns}
+    return flat.to_string(index=False, na_rep="-", formatters=formatted, justify="right")
+
+
+def duration(seconds: float | None) -> str:
+    """``"58 s"``, ``"3 min 05 s"`` or ``"2 h 14 min"``."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {left:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _by_row(records: pd.DataFrame) -> pd.Series:
+    """Values in percent, indexed by :data:`ROW`."""
+    named = records.assign(scale=[_scale_text(scale) for scale in records["scale"]])
+    rows = named.drop_duplicates(ROW, keep="last")
+    return rows.set_index(ROW)["value"].astype(float) * 100
+
+
+def _in_pipeline_order(table: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
+    """Stages by number, within a stage as its notebook recorded them."""
+    keys = zip(metrics["stage"], metrics["variant"], metrics["split"], map(_scale_text, metrics["scale"]), strict=True)
+    position = {key: number for number, key in reversed(list(enumerate(keys)))}
+    order = sorted(range(len(table)), key=lambda row: (table.index[row][0], position[table.index[row]]))
+    return table.iloc[order]
+
+
+def _scale_text(scale: float | None) -> str:
+    return "" if scale is None or pd.isna(scale) else f"{scale:g}"
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """Names of runs; where two share one, the folder's path."""
+    names = [run.name for run in runs]
+    return [run.name if names.count(run.name) == 1 else str(run.folder) for run in runs]
+
+
+# -------------------------------------------------------------------------------------------------------- the report
+
+
+def write_index(run: Run) -> Path:
+    """Write ``index.html`` and, for each executed notebook, a page without code.
+
+    Returns:
+        The path of ``index.html``.
+    """
+    manifest = read_manifest(run)
+    metrics = run.metrics()
+    stages = [_stage_facts(run, stage, manifest["stages"].get(stage.name, {})) for stage in run.stages]
+    pages = [stage for stage in stages if stage["page"]]
+    for number, stage in enumerate(pages):
+        neighbours = {"previous": pages[number - 1] if number else None, "next": (pages + [None])[number + 1]}
+        body = notebook_body(run.path(f"{stage['name']}.ipynb"))
+        _write_page(run.path(stage["page"]), "notebook.html.j2", run=run, stage=stage, body=body, **neighbours)
+    return _write_page(
+        run.path("index.html"),
+        "index.html.j2",
+        run=run,
+        manifest=manifest,
+        stages=stages,
+        pages=pages,
+        total=duration(sum(stage["seconds"] or 0 for stage in stages)),
+        peak=max((stage["peak_memory_mb"] or 0 for stage in stages), default=0),
+        results=_table_html(results_table(metrics), "IoU, precision and recall in percent", best=True),
+        classes=_table_html(class_table(metrics), "IoU by class, in percent"),
+        config=dump_config(run.config),
+        command=run.command(),
+    )
+
+
+def notebook_body(notebook: Path) -> str:
+    """An executed notebook as HTML without code: its text, its formulas as MathML, its outputs."""
+    import nbformat  # seconds to import, and tables need neither
+    from nbconvert import HTMLExporter
+
+    document = nbformat.read(notebook, as_version=4)
+    formulas: list[tuple[str, str]] = []
+    for cell in document.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _take_out_formulas(cell.source, formulas)
+        for output in cell.get("outputs", []):
+            if "text/markdown" in output.get("data", {}):
+                output.data["text/markdown"] = _take_out_formulas(output.data["text/markdown"], formulas)
+    exporter = HTMLExporter(
+        template_name="basic",
+        exclude_input=True,
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+        exclude_anchor_links=True,
+    )
+    exporter.log.setLevel("ERROR")  # it warns of pictures without description, which follow below
+    body, _ = exporter.from_notebook_node(document)
+    return _put_in_formulas(_describe_pictures(body), formulas)
+
+
+def network_references(html: str) -> list[str]:
+    """What a page would load from a network; links that a reader may click do not count."""
+    finder = _Loads()
+    finder.feed(html)
+    return finder.found
+
+
+class _Loads(HTMLParser):
+    """Collects addresses that a browser loads by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._inside = ""
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self._inside = tag if tag in ("style", "script") else ""
+        for name, value in attributes:
+            loads = name in ("src", "srcset", "poster", "data", "action") or (
+                name == "href" and tag not in ("a", "area")
+            )
+            if loads and re.match(r"\s*(https?:)?//", value or ""):
+                self.found.append(f"{tag} {name}={value}")
+            if name == "style":
+                self._find_in_css(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "style":
+            self._find_in_css(data)
+        elif self._inside == "script":
+            self.found += re.findall(r"https?://[^\s\"')]+", data)
+
+    def _find_in_css(self, css: str) -> None:
+        self.found += re.findall(r"(?:@import|url\()\s*[\"']?(?:https?:)?//[^\s\"')]+", css)
+
+
+def _write_page(path: Path, template: str, **values: Any) -> Path:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("smaflib"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["duration"] = duration
+    html = environment.get_template(template).render(**values)
+    if found := network_references(html):
+        warnings.warn(f"{path.name} cannot be read in full without a network: {', '.join(found)}", stacklevel=2)
+    files.write_text(path, html)
+    return path
+
+
+def _stage_facts(run: Run, stage: Stage, entry: dict[str, Any]) -> dict[str, Any]:
+    number, _, word = stage.name.partition("_")
+    figures = sorted(run.path("figures").glob(f"{number}_*.png"))
+    return {
+        "name": stage.name,
+        "number": number,
+        "title": word.replace("_", " "),
+        "question": stage.question,
+        "status": entry.get("status", "not run"),
+        "seconds": entry.get("seconds"),
+        "peak_memory_mb": entry.get("peak_memory_mb"),
+        "page": f"{stage.name}.html" if run.path(f"{stage.name}.ipynb").is_file() else None,
+        "figures": [_figure_facts(path) for path in figures],
+    }
+
+
+def _figure_facts(path: Path) -> dict[str, Any]:
+    caption = path.stem.partition("_")[2].replace("_", " ")
+    with Image.open(path) as image:
+        description = str(image.info.get("Description") or caption)
+        return {
+            "path": f"figures/{path.name}",
+            "caption": caption,
+            "alt": " ".join(description.split()),
+            "width": image.width,
+            "height": image.height,
+        }
+
+
+def _table_html(table: pd.DataFrame, caption: str, best: bool = False) -> str:
+    """A table of percentages; with ``best`` the highest number of each column and split stands out."""
+    if table.empty:
+        return ""
+    named = "".join(f"<th scope='col' class='name'>{escape(str(name))}</th>" for name in table.index.names)
+    head = named + "".join(f"<th scope='col'>{escape(str(name))}</th>" for name in table.columns)
+    highest = table.groupby(level="split").transform("max")
+    rows = []
+    for key, values, tops in zip(table.index, table.to_numpy(), highest.to_numpy(), strict=True):
+        cells = [f"<th scope='row'>{escape(str(part))}</th>" for part in key]
+        for value, top in zip(values, tops, strict=True):
+            mark = " class='best'" if best and value == top else ""
+            cells.append(f"<td{mark}>{'–' if pd.isna(value) else f'{value:.1f}'}</td>")
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    head = f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>"
+    return f"<table>{head}<tbody>{''.join(rows)}</tbody></table>"
+
+
+# Code first: a dollar in it is no formula. In prose a formula hugs its dollars, so that "$5 and $6" is none.
+_CODE_OR_FORMULA = re.compile(
+    r"(?P<code>^(?P<fence>```+|~~~+).*?^(?P=fence)|(?P<tick>`+).+?(?P=tick))"
+    r"|(?<!\\)\$\$(?P<block>.+?)\$\$"
+    r"|(?<![\\$])\$(?=\S)(?P<inline>[^$`\n]+?)(?<=\S)(?<!\\)\$(?![\d$])",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+def _take_out_formulas(markdown: str, formulas: list[tuple[str, str]]) -> str:
+    """Put a token in place of each formula, for Markdown would read its ``_`` and ``*``; collect (LaTeX, MathML)."""
+
+    def take(found: re.Match[str]) -> str:
+        if found["code"]:
+            return found[0]
+        latex = (found["block"] or found["inline"]).strip()
+        formulas.append((latex, _mathml(latex, block=found["block"] is not None)))
+        return f"smafformula{len(formulas) - 1}x"
+
+    return _CODE_OR_FORMULA.sub(take, markdown)
+
+
+def _put_in_formulas(body: str, formulas: list[tuple[str, str]]) -> str:
+    """Put each formula in place of its token: MathML in text, LaTeX in attributes such as a heading's id."""
+    token = re.compile(r"smafformula(\d+)x")
+
+    def source(found: re.Match[str]) -> str:
+        return escape(formulas[int(found[1])][0].replace(" ", ""))
+
+    body = re.sub(r"<[^<>]*smafformula[^<>]*>", lambda tag: token.sub(source, tag[0]), body)
+    return token.sub(lambda found: formulas[int(found[1])][1], body)
+
+
+def _mathml(latex: str, block: bool) -> str:
+    from latex2mathml.converter import convert as latex_to_mathml
+
+    try:
+        mathml = latex_to_mathml(latex, display="block" if block else "inline")
+    except Exception:  # its parser has many; the source is readable too
+        return f"<code>{escape(latex)}</code>"
+    # HTML needs no namespace, and a page without any http is easily checked.
+    return mathml.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")
+
+
+_HEADING_OR_BARE_PICTURE = re.compile(
+    r"<h[1-6][^>]*>(?P<heading>.*?)</h[1-6]>|alt=\"No description has been provided for this image\"", re.DOTALL
+)
+
+
+def _describe_pictures(body: str) -> str:
+    """Pictures of notebook outputs get the heading that they stand under as their description."""
+    heading = "figure"
+
+    def describe(found: re.Match[str]) -> str:
+        nonlocal heading
+        if found["heading"] is None:
+            return f'alt="{heading}"'
+        heading = escape(re.sub(r"<[^>]+>", "", found["heading"]).strip(), quote=True)
+        return found[0]
+
+    return _HEADING_OR_BARE_PICTURE.sub(describe, body)

@@ -1,0 +1,111 @@
+"""Tiny samples and networks that the tests of several modules share. Nothing is read from the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smaflib.config import Config, check_settings
+from smaflib.data.sample import Sample, SampleFiles, Samples
+
+CLASSES = ("red", "green", "blue")
+
+TRAINING = {
+    "iterations": 4,
+    "batch_size": 2,
+    "crop_size": 32,
+    "resize_range": [32, 48],
+    "color_jitter": [0, 0, 0, 0],
+    "head_multiplier": 1,
+    "bias_multiplier": 1,
+    "optimizer": "adamw",
+    "schedule": "onecycle",
+    "weight_decay": 0.01,
+    "learning_rate": 0.004,
+}
+"""Settings of a training that takes well below a second."""
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def make_samples(
+    num: int = 5, size: tuple[int, int] = (32, 40), saliency: bool = True, truth: bool = True, split: str = "train"
+) -> Samples:
+    """Grey noise with one rectangle of pure colour per image: class ``i % 3`` in image ``i``."""
+
+    def read(files: SampleFiles, num_classes: int, with_mask: bool) -> Sample:
+        index = int(files.image_id.removeprefix("image"))
+        height, width = size
+        image = torch.randint(90, 120, (3, height, width), dtype=torch.uint8, generator=generator(index))
+        top, left = height // 4 + index % 3, width // 4 - index % 3
+        window = (slice(top, top + height // 2), slice(left, left + width // 2))
+        mask = torch.zeros(height, width, dtype=torch.uint8)
+        image_label = torch.zeros(num_classes)
+        for number in files.labels:
+            image[(slice(None), *window)] = 0
+            image[(number, *window)] = 255
+            mask[window] = number + 1
+            image_label[number] = 1
+        grey = (mask > 0).float() if files.saliency else None
+        return Sample(files.image_id, image, image_label, grey, mask if with_mask else None)
+
+    files = tuple(
+        SampleFiles(
+            f"image{index}",
+            Path(f"image{index}.jpg"),
+            (index % len(CLASSES),),
+            Path("saliency.png") if saliency else None,
+            Path("mask.png") if truth else None,
+        )
+        for index in range(num)
+    )
+    return Samples(files, CLASSES, split, read)
+
+
+def tiny_config(**groups: dict[str, Any]) -> Config:
+    """A run on the slim network with tiny trainings; ``tiny_config(attention={"scales": [1]})`` overrides."""
+    settings: dict[str, Any] = {
+        "data": {"kind": "mini"},
+        "model": {"backbone": "slim", "freeze_batch_norm": False},
+        "classifier": dict(TRAINING),
+        "attention": {"scales": [0.5, 1.0]},
+        "self_training": dict(TRAINING),
+        "segmentation": TRAINING | {"aspp_dilations": [1, 2]},
+    }
+    for name, group in groups.items():
+        settings[name] = settings.get(name, {}) | group
+    return check_settings(settings)
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Bit for bit, buffers included."""
+    left, right = one.state_dict(), other.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+class PixelNetwork(nn.Module):
+    """Logit maps that are a function of the pixel alone: the image, averaged over cells, times a matrix.
+
+    What it gives for an image can be worked out by hand. The normalisation of the image is undone first.
+    """
+
+    def __init__(self, matrix: Tensor, stride: int = 1, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(matrix.float())  # (channels, 3)
+        self.bias = bias
+        self.stride = stride
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, channels, H/stride, W/stride)
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        pixels = images * std[:, None, None] + mean[:, None, None]
+        pixels = nn.functional.avg_pool2d(pixels, self.stride)
+        logits = torch.einsum("kc,bchw->bkhw", self.matrix, pixels)
+        return logits if self.bias is None else logits + self.bias[:, None, None]
+
+    def attention(self, logits: Tensor) -> Tensor:
+        return logits.relu()

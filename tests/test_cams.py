@@ -1,0 +1,347 @@
+"""Stage 2: attention at several scales, fusion, and the folder of maps."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import PixelNetwork, generator, make_samples, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from smaflib.cams import (
+    REFERENCE_EXTENT,
+    AttentionMaps,
+    fuse_cams,
+    multi_scale_cams,
+    size_adaptive_weights,
+    write_attention_maps,
+)
+from smaflib.config import AttentionConfig, FusionRule
+from smaflib.data import DataError
+from smaflib.models import AttentionNetwork
+from smaflib.runtime import Runtime, cpu_runtime
+
+RULES: list[FusionRule] = ["sum", "mean", "max", "size_adaptive"]
+
+
+def slim_network(background: bool = True) -> AttentionNetwork:
+    torch.manual_seed(0)
+    return AttentionNetwork(tiny_config().model, 3, background)
+
+
+def some_image(height: int = 40, width: int = 56, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator(seed))
+
+
+def some_cams(seed: int, num_scales: int = 3, num_classes: int = 2) -> list[Tensor]:
+    """Maps of growing size with peaks between 0.3 and 1.3."""
+    source = generator(seed)
+    return [
+        torch.rand(num_classes, 2 + scale, 3 + 2 * scale, generator=source) + torch.rand((), generator=source) * 0.3
+        for scale in range(num_scales)
+    ]
+
+
+# --- multi_scale_cams -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_maps_of_a_network_that_can_be_worked_out_by_hand(flip: bool) -> None:
+    image = torch.zeros(3, 4, 8, dtype=torch.uint8)
+    image[0, :, :4] = 255  # red on the left half
+    network = PixelNetwork(torch.tensor([[2.0, 0, 0], [-1.0, 0, 0]]), stride=2)
+    (cam,) = multi_scale_cams(network, image, scales=[1.0], flip=flip)  # type: ignore[arg-type]
+    assert cam.dtype == torch.float32 and cam.shape == (2, 2, 4)
+    torch.testing.assert_close(cam[0], torch.tensor([[2.0, 2, 0, 0]] * 2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(cam[1], torch.zeros(2, 4), rtol=0, atol=1e-5)  # never negative
+
+
+def test_every_scale_is_a_look_at_the_resized_image() -> None:
+    cams = multi_scale_cams(slim_network(), some_image(), scales=(0.5, 1.0, 2.0))
+    assert [tuple(cam.shape) for cam in cams] == [(3, 3, 4), (3, 5, 7), (3, 10, 14)]
+    assert all(bool((cam >= 0).all()) for cam in cams)
+    assert multi_scale_cams(slim_network(), some_image(9, 9), scales=[0.01])[0].shape == (3, 1, 1)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_flips_commute_with_attention(background: bool) -> None:
+    """Attention to the mirror image is the mirrored attention, for a network that knows left from right."""
+    network, image = slim_network(background), some_image()
+    scales = (0.5, 1.0, 1.5)
+    cams, mirrored = (multi_scale_cams(network, picture, scales) for picture in (image, image.flip(-1)))
+    for cam, other in zip(cams, mirrored, strict=True):
+        torch.testing.assert_close(other, cam.flip(-1), rtol=1e-4, atol=1e-5)
+    one_sided, other_side = (
+        multi_scale_cams(network, picture, [1.0], flip=False)[0] for picture in (image, image.flip(-1))
+    )
+    assert not torch.allclose(other_side, one_sided.flip(-1), rtol=1e-2, atol=1e-3)
+
+
+def test_batch_of_images_gives_what_each_gives_alone() -> None:
+    network = slim_network()
+    images = torch.stack([some_image(seed=seed) for seed in range(3)])
+    together = multi_scale_cams(network, images, (0.5, 1.0))
+    for row, image in enumerate(images):
+        for batch, alone in zip(together, multi_scale_cams(network, image, (0.5, 1.0)), strict=True):
+            torch.testing.assert_close(batch[row], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_network_is_put_in_eval_mode_and_keeps_its_state() -> None:
+    network = slim_network().train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    (cam,) = multi_scale_cams(network, some_image(), [1.0])
+    assert not network.training and not cam.requires_grad
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_bf16_gives_float32_maps_that_are_nearly_the_same() -> None:
+    network, image = slim_network(), some_image()
+    exact = multi_scale_cams(network, image, [1.0])[0]
+    rough = multi_scale_cams(network, image, [1.0], runtime=Runtime(torch.device("cpu"), "bf16"))[0]
+    assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
+    torch.testing.assert_close(rough, exact, rtol=0.1, atol=0.02)
+
+
+# --- fuse_cams --------------------------------------------------------------------------------------------------------
+
+
+def test_fusion_rules_by_hand() -> None:
+    strong, weak = torch.tensor([[[4.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
+    assert fuse_cams([strong, weak], (1, 2), "sum").flatten().tolist() == pytest.approx([1, 0.25], abs=1e-5)
+    assert fuse_cams([strong, weak], (1, 2), "max").flatten().tolist() == pytest.approx([1, 0.25], abs=1e-5)
+    assert fuse_cams([strong, weak], (1, 2), "mean").flatten().tolist() == pytest.approx([1, 1], abs=1e-4)
+    both = torch.tensor([[[4.0, 2.0]]])
+    assert fuse_cams([both, weak], (1, 2), "sum").flatten().tolist() == pytest.approx([1, 0.75], abs=1e-5)
+    assert fuse_cams([both, weak], (1, 2), "max").flatten().tolist() == pytest.approx([1, 0.5], abs=1e-5)
+    assert fuse_cams([both, weak], (1, 2), "mean").flatten().tolist() == pytest.approx([2 / 3, 1], abs=1e-4)
+
+
+def test_maps_are_brought_to_the_images_size_between_cell_centres() -> None:
+    # Bilinear with align_corners=False: two cells on four pixels lie at 0.5 and 2.5.
+    fused = fuse_cams([torch.tensor([[[0.0, 1.0]]])], (2, 4))
+    assert fused.shape == (1, 2, 4)
+    assert fused[0, 0].tolist() == fused[0, 1].tolist() == pytest.approx([0, 0.25, 0.75, 1], abs=1e-5)
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**20), rule=st.sampled_from(RULES))
+def test_every_class_peaks_at_1(seed: int, rule: FusionRule) -> None:
+    cams = some_cams(seed)
+    fused = fuse_cams(cams, (9, 11), rule, (0.5, 1.0, 2.0))
+    assert fused.shape == (2, 9, 11) and float(fused.min()) >= 0
+    peaks = fused.amax(dim=(1, 2))
+    assert bool((peaks <= 1).all()) and bool((peaks > 1 - 1e-4).all())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_class_without_attention_stays_zero(rule: FusionRule) -> None:
+    cams = [torch.stack([cam[0], torch.zeros_like(cam[0])]) for cam in some_cams(0)]
+    fused = fuse_cams(cams, (8, 8), rule, (0.5, 1.0, 2.0))
+    assert not fused[1].any() and float(fused[0].max()) > 0.999
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**20), rule=st.sampled_from(RULES))
+def test_order_of_scales_does_not_matter(seed: int, rule: FusionRule) -> None:
+    cams, scales = some_cams(seed), (0.5, 1.0, 2.0)
+    expected = fuse_cams(cams, (7, 7), rule, scales)
+    for order in itertools.permutations(range(3)):
+        shuffled = fuse_cams([cams[i] for i in order], (7, 7), rule, [scales[i] for i in order])
+        torch.testing.assert_close(shuffled, expected, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**20), rule=st.sampled_from(["sum", "mean", "max"]), factor=st.floats(0.5, 4))
+def test_one_scale_seen_twice_or_louder_is_that_scale(seed: int, rule: FusionRule, factor: float) -> None:
+    (cam,) = some_cams(seed, num_scales=1)
+    expected = fuse_cams([cam], (6, 8), rule)
+    torch.testing.assert_close(fuse_cams([cam, cam * factor], (6, 8), rule), expected, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**20), rule=st.sampled_from(["sum", "max"]))
+def test_fusion_is_monotone(seed: int, rule: FusionRule) -> None:
+    """More attention to a pixel that is not the peak never lowers it, and changes nothing else."""
+    cams = list(torch.rand(2, 2, 4, 5, generator=generator(seed)))
+    for cam in cams:
+        cam[0, 0, 0] = 9.0  # the peak, in every scale
+    before = fuse_cams(cams, (4, 5), rule)
+    row, column = divmod(1 + seed % 19, 5)  # any other pixel
+    cams[1][0, row, column] += 0.5
+    after = fuse_cams(cams, (4, 5), rule)
+    assert float(after[0, row, column]) >= float(before[0, row, column])
+    assert rule == "max" or float(after[0, row, column]) > float(before[0, row, column])
+    after[0, row, column] = before[0, row, column]
+    torch.testing.assert_close(after, before)
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**20), rule=st.sampled_from(RULES))
+def test_classes_are_fused_independently(seed: int, rule: FusionRule) -> None:
+    cams, scales = some_cams(seed, num_classes=3), (0.5, 1.0, 2.0)
+    together = fuse_cams(cams, (6, 6), rule, scales)
+    for number in range(3):
+        alone = fuse_cams([cam[number : number + 1] for cam in cams], (6, 6), rule, scales)
+        torch.testing.assert_close(alone[0], together[number], rtol=1e-5, atol=1e-6)
+
+
+def test_maps_that_cannot_be_fused_are_refused() -> None:
+    with pytest.raises(ValueError, match="needs maps of one set of classes, got \\[\\]"):
+        fuse_cams([], (4, 4))
+    with pytest.raises(ValueError, match=r"one set of classes, got \[\(2, 3, 3\), \(1, 3, 3\)\]"):
+        fuse_cams([torch.rand(2, 3, 3), torch.rand(1, 3, 3)], (4, 4))
+    with pytest.raises(ValueError, match="no fusion rule 'product'; there are sum, mean, max"):
+        fuse_cams([torch.rand(2, 3, 3)], (4, 4), "product")  # type: ignore[arg-type]
+    for scales in (None, [1.0]):
+        with pytest.raises(ValueError, match="size_adaptive rule needs the scale of each of the 2 maps"):
+            fuse_cams([torch.rand(2, 3, 3)] * 2, (4, 4), "size_adaptive", scales)
+
+
+# --- the size-adaptive rule -------------------------------------------------------------------------------------------
+
+
+@given(extents=st.lists(st.floats(0.001, 1), min_size=1, max_size=4))
+def test_size_adaptive_weights_sum_to_1_and_small_objects_prefer_large_scales(extents: list[float]) -> None:
+    scales = torch.tensor([0.5, 1.0, 2.0])
+    weights = size_adaptive_weights(torch.tensor(extents), scales)
+    assert weights.shape == (3, len(extents))
+    torch.testing.assert_close(weights.sum(dim=0), torch.ones(len(extents)))
+    order = torch.tensor(extents).argsort()
+    preferred = (weights * scales[:, None]).sum(dim=0)[order]
+    assert bool((preferred.diff() <= 1e-5).all())  # the larger the object, the smaller the scale
+
+
+@pytest.mark.parametrize(
+    ("extent", "best"), [(REFERENCE_EXTENT, 1), (REFERENCE_EXTENT / 2, 2), (REFERENCE_EXTENT * 2, 0)]
+)
+def test_scale_that_serves_an_extent_best(extent: float, best: int) -> None:
+    weights = size_adaptive_weights(torch.tensor(extent), torch.tensor([0.5, 1.0, 2.0]))
+    assert int(weights.argmax()) == best
+
+
+def test_size_adaptive_fusion_listens_to_the_scale_of_the_objects_size() -> None:
+    """Scale 2 sees a small object, scale 0.5 a large one; each fused map leans to its own scale."""
+    small, large = torch.zeros(1, 16, 16), torch.zeros(1, 16, 16)
+    small[0, :2, :2], large[0, :15, :15] = 1, 1
+    decoy = torch.zeros(1, 16, 16)
+    decoy[0, 15, 15] = 1
+    for extent, right, wrong in ((small, 1, 0), (large, 0, 1)):
+        cams = [torch.zeros(1), torch.zeros(1)]
+        cams[right], cams[wrong] = extent, extent * 0.6 + decoy * 0.5
+        adaptive = fuse_cams(cams, (16, 16), "size_adaptive", (0.5, 2.0))[0, 15, 15]
+        assert float(adaptive) < float(fuse_cams(cams, (16, 16), "mean")[0, 15, 15])
+
+
+# --- the folder of maps -----------------------------------------------------------------------------------------------
+
+
+def test_maps_come_back_in_half_precision(tmp_path: Path) -> None:
+    maps = AttentionMaps(tmp_path / "cams", (0.5, 1.0, 2.0))
+    cams = some_cams(0)
+    maps.write("a.b", cams, (9, 11))
+    again, size = maps.read("a.b")
+    assert size == (9, 11)
+    for cam, back in zip(cams, again, strict=True):
+        assert back.dtype == torch.float32 and torch.equal(back, cam.half().float())
+    assert torch.equal(maps.fused("a.b", "mean"), fuse_cams(again, (9, 11), "mean"))
+    assert [path.name for path in maps.folder.iterdir()] == ["a.b.npz"]
+
+
+def test_some_scales_in_an_order_of_ones_own(tmp_path: Path) -> None:
+    maps = AttentionMaps(tmp_path, (0.5, 1.0, 2.0))
+    cams = some_cams(0)
+    maps.write("a", cams, (9, 11))
+    halves = [cam.half().float() for cam in cams]
+    assert torch.equal(maps.fused("a", scales=[1.0]), fuse_cams(halves[1:2], (9, 11)))
+    expected = fuse_cams([halves[2], halves[0]], (9, 11), "size_adaptive", (2.0, 0.5))
+    assert torch.equal(maps.fused("a", "size_adaptive", scales=(2.0, 0.5)), expected)
+    # A reader that wants fewer scales than were written finds them in the same file.
+    assert torch.equal(AttentionMaps(tmp_path, (2.0,)).read("a")[0][0], halves[2])
+
+
+def test_as_many_maps_as_scales_must_be_written(tmp_path: Path) -> None:
+    maps = AttentionMaps(tmp_path, (0.5, 1.0))
+    with pytest.raises(ValueError, match="zip"):
+        maps.write("a", some_cams(0), (9, 11))
+    assert not maps.path("a").exists()
+
+
+def test_missing_file_names_what_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no attention maps .*cat\.npz; notebook 03 \(teacher\) or 05 \(student\)"):
+        AttentionMaps(tmp_path, (1.0,)).read("cat")
+
+
+def test_file_of_other_scales_is_refused(tmp_path: Path) -> None:
+    AttentionMaps(tmp_path, (1.0,)).write("a", some_cams(0, num_scales=1), (4, 4))
+    with pytest.raises(DataError, match="not a complete file of attention maps .*scale_0.5.*delete it and run again"):
+        AttentionMaps(tmp_path, (0.5, 1.0)).read("a")
+
+
+@pytest.mark.parametrize("kept", [0, 3, 50, 0.5, -1])
+def test_truncated_file_is_refused(tmp_path: Path, kept: float) -> None:
+    maps = AttentionMaps(tmp_path, (0.5, 1.0, 2.0))
+    maps.write("a", some_cams(0), (9, 11))
+    whole = maps.path("a").read_bytes()
+    maps.path("a").write_bytes(whole[: int(len(whole) * kept) if kept == 0.5 else int(kept)])
+    with pytest.raises(DataError, match=r"a\.npz is not a complete file of attention maps .*delete it and run again"):
+        maps.read("a")
+
+
+@settings(max_examples=60)
+@given(where=st.integers(0, 10**6), seed=st.integers(0, 2**20))
+def test_damaged_file_never_gives_other_maps(tmp_path_factory: pytest.TempPathFactory, where: int, seed: int) -> None:
+    maps = AttentionMaps(tmp_path_factory.mktemp("cams"), (0.5, 1.0, 2.0))
+    maps.write("a", some_cams(seed), (9, 11))
+    whole, (expected, size) = bytearray(maps.path("a").read_bytes()), maps.read("a")
+    start = where % len(whole)
+    whole[start : start + 8] = bytes(byte ^ 0xFF for byte in whole[start : start + 8])
+    maps.path("a").write_bytes(whole)
+    try:
+        again, other_size = maps.read("a")
+    except DataError:
+        return
+    # Some bytes of a zip file, such as dates, tell nothing that is read.
+    assert other_size == size and all(torch.equal(one, other) for one, other in zip(again, expected, strict=True))
+
+
+# --- a whole split ----------------------------------------------------------------------------------------------------
+
+
+def test_split_is_written_once_and_missing_maps_are_added(tmp_path: Path) -> None:
+    samples, config = make_samples(5, size=(16, 24)), AttentionConfig(scales=(0.5, 1.0))
+    network, runtime = slim_network(), cpu_runtime()
+    maps = write_attention_maps(network, samples, tmp_path, config, runtime, batch_size=2)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == samples.image_ids
+    for sample in samples:
+        cams, size = maps.read(sample.image_id)
+        assert size == (16, 24)
+        for cam, alone in zip(cams, multi_scale_cams(network, sample.image, config.scales), strict=True):
+            torch.testing.assert_close(cam, alone, rtol=2e-3, atol=1e-4)
+
+    untouched = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.stem != "image3"}
+    maps.path("image3").unlink()
+    with torch.no_grad():
+        network.head.weight.zero_()  # whatever is written now is not what was written before
+    write_attention_maps(network, samples, tmp_path, config, runtime, batch_size=2)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.stem != "image3"} == untouched
+    torch.testing.assert_close(maps.read("image3")[0][0], torch.full((3, 1, 2), 0.25), rtol=1e-3, atol=0)
+
+
+def test_images_of_several_sizes_are_not_mixed_up(tmp_path: Path) -> None:
+    class Mixed(list):  # type: ignore[type-arg]
+        """Two sizes in turn: no batch holds more than one image."""
+
+        image_ids = ["image0", "image1", "image2", "image3"]
+        split = "train"
+
+    wide, high = make_samples(4, size=(16, 24)), make_samples(4, size=(24, 16))
+    mixed = Mixed([wide[0], high[1], high[2], wide[3]])
+    maps = write_attention_maps(slim_network(), mixed, tmp_path, AttentionConfig(scales=(1.0,)), cpu_runtime())  # type: ignore[arg-type]
+    assert [maps.read(image_id)[1] for image_id in mixed.image_ids] == [(16, 24), (24, 16), (24, 16), (16, 24)]
+    for sample in mixed:
+        (alone,) = multi_scale_cams(slim_network(), sample.image, [1.0])
+        torch.testing.assert_close(maps.read(sample.image_id)[0][0], alone, rtol=2e-3, atol=1e-4)

@@ -1,0 +1,227 @@
+"""Stage 1: the two losses, training, and the statistics of frozen features."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import generator, make_samples, same_weights, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from smaflib.classifier import (
+    classification_loss,
+    classification_scores,
+    classify,
+    new_teacher,
+    saliency_loss,
+    standardize_features,
+    train_classifier,
+)
+from smaflib.config import ClassifierConfig, ConfigError
+from smaflib.data.transforms import normalize
+from smaflib.models import AttentionNetwork
+from smaflib.runtime import Runtime, cpu_runtime
+
+CPU = cpu_runtime(0)
+
+
+def eps_config(tau: float = 0.5, weight: float = 0.5) -> ClassifierConfig:
+    return ClassifierConfig(eps_tau=tau, eps_lambda=weight)
+
+
+# --- L_cls ------------------------------------------------------------------------------------------------------------
+
+
+def test_classification_loss_by_hand() -> None:
+    # One hit and one rejection at logits log 3: each is right with probability 3/4.
+    logits = torch.tensor([[math.log(3), -math.log(3)]])
+    loss = classification_loss(logits, torch.tensor([[1.0, 0.0]]))
+    assert float(loss) == pytest.approx(-math.log(0.75), rel=1e-6)
+
+
+# --- L_sal ------------------------------------------------------------------------------------------------------------
+
+
+def certain_logits(winners: list[list[int]], channels: int = 3) -> Tensor:
+    """(1, channels, h, w) logits whose softmax is 1 for the given channel of each pixel, background first."""
+    return torch.nn.functional.one_hot(torch.tensor([winners]), channels).permute(0, 3, 1, 2).float() * 100
+
+
+@pytest.mark.parametrize(
+    ("winners", "label", "saliency", "weight", "expected"),
+    [
+        # Class 1 covers the salient pixel, background the other: explained.
+        ([[1, 0]], [1, 0], [[1, 0]], 0.5, 0),
+        # Background everywhere, class without area: estimate 0, one of two pixels is wrong by 1.
+        ([[0, 0]], [1, 0], [[1, 0]], 0.5, 1 / 2),
+        # A class without label is neither foreground nor background: both estimates disagree, 0.5 * 0 + 0.5 * 1.
+        ([[2, 0]], [1, 0], [[1, 0]], 0.5, 1 / 8),
+        ([[2, 0]], [1, 0], [[1, 0]], 0.9, 0.9**2 / 2),
+        # A labelled class that lies off the saliency joins the background: estimate 0 everywhere.
+        ([[0, 1]], [1, 0], [[1, 0]], 0.5, 1 / 2),
+        # Half of the class lies on the saliency, which is not more than tau = 0.5: background, too.
+        ([[1, 1]], [1, 0], [[1, 0]], 0.5, 1 / 2),
+    ],
+)
+def test_saliency_loss_by_hand(
+    winners: list[list[int]], label: list[int], saliency: list[list[int]], weight: float, expected: float
+) -> None:
+    config = eps_config(tau=0.5, weight=weight)
+    given_saliency = torch.tensor([saliency]).float()
+    loss = saliency_loss(certain_logits(winners), given_saliency, torch.tensor([label]).float(), config)
+    assert float(loss) == pytest.approx(expected, abs=1e-6)
+
+
+def test_tau_decides_whether_a_class_is_foreground() -> None:
+    logits, label = certain_logits([[1, 1]]), torch.tensor([[1.0, 0.0]])
+    saliency = torch.tensor([[[1.0, 0.0]]])
+    # As foreground the class is estimated everywhere, as background nowhere: each is wrong in one of two pixels.
+    gradients = []
+    for tau in (0.4, 0.6):
+        leaf = (logits / 100).requires_grad_()  # soft, so that there is a gradient
+        saliency_loss(leaf, saliency, label, eps_config(tau)).backward()
+        assert leaf.grad is not None
+        gradients.append(float(leaf.grad[0, 1, 0, 0]))
+    assert gradients[0] < 0 < gradients[1]  # at the salient pixel: raise a foreground class, lower a background one
+
+
+def test_saliency_is_resized_and_may_have_a_channel() -> None:
+    logits, label = certain_logits([[1, 0], [0, 0]]), torch.tensor([[1.0, 0.0]])
+    saliency = torch.zeros(1, 8, 8)
+    saliency[0, :4, :4] = 1
+    assert float(saliency_loss(logits, saliency, label, eps_config())) == pytest.approx(0, abs=1e-6)
+    assert float(saliency_loss(logits, saliency[:, None], label, eps_config())) == pytest.approx(0, abs=1e-6)
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**20), tau=st.floats(0, 1), weight=st.floats(0, 1))
+def test_saliency_loss_is_bounded_and_ignores_the_order_of_classes(seed: int, tau: float, weight: float) -> None:
+    source = generator(seed)
+    logits = torch.randn(2, 5, 4, 4, generator=source) * 5
+    saliency, label = torch.rand(2, 8, 8, generator=source), (torch.rand(2, 4, generator=source) > 0.5).float()
+    config = eps_config(tau, weight)
+    loss = saliency_loss(logits, saliency, label, config)
+    assert 0 <= float(loss) <= 1
+    order = torch.randperm(4, generator=source)
+    shuffled = torch.cat([logits[:, :1], logits[:, 1:][:, order]], dim=1)
+    torch.testing.assert_close(saliency_loss(shuffled, saliency, label[:, order], config), loss)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("pretraining", "losses"), [("plain", {"L_cls"}), ("eps", {"L_cls", "L_sal"})])
+def test_classifier_trains_with_the_losses_of_its_kind(pretraining: str, losses: set[str], tmp_path: Path) -> None:
+    config = tiny_config(classifier={"pretraining": pretraining})
+    samples = make_samples(saliency=pretraining == "eps", truth=False)
+    path = tmp_path / "teacher.safetensors"
+    network, history = train_classifier(samples, config, CPU, path)
+    assert network.background == (pretraining == "eps") and not network.training
+    assert history[0].keys() == losses | {"iteration"} and len(history) == 4
+    again, same_history = train_classifier(samples, config, CPU, path)
+    assert same_weights(again, network) and same_history == history
+    assert not same_weights(train_classifier(samples, config, cpu_runtime(1))[0], network)
+
+
+def test_classifier_learns_three_colours() -> None:
+    samples = make_samples(6, saliency=False)
+    config = tiny_config(classifier={"iterations": 40, "batch_size": 6, "learning_rate": 0.02})
+    network, _ = train_classifier(samples, config, CPU)
+    logits = classify(network, samples, CPU)
+    assert logits.shape == (6, 3)
+    assert torch.equal(logits.argmax(dim=1), samples.image_labels.argmax(dim=1))
+
+
+def test_masks_play_no_part_in_training() -> None:
+    config = tiny_config(classifier={"iterations": 2})
+    with_truth, without = (make_samples(truth=truth, saliency=False) for truth in (True, False))
+    assert same_weights(train_classifier(with_truth, config, CPU)[0], train_classifier(without, config, CPU)[0])
+
+
+def test_eps_without_saliency_maps_is_refused() -> None:
+    config = tiny_config(classifier={"pretraining": "eps"})
+    with pytest.raises(
+        ConfigError, match="'eps', but not every image has a saliency map; set data.saliency or use plain"
+    ):
+        train_classifier(make_samples(saliency=False), config, CPU)
+
+
+def test_first_weights_follow_from_the_seed() -> None:
+    config = tiny_config()
+    one, two = new_teacher(config, 3, CPU), new_teacher(config, 3, CPU)
+    assert same_weights(one, two) and not same_weights(one, new_teacher(config, 3, cpu_runtime(1)))
+
+
+# --- frozen backbones -------------------------------------------------------------------------------------------------
+
+
+def test_standardised_features_have_mean_0_and_variance_1() -> None:
+    samples = make_samples(3)
+    network = new_teacher(tiny_config(model={"freeze_backbone": True}), 3, CPU)
+    standardize_features(network, samples, CPU)
+    with torch.no_grad():
+        features = torch.cat(
+            [network.standardize(network.backbone(normalize(sample.image)[None])).flatten(2) for sample in samples],
+            dim=2,
+        )[0]  # (C, pixels)
+    raw = network.standardize.running_var > 1e-4  # a channel that is constant stays 0
+    assert bool(raw.any())
+    torch.testing.assert_close(features.mean(dim=1), torch.zeros(len(features)), rtol=0, atol=1e-3)
+    variance = features.var(dim=1, correction=0)[raw]
+    torch.testing.assert_close(variance, torch.ones_like(variance), rtol=0, atol=0.11)  # BatchNorm adds 1e-5 below
+
+
+def test_training_with_a_frozen_backbone_measures_once_and_learns_the_head_alone(tmp_path: Path) -> None:
+    config = tiny_config(model={"freeze_backbone": True})
+    samples, path = make_samples(3, saliency=False), tmp_path / "teacher.safetensors"
+    network, _ = train_classifier(samples, config, CPU, path)
+    start = new_teacher(config, 3, CPU)
+    assert same_weights(network.backbone, start.backbone) and not same_weights(network.head, start.head)
+    standardize_features(start, samples, CPU)
+    assert same_weights(network.standardize, start.standardize)
+    assert float(network.standardize.running_mean.abs().max()) > 0  # type: ignore[union-attr, operator]
+    assert same_weights(train_classifier(samples, config, CPU, path)[0], network)
+
+
+def test_standardize_features_is_for_frozen_backbones() -> None:
+    network = new_teacher(tiny_config(), 3, CPU)
+    with pytest.raises(ValueError, match="for networks whose model.freeze_backbone is true"):
+        standardize_features(network, make_samples(1), CPU)
+
+
+# --- classify ---------------------------------------------------------------------------------------------------------
+
+
+def test_classify_looks_at_whole_images_in_order() -> None:
+    samples = make_samples(3)
+    network = new_teacher(tiny_config(), 3, CPU)
+    logits = classify(network, samples, CPU)
+    assert not network.training
+    with torch.no_grad():
+        alone = network(normalize(samples[2].image)[None]).mean(dim=(2, 3))[0]
+    torch.testing.assert_close(logits[2], alone)
+    rough = classify(network, samples, Runtime(torch.device("cpu"), "bf16"))
+    assert rough.dtype == torch.float32 and not torch.equal(rough, logits)
+    torch.testing.assert_close(rough, logits, rtol=0.1, atol=0.1)
+
+
+def test_classification_scores_by_hand() -> None:
+    logits = torch.tensor([[2.0, -1.0, -1.0], [1.0, 3.0, -1.0], [-1.0, -2.0, -1.0]])
+    labels = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    records = classification_scores(logits, labels, ("cat", "dog", "cow"))
+    values = {(record["metric"], record["class_name"]): record["value"] for record in records}
+    assert values["precision", "cat"] == 0.5 and values["precision", "dog"] == 1
+    assert values["recall", "cat"] == 0.5 and values["recall", "dog"] == 1
+    assert math.isnan(values["precision", "cow"]) and math.isnan(values["recall", "cow"])  # never found, never there
+    assert values["precision", "mean"] == values["recall", "mean"] == 0.75
+    assert values["accuracy", "mean"] == pytest.approx(1 / 3)
+    assert len(records) == 9
+
+
+def test_teacher_is_an_attention_network_in_training() -> None:
+    teacher = new_teacher(tiny_config(model={"head_channels": 4}), 3, CPU)
+    assert isinstance(teacher, AttentionNetwork) and isinstance(teacher.neck, nn.Sequential)

@@ -1,0 +1,114 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from smaflib import runner
+from smaflib.cli import app
+from smaflib.runs import PROJECT_ROOT, Run, open_run, write_manifest
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text("data: {kind: mini, num_train: 2, num_val: 2}\n")
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path, config_file: Path) -> Run:
+    run = open_run(tmp_path / "runs" / "first", config_file)
+    run.record("03", [{"variant": "fused", "metric": "iou", "value": 0.646}])
+    return run
+
+
+def smaf(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_run_passes_its_options_on(monkeypatch, config_file, tmp_path):
+    given = []
+    monkeypatch.setattr(runner, "run_notebooks", lambda *arguments: given.extend(arguments))
+    monkeypatch.chdir(tmp_path)
+    words = "run tiny.yaml --name n --set seed=1 --set data.num_val=3 --from 2 --until 4 --runs r --notebooks nb"
+    result = smaf(*words.split())
+    assert result.exit_code == 0
+    overrides = ["seed=1", "data.num_val=3"]
+    assert given == [config_file, "n", overrides, "2", "4", tmp_path / "nb", tmp_path / "r"]
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code"),
+    [
+        (runner.StageFailed("02_classifier.ipynb failed in cell 3"), 1),
+        (runner.RunStopped("02_classifier was stopped", 143), 143),
+        (FileNotFoundError("there is no config file"), 2),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_known_errors_are_one_message(monkeypatch, config_file, error, exit_code):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(runner, "run_notebooks", fail)
+    result = smaf("run", config_file)
+    assert result.exit_code == exit_code
+    assert str(error) in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nowhere.yaml"], "there is no config file"),
+        (["run", "tiny.yaml", "--set", "classifier.iteration=5"], "did you mean classifier.iterations"),
+        (["run", "tiny.yaml", "--set", "classifier.learning_rate=banana"], "classifier.learning_rate"),
+        (["run", "tiny.yaml", "--from", "clasifier"], "did you mean 02_classifier"),
+        (["run", "tiny.yaml", "--notebooks", "empty"], "00_one_image_end_to_end.ipynb is missing"),
+        (["report", "nowhere"], "no run 'nowhere'"),
+        (["status", "nowhere"], "no run 'nowhere'"),
+        (["compare", "one"], "two runs or more"),
+        (["compare", "one", "two", "--measure", "huge"], "small, medium, large"),
+    ],
+)
+def test_bad_input_exits_with_2(monkeypatch, config_file, arguments, message):
+    monkeypatch.chdir(config_file.parent)
+    more = ["--runs", "runs"] if arguments[0] != "compare" else []
+    result = smaf(*arguments, *more)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert not (config_file.parent / "runs").exists()
+
+
+def test_status_lists_all_stages(run):
+    write_manifest(run, {"stages": {"01_data": {"status": "complete", "seconds": 61.2}}})
+    lines = smaf("status", run.folder).stdout.splitlines()
+    assert len(lines) == len(run.stages)
+    assert lines[0].split() == ["00_one_image_end_to_end", "not", "run", "-"]
+    assert lines[1].split() == ["01_data", "complete", "1", "min", "01", "s"]
+
+
+def test_report_prints_results_and_its_path(run):
+    result = smaf("report", "first", "--runs", run.folder.parent)
+    assert "64.6" in result.stdout and str(run.path("index.html")) in result.stdout
+    assert run.path("index.html").exists()
+
+
+def test_compare_prints_runs_side_by_side(run, config_file):
+    other = open_run(run.folder.parent / "second", config_file, ["seed=1"])
+    other.record("03", [{"variant": "fused", "metric": "iou", "value": 0.656}])
+    result = smaf("compare", run.folder, other.folder)
+    assert result.exit_code == 0
+    assert "+1.0" in result.stdout and "seed: 0 | 1" in result.stdout
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from smaflib.cli import app; print({'torch', 'pandas', 'papermill'} & set(sys.modules))"
+    environment = os.environ | {"PYTHONPATH": str(PROJECT_ROOT)}
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "set()\n"
+    help_text = smaf("run", "--help").stdout
+    assert all(option in help_text for option in ("--name", "--set", "--from", "--until", "--runs"))

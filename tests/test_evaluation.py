@@ -1,0 +1,250 @@
+"""Stage 7: numbers worked out by hand, and the threshold sweep against the plain way."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import generator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from smaflib.config import EvaluationConfig
+from smaflib.evaluation import (
+    Scores,
+    best_threshold,
+    confusion_matrix,
+    evaluate,
+    evaluate_maps,
+    image_score,
+    intersection_over_union,
+    masks_of,
+    mean_over_classes,
+    sweep_thresholds,
+)
+
+SEEDS = st.integers(0, 2**20)
+
+
+def labels(*rows: list[int]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.uint8)
+
+
+def random_pair(seed: int, num_classes: int = 3, void: bool = True) -> tuple[Tensor, Tensor]:
+    """A mask and a truth (6, 7) that agree in about half of the pixels."""
+    source = generator(seed)
+    truth = torch.randint(0, num_classes + 1, (6, 7), dtype=torch.uint8, generator=source)
+    other = torch.randint(0, num_classes + 1, (6, 7), dtype=torch.uint8, generator=source)
+    mask = torch.where(torch.rand(6, 7, generator=source) < 0.5, truth, other)
+    if void:
+        truth[torch.rand(6, 7, generator=source) < 0.2] = 255
+    return mask, truth
+
+
+# --- confusion matrix and IoU -----------------------------------------------------------------------------------------
+
+
+def test_three_pixels_one_of_them_void() -> None:
+    counts = confusion_matrix(labels([0, 1, 1]), labels([0, 0, 255]), num_classes=1)
+    assert counts.tolist() == [[1, 1], [0, 0]] and counts.dtype == torch.int64
+
+
+def test_rows_are_the_truth() -> None:
+    counts = confusion_matrix(labels([2, 2, 0]), labels([1, 1, 0]), num_classes=2)
+    assert counts.tolist() == [[1, 0, 0], [0, 0, 2], [0, 0, 0]]
+
+
+def test_iou_by_hand_and_absent_class_has_none() -> None:
+    confusion = torch.tensor([[3, 1, 0], [2, 2, 0], [0, 0, 0]])
+    iou = intersection_over_union(confusion)
+    assert iou[:2].tolist() == pytest.approx([3 / 6, 2 / 5]) and math.isnan(iou[2])
+    assert mean_over_classes(iou) == pytest.approx(0.45)  # not 0.3, not 0.633
+    assert math.isnan(mean_over_classes(torch.tensor([float("nan")])))
+
+
+def test_class_that_is_only_predicted_scores_0() -> None:
+    assert intersection_over_union(torch.tensor([[3, 1], [0, 0]])).tolist() == [0.75, 0]
+
+
+@given(seed=SEEDS)
+def test_counts_sum_to_the_pixels_that_are_not_void(seed: int) -> None:
+    mask, truth = random_pair(seed)
+    counts = confusion_matrix(mask, truth, 3)
+    assert int(counts.sum()) == int((truth != 255).sum())
+    for label in range(4):
+        assert int(counts[label].sum()) == int((truth == label).sum())
+        assert int(counts[:, label].sum()) == int(((mask == label) & (truth != 255)).sum())
+    iou = intersection_over_union(counts)
+    assert bool(((iou >= 0) & (iou <= 1) | iou.isnan()).all())
+
+
+@given(seed=SEEDS, order=st.permutations([0, 1, 2, 3]))
+def test_renaming_classes_renames_scores(seed: int, order: list[int]) -> None:
+    mask, truth = random_pair(seed)
+    table = torch.arange(256, dtype=torch.uint8)
+    table[:4] = torch.tensor(order, dtype=torch.uint8)
+    renamed = confusion_matrix(table[mask.long()], table[truth.long()], 3)
+    assert torch.equal(renamed[order][:, order], confusion_matrix(mask, truth, 3))
+
+
+@given(seed=SEEDS)
+def test_perfect_mask_scores_1(seed: int) -> None:
+    _, truth = random_pair(seed)
+    mask = torch.where(truth == 255, 1, truth)
+    iou = intersection_over_union(confusion_matrix(mask, truth, 3))
+    assert bool(((iou == 1) | iou.isnan()).all())
+    assert image_score(mask, truth, 3) == 1
+
+
+def test_masks_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"mask \(1, 2\) and truth \(1, 3\) must have one size"):
+        confusion_matrix(labels([0, 1]), labels([0, 1, 1]), 1)
+    with pytest.raises(ValueError, match="mask holds label 5, but there are 4 classes"):
+        confusion_matrix(labels([0, 5]), labels([0, 1]), 4)
+    with pytest.raises(ValueError, match="truth holds label 5, but there are 4 classes"):
+        confusion_matrix(labels([0, 1, 1]), labels([0, 5, 255]), 4)
+    with pytest.raises(ValueError, match="truth holds label 5, but there are 4 classes"):
+        sweep_thresholds([torch.rand(4, 1, 3)], [labels([0, 5, 255])], "abcd")
+
+
+# --- a whole split ----------------------------------------------------------------------------------------------------
+
+
+def test_split_is_counted_as_one_histogram_and_not_as_a_mean_of_images() -> None:
+    masks, truths = [labels([1, 1, 1, 1]), labels([0, 0])], [labels([1, 1, 1, 0]), labels([1, 0])]
+    scores = evaluate(masks, truths, ["cat"])
+    assert scores.confusion.tolist() == [[1, 1], [1, 3]]
+    assert scores.iou.tolist() == pytest.approx([1 / 3, 3 / 5]) and scores.miou == pytest.approx(7 / 15)
+    assert scores.precision.tolist() == pytest.approx([1 / 2, 3 / 4])
+    assert scores.recall.tolist() == pytest.approx([1 / 2, 3 / 4])
+
+
+def test_precision_and_recall_are_not_swapped() -> None:
+    scores = evaluate([labels([1, 1, 0, 0])], [labels([1, 0, 0, 0])], ["cat"])
+    assert scores.precision.tolist() == [1, 0.5] and scores.recall[1] == 1
+    assert scores.recall[0] == pytest.approx(2 / 3)
+
+
+def test_lists_of_different_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        evaluate([labels([0])], [labels([0]), labels([0])], ["cat"])
+
+
+def test_image_score_counts_the_labels_that_occur() -> None:
+    # Background 2 of 3, class 1 hit 1 of 2; classes 2 and 3 do not occur.
+    assert image_score(labels([0, 0, 0, 1]), labels([0, 0, 1, 1]), 3) == pytest.approx((2 / 3 + 1 / 2) / 2)
+
+
+# --- object sizes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pixels", "size"), [(1, "small"), (3, "small"), (4, "medium"), (11, "medium"), (12, "large"), (100, "large")]
+)
+def test_objects_go_by_their_share_of_the_image(pixels: int, size: str) -> None:
+    truth = torch.zeros(10, 10, dtype=torch.uint8)
+    truth.view(-1)[:pixels] = 1
+    scores = evaluate([truth], [truth], ["cat", "dog"])
+    for name in ("small", "medium", "large"):
+        iou = scores.iou_of_size(name)
+        assert (float(iou[0]) == 1) if name == size else math.isnan(iou[0])
+        assert math.isnan(iou[1])
+
+
+def test_sizes_by_hand_with_void_and_false_alarms() -> None:
+    # 20 pixels, 2 of them void; cat has 2 (a tenth), dog 10 (half).
+    truth, mask = torch.zeros(20, dtype=torch.uint8), torch.zeros(20, dtype=torch.uint8)
+    truth[0:2], truth[2:12], truth[18:] = 1, 2, 255
+    mask[1:4], mask[4:9], mask[17], mask[18:] = 1, 2, 3, 1  # cat: a hit, 2 alarms; dog: 5 hits; cow is not there
+    scores = evaluate([mask.view(4, 5)], [truth.view(4, 5)], ["cat", "dog", "cow"])
+    assert scores.by_size[1, 0].tolist() == [1, 2, 1]  # medium: hits, false alarms, misses
+    assert scores.by_size[2, 1].tolist() == [5, 0, 5]  # large
+    assert int(scores.by_size.sum()) == 14  # cow's alarm has no size
+    assert float(scores.iou_of_size("medium")[0]) == 0.25 and float(scores.iou_of_size("large")[1]) == 0.5
+    assert scores.confusion[0].tolist() == [5, 0, 0, 1]
+
+
+def test_limits_between_sizes_come_from_the_config() -> None:
+    truth = labels([1, 1, 0, 0])
+    config = EvaluationConfig(size_limits=(0.6, 0.9))
+    assert not math.isnan(evaluate([truth], [truth], ["cat"], config).iou_of_size("small")[0])
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+def test_records_are_tidy_and_complete() -> None:
+    scores = evaluate([labels([1, 0, 0, 0])], [labels([1, 0, 0, 0])], ["cat", "dog"])
+    records = scores.records(stage="pseudo_masks", scale=None)
+    assert all(record["stage"] == "pseudo_masks" and record["scale"] is None for record in records)
+    found = {(r["metric"], r["class_name"], r.get("object_size")): r["value"] for r in records}
+    assert len(found) == len(records) == 3 * 4 + 3
+    assert found["iou", "mean", None] == found["iou", "background", None] == found["precision", "cat", None] == 1
+    assert math.isnan(found["iou", "dog", None]) and math.isnan(found["iou", "mean", "small"])
+    assert found["iou", "mean", "large"] == 1
+
+
+# --- maps and thresholds ----------------------------------------------------------------------------------------------
+
+
+def random_maps(seed: int, num_classes: int, num_images: int = 2) -> tuple[list[Tensor], list[Tensor]]:
+    """Maps with values in steps of 0.05, so that thresholds are met exactly, and absent classes."""
+    source = generator(seed)
+    clean, truths = [], []
+    for index in range(num_images):
+        maps = torch.randint(0, 21, (num_classes, 6, 7), generator=source) / 20
+        maps[int(torch.randint(0, num_classes, (), generator=source))] = 0
+        clean.append(maps)
+        truths.append(random_pair(seed + index, num_classes)[1])
+    return clean, truths
+
+
+def equal_scores(one: Scores, other: Scores) -> bool:
+    same = torch.equal(one.confusion, other.confusion) and torch.equal(one.by_size, other.by_size)
+    return same and one.class_names == other.class_names
+
+
+@settings(max_examples=50)
+@given(
+    seed=SEEDS,
+    num_classes=st.integers(1, 4),
+    thresholds=st.lists(st.integers(0, 20).map(lambda step: step / 20), min_size=1, max_size=5),
+)
+def test_sweep_is_evaluation_at_every_threshold(seed: int, num_classes: int, thresholds: list[float]) -> None:
+    clean, truths = random_maps(seed, num_classes)
+    names = "abcd"[:num_classes]
+    config = EvaluationConfig(thresholds=tuple(thresholds), size_limits=(0.1, 0.2))
+    sweep = sweep_thresholds(clean, truths, names, config)
+    assert set(sweep) == set(thresholds)
+    for threshold, scores in sweep.items():
+        assert equal_scores(scores, evaluate(masks_of(clean, threshold), truths, names, config))
+
+
+def test_masks_of_by_hand() -> None:
+    (mask,) = masks_of([torch.tensor([[[0.3, 0.2, 0.1]], [[0.2, 0.5, 0.2]]])], bg_score=0.2)
+    assert mask.dtype == torch.uint8 and mask.tolist() == [[1, 2, 0]]  # a tie goes to the background
+
+
+def test_best_threshold_by_hand() -> None:
+    # The object's score is 0.6 and the ground's 0.3: thresholds from 0.3 to below 0.6 part them.
+    clean, truth = torch.tensor([[[0.6, 0.6, 0.3, 0.3]]]), labels([1, 1, 0, 0])
+    sweep = sweep_thresholds([clean], [truth], ["cat"], EvaluationConfig(thresholds=(0.1, 0.25, 0.4, 0.8)))
+    assert [scores.miou for scores in sweep.values()] == pytest.approx([0.25, 0.25, 1, 0.25])
+    assert best_threshold(sweep) == 0.4
+
+
+def test_maps_are_judged_at_the_best_threshold_or_at_a_given_one() -> None:
+    clean, truth = torch.tensor([[[0.6, 0.6, 0.3, 0.3]]]), labels([1, 1, 0, 0])
+    config = EvaluationConfig(thresholds=(0.25, 0.4))
+    records, chosen = evaluate_maps([clean], [truth], ["cat"], config, variant="student")
+    assert chosen == 0.4
+    mean = [r for r in records if r["metric"] == "iou" and r["class_name"] == "mean" and "object_size" not in r]
+    assert [(r["value"], r["bg_score"], r["variant"]) for r in mean] == [(1, 0.4, "student")]
+    swept = [r for r in records if r["metric"] == "iou_sweep"]
+    assert [(r["bg_score"], r["value"]) for r in swept] == [(0.25, 0.25), (0.4, 1)]
+    for given_score, value in ((0.25, 0.25), (0.33, 1)):  # the second is not among the thresholds
+        records, chosen = evaluate_maps([clean], [truth], ["cat"], config, bg_score=given_score)
+        assert chosen == given_score and records[0]["value"] == pytest.approx(value)
+    assert evaluate_maps([clean], None, ["cat"], config) == ([], None)

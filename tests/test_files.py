@@ -1,0 +1,106 @@
+"""Files are whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from smaflib.files import (
+    file_hash,
+    load_arrays,
+    replacing,
+    save_arrays,
+    save_image,
+    tree_hash,
+    write_json,
+    write_text,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError, match="killed"), replacing(path) as temporary:
+        temporary.write_text("half of the ne")
+        raise RuntimeError("killed")
+    assert path.read_text() == "old" and names(tmp_path) == ["a.txt"]
+
+
+def test_block_that_ends_replaces_the_file_and_makes_folders(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "a.txt"
+    for text in ("one", "two"):
+        with replacing(path) as temporary:
+            temporary.write_text(text)
+            assert temporary.parent == path.parent and temporary.suffix == ".txt"
+        assert path.read_text() == text
+    assert names(path.parent) == ["a.txt"]
+    assert path.stat().st_mode & 0o777 == 0o644  # others may read a run
+
+
+def test_json_round_trip_and_nan_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"b": [1, 2.5, None], "a": "ä"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"b": [1, 2.5, None], "a": "ä"}
+    assert path.read_text(encoding="utf-8").endswith("}\n")
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(path, {"x": float("nan")})
+    assert json.loads(path.read_text(encoding="utf-8"))["a"] == "ä"
+
+
+def test_arrays_round_trip_exactly(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    arrays = {"half": np.array([0.1, 2], np.float16), "size": np.array((3, 4)), "empty": np.zeros((0, 2))}
+    save_arrays(path, **arrays)
+    again = load_arrays(path)
+    assert again.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert again[name].dtype == array.dtype and np.array_equal(again[name], array)
+    assert names(tmp_path) == ["a.npz"]
+
+
+def test_pickles_are_neither_written_nor_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        save_arrays(path, a=np.array([{}], dtype=object))
+    assert not path.exists()
+    np.savez(path, a=np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        load_arrays(path)
+
+
+def test_image_round_trip(tmp_path: Path) -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    save_image(tmp_path / "a.png", Image.fromarray(pixels))
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.format == "PNG" and np.array_equal(np.array(picture), pixels)
+
+
+def test_file_hash_is_sha256(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert file_hash(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_tree_hash_depends_on_names_and_contents_and_not_on_order_or_place(tmp_path: Path) -> None:
+    roots = [tmp_path / "one", tmp_path / "two"]
+    for root in roots:
+        write_text(root / "x" / "a", "1")
+        write_text(root / "b", "2")
+    lists = [[root / "x" / "a", root / "b"] for root in roots]
+    first = tree_hash(lists[0], roots[0])
+    assert first == tree_hash(lists[1][::-1], roots[1])
+    inner = [hashlib.sha256(text).hexdigest() for text in (b"2", b"1")]
+    assert first == hashlib.sha256(f"b\0{inner[0]}\nx/a\0{inner[1]}\n".encode()).hexdigest()
+
+    write_text(roots[1] / "b", "3")
+    assert first != tree_hash(lists[1], roots[1])
+    (roots[0] / "b").rename(roots[0] / "c")
+    assert first != tree_hash([roots[0] / "x" / "a", roots[0] / "c"], roots[0])

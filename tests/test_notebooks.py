@@ -1,0 +1,127 @@
+"""Every notebook: its form, and the whole chain executed by papermill on settings that take seconds."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from smaflib.config import flat_settings, load_config
+from smaflib.report import network_references
+from smaflib.runner import run_notebooks
+from smaflib.runs import PROJECT_ROOT, STAGES, read_manifest
+
+NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
+TINY = (
+    "num_threads=2",
+    "data.num_train=16",
+    "data.num_val=8",
+    "data.image_size=64",
+    "classifier.iterations=6",
+    "classifier.crop_size=48",
+    "classifier.resize_range=[48, 72]",
+    "self_training.iterations=4",
+    "self_training.crop_size=48",
+    "self_training.resize_range=[48, 72]",
+    "segmentation.iterations=4",
+    "segmentation.crop_size=48",
+    "segmentation.resize_range=[48, 72]",
+)
+
+
+def code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def test_there_is_a_notebook_for_every_stage():
+    assert [path.stem for path in NOTEBOOKS] == [stage.name for stage in STAGES]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_form(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    title = notebook.cells[0].source.splitlines()[0]
+    assert re.fullmatch(r"# \d\d · .*\?", title), f"the first line must ask the notebook's question, got {title!r}"
+    assert notebook.cells[-1].source.startswith("**Conclusion.**")
+    for cell in code_cells(path):
+        assert not cell.outputs, "notebooks are stored without outputs: make format"
+        assert cell.execution_count is None
+        assert len(cell.source.splitlines()) <= 15, cell.source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_parameters_are_typed_literals_with_help(path):
+    tagged = [cell for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    for line in tagged[0].source.splitlines():
+        assert re.fullmatch(r"\w+: (str|int|float|bool|list) = .+  # .+", line), line
+        (statement,) = ast.parse(line).body
+        ast.literal_eval(statement.value)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The whole chain on 16 images of 64 pixels."""
+    return run_notebooks(
+        PROJECT_ROOT / "configs" / "mini.yaml", "tiny", TINY, runs=tmp_path_factory.mktemp("papermill_runs")
+    )
+
+
+def test_the_tiny_settings_are_settings_of_the_real_config():
+    known = flat_settings(load_config(PROJECT_ROOT / "configs" / "mini.yaml"))
+    assert {setting.partition("=")[0] for setting in TINY} <= set(known)
+
+
+def test_every_stage_is_complete(run):
+    stages = read_manifest(run)["stages"]
+    assert {name: entry["status"] for name, entry in stages.items()} == {stage.name: "complete" for stage in STAGES}
+
+
+def test_executed_notebooks_show_pictures_and_hold_no_progress_bars(run):
+    for stage in STAGES:
+        notebook = nbformat.read(run.path(f"{stage.name}.ipynb"), as_version=4)
+        outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+        assert any("image/png" in output.get("data", {}) for output in outputs), stage.name
+        assert not [output for output in outputs if output.output_type == "error"]
+        assert not [output for output in outputs if output.get("name") == "stderr"], stage.name
+
+
+def test_metrics_have_every_row_of_the_chain_and_read_in_one_line(run):
+    metrics = pd.read_json(run.path("metrics.json"))
+    judged = metrics[(metrics.metric == "iou") & (metrics.object_size == "all") & (metrics.class_name == "mean")]
+    rows = set(zip(judged.stage, judged.variant, judged.split, strict=True))
+    for row in (
+        ("03_multi_scale_attention", "scale 0.5", "train"),
+        ("03_multi_scale_attention", "fused (size_adaptive)", "val"),
+        ("04_denoise_and_reactivate", f"fused ({run.config.attention.fusion}) + denoised", "train"),
+        ("05_self_training", "student", "val"),
+        ("05_self_training", "control student fused", "train"),
+        ("06_pseudo_masks", "student fused, before CRF", "train"),
+        ("06_pseudo_masks", "student fused, pseudo masks", "train"),
+        ("07_segmentation", "segmentation network", "val"),
+    ):
+        assert row in rows
+    assert judged.value.between(0, 1).all()
+    assert set(metrics[metrics.metric == "iou"].object_size) == {"all", "small", "medium", "large"}
+
+
+def test_artifacts_lie_where_the_design_says(run):
+    assert len(list(run.path("masks").glob("*.png"))) == 16
+    assert len(list(run.path("masks_segmenter").glob("*.png"))) == 8
+    assert len(list(run.path("cams", "student").glob("*.npz"))) == 16
+    assert {path.stem for path in run.path("checkpoints").glob("*.safetensors")} == {
+        "teacher",
+        "student",
+        "student_control",
+        "segmenter",
+    }
+    assert json.loads(run.path("data.json").read_text())["train"]["images"] == 16
+
+
+def test_the_report_needs_no_network(run):
+    for page in [run.path("index.html"), *(run.path(f"{stage.name}.html") for stage in STAGES)]:
+        assert network_references(page.read_text()) == []

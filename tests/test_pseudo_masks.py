@@ -1,0 +1,126 @@
+"""Stage 5: labels from maps, refined, written once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import generator, make_samples
+from torch import Tensor
+
+from smaflib import pseudo_masks as module
+from smaflib.config import CrfConfig, PseudoMaskConfig
+from smaflib.data.masks import read_mask
+from smaflib.pseudo_masks import pseudo_mask, pseudo_masks, write_pseudo_masks
+from smaflib.refinement import dense_crf
+
+CRF = CrfConfig(iterations=3, bilateral_sxy=10, bilateral_srgb=8, bilateral_compat=6)
+SIZE = (16, 20)
+
+
+class RandomMaps(Sequence[Tensor]):
+    """(3, 16, 20) per image, made when asked for; notes what was asked for."""
+
+    def __init__(self, num: int) -> None:
+        self.num, self.asked, self.given = num, [], []  # type: ignore[var-annotated]
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+        self.asked.append(index)
+        self.given.append(torch.rand(3, *SIZE, generator=generator(index)))
+        return self.given[-1]
+
+
+def test_labels_by_hand() -> None:
+    image = torch.zeros(3, 1, 4, dtype=torch.uint8)
+    clean = torch.tensor([[[0.9, 0.1, 0.3, 0.2]], [[0.0, 0.1, 0.4, 0.0]]])
+    mask = pseudo_mask(image, clean, bg_score=0.2, crf=None)
+    # A class that just ties with the background loses to it.
+    assert mask.dtype == torch.uint8 and mask.tolist() == [[1, 0, 2, 0]]
+
+
+def test_crf_refines_the_hard_labels_over_all_classes() -> None:
+    sample, clean = make_samples(1, SIZE)[0], RandomMaps(1)[0]
+    hard = pseudo_mask(sample.image, clean, 0.5, None)
+    refined = pseudo_mask(sample.image, clean, 0.5, CRF)
+    assert torch.equal(refined, dense_crf(sample.image, hard, CRF, num_labels=4))
+    assert not torch.equal(refined, hard)
+
+
+def test_processes_give_what_one_process_gives_in_the_same_order() -> None:
+    samples, maps = make_samples(9, SIZE), RandomMaps(9)
+    serial = list(pseudo_masks(samples, maps, 0.5, CRF, num_workers=1))
+    parallel = list(pseudo_masks(samples, maps, 0.5, CRF, num_workers=2))
+    assert [image_id for image_id, _ in serial] == [image_id for image_id, _ in parallel] == samples.image_ids
+    assert all(torch.equal(one, other) for (_, one), (_, other) in zip(serial, parallel, strict=True))
+    assert not torch.equal(serial[0][1], serial[1][1])
+    # Shared memory is small in containers (64 MB) and maps are large.
+    assert not any(given.is_shared() for given in maps.given)
+
+
+def test_masks_come_one_by_one() -> None:
+    maps = RandomMaps(20)
+    masks = pseudo_masks(make_samples(20, SIZE), maps, 0.5, None)
+    next(masks)
+    next(masks)
+    assert maps.asked == [0, 1]
+
+
+def test_masks_are_written_as_palette_pngs(tmp_path: Path) -> None:
+    samples, maps = make_samples(3, SIZE), RandomMaps(3)
+    write_pseudo_masks(samples, maps, tmp_path / "masks", 0.5, PseudoMaskConfig(crf=CRF, num_workers=1))
+    assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["image0.png", "image1.png", "image2.png"]
+    for index, sample in enumerate(samples):
+        expected = pseudo_mask(sample.image, maps[index], 0.5, CRF)
+        assert torch.equal(read_mask(tmp_path / "masks" / f"{sample.image_id}.png"), expected)
+
+
+def test_refine_none_leaves_the_crf_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("refined")
+
+    monkeypatch.setattr(module, "dense_crf", never)
+    write_pseudo_masks(make_samples(2, SIZE), RandomMaps(2), tmp_path, 0.5, PseudoMaskConfig(refine="none"))
+    assert torch.equal(read_mask(tmp_path / "image1.png"), pseudo_mask(torch.empty(0), RandomMaps(2)[1], 0.5, None))
+
+
+def test_killed_writing_goes_on_with_what_is_missing_one_map_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, config = make_samples(6, SIZE), PseudoMaskConfig(refine="none")
+    whole = tmp_path / "whole"
+    write_pseudo_masks(samples, RandomMaps(6), whole, 0.5, config)
+
+    resumed = tmp_path / "resumed"
+    write_pseudo_masks(samples[:2], RandomMaps(2), resumed, 0.5, config)  # as far as the killed run came
+    write_pseudo_masks(samples.subset([4]), [RandomMaps(6)[4]], resumed, 0.5, config)
+    times = {path.name: path.stat().st_mtime_ns for path in resumed.iterdir()}
+    assert len(times) == 3
+
+    maps, most_ahead = RandomMaps(6), 0
+    original = module.save_mask
+
+    def spy(path: Path, mask: Tensor) -> None:
+        nonlocal most_ahead
+        original(path, mask)
+        most_ahead = max(most_ahead, len(maps.asked) - (len(list(resumed.iterdir())) - 3))
+
+    monkeypatch.setattr(module, "save_mask", spy)
+    write_pseudo_masks(samples, maps, resumed, 0.5, config)
+    assert maps.asked == [2, 3, 5]
+    assert most_ahead <= 1  # the maps of a data set do not fit into memory
+    for path in whole.iterdir():
+        assert (resumed / path.name).read_bytes() == path.read_bytes()
+    assert all((resumed / name).stat().st_mtime_ns == time for name, time in times.items())
+
+
+def test_complete_folder_asks_for_nothing(tmp_path: Path) -> None:
+    samples, config = make_samples(2, SIZE), PseudoMaskConfig(refine="none")
+    write_pseudo_masks(samples, RandomMaps(2), tmp_path, 0.5, config)
+    maps = RandomMaps(2)
+    write_pseudo_masks(samples, maps, tmp_path, 0.5, config)
+    assert maps.asked == []

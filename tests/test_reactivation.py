@@ -1,0 +1,112 @@
+"""Stage 3: the arithmetic of denoising and reactivation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor
+
+from smaflib.reactivation import denoise, reactivate, with_background_score
+
+SIDES = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5))  # K, H, W
+MAPS = SIDES.flatmap(lambda shape: hnp.arrays("float32", shape, elements=st.floats(0, 1, width=32)))
+MAPS = MAPS.map(torch.from_numpy)
+BG_SCORES = st.floats(0.01, 1)
+
+
+def labels_for(maps: Tensor) -> st.SearchStrategy[Tensor]:
+    return st.lists(st.sampled_from([0.0, 1.0]), min_size=len(maps), max_size=len(maps)).map(torch.tensor)
+
+
+# --- denoise ----------------------------------------------------------------------------------------------------------
+
+
+def test_denoise_by_hand() -> None:
+    fused = torch.tensor([[[0.5, 1.0]], [[0.25, 0.75]]])
+    assert denoise(fused, torch.tensor([0, 1])).tolist() == [[[0, 0]], [[0.25, 0.75]]]
+    batch = denoise(torch.stack([fused, fused]), torch.tensor([[1, 0], [1, 1]]))
+    assert batch[0].tolist() == [[[0.5, 1.0]], [[0, 0]]] and torch.equal(batch[1], fused)
+
+
+@settings(max_examples=50)
+@given(data=st.data(), maps=MAPS)
+def test_denoise_is_idempotent_and_touches_absent_classes_only(data: st.DataObject, maps: Tensor) -> None:
+    label = data.draw(labels_for(maps))
+    clean = denoise(maps, label)
+    assert torch.equal(denoise(clean, label), clean)
+    assert torch.equal(clean[label > 0], maps[label > 0])
+    assert not clean[label == 0].any()
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 2), (1,), (2, 1, 1)])
+def test_label_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(
+        ValueError, match=r"image_label must be \(2,\) to match the maps \(2, 4, 4\).*background has no"
+    ):
+        denoise(torch.rand(2, 4, 4), torch.ones(shape))
+
+
+# --- reactivate -------------------------------------------------------------------------------------------------------
+
+
+def test_reactivate_by_hand() -> None:
+    # Three pixels: a sure class, a class below the background, two classes that compete.
+    clean = torch.tensor([[[0.8, 0.1, 0.4]], [[0.0, 0.0, 0.5]]])
+    expected = torch.tensor([[[0.25, 1.0, 0.4]], [[1.0, 0.5, 0.8]], [[0.0, 0.0, 1.0]]])
+    torch.testing.assert_close(reactivate(clean, bg_score=0.2), expected)
+
+
+def test_pixel_below_background_score_becomes_background() -> None:
+    cam = torch.tensor([[[0.9, 0.1]]])
+    assert reactivate(cam, bg_score=0.2).argmax(dim=0).tolist() == [[1, 0]]
+
+
+def test_image_without_classes_is_background_and_never_nan() -> None:
+    target = reactivate(torch.zeros(2, 3, 3), bg_score=0.2)
+    assert bool((target[0] == 1).all()) and not target[1:].any()
+
+
+@settings(max_examples=50)
+@given(maps=MAPS, bg_score=BG_SCORES)
+def test_the_winner_is_exactly_1_and_stays_the_winner(maps: Tensor, bg_score: float) -> None:
+    scores, target = with_background_score(maps, bg_score), reactivate(maps, bg_score)
+    assert target.shape == (len(maps) + 1, *maps.shape[1:])
+    assert bool((target.amax(dim=0) == 1).all()) and float(target.min()) >= 0
+    assert torch.equal(target.argmax(dim=0)[unique_winner(scores)], scores.argmax(dim=0)[unique_winner(scores)])
+    assert bool((target.gather(0, scores.argmax(dim=0)[None]) == 1).all())
+
+
+def unique_winner(scores: Tensor) -> Tensor:
+    """Pixels whose strongest score is ahead by more than a rounding of the division."""
+    best = scores.topk(2, dim=0).values
+    return best[1] < best[0] * (1 - 1e-6)
+
+
+@settings(max_examples=50)
+@given(maps=MAPS, bg_score=BG_SCORES)
+def test_the_ratios_inside_a_pixel_stay(maps: Tensor, bg_score: float) -> None:
+    scores, target = with_background_score(maps, bg_score), reactivate(maps, bg_score)
+    # a/b = c/d, written without division: a pixel's scores are its target times its peak.
+    torch.testing.assert_close(target * scores.amax(dim=0), scores, rtol=1e-6, atol=1e-7)
+
+
+@settings(max_examples=50)
+@given(maps=MAPS, bg_score=BG_SCORES)
+def test_a_batch_is_its_images(maps: Tensor, bg_score: float) -> None:
+    other = maps.flip(-1)
+    batch = reactivate(torch.stack([maps, other]), bg_score)
+    assert torch.equal(batch[0], reactivate(maps, bg_score)) and torch.equal(batch[1], reactivate(other, bg_score))
+
+
+@pytest.mark.parametrize("bg_score", [0.0, -0.1, 1.5, float("nan")])
+def test_background_score_without_sense_is_refused(bg_score: float) -> None:
+    with pytest.raises(ValueError, match=r"bg_score must be in \(0, 1\]"):
+        reactivate(torch.rand(1, 2, 2), bg_score)
+
+
+def test_background_comes_first() -> None:
+    scores = with_background_score(torch.zeros(2, 3, 1, 1), 0.5)
+    assert scores[:, :, 0, 0].tolist() == [[0.5, 0, 0, 0]] * 2

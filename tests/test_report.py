@@ -1,0 +1,249 @@
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib
+import nbformat
+import pytest
+from matplotlib.figure import Figure
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from smaflib.report import (
+    class_table,
+    compare_runs,
+    comparison_text,
+    duration,
+    network_references,
+    notebook_body,
+    results_table,
+    results_text,
+    write_index,
+)
+from smaflib.runs import Run, RunError, open_run
+
+matplotlib.use("agg")
+
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return new_run(tmp_path, "first")
+
+
+def new_run(folder: Path, name: str, *overrides: str) -> Run:
+    config_file = folder / "tiny.yaml"
+    config_file.write_text("data: {kind: mini, num_train: 2, num_val: 2}\n")
+    return open_run(folder / "runs" / name, config_file, overrides)
+
+
+def iou(value: float, variant: str = "fused", **more: object) -> dict:
+    return {"variant": variant, "metric": "iou", "value": value} | more
+
+
+def attention_records() -> list[dict]:
+    return [
+        iou(0.622, "single", scale=1.0),
+        iou(0.488, "single", scale=0.5),
+        iou(0.646),
+        iou(0.27, object_size="small"),
+        iou(0.9, class_name="cat"),
+        iou(0.3, class_name="dog"),
+        {"variant": "fused", "metric": "precision", "value": 0.8},
+        {"variant": "fused", "metric": "iou_sweep", "value": 0.1, "bg_score": 0.7},
+        {"metric": "loss", "value": 3.0},
+    ]
+
+
+class Page(HTMLParser):
+    """Addresses, descriptions and text of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.images, self.links, self.open, self.text = [], [], [], ""
+        self.best = 0
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        named = dict(attributes)
+        if tag == "img":
+            self.images.append(named)
+        if tag == "a":
+            self.links.append(named.get("href"))
+        self.best += named.get("class") == "best"
+        if tag not in ("img", "meta", "link", "br", "mspace"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        if tag in ("img", "a"):
+            self.handle_starttag(tag, attributes)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+# tables
+
+
+def test_results_are_percent_in_pipeline_order(run):
+    run.record("05", [iou(0.65, "student")])
+    run.record("03", attention_records())
+    run.record("02", [{"variant": "teacher", "metric": "precision", "value": 0.9}])  # of labels, not of pixels
+    table = results_table(run.metrics())
+    assert table.index.tolist() == [
+        ("03_multi_scale_attention", "single", "train", "1"),
+        ("03_multi_scale_attention", "single", "train", "0.5"),
+        ("03_multi_scale_attention", "fused", "train", ""),
+        ("05_self_training", "student", "train", ""),
+    ]
+    assert list(table.columns) == ["mIoU", "small", "medium", "large", "precision", "recall"]
+    fused = table.iloc[2].tolist()
+    assert fused[:2] == pytest.approx([64.6, 27.0]) and fused[4] == pytest.approx(80.0)
+    assert all(math.isnan(fused[column]) for column in (2, 3, 5))
+
+
+def test_class_table_leaves_out_the_mean(run):
+    run.record("03", attention_records())
+    table = class_table(run.metrics())
+    assert list(table.columns) == ["cat", "dog"] and table.iloc[0].tolist() == pytest.approx([90.0, 30.0])
+
+
+def test_results_are_printed_with_one_decimal(run):
+    assert "no results yet" in results_text(run)
+    run.record("03", attention_records())
+    lines = results_text(run).splitlines()
+    assert lines[-1].split()[-7:] == ["train", "64.6", "27.0", "-", "-", "80.0", "-"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "-"), (0.4, "0 s"), (58, "58 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (8040, "2 h 14 min")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_runs_are_compared_with_the_first(tmp_path):
+    first, second = new_run(tmp_path, "first"), new_run(tmp_path, "second", "seed=1")
+    first.record("03", [iou(0.60), iou(0.50, "single", scale=1.0)])
+    second.record("03", [iou(0.645), iou(0.20, object_size="small")])
+    table = compare_runs([first.folder, second.folder])
+    assert list(table.columns) == ["first", "second", "second - first"]
+    assert table.loc[("03_multi_scale_attention", "fused", "train", "")].tolist() == pytest.approx([60, 64.5, 4.5])
+    assert math.isnan(table["second - first"].iloc[1])
+    small = compare_runs([first.folder, second.folder], "small")
+    assert len(small) == 1 and small["second"].iloc[0] == pytest.approx(20.0)
+
+    text = comparison_text([first.folder, second.folder])
+    assert "+4.5" in text and "seed: 0 | 1" in text
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    folders = [new_run(tmp_path / parent, "mini").folder for parent in ("a", "b")]
+    assert list(compare_runs(folders).columns[:2]) == [str(folder) for folder in folders]
+
+
+def test_comparison_needs_runs_and_a_known_measure(run):
+    with pytest.raises(RunError, match="no run 'nowhere'"):
+        compare_runs([run.folder, "nowhere"])
+    with pytest.raises(ValueError, match="small"):
+        compare_runs([run.folder, run.folder], "tiny")
+
+
+# pages
+
+
+def executed_notebook(run: Run, name: str, text: str, *outputs: nbformat.NotebookNode) -> Path:
+    document = new_notebook(cells=[new_markdown_cell(text), new_code_cell("secret_code = 1", outputs=list(outputs))])
+    path = run.path(f"{name}.ipynb")
+    nbformat.write(document, path)
+    return path
+
+
+def test_index_ties_the_run_together_without_a_network(run):
+    figure = Figure()
+    figure.suptitle("Maps <of> a cat")
+    run.save_figure(figure, "03_scales")
+    run.record("03", attention_records())
+    picture = new_output("display_data", data={"image/png": PIXEL})
+    executed_notebook(run, "02_classifier", "# Classifier", picture)
+    executed_notebook(run, "03_multi_scale_attention", "# Scales\n\n$x_1$ and [paper](https://arxiv.org)", picture)
+    index = write_index(run)
+
+    page = Page(index.read_text())
+    assert page.open == []
+    assert page.images[0]["src"] == "figures/03_scales.png" and page.images[0]["alt"] == "Maps <of> a cat"
+    assert "64.6" in page.text and "What do small and large scales see" in page.text
+    assert {"03_multi_scale_attention.html", "02_classifier.ipynb", "metrics.json"} <= set(page.links)
+
+    notebook = Page(run.path("03_multi_scale_attention.html").read_text())
+    assert notebook.images[0]["alt"] == "Scales"
+    assert {"index.html", "02_classifier.html", "https://arxiv.org"} <= set(notebook.links)
+    assert "secret_code" not in notebook.text
+    for html in run.folder.glob("*.html"):
+        assert network_references(html.read_text()) == []
+
+
+def test_best_of_each_split_stands_out(run):
+    run.record("03", [iou(0.5, "single"), iou(0.6), iou(0.7, split="val")])
+    assert Page(write_index(run).read_text()).best == 2
+
+
+def test_index_of_a_run_that_has_not_begun(run):
+    assert "Nothing has been measured yet" in write_index(run).read_text()
+
+
+def test_formulas_become_mathml_and_prose_stays(run):
+    text = r"""## The loss $L_{mac}$
+
+$$\mathcal{L} = \sum_i a*b*c_i \text{ over } i$$
+
+It costs $5 and $6, `$HOME` is code, $a_1*b$ and $a_2*b$ are not.
+
+```python
+price = "$x$"
+```"""
+    body = notebook_body(executed_notebook(run, "02_classifier", text))
+    assert body.count("<math") == 4 and body.count('display="block"') == 1
+    assert "costs $5 and $6" in body and "<code>$HOME</code>" in body
+    assert "<em>" not in body and "smafformula" not in body and "xmlns" not in body
+    page = Page(body)
+    assert 'price = "$x$"' in page.text and page.open == []
+
+
+def test_formula_that_cannot_be_read_stays_as_it_is(run):
+    assert "<code>\\left(</code>" in notebook_body(executed_notebook(run, "02_classifier", r"so $\left($ fails"))
+
+
+def test_markdown_outputs_may_hold_formulas(run):
+    output = new_output("display_data", data={"text/markdown": "IoU $= \\frac{1}{2}$"})
+    assert "<mfrac>" in notebook_body(executed_notebook(run, "02_classifier", "# Title", output))
+
+
+@pytest.mark.parametrize(
+    ("html", "loads"),
+    [
+        ('<img src="https://example.org/a.png">', True),
+        ('<script src="//cdn.example.org/a.js"></script>', True),
+        ('<link rel="stylesheet" href="http://example.org/a.css">', True),
+        ("<style>@import 'https://example.org/a.css';</style>", True),
+        ('<p style="background: url(https://example.org/a.png)">', True),
+        ('<script>import("https://example.org/a.js")</script>', True),
+        ('<a href="https://example.org">link</a> https://example.org', False),
+        ('<img src="data:image/png;base64,AAAA"><img src="figures/a.png">', False),
+    ],
+)
+def test_network_references(html, loads):
+    assert bool(network_references(html)) == loads
+
+
+def test_page_that_needs_a_network_is_reported(run):
+    executed_notebook(run, "02_classifier", "![badge](https://example.org/badge.svg)")
+    with pytest.warns(UserWarning, match=r"02_classifier\.html cannot be read in full without a network"):
+        write_index(run)

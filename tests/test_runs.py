@@ -1,0 +1,342 @@
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import matplotlib
+import nbformat
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image
+
+from smaflib import runs
+from smaflib.config import ConfigError
+from smaflib.runs import (
+    PROJECT_ROOT,
+    STAGES,
+    MissingStage,
+    Run,
+    RunError,
+    RunMismatch,
+    Stage,
+    clear_stage,
+    damaged_artifacts,
+    find_run,
+    list_artifacts,
+    notebook_hash,
+    open_run,
+    read_manifest,
+    read_run,
+    record_hash,
+    stage_inputs,
+    stage_named,
+    why_not_complete,
+    write_manifest,
+)
+
+matplotlib.use("agg")
+
+CHAIN = (
+    Stage("01_make", "?", settings=("data",), makes=("data.json", "cams/*/**"), essential=("data.json", "cams/*/**")),
+    Stage("02_use", "?", needs=("01_make",), makes=("result.txt",)),
+)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text("data: {kind: mini, num_train: 2, num_val: 2}\n")
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path, config_file: Path) -> Run:
+    return open_run(tmp_path / "runs" / "tiny", config_file, stages=CHAIN)
+
+
+def write_notebook(path: Path, code: str, text: str = "Why?") -> Path:
+    nbformat.write(new_notebook(cells=[new_markdown_cell(text), new_code_cell(code)]), path)
+    return path
+
+
+def make_stage(run: Run, notebook: Path, number: int = 0) -> None:
+    """Do what a stage and the runner do, without a kernel."""
+    stage = run.stages[number]
+    if number == 0:
+        run.path("data.json").write_text("{}")
+        run.path("cams/teacher/deep").mkdir(parents=True, exist_ok=True)
+        run.path("cams/teacher/deep/a.npz").write_text("cam of a")
+        run.path("cams/teacher/b.npz").write_text("cam of b")
+    run.record(stage.name, [{"metric": "iou", "value": 0.5}])
+    manifest = read_manifest(run)
+    entry = {"status": "complete", **stage_inputs(run, stage, notebook)}
+    manifest["stages"][stage.name] = entry | {
+        "records": record_hash(run, stage),
+        "artifacts": list_artifacts(run, stage),
+    }
+    write_manifest(run, manifest)
+
+
+# stages
+
+
+@pytest.mark.parametrize("name", ["2", "02", "classifier", "02_classifier", "Classifier"])
+def test_stage_has_several_names(name):
+    assert stage_named(name).name == "02_classifier"
+
+
+def test_unknown_stage_names_the_nearest_and_all():
+    with pytest.raises(RunError, match="did you mean 02_classifier") as error:
+        stage_named("clasifier")
+    assert all(stage.name in str(error.value) for stage in STAGES)
+
+
+def test_stages_need_only_earlier_ones_and_settings_that_exist():
+    from smaflib.config import Config
+
+    for number, stage in enumerate(STAGES):
+        assert set(stage.needs) <= {earlier.name for earlier in STAGES[:number]}
+        assert set(stage.settings) <= set(Config.model_fields)
+
+
+# the folder
+
+
+def test_new_run_folder_holds_all_settings(run, config_file):
+    assert "num_train: 2" in run.path("config.yaml").read_text()
+    assert open_run(run.folder, config_file).config == run.config
+
+
+def test_relative_paths_are_relative_to_the_checkout(monkeypatch, tmp_path, config_file):
+    monkeypatch.chdir(tmp_path)
+    run = Run(runs.absolute("papermill_runs/x"), config=None, config_file=PROJECT_ROOT / "configs/mini.yaml")
+    assert run.folder == PROJECT_ROOT / "papermill_runs" / "x"
+    assert run.command("--until", "classifier") == "smaf run configs/mini.yaml --name x --until classifier"
+
+
+def test_folder_of_other_settings_is_refused_and_kept(run, config_file):
+    before = run.path("config.yaml").read_text()
+    with pytest.raises(RunMismatch, match="--name") as error:
+        open_run(run.folder, config_file, ["seed=3", "data.num_val=5"])
+    assert "seed: 0 | 3" in str(error.value) and "data.num_val: 2 | 5" in str(error.value)
+    assert run.path("config.yaml").read_text() == before
+
+
+def test_wrong_setting_makes_no_folder(tmp_path, config_file):
+    with pytest.raises(ConfigError, match="did you mean"):
+        open_run(tmp_path / "new", config_file, ["classifier.iteration=3"])
+    assert not (tmp_path / "new").exists()
+
+
+def test_settings_that_no_longer_exist_are_an_error_of_the_run(run, config_file):
+    run.path("config.yaml").write_text("gone: 1\n")
+    with pytest.raises(RunError, match="another --name"):
+        open_run(run.folder, config_file)
+
+
+@pytest.mark.parametrize("where", ["taken", "taken/run"])
+def test_file_in_the_way_is_named(tmp_path, config_file, where):
+    (tmp_path / "taken").write_text("not a folder")
+    with pytest.raises(RunError, match="in the way"):
+        open_run(tmp_path / where, config_file)
+
+
+def test_unwritable_folder_is_an_error(tmp_path, config_file):
+    parent = tmp_path / "locked"
+    parent.mkdir(mode=0o555)
+    if os.access(parent, os.W_OK):  # root may write anywhere but here
+        parent = Path("/proc")
+    if not parent.exists():
+        pytest.skip("root, and no /proc")
+    with pytest.raises(RunError, match="cannot write the run folder"):
+        open_run(parent / "run", config_file)
+
+
+def test_find_run_names_those_that_exist(run):
+    assert find_run("tiny", run.folder.parent).config == run.config
+    assert find_run(str(run.folder)).name == "tiny"
+    with pytest.raises(RunError, match="there are tiny"):
+        find_run("tinny", run.folder.parent)
+
+
+def test_read_run_wants_a_run_folder(tmp_path):
+    with pytest.raises(RunError, match=r"config\.yaml"):
+        read_run(tmp_path)
+
+
+def test_figure_is_described_by_its_title(run):
+    figure = Figure()
+    figure.suptitle("Maps of a cat")
+    path = run.save_figure(figure, "03_scales")
+    assert path == run.path("figures", "03_scales.png")
+    with Image.open(path) as image:
+        assert image.info["Description"] == "Maps of a cat"
+    assert [left.name for left in path.parent.iterdir()] == ["03_scales.png"]
+
+
+# metrics
+
+
+def test_records_are_tidy_and_pandas_reads_them(run):
+    run.record("02_use", [{"metric": "iou", "value": 0.25, "scale": 1.5, "object_size": "small"}])
+    run.record("01_make", [{"metric": "loss", "value": float("nan"), "variant": "eps"}])
+    table = pd.read_json(run.path("metrics.json"))
+    assert list(table.columns) == list(runs.RECORD_DEFAULTS)
+    assert table["stage"].tolist() == ["01_make", "02_use"]
+    assert table["value"].isna().tolist() == [True, False]
+    assert table.loc[1, ["split", "class_name", "scale"]].tolist() == ["train", "mean", 1.5]
+    pd.testing.assert_frame_equal(table, run.metrics(), check_dtype=False)
+
+
+def test_stage_replaces_its_own_records_only(run):
+    run.record("01_make", [{"metric": "iou", "value": 0.1}])
+    run.record("02_use", [{"metric": "iou", "value": 0.2}, {"metric": "recall", "value": 0.3}])
+    run.record("02_use", [{"metric": "iou", "value": 0.4}])
+    assert run.metrics()["value"].tolist() == [0.1, 0.4]
+
+
+def test_metrics_of_a_new_run_are_an_empty_table(run):
+    assert run.metrics().empty and "object_size" in run.metrics()
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"metric": "iou", "value": 0.1, "epoch": 3}, "no epoch"),
+        ({"metric": "iou"}, "needs value"),
+        ({"metric": "iou", "value": 64.6}, r"\[0, 1\]"),
+        ({"metric": "iou", "value": 0.1, "object_size": "tiny"}, "small, medium, large"),
+    ],
+)
+def test_wrong_record_is_refused_and_nothing_written(run, record, message):
+    with pytest.raises(ValueError, match=message):
+        run.record("01_make", [{"metric": "iou", "value": 0.5}, record])
+    assert not run.path("metrics.json").exists()
+
+
+# what is complete
+
+
+def test_require_names_the_missing_file_and_the_command(run, config_file):
+    with pytest.raises(MissingStage) as error:
+        run.require("02_use")
+    message = str(error.value)
+    assert "data.json is missing" in message
+    assert f"smaf run {config_file} --name tiny --runs {run.folder.parent} --until make" in message
+
+
+def test_require_trusts_files_made_by_hand_but_no_unfinished_stage(run, tmp_path):
+    make_stage(run, write_notebook(tmp_path / "01_make.ipynb", "x = 1"))
+    run.require("02_use")
+    manifest = read_manifest(run)
+    write_manifest(run, {"stages": {}})
+    run.require("use")
+    manifest["stages"]["01_make"]["status"] = "running"
+    write_manifest(run, manifest)
+    with pytest.raises(MissingStage, match="01_make has not finished"):
+        run.require("02_use")
+
+
+def test_text_layout_and_comments_do_not_change_the_code(tmp_path):
+    before = notebook_hash(write_notebook(tmp_path / "a.ipynb", "x = 1\ny = f(x)", text="Why?"))
+    assert notebook_hash(write_notebook(tmp_path / "b.ipynb", "x = 1  # one\n\ny = f( x )", text="Because.")) == before
+    assert notebook_hash(write_notebook(tmp_path / "c.ipynb", "x = 2\ny = f(x)")) != before
+    assert notebook_hash(write_notebook(tmp_path / "d.ipynb", "%matplotlib inline")) != before
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"cells": [{}]}', "[1]"])
+def test_unreadable_notebook_is_named(tmp_path, content):
+    (tmp_path / "a.ipynb").write_text(content)
+    with pytest.raises(RunError, match=r"a\.ipynb cannot be read"):
+        notebook_hash(tmp_path / "a.ipynb")
+
+
+def test_reasons_to_run_a_stage_again(run, tmp_path):
+    notebook = write_notebook(tmp_path / "01_make.ipynb", "x = 1")
+    stage = CHAIN[0]
+
+    def reason(**config: object) -> str | None:
+        other = dataclasses.replace(run, config=run.config.model_copy(update=config))
+        return why_not_complete(other, stage, stage_inputs(other, stage, notebook))
+
+    assert reason() == "has not run"
+    make_stage(run, notebook)
+    assert reason() is None
+    assert reason(seed=1) is None  # not a setting of this stage
+    assert reason(data=run.config.data.model_copy(update={"num_val": 9})) == "its settings changed"
+    run.path("data.json").write_text("")
+    assert reason() == "data.json is missing or damaged"
+    run.path("data.json").write_text("{}")
+    run.path("cams/teacher/deep/a.npz").write_text("cam of A")
+    assert reason() == "cams/teacher/ is missing or damaged"
+    run.path("cams/teacher/deep/a.npz").write_text("cam of a")
+    assert reason() is None
+    run.path("metrics.json").unlink()
+    assert reason() == "its records in metrics.json changed"
+    write_notebook(notebook, "x = 2")
+    assert reason() == "its notebook changed"
+
+
+def test_large_artifacts_are_measured_not_hashed(run, tmp_path, monkeypatch):
+    make_stage(run, write_notebook(tmp_path / "01_make.ipynb", "x = 1"))
+    monkeypatch.setattr(runs, "HASHED_BYTES", 0)
+    entry = read_manifest(run)["stages"]["01_make"]
+    run.path("cams/teacher/b.npz").write_text("cam of B")
+    assert damaged_artifacts(run, entry) == []
+    run.path("cams/teacher/b.npz").write_text("cam of")
+    assert damaged_artifacts(run, entry) == ["cams/teacher/"]
+    run.path("cams/teacher/b.npz").unlink()
+    assert damaged_artifacts(run, entry) == ["cams/teacher/"]
+
+
+def test_stage_depends_on_what_the_needed_ones_made(run, tmp_path):
+    first, second = (write_notebook(tmp_path / f"{stage.name}.ipynb", "x = 1") for stage in CHAIN)
+    make_stage(run, first)
+    make_stage(run, second, number=1)
+    before = stage_inputs(run, CHAIN[1], second)
+    run.path("01_make.ipynb").write_text("executed at another time")
+    make_stage(run, first)
+    assert stage_inputs(run, CHAIN[1], second) == before
+    run.record("01_make", [{"metric": "iou", "value": 0.75}])
+    manifest = read_manifest(run)
+    manifest["stages"]["01_make"]["records"] = record_hash(run, CHAIN[0])
+    write_manifest(run, manifest)
+    assert why_not_complete(run, CHAIN[1], stage_inputs(run, CHAIN[1], second)) == "a stage it needs changed"
+
+
+def test_other_inputs_clear_a_stage_and_leave_others_alone(run, tmp_path):
+    notebook = write_notebook(tmp_path / "01_make.ipynb", "x = 1")
+    make_stage(run, notebook)
+    make_stage(run, notebook, number=1)
+    write_notebook(notebook, "x = 2")
+    assert not clear_stage(run, CHAIN[0], stage_inputs(run, CHAIN[0], notebook))
+    assert sorted(path.name for path in run.folder.iterdir()) == [
+        "cams",
+        "config.yaml",
+        "manifest.json",
+        "metrics.json",
+    ]
+    assert not any(run.path("cams").iterdir())
+    assert run.metrics()["stage"].tolist() == ["02_use"]
+
+
+def test_same_inputs_keep_what_an_earlier_attempt_made(run, tmp_path):
+    notebook = write_notebook(tmp_path / "01_make.ipynb", "x = 1")
+    make_stage(run, notebook)
+    run.path("data.json").write_text("cut sh")
+    assert clear_stage(run, CHAIN[0], stage_inputs(run, CHAIN[0], notebook))
+    assert not run.path("data.json").exists()
+    assert run.path("cams/teacher/b.npz").exists()
+
+
+def test_manifest_that_is_no_json_is_an_error(run):
+    run.path("manifest.json").write_text("{")
+    with pytest.raises(RunError, match=r"manifest\.json is not valid JSON"):
+        read_manifest(run)
+
+
+def test_manifest_lists_stages_in_pipeline_order(run):
+    write_manifest(run, {"run": "tiny", "stages": {"02_use": {}, "01_make": {}}})
+    assert list(json.loads(run.path("manifest.json").read_text())["stages"]) == ["01_make", "02_use"]

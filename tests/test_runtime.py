@@ -1,0 +1,109 @@
+"""Device, precision, seeds and progress."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smaflib.config import Config, ConfigError
+from smaflib.runtime import (
+    PROGRESS_FILE,
+    Runtime,
+    cpu_runtime,
+    derive_seed,
+    device_of,
+    make_runtime,
+    num_cores,
+    progress,
+)
+
+
+@pytest.fixture
+def torch_settings() -> Iterator[None]:
+    threads, flags = torch.get_num_threads(), (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic)
+    yield
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = flags
+
+
+def with_settings(**settings: object) -> Config:
+    return tiny_config().model_copy(update=settings)
+
+
+def test_runtime_follows_the_config(torch_settings: None) -> None:
+    runtime = make_runtime(with_settings(device="cpu", precision="bf16", seed=7, num_threads=1))
+    assert runtime == Runtime(torch.device("cpu"), "bf16", 7)
+    assert torch.get_num_threads() == 1
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+
+
+def test_zero_threads_means_one_per_core_that_this_process_may_use(torch_settings: None) -> None:
+    make_runtime(with_settings(device="cpu", num_threads=0))
+    assert torch.get_num_threads() == num_cores() >= 1
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_device_that_is_not_there_is_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=f"device is '{device}' but torch finds no .*device=auto or device=cpu"):
+        make_runtime(with_settings(device=device))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bf16", torch.bfloat16)])
+def test_autocast_changes_products_only_where_asked_for(precision: str, dtype: torch.dtype) -> None:
+    ones = torch.ones(2, 2)
+    with Runtime(torch.device("cpu"), precision).autocast():
+        assert (ones @ ones).dtype == dtype
+    assert (ones @ ones).dtype == torch.float32
+
+
+def test_cpu_runtime_and_device_of() -> None:
+    assert cpu_runtime(3) == Runtime(torch.device("cpu"), "float32", 3)
+    assert device_of(torch.nn.Linear(1, 1, device="meta")) == torch.device("meta")
+
+
+# --- seeds ------------------------------------------------------------------------------------------------------------
+
+
+def test_derived_seed_is_the_same_in_every_process() -> None:
+    # Worked out with: printf '0/classifier/3' | b2sum -l 64, read as little-endian, halved.
+    assert derive_seed(0, "classifier", 3) == 5339080801387294889
+
+
+@given(seed=st.integers(0, 2**31), position=st.integers(0, 2**31))
+def test_derived_seed_depends_on_every_part(seed: int, position: int) -> None:
+    base = derive_seed(seed, "crop", position)
+    assert 0 <= base < 2**63
+    assert base == derive_seed(seed, "crop", position)
+    assert len({base, derive_seed(seed + 1, "crop", position), derive_seed(seed, "order", position)}) == 3
+    assert base != derive_seed(seed, "crop", position + 1)
+    torch.Generator().manual_seed(base)  # torch takes it
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+def test_progress_passes_items_on_in_order(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv(PROGRESS_FILE, raising=False)
+    assert list(progress(iter("abc"), total=3, desc="letters")) == ["a", "b", "c"]
+    captured = capsys.readouterr()
+    assert "letters" in captured.err and captured.out == ""  # plain text, and not between the results
+
+
+def test_progress_goes_to_the_runners_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bar"
+    monkeypatch.setenv(PROGRESS_FILE, str(path))
+    items = progress([10, 20, 30], desc="numbers")
+    assert [next(items), next(items)] == [10, 20]
+    assert "numbers" in path.read_text() and "1/3" in path.read_text()
+    assert list(items) == [30]
+    assert capsys.readouterr().err == ""

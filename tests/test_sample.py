@@ -1,0 +1,110 @@
+"""The lazy list of samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import CLASSES, make_samples
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smaflib.data.sample import DataError, Sample, SampleFiles, Samples
+
+
+class Reader:
+    """Notes what is read."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int, bool]] = []
+
+    def __call__(self, files: SampleFiles, num_classes: int, truth: bool) -> Sample:
+        self.calls.append((files.image_id, num_classes, truth))
+        return Sample(files.image_id, torch.zeros(3, 2, 2, dtype=torch.uint8), torch.zeros(num_classes))
+
+
+def recorded(num: int = 4, cached: bool = False) -> tuple[Samples, Reader]:
+    reader = Reader()
+    files = tuple(SampleFiles(f"i{n}", Path("x"), (n % 2,), mask=Path("m")) for n in range(num))
+    return Samples(files, ("cat", "dog"), "val", reader, cached), reader
+
+
+def test_nothing_is_read_before_it_is_asked_for() -> None:
+    samples, reader = recorded()
+    assert len(samples) == 4 and samples.image_ids == ["i0", "i1", "i2", "i3"]
+    assert samples.image_labels.tolist() == [[1, 0], [0, 1], [1, 0], [0, 1]]
+    assert samples[1:].subset([0]).with_truth().has_truth
+    assert reader.calls == []
+    assert samples[-1].image_id == "i3"
+    assert reader.calls == [("i3", 2, False)]
+
+
+def test_masks_are_asked_for_by_with_truth_only() -> None:
+    samples, reader = recorded()
+    judged = samples.with_truth()
+    assert not samples.truth and judged.truth
+    judged[0], judged[1:][0], judged.subset([2])[0], samples[3]
+    assert reader.calls == [("i0", 2, True), ("i1", 2, True), ("i2", 2, True), ("i3", 2, False)]
+
+
+def test_cache_reads_once_and_never_gives_one_samples_picture_for_another() -> None:
+    samples, reader = recorded(cached=True)
+    assert samples[1] is samples[1] is samples[-3]
+    assert [call[0] for call in reader.calls] == ["i1"]
+    rest = samples[2:]
+    assert rest.cached and [sample.image_id for sample in rest] == ["i2", "i3"]
+    assert samples.with_truth()[1] is not samples[1]
+
+
+def test_without_cache_every_look_reads() -> None:
+    samples, reader = recorded()
+    samples[0], samples[0]
+    assert len(reader.calls) == 2
+
+
+@given(start=st.integers(-6, 6), stop=st.integers(-6, 6), step=st.sampled_from([-2, -1, 1, 2]))
+def test_slices_are_those_of_a_list(start: int, stop: int, step: int) -> None:
+    samples = make_samples(5)
+    assert samples[start:stop:step].image_ids == samples.image_ids[start:stop:step]
+
+
+def test_index_out_of_range() -> None:
+    samples = make_samples(2)
+    for index in (2, -3):
+        with pytest.raises(IndexError):
+            samples[index]
+
+
+def test_find_by_name() -> None:
+    samples = make_samples(3)
+    assert samples.find("image2").image_label.tolist() == [0, 0, 1]
+    with pytest.raises(KeyError, match="no image 'cat' in the split 'train'; the first is 'image0'"):
+        samples.find("cat")
+    with pytest.raises(KeyError, match="no image 'cat' in the split 'train'"):
+        samples[:0].find("cat")  # photos of one's own have an empty val split
+
+
+def test_split_without_masks_cannot_be_judged() -> None:
+    samples = make_samples(3)
+    one_missing = dataclasses.replace(samples.files[1], mask=None)
+    samples = dataclasses.replace(samples, files=(samples.files[0], one_missing, samples.files[2]))
+    assert not samples.has_truth and samples[2:].has_truth
+    with pytest.raises(DataError, match="there is no mask for image1; set data.masks"):
+        samples.with_truth()
+
+
+def test_empty_split_has_neither_truth_nor_saliency() -> None:
+    empty = make_samples(0)
+    assert not empty.has_truth and not empty.has_saliency
+    assert empty.image_labels.shape == (0, len(CLASSES)) and list(empty) == []
+    with pytest.raises(DataError, match="cannot be judged"):
+        empty.with_truth()
+
+
+def test_has_saliency_needs_every_image() -> None:
+    samples = make_samples(2)
+    bare = dataclasses.replace(samples.files[0], saliency=None)
+    assert samples.has_saliency
+    assert not dataclasses.replace(samples, files=(*samples.files, bare)).has_saliency

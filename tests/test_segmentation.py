@@ -1,0 +1,206 @@
+"""Stage 6: loss, training, and labelling with scales and flips."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import CLASSES, PixelNetwork, generator, make_samples, same_weights, tiny_config
+from torch import Tensor
+
+from smaflib import segmentation
+from smaflib.config import CrfConfig, SegmentationConfig
+from smaflib.data import DataError
+from smaflib.data.masks import MaskFiles, save_mask
+from smaflib.evaluation import evaluate
+from smaflib.refinement import dense_crf
+from smaflib.runtime import Runtime, cpu_runtime
+from smaflib.segmentation import new_segmenter, segment, segmentation_loss, train_segmenter
+
+CPU = cpu_runtime(0)
+
+
+def true_masks(num: int = 5) -> list[Tensor]:
+    return [sample.mask for sample in make_samples(num).with_truth() if sample.mask is not None]
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+def test_loss_by_hand_and_void_does_not_count() -> None:
+    logits = torch.zeros(1, 2, 1, 3)
+    logits[0, 1, 0, 0] = math.log(3)
+    mask = torch.tensor([[[1, 0, 255]]], dtype=torch.uint8)
+    expected = (-math.log(3 / 4) - math.log(1 / 2)) / 2
+    assert float(segmentation_loss(logits, mask)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_loss_of_void_alone_is_zero_with_a_gradient() -> None:
+    logits = torch.randn(1, 3, 2, 2, requires_grad=True)
+    loss = segmentation_loss(logits, torch.full((1, 4, 4), 255, dtype=torch.uint8))
+    loss.backward()
+    assert float(loss.detach()) == 0 and logits.grad is not None and not logits.grad.any()
+
+
+def test_loss_is_taken_at_the_masks_size() -> None:
+    logits = torch.randn(2, 3, 4, 4, generator=generator(0))
+    mask = torch.randint(0, 3, (2, 8, 8), dtype=torch.uint8, generator=generator(1))
+    upsampled = torch.nn.functional.interpolate(logits, size=(8, 8), mode="bilinear", align_corners=False)
+    expected = torch.nn.functional.cross_entropy(upsampled, mask.long())
+    torch.testing.assert_close(segmentation_loss(logits, mask), expected)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_segmenter_learns_three_colours() -> None:
+    config = tiny_config(segmentation={"iterations": 60, "learning_rate": 0.01, "batch_size": 3, "skip_channels": 8})
+    samples, masks = make_samples(3), true_masks(3)
+    network, history = train_segmenter(samples, masks, config, CPU)
+    assert [set(record) for record in history] == [{"iteration", "L_seg"}] * 60
+    predicted = [segment(network, sample.image, config.segmentation) for sample in samples]
+    assert evaluate(predicted, masks, CLASSES).miou > 0.5
+
+
+def test_masks_given_are_what_is_learnt_and_not_the_truth() -> None:
+    config = tiny_config(segmentation={"iterations": 2})
+    network, _ = train_segmenter(make_samples(truth=True), true_masks(), config, CPU)
+    assert same_weights(network, train_segmenter(make_samples(truth=False), true_masks(), config, CPU)[0])
+    inverted = [(mask == 0).byte() for mask in true_masks()]
+    assert not same_weights(network, train_segmenter(make_samples(truth=True), inverted, config, CPU)[0])
+
+
+def test_outside_of_the_image_is_void(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def spy(logits: Tensor, mask: Tensor) -> Tensor:
+        seen.append((logits, mask))
+        return segmentation_loss(logits, mask)
+
+    monkeypatch.setattr(segmentation, "segmentation_loss", spy)
+    config = tiny_config(segmentation={"iterations": 1, "crop_size": 64, "resize_range": [32, 32]})
+    train_segmenter(make_samples(), true_masks(), config, CPU)
+    ((logits, mask),) = seen
+    assert logits.shape[:2] == (2, 4) and mask.shape == (2, 64, 64) and mask.dtype == torch.uint8
+    inside = mask != 255
+    assert int(inside.sum()) == 2 * 32 * 26  # 32 x 40 images, the long side brought to 32
+    assert set(mask[inside].tolist()) <= {0, 1, 2, 3} and bool((mask[inside] > 0).any())
+
+
+def test_training_is_kept_and_follows_the_seed(tmp_path: Path) -> None:
+    config, samples, path = tiny_config(), make_samples(), tmp_path / "segmenter.safetensors"
+    network, history = train_segmenter(samples, true_masks(), config, CPU, path)
+    again, same_history = train_segmenter(samples, true_masks(), config, CPU, path)
+    assert same_weights(network, again) and same_history == history and not again.training
+    assert not same_weights(network, train_segmenter(samples, true_masks(), config, cpu_runtime(1))[0])
+    assert same_weights(new_segmenter(config, 3, CPU), new_segmenter(config, 3, CPU))
+
+
+def test_features_of_a_frozen_backbone_are_standardised(tmp_path: Path) -> None:
+    config = tiny_config(model={"freeze_backbone": True})
+    samples, path = make_samples(3), tmp_path / "segmenter.safetensors"
+    network, _ = train_segmenter(samples, true_masks(3), config, CPU, path)
+    assert same_weights(network.backbone, new_segmenter(config, 3, CPU).backbone)
+    assert float(network.standardize.running_mean.abs().max()) > 0  # type: ignore[union-attr, operator]
+    assert same_weights(train_segmenter(samples, true_masks(3), config, CPU, path)[0], network)
+
+
+# --- labelling --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("scales", [(1.0,), (0.5, 1.0, 1.7)])
+def test_network_of_one_opinion_gives_one_label_at_every_scale(scales: tuple[float, ...], flip: bool) -> None:
+    network = PixelNetwork(torch.zeros(3, 3), stride=4, bias=torch.tensor([0.0, 0.1, 2.0]))
+    config = SegmentationConfig(test_scales=scales, test_flip=flip)
+    image = torch.randint(0, 256, (3, 17, 22), dtype=torch.uint8, generator=generator(0))
+    mask = segment(network, image, config)
+    assert mask.dtype == torch.uint8 and mask.shape == (17, 22) and bool((mask == 2).all())
+
+
+class Sided(torch.nn.Module):
+    """Class 1 on the left half of whatever it sees, with a logit of ``strength``."""
+
+    def __init__(self, strength: float) -> None:
+        super().__init__()
+        self.strength = torch.nn.Parameter(torch.tensor(strength))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = torch.zeros(len(images), 2, *images.shape[2:])
+        logits[:, 1, :, : images.shape[3] // 2] = self.strength
+        logits[:, 1, :, images.shape[3] // 2 :] = -self.strength / 2
+        return logits
+
+
+def test_flips_are_undone_before_the_average() -> None:
+    image = torch.zeros(3, 4, 8, dtype=torch.uint8)
+    config = SegmentationConfig(test_scales=(1.0,), test_flip=False)
+    assert segment(Sided(2.0), image, config).tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]] * 4
+    both = segment(Sided(2.0), image, config.model_copy(update={"test_flip": True}))
+    # Mean of sigmoid(2) = 0.88 and sigmoid(-1) = 0.27 is above a half, on both sides alike.
+    assert both.tolist() == [[1] * 8] * 4
+
+
+def test_probabilities_and_not_logits_are_averaged_over_scales() -> None:
+    class Loud(torch.nn.Module):
+        """At full size a very sure class 1; at every other size a fairly sure background."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.dummy = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, images: Tensor) -> Tensor:
+            value = 50.0 if images.shape[2] == 8 else -3.0
+            return torch.tensor([0.0, value])[None, :, None, None].expand(len(images), 2, *images.shape[2:])
+
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    for scales, label in (((1.0,), 1), ((0.5, 1.0), 1), ((0.5, 1.0, 1.5), 0)):
+        config = SegmentationConfig(test_scales=scales)
+        assert bool((segment(Loud(), image, config) == label).all())
+
+
+def test_mirror_image_gets_the_mirrored_mask() -> None:
+    torch.manual_seed(0)
+    config = tiny_config()
+    network, image = new_segmenter(config, 3, CPU), make_samples(1)[0].image
+    settings = config.segmentation.model_copy(update={"test_scales": (0.5, 1.0)})
+    one, other = segment(network, image, settings), segment(network, image.flip(-1), settings)
+    assert float((one.flip(-1) == other).float().mean()) > 0.999  # but for ties of rounding
+    assert not network.training
+
+
+def test_crf_refines_the_averaged_probabilities() -> None:
+    image = make_samples(1)[0].image
+    matrix = torch.tensor([[0.0, 0.0, 0.0], [3.0, -3.0, 0.0]])
+    network = PixelNetwork(matrix, stride=1)
+    crf = CrfConfig(iterations=2)
+    config = SegmentationConfig(test_scales=(1.0, 1.0), test_flip=True, test_crf=crf)
+    pixels = image.float() / 255
+    logit = 3 * (pixels[0] - pixels[1])
+    probabilities = torch.stack([torch.zeros_like(logit), logit]).softmax(dim=0)
+    assert torch.equal(segment(network, image, config), dense_crf(image, probabilities, crf))
+
+
+def test_bf16_labels_nearly_the_same() -> None:
+    config = tiny_config()
+    network, image = new_segmenter(config, 3, CPU), make_samples(1)[0].image
+    exact = segment(network, image, config.segmentation)
+    rough = segment(network, image, config.segmentation, Runtime(torch.device("cpu"), "bf16"))
+    assert float((exact == rough).float().mean()) > 0.9
+
+
+# --- masks from files -------------------------------------------------------------------------------------------------
+
+
+def test_mask_files_are_read_when_asked_for(tmp_path: Path) -> None:
+    masks = true_masks(3)
+    paths = [tmp_path / f"{index}.png" for index in range(3)]
+    for path, mask in zip(paths, masks, strict=True):
+        save_mask(path, mask)
+    files = MaskFiles(paths)
+    assert len(files) == 3 and all(torch.equal(one, other) for one, other in zip(files, masks, strict=True))
+    paths[1].unlink()
+    with pytest.raises(DataError, match=r"1 of 3 masks are missing, the first is .*1\.png"):
+        MaskFiles(paths)

@@ -1,0 +1,316 @@
+"""The optimisation loop: what is drawn, how it is learnt, and going on after a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TRAINING, make_samples, same_weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from smaflib.config import ConfigError, TrainingConfig
+from smaflib.models import WeightsError
+from smaflib.models.weights import read_metadata, read_weights
+from smaflib.runtime import Runtime, cpu_runtime
+from smaflib.training import Batch, Batches, fit, load_history, make_optimizer, make_scheduler
+
+
+class TinyNetwork(nn.Module):
+    """Everything whose state a training must keep: weights, statistics, dropout; 40 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5))
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images))
+
+    def new_layers(self) -> list[nn.Module]:
+        return [self.head]
+
+
+def tiny_network() -> TinyNetwork:
+    torch.manual_seed(0)
+    return TinyNetwork()
+
+
+def training(**changes: object) -> TrainingConfig:
+    tiny = {"crop_size": 8, "resize_range": [8, 12], "color_jitter": [0.1, 0.1, 0.1, 0.05]}
+    return TrainingConfig.model_validate(TRAINING | tiny | changes)
+
+
+def batches_of(config: TrainingConfig, seed: int = 0, num: int = 5, num_workers: int = 0) -> Batches:
+    def which(sample: object, index: int, crop: object) -> dict[str, Tensor]:
+        return {"index": torch.tensor(index)}
+
+    return Batches(make_samples(num, size=(10, 12)), config, seed, which, num_workers)
+
+
+def label_loss(network: nn.Module) -> Callable[[Batch], dict[str, Tensor]]:
+    def loss(batch: Batch) -> dict[str, Tensor]:
+        logits = network(batch["image"])
+        cls = nn.functional.multilabel_soft_margin_loss(logits.float().mean(dim=(2, 3)), batch["image_label"])
+        return {"L_cls": cls, "L_size": 0.01 * logits.float().square().mean()}
+
+    return loss
+
+
+def equal_batches(one: Batch, other: Batch) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def test_batch_holds_images_labels_and_what_the_loss_asked_for() -> None:
+    batch = batches_of(training(batch_size=3))[0]
+    assert batch["image"].shape == (3, 3, 8, 8) and batch["image"].dtype == torch.float32
+    samples = make_samples(5)
+    assert torch.equal(batch["image_label"], samples.image_labels[batch["index"]])
+
+
+def test_batch_depends_on_seed_and_position_alone() -> None:
+    config = training(iterations=9)
+    forwards, again = batches_of(config), batches_of(config)
+    expected = [forwards[iteration] for iteration in range(9)]
+    torch.manual_seed(123)  # torch's own state plays no part
+    assert all(equal_batches(again[iteration], expected[iteration]) for iteration in (8, 3, 0))
+    assert not torch.equal(batches_of(config, seed=1)[3]["image"], expected[3]["image"])
+    assert not torch.equal(expected[0]["image"], expected[5]["image"])  # another crop in the next pass
+
+
+def test_worker_processes_give_the_same_batches() -> None:
+    config = training(iterations=3)
+    loader = torch.utils.data.DataLoader(batches_of(config), batch_size=None, sampler=range(3), num_workers=1)
+    for iteration, batch in enumerate(loader):
+        assert equal_batches(batch, batches_of(config)[iteration])
+
+
+@settings(max_examples=12)
+@given(num=st.integers(1, 6), batch_size=st.integers(1, 4), seed=st.integers(0, 1000))
+def test_every_pass_shows_every_sample_once_and_every_batch_is_full(num: int, batch_size: int, seed: int) -> None:
+    batches = batches_of(training(batch_size=batch_size, iterations=3 * num), seed, num)
+    drawn = torch.cat([batches[iteration]["index"] for iteration in range(3 * num)]).tolist()
+    assert len(drawn) == 3 * num * batch_size
+    for start in range(0, len(drawn), num):
+        assert sorted(drawn[start : start + num]) == list(range(num))
+
+
+def test_passes_are_shuffled_anew() -> None:
+    batches = batches_of(training(batch_size=5, iterations=8))
+    assert len({tuple(batches[iteration]["index"].tolist()) for iteration in range(8)}) > 4
+
+
+def test_padding_is_the_mean_colour() -> None:
+    batches = batches_of(training(crop_size=16, resize_range=[8, 8], color_jitter=[0.9, 0, 0, 0]))
+    image = batches[0]["image"][0]  # the picture is 7 x 8 or less: most of the crop is padding
+    assert float((image == 0).all(dim=0).float().mean()) >= 1 - 8 * 8 / 16**2
+    assert image.abs().max() > 0
+
+
+# --- optimizer and schedule -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_four_groups_at_rates_1_2_10_20_and_no_decay_on_biases(optimizer: str) -> None:
+    network = tiny_network()
+    config = TrainingConfig(optimizer=optimizer, learning_rate=0.01, weight_decay=5e-4)  # type: ignore[arg-type]
+    groups = make_optimizer(network, config).param_groups  # type: ignore[arg-type]
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    described = [
+        ({names[id(p)] for p in group["params"]}, round(group["lr"] / 0.01, 9), group["weight_decay"])
+        for group in groups
+    ]
+    assert described == [
+        ({"backbone.0.weight", "backbone.1.weight"}, 1, 5e-4),
+        ({"backbone.0.bias", "backbone.1.bias"}, 2, 0),
+        ({"head.weight"}, 10, 5e-4),
+        ({"head.bias"}, 20, 0),
+    ]
+    assert all(group.get("momentum", 5e-4) == 5e-4 for group in groups)
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    network = tiny_network()
+    network.backbone.requires_grad_(False)
+    assert len(make_optimizer(network, training()).param_groups) == 2  # type: ignore[arg-type]
+
+
+def rates(config: TrainingConfig, start: int) -> list[float]:
+    """Of the head's weights, for every iteration from ``start`` on."""
+    optimizer = make_optimizer(tiny_network(), config)  # type: ignore[arg-type]
+    scheduler = make_scheduler(optimizer, config, start)
+    found = []
+    for _ in range(start, config.iterations):
+        found.append(optimizer.param_groups[2]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_polynomial_schedule_by_hand() -> None:
+    config = TrainingConfig(iterations=4, learning_rate=0.01, poly_power=0.9)
+    expected = [0.1 * (1 - iteration / 4) ** 0.9 for iteration in range(4)]
+    assert rates(config, start=0) == pytest.approx(expected, rel=1e-12)
+
+
+def test_one_cycle_rises_to_the_rate_and_falls_below_its_start() -> None:
+    found = rates(training(iterations=20, head_multiplier=10), start=0)
+    assert max(found) == pytest.approx(0.04, rel=0.02) and 3 <= found.index(max(found)) <= 7
+    assert found[-1] < found[0] < 0.01
+
+
+@pytest.mark.parametrize("schedule", ["poly", "onecycle"])
+@pytest.mark.parametrize("start", [1, 6, 12])
+def test_schedule_moved_on_is_the_schedule(schedule: str, start: int) -> None:
+    config = training(iterations=13, schedule=schedule)
+    assert rates(config, start) == rates(config, 0)[start:]
+
+
+# --- fit --------------------------------------------------------------------------------------------------------------
+
+
+def test_fit_learns_and_keeps_a_curve() -> None:
+    network = tiny_network()
+    config = training(iterations=40, learning_rate=0.02)
+    history = fit(network, batches_of(config), label_loss(network), cpu_runtime())  # type: ignore[arg-type]
+    assert not network.training
+    assert [record["iteration"] for record in history] == [float(done) for done in range(1, 41)]
+    assert history[0].keys() == {"iteration", "L_cls", "L_size"}
+    first, last = (sum(record["L_cls"] for record in part) for part in (history[:10], history[-10:]))
+    assert last < first
+
+
+def test_history_is_the_mean_over_a_stretch() -> None:
+    network, config = tiny_network(), training(iterations=101)  # a record for every 2 iterations
+    seen: list[float] = []
+
+    def loss(batch: Batch) -> dict[str, Tensor]:
+        value = label_loss(network)(batch)["L_cls"]
+        seen.append(float(value.detach()))
+        return {"L_cls": value}
+
+    history = fit(network, batches_of(config), loss, cpu_runtime())  # type: ignore[arg-type]
+    assert [record["iteration"] for record in history] == [*range(2, 101, 2), 101]
+    assert history[1]["L_cls"] == pytest.approx(sum(seen[2:4]) / 2)
+    assert history[-1]["L_cls"] == pytest.approx(seen[100])  # the last stretch is one iteration long
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+SGD, PLAIN_SGD, ADAMW = ("sgd", "poly", 0.9), ("sgd", "poly", 0.0), ("adamw", "onecycle", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule", "momentum", "iterations", "every", "killed_at"),
+    [
+        (*SGD, 9, 3, [2]),  # before the first checkpoint
+        *((*kind, 9, 3, [7]) for kind in (SGD, PLAIN_SGD, ADAMW)),
+        (*SGD, 9, 3, [3, 4, 8]),  # right after a checkpoint, and again, and again
+        (*ADAMW, 102, 25, [55]),  # records every 2 iterations, so the checkpoints move to 26, 52, ...
+    ],
+)
+def test_killed_training_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, optimizer: str, schedule: str, momentum: float, iterations: int, every: int, killed_at: list[int]
+) -> None:
+    config = training(
+        iterations=iterations,
+        checkpoint_every=every,
+        optimizer=optimizer,
+        schedule=schedule,
+        momentum=momentum,
+        head_multiplier=3,
+        bias_multiplier=2,
+    )
+    whole = tiny_network()
+    expected = fit(whole, batches_of(config), label_loss(whole), cpu_runtime())  # type: ignore[arg-type]
+
+    path = tmp_path / "net.safetensors"
+    for kill in [*killed_at, None]:
+        network = tiny_network()
+        inner, start = label_loss(network), int(read_metadata(path)["iteration"]) if path.is_file() else 0
+        calls = iter(range(start, iterations))
+
+        def loss(batch: Batch, inner=inner, calls=calls, kill=kill) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
+            if next(calls) == kill:
+                raise Killed
+            return inner(batch)
+
+        if kill is None:
+            history = fit(network, batches_of(config), loss, cpu_runtime(), path)  # type: ignore[arg-type]
+        else:
+            with pytest.raises(Killed):
+                fit(network, batches_of(config), loss, cpu_runtime(), path)  # type: ignore[arg-type]
+            assert path.is_file() == (kill >= every)
+    assert start > 0 or killed_at == [2]  # it did go on from a checkpoint
+    assert same_weights(network, whole)
+    assert history == expected == load_history(path)
+
+
+def test_complete_checkpoint_is_not_trained_again(tmp_path: Path) -> None:
+    path, config, trained = tmp_path / "net.safetensors", training(), tiny_network()
+    history = fit(trained, batches_of(config), label_loss(trained), cpu_runtime(), path)  # type: ignore[arg-type]
+    assert not any(name.startswith("optimizer.") for name in read_weights(path))
+
+    def never(batch: Batch) -> dict[str, Tensor]:
+        raise AssertionError("trained again")
+
+    again = TinyNetwork()
+    assert fit(again, batches_of(config), never, cpu_runtime(), path) == history  # type: ignore[arg-type]
+    assert same_weights(again, trained) and not again.training
+
+
+def test_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    path, config, network = tmp_path / "net.safetensors", training(), tiny_network()
+    fit(network, batches_of(config), label_loss(network), cpu_runtime(), path)  # type: ignore[arg-type]
+    network.head = nn.Conv2d(4, 7, 1)
+    with pytest.raises(WeightsError, match=r"head\.bias \(3,\) instead of \(7,\)"):
+        fit(network, batches_of(config), label_loss(network), cpu_runtime(), path)  # type: ignore[arg-type]
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ConfigError, match="not a complete safetensors file"):
+        fit(tiny_network(), batches_of(config), label_loss(network), cpu_runtime(), path)  # type: ignore[arg-type]
+
+
+def test_seed_changes_the_result() -> None:
+    networks = [tiny_network() for _ in range(3)]
+    for network, seed in zip(networks, (0, 0, 1), strict=True):
+        fit(network, batches_of(training(), seed), label_loss(network), cpu_runtime())  # type: ignore[arg-type]
+    assert same_weights(networks[0], networks[1]) and not same_weights(networks[0], networks[2])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_loss_that_is_not_finite_stops_before_it_ruins_the_weights(tmp_path: Path, bad: float) -> None:
+    network = tiny_network()
+    before = {name: value.clone() for name, value in network.named_parameters()}
+    path = tmp_path / "net.safetensors"
+
+    def loss(batch: Batch) -> dict[str, Tensor]:
+        return {"L_good": network(batch["image"]).mean() * 0 + 2, "L_bad": network(batch["image"]).mean() * bad}
+
+    with pytest.raises(FloatingPointError, match=r"no longer finite \(.*'L_good': 2\.0.*lower the learning rate"):
+        fit(network, batches_of(training()), loss, cpu_runtime(), path)  # type: ignore[arg-type]
+    assert all(torch.equal(parameter, before[name]) for name, parameter in network.named_parameters())
+    assert not path.exists()
+
+
+def test_bf16_autocast_trains_float32_weights() -> None:
+    network, kinds = tiny_network(), set()
+
+    def loss(batch: Batch) -> dict[str, Tensor]:
+        kinds.add(network(batch["image"]).dtype)
+        return label_loss(network)(batch)
+
+    history = fit(network, batches_of(training()), loss, Runtime(torch.device("cpu"), "bf16"))  # type: ignore[arg-type]
+    assert kinds == {torch.bfloat16}
+    assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
+    assert len(history) == 4 and all(record["L_cls"] < 2 for record in history)
+    other = tiny_network()
+    fit(other, batches_of(training()), label_loss(other), cpu_runtime())  # type: ignore[arg-type]
+    assert not same_weights(network, other)

@@ -1,0 +1,167 @@
+"""Weights from files: whole, fitting, and never a pickle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+
+from smaflib.config import ConfigError, ModelConfig
+from smaflib.models.backbones import build_backbone
+from smaflib.models.slim import SlimResNet
+from smaflib.models.weights import WeightsError, fill, read_metadata, read_weights, write_weights
+
+
+def small_net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
+
+
+# --- reading and writing ----------------------------------------------------------------------------------------------
+
+
+def test_written_weights_read_back_bit_for_bit_with_their_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.safetensors"
+    tensors = {
+        "half": torch.tensor([0.1, 2.0]).half(),
+        "view": torch.arange(6.0).view(2, 3).T,  # not contiguous
+        "counter": torch.tensor(3),
+        "learns": nn.Parameter(torch.ones(2)),
+    }
+    write_weights(path, tensors, iteration=3, history=[{"L_cls": 0.5}])
+    again = read_weights(path)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+    assert again["half"].dtype == torch.float16
+    assert read_metadata(path) == {"iteration": "3", "history": '[{"L_cls": 0.5}]'}
+    assert [file.name for file in path.parent.iterdir()] == ["a.safetensors"]
+
+
+def test_file_without_metadata(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
+    assert read_metadata(tmp_path / "a.safetensors") == {}
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"no weights file .*a\.safetensors; give a \.safetensors file, 'torchvision'"
+    ):
+        read_weights(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 40, -1])
+def test_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"weight": torch.ones(100)}, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ConfigError, match=r"a\.safetensors is not a complete safetensors file .*fetch or convert"):
+        read_weights(path)
+
+
+def test_pickle_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save({"weight": torch.ones(2)}, path)
+    with pytest.raises(ConfigError, match="is not a complete safetensors file"):
+        read_weights(path)
+
+
+# --- fill -------------------------------------------------------------------------------------------------------------
+
+
+def test_mismatching_names_are_listed() -> None:
+    state = small_net().state_dict()
+    state["extra"] = torch.ones(1)
+    del state["1.bias"]
+    state["0.weight"] = torch.ones(2, 4, 1, 1)
+    with pytest.raises(WeightsError) as caught:
+        fill(small_net(), state, source="some file")
+    assert str(caught.value).splitlines() == [
+        "the weights of some file do not fit Sequential:",
+        "  missing: 1.bias",
+        "  not known to the network: extra",
+        "  of another shape: 0.weight (2, 4, 1, 1) instead of (2, 3, 1, 1)",
+    ]
+
+
+def test_long_lists_are_cut() -> None:
+    state = small_net().state_dict() | {f"x{number}": torch.ones(1) for number in range(9)}
+    with pytest.raises(WeightsError, match=r"x0, x1, x2, x3, x4, x5, x6, x7 \.\.\.$"):
+        fill(small_net(), state, source="some file")
+
+
+def test_refused_weights_change_nothing() -> None:
+    network = small_net()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    state = {name: value + 1 for name, value in before.items() if name != "0.bias"}
+    with pytest.raises(WeightsError):
+        fill(network, state, source="some file")
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_old_files_lack_the_batch_counters() -> None:
+    source, target = small_net(), small_net()
+    state = {name: value for name, value in source.state_dict().items() if "num_batches" not in name}
+    fill(target, state, source="some file")
+    assert torch.equal(target[0].weight, source[0].weight)  # type: ignore[index]
+
+
+# --- backbones --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_backbone_takes_torchvisions_own_state_dict(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.squeezenet1_1().eval()
+    path = tmp_path / "squeezenet.safetensors"
+    save_file({name: value.to(dtype) for name, value in model.state_dict().items()}, path)
+    config = ModelConfig(backbone="squeezenet1_1", weights=str(path), output_stride=16)
+    backbone = build_backbone(config).eval()
+    assert all(value.dtype == torch.float32 for value in backbone.state_dict().values())
+    model.features.load_state_dict({name: value.to(dtype) for name, value in model.features.state_dict().items()})
+    images = torch.rand(1, 3, 64, 64)
+    assert torch.equal(backbone(images), model.features(images))
+
+
+def test_classifier_may_be_missing_or_of_another_number_of_classes(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in torchvision.models.squeezenet1_1().state_dict().items()}
+    state = {name: torch.full(shape, 0.5) for name, shape in shapes.items() if not name.startswith("classifier.")}
+    path = tmp_path / "squeezenet.safetensors"
+    for extra in ({}, {"classifier.1.weight": torch.ones(7, 512, 1, 1), "classifier.1.bias": torch.ones(7)}):
+        save_file(state | extra, path)
+        backbone = build_backbone(ModelConfig(backbone="squeezenet1_1", weights=str(path)))
+        assert all(bool((value == 0.5).all()) for value in backbone.state_dict().values())
+
+
+def test_weights_of_another_backbone_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "slim.safetensors"
+    save_file(SlimResNet().state_dict(), path)
+    with pytest.raises(WeightsError, match=r"slim\.safetensors do not fit SqueezeNet:\n  missing: features\.0\.bias"):
+        build_backbone(ModelConfig(backbone="squeezenet1_1", weights=str(path)))
+
+
+def test_slim_backbone_from_a_file(tmp_path: Path) -> None:
+    path, source = tmp_path / "slim.safetensors", SlimResNet()
+    save_file(source.state_dict(), path)
+    again = build_backbone(ModelConfig(backbone="slim", weights=str(path)))
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+def test_slim_backbone_has_no_published_weights() -> None:
+    with pytest.raises(ConfigError, match="slim backbone has no published weights; use null"):
+        build_backbone(ModelConfig(backbone="slim", weights="torchvision"))
+
+
+def test_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
+    with pytest.raises(
+        ConfigError, match=r"of squeezenet1_1 could not be downloaded \(no route to host\).*model\.weights"
+    ):
+        build_backbone(ModelConfig(backbone="squeezenet1_1", weights="torchvision"))
