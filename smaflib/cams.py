@@ -107,7 +107,7 @@ def fuse_cams(
         # The sum of all scales is a good enough guess of the extent to choose among them.
         extent = (_peak_at_one(upsampled.sum(dim=0)) > 0.5).float().mean(dim=(1, 2)).sqrt()  # (K,)
         weights = size_adaptive_weights(extent, torch.tensor(list(scales or ())))  # (S, K)
-        fused = (weights[..., None, None] * _peak_at_one(upsampled)).sum(dim=0)
+        fused = (weights[..., None, None] * upsampled).sum(dim=0)
     else:
         raise ValueError(f"there is no fusion rule {rule!r}; there are {', '.join(FUSION_RULES)}")
     return _peak_at_one(fused)
@@ -166,11 +166,18 @@ class AttentionMaps:
                 f"{path} is not a complete file of attention maps ({error}); delete it and run again"
             ) from error
 
-    def fused(self, image_id: str, rule: FusionRule = "sum", scales: Sequence[float] | None = None) -> Tensor:
-        """(K, H, W) in [0, 1], of all scales or some."""
+    def fused(
+        self,
+        image_id: str,
+        rule: FusionRule = "sum",
+        scales: Sequence[float] | None = None,
+        classes: Tensor | None = None,
+    ) -> Tensor:
+        """(K, H, W) in [0, 1], of all scales or some, of all classes or those of the numbers in ``classes``."""
         cams, size = self.read(image_id)
         chosen = self.scales if scales is None else scales
-        return fuse_cams([cams[self.scales.index(scale)] for scale in chosen], size, rule, chosen)
+        picked = [cams[self.scales.index(scale)] for scale in chosen]
+        return fuse_cams([cam if classes is None else cam[classes] for cam in picked], size, rule, chosen)
 
 
 def write_attention_maps(

@@ -7,6 +7,7 @@ otherwise). A YAML file in ``configs/`` overrides them for a data set, ``--set k
 from __future__ import annotations
 
 import difflib
+import math
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -114,6 +115,11 @@ class AttentionConfig(StageConfig):
     flip: bool = True
     fusion: FusionRule = "sum"
     bg_score: Fraction = 0.2  # a pixel whose every class stays below this is background
+
+    @property
+    def single_scale(self) -> float:
+        """The scale nearest to the original size: what fusion is compared with."""
+        return min(self.scales, key=lambda scale: abs(math.log(scale)))
 
 
 class SelfTrainingConfig(TrainingConfig):

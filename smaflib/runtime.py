@@ -91,10 +91,14 @@ def progress(items: Iterable[Item], total: int | None = None, desc: str = "", in
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]
     start, written = time.monotonic(), 0.0
-    for count, item in enumerate(items, start=initial + 1):
-        yield item
-        now = time.monotonic()
-        if now - written > 0.3:
-            # A reader may see a half-written line once; it is redrawn a moment later.
-            Path(target).write_text(tqdm.format_meter(count, total or count, now - start, prefix=desc, initial=initial))
-            written = now
+    try:
+        for count, item in enumerate(items, start=initial + 1):
+            yield item
+            now = time.monotonic()
+            if now - written > 0.3:
+                # A reader may see a half-written line once; it is redrawn a moment later.
+                meter = tqdm.format_meter(count, total or count, now - start, prefix=desc, initial=initial)
+                Path(target).write_text(meter)
+                written = now
+    finally:
+        Path(target).unlink(missing_ok=True)

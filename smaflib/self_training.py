@@ -110,9 +110,19 @@ class CleanMaps(Sequence[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
         if index not in self._cache:
-            fused = self.maps.fused(self.image_ids[index], self.rule, self.scales)
-            clean = denoise(fused, self.image_labels[index]) if self.denoised else fused
+            label = self.image_labels[index]
+            # Each class is fused by itself, so those that denoising erases need not be fused at all.
+            classes = label.nonzero()[:, 0] if self.denoised else None
+            fused = self.maps.fused(self.image_ids[index], self.rule, self.scales, classes)
+            clean = fused if classes is None else denoise(_in_place_of(fused, classes, len(label)), label)
             if not self.cached:
                 return clean
             self._cache[index] = clean.half()
         return self._cache[index].float()
+
+
+def _in_place_of(maps: Tensor, classes: Tensor, num_classes: int) -> Tensor:
+    """(k, H, W) maps of some classes to (K, H, W), zero elsewhere."""
+    whole = maps.new_zeros(num_classes, *maps.shape[1:])
+    whole[classes] = maps
+    return whole

@@ -43,7 +43,7 @@ def short_config(data_folder: Path) -> Config:
     changes = {
         "data": {"root": data_folder, "num_train": 24, "num_val": 12},
         "self_training": {"iterations": 40},
-        "segmentation": {"iterations": 100},
+        "segmentation": {"iterations": 80},
     }
     return config.model_copy(
         update={group: getattr(config, group).model_copy(update=change) for group, change in changes.items()}

@@ -90,6 +90,11 @@ def test_unknown_setting_is_refused_and_the_nearest_one_named(
         check(**settings)
 
 
+def test_settings_made_in_code_refuse_unknown_names_too() -> None:
+    with pytest.raises(ValueError, match="iteration\n.*Extra inputs are not permitted"):
+        CrfConfig(iteration=3)  # type: ignore[call-arg]
+
+
 def test_unknown_setting_of_no_likeness_still_gets_a_hint() -> None:
     with pytest.raises(ConfigError, match="no setting xyzzy; did you mean "):
         check(xyzzy=1)

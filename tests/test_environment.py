@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 import smaflib
 
 ROOT = Path(__file__).parents[1]
-CONDA_NAMES = {"torch": "pytorch"}  # all others have the same name on conda-forge
+CONDA_NAMES = {"torch": "pytorch", "jupyter-client": "jupyter_client", "jupyter-core": "jupyter_core"}
 NOT_ON_CONDA_FORGE = {"pydensecrf2"}
 CONDA_ONLY = {"python", "pip", "cxx-compiler"}
 

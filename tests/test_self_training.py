@@ -39,9 +39,9 @@ def test_mac_loss_by_hand() -> None:
 
 
 def test_mac_loss_meets_at_the_targets_size_with_aligned_corners() -> None:
-    logits = torch.tensor([[0.0, 0.0], [0.0, 2.0]]).view(1, 2, 1, 2)  # logit of class 1 rises from 0 to 2
-    expected = torch.sigmoid(torch.tensor([0.0, 1.0, 2.0]))  # aligned corners: the middle is the mean
-    target = torch.stack([1 - expected, expected]).view(1, 2, 1, 3)
+    logits = torch.tensor([[0.0, 0.0], [0.0, 3.0]]).view(1, 2, 1, 2)  # logit of class 1 rises from 0 to 3
+    expected = torch.sigmoid(torch.tensor([0.0, 1.0, 2.0, 3.0]))  # not 0, 0.75, 2.25, 3: the corners are aligned
+    target = torch.stack([1 - expected, expected]).view(1, 2, 1, 4)
     assert float(mac_loss(logits, target)) == pytest.approx(0, abs=1e-9)
 
 

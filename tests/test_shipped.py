@@ -1,0 +1,54 @@
+"""The networks that come with the package are small, load, and look at the objects."""
+
+import torch
+
+from smaflib.cams import fuse_cams, multi_scale_cams
+from smaflib.config import load_config
+from smaflib.data import load_samples, truth_of
+from smaflib.data.mini import CLASS_NAMES, make_mini
+from smaflib.evaluation import evaluate, masks_of
+from smaflib.models.weights import write_weights
+from smaflib.reactivation import denoise
+from smaflib.shipped import ASSETS, export_networks, shipped_config, shipped_network, short_config
+
+
+def test_they_are_small():
+    sizes = {path.name: path.stat().st_size for path in ASSETS.glob("*.safetensors")}
+    assert set(sizes) == {"mini_teacher.safetensors", "mini_student.safetensors"}
+    assert sum(sizes.values()) <= 3_000_000
+
+
+def test_their_maps_lie_on_the_objects_of_images_they_have_never_seen(tmp_path):
+    make_mini(tmp_path / "data", 16, 1, seed=987)
+    config = short_config(tmp_path / "data")
+    samples, attention = load_samples(config, "train"), config.attention
+    for role in ("teacher", "student"):
+        network = shipped_network(role)
+        clean = [
+            denoise(fuse_cams(multi_scale_cams(network, s.image, attention.scales), (128, 128), "sum"), s.image_label)
+            for s in samples
+        ]
+        scores = evaluate(masks_of(clean, attention.bg_score), truth_of(samples), CLASS_NAMES)
+        # Background everywhere would score 0.13, and maps at chance stay below 0.2.
+        assert scores.miou > 0.4, role
+
+
+def test_the_shipped_settings_are_those_of_the_mini_config_but_for_the_data():
+    mini = load_config(
+        "configs/mini.yaml" if ASSETS.parent.parent.joinpath("configs").is_dir() else ASSETS / "mini.yaml"
+    )
+    assert shipped_config().model == mini.model
+
+
+def test_export_halves_the_floats_and_keeps_the_settings(tmp_path):
+    run = tmp_path / "run"
+    state = shipped_network("teacher").state_dict()
+    for role in ("teacher", "student"):
+        write_weights(run / "checkpoints" / f"{role}.safetensors", state)
+    (run / "config.yaml").write_text((ASSETS / "mini.yaml").read_text())
+    export_networks(run, tmp_path / "assets")
+    assert (tmp_path / "assets" / "mini_teacher.safetensors").read_bytes() == (
+        tmp_path / "assets" / "mini_student.safetensors"
+    ).read_bytes()
+    assert (tmp_path / "assets" / "mini.yaml").read_text() == (ASSETS / "mini.yaml").read_text()
+    assert all(value.dtype != torch.float64 for value in state.values())
