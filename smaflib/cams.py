@@ -7,6 +7,8 @@ each (section 3.2 of the paper).
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +163,7 @@ class AttentionMaps:
             raise DataError(
                 f"there are no attention maps {path}; notebook 03 (teacher) or 05 (student) makes them"
             ) from None
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(
                 f"{path} is not a complete file of attention maps ({error}); delete it and run again"
             ) from error

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from smaflib.config import ClassifierConfig, Config, ConfigError
 from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import Crop, normalize
-from smaflib.models.networks import AttentionNetwork
+from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
 from smaflib.runtime import Runtime, derive_seed, progress
 from smaflib.training import Batch, Batches, History, fit
 
@@ -121,7 +121,7 @@ def saliency_loss(logits: Tensor, saliency: Tensor, image_label: Tensor, config:
 
 
 @torch.no_grad()
-def standardize_features(network: AttentionNetwork, samples: Samples, runtime: Runtime) -> None:
+def standardize_features(network: AttentionNetwork | SegmentationNetwork, samples: Samples, runtime: Runtime) -> None:
     """Measure mean and variance of a frozen backbone's features over the training images, once."""
     network.to(runtime.device).eval()
     layer = network.standardize

@@ -163,9 +163,9 @@ class SegmentationConfig(TrainingConfig):
     momentum: Fraction = 0.9
     batch_size: Positive = 10
     supervision: Literal["pseudo_masks", "truth"] = "pseudo_masks"  # truth: the upper bound, not image-level
-    aspp_dilations: tuple[Positive, ...] = (6, 12, 18, 24)
+    aspp_dilations: tuple[Positive, ...] = Field((6, 12, 18, 24), min_length=1)
     skip_channels: Annotated[int, Field(ge=0)] = 0  # width of a skip from stride 4, for small objects; 0: none
-    test_scales: tuple[float, ...] = (1.0,)
+    test_scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0,), min_length=1)
     test_flip: bool = True
     test_crf: CrfConfig | None = None
 
@@ -174,7 +174,8 @@ class EvaluationConfig(StageConfig):
     """Stage 7. Object sizes: a class's share of an image's area."""
 
     size_limits: tuple[Fraction, Fraction] = (0.04, 0.12)  # small below the first, large from the second on
-    thresholds: tuple[Fraction, ...] = tuple(round(0.05 * step, 2) for step in range(1, 17))  # background scores swept
+    # background scores swept
+    thresholds: tuple[Fraction, ...] = Field(tuple(round(0.05 * step, 2) for step in range(1, 17)), min_length=1)
 
 
 class Config(StageConfig):

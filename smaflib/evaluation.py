@@ -28,16 +28,22 @@ def confusion_matrix(mask: Tensor, truth: Tensor, num_classes: int) -> Tensor:
         int64 (K+1, K+1), rows are the truth.
 
     Raises:
-        ValueError: if the sizes differ or the mask holds labels above K.
+        ValueError: if the sizes differ or labels above K occur.
     """
     if mask.shape != truth.shape:
         raise ValueError(f"mask {tuple(mask.shape)} and truth {tuple(truth.shape)} must have one size")
-    if mask.numel() and int(mask.max()) > num_classes:
-        raise ValueError(f"the mask holds label {int(mask.max())}, but there are {num_classes} classes")
+    _refuse_labels_above(num_classes, "mask", mask, void=False)
+    _refuse_labels_above(num_classes, "truth", truth)
     counts = multiclass_confusion_matrix(
         mask.long(), truth.long(), num_classes=num_classes + 1, ignore_index=VOID_LABEL, validate_args=False
     )
     return counts.long()
+
+
+def _refuse_labels_above(num_classes: int, what: str, labels: Tensor, void: bool = True) -> None:
+    known = labels[labels != VOID_LABEL] if void else labels
+    if known.numel() and int(known.max()) > num_classes:
+        raise ValueError(f"the {what} holds label {int(known.max())}, but there are {num_classes} classes")
 
 
 def intersection_over_union(confusion: Tensor) -> Tensor:
@@ -169,12 +175,13 @@ def sweep_thresholds(
         config: thresholds and the limits between object sizes.
     """
     config = config or EvaluationConfig()
-    num_labels, thresholds = len(class_names) + 1, torch.tensor(config.thresholds)
-    steps = len(thresholds)
+    rising = sorted(set(config.thresholds))  # searchsorted needs the order
+    num_labels, thresholds, steps = len(class_names) + 1, torch.tensor(rising), len(rising)
     confusion = torch.zeros(steps, num_labels, num_labels, dtype=torch.int64)
     by_size = torch.zeros(steps, len(SIZES), num_labels - 1, 3, dtype=torch.int64)
     for maps, truth in zip(clean, truths, strict=True):
         # One histogram over (truth, strongest class, how many thresholds it exceeds) holds every threshold's matrix.
+        _refuse_labels_above(num_labels - 1, "truth", truth)
         score, winner = maps.max(dim=0)
         exceeded = torch.searchsorted(thresholds, score.contiguous())  # strictly below the score
         counted = truth != VOID_LABEL
@@ -187,7 +194,7 @@ def sweep_thresholds(
         confusion += found
         add_by_size(by_size, found, truth.numel(), config)
     names = tuple(class_names)
-    return {t: Scores(confusion[i], by_size[i], names) for i, t in enumerate(config.thresholds)}
+    return {t: Scores(confusion[i], by_size[i], names) for i, t in enumerate(rising)}
 
 
 def best_threshold(sweep: dict[float, Scores]) -> float:
@@ -223,6 +230,8 @@ def evaluate_maps(
     """
     if truths is None:
         return [], None
+    if bg_score is not None:
+        config = config.model_copy(update={"thresholds": (*config.thresholds, bg_score)})
     sweep = sweep_thresholds(clean, truths, class_names, config)
     chosen = best_threshold(sweep) if bg_score is None else bg_score
     records = sweep[chosen].records(bg_score=chosen, **where)

@@ -50,7 +50,8 @@ def save_arrays(path: Path, **arrays: np.ndarray) -> None:
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """Read a ``.npz``; pickled content is refused by numpy."""
-    with np.load(path, allow_pickle=False) as arrays:
+    # np.load leaves a file that it opened itself open when it turns out to be damaged.
+    with path.open("rb") as handle, np.load(handle, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,10 +55,10 @@ def pseudo_masks(
         num_workers: processes; 0: one per core. pydensecrf holds Python's lock, so threads would not help.
         desc: name on the progress bar.
     """
-    jobs = ((samples[i].image, clean[i], bg_score, crf) for i in range(len(samples)))
+    jobs = ((samples[i].image, clean[i]) for i in range(len(samples)))
     workers = num_workers or num_cores()
     if crf is None or workers == 1 or len(samples) < 8:
-        masks: Iterator[Tensor] = (pseudo_mask(*job) for job in jobs)
+        masks: Iterator[Tensor] = (pseudo_mask(*job, bg_score, crf) for job in jobs)
         yield from zip(samples.image_ids, progress(masks, total=len(samples), desc=desc), strict=True)
         return
     # forkserver: forking a process whose torch threads are running can deadlock.
@@ -65,7 +66,9 @@ def pseudo_masks(
         "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     )
     with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        masks = _in_order(pool, jobs, ahead=4 * workers)
+        # Arrays travel through the pipe by value; tensors would each need a file handle and room in /dev/shm.
+        arrays = ((image.numpy(), maps.numpy(), bg_score, crf) for image, maps in jobs)
+        masks = _in_order(pool, arrays, ahead=4 * workers)
         yield from zip(samples.image_ids, progress(masks, total=len(samples), desc=desc), strict=True)
 
 
@@ -83,9 +86,9 @@ def write_pseudo_masks(
     """
     missing = [i for i, image_id in enumerate(samples.image_ids) if not (folder / f"{image_id}.png").is_file()]
     crf = config.crf if config.refine == "crf" else None
-    rest = [clean[i] for i in missing] if len(missing) < len(samples) else clean
+    rest = samples.subset(missing)
     for image_id, mask in pseudo_masks(
-        samples.subset(missing), rest, bg_score, crf, config.num_workers, "pseudo masks"
+        rest, _Chosen(clean, missing), bg_score, crf, config.num_workers, "pseudo masks"
     ):
         save_mask(folder / f"{image_id}.png", mask)
 
@@ -101,6 +104,18 @@ def _in_order(pool: ProcessPoolExecutor, jobs: Iterator[tuple], ahead: int) -> I
         yield torch.from_numpy(future.result())
 
 
-def _pseudo_mask_array(image: Tensor, clean: Tensor, bg_score: float, crf: CrfConfig | None) -> object:
-    # Arrays travel through the pipe by value; tensors would need a file handle each.
-    return pseudo_mask(image, clean, bg_score, crf).numpy()
+def _pseudo_mask_array(image: np.ndarray, clean: np.ndarray, bg_score: float, crf: CrfConfig) -> np.ndarray:
+    return pseudo_mask(torch.from_numpy(image), torch.from_numpy(clean), bg_score, crf).numpy()
+
+
+class _Chosen(Sequence[Tensor]):
+    """Some items of a lazy sequence, still lazy: the maps of a data set do not fit into memory."""
+
+    def __init__(self, items: Sequence[Tensor], indices: Sequence[int]) -> None:
+        self.items, self.indices = items, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+        return self.items[self.indices[index]]

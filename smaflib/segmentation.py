@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor, nn
 
+from smaflib.classifier import standardize_features
 from smaflib.config import VOID_LABEL, Config, SegmentationConfig
 from smaflib.data.masks import MaskFiles, save_mask
 from smaflib.data.sample import Sample, Samples
@@ -36,6 +37,8 @@ def train_segmenter(
         The network in eval mode and its learning curve.
     """
     network = new_segmenter(config, len(samples.class_names), runtime)
+    if config.model.freeze_backbone and not (checkpoint and checkpoint.is_file()):
+        standardize_features(network, samples, runtime)
 
     def crop_mask(sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:
         return {"mask": crop.apply(masks[index], "nearest", fill=VOID_LABEL)}

@@ -16,7 +16,7 @@ from smaflib.runs import PROJECT_ROOT, STAGES, read_manifest
 
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
 TINY = (
-    "num_threads=2",
+    "num_threads=1",
     "data.num_train=16",
     "data.num_val=8",
     "data.image_size=64",

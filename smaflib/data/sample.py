@@ -122,9 +122,8 @@ class Samples(Sequence[Sample]):
             KeyError: if the split has no such image.
         """
         if image_id not in self.image_ids:
-            raise KeyError(
-                f"there is no image {image_id!r} in the split {self.split!r}; the first is {self.image_ids[0]!r}"
-            )
+            first = f"the first is {self.image_ids[0]!r}" if self.files else "it is empty"
+            raise KeyError(f"there is no image {image_id!r} in the split {self.split!r}; {first}")
         return self[self.image_ids.index(image_id)]
 
     def _copy(self, files: tuple[SampleFiles, ...], truth: bool) -> Samples:

@@ -44,8 +44,10 @@ class Crop:
             (C, side, side) or (side, side).
         """
         flat = field.dim() == 2
-        # torchvision's bilinear and bicubic resize antialias, as PIL's do.
-        resized = F.resize(field[None] if flat else field, list(self.resized), InterpolationMode(interpolation))
+        # torchvision's bilinear and bicubic resize antialias, as PIL's do. Its "nearest" takes a pixel's corner for its
+        # middle, which would shift a mask against its image.
+        mode = InterpolationMode("nearest-exact" if interpolation == "nearest" else interpolation)
+        resized = F.resize(field[None] if flat else field, list(self.resized), mode)
         if self.flip:
             resized = resized.flip(-1)
         source, place = self._overlap()

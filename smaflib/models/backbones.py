@@ -68,7 +68,8 @@ def build_backbone(config: ModelConfig) -> SlimResNet | TorchvisionBackbone:
             "common ones are resnet50, resnet101 and squeezenet1_0"
         )
     model = torchvision.models.get_model(config.backbone, weights=None)
-    if not hasattr(model, "layer4") and not isinstance(getattr(model, "features", None), nn.Sequential):
+    convolutional = hasattr(model, "layer4") or isinstance(getattr(model, "features", None), nn.Sequential)
+    if not convolutional or isinstance(model, torchvision.models.SwinTransformer):  # Swin's maps are (B, h, w, C)
         raise ConfigError(
             f"model.backbone {config.backbone!r} has no plain convolutional features; choose a ResNet, VGG, "
             "SqueezeNet, DenseNet, MobileNet, EfficientNet or ConvNeXt"
@@ -78,14 +79,18 @@ def build_backbone(config: ModelConfig) -> SlimResNet | TorchvisionBackbone:
 
 
 def _dilate_residual_layer(layer: nn.Module, dilation: int) -> None:
-    """Trade the layer's stride for dilation; its first block keeps the dilation of the layer before, as in DeepLab."""
-    for index, block in enumerate(layer.children()):
-        own = max(1, dilation // 2) if index == 0 else dilation
-        for module in block.modules():
-            if isinstance(module, nn.Conv2d):
-                module.stride = (1, 1)
-                if module.kernel_size == (3, 3):
-                    module.dilation = module.padding = (own, own)
+    """Trade the layer's stride for dilation.
+
+    The convolution that loses its stride looks at the grid of the layer before and keeps that one's dilation, so the
+    function at every ``dilation``-th position stays what it was.
+    """
+    before = max(1, dilation // 2)
+    for module in layer.modules():
+        if isinstance(module, nn.Conv2d):
+            if module.kernel_size == (3, 3):
+                own = before if module.stride == (2, 2) else dilation
+                module.dilation = module.padding = (own, own)
+            module.stride = (1, 1)
 
 
 def _dilate_sequence(features: nn.Module, output_stride: int) -> None:
