@@ -4,7 +4,7 @@ BIN := .venv/bin
 NBSTRIPOUT := $(BIN)/nbstripout --keep-id
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test check format lab lock clean
+.PHONY: help setup reproduce test check format lab lock assets clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,10 @@ format: setup  ## bring code into shape and strip the notebooks' outputs
 
 lab: setup  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
+
+assets: setup  ## take the shipped weights and the README's pictures from the run papermill_runs/mini
+	$(BIN)/python -m smaflib.shipped papermill_runs/mini
+	mkdir -p docs && cp $(addprefix papermill_runs/mini/figures/,00_scales.png 00_mask.png 03_scales.png 06_pseudo_masks.png 08_sizes.png) docs/
 
 clean:  ## remove caches and build leftovers; .venv and papermill_runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """The two small networks that come with the package: teacher and student of the mini data set's reference run.
 
-They let notebook 00 and the explorer show real attention maps right after installation. ``make weights`` makes them
+They let notebook 00 and the explorer show real attention maps right after installation. ``make assets`` makes them
 anew from a run of ``configs/mini.yaml``: half precision, weights only.
 """
 
