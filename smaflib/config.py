@@ -163,6 +163,7 @@ class SegmentationConfig(TrainingConfig):
     momentum: Fraction = 0.9
     batch_size: Positive = 10
     supervision: Literal["pseudo_masks", "truth"] = "pseudo_masks"  # truth: the upper bound, not image-level
+    initial_weights: Literal["backbone", "student"] = "backbone"  # model.weights, or the student's features
     aspp_dilations: tuple[Positive, ...] = Field((6, 12, 18, 24), min_length=1)
     skip_channels: Annotated[int, Field(ge=0)] = 0  # width of a skip from stride 4, for small objects; 0: none
     test_scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0,), min_length=1)

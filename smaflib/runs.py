@@ -131,7 +131,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "07_segmentation",
         "Does a segmentation network trained on the pseudo masks work on new images?",
-        needs=("01_data", "06_pseudo_masks"),
+        needs=("01_data", "05_self_training", "06_pseudo_masks"),
         settings=("seed", "precision", "data", "model", "segmentation", "evaluation"),
         makes=("checkpoints/segmenter*.safetensors", "masks_segmenter/**", "figures/07_*.png"),
     ),

@@ -15,14 +15,19 @@ from smaflib.config import VOID_LABEL, Config, SegmentationConfig
 from smaflib.data.masks import MaskFiles, save_mask
 from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import Crop, normalize
-from smaflib.models.networks import SegmentationNetwork
+from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
 from smaflib.refinement import dense_crf
 from smaflib.runtime import Runtime, derive_seed, device_of, progress
 from smaflib.training import Batch, Batches, History, fit
 
 
 def train_segmenter(
-    samples: Samples, masks: Sequence[Tensor], config: Config, runtime: Runtime, checkpoint: Path | None = None
+    samples: Samples,
+    masks: Sequence[Tensor],
+    config: Config,
+    runtime: Runtime,
+    checkpoint: Path | None = None,
+    student: AttentionNetwork | None = None,
 ) -> tuple[SegmentationNetwork, History]:
     """Train a segmentation network.
 
@@ -32,11 +37,14 @@ def train_segmenter(
         config: of the run.
         runtime: device, precision and seed.
         checkpoint: where weights are kept; an unfinished training goes on from there.
+        student: where given, the network starts from its features, which have seen image labels only.
 
     Returns:
         The network in eval mode and its learning curve.
     """
     network = new_segmenter(config, len(samples.class_names), runtime)
+    if student is not None:
+        network.backbone.load_state_dict(student.backbone.state_dict())
     if config.model.freeze_backbone and not (checkpoint and checkpoint.is_file()):
         standardize_features(network, samples, runtime)
 
