@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,6 @@ def train_classifier(
             "classifier.pretraining is 'eps', but not every image has a saliency map; set data.saliency or use plain"
         )
     network = new_teacher(config, len(samples.class_names), runtime)
-    if config.model.freeze_backbone and not (checkpoint and checkpoint.is_file()):
-        standardize_features(network, samples, runtime)
     batches = Batches(
         samples,
         settings,
@@ -55,6 +54,8 @@ def train_classifier(
         _crop_saliency if eps else None,
         config.data.num_workers,
     )
+    if config.model.freeze_backbone and not (checkpoint and checkpoint.is_file()):
+        standardize_features(network, batches, runtime)
 
     def loss(batch: Batch) -> dict[str, Tensor]:
         logits = network(batch["image"])
@@ -121,16 +122,29 @@ def saliency_loss(logits: Tensor, saliency: Tensor, image_label: Tensor, config:
 
 
 @torch.no_grad()
-def standardize_features(network: AttentionNetwork | SegmentationNetwork, samples: Samples, runtime: Runtime) -> None:
-    """Measure mean and variance of a frozen backbone's features over the training images, once."""
+def standardize_features(
+    network: AttentionNetwork | SegmentationNetwork, batches: Batches, runtime: Runtime, passes: int = 2
+) -> None:
+    """Measure mean and variance of a frozen backbone's features, once, over the first crops of a training.
+
+    Over the crops and not the whole images: features depend on the size at which objects are shown. A mean of another
+    size leaves every image the same rest, which the head uses as a bias, and the maps lose their zero point.
+
+    Args:
+        network: its ``standardize`` layer is filled in place.
+        batches: of the training.
+        runtime: device.
+        passes: over the samples.
+    """
     network.to(runtime.device).eval()
     layer = network.standardize
     if not isinstance(layer, nn.BatchNorm2d):
         raise ValueError("standardize_features is for networks whose model.freeze_backbone is true")
     count, total, squares = 0, torch.zeros_like(layer.running_mean), torch.zeros_like(layer.running_var)  # type: ignore[arg-type]
-    for sample in progress(samples, total=len(samples), desc="feature statistics"):
-        features = network.backbone(normalize(sample.image)[None].to(runtime.device)).double()
-        count += features.shape[2] * features.shape[3]
+    num_batches = min(len(batches), math.ceil(passes * len(batches.samples) / batches.config.batch_size))
+    for index in progress(range(num_batches), total=num_batches, desc="feature statistics"):
+        features = network.backbone(batches[index]["image"].to(runtime.device)).double()
+        count += features.shape[0] * features.shape[2] * features.shape[3]
         total += features.sum(dim=(0, 2, 3))
         squares += features.square().sum(dim=(0, 2, 3))
     mean = total / count

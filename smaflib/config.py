@@ -128,6 +128,8 @@ class SelfTrainingConfig(TrainingConfig):
     color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     rounds: Positive = 1  # in each further round the student of the last one is the teacher
     loss_weight: float = 100.0  # L_mac = loss_weight * mean squared error
+    refine: Literal["none", "crf"] = "none"  # crf: learn the masks that pseudo_masks makes of the fused maps
+    fresh_head: bool = False  # the student's last layer starts from zero, not from the teacher's
     control: bool = False  # also train a student on single-scale targets, the control of the paper's claim
 
 
@@ -136,6 +138,9 @@ class CrfConfig(StageConfig):
 
     iterations: Annotated[int, Field(ge=0)] = 10
     gt_prob: Annotated[float, Field(gt=0, lt=1)] = 0.7  # how sure a hard label is
+    # all: choose among all K+1 labels, as the reference; present: among background and those that the mask holds, which
+    # is faster and smooths more, because what gt_prob leaves is not spread over classes that are not there.
+    labels: Literal["all", "present"] = "all"
     gaussian_sxy: float = 3.0  # reach of the smoothness kernel, in pixels
     gaussian_compat: float = 3.0
     bilateral_sxy: float = 50.0  # reach of the appearance kernel, in pixels
@@ -218,6 +223,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         path: a YAML file of nested settings.
         overrides: such as ``"classifier.iterations=100"``; values are YAML, so ``null``, ``true`` and lists work.
 
+    Returns:
+        The settings; relative paths of data and weights are taken from the checkout, wherever the caller stands.
+
     Raises:
         ConfigError: if the file is no YAML mapping, a key does not exist (the nearest one is named) or a value does
             not fit.
@@ -234,7 +242,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"{path} must hold settings such as 'seed: 0', got a {type(settings).__name__}")
     for override in overrides:
         _apply_override(settings, override)
-    return check_settings(settings, source=str(path))
+    return _anchor_paths(check_settings(settings, source=str(path)))
 
 
 def check_settings(settings: dict[str, Any], source: str = "the settings") -> Config:
@@ -277,6 +285,22 @@ def flat_settings(config: Config) -> dict[str, Any]:
         return flat
 
     return walk(config.model_dump(mode="json"), "")
+
+
+def _anchor_paths(config: Config) -> Config:
+    # A command and the kernels that it starts stand in different folders, and must mean the same file.
+    checkout = Path(__file__).resolve().parents[1]
+    names = ("root", "images", "labels", "saliency", "masks")
+    anchored = {name: checkout / path for name in names if (path := getattr(config.data, name)) is not None}
+    weights = config.model.weights
+    if weights is not None and weights.endswith(".safetensors"):
+        weights = str(checkout / weights)
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update=anchored),
+            "model": config.model.model_copy(update={"weights": weights}),
+        }
+    )
 
 
 def _apply_override(settings: dict[str, Any], override: str) -> None:

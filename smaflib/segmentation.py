@@ -45,8 +45,6 @@ def train_segmenter(
     network = new_segmenter(config, len(samples.class_names), runtime)
     if student is not None:
         network.backbone.load_state_dict(student.backbone.state_dict())
-    if config.model.freeze_backbone and not (checkpoint and checkpoint.is_file()):
-        standardize_features(network, samples, runtime)
 
     def crop_mask(sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:
         return {"mask": crop.apply(masks[index], "nearest", fill=VOID_LABEL)}
@@ -54,6 +52,8 @@ def train_segmenter(
     batches = Batches(
         samples, config.segmentation, derive_seed(runtime.seed, "segmenter"), crop_mask, config.data.num_workers
     )
+    if config.model.freeze_backbone and not (checkpoint and checkpoint.is_file()):
+        standardize_features(network, batches, runtime)
 
     def loss(batch: Batch) -> dict[str, Tensor]:
         return {"L_seg": segmentation_loss(network(batch["image"]), batch["mask"])}

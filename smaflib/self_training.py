@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from smaflib.cams import AttentionMaps
 from smaflib.config import Config, FusionRule
 from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import Crop
 from smaflib.models.networks import AttentionNetwork, with_background
+from smaflib.pseudo_masks import pseudo_masks
 from smaflib.reactivation import denoise, reactivate
 from smaflib.runtime import Runtime, derive_seed
 from smaflib.training import Batch, Batches, History, fit
@@ -49,6 +50,8 @@ def self_train(
     """
     settings = config.self_training
     student = with_background(teacher).to(runtime.device)
+    if settings.fresh_head:
+        nn.init.zeros_(student.head.weight)
 
     def crop_clean(sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:
         return {"clean": crop.apply(clean[index])}
@@ -126,3 +129,37 @@ def _in_place_of(maps: Tensor, classes: Tensor, num_classes: int) -> Tensor:
     whole = maps.new_zeros(num_classes, *maps.shape[1:])
     whole[classes] = maps
     return whole
+
+
+def student_targets(samples: Samples, clean: Sequence[Tensor], config: Config) -> Sequence[Tensor]:
+    """What the student learns: the clean maps, or with ``refine: crf`` the masks that the dense CRF makes of them.
+
+    A student of masks learns where its teacher's maps agree with the edges of the images. The masks are kept in memory,
+    one byte per pixel.
+
+    Args:
+        samples: the training split.
+        clean: per sample (K, H, W) in [0, 1], fused and denoised.
+        config: of the run.
+
+    Returns:
+        Per sample (K, H, W) in [0, 1].
+    """
+    if config.self_training.refine == "none":
+        return clean
+    settings = config.pseudo_masks
+    masks = pseudo_masks(samples, clean, config.attention.bg_score, settings.crf, settings.num_workers, "targets")
+    return MaskMaps([mask for _, mask in masks], len(samples.class_names))
+
+
+class MaskMaps(Sequence[Tensor]):
+    """Masks, uint8 (H, W) each, seen as class maps (K, H, W) of 0 and 1: targets of :func:`self_train`."""
+
+    def __init__(self, masks: Sequence[Tensor], num_classes: int) -> None:
+        self.masks, self.num_classes = masks, num_classes
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+        return F.one_hot(self.masks[index].long(), self.num_classes + 1).permute(2, 0, 1)[1:].float()

@@ -24,7 +24,8 @@ from smaflib.classifier import (
 from smaflib.config import ClassifierConfig, ConfigError
 from smaflib.data.transforms import normalize
 from smaflib.models import AttentionNetwork
-from smaflib.runtime import Runtime, cpu_runtime
+from smaflib.runtime import Runtime, cpu_runtime, derive_seed
+from smaflib.training import Batches
 
 CPU = cpu_runtime(0)
 
@@ -160,14 +161,13 @@ def test_first_weights_follow_from_the_seed() -> None:
 
 
 def test_standardised_features_have_mean_0_and_variance_1() -> None:
-    samples = make_samples(3)
-    network = new_teacher(tiny_config(model={"freeze_backbone": True}), 3, CPU)
-    standardize_features(network, samples, CPU)
+    config = tiny_config(model={"freeze_backbone": True})
+    network, batches = new_teacher(config, 3, CPU), Batches(make_samples(3), config.classifier, seed=0)
+    standardize_features(network, batches, CPU, passes=2)
+    measured = -(-2 * 3 // config.classifier.batch_size)  # two passes over three samples, rounded up to whole batches
     with torch.no_grad():
-        features = torch.cat(
-            [network.standardize(network.backbone(normalize(sample.image)[None])).flatten(2) for sample in samples],
-            dim=2,
-        )[0]  # (C, pixels)
+        crops = torch.cat([batches[index]["image"] for index in range(min(measured, len(batches)))])
+        features = network.standardize(network.backbone(crops)).transpose(0, 1).flatten(1)  # (C, pixels)
     raw = network.standardize.running_var > 1e-4  # a channel that is constant stays 0
     assert bool(raw.any())
     torch.testing.assert_close(features.mean(dim=1), torch.zeros(len(features)), rtol=0, atol=1e-3)
@@ -181,16 +181,16 @@ def test_training_with_a_frozen_backbone_measures_once_and_learns_the_head_alone
     network, _ = train_classifier(samples, config, CPU, path)
     start = new_teacher(config, 3, CPU)
     assert same_weights(network.backbone, start.backbone) and not same_weights(network.head, start.head)
-    standardize_features(start, samples, CPU)
+    standardize_features(start, Batches(samples, config.classifier, derive_seed(CPU.seed, "classifier")), CPU)
     assert same_weights(network.standardize, start.standardize)
     assert float(network.standardize.running_mean.abs().max()) > 0  # type: ignore[union-attr, operator]
     assert same_weights(train_classifier(samples, config, CPU, path)[0], network)
 
 
 def test_standardize_features_is_for_frozen_backbones() -> None:
-    network = new_teacher(tiny_config(), 3, CPU)
+    config = tiny_config()
     with pytest.raises(ValueError, match="for networks whose model.freeze_backbone is true"):
-        standardize_features(network, make_samples(1), CPU)
+        standardize_features(new_teacher(config, 3, CPU), Batches(make_samples(1), config.classifier, seed=0), CPU)
 
 
 # --- classify ---------------------------------------------------------------------------------------------------------

@@ -119,3 +119,13 @@ def test_void_is_refused() -> None:
     mask[0, 0] = 255
     with pytest.raises(ValueError, match="label 255 is not below num_labels=2; void has no unary"):
         dense_crf(image, mask, PARAMS, num_labels=2)
+
+
+def test_choosing_among_present_labels_equals_a_call_with_these_alone() -> None:
+    image, mask = square()
+    labels = noisy(mask) * 7  # labels 0 and 7 of 21
+    present = CrfConfig(labels="present")
+    refined = dense_crf(image, labels, present, num_labels=21)
+    assert torch.equal(refined, dense_crf(image, labels // 7, CrfConfig(), num_labels=2) * 7)
+    everywhere = torch.full_like(labels, 0)
+    assert torch.equal(dense_crf(image, everywhere, present, num_labels=21), everywhere)

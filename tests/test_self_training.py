@@ -14,9 +14,10 @@ from smaflib import self_training
 from smaflib.cams import AttentionMaps
 from smaflib.classifier import new_teacher
 from smaflib.models import with_background
+from smaflib.pseudo_masks import pseudo_masks
 from smaflib.reactivation import denoise
 from smaflib.runtime import Runtime, cpu_runtime
-from smaflib.self_training import CleanMaps, mac_loss, self_train
+from smaflib.self_training import CleanMaps, mac_loss, self_train, student_targets
 
 CPU = cpu_runtime(0)
 
@@ -169,3 +170,31 @@ def test_clean_maps_can_be_kept_in_half_precision(maps: AttentionMaps) -> None:
 
 def test_whole_split_can_be_walked_through(maps: AttentionMaps) -> None:
     assert [tuple(clean.shape) for clean in CleanMaps(maps, make_samples(3))] == [(3, 32, 40)] * 3
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+
+def test_targets_are_the_clean_maps_unless_they_are_refined() -> None:
+    clean = masks_as_maps(2)
+    assert student_targets(make_samples(2), clean, tiny_config()) is clean
+
+
+def test_refined_targets_are_the_masks_of_the_crf_seen_as_maps() -> None:
+    samples = make_samples(2)
+    blurred = [torch.nn.functional.avg_pool2d(maps, 5, 1, 2) for maps in masks_as_maps(2)]  # wrong at the edges
+    config = tiny_config(self_training={"refine": "crf"}, pseudo_masks={"num_workers": 1})
+    targets = student_targets(samples, blurred, config)
+    assert len(targets) == 2
+    for index, (_, mask) in enumerate(
+        pseudo_masks(samples, blurred, config.attention.bg_score, config.pseudo_masks.crf, num_workers=1)
+    ):
+        for number in range(3):
+            assert torch.equal(targets[index][number], (mask == number + 1).float())
+
+
+def test_a_fresh_head_starts_undecided() -> None:
+    config = tiny_config(self_training={"fresh_head": True, "learning_rate": 1e-12, "iterations": 1})
+    teacher, samples = new_teacher(config, 3, CPU), make_samples(2)
+    student, _ = self_train(teacher, samples, masks_as_maps(2), config, CPU)
+    assert float(student.head.weight.detach().abs().max()) < 1e-6 < float(teacher.head.weight.detach().abs().max())

@@ -39,6 +39,9 @@ class TorchvisionBackbone(nn.Module):
                     _dilate_residual_layer(layer, dilation=stride // output_stride)
         else:
             self.late = model.features
+            if isinstance(model, torchvision.models.SqueezeNet):
+                # Its classifier is dropout, convolution, ReLU, mean: the 1000 maps before the mean are features.
+                self.late = nn.Sequential(*model.features, *model.classifier[1:3])
             _dilate_sequence(self.late, output_stride)
         self.num_features = _last_channels(nn.Sequential(self.early, self.late))
 

@@ -47,7 +47,9 @@ def load_backbone_weights(model: nn.Module, weights: str | None, source: str) ->
             ) from error
     else:
         state = read_weights(Path(weights))
-    fill(model, state, source=weights, optional=("classifier.", "fc.", "head."))
+    # SqueezeNet's classifier is part of its features (TorchvisionBackbone); that of others is cut off.
+    squeezenet = isinstance(model, torchvision.models.SqueezeNet)
+    fill(model, state, source=weights, optional=() if squeezenet else ("classifier.", "fc.", "head."))
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], source: str, optional: tuple[str, ...] = ()) -> None:

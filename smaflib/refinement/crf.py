@@ -41,6 +41,13 @@ def dense_crf(image: Tensor, scores_or_labels: Tensor, params: CrfConfig, num_la
         raise ValueError(f"dense_crf chooses between at least 2 labels, got {labels}; pass num_labels with hard labels")
     if hard and int(scores_or_labels.max()) >= labels:
         raise ValueError(f"label {int(scores_or_labels.max())} is not below num_labels={labels}; void has no unary")
+    if hard and params.labels == "present" and labels > 2:
+        present = torch.cat([scores_or_labels.new_zeros(1), scores_or_labels.flatten()]).unique()
+        if len(present) == 1:
+            return scores_or_labels.to(torch.uint8)
+        if len(present) < labels:
+            compact = torch.searchsorted(present, scores_or_labels.contiguous())
+            return present.to(torch.uint8)[dense_crf(image, compact, params, len(present)).long()]
     height, width = image.shape[-2:]
     crf = densecrf.DenseCRF2D(width, height, labels)
     given = scores_or_labels.cpu().numpy()
