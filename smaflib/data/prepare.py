@@ -25,7 +25,8 @@ def make_data(config: Config, run_folder: Path) -> None:
             data.num_val,
             size=data.image_size,
             seed=config.seed,
-            num_workers=num_cores(),
+            # Starting a worker costs as much as drawing a hundred images.
+            num_workers=num_cores() if data.num_train + data.num_val >= 300 else 1,
             progress=progress,
         )
 
