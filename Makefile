@@ -33,7 +33,8 @@ lab: setup  ## open the notebooks in JupyterLab
 
 assets: setup  ## take the shipped weights and the README's pictures from the run papermill_runs/mini
 	$(BIN)/python -m smaflib.shipped papermill_runs/mini
-	mkdir -p docs && cp $(addprefix papermill_runs/mini/figures/,00_scales.png 00_mask.png 03_scales.png 06_pseudo_masks.png 08_sizes.png) docs/
+	cd papermill_runs/mini/figures && for pair in 00_scales:scales 00_mask:mask 03_scales:scales_per_image \
+	  06_pseudo_masks:pseudo_masks; do cp $${pair%%:*}.png ../../../docs/$${pair##*:}.png; done
 
 clean:  ## remove caches and build leftovers; .venv and papermill_runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
