@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
+from smaflib.data.masks import VOC_PALETTE
 from smaflib.data.mini_drawing import (
     CLASSES,
     DISTRACTORS,
@@ -359,18 +360,6 @@ def _check_least(**arguments: tuple[int, int]) -> None:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def _voc_palette() -> list[int]:
-    """The 256 colours of PASCAL VOC's masks, flat: the bits of the index, spread over the high bits of R, G and B."""
-    palette = np.zeros((256, 3), dtype=np.uint8)
-    for index in range(256):
-        for bit in range(8):
-            palette[index, bit % 3] |= ((index >> bit) & 1) << (7 - bit // 3)
-    return palette.ravel().tolist()
-
-
-_VOC_PALETTE = _voc_palette()
-
-
 def _write_scene(index: int, folder: Path, seed: int, size: int) -> tuple[str, ...]:
     """Draw scene ``index``, write its three files below ``folder``, and return its labels."""
     scene = draw_scene(seed, index, size)
@@ -378,7 +367,7 @@ def _write_scene(index: int, folder: Path, seed: int, size: int) -> tuple[str, .
     # Without chroma subsampling: it would smear the colours of parts that are few pixels wide.
     Image.fromarray(scene.image).save(folder / "JPEGImages" / f"{name}.jpg", quality=95, subsampling=0)
     mask = Image.fromarray(scene.mask).convert("P")
-    mask.putpalette(_VOC_PALETTE)
+    mask.putpalette(VOC_PALETTE.ravel().tolist())
     mask.save(folder / "SegmentationClass" / f"{name}.png")
     Image.fromarray(scene.saliency).save(folder / "Saliency" / f"{name}.png")
     return scene.class_names
