@@ -188,7 +188,7 @@ def write_attention_maps(
     folder: Path,
     config: AttentionConfig,
     runtime: Runtime,
-    batch_size: int = 16,
+    batch_size: int = 4,
 ) -> AttentionMaps:
     """Attention maps of a whole split; images that have theirs already are skipped.
 
@@ -201,7 +201,7 @@ def write_attention_maps(
         batch_size: images of one size that are looked at together.
     """
     maps = AttentionMaps(folder, config.scales)
-    network.to(runtime.device)
+    runtime.place(network)
     missing = [index for index, image_id in enumerate(samples.image_ids) if not maps.path(image_id).is_file()]
     bar = progress(_same_size_batches(samples, missing, batch_size), total=None, desc=f"attention of {samples.split}")
     for batch in bar:

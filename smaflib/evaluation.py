@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from smaflib.config import VOID_LABEL, EvaluationConfig
 from smaflib.reactivation import reactivate, with_background_score
@@ -30,6 +29,9 @@ def confusion_matrix(mask: Tensor, truth: Tensor, num_classes: int) -> Tensor:
     Raises:
         ValueError: if the sizes differ or labels above K occur.
     """
+    # Imported late: it costs a second, and the sweep over thresholds does without.
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
     if mask.shape != truth.shape:
         raise ValueError(f"mask {tuple(mask.shape)} and truth {tuple(truth.shape)} must have one size")
     _refuse_labels_above(num_classes, "mask", mask, void=False)

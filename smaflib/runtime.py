@@ -20,6 +20,7 @@ from tqdm import tqdm
 from smaflib.config import Config, ConfigError
 
 Item = TypeVar("Item")
+Network = TypeVar("Network", bound=nn.Module)
 PROGRESS_FILE = "SMAF_PROGRESS_FILE"
 """Environment variable: a file that takes the state of the running progress bar, for the runner's terminal."""
 
@@ -31,6 +32,13 @@ class Runtime:
     device: torch.device
     precision: str = "float32"
     seed: int = 0
+
+    def place(self, network: Network) -> Network:
+        """Move a network to the device, its convolutions' weights laid out with the channels last.
+
+        torch's convolutions follow the layout of their weights; on CPUs this one is about 1.4 times as fast.
+        """
+        return network.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bf16 inside convolutions and matrix products, where the config asks for it."""

@@ -98,7 +98,7 @@ def fit(
         FloatingPointError: if the loss is no longer finite.
     """
     config = batches.config
-    network.to(runtime.device).train()
+    runtime.place(network).train()
     optimizer = make_optimizer(network, config)
     history, start = _resume(network, optimizer, checkpoint)
     if start >= config.iterations:

@@ -7,10 +7,13 @@ import pydensecrf.densecrf as densecrf
 import pytest
 import torch
 from helpers import generator
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from smaflib.config import CrfConfig
 from smaflib.refinement import dense_crf
+from smaflib.refinement.crf import hard_unary
 
 PARAMS = CrfConfig(iterations=5, bilateral_sxy=20, bilateral_srgb=8, bilateral_compat=6)
 
@@ -54,6 +57,38 @@ def test_hard_labels_agree_with_a_direct_call(params: CrfConfig) -> None:
     assert refined.dtype == torch.uint8 and refined.shape == (16, 20)
     assert np.array_equal(refined.numpy(), expected)
     assert not torch.equal(refined, labels)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    num_labels=st.integers(2, 81),
+    num_present=st.integers(1, 4),
+    size=st.tuples(st.integers(1, 18), st.integers(1, 18)),
+    gt_prob=st.sampled_from([0.3, 0.7, 0.95]),
+    seed=st.integers(0, 1000),
+)
+def test_merging_the_absent_labels_is_exact(
+    num_labels: int, num_present: int, size: tuple[int, int], gt_prob: float, seed: int
+) -> None:
+    params = CrfConfig(gt_prob=gt_prob, bilateral_sxy=5, bilateral_srgb=20)
+    image = torch.randint(60, 120, (3, *size), dtype=torch.uint8, generator=generator(seed))
+    chosen = torch.randperm(num_labels, generator=generator(seed))[:num_present].to(torch.uint8)
+    labels = chosen[torch.randint(0, len(chosen), size, generator=generator(seed))]
+    hard = np.eye(num_labels)[labels.numpy()].transpose(2, 0, 1)
+    unary = -np.log(np.where(hard == 1, gt_prob, (1 - gt_prob) / (num_labels - 1)))
+    merged = hard_unary(labels, num_labels, params)
+    assert len(merged.labels) <= num_present + 1 and int(merged.counts.sum()) == num_labels
+    assert np.array_equal(dense_crf(image, labels, params, num_labels).numpy(), with_pydensecrf(image, unary, params))
+
+
+def test_merged_channel_by_hand() -> None:
+    # Labels 0 and 2 of five occur: 1, 3 and 4 share a channel in the place of label 1.
+    unary = hard_unary(torch.tensor([[0, 2]]), 5, CrfConfig(gt_prob=0.6))
+    assert unary.labels.tolist() == [0, 1, 2] and unary.counts.tolist() == [1, 3, 1]
+    expected = torch.tensor([[0.6, 0.1], [0.3, 0.3], [0.1, 0.6]])  # probabilities, (channel, pixel)
+    torch.testing.assert_close((-unary.energies).exp()[:, 0], expected)
+    # A channel of three labels is no likelier than each of them.
+    assert unary.winners(torch.tensor([[[0.3, 0.2]], [[0.5, 0.8]], [[0.2, 0.0]]])).tolist() == [[0, 1]]
 
 
 def test_soft_scores_agree_with_a_direct_call() -> None:
