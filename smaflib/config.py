@@ -77,6 +77,9 @@ class TrainingConfig(StageConfig):
     batch_size: Positive = 8
     crop_size: Positive = 448  # side of the square crop, in pixels
     resize_range: tuple[Positive, Positive] = (256, 512)  # the long side is drawn from this range, in pixels
+    # True: no crops; the whole image, squashed to a square whose side is drawn from resize_range for each batch. For a few
+    # dozen photos: a crop without the only object of its class is a wrong label that a large data set would forgive.
+    whole_images: bool = False
     flip: bool = True
     color_jitter: tuple[float, float, float, float] = (0.3, 0.3, 0.3, 0.1)  # brightness, contrast, saturation, hue
     optimizer: Literal["sgd", "adamw"] = "sgd"

@@ -59,7 +59,7 @@ def self_train(
     batches = Batches(samples, settings, derive_seed(runtime.seed, "student"), crop_clean, config.data.num_workers)
 
     def loss(batch: Batch) -> dict[str, Tensor]:
-        side = settings.crop_size // TARGET_STRIDE
+        side = batch["image"].shape[-1] // TARGET_STRIDE
         attention = F.interpolate(batch["clean"], size=(side, side), mode="bilinear", align_corners=True)
         target = reactivate(attention, config.attention.bg_score)
         return {"L_mac": mac_loss(student(batch["image"]), target, settings.loss_weight)}

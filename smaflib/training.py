@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from smaflib.config import TrainingConfig
 from smaflib.data.sample import Sample
-from smaflib.data.transforms import Crop, draw_crop, jitter_colors, normalize
+from smaflib.data.transforms import Crop, draw_crop, jitter_colors, normalize, whole_image
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
 from smaflib.models.weights import fill, read_metadata, read_weights, write_weights
 from smaflib.runtime import Runtime, derive_seed, progress
@@ -64,12 +64,20 @@ class Batches(Dataset[Batch]):
         order = torch.randperm(len(self.samples), generator=_generator(self.seed, "order", round_))
         index = int(order[place])
         sample, generator = self.samples[index], _generator(self.seed, "crop", position)
-        height, width = sample.image.shape[-2:]
-        crop = draw_crop((height, width), self.config, generator)
+        if self.config.whole_images:
+            crop = whole_image(self._side(position // self.config.batch_size), self.config, generator)
+        else:
+            height, width = sample.image.shape[-2:]
+            crop = draw_crop((height, width), self.config, generator)
         image = jitter_colors(crop.apply(sample.image, "bicubic"), self.config.color_jitter, generator)
         # The padding is 0 after normalisation (the mean colour), as in the reference, not black before it.
         batch = {"image": crop.zero_outside(normalize(image)), "image_label": sample.image_label}
         return batch | (self.crop_fields(sample, index, crop) if self.crop_fields else {})
+
+    def _side(self, iteration: int) -> int:
+        """Of the squares of a batch of whole images, which must all be of one size."""
+        smallest, largest = self.config.resize_range
+        return int(torch.randint(smallest, largest + 1, (), generator=_generator(self.seed, "side", iteration)))
 
 
 def fit(

@@ -74,6 +74,14 @@ def test_batch_holds_images_labels_and_what_the_loss_asked_for() -> None:
     assert torch.equal(batch["image_label"], samples.image_labels[batch["index"]])
 
 
+def test_batches_of_whole_images_are_squares_of_one_side_each() -> None:
+    batches = batches_of(training(batch_size=3, whole_images=True, iterations=30))
+    shapes = [tuple(batches[iteration]["image"].shape) for iteration in range(30)]
+    assert all(shape[:2] == (3, 3) and shape[2] == shape[3] for shape in shapes)
+    assert {shape[2] for shape in shapes} == {8, 9, 10, 11, 12}  # resize_range, both ends included
+    assert equal_batches(batches[7], batches_of(training(batch_size=3, whole_images=True))[7])
+
+
 def test_batch_depends_on_seed_and_position_alone() -> None:
     config = training(iterations=9)
     forwards, again = batches_of(config), batches_of(config)

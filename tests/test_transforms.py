@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smaflib.config import TrainingConfig
-from smaflib.data.transforms import Crop, draw_crop, jitter_colors, normalize
+from smaflib.data.transforms import Crop, draw_crop, jitter_colors, normalize, whole_image
 
 
 def coordinates(height: int, width: int) -> torch.Tensor:
@@ -55,6 +55,16 @@ def test_window_over_the_border_is_filled() -> None:
     assert crop.apply(mask, "nearest", fill=255).tolist() == expected
     inside = crop.zero_outside(torch.ones(2, 4, 4))
     assert inside[0].tolist() == inside[1].tolist() == [[0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0]]
+
+
+def test_whole_image_is_squashed_and_flipped_half_of_the_time() -> None:
+    field, source = coordinates(4, 8), generator(0)
+    crops = [whole_image(4, TrainingConfig(whole_images=True), source) for _ in range(40)]
+    assert 10 < sum(crop.flip for crop in crops) < 30
+    squares = {crop.flip: crop.apply(field, "nearest") for crop in crops}
+    assert squares[False][0].tolist() == [[0] * 4, [1] * 4, [2] * 4, [3] * 4]
+    assert torch.equal(squares[True], squares[False].flip(-1)) and squares[False][1, 0, 0] < squares[False][1, 0, 3]
+    assert not any(whole_image(4, TrainingConfig(flip=False), source).flip for _ in range(20))
 
 
 def test_nearest_makes_no_new_labels() -> None:

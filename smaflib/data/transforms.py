@@ -89,6 +89,11 @@ def draw_crop(size: tuple[int, int], config: TrainingConfig, generator: torch.Ge
     return Crop(resized, start(resized[0]), start(resized[1]), config.crop_size, flip)
 
 
+def whole_image(side: int, config: TrainingConfig, generator: torch.Generator) -> Crop:
+    """No crop: the whole image as a square of that side, flipped or not."""
+    return Crop((side, side), 0, 0, side, config.flip and bool(torch.rand((), generator=generator) < 0.5))
+
+
 def jitter_colors(image: Tensor, strengths: tuple[float, float, float, float], generator: torch.Generator) -> Tensor:
     """Shift brightness, contrast, saturation and hue by up to ``strengths``, in this order.
 
