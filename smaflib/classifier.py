@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from smaflib.config import ClassifierConfig, Config, ConfigError
 from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import Crop, normalize
-from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
+from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, load_attention_network
+from smaflib.models.weights import write_weights
 from smaflib.runtime import Runtime, derive_seed, progress
 from smaflib.training import Batch, Batches, History, fit
 
@@ -41,6 +42,11 @@ def train_classifier(
         ConfigError: if EPS is asked for and the samples have no saliency maps.
     """
     settings = config.classifier
+    if settings.checkpoint is not None:
+        network = load_attention_network(settings.checkpoint, config.model, len(samples.class_names))
+        if checkpoint:
+            write_weights(checkpoint, network.state_dict(), iteration=settings.iterations, history=[])
+        return network.to(runtime.device), []
     eps = settings.pretraining == "eps"
     if eps and not samples.has_saliency:
         raise ConfigError(

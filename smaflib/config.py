@@ -62,11 +62,12 @@ class DataConfig(StageConfig):
 class ModelConfig(StageConfig):
     """The network that turns an image into class logit maps."""
 
-    backbone: str = "resnet50"  # "slim" (for CPUs) or the name of a torchvision classification model
-    weights: str | None = None  # None: random; "torchvision": ImageNet; else a local .safetensors file
+    backbone: str = "resnet50"  # "slim" (for CPUs), "resnet38" or the name of a torchvision classification model
+    weights: str | None = None  # None: random; "torchvision": ImageNet; else a .safetensors, .pth or MXNet .params file
     output_stride: Literal[8, 16, 32] = 8  # pixels per cell of the logit maps, where the backbone allows it
     head_channels: Annotated[int, Field(ge=0)] = 0  # width of an extra 1x1 conv + BatchNorm + ReLU; SMAF uses 128
     freeze_backbone: bool = False  # train the head only, on standardised features: for a few dozen photos
+    freeze_early: bool = False  # the first layers; resnet38: conv1a, b2, b2_1, b2_2, as in the reference
     freeze_batch_norm: bool = True  # statistics and affine parameters; pointless without pretrained weights
 
 
@@ -77,8 +78,8 @@ class TrainingConfig(StageConfig):
     batch_size: Positive = 8
     crop_size: Positive = 448  # side of the square crop, in pixels
     resize_range: tuple[Positive, Positive] = (256, 512)  # the long side is drawn from this range, in pixels
-    # True: no crops; the whole image, squashed to a square whose side is drawn from resize_range for each batch. For a few
-    # dozen photos: a crop without the only object of its class is a wrong label that a large data set would forgive.
+    # True: no crops; the whole image, squashed to a square whose side is drawn from resize_range for each batch. For a
+    # few dozen photos: a crop without the only object of its class is a wrong label, which a large set would forgive.
     whole_images: bool = False
     flip: bool = True
     color_jitter: tuple[float, float, float, float] = (0.3, 0.3, 0.3, 0.1)  # brightness, contrast, saturation, hue
@@ -104,6 +105,8 @@ class ClassifierConfig(TrainingConfig):
     """Stage 1. ``eps`` adds the saliency loss of EPS (Lee et al., CVPR 2021) to the classification loss."""
 
     pretraining: Literal["plain", "eps"] = "plain"
+    # A finished teacher, trained here, by the reference code or by EPS's: stage 1 then only loads it.
+    checkpoint: Path | None = None
     eps_tau: Fraction = 0.4  # overlap with saliency above which a labelled class counts as foreground
     eps_lambda: Fraction = 0.5  # weight of the foreground estimate against the background's
 
@@ -296,12 +299,14 @@ def _anchor_paths(config: Config) -> Config:
     names = ("root", "images", "labels", "saliency", "masks")
     anchored = {name: checkout / path for name in names if (path := getattr(config.data, name)) is not None}
     weights = config.model.weights
-    if weights is not None and weights.endswith(".safetensors"):
+    if weights is not None and weights != "torchvision":
         weights = str(checkout / weights)
+    checkpoint = config.classifier.checkpoint
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=anchored),
             "model": config.model.model_copy(update={"weights": weights}),
+            "classifier": config.classifier.model_copy(update={"checkpoint": checkpoint and checkout / checkpoint}),
         }
     )
 

@@ -117,7 +117,7 @@ def test_slim_network_sees_no_farther_than_it_should_and_skips_at_stride_4() -> 
 
 
 def test_unknown_backbone_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'resnet5', which is neither 'slim' nor a torchvision classification model"):
+    with pytest.raises(ConfigError, match="'resnet5', which is neither 'slim' nor 'resnet38' nor a"):
         build_backbone(model_config("resnet5"))
     with pytest.raises(
         ConfigError, match="'fcn_resnet50', which is neither"
@@ -203,14 +203,18 @@ def test_frozen_layers_stay_bit_identical(kind: str, freeze_backbone: bool, free
     else:
         network = SegmentationNetwork(config, SegmentationConfig(aspp_dilations=(1,), skip_channels=4), 2)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    norms = {f"backbone.{name}" for name, part in network.backbone.named_modules() if isinstance(part, nn.BatchNorm2d)}
+    frozen_norms = ("backbone.", "neck.")  # not those of the segmentation network's decoder
+    norms = {name for name, part in network.named_modules() if isinstance(part, nn.BatchNorm2d)}
+    norms = {name for name in norms if name.startswith(frozen_norms)}
     train_a_little(network)
     network.eval().train()  # a detour must not thaw anything
     train_a_little(network)
     for name, value in network.state_dict().items():
         is_norm = name.rpartition(".")[0] in norms
-        frozen = name.startswith("standardize.") or (
-            name.startswith("backbone.") and (freeze_backbone or (freeze_batch_norm and is_norm))
+        frozen = (
+            name.startswith("standardize.")
+            or (freeze_batch_norm and is_norm)
+            or (name.startswith("backbone.") and freeze_backbone)
         )
         assert torch.equal(value, before[name]) == frozen, name
 

@@ -8,15 +8,20 @@ from the upper left: what is done to them is done pixel by pixel.
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from smaflib.cams import fuse_cams, multi_scale_cams
 from smaflib.classifier import saliency_loss
-from smaflib.config import AttentionConfig, ClassifierConfig, SelfTrainingConfig
+from smaflib.config import AttentionConfig, ClassifierConfig, ModelConfig, SelfTrainingConfig
+from smaflib.data.transforms import normalize
 from smaflib.files import load_arrays
+from smaflib.models import AttentionNetwork, load_attention_network
+from smaflib.models.resnet38 import ResNet38
 from smaflib.reactivation import denoise, reactivate
 from smaflib.self_training import mac_loss
 
@@ -30,6 +35,50 @@ def reference() -> dict[str, Tensor]:
 
 def background_first(maps: Tensor) -> Tensor:  # (B, K+1, h, w), background last -> background first
     return torch.cat([maps[:, -1:], maps[:, :-1]], dim=1)
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> AttentionNetwork:
+    """ResNet38 and the paper's head, read from a checkpoint in the reference's form; random by the parity rule."""
+    salt = str(load_arrays(PARITY)["salt"])
+    state = {name: parity_weight(salt, name, value) for name, value in ResNet38().state_dict().items()}
+    head = {"cov_feat.weight": (128, 4096, 1, 1), "fc8.weight": (21, 128, 1, 1)}
+    head |= {f"bn.{name}": (128,) for name in ("weight", "bias", "running_mean", "running_var")}
+    state |= {name: parity_weight(salt, name, torch.empty(shape)) for name, shape in head.items()}
+    checkpoint = tmp_path_factory.mktemp("reference") / "checkpoint.pth"
+    wrapped = {f"module.{name}": value for name, value in state.items()}
+    torch.save({"Net": {"model_state": wrapped, "objective_vectors": torch.zeros(2)}, "iter": 20000}, checkpoint)
+    config = ModelConfig(backbone="resnet38", head_channels=128)
+    return load_attention_network(checkpoint, config, num_classes=20)
+
+
+def parity_weight(salt: str, name: str, like: Tensor) -> Tensor:
+    """The rule by which both sides of the comparison make the same weights."""
+    source = torch.Generator().manual_seed(zlib.crc32(f"{salt}:{name}".encode()))
+    if name.endswith("num_batches_tracked"):
+        return torch.zeros_like(like)
+    if name.endswith("running_var") or (like.dim() == 1 and name.endswith("weight")):
+        return torch.rand(like.shape, generator=source) * 0.5 + 0.75
+    if like.dim() == 1:
+        return torch.randn(like.shape, generator=source) * 0.1
+    return torch.randn(like.shape, generator=source) * (1 / like[0].numel()) ** 0.5
+
+
+def test_logits_of_the_network(reference: dict[str, Tensor], network: AttentionNetwork) -> None:
+    with torch.no_grad():
+        logits = network(normalize(reference["image"].permute(2, 0, 1))[None])
+    expected = background_first(reference["logits_scale1"][None])
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    assert float(expected.std()) > 0.1
+
+
+def test_multi_scale_attention(reference: dict[str, Tensor], network: AttentionNetwork) -> None:
+    image, scales = reference["image"].permute(2, 0, 1), AttentionConfig().scales
+    fused = fuse_cams(multi_scale_cams(network, image, scales), tuple(image.shape[1:]), AttentionConfig().fusion)
+    torch.testing.assert_close(fused[reference["label"].bool()], reference["fused"], rtol=0, atol=1e-4)
+    # The test would notice a missing scale.
+    short = fuse_cams(multi_scale_cams(network, image, scales[:3]), tuple(image.shape[1:]))
+    assert float((short[reference["label"].bool()] - reference["fused"]).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize(("tau", "weight"), [(0.5, 0.5), (0.4, 0.9)])

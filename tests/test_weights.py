@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from smaflib.config import ConfigError, ModelConfig
 from smaflib.models.backbones import build_backbone
 from smaflib.models.slim import SlimResNet
-from smaflib.models.weights import WeightsError, fill, read_metadata, read_weights, write_weights
+from smaflib.models.weights import WeightsError, attention_state, fill, read_metadata, read_weights, write_weights
 
 
 def small_net() -> nn.Module:
@@ -47,7 +48,8 @@ def test_file_without_metadata(tmp_path: Path) -> None:
 
 def test_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"no weights file .*a\.safetensors; give a \.safetensors file, 'torchvision'"
+        ConfigError,
+        match=r"no weights file .*a\.safetensors; give a \.safetensors, \.pth or \.params file",
     ):
         read_weights(tmp_path / "a.safetensors")
 
@@ -61,11 +63,85 @@ def test_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
         read_weights(path)
 
 
-def test_pickle_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.pth"
-    torch.save({"weight": torch.ones(2)}, path)
-    with pytest.raises(ConfigError, match="is not a complete safetensors file"):
+class Malicious:
+    """A pickle that would create a file when it is loaded without care."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_checkpoint_that_would_run_code_is_refused(tmp_path: Path, legacy: bool) -> None:
+    path, trace = tmp_path / "a.pth", tmp_path / "trace"
+    content = {"state_dict": {"head.weight": torch.ones(2)}, "args": Malicious(trace)}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ConfigError, match=r"a\.pth holds more than weights, and loading that could run code"):
         read_weights(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": {f"module.{name}": value for name, value in state.items()}, "lr": 0.1},
+        lambda state: {"Net": {"model_state": state, "objective_vectors": torch.zeros(2)}, "iter": 7},
+    ],
+)
+def test_checkpoint_of_pytorch_is_unwrapped(
+    tmp_path: Path, wrap: Callable[[dict[str, torch.Tensor]], object], legacy: bool
+) -> None:
+    state = small_net().state_dict()
+    torch.save(wrap(state), tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
+    again = read_weights(tmp_path / "a.pth")
+    assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"epoch": 3}, "holds no state dict"),
+        (
+            {"teacher": {"a.b": torch.ones(1)}, "student": {"a.b": torch.ones(1)}},
+            r"several networks \(teacher, student\)",
+        ),
+    ],
+)
+def test_checkpoint_without_one_network_is_refused(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(ConfigError, match=message):
+        read_weights(tmp_path / "a.pth")
+
+
+def test_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save({"a.weight": torch.ones(100)}, path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ConfigError, match=r"a\.pth is not a complete PyTorch checkpoint"):
+        read_weights(path)
+
+
+# --- checkpoints of the reference -------------------------------------------------------------------------------------
+
+
+def test_reference_checkpoint_gets_our_names_and_the_background_first() -> None:
+    state = {
+        "b2.bn_branch2a.weight": torch.ones(1),
+        "cov_feat.weight": torch.full((1,), 2.0),
+        "bn.running_mean": torch.full((1,), 3.0),
+        "fc8.weight": torch.tensor([[1.0], [2.0], [0.0]]).view(3, 1, 1, 1),  # two classes, then the background
+    }
+    ours = attention_state(state, num_classes=2)
+    assert set(ours) == {"backbone.b2.bn_branch2a.weight", "neck.0.weight", "neck.1.running_mean", "head.weight"}
+    assert ours["head.weight"].flatten().tolist() == [0, 1, 2]
+    plain = attention_state({"fc8.weight": torch.tensor([[1.0], [2.0]])}, num_classes=2)
+    assert plain["head.weight"].flatten().tolist() == [1, 2]  # no background: nothing to move
+    assert attention_state({"head.weight": torch.ones(1)}, 2) == {"head.weight": torch.ones(1)}
 
 
 # --- fill -------------------------------------------------------------------------------------------------------------
@@ -152,7 +228,7 @@ def test_slim_backbone_from_a_file(tmp_path: Path) -> None:
 
 
 def test_slim_backbone_has_no_published_weights() -> None:
-    with pytest.raises(ConfigError, match="slim backbone has no published weights; use null"):
+    with pytest.raises(ConfigError, match="has no weights of the backbone slim; give a file or null"):
         build_backbone(ModelConfig(backbone="slim", weights="torchvision"))
 
 

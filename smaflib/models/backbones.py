@@ -9,6 +9,7 @@ import torchvision.models
 from torch import Tensor, nn
 
 from smaflib.config import ConfigError, ModelConfig
+from smaflib.models.resnet38 import ResNet38
 from smaflib.models.slim import SlimResNet
 from smaflib.models.weights import load_backbone_weights
 
@@ -48,13 +49,20 @@ class TorchvisionBackbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, C, h, w)
         return self.late(self.early(images))
 
+    def early_layers(self) -> list[nn.Module]:
+        """What ``model.freeze_early`` freezes: up to stride 4; nothing where the family offers no such point."""
+        return [self.early]
+
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features at stride 4 (only where ``skip_channels`` is not 0) and at the output stride."""
         early = self.early(images)
         return early, self.late(early)
 
 
-def build_backbone(config: ModelConfig) -> SlimResNet | TorchvisionBackbone:
+Backbone = SlimResNet | ResNet38 | TorchvisionBackbone
+
+
+def build_backbone(config: ModelConfig) -> Backbone:
     """Make the backbone that a config names, with its initial weights.
 
     Raises:
@@ -64,11 +72,15 @@ def build_backbone(config: ModelConfig) -> SlimResNet | TorchvisionBackbone:
         slim = SlimResNet()
         load_backbone_weights(slim, config.weights, source="slim")
         return slim
+    if config.backbone == "resnet38":
+        resnet38 = ResNet38()
+        load_backbone_weights(resnet38, config.weights, source="resnet38")
+        return resnet38
     known = torchvision.models.list_models(module=torchvision.models)
     if config.backbone not in known:
         raise ConfigError(
-            f"model.backbone is {config.backbone!r}, which is neither 'slim' nor a torchvision classification model; "
-            "common ones are resnet50, resnet101 and squeezenet1_0"
+            f"model.backbone is {config.backbone!r}, which is neither 'slim' nor 'resnet38' nor a torchvision "
+            "classification model; common ones are resnet50, resnet101 and squeezenet1_0"
         )
     model = torchvision.models.get_model(config.backbone, weights=None)
     convolutional = hasattr(model, "layer4") or isinstance(getattr(model, "features", None), nn.Sequential)

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smaflib.config import ConfigError, ModelConfig, SegmentationConfig
-from smaflib.models.backbones import TorchvisionBackbone, build_backbone
-from smaflib.models.slim import SlimResNet
-from smaflib.models.weights import WeightsError, fill, read_weights
+from smaflib.models.backbones import Backbone, build_backbone
+from smaflib.models.weights import WeightsError, attention_state, fill, read_weights
 
 
 class AttentionNetwork(nn.Module):
@@ -60,6 +59,8 @@ class AttentionNetwork(nn.Module):
     def train(self, mode: bool = True) -> AttentionNetwork:
         super().train(mode)
         freeze_as_configured(self, self.config)
+        if self.config.freeze_batch_norm:  # the reference freezes every one, also the new one of its head
+            _freeze_batch_norm(self.neck)
         return self
 
 
@@ -75,7 +76,7 @@ class SegmentationNetwork(nn.Module):
     def __init__(self, model: ModelConfig, config: SegmentationConfig, num_classes: int) -> None:
         super().__init__()
         self.config, self.num_classes = model, num_classes
-        self.backbone: SlimResNet | TorchvisionBackbone = build_backbone(model)
+        self.backbone: Backbone = build_backbone(model)
         self.standardize = (
             nn.BatchNorm2d(self.backbone.num_features, affine=False) if model.freeze_backbone else nn.Identity()
         )
@@ -124,10 +125,17 @@ def freeze_as_configured(network: AttentionNetwork | SegmentationNetwork, config
     if config.freeze_backbone:
         network.backbone.eval().requires_grad_(False)
         network.standardize.eval()
+    if config.freeze_early:
+        for layer in network.backbone.early_layers():
+            layer.eval().requires_grad_(False)
     if config.freeze_batch_norm:
-        for module in network.backbone.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval().requires_grad_(False)
+        _freeze_batch_norm(network.backbone)
+
+
+def _freeze_batch_norm(layers: nn.Module) -> None:
+    for module in layers.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval().requires_grad_(False)
 
 
 def with_background(teacher: AttentionNetwork) -> AttentionNetwork:
@@ -147,14 +155,15 @@ def with_background(teacher: AttentionNetwork) -> AttentionNetwork:
 
 
 def load_attention_network(path: Path, config: ModelConfig, num_classes: int) -> AttentionNetwork:
-    """Rebuild a teacher or student from a run's checkpoint, in eval mode on the CPU.
+    """Rebuild a teacher or student, in eval mode on the CPU, from a checkpoint of a run, of the reference or of EPS.
 
     Raises:
         ConfigError: if the file is missing or damaged.
         WeightsError: if it belongs to another network.
     """
     # What an unfinished training stores beside the network does not belong to it.
-    state = {name: value for name, value in read_weights(path).items() if not name.startswith("optimizer.")}
+    state = attention_state(read_weights(path), num_classes)
+    state = {name: value for name, value in state.items() if not name.startswith("optimizer.")}
     if "head.weight" not in state:
         raise WeightsError(f"{path} holds no attention network: it has no head.weight")
     background = len(state["head.weight"]) == num_classes + 1

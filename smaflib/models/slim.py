@@ -49,6 +49,10 @@ class SlimResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 96, H/8, W/8)
         return self.features(images)[1]
 
+    def early_layers(self) -> list[nn.Module]:
+        """What ``model.freeze_early`` freezes: all at stride 2."""
+        return [self.stem, self.layer1]
+
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features at stride 4, (B, 32, H/4, W/4), for a decoder's skip, and at stride 8, (B, 96, H/8, W/8)."""
         early = self.layer2(self.layer1(self.stem(images)))
