@@ -17,12 +17,11 @@ from typing import get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
 from smaflib.config import AttentionConfig, FusionRule
 from smaflib.data.sample import DataError, Samples
-from smaflib.data.transforms import normalize
+from smaflib.data.transforms import normalize, resize_image
 from smaflib.files import load_arrays, save_arrays
 from smaflib.models.networks import AttentionNetwork
 from smaflib.runtime import Runtime, device_of, progress
@@ -61,7 +60,7 @@ def multi_scale_cams(
     cams = []
     for scale in scales:
         size = (max(1, round(height * scale)), max(1, round(width * scale)))
-        inputs = normalize(torch.stack([_resize(picture, size) for picture in images])).to(device_of(network))
+        inputs = normalize(torch.stack([resize_image(picture, size) for picture in images])).to(device_of(network))
         with runtime.autocast() if runtime else torch.autocast("cpu", enabled=False):
             maps = network.attention(network(torch.cat([inputs, inputs.flip(-1)]) if flip else inputs).float())
         if flip:
@@ -121,13 +120,6 @@ def _peak_at_one(maps: Tensor) -> Tensor:  # (..., H, W) -> (..., H, W)
 
 def _upsample(cam: Tensor, size: tuple[int, int]) -> Tensor:  # (K, h, w) -> (K, H, W)
     return F.interpolate(cam[None].float(), size=size, mode="bilinear", align_corners=False)[0]
-
-
-def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 (3, H, W) to (3, H', W') by PIL, whose bicubic the reference's numbers come from."""
-    if tuple(image.shape[-2:]) == size:
-        return image
-    return TF.pil_to_tensor(TF.resize(TF.to_pil_image(image), list(size), TF.InterpolationMode.BICUBIC))
 
 
 @dataclass(frozen=True)

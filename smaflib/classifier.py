@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from smaflib.config import ClassifierConfig, Config, ConfigError
 from smaflib.data.sample import Sample, Samples
-from smaflib.data.transforms import Crop, normalize
+from smaflib.data.transforms import Crop, normalize, resize_image
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, load_attention_network
 from smaflib.models.weights import write_weights
 from smaflib.runtime import Runtime, derive_seed, progress
@@ -53,6 +53,11 @@ def train_classifier(
             "classifier.pretraining is 'eps', but not every image has a saliency map; set data.saliency or use plain"
         )
     network = new_teacher(config, len(samples.class_names), runtime)
+    if settings.solve_head:
+        history = solve_head(network, samples, config, runtime)
+        if checkpoint:
+            write_weights(checkpoint, network.state_dict(), iteration=settings.iterations, history=history)
+        return network, history
     batches = Batches(
         samples,
         settings,
@@ -155,6 +160,74 @@ def standardize_features(
         squares += features.square().sum(dim=(0, 2, 3))
     mean = total / count
     layer.running_mean, layer.running_var = mean.float(), (squares / count - mean.square()).clamp(min=0).float()
+
+
+def solve_head(network: AttentionNetwork, samples: Samples, config: Config, runtime: Runtime) -> History:
+    """Compute the last layer on a frozen backbone: a logistic regression on each image's mean feature.
+
+    A linear layer may trade places with the spatial mean, so an image at one scale is one vector, and the loss is
+    convex in the layer's weights: L-BFGS finds the one minimum, where training could stop short of it. Every image is
+    seen whole, at every scale of ``config.attention`` and mirrored, as :func:`~smaflib.cams.multi_scale_cams` will see
+    it. The loss is L_cls plus ``weight_decay`` times the squared weights of a class, mean over the classes.
+
+    Args:
+        network: a plain teacher; its ``standardize`` layer and its head are filled in place; ends in eval mode.
+        samples: the training split.
+        config: of the run; ``classifier.iterations`` limits the steps.
+        runtime: device and precision.
+
+    Returns:
+        The losses of each evaluation, as a learning curve.
+    """
+    runtime.place(network).eval()
+    pooled, labels = _mean_features(network, samples, config, runtime)  # (N, C), (N, K)
+    weights = torch.zeros(labels.shape[1], pooled.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=config.classifier.iterations, line_search_fn="strong_wolfe")
+    history: History = []
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = classification_loss(pooled @ weights.T, labels)
+        penalty = config.classifier.weight_decay * weights.square().sum(dim=1).mean()
+        (loss + penalty).backward()  # type: ignore[no-untyped-call]
+        history.append({"iteration": float(len(history) + 1), "L_cls": loss.item(), "penalty": penalty.item()})
+        return (loss + penalty).item()
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        network.head.weight.copy_(weights[:, :, None, None])
+    return history
+
+
+@torch.no_grad()
+def _mean_features(
+    network: AttentionNetwork, samples: Samples, config: Config, runtime: Runtime
+) -> tuple[Tensor, Tensor]:
+    """Standardised features, float64: means over each image at each scale and mirrored (N, C), labels (N, K)."""
+    layer = network.standardize
+    if not isinstance(layer, nn.BatchNorm2d):
+        raise ValueError("solve_head is for networks whose model.freeze_backbone is true")
+    means, labels, count = [], [], 0
+    total = torch.zeros(layer.num_features, dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    for sample in progress(samples, total=len(samples), desc="features"):
+        height, width = sample.image.shape[-2:]
+        for scale in config.attention.scales:
+            size = (max(1, round(height * scale)), max(1, round(width * scale)))
+            inputs = normalize(resize_image(sample.image, size))[None].to(runtime.device)
+            inputs = torch.cat([inputs, inputs.flip(-1)]) if config.attention.flip else inputs
+            with runtime.autocast():
+                features = network.backbone(inputs)
+            features = features.flatten(2).double().cpu()  # (1 or 2, C, cells)
+            means += list(features.mean(dim=2))
+            labels += [sample.image_label.double()] * len(features)
+            count += features.shape[0] * features.shape[2]
+            total += features.sum(dim=(0, 2))
+            squares += features.square().sum(dim=(0, 2))
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp(min=0)
+    layer.running_mean, layer.running_var = mean.float().to(runtime.device), variance.float().to(runtime.device)
+    return (torch.stack(means) - mean) / (variance + layer.eps).sqrt(), torch.stack(labels)
 
 
 @torch.no_grad()

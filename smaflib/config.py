@@ -24,6 +24,20 @@ VOC_CLASSES = (
 ).split()
 """The 20 foreground classes of PASCAL VOC, in the order of its mask values 1 to 20."""
 
+# "|" between the names: twelve of them hold a space.
+COCO_CLASSES = tuple(
+    (
+        "person|bicycle|car|motorcycle|airplane|bus|train|truck|boat|traffic light|fire hydrant|stop sign|"
+        "parking meter|bench|bird|cat|dog|horse|sheep|cow|elephant|bear|zebra|giraffe|backpack|umbrella|handbag|"
+        "tie|suitcase|frisbee|skis|snowboard|sports ball|kite|baseball bat|baseball glove|skateboard|surfboard|"
+        "tennis racket|bottle|wine glass|cup|fork|knife|spoon|bowl|banana|apple|sandwich|orange|broccoli|carrot|"
+        "hot dog|pizza|donut|cake|chair|couch|potted plant|bed|dining table|toilet|tv|laptop|mouse|remote|"
+        "keyboard|cell phone|microwave|oven|toaster|sink|refrigerator|book|clock|vase|scissors|teddy bear|"
+        "hair drier|toothbrush"
+    ).split("|")
+)
+"""The 80 foreground classes of COCO's instances, in the order of its category ids: mask values 1 to 80."""
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 
@@ -41,13 +55,15 @@ class StageConfig(BaseModel):
 class DataConfig(StageConfig):
     """Where images and image labels come from. Masks are for judging only (see ``label_source``)."""
 
-    kind: Literal["mini", "voc", "folder"] = "voc"
-    root: Path | None = None  # voc: the folder that holds JPEGImages; mini: None makes the set inside the run folder
+    kind: Literal["mini", "voc", "coco", "folder"] = "voc"
+    # voc: the folder that holds JPEGImages; coco: that holds annotations/ and train2014/; mini: None makes the set in
+    # the run folder
+    root: Path | None = None
     images: Path | None = None  # folder: the folder of images
     labels: Path | None = None  # CSV with the columns image,labels (labels joined by ;)
     label_source: Literal["csv", "xml", "masks"] = "xml"  # masks: breaks the image-level setting, says so in the run
-    class_names: tuple[str, ...] = ()  # () : VOC's 20 (voc), the CSV's names in alphabetical order (folder)
-    train_split: str = "train"  # ImageSets/Segmentation/<name>.txt
+    class_names: tuple[str, ...] = ()  # () : VOC's 20, COCO's 80, the CSV's names in alphabetical order (folder)
+    train_split: str = "train"  # voc: ImageSets/Segmentation/<name>.txt; coco: train2014
     val_split: str = "val"
     saliency: Path | None = None  # folder of grey PNGs named like the images; needed by EPS
     masks: Path | None = None  # folder of palette PNGs, for judging; None: SegmentationClass (voc), no judging (folder)
@@ -107,6 +123,9 @@ class ClassifierConfig(TrainingConfig):
     pretraining: Literal["plain", "eps"] = "plain"
     # A finished teacher, trained here, by the reference code or by EPS's: stage 1 then only loads it.
     checkpoint: Path | None = None
+    # With model.freeze_backbone, plain: compute the last layer from whole images at attention.scales, a logistic
+    # regression whose penalty is weight_decay, instead of training it. For small sets: certain, and done in seconds.
+    solve_head: bool = False
     eps_tau: Fraction = 0.4  # overlap with saliency above which a labelled class counts as foreground
     eps_lambda: Fraction = 0.5  # weight of the foreground estimate against the background's
 
@@ -208,6 +227,13 @@ class Config(StageConfig):
 
     @model_validator(mode="after")
     def _stages_fit_together(self) -> Config:
+        if self.classifier.solve_head and not (
+            self.model.freeze_backbone and self.classifier.pretraining == "plain" and not self.model.head_channels
+        ):
+            raise ValueError(
+                "classifier.solve_head computes one linear layer from image labels: it needs "
+                "model.freeze_backbone=true, model.head_channels=0 and classifier.pretraining=plain"
+            )
         if self.classifier.pretraining == "eps" and self.data.kind != "mini" and self.data.saliency is None:
             raise ValueError(
                 "classifier.pretraining is 'eps', which learns from saliency maps, but data.saliency is not set; "
@@ -215,6 +241,8 @@ class Config(StageConfig):
             )
         if self.data.kind == "voc" and self.data.root is None:
             raise ValueError("data.root is not set; give the folder that holds JPEGImages (VOCdevkit/VOC2012)")
+        if self.data.kind == "coco" and self.data.root is None:
+            raise ValueError("data.root is not set; give the folder that holds annotations/ and the folders of images")
         if self.data.kind == "folder" and (self.data.images is None or self.data.labels is None):
             raise ValueError("data.images and data.labels must be set: a folder of images and a CSV image,labels")
         if self.data.label_source == "csv" and self.data.kind == "voc" and self.data.labels is None:

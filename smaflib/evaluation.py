@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from smaflib.config import VOID_LABEL, EvaluationConfig
-from smaflib.reactivation import reactivate, with_background_score
+from smaflib.reactivation import hard_labels, reactivate
 
 SIZES = ("small", "medium", "large")
 
@@ -206,7 +206,7 @@ def best_threshold(sweep: dict[float, Scores]) -> float:
 
 def masks_of(clean: Iterable[Tensor], bg_score: float) -> Iterable[Tensor]:
     """Unrefined masks of attention maps: uint8 (H, W) each."""
-    return (with_background_score(maps, bg_score).argmax(dim=0).to(torch.uint8) for maps in clean)
+    return (hard_labels(maps, bg_score) for maps in clean)
 
 
 def evaluate_maps(

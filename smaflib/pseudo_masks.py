@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from smaflib.config import CrfConfig, PseudoMaskConfig
 from smaflib.data.masks import save_mask
 from smaflib.data.sample import Samples
-from smaflib.reactivation import with_background_score
-from smaflib.refinement import dense_crf
+from smaflib.reactivation import hard_labels
+from smaflib.refinement import dense_crf, dense_crf_many
 from smaflib.runtime import num_cores, progress
 
 
@@ -33,7 +29,7 @@ def pseudo_mask(image: Tensor, clean: Tensor, bg_score: float, crf: CrfConfig | 
 
     Source: hard labels into the CRF, over all K+1 labels, as in the reference code.
     """
-    labels = with_background_score(clean, bg_score).argmax(dim=0).to(torch.uint8)
+    labels = hard_labels(clean, bg_score)
     return labels if crf is None else dense_crf(image, labels, crf, num_labels=len(clean) + 1)
 
 
@@ -52,24 +48,17 @@ def pseudo_masks(
         clean: per sample (K, H, W).
         bg_score: the background's score.
         crf: the dense CRF's settings; None: no refinement.
-        num_workers: processes; 0: one per core. pydensecrf holds Python's lock, so threads would not help.
+        num_workers: processes; 0: one per core.
         desc: name on the progress bar.
     """
-    jobs = ((samples[i].image, clean[i]) for i in range(len(samples)))
-    workers = num_workers or num_cores()
-    if crf is None or workers == 1 or len(samples) < 8:
-        masks: Iterator[Tensor] = (pseudo_mask(*job, bg_score, crf) for job in jobs)
-        yield from zip(samples.image_ids, progress(masks, total=len(samples), desc=desc), strict=True)
-        return
-    # forkserver: forking a process whose torch threads are running can deadlock.
-    context = multiprocessing.get_context(
-        "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    )
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        # Arrays travel through the pipe by value; tensors would each need a file handle and room in /dev/shm.
-        arrays = ((image.numpy(), maps.numpy(), bg_score, crf) for image, maps in jobs)
-        masks = _in_order(pool, arrays, ahead=4 * workers)
-        yield from zip(samples.image_ids, progress(masks, total=len(samples), desc=desc), strict=True)
+    masks: Iterator[Tensor]
+    if crf is None:
+        masks = (hard_labels(clean[index], bg_score) for index in range(len(samples)))
+    else:
+        jobs = ((samples[index].image, hard_labels(clean[index], bg_score)) for index in range(len(samples)))
+        workers = (num_workers or num_cores()) if len(samples) >= 8 else 1
+        masks = dense_crf_many(jobs, crf, len(samples.class_names) + 1, workers)
+    yield from zip(samples.image_ids, progress(masks, total=len(samples), desc=desc), strict=True)
 
 
 def write_pseudo_masks(
@@ -91,21 +80,6 @@ def write_pseudo_masks(
         rest, _Chosen(clean, missing), bg_score, crf, config.num_workers, "pseudo masks"
     ):
         save_mask(folder / f"{image_id}.png", mask)
-
-
-def _in_order(pool: ProcessPoolExecutor, jobs: Iterator[tuple], ahead: int) -> Iterator[Tensor]:  # type: ignore[type-arg]
-    """Results in the jobs' order, with a bounded number of jobs under way: a data set does not fit into memory."""
-    waiting = []
-    for job in jobs:
-        waiting.append(pool.submit(_pseudo_mask_array, *job))
-        if len(waiting) >= ahead:
-            yield torch.from_numpy(waiting.pop(0).result())
-    for future in waiting:
-        yield torch.from_numpy(future.result())
-
-
-def _pseudo_mask_array(image: np.ndarray, clean: np.ndarray, bg_score: float, crf: CrfConfig) -> np.ndarray:
-    return pseudo_mask(torch.from_numpy(image), torch.from_numpy(clean), bg_score, crf).numpy()
 
 
 class _Chosen(Sequence[Tensor]):

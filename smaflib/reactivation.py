@@ -56,3 +56,16 @@ def with_background_score(clean: Tensor, bg_score: float) -> Tensor:
     """Put a constant background map before the class maps: (..., K, H, W) to (..., K+1, H, W)."""
     background = torch.full_like(clean[..., :1, :, :], bg_score)
     return torch.cat([background, clean], dim=-3)
+
+
+def hard_labels(clean: Tensor, bg_score: float) -> Tensor:
+    """The mask that maps make by themselves: the strongest class of each pixel, background where none exceeds it.
+
+    Args:
+        clean: (K, H, W) in [0, 1], fused and denoised.
+        bg_score: the background's score, in [0, 1].
+
+    Returns:
+        uint8 (H, W), 0 is background.
+    """
+    return with_background_score(clean, bg_score).argmax(dim=0).to(torch.uint8)

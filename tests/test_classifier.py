@@ -21,11 +21,11 @@ from smaflib.classifier import (
     standardize_features,
     train_classifier,
 )
-from smaflib.config import ClassifierConfig, ConfigError
-from smaflib.data.transforms import normalize
-from smaflib.models import AttentionNetwork
+from smaflib.config import ClassifierConfig, Config, ConfigError
+from smaflib.data.transforms import normalize, resize_image
+from smaflib.models import AttentionNetwork, load_attention_network
 from smaflib.runtime import Runtime, cpu_runtime, derive_seed
-from smaflib.training import Batches
+from smaflib.training import Batches, load_history
 
 CPU = cpu_runtime(0)
 
@@ -191,6 +191,65 @@ def test_standardize_features_is_for_frozen_backbones() -> None:
     config = tiny_config()
     with pytest.raises(ValueError, match="for networks whose model.freeze_backbone is true"):
         standardize_features(new_teacher(config, 3, CPU), Batches(make_samples(1), config.classifier, seed=0), CPU)
+
+
+def solved_config(**classifier: object) -> Config:
+    return tiny_config(
+        model={"freeze_backbone": True},
+        classifier={"solve_head": True, "iterations": 200, "weight_decay": 1e-3} | classifier,
+    )
+
+
+def test_solved_head_is_the_minimum_of_the_loss_over_whole_images() -> None:
+    config, samples = solved_config(), make_samples(6, saliency=False)
+    network, history = train_classifier(samples, config, CPU)
+    network.head.weight.requires_grad_(True).grad = None
+    # The loss, built anew from the network's own logit maps: L_cls over images, scales and flips, and the penalty.
+    losses = []
+    for sample in samples:
+        for scale in config.attention.scales:
+            size = tuple(round(side * scale) for side in sample.image.shape[-2:])
+            picture = normalize(resize_image(sample.image, size))[None]
+            for view in (picture, picture.flip(-1)):
+                logits = network.image_logits(network(view))
+                losses.append(classification_loss(logits, sample.image_label[None]))
+    loss = torch.stack(losses).mean()
+    penalty = 1e-3 * network.head.weight.square().sum(dim=(1, 2, 3)).mean()
+    assert loss.item() == pytest.approx(history[-1]["L_cls"], rel=1e-2)
+    assert loss.item() < math.log(2) / 2  # better than knowing nothing
+    (gradient,) = torch.autograd.grad(loss + penalty, [network.head.weight])
+    (at_zero,) = torch.autograd.grad(penalty, [network.head.weight])
+    assert float(gradient.norm()) < 0.05 * float(at_zero.norm())
+
+
+def test_solved_head_leaves_the_backbone_alone_and_is_stored(tmp_path: Path) -> None:
+    config, samples = solved_config(), make_samples(4, saliency=False)
+    path = tmp_path / "teacher.safetensors"
+    network, history = train_classifier(samples, config, CPU, path)
+    assert same_weights(network.backbone, new_teacher(config, 3, CPU).backbone)
+    assert same_weights(load_attention_network(path, config.model, 3), network)
+    assert load_history(path) == history and history[0]["penalty"] == 0
+    assert same_weights(train_classifier(samples, config, CPU)[0], network)
+
+
+@pytest.mark.parametrize("wrong", [{"model": {"freeze_backbone": False}}, {"classifier": {"pretraining": "eps"}}])
+def test_solved_head_needs_a_frozen_plain_classifier(wrong: dict[str, dict[str, object]]) -> None:
+    with pytest.raises(ConfigError, match="classifier.solve_head computes one linear layer from image labels"):
+        tiny_config(
+            model={"freeze_backbone": True} | wrong.get("model", {}),
+            classifier={"solve_head": True} | wrong.get("classifier", {}),
+        )
+
+
+# --- a finished teacher -----------------------------------------------------------------------------------------------
+
+
+def test_finished_teacher_is_loaded_and_not_trained(tmp_path: Path) -> None:
+    trained, _ = train_classifier(make_samples(3), tiny_config(), CPU, tmp_path / "other.safetensors")
+    config = tiny_config(classifier={"checkpoint": tmp_path / "other.safetensors", "pretraining": "eps"})
+    network, history = train_classifier(make_samples(3), config, CPU, tmp_path / "teacher.safetensors")
+    assert same_weights(network, trained) and history == []
+    assert same_weights(load_attention_network(tmp_path / "teacher.safetensors", config.model, 3), trained)
 
 
 # --- classify ---------------------------------------------------------------------------------------------------------

@@ -62,6 +62,14 @@ def test_processes_give_what_one_process_gives_in_the_same_order() -> None:
     assert not any(given.is_shared() for given in maps.given)
 
 
+def test_who_stops_early_can_start_again() -> None:
+    samples, maps = make_samples(40, SIZE), RandomMaps(40)
+    first = next(pseudo_masks(samples, maps, 0.5, CRF, num_workers=2))  # the rest is dropped
+    assert len(maps.asked) <= 8  # four images per process are under way, not the data set
+    again = list(pseudo_masks(samples, RandomMaps(40), 0.5, CRF, num_workers=2))
+    assert len(again) == 40 and torch.equal(again[0][1], first[1])
+
+
 def test_masks_come_one_by_one() -> None:
     maps = RandomMaps(20)
     masks = pseudo_masks(make_samples(20, SIZE), maps, 0.5, None)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from smaflib.config import Config, DataConfig
+from smaflib.data.coco import coco_masks_folder, load_coco
 from smaflib.data.folder import load_folder
 from smaflib.data.masks import MaskFiles, save_mask, truth_of
 from smaflib.data.prepare import make_data, summarize
@@ -41,6 +42,8 @@ def load_samples(config: Config, split: Literal["train", "val"], run_folder: Pat
     """
     if config.data.kind == "folder":
         return load_folder(config.data, split)
+    if config.data.kind == "coco":
+        return load_coco(config.data, split, run_folder and coco_masks_folder(config.data, split, run_folder))
     if config.data.kind == "voc":
         return load_voc(config.data, split)
     return load_voc(_mini_as_voc(config.data, run_folder), split)

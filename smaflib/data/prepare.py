@@ -9,14 +9,23 @@ from typing import Any
 import torch
 
 from smaflib.config import VOID_LABEL, Config, EvaluationConfig
+from smaflib.data.coco import coco_masks_folder, write_coco_masks
 from smaflib.data.mini import make_mini
 from smaflib.data.sample import Samples
+from smaflib.data.voc import SPLITS
 from smaflib.runtime import num_cores, progress
 
 
 def make_data(config: Config, run_folder: Path) -> None:
-    """Draw the mini data set at ``data.root`` (or in the run folder), unless it is there; other data is left alone."""
+    """Make what is not there yet: the mini data set, or COCO's masks, for judging; other data is left alone.
+
+    The mini set is drawn at ``data.root`` or in the run folder, COCO's masks are painted into the run folder unless
+    ``data.masks`` names a folder of them.
+    """
     data = config.data
+    if data.kind == "coco" and data.masks is None:
+        for split in SPLITS:
+            write_coco_masks(data, split, coco_masks_folder(data, split, run_folder))
     root = data.root or run_folder / "data"
     if data.kind == "mini" and not root.is_dir():
         make_mini(

@@ -22,6 +22,13 @@ def normalize(image: Tensor) -> Tensor:
     return F.normalize(F.to_dtype(image, torch.float32, scale=True), list(IMAGENET_MEAN), list(IMAGENET_STD))
 
 
+def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 (3, H, W) to (3, H', W') by PIL, whose bicubic the reference's numbers come from."""
+    if tuple(image.shape[-2:]) == size:
+        return image
+    return F.pil_to_tensor(F.resize(F.to_pil_image(image), list(size), InterpolationMode.BICUBIC))
+
+
 @dataclass(frozen=True)
 class Crop:
     """A resize, an optional flip and a window, in pixels; the window may reach over the image's border."""

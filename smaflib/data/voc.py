@@ -11,7 +11,7 @@ import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from smaflib.data.masks import check_mask_values, decoding, mask_values, read_ma
 from smaflib.data.sample import DataError, Sample, SampleFiles, Samples
 
 Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 def load_voc(data: DataConfig, split: Split) -> Samples:

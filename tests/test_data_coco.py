@@ -1,0 +1,159 @@
+"""The COCO layout: labels and masks from a JSON file of instances."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from smaflib.config import COCO_CLASSES, Config
+from smaflib.data import DataError, Samples, load_samples, make_data
+from smaflib.data.masks import read_mask
+
+WIDTH, HEIGHT = 10, 8
+CATEGORIES = [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}, {"id": 67, "name": "dining table"}]
+
+
+def box(left: int, top: int, right: int, bottom: int) -> list[float]:
+    """A rectangle of whole pixels as COCO's polygon."""
+    return [left, top, right, top, right, bottom, left, bottom]
+
+
+def instance(number: int, image: int, category: int, polygon: list[float], area: float) -> dict[str, Any]:
+    fields = {"id": number, "image_id": image, "category_id": category, "area": area, "iscrowd": 0}
+    return fields | {"segmentation": [polygon], "bbox": [0, 0, 1, 1]}
+
+
+def run_lengths(mask: np.ndarray) -> dict[str, Any]:
+    """COCO's uncompressed run lengths of a mask, column by column, zeros first."""
+    counts, value = [0], 0
+    for pixel in mask.flatten(order="F").tolist():
+        if pixel != value:
+            counts.append(0)
+            value = pixel
+        counts[-1] += 1
+    return {"counts": counts, "size": list(mask.shape)}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Image 7: a table with a dog on it; 3: a crowd of persons; 5: nothing. One image for validation: a dog."""
+    root = tmp_path / "coco"
+    generator = np.random.default_rng(0)
+    crowd = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    crowd[2:5, 1:4] = 1
+    instances = [
+        instance(1, 7, 18, box(3, 2, 6, 5), 9),  # the smaller one comes first in the file
+        instance(2, 7, 67, box(1, 1, 9, 7), 48),
+        instance(3, 3, 1, [], 9) | {"iscrowd": 1, "segmentation": run_lengths(crowd)},
+    ]
+    splits = {"train2014": ([7, 5, 3], instances), "val2014": ([9], [instance(4, 9, 18, box(0, 0, 5, 4), 20)])}
+    (root / "annotations").mkdir(parents=True)
+    for name, (numbers, objects) in splits.items():
+        (root / name).mkdir()
+        images = [{"id": n, "file_name": f"COCO_{name}_{n:012}.jpg", "width": WIDTH, "height": HEIGHT} for n in numbers]
+        for facts in images:
+            pixels = generator.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / str(facts["file_name"]))
+        content = {"images": images, "annotations": objects, "categories": CATEGORIES}
+        (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
+    return root
+
+
+def config(root: Path, **data: Any) -> Config:
+    settings = {"kind": "coco", "root": root, "train_split": "train2014", "val_split": "val2014"}
+    return Config.model_validate({"data": settings | data})
+
+
+def load(root: Path, **data: Any) -> Samples:
+    return load_samples(config(root, **data), "train")
+
+
+def names_of(samples: Samples) -> list[list[str]]:
+    return [[samples.class_names[number] for number in files.labels] for files in samples.files]
+
+
+def test_classes_are_cocos_80() -> None:
+    assert len(set(COCO_CLASSES)) == 80
+    assert (COCO_CLASSES[0], COCO_CLASSES[16], COCO_CLASSES[79]) == ("person", "dog", "toothbrush")
+
+
+def test_labels_are_the_classes_of_the_instances_and_empty_images_are_left_out(root: Path) -> None:
+    samples = load(root)
+    assert samples.image_ids == ["COCO_train2014_000000000003", "COCO_train2014_000000000007"]
+    assert names_of(samples) == [["person"], ["dog", "dining table"]]
+    assert samples[1].image.shape == (3, HEIGHT, WIDTH) and samples[1].image_label.shape == (80,)
+    assert names_of(load_samples(config(root), "val")) == [["dog"]]
+    assert load(root, max_images=1).image_ids == ["COCO_train2014_000000000003"]
+
+
+def test_some_classes_only(root: Path) -> None:
+    samples = load(root, class_names=["dog"])
+    assert samples.image_ids == ["COCO_train2014_000000000007"] and names_of(samples) == [["dog"]]
+    with pytest.raises(DataError, match="has no image of bird; check data.class_names"):
+        load(root, class_names=["bird"])
+
+
+def test_masks_are_painted_large_instances_first(root: Path, tmp_path: Path) -> None:
+    assert not load(root).has_truth
+    make_data(config(root), tmp_path / "run")
+    samples = load_samples(config(root), "train", tmp_path / "run")
+    crowd, table = [sample.mask for sample in samples.with_truth()]
+    assert crowd is not None and table is not None
+    expected = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    expected[1:7, 1:9] = COCO_CLASSES.index("dining table") + 1
+    expected[2:5, 3:6] = COCO_CLASSES.index("dog") + 1  # on the table, though it comes first in the file
+    assert np.array_equal(table.numpy(), expected)
+    assert int((crowd == 1).sum()) == 9 and bool((crowd[2:5, 1:4] == 1).all())
+    assert load_samples(config(root), "val", tmp_path / "run").has_truth
+
+
+def test_masks_of_ones_own_are_used_instead(root: Path, tmp_path: Path) -> None:
+    make_data(config(root), tmp_path / "run")
+    folder = tmp_path / "run" / "data" / "train2014"
+    make_data(config(root, masks=folder), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    assert load(root, masks=folder).has_truth
+
+
+def test_masks_hold_the_chosen_classes_only(root: Path, tmp_path: Path) -> None:
+    make_data(config(root, class_names=["dog"]), tmp_path)
+    mask = read_mask(tmp_path / "data/train2014/COCO_train2014_000000000007.png")
+    assert mask.unique().tolist() == [0, 1] and int((mask == 1).sum()) == 9
+
+
+def test_killed_painting_goes_on_with_what_is_missing(root: Path, tmp_path: Path) -> None:
+    make_data(config(root), tmp_path)
+    first, second = sorted((tmp_path / "data/train2014").iterdir())
+    times = second.stat().st_mtime_ns
+    whole = first.read_bytes()
+    first.unlink()
+    make_data(config(root), tmp_path)
+    assert first.read_bytes() == whole and second.stat().st_mtime_ns == times
+
+
+def test_what_is_missing_is_named(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no file .*instances_train2017\.json; unpack the annotations .*train2014"):
+        load(root, train_split="train2017")
+    (root / "train2014/COCO_train2014_000000000003.jpg").unlink()
+    with pytest.raises(DataError, match=r"no image .*0003\.jpg, which .*instances_train2014\.json lists; unpack train"):
+        load(root)
+    path = root / "annotations/instances_val2014.json"
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(DataError, match=r"instances_val2014\.json is no complete file of COCO instances"):
+        load_samples(config(root), "val")
+    path.write_text("[1, 2]")
+    with pytest.raises(DataError, match="is no complete file of COCO instances"):
+        load_samples(config(root), "val")
+    with pytest.raises(DataError, match="there is no saliency map COCO_train2014_000000000007.png"):
+        (tmp_path / "saliency").mkdir()
+        load(root, saliency=tmp_path / "saliency", class_names=["dog"])
+
+
+def test_root_must_be_set() -> None:
+    with pytest.raises(ValueError, match="the folder that holds annotations/ and the folders of images"):
+        Config.model_validate({"data": {"kind": "coco"}})
