@@ -140,17 +140,18 @@ class AttentionMaps:
         arrays = {f"scale_{scale:g}": cam.half().numpy() for scale, cam in zip(self.scales, cams, strict=True)}
         save_arrays(self.path(image_id), size=np.array(size), **arrays)
 
-    def read(self, image_id: str) -> tuple[list[Tensor], tuple[int, int]]:
-        """One image's maps, per scale (K, h_s, w_s), and its (H, W).
+    def read(self, image_id: str, scales: Sequence[float] | None = None) -> tuple[list[Tensor], tuple[int, int]]:
+        """One image's maps, per scale (K, h_s, w_s), of all scales or some, and its (H, W).
 
         Raises:
             DataError: if the file is missing or damaged.
         """
         path = self.path(image_id)
+        names = [f"scale_{scale:g}" for scale in (self.scales if scales is None else scales)]
         try:
-            arrays = load_arrays(path)
+            arrays = load_arrays(path, ["size", *names])
             height, width = arrays["size"].tolist()
-            return [torch.from_numpy(arrays[f"scale_{scale:g}"]).float() for scale in self.scales], (height, width)
+            return [torch.from_numpy(arrays[name]).float() for name in names], (height, width)
         except FileNotFoundError:
             raise DataError(
                 f"there are no attention maps {path}; notebook 03 (teacher) or 05 (student) makes them"
@@ -168,10 +169,9 @@ class AttentionMaps:
         classes: Tensor | None = None,
     ) -> Tensor:
         """(K, H, W) in [0, 1], of all scales or some, of all classes or those of the numbers in ``classes``."""
-        cams, size = self.read(image_id)
         chosen = self.scales if scales is None else scales
-        picked = [cams[self.scales.index(scale)] for scale in chosen]
-        return fuse_cams([cam if classes is None else cam[classes] for cam in picked], size, rule, chosen)
+        cams, size = self.read(image_id, chosen)
+        return fuse_cams([cam if classes is None else cam[classes] for cam in cams], size, rule, chosen)
 
 
 def write_attention_maps(

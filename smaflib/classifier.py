@@ -189,7 +189,7 @@ def solve_head(network: AttentionNetwork, samples: Samples, config: Config, runt
         optimizer.zero_grad()
         loss = classification_loss(pooled @ weights.T, labels)
         penalty = config.classifier.weight_decay * weights.square().sum(dim=1).mean()
-        (loss + penalty).backward()  # type: ignore[no-untyped-call]
+        (loss + penalty).backward()
         history.append({"iteration": float(len(history) + 1), "L_cls": loss.item(), "penalty": penalty.item()})
         return (loss + penalty).item()
 

@@ -80,6 +80,9 @@ class ModelConfig(StageConfig):
 
     backbone: str = "resnet50"  # "slim" (for CPUs), "resnet38" or the name of a torchvision classification model
     weights: str | None = None  # None: random; "torchvision": ImageNet; else a .safetensors, .pth or MXNet .params file
+    # Weights that were trained on pixel masks (of COCO, as in many DeepLab recipes) are no image-level supervision and
+    # are refused unless this is true.
+    allow_mask_weights: bool = False
     output_stride: Literal[8, 16, 32] = 8  # pixels per cell of the logit maps, where the backbone allows it
     head_channels: Annotated[int, Field(ge=0)] = 0  # width of an extra 1x1 conv + BatchNorm + ReLU; SMAF uses 128
     freeze_backbone: bool = False  # train the head only, on standardised features: for a few dozen photos
@@ -192,6 +195,10 @@ class SegmentationConfig(TrainingConfig):
     learning_rate: Annotated[float, Field(gt=0)] = 2.5e-4
     momentum: Fraction = 0.9
     batch_size: Positive = 10
+    model: ModelConfig | None = None  # its own backbone and weights; None: the ones of the classifier (model)
+    architecture: Literal["deeplabv2", "deeplabv3"] = "deeplabv2"  # deeplabv3: torchvision's head
+    # DeepLab-V2 as published learns at (0.5, 0.75, 1.0) and from the maximum of the three.
+    loss_scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0,), min_length=1)
     supervision: Literal["pseudo_masks", "truth"] = "pseudo_masks"  # truth: the upper bound, not image-level
     initial_weights: Literal["backbone", "student"] = "backbone"  # model.weights, or the student's features
     aspp_dilations: tuple[Positive, ...] = Field((6, 12, 18, 24), min_length=1)
@@ -205,6 +212,8 @@ class EvaluationConfig(StageConfig):
     """Stage 7. Object sizes: a class's share of an image's area."""
 
     size_limits: tuple[Fraction, Fraction] = (0.04, 0.12)  # small below the first, large from the second on
+    # What a stage should reach: mIoU in percent by variant, such as {"fused (sum)": 69.2}; notebook 08 compares.
+    anchors: dict[str, float] = {}
     # background scores swept
     thresholds: tuple[Fraction, ...] = Field(tuple(round(0.05 * step, 2) for step in range(1, 17)), min_length=1)
 
@@ -234,6 +243,13 @@ class Config(StageConfig):
                 "classifier.solve_head computes one linear layer from image labels: it needs "
                 "model.freeze_backbone=true, model.head_channels=0 and classifier.pretraining=plain"
             )
+        if self.segmentation.initial_weights == "student" and self.segmentation.model is not None:
+            raise ValueError(
+                "segmentation.initial_weights is 'student', but segmentation.model names a backbone of its own, which "
+                "the student's weights do not fit; set one of the two"
+            )
+        if self.segmentation.architecture == "deeplabv3" and self.segmentation.skip_channels:
+            raise ValueError("segmentation.skip_channels is for deeplabv2; set 0")
         if self.classifier.pretraining == "eps" and self.data.kind != "mini" and self.data.saliency is None:
             raise ValueError(
                 "classifier.pretraining is 'eps', which learns from saliency maps, but data.saliency is not set; "
@@ -321,20 +337,27 @@ def flat_settings(config: Config) -> dict[str, Any]:
     return walk(config.model_dump(mode="json"), "")
 
 
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def _anchored_model(model: ModelConfig | None) -> ModelConfig | None:
+    if model is None or model.weights in (None, "torchvision"):
+        return model
+    return model.model_copy(update={"weights": str(CHECKOUT / model.weights)})
+
+
 def _anchor_paths(config: Config) -> Config:
     # A command and the kernels that it starts stand in different folders, and must mean the same file.
-    checkout = Path(__file__).resolve().parents[1]
     names = ("root", "images", "labels", "saliency", "masks")
-    anchored = {name: checkout / path for name in names if (path := getattr(config.data, name)) is not None}
-    weights = config.model.weights
-    if weights is not None and weights != "torchvision":
-        weights = str(checkout / weights)
+    anchored = {name: CHECKOUT / path for name in names if (path := getattr(config.data, name)) is not None}
+    segmentation_model = _anchored_model(config.segmentation.model)
     checkpoint = config.classifier.checkpoint
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=anchored),
-            "model": config.model.model_copy(update={"weights": weights}),
-            "classifier": config.classifier.model_copy(update={"checkpoint": checkpoint and checkout / checkpoint}),
+            "model": _anchored_model(config.model),
+            "segmentation": config.segmentation.model_copy(update={"model": segmentation_model}),
+            "classifier": config.classifier.model_copy(update={"checkpoint": checkpoint and CHECKOUT / checkpoint}),
         }
     )
 

@@ -29,17 +29,13 @@ def confusion_matrix(mask: Tensor, truth: Tensor, num_classes: int) -> Tensor:
     Raises:
         ValueError: if the sizes differ or labels above K occur.
     """
-    # Imported late: it costs a second, and the sweep over thresholds does without.
-    from torchmetrics.functional.classification import multiclass_confusion_matrix
-
     if mask.shape != truth.shape:
         raise ValueError(f"mask {tuple(mask.shape)} and truth {tuple(truth.shape)} must have one size")
     _refuse_labels_above(num_classes, "mask", mask, void=False)
     _refuse_labels_above(num_classes, "truth", truth)
-    counts = multiclass_confusion_matrix(
-        mask.long(), truth.long(), num_classes=num_classes + 1, ignore_index=VOID_LABEL, validate_args=False
-    )
-    return counts.long()
+    counted, side = truth != VOID_LABEL, num_classes + 1
+    cells = truth[counted].long() * side + mask[counted]
+    return torch.bincount(cells, minlength=side * side).view(side, side)
 
 
 def _refuse_labels_above(num_classes: int, what: str, labels: Tensor, void: bool = True) -> None:

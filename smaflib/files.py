@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,11 @@ def save_arrays(path: Path, **arrays: np.ndarray) -> None:
         np.savez_compressed(temporary, allow_pickle=False, **arrays)
 
 
-def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read a ``.npz``; pickled content is refused by numpy."""
+def load_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """Read a ``.npz``, whole or some of its arrays; pickled content is refused by numpy."""
     # np.load leaves a file that it opened itself open when it turns out to be damaged.
     with path.open("rb") as handle, np.load(handle, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+        return {name: arrays[name] for name in (arrays.files if names is None else names)}
 
 
 def save_image(path: Path, image: Image.Image) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -29,6 +29,9 @@ MEASURES = {  # column: (metric, object size)
     "precision": ("precision", "all"),
     "recall": ("recall", "all"),
 }
+
+ANCHOR_TOLERANCE = 1.0
+"""Points of mIoU by which a stage may stay below the paper before it is marked."""
 
 # ------------------------------------------------------------------------------------------------------------- tables
 
@@ -57,6 +60,29 @@ def class_table(metrics: pd.DataFrame) -> pd.DataFrame:
     ious = metrics[(metrics["metric"] == "iou") & (metrics["object_size"] == "all") & (metrics["class_name"] != "mean")]
     columns = {name: _by_row(ious[ious["class_name"] == name]) for name in ious["class_name"].unique()}
     return _in_pipeline_order(pd.DataFrame(columns), metrics)
+
+
+def paper_table(metrics: pd.DataFrame, anchors: Mapping[str, float]) -> pd.DataFrame:
+    """A run's mIoU beside what the paper, or whatever the config's anchors come from, reports.
+
+    Args:
+        metrics: tidy records as in ``metrics.json``.
+        anchors: variant to mIoU in percent; variants that the run did not measure are left out.
+
+    Returns:
+        By variant: ``run``, ``paper``, ``difference`` in points, and ``note``: "below" where the run is more than
+        :data:`ANCHOR_TOLERANCE` below.
+    """
+    measured = results_table(metrics).reset_index()
+    rows = {}
+    for variant, paper in anchors.items():
+        # The first row of a variant is that of the training split; the segmentation network has one row only.
+        values = measured.loc[measured["variant"] == variant, "mIoU"]
+        if len(values):
+            difference = float(values.iloc[0]) - paper
+            note = "below" if difference < -ANCHOR_TOLERANCE else ""
+            rows[variant] = {"run": float(values.iloc[0]), "paper": paper, "difference": difference, "note": note}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["run", "paper", "difference", "note"]).round(1)
 
 
 def compare_runs(folders: Sequence[str | Path], measure: str = "mIoU") -> pd.DataFrame:

@@ -27,6 +27,7 @@ from smaflib.config import Config, ConfigError, config_differences, dump_config,
 if TYPE_CHECKING:  # torch and matplotlib take seconds to import, and "smaf status" needs neither
     from matplotlib.figure import Figure
 
+    from smaflib.data.masks import MaskFiles
     from smaflib.data.sample import Samples
     from smaflib.runtime import Runtime
 
@@ -229,6 +230,16 @@ class Run:
         from smaflib.data import load_samples
 
         return load_samples(self.config, split, self.folder)
+
+    def mask_files(self, samples: Samples, folder: str = "masks") -> MaskFiles:
+        """The masks that the run made of some samples, in their order: of ``masks`` or ``masks_segmenter``.
+
+        Raises:
+            DataError: if one is missing.
+        """
+        from smaflib.data import MaskFiles
+
+        return MaskFiles([self.path(folder, f"{image_id}.png") for image_id in samples.image_ids])
 
     def record(self, stage: str, records: Iterable[dict[str, Any]]) -> None:
         """Write a stage's measurements to ``metrics.json``, in place of those it wrote before.

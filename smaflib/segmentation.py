@@ -52,11 +52,12 @@ def train_segmenter(
     batches = Batches(
         samples, config.segmentation, derive_seed(runtime.seed, "segmenter"), crop_mask, config.data.num_workers
     )
-    if config.model.freeze_backbone and not (checkpoint and checkpoint.is_file()):
+    if network.config.freeze_backbone and not (checkpoint and checkpoint.is_file()):
         standardize_features(network, batches, runtime)
 
     def loss(batch: Batch) -> dict[str, Tensor]:
-        return {"L_seg": segmentation_loss(network(batch["image"]), batch["mask"])}
+        looks = multi_scale_logits(network, batch["image"], config.segmentation.loss_scales)
+        return {"L_seg": torch.stack([segmentation_loss(logits, batch["mask"]) for logits in looks]).sum()}
 
     history = fit(network, batches, loss, runtime, checkpoint, desc="segmentation")
     return network, history
@@ -65,7 +66,33 @@ def train_segmenter(
 def new_segmenter(config: Config, num_classes: int, runtime: Runtime) -> SegmentationNetwork:
     """The untrained network of stage 6, the same for the same seed."""
     torch.manual_seed(derive_seed(runtime.seed, "segmenter's initial weights"))
-    return SegmentationNetwork(config.model, config.segmentation, num_classes).to(runtime.device)
+    model = config.segmentation.model or config.model
+    return SegmentationNetwork(model, config.segmentation, num_classes).to(runtime.device)
+
+
+def multi_scale_logits(network: nn.Module, images: Tensor, scales: Sequence[float]) -> list[Tensor]:
+    """Logits of a batch at several scales, and their maximum: what DeepLab-V2 learns from.
+
+    Args:
+        network: (B, 3, H, W) to (B, K+1, h, w).
+        images: float32 (B, 3, H, W), normalised.
+        scales: factors of their size; bilinear.
+
+    Returns:
+        Per scale (B, K+1, h_s, w_s); of several scales also the maximum over them, at the size of the largest.
+
+    Source: Chen et al., "DeepLab", TPAMI 2018, section 4.1.1, "multi-scale inputs".
+    """
+    looks = []
+    for scale in scales:
+        size = (max(1, round(images.shape[2] * scale)), max(1, round(images.shape[3] * scale)))
+        scaled = images if scale == 1 else F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+        looks.append(network(scaled))
+    if len(looks) == 1:
+        return looks
+    largest = max(looks, key=lambda logits: logits.shape[2]).shape[2:]
+    same = [F.interpolate(logits, size=largest, mode="bilinear", align_corners=False) for logits in looks]
+    return [*looks, torch.stack(same).amax(dim=0)]
 
 
 def segmentation_loss(logits: Tensor, mask: Tensor) -> Tensor:

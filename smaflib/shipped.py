@@ -44,7 +44,7 @@ def short_config(data_folder: Path) -> Config:
     """
     config = shipped_config()
     changes = {
-        "data": {"root": data_folder, "num_train": 24, "num_val": 12},
+        "data": {"root": data_folder, "num_train": 20, "num_val": 10},
         "self_training": {"iterations": 40},
         "segmentation": {"iterations": 80},
     }

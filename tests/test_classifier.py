@@ -217,7 +217,7 @@ def test_solved_head_is_the_minimum_of_the_loss_over_whole_images() -> None:
     penalty = 1e-3 * network.head.weight.square().sum(dim=(1, 2, 3)).mean()
     assert loss.item() == pytest.approx(history[-1]["L_cls"], rel=1e-2)
     assert loss.item() < math.log(2) / 2  # better than knowing nothing
-    (gradient,) = torch.autograd.grad(loss + penalty, [network.head.weight])
+    (gradient,) = torch.autograd.grad(loss + penalty, [network.head.weight], retain_graph=True)
     (at_zero,) = torch.autograd.grad(penalty, [network.head.weight])
     assert float(gradient.norm()) < 0.05 * float(at_zero.norm())
 

@@ -10,6 +10,7 @@ from helpers import generator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from smaflib.config import EvaluationConfig
 from smaflib.evaluation import (
@@ -220,6 +221,17 @@ def test_sweep_is_evaluation_at_every_threshold(seed: int, num_classes: int, thr
     assert set(sweep) == set(thresholds)
     for threshold, scores in sweep.items():
         assert equal_scores(scores, evaluate(masks_of(clean, threshold), truths, names, config))
+
+
+@settings(max_examples=30, deadline=None)
+@given(num_classes=st.integers(1, 25), seed=st.integers(0, 10_000))
+def test_confusion_matrix_is_torchmetrics(num_classes: int, seed: int) -> None:
+    source = generator(seed)
+    mask = torch.randint(0, num_classes + 1, (9, 7), dtype=torch.uint8, generator=source)
+    truth = torch.randint(0, num_classes + 1, (9, 7), dtype=torch.uint8, generator=source)
+    truth[torch.rand(9, 7, generator=source) < 0.2] = 255
+    expected = multiclass_confusion_matrix(mask.long(), truth.long(), num_classes + 1, ignore_index=255)
+    assert torch.equal(confusion_matrix(mask, truth, num_classes), expected)
 
 
 def test_masks_of_by_hand() -> None:

@@ -14,7 +14,7 @@ from smaflib.config import ConfigError, ModelConfig, SegmentationConfig
 from smaflib.models import AttentionNetwork, SegmentationNetwork, WeightsError, with_background
 from smaflib.models.backbones import TorchvisionBackbone, build_backbone
 from smaflib.models.networks import load_attention_network
-from smaflib.models.weights import write_weights
+from smaflib.models.weights import has_segmentation_head, write_weights
 
 
 def model_config(backbone: str = "slim", **settings: object) -> ModelConfig:
@@ -274,6 +274,33 @@ def test_segmentation_network_sums_its_branches() -> None:
         nn.init.constant_(branch.bias, 1.5)  # type: ignore[arg-type]
     logits = network(random_images(1, 3, 32, 48))
     assert logits.shape == (1, 3, 4, 6) and bool((logits == 3.0).all())
+
+
+def test_torchvisions_deeplabv3_head_on_the_same_backbone() -> None:
+    config = SegmentationConfig(architecture="deeplabv3", aspp_dilations=(1, 2))
+    network = SegmentationNetwork(model_config(), config, 3).eval()
+    logits = network(random_images(2, 3, 32, 40))
+    assert logits.shape == (2, 4, 4, 5)
+    assert len(network.aspp[0].convs) == 4  # a 1x1 convolution, the two dilated ones, the pooled branch
+    assert not torch.equal(logits[0], logits[1])
+
+
+def test_segmentation_weights_are_refused_unless_allowed(tmp_path: Path) -> None:
+    segmenter = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None)
+    write_weights(tmp_path / "coco.safetensors", segmenter.state_dict())
+    config = model_config("resnet50", weights=str(tmp_path / "coco.safetensors"))
+    with pytest.raises(ConfigError, match="it has learned from pixel masks.* set allow_mask_weights=true"):
+        build_backbone(config)
+    backbone = build_backbone(config.model_copy(update={"allow_mask_weights": True}))
+    assert torch.equal(backbone.early[0].weight, segmenter.backbone.conv1.weight)
+
+
+@pytest.mark.parametrize(
+    "name", ["aspp.0.weight", "scale.base.layer5.conv2d_list.0.weight", "layer5.conv2d_list.0.bias"]
+)
+def test_heads_of_deeplab_codes_are_known(name: str) -> None:
+    assert has_segmentation_head({name: torch.ones(1)})
+    assert not has_segmentation_head({"classifier.1.weight": torch.ones(1), "features.0.weight": torch.ones(1)})
 
 
 def test_skip_gives_maps_at_stride_4() -> None:

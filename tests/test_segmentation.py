@@ -11,13 +11,14 @@ from helpers import CLASSES, PixelNetwork, generator, make_samples, same_weights
 from torch import Tensor
 
 from smaflib import segmentation
-from smaflib.config import CrfConfig, SegmentationConfig
+from smaflib.config import ConfigError, CrfConfig, SegmentationConfig
 from smaflib.data import DataError
 from smaflib.data.masks import MaskFiles, save_mask
 from smaflib.evaluation import evaluate
+from smaflib.models.backbones import TorchvisionBackbone
 from smaflib.refinement import dense_crf
 from smaflib.runtime import Runtime, cpu_runtime
-from smaflib.segmentation import new_segmenter, segment, segmentation_loss, train_segmenter
+from smaflib.segmentation import multi_scale_logits, new_segmenter, segment, segmentation_loss, train_segmenter
 
 CPU = cpu_runtime(0)
 
@@ -204,3 +205,26 @@ def test_mask_files_are_read_when_asked_for(tmp_path: Path) -> None:
     paths[1].unlink()
     with pytest.raises(DataError, match=r"1 of 3 masks are missing, the first is .*1\.png"):
         MaskFiles(paths)
+
+
+# --- several scales ---------------------------------------------------------------------------------------------------
+
+
+def test_looks_at_several_scales_and_their_maximum() -> None:
+    def mean_pool(images: Tensor) -> Tensor:  # a network of stride 4 that passes its input on
+        return torch.nn.functional.avg_pool2d(images, 4)
+
+    images = torch.rand(2, 3, 16, 24, generator=generator(0))
+    (single,) = multi_scale_logits(mean_pool, images, (1.0,))  # type: ignore[arg-type]
+    assert torch.equal(single, mean_pool(images))
+    half, whole, strongest = multi_scale_logits(mean_pool, images, (0.5, 1.0))  # type: ignore[arg-type]
+    assert half.shape == (2, 3, 2, 3) and torch.equal(whole, single)
+    upsampled = torch.nn.functional.interpolate(half, size=(4, 6), mode="bilinear", align_corners=False)
+    assert torch.equal(strongest, torch.maximum(upsampled, whole)) and not torch.equal(strongest, whole)
+
+
+def test_own_backbone_for_segmentation() -> None:
+    config = tiny_config(segmentation={"model": {"backbone": "resnet18"}, "aspp_dilations": [1]})
+    assert isinstance(new_segmenter(config, 3, CPU).backbone, TorchvisionBackbone)
+    with pytest.raises(ConfigError, match="segmentation.model names a backbone of its own"):
+        tiny_config(segmentation={"model": {"backbone": "resnet18"}, "initial_weights": "student"})

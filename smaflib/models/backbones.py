@@ -70,11 +70,11 @@ def build_backbone(config: ModelConfig) -> Backbone:
     """
     if config.backbone == "slim":
         slim = SlimResNet()
-        load_backbone_weights(slim, config.weights, source="slim")
+        load_backbone_weights(slim, config.weights, "slim", config.allow_mask_weights)
         return slim
     if config.backbone == "resnet38":
         resnet38 = ResNet38()
-        load_backbone_weights(resnet38, config.weights, source="resnet38")
+        load_backbone_weights(resnet38, config.weights, "resnet38", config.allow_mask_weights)
         return resnet38
     known = torchvision.models.list_models(module=torchvision.models)
     if config.backbone not in known:
@@ -89,7 +89,7 @@ def build_backbone(config: ModelConfig) -> Backbone:
             f"model.backbone {config.backbone!r} has no plain convolutional features; choose a ResNet, VGG, "
             "SqueezeNet, DenseNet, MobileNet, EfficientNet or ConvNeXt"
         )
-    load_backbone_weights(model, config.weights, source=config.backbone)
+    load_backbone_weights(model, config.weights, config.backbone, config.allow_mask_weights)
     return TorchvisionBackbone(model, config.output_stride)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 from smaflib.config import ConfigError, ModelConfig, SegmentationConfig
 from smaflib.models.backbones import Backbone, build_backbone
@@ -64,8 +65,17 @@ class AttentionNetwork(nn.Module):
         return self
 
 
+class SummedBranches(nn.ModuleList):
+    """Layers side by side, whose results are added."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([branch(x) for branch in self]).sum(dim=0)
+
+
 class SegmentationNetwork(nn.Module):
-    """DeepLab-V2's head on a backbone: parallel dilated 3x3 convolutions, summed, to K+1 logit maps.
+    """A backbone and DeepLab's head, to K+1 logit maps.
+
+    ``deeplabv2``: parallel dilated 3x3 convolutions, summed. ``deeplabv3``: torchvision's head, with a pooled branch.
 
     With ``skip_channels`` features of stride 4 join before the classifier, so that small objects have pixels to be
     seen on (the idea of DeepLab-V3+'s decoder).
@@ -81,10 +91,14 @@ class SegmentationNetwork(nn.Module):
             nn.BatchNorm2d(self.backbone.num_features, affine=False) if model.freeze_backbone else nn.Identity()
         )
         width = config.skip_channels or num_classes + 1
-        self.aspp = nn.ModuleList(
-            nn.Conv2d(self.backbone.num_features, width, 3, padding=dilation, dilation=dilation)
-            for dilation in config.aspp_dilations
-        )
+        self.aspp: nn.Module
+        if config.architecture == "deeplabv3":
+            self.aspp = DeepLabHead(self.backbone.num_features, num_classes + 1, config.aspp_dilations)
+        else:
+            self.aspp = SummedBranches(
+                nn.Conv2d(self.backbone.num_features, width, 3, padding=dilation, dilation=dilation)
+                for dilation in config.aspp_dilations
+            )
         self.skip = bool(config.skip_channels)
         if self.skip:
             if not self.backbone.skip_channels:
@@ -104,7 +118,7 @@ class SegmentationNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, K+1, h, w) logits, background first
         early, late = self.backbone.features(images)
         late = self.standardize(late)
-        logits = torch.stack([branch(late) for branch in self.aspp]).sum(dim=0)
+        logits = self.aspp(late)
         if not self.skip:
             return logits
         finer = F.interpolate(logits, size=early.shape[2:], mode="bilinear", align_corners=False)

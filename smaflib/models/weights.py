@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ class WeightsError(ValueError):
     """Weights that do not fit the network; the message lists the keys."""
 
 
-def load_backbone_weights(model: nn.Module, weights: str | None, source: str) -> None:
+def load_backbone_weights(model: nn.Module, weights: str | None, source: str, allow_mask_weights: bool = False) -> None:
     """Fill a whole classification model, before its classifier is cut off.
 
     Args:
@@ -33,9 +34,10 @@ def load_backbone_weights(model: nn.Module, weights: str | None, source: str) ->
         weights: None leaves it random; ``torchvision`` takes its default ImageNet weights (downloaded by torchvision
             on first use); otherwise the path of a file that :func:`read_weights` reads.
         source: the model's name, for torchvision and for messages.
+        allow_mask_weights: take a segmentation network's backbone, although it has learned from masks.
 
     Raises:
-        ConfigError: if the file is not there or the download fails.
+        ConfigError: if the file is not there, the download fails, or the weights are a segmentation network's.
         WeightsError: if names or shapes do not fit. Missing classifier weights are no error.
     """
     if weights is None:
@@ -55,9 +57,28 @@ def load_backbone_weights(model: nn.Module, weights: str | None, source: str) ->
             ) from error
     else:
         state = read_weights(Path(weights))
+        if has_segmentation_head(state):
+            if not allow_mask_weights:
+                raise ConfigError(
+                    f"{weights} holds a segmentation network: it has learned from pixel masks, so a run that starts "
+                    "from it is not supervised by image labels alone; take ImageNet weights, or set "
+                    "allow_mask_weights=true beside these weights, and say so beside your numbers"
+                )
+            state = {k.removeprefix("backbone."): v for k, v in state.items() if not SEGMENTATION_HEAD.match(k)}
     # SqueezeNet's classifier is part of its features (TorchvisionBackbone); that of others is cut off.
     squeezenet = isinstance(model, torchvision.models.SqueezeNet)
     fill(model, state, source=weights, optional=() if squeezenet else CLASSIFIERS)
+
+
+SEGMENTATION_HEAD = re.compile(r"(scale\.|base\.)*(aspp\.|layer5\.|conv2d_list\.|aux_classifier\.|classifier\.)")
+"""Beginnings of the names of a segmentation network's head: of DeepLab's usual codes and of torchvision."""
+
+
+def has_segmentation_head(state: dict[str, Tensor]) -> bool:
+    """Whether weights belong to a segmentation network. A classification network's ``classifier.`` is no such head."""
+    heads = {name for name in state if SEGMENTATION_HEAD.match(name)}
+    own = {name for name in heads if name.startswith("classifier.")}
+    return bool(heads - own) or (bool(own) and any(name.startswith("backbone.") for name in state))
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], source: str, optional: tuple[str, ...] = ()) -> None:
