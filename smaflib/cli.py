@@ -19,6 +19,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+data_app = typer.Typer(help="Data sets: check, fetch, convert labels.", no_args_is_help=True)
+weights_app = typer.Typer(help="Weights files.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(weights_app, name="weights")
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting on top of the file, such as seed=1; repeatable."),
+]
 RunName = Annotated[
     str, typer.Argument(metavar="RUN", help="Name of a run in papermill_runs/, or path of a run folder.")
 ]
@@ -35,10 +44,7 @@ def run(
     name: Annotated[
         str | None, typer.Option(metavar="N", help="Name of the run folder; the config file's name by default.")
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting on top of the file, such as seed=1; repeatable."),
-    ] = None,
+    settings: Settings = None,
     from_stage: Annotated[
         str | None,
         typer.Option("--from", metavar="STAGE", help="Run this stage and all later ones anew, even if complete."),
@@ -111,6 +117,83 @@ def status(name: RunName, runs: RunsFolder = None) -> None:
             typer.echo(f"{stage.name:26} {entry.get('status', 'not run'):10} {duration(entry.get('seconds')):>12}")
 
 
+@data_app.command("check")
+def data_check(
+    config: Annotated[Path, typer.Argument(help="A file of settings, such as configs/voc12.yaml.")],
+    settings: Settings = None,
+) -> None:
+    """Read every file of a data set: counts, sizes, class balance, what is missing or damaged. Exits with 1 if so."""
+    with _plain_errors():
+        from smaflib.config import load_config
+        from smaflib.data.check import check_data
+        from smaflib.runs import RUNS_FOLDER
+
+        found = check_data(load_config(config, settings or []), RUNS_FOLDER / config.stem)
+        typer.echo(found.text())
+        if found.problems:
+            raise typer.Exit(1)
+
+
+@data_app.command("fetch")
+def data_fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="voc12: PASCAL VOC 2012, 2 GB.")],
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Takes VOCdevkit/VOC2012.")] = Path("data"),
+) -> None:
+    """Download a data set from its official place; goes on where it stopped."""
+    with _plain_errors():
+        from smaflib.data.fetch import fetch_voc12
+
+        if name != "voc12":
+            raise typer.BadParameter(f"there is voc12, got {name!r}; for COCO see cocodataset.org")
+        typer.echo(f"data.root: {fetch_voc12(folder)}")
+
+
+@data_app.command("labels")
+def data_labels(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A cls_labels.npy.")],
+    target: Annotated[Path, typer.Option("--out", metavar="CSV", help="The table image,labels to write.")],
+    classes: Annotated[str, typer.Option(metavar="NAMES", help="voc, coco, or names joined by commas.")] = "voc",
+) -> None:
+    """Convert the field's cls_labels.npy, a pickle, to a CSV without executing what is in it."""
+    with _plain_errors():
+        from smaflib.config import COCO_CLASSES, VOC_CLASSES
+        from smaflib.data.cls_labels import cls_labels_to_csv
+
+        names = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}.get(classes) or classes.split(",")
+        written, empty = cls_labels_to_csv(path, target, names)
+        typer.echo(f"{target}: {written} images" + (f"; {empty} without any label left out" if empty else ""))
+
+
+@weights_app.command("inspect")
+def weights_inspect(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="safetensors, PyTorch or MXNet .params.")],
+    backbone: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Compare with this backbone; by default the one that fits best.")
+    ] = None,
+) -> None:
+    """Say what a weights file is, what fits and what is missing."""
+    with _plain_errors():
+        from smaflib.models.inspect import describe_weights
+
+        typer.echo(describe_weights(path, backbone))
+
+
+@app.command()
+def submit(
+    name: RunName,
+    images: Annotated[Path, typer.Option(metavar="DIR", help="The folder of test images, JPEGImages.")],
+    split: Annotated[Path, typer.Option("--list", metavar="TXT", help="ImageSets/Segmentation/test.txt.")],
+    target: Annotated[Path, typer.Option("--out", metavar="ZIP", help="The file for VOC's evaluation server.")],
+    runs: RunsFolder = None,
+) -> None:
+    """Segment VOC's test images and write the zip that its evaluation server takes."""
+    with _plain_errors():
+        from smaflib.submission import write_submission
+
+        count = write_submission(_find(name, runs), split.read_text().split(), images, target)
+        typer.echo(f"{target}: {count} masks")
+
+
 def _find(name: str, runs: Path | None) -> Run:
     from smaflib.runs import RUNS_FOLDER, find_run
 
@@ -120,12 +203,12 @@ def _find(name: str, runs: Path | None) -> Run:
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
     """Known errors become one message without a traceback: exit code 2 for bad input, 1 for a failed stage."""
-    from smaflib.config import ConfigError
+    from smaflib.config import InputError
     from smaflib.runs import RunError
 
     try:
         yield
-    except (ConfigError, FileNotFoundError, RunError) as error:
+    except (InputError, FileNotFoundError, RunError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(getattr(error, "exit_code", 2)) from None
     except KeyboardInterrupt:  # between two stages; within one the runner catches it

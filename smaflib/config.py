@@ -42,7 +42,11 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 
 
-class ConfigError(ValueError):
+class InputError(ValueError):
+    """Something from outside that cannot be used; the message is for the person who gave it."""
+
+
+class ConfigError(InputError):
     """A setting that does not exist or does not fit; the message names the setting and the cure."""
 
 

@@ -11,8 +11,10 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from smaflib.config import InputError
 
-class DataError(ValueError):
+
+class DataError(InputError):
     """Data that cannot be used; the message names the file, what is wrong and the cure."""
 
 

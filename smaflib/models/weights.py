@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from smaflib.config import ConfigError
+from smaflib.config import ConfigError, InputError
 from smaflib.files import replacing
 from smaflib.models.mxnet import is_mxnet_params, read_mxnet_params, resnet38_from_mxnet
 
@@ -22,7 +22,7 @@ CLASSIFIERS = ("classifier.", "fc.", "head.", "fc8.", "cov_feat.", "bn.")
 """Beginnings of the names of what follows the features, in torchvision's models and in ResNet38's checkpoints."""
 
 
-class WeightsError(ValueError):
+class WeightsError(InputError):
     """Weights that do not fit the network; the message lists the keys."""
 
 

@@ -1,0 +1,291 @@
+"""What `smaf data` and `smaf weights` do before a run: check, fetch, convert, inspect; and the zip for VOC's server."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import io
+import pickle
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_config
+from PIL import Image
+from typer.testing import CliRunner
+
+from smaflib.cli import app
+from smaflib.config import Config, ConfigError
+from smaflib.data import DataError
+from smaflib.data.check import check_data
+from smaflib.data.cls_labels import cls_labels_to_csv, read_cls_labels
+from smaflib.data.fetch import Archive, fetch_voc12
+from smaflib.data.masks import read_mask, save_mask
+from smaflib.models.inspect import describe_weights
+from smaflib.models.slim import SlimResNet
+from smaflib.models.weights import write_weights
+from smaflib.runs import Run
+from smaflib.runtime import cpu_runtime
+from smaflib.segmentation import new_segmenter, segment
+from smaflib.submission import write_submission
+
+# --- cls_labels.npy ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "uint8"])
+def test_labels_of_the_field_become_a_csv(tmp_path: Path, protocol: int, dtype: str) -> None:
+    table = {"2007_000032": np.array([1, 0, 1], dtype=dtype), "2007_000039": np.array([0, 1, 0], dtype=dtype)}
+    table["empty"] = np.zeros(3, dtype=dtype)
+    with (tmp_path / "cls_labels.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})
+        pickle.dump(np.array(table, dtype=object), file, protocol=protocol)
+    target = tmp_path / "labels.csv"
+    assert cls_labels_to_csv(tmp_path / "cls_labels.npy", target, ["cat", "cow", "dog"]) == (2, 1)
+    assert target.read_text() == "image,labels\n2007_000032,cat;dog\n2007_000039,cow\n"
+
+
+def test_labels_as_numpy_saves_them(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", {"x": np.array([0.0, 1.0])}, allow_pickle=True)  # type: ignore[arg-type]
+    assert read_cls_labels(tmp_path / "a.npy") == ({"x": (1,)}, 2)
+
+
+class Trap:
+    """Unpickled without care, it makes a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.trace,)
+
+
+def test_labels_that_would_run_code_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", {"x": Trap(tmp_path / "trace")}, allow_pickle=True)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"a\.npy is not read: it asks for pathlib\S*, which no table"):
+        cls_labels_to_csv(tmp_path / "a.npy", tmp_path / "labels.csv", ["cat"])
+    assert not (tmp_path / "trace").exists() and not (tmp_path / "labels.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"x": np.array([0, 2])}, "the labels of 'x' are no vector of zeros and ones"),
+        ({"x": np.array([0, 1]), "y": np.array([1])}, "the vector of 'y' has 1 numbers, others have 2"),
+        ({"x": "cat"}, "the labels of 'x' are no vector"),
+        ([1, 2], "not a dictionary of labels"),
+        ({"x": np.array([0, 1, 1])}, "vectors of 3 classes, but 2 names are given"),
+    ],
+)
+def test_other_content_is_named(tmp_path: Path, table: Any, message: str) -> None:
+    boxed = np.empty((), dtype=object)
+    boxed[()] = table
+    np.save(tmp_path / "a.npy", boxed, allow_pickle=True)
+    with pytest.raises(DataError, match=message):
+        cls_labels_to_csv(tmp_path / "a.npy", tmp_path / "labels.csv", ["cat", "dog"])
+
+
+def test_truncated_labels_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    np.save(path, {"x": np.array([0.0, 1.0])}, allow_pickle=True)  # type: ignore[arg-type]
+    whole = path.read_bytes()
+    for length in (0, 4, 40, len(whole) - 3):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match="fetch it again|is not read"):
+            read_cls_labels(path)
+    np.save(path, np.ones(3))
+    with pytest.raises(DataError, match=r"holds an array \(3,\) of float64"):
+        read_cls_labels(path)
+    with pytest.raises(DataError, match="there is no file"):
+        read_cls_labels(tmp_path / "b.npy")
+
+
+# --- check ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three photos and their masks, all as they should be."""
+    root = tmp_path / "photos"
+    (root / "masks").mkdir(parents=True)
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 12 + number, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{number}.jpg")
+        mask = np.zeros((8, 12 + number), dtype=np.uint8)
+        mask[2:5, 2:5] = number % 2 + 1
+        save_mask(root / "masks" / f"{number}.png", mask)
+    (root / "labels.csv").write_text("image,labels\n0,cat\n1,dog\n2,cat\n")
+    return root
+
+
+def photos_config(root: Path, **data: Any) -> Config:
+    settings = {"kind": "folder", "images": root, "labels": root / "labels.csv", "masks": root / "masks"}
+    return Config.model_validate({"data": settings | {"class_names": ["cat", "dog"]} | data})
+
+
+def test_check_counts_what_is_there(photos: Path) -> None:
+    found = check_data(photos_config(photos))
+    assert found.problems == []
+    assert found.facts[0] == "train: 3 images, 1.00 labels per image, 3 masks, 0 saliency maps"
+    assert found.facts[1] == "train: width 12 to 14 (median 13), height 8 to 8 (median 8)"
+    assert found.facts[2] == "train: images per class: cat 2, dog 1"
+    assert found.facts[3] == "val: no images"
+    assert found.notes == ["train: on fewer than 10 images, so learned badly: cat, dog"]
+
+
+def test_check_finds_all_damage_at_once(photos: Path) -> None:
+    (photos / "0.jpg").write_bytes((photos / "0.jpg").read_bytes()[:200])
+    save_mask(photos / "masks/1.png", np.ones((4, 4), dtype=np.uint8))
+    mask = read_mask(photos / "masks/2.png")
+    mask[mask == 1] = 2  # a dog, but the label says cat
+    save_mask(photos / "masks/2.png", mask)
+    found = check_data(photos_config(photos))
+    assert len(found.problems) == 2
+    assert "0.jpg cannot be decoded" in found.problems[0] and "1.png is 4 x 4 pixels" in found.problems[1]
+    assert "train: labels without a pixel in the mask: 1, such as 2 (cat)" in found.notes
+    assert "train: pixels without a label: 1, such as 2 (dog)" in found.notes
+    assert found.text().endswith("2 problems")
+
+
+def test_check_goes_on_after_a_split_that_does_not_load(photos: Path) -> None:
+    (photos / "labels.csv").write_text("image,labels\n7,cat\n")
+    found = check_data(photos_config(photos))
+    assert len(found.problems) == 2 and "there is no image 7" in found.problems[0]
+
+
+def test_check_on_the_command_line(photos: Path, tmp_path: Path) -> None:
+    config = tmp_path / "my.yaml"
+    config.write_text(f"data: {{kind: folder, images: {photos}, labels: {photos}/labels.csv}}\n")
+    result = CliRunner().invoke(app, ["data", "check", str(config)])
+    assert result.exit_code == 0 and "images per class: cat 2, dog 1" in result.output
+    (photos / "1.jpg").write_bytes(b"no picture")
+    result = CliRunner().invoke(app, ["data", "check", str(config)])
+    assert result.exit_code == 1 and "PROBLEM: train:" in result.output
+
+
+# --- fetch ------------------------------------------------------------------------------------------------------------
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Gives one file, from the byte that is asked for; breaks off after ``limit`` bytes."""
+
+    content = b""
+    limit: int | None = None
+    ranges: list[str | None] = []
+
+    def do_GET(self) -> None:  # noqa: N802
+        asked = self.headers.get("Range")
+        type(self).ranges.append(asked)
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+        if start >= len(self.content):
+            self.send_response(416)
+            self.end_headers()
+            return
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(self.content) - start))
+        self.end_headers()
+        self.wfile.write(self.content[start : self.limit])
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def archive() -> Iterator[Archive]:
+    """A tiny VOCtrainval.tar on a server of this machine."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name in ("VOCdevkit/VOC2012/JPEGImages/a.jpg", "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 3000
+            tar.addfile(info, io.BytesIO(bytes(3000)))
+    Server.content, Server.limit, Server.ranges = buffer.getvalue(), None, []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    digest = hashlib.md5(Server.content, usedforsecurity=False).hexdigest()
+    yield Archive(f"http://127.0.0.1:{server.server_address[1]}/voc.tar", "voc.tar", digest)
+    server.shutdown()
+    server.server_close()
+
+
+def test_fetch_goes_on_where_it_stopped(archive: Archive, tmp_path: Path) -> None:
+    Server.limit = 2500
+    with pytest.raises(DataError, match=r"does not answer as it should .* it goes on where it stopped"):
+        fetch_voc12(tmp_path, archive)
+    assert (tmp_path / "voc.tar.part").stat().st_size == 2500 and not (tmp_path / "VOCdevkit").exists()
+    Server.limit = None
+    root = fetch_voc12(tmp_path, archive)
+    assert Server.ranges == [None, "bytes=2500-"]
+    assert (root / "JPEGImages/a.jpg").stat().st_size == 3000
+    fetch_voc12(tmp_path, archive)
+    assert len(Server.ranges) == 2  # complete: nothing is asked for
+
+
+def test_fetch_finishes_a_download_that_lacks_its_last_step_only(archive: Archive, tmp_path: Path) -> None:
+    (tmp_path / "voc.tar.part").write_bytes(Server.content)
+    assert fetch_voc12(tmp_path, archive).is_dir()
+
+
+def test_fetch_compares_the_checksum(archive: Archive, tmp_path: Path) -> None:
+    (tmp_path / "voc.tar").write_bytes(b"something else")
+    with pytest.raises(DataError, match="its MD5 differs; delete it"):
+        fetch_voc12(tmp_path, archive)
+
+
+def test_fetch_from_a_server_that_is_down(archive: Archive, tmp_path: Path) -> None:
+    nobody = Archive("http://127.0.0.1:9/voc.tar", "voc.tar", archive.md5)
+    with pytest.raises(DataError, match=r"The server is down from time to time.*put it at .*voc\.tar"):
+        fetch_voc12(tmp_path, nobody)
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_names_format_fit_and_what_is_missing(tmp_path: Path) -> None:
+    state = SlimResNet().state_dict()
+    write_weights(tmp_path / "slim.safetensors", state)
+    text = describe_weights(tmp_path / "slim.safetensors")
+    assert f"safetensors, {len(state)} tensors" in text and "\nfits the backbone slim" in text
+    state["extra.weight"] = torch.ones(1)
+    del state["layer1.conv1.weight"]
+    torch.save({"state_dict": state}, tmp_path / "slim.pth")
+    text = describe_weights(tmp_path / "slim.pth")
+    assert "PyTorch checkpoint" in text and "does not fit the backbone slim" in text
+    assert "missing (1): layer1.conv1.weight" in text and "beside the backbone (1): extra.weight" in text
+    assert "does not fit the backbone resnet18" in describe_weights(tmp_path / "slim.pth", "resnet18")
+    with pytest.raises(ConfigError, match="there is no backbone 'resnet'"):
+        describe_weights(tmp_path / "slim.pth", "resnet")
+
+
+def test_inspect_on_the_command_line(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["weights", "inspect", str(tmp_path / "none.pth")])
+    assert result.exit_code == 2 and "error: there is no weights file" in result.output
+
+
+# --- VOC's server -----------------------------------------------------------------------------------------------------
+
+
+def test_submission_holds_palette_masks_where_the_server_looks(photos: Path, tmp_path: Path) -> None:
+    config = tiny_config(data={"kind": "folder", "images": photos, "labels": photos / "labels.csv"})
+    run = Run(tmp_path / "run", config, tmp_path / "my.yaml")
+    with pytest.raises(ConfigError, match="has no segmentation network"):
+        write_submission(run, ["0"], photos, tmp_path / "results.zip")
+    network = new_segmenter(config, 2, cpu_runtime()).eval()
+    write_weights(run.path("checkpoints/segmenter.safetensors"), network.state_dict())
+    assert write_submission(run, ["0", "2"], photos, tmp_path / "results.zip") == 2
+    with zipfile.ZipFile(tmp_path / "results.zip") as archive:
+        folder = "results/VOC2012/Segmentation/comp6_test_cls"
+        assert archive.namelist() == [f"{folder}/0.png", f"{folder}/2.png"]
+        mask = Image.open(io.BytesIO(archive.read(f"{folder}/2.png")))
+        assert mask.mode == "P" and mask.size == (14, 8)
+        image = torch.from_numpy(np.array(Image.open(photos / "2.jpg"))).permute(2, 0, 1)
+        assert np.array_equal(np.array(mask), segment(network, image, config.segmentation).numpy())
+    with pytest.raises(DataError, match="1 images are missing in .*, the first is 9.jpg"):
+        write_submission(run, ["0", "9"], photos, tmp_path / "other.zip")
+    assert not (tmp_path / "other.zip").exists()
