@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -115,6 +116,44 @@ def status(name: RunName, runs: RunsFolder = None) -> None:
         for stage in found.stages:
             entry = entries.get(stage.name, {})
             typer.echo(f"{stage.name:26} {entry.get('status', 'not run'):10} {duration(entry.get('seconds')):>12}")
+
+
+@app.command()
+def masks(
+    images: Annotated[Path, typer.Option(metavar="DIR", help="The folder of photos.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Takes masks/, overlays/ and index.html.")],
+    labels: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="Table image,labels: what each photo shows, joined by ';'.")
+    ] = None,
+    learned: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Instead of --labels: the --out of an earlier call."),
+    ] = None,
+    backbone: Annotated[str | None, typer.Option(metavar="NAME", help="Of torchvision; resnet50 by default.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its weights; by default torchvision downloads them.")
+    ] = None,
+    settings: Settings = None,
+) -> None:
+    """Make pixel masks for photos of your own, from a list of what each shows. Goes on where it stopped."""
+    with _plain_errors():
+        from smaflib.config import load_config
+        from smaflib.photos import label_photos, make_masks
+        from smaflib.runs import PROJECT_ROOT
+
+        if (labels is None) == (learned is None):
+            raise typer.BadParameter("give either --labels, a table, or --learned, the folder of an earlier call")
+        if learned is not None:
+            sheet = label_photos(learned.absolute(), images.absolute(), out.absolute())
+        else:
+            assert labels is not None
+            paths = {"data.images": images.absolute(), "data.labels": labels.absolute()}
+            paths |= {"model.weights": weights.absolute()} if weights else {}
+            named = [f"{key}={json.dumps(str(path))}" for key, path in paths.items()]  # a path may look like YAML
+            named += [f"model.backbone={backbone}"] if backbone else []
+            config = load_config(PROJECT_ROOT / "configs" / "custom.yaml", [*named, *(settings or [])])
+            sheet = make_masks(config, out.absolute())
+        typer.echo(f"masks: {sheet.parent / 'masks'}\ncontact sheet: {sheet}")
 
 
 @data_app.command("check")

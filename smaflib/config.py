@@ -146,7 +146,20 @@ class AttentionConfig(StageConfig):
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.5, 1.0, 1.5, 2.0), min_length=1)
     flip: bool = True
     fusion: FusionRule = "sum"
-    bg_score: Fraction = 0.2  # a pixel whose every class stays below this is background
+    # A pixel whose every class stays below this is background. auto: chosen from the teacher's maps, without any truth
+    # (smaflib/thresholds.py).
+    bg_score: Fraction | Literal["auto"] = 0.2
+
+    @property
+    def settled_bg_score(self) -> float:
+        """The background's score as a number.
+
+        Raises:
+            ConfigError: if it is still ``auto``, see :func:`smaflib.thresholds.settle_bg_score`.
+        """
+        if self.bg_score == "auto":
+            raise ConfigError("attention.bg_score is 'auto': choose it from the maps with settle_bg_score first")
+        return self.bg_score
 
     @property
     def single_scale(self) -> float:
@@ -183,7 +196,7 @@ class CrfConfig(StageConfig):
 class PseudoMaskConfig(StageConfig):
     """Stage 5: argmax over background and fused maps, then the CRF."""
 
-    bg_score: Fraction | None = None  # None: the one of the attention stage
+    bg_score: Fraction | Literal["auto"] | None = None  # None: as for attention; auto: chosen from the student's maps
     refine: Literal["crf", "none"] = "crf"
     crf: CrfConfig = CrfConfig()
     num_workers: Annotated[int, Field(ge=0)] = 0  # processes; 0: one per core
@@ -307,7 +320,8 @@ def check_settings(settings: dict[str, Any], source: str = "the settings") -> Co
     except ValidationError as error:
         lines = []
         for problem in error.errors():
-            where = ".".join(str(part) for part in problem["loc"])
+            # Where there is a choice of types, pydantic adds their names, such as literal['auto'].
+            where = ".".join(str(part) for part in problem["loc"] if isinstance(part, int) or part.isidentifier())
             message = problem["msg"].removeprefix("Value error, ")
             given = f", got {problem['input']!r}" if where and not isinstance(problem["input"], dict) else ""
             lines.append(f"  {where + ': ' if where else ''}{message}{given}")

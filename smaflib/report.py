@@ -188,8 +188,8 @@ def write_index(run: Run) -> Path:
     for number, stage in enumerate(pages):
         neighbours = {"previous": pages[number - 1] if number else None, "next": (pages + [None])[number + 1]}
         body = notebook_body(run.path(f"{stage['name']}.ipynb"))
-        _write_page(run.path(stage["page"]), "notebook.html.j2", run=run, stage=stage, body=body, **neighbours)
-    return _write_page(
+        write_page(run.path(stage["page"]), "notebook.html.j2", run=run, stage=stage, body=body, **neighbours)
+    return write_page(
         run.path("index.html"),
         "index.html.j2",
         run=run,
@@ -269,7 +269,8 @@ class _Loads(HTMLParser):
         self.found += re.findall(r"(?:@import|url\()\s*[\"']?(?:https?:)?//[^\s\"')]+", css)
 
 
-def _write_page(path: Path, template: str, **values: Any) -> Path:
+def write_page(path: Path, template: str, **values: Any) -> Path:
+    """Fill one of ``templates/`` and write it, all or nothing; warns if the page asks for anything from the network."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("smaflib"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )

@@ -48,7 +48,7 @@ def self_train(
     Returns:
         The student in eval mode and its learning curve.
     """
-    settings = config.self_training
+    settings, bg_score = config.self_training, config.attention.settled_bg_score
     student = with_background(teacher).to(runtime.device)
     if settings.fresh_head:
         nn.init.zeros_(student.head.weight)
@@ -61,7 +61,7 @@ def self_train(
     def loss(batch: Batch) -> dict[str, Tensor]:
         side = batch["image"].shape[-1] // TARGET_STRIDE
         attention = F.interpolate(batch["clean"], size=(side, side), mode="bilinear", align_corners=True)
-        target = reactivate(attention, config.attention.bg_score)
+        target = reactivate(attention, bg_score)
         return {"L_mac": mac_loss(student(batch["image"]), target, settings.loss_weight)}
 
     history = fit(student, batches, loss, runtime, checkpoint, desc="self-training")
@@ -148,7 +148,9 @@ def student_targets(samples: Samples, clean: Sequence[Tensor], config: Config) -
     if config.self_training.refine == "none":
         return clean
     settings = config.pseudo_masks
-    masks = pseudo_masks(samples, clean, config.attention.bg_score, settings.crf, settings.num_workers, "targets")
+    masks = pseudo_masks(
+        samples, clean, config.attention.settled_bg_score, settings.crf, settings.num_workers, "targets"
+    )
     return MaskMaps([mask for _, mask in masks], len(samples.class_names))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from numpy._core.multiarray import _reconstruct, scalar
 from smaflib.data.sample import DataError
 from smaflib.files import replacing
 
-ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
+ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
     ("_codecs", "encode"): codecs.encode,

@@ -1,0 +1,120 @@
+"""How far is a background score that was chosen without truth from the best one?
+
+    python benchmarks/bg_score.py papermill_runs/mini papermill_runs/mini-seed1 ...
+
+For teacher and student of each run: the best score in hindsight and its mIoU, and what each criterion loses against it.
+The criteria see attention maps and images; only the table sees masks.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from smaflib.cams import AttentionMaps
+from smaflib.config import Config
+from smaflib.data import truth_of
+from smaflib.data.sample import Sample, Samples
+from smaflib.evaluation import sweep_thresholds
+from smaflib.reactivation import hard_labels
+from smaflib.refinement import dense_crf
+from smaflib.runs import find_run
+from smaflib.runtime import progress
+from smaflib.self_training import CleanMaps
+from smaflib.thresholds import CANDIDATES, separation
+
+Criterion = Callable[[Tensor, list[Tensor], Sample, Config], list[float]]
+
+
+def otsu(clean: Tensor, per_scale: list[Tensor], sample: Sample, config: Config) -> list[float]:
+    return separation(clean)
+
+
+def scale_agreement(clean: Tensor, per_scale: list[Tensor], sample: Sample, config: Config) -> list[float]:
+    """Cohen's kappa between the masks of single scales and of the fused maps; plain agreement would favour one mask
+    that is all foreground."""
+    values = []
+    for threshold in CANDIDATES:
+        fused = hard_labels(clean, threshold)
+        values.append(sum(kappa(hard_labels(maps, threshold), fused) for maps in per_scale) / len(per_scale))
+    return values
+
+
+def stability(clean: Tensor, per_scale: list[Tensor], sample: Sample, config: Config) -> list[float]:
+    """How little the foreground changes around a score: its area 0.05 above as a share of that 0.05 below (the idea of
+    maximally stable regions, Matas et al., 2002)."""
+    scores, values = clean.amax(dim=0), []
+    for threshold in CANDIDATES:
+        larger = float((scores > threshold - 0.05).float().mean())
+        values.append(float((scores > threshold + 0.05).float().mean()) / larger if larger else 0.0)
+    return values
+
+
+def crf_stability(clean: Tensor, per_scale: list[Tensor], sample: Sample, config: Config) -> list[float]:
+    """Cohen's kappa between the masks before and after the CRF: borders on edges of the image stay where they are."""
+    values = []
+    for threshold in CANDIDATES:
+        before = hard_labels(clean, threshold)
+        values.append(kappa(before, dense_crf(sample.image, before, config.pseudo_masks.crf, len(clean) + 1)))
+    return values
+
+
+def kappa(one: Tensor, other: Tensor) -> float:
+    """Cohen's kappa of two masks, uint8 (H, W); 0 where both hold one and the same label: that says nothing."""
+    size = int(max(one.max(), other.max())) + 1
+    joint = torch.bincount(one.flatten().long() * size + other.flatten(), minlength=size * size).double()
+    joint = joint.view(size, size) / one.numel()
+    chance = float(joint.sum(dim=0) @ joint.sum(dim=1))
+    return 0.0 if chance == 1 else (float(joint.diagonal().sum()) - chance) / (1 - chance)
+
+
+CRITERIA: dict[str, Criterion] = {
+    "separation (Otsu)": otsu,
+    "agreement of scales": scale_agreement,
+    "stability of area": stability,
+    "stability under CRF": crf_stability,
+}
+
+
+def choose(criterion: Criterion, maps: AttentionMaps, samples: Samples, config: Config) -> float:
+    fused = CleanMaps(maps, samples, config.attention.fusion)
+    singles = [CleanMaps(maps, samples, "sum", [scale]) for scale in maps.scales]
+    totals = torch.zeros(len(CANDIDATES), dtype=torch.float64)
+    for index in progress(range(len(samples)), total=len(samples), desc=criterion.__name__):
+        values = criterion(fused[index], [single[index] for single in singles], samples[index], config)
+        totals += torch.tensor(values, dtype=torch.float64)
+    return CANDIDATES[int(totals.argmax())]
+
+
+def rows_of(name: str, max_images: int) -> list[dict[str, object]]:
+    run = find_run(name)
+    config, samples = run.config, run.samples("train").judgeable
+    some = samples.subset(range(0, len(samples), max(1, len(samples) // max_images)))
+    rows = []
+    for role in ("teacher", "student"):
+        maps = AttentionMaps(run.path("cams", role), config.attention.scales)
+        limits = config.evaluation.model_copy(update={"thresholds": CANDIDATES})
+        clean = CleanMaps(maps, samples, config.attention.fusion)
+        sweep = sweep_thresholds(clean, truth_of(samples) or [], samples.class_names, limits)
+        miou = {threshold: 100 * scores.miou for threshold, scores in sweep.items()}
+        best = max(miou, key=lambda threshold: miou[threshold])
+        row: dict[str, object] = {"run": run.name, "maps": role, "best score": best, "mIoU": round(miou[best], 1)}
+        for label, criterion in CRITERIA.items():
+            chosen = choose(criterion, maps, some, config)
+            row[label] = f"{miou[chosen] - miou[best]:+.1f} at {chosen}"
+        rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="names or paths of finished runs on data with masks")
+    parser.add_argument("--max-images", type=int, default=100, help="as many, evenly over the split, are looked at")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    table = pd.DataFrame([row for name in arguments.runs for row in rows_of(name, arguments.max_images)])
+    print(table.to_string(index=False))

@@ -1,0 +1,127 @@
+"""`smaf masks`: from photos and a table to masks, and from what was learned to masks of other photos."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import TRAINING
+from PIL import Image
+from typer.testing import CliRunner
+
+from smaflib.cli import app
+from smaflib.config import Config, ConfigError, check_settings
+from smaflib.data import DataError
+from smaflib.data.masks import read_mask
+from smaflib.photos import label_photos, make_masks
+from smaflib.report import network_references
+
+COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
+SETTINGS = {
+    "model": {"backbone": "slim", "freeze_backbone": True, "weights": None},
+    "classifier": {"solve_head": True, "iterations": 50, "weight_decay": 1e-3},
+    "attention": {"scales": [0.5, 1.0], "bg_score": "auto"},
+    "self_training": TRAINING | {"whole_images": True, "iterations": 20},
+    "pseudo_masks": {"num_workers": 1},
+}
+
+
+def draw_photos(folder: Path, num: int, first: int = 0) -> list[tuple[str, str]]:
+    """Photos of noise with a coloured square, and their rows for the table."""
+    folder.mkdir(parents=True)
+    rows = []
+    for number in range(first, first + num):
+        pixels = np.random.default_rng(number).integers(90, 120, (40, 48, 3), dtype=np.uint8)
+        name = list(COLORS)[number % 2]
+        pixels[10:30, 12:34] = COLORS[name]
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        rows.append((f"{number}.png", name))
+    return rows
+
+
+def write_table(path: Path, rows: list[tuple[str, str]]) -> Path:
+    path.write_text("image,labels\n" + "".join(f"{image},{labels}\n" for image, labels in rows))
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    table = write_table(tmp_path / "labels.csv", draw_photos(tmp_path / "photos", 6))
+    return check_settings(SETTINGS | {"data": {"kind": "folder", "images": tmp_path / "photos", "labels": table}})
+
+
+def test_every_photo_gets_a_mask_an_overlay_and_a_place_on_the_sheet(config: Config, tmp_path: Path) -> None:
+    sheet = make_masks(config, tmp_path / "out")
+    names = [f"{number}.png" for number in range(6)]
+    assert sorted(path.name for path in (tmp_path / "out/masks").iterdir()) == names
+    for number in range(6):
+        mask = read_mask(tmp_path / "out/masks" / f"{number}.png")
+        assert mask.shape == (40, 48)
+        # Classes in alphabetical order: blue 1, red 2. No photo may hold the other's class.
+        assert set(mask.unique().tolist()) <= {0, 2 - number % 2}
+        with Image.open(tmp_path / "out/overlays" / f"{number}.jpg") as overlay:
+            assert overlay.size == (48, 40)
+    html = sheet.read_text()
+    assert html.count("<figure>") == 6 and "masks/3.png" in html and not network_references(html)
+
+
+def test_second_call_makes_nothing_anew_and_a_killed_one_goes_on(config: Config, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make_masks(config, out)
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    whole = (out / "masks/2.png").read_bytes()
+    (out / "masks/2.png").unlink()
+    (out / "overlays/2.jpg").unlink()
+    make_masks(config, out)
+    assert (out / "masks/2.png").read_bytes() == whole and (out / "overlays/2.jpg").is_file()
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items() if path.name != "2.png")
+
+
+def test_folder_of_other_work_is_refused(config: Config, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make_masks(config, out)
+    with pytest.raises(ConfigError, match="holds masks made with other settings; choose another --out"):
+        make_masks(config.model_copy(update={"seed": 1}), out)
+    write_table(tmp_path / "labels.csv", [(f"{number}.png", "red") for number in range(6)])
+    with pytest.raises(ConfigError, match="other photos or labels"):
+        make_masks(config, out)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letter.txt").write_text("dear")
+    with pytest.raises(ConfigError, match="is not empty and holds nothing of smaf's"):
+        make_masks(config, tmp_path / "mine")
+
+
+def test_bad_photos_leave_nothing_behind(config: Config, tmp_path: Path) -> None:
+    write_table(tmp_path / "labels.csv", [("9.png", "red")])
+    with pytest.raises(DataError, match="there is no image 9.png"):
+        make_masks(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_photos_without_a_table_are_labelled_by_what_was_learned(config: Config, tmp_path: Path) -> None:
+    make_masks(config, tmp_path / "out")
+    truth = dict(draw_photos(tmp_path / "new", 4, first=20))
+    label_photos(tmp_path / "out", tmp_path / "new", tmp_path / "labelled")
+    with (tmp_path / "labelled/labels.csv").open(newline="") as file:
+        given = {row["image"]: row["labels"] for row in csv.DictReader(file)}
+    assert given == truth
+    assert len(list((tmp_path / "labelled/masks").iterdir())) == 4
+    label_photos(tmp_path / "out", tmp_path / "new", tmp_path / "labelled")  # complete: nothing is claimed twice
+    with pytest.raises(ConfigError, match="holds no finished"):
+        label_photos(tmp_path / "new", tmp_path / "new", tmp_path / "other")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="there is no photo in"):
+        label_photos(tmp_path / "out", tmp_path / "empty", tmp_path / "other")
+
+
+def test_command_line(config: Config, tmp_path: Path) -> None:
+    options = ["model.weights=null", "self_training.iterations=4", "self_training.batch_size=2"]
+    options += ["self_training.resize_range=[32, 48]", "pseudo_masks.num_workers=1", "attention.scales=[0.5, 1.0]"]
+    base = ["masks", "--images", str(tmp_path / "photos"), "--out", str(tmp_path / "out")]
+    table = ["--labels", str(tmp_path / "labels.csv"), "--backbone", "slim"]
+    result = CliRunner().invoke(app, [*base, *table, *(part for item in options for part in ("--set", item))])
+    assert result.exit_code == 0, result.output
+    assert f"contact sheet: {tmp_path / 'out/index.html'}" in result.output
+    assert CliRunner().invoke(app, base).exit_code == 2

@@ -1,0 +1,75 @@
+"""Choosing the background score without truth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smaflib.config import ConfigError
+from smaflib.thresholds import (
+    CANDIDATES,
+    MAX_IMAGES,
+    choose_bg_score,
+    evenly,
+    mask_bg_score,
+    separation,
+    settle_bg_score,
+)
+
+
+def two_levels(low: float, high: float, share: float = 0.3) -> torch.Tensor:
+    """A class map (1, 10, 10) of two scores."""
+    maps = torch.full((1, 100), low)
+    maps[:, : int(100 * share)] = high
+    return maps.view(1, 10, 10)
+
+
+def test_separation_by_hand() -> None:
+    # Scores 0.2 (70 pixels) and 0.6 (30): a threshold between them explains all variance, one outside nothing.
+    values = dict(zip(CANDIDATES, separation(two_levels(0.2, 0.6)), strict=True))
+    assert values[0.15] == values[0.65] == 0
+    assert values[0.25] == values[0.55] == pytest.approx(1)
+    # 0.1, 0.3, 0.7, one pixel each: variance 0.56/9. Above 0.5 is one pixel, the gap 0.7 - 0.2; above 0.2 are two,
+    # the gap 0.5 - 0.1.
+    values = dict(zip(CANDIDATES, separation(torch.tensor([0.1, 0.3, 0.7]).view(1, 1, 3)), strict=True))
+    assert values[0.5] == pytest.approx(2 / 9 * 0.25 / (0.56 / 9), rel=1e-5)
+    assert values[0.2] == pytest.approx(2 / 9 * 0.16 / (0.56 / 9), rel=1e-5)
+
+
+def test_only_the_strongest_class_counts() -> None:
+    maps = two_levels(0.2, 0.6)
+    assert separation(torch.cat([maps, maps * 0.5])) == separation(maps)
+    assert separation(torch.zeros(2, 4, 4)) == [0.0] * len(CANDIDATES)
+
+
+@given(low=st.sampled_from(CANDIDATES[:-4]), gap=st.sampled_from([0.2, 0.3]))
+def test_choice_lies_between_the_groups(low: float, gap: float) -> None:
+    chosen = choose_bg_score([two_levels(low - 0.02, low + gap), torch.zeros(1, 3, 3)])
+    assert low - 0.02 <= chosen < low + gap
+
+
+def test_settings_are_settled_only_where_they_say_auto() -> None:
+    maps = [two_levels(0.2, 0.6)]
+    fixed = tiny_config(attention={"bg_score": 0.4})
+    assert settle_bg_score(fixed, maps) is fixed and mask_bg_score(fixed, maps) == 0.4
+    auto = tiny_config(attention={"bg_score": "auto"})
+    with pytest.raises(ConfigError, match="choose it from the maps"):
+        auto.attention.settled_bg_score  # noqa: B018
+    chosen = settle_bg_score(auto, maps).attention.settled_bg_score
+    assert 0.2 <= chosen < 0.6 and mask_bg_score(auto, maps) == chosen
+    masks = tiny_config(attention={"bg_score": "auto"}, pseudo_masks={"bg_score": 0.5})
+    assert mask_bg_score(masks, maps) == 0.5
+    assert mask_bg_score(tiny_config(pseudo_masks={"bg_score": "auto"}), [two_levels(0.42, 0.9)]) == 0.45
+    with pytest.raises(ValueError, match="at least one image"):
+        choose_bg_score([])
+    with pytest.raises(ConfigError, match="attention.bg_score"):
+        tiny_config(attention={"bg_score": "otsu"})
+
+
+def test_large_splits_are_looked_at_evenly() -> None:
+    items = [torch.tensor(number) for number in range(2 * MAX_IMAGES + 1)]
+    assert [int(item) for item in evenly(items)] == list(range(0, 2 * MAX_IMAGES + 1, 3))
+    assert len(list(evenly(items[:5]))) == 5
