@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from smaflib import files, report
 from smaflib.config import dump_config, load_config
+from smaflib.kernel import SpareKernel
 from smaflib.runs import (
     NEVER_RAN,
     PROJECT_ROOT,
@@ -68,6 +69,15 @@ PACKAGES = (
 SOURCE_LINES = 6
 TRACEBACK_LINES = 12
 KERNEL_EXIT_SECONDS = 15.0
+
+
+KERNEL_ENVIRONMENT = {
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    "PYTHONHASHSEED": "0",
+    # The notebook imports the library that runs it, wherever another one is installed.
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")])),
+}
+"""What every kernel needs from its start, beside the runner's own environment."""
 
 
 class StageFailed(RunError):
@@ -129,7 +139,10 @@ def run_notebooks(
     run = open_run(_run_folder(runs, name or config_file.stem), config_file, overrides, stages=stages)
     with _locked(run):
         _forget(run, anew)
-        library_changed = [stage.name for stage in chosen if _run_stage(run, stage, notebooks)]
+        # A spare kernel has imported what the chain's notebooks import; other chains are tests'.
+        spare = SpareKernel(KERNEL_ENVIRONMENT) if stages == STAGES and os.name == "posix" else None
+        with spare or contextlib.nullcontext():
+            library_changed = [stage.name for stage in chosen if _run_stage(run, stage, notebooks, spare)]
         if library_changed:
             first = library_changed[0].partition("_")[0]
             _say(f"smaflib has changed since {first} ran; --from {first} runs it again")
@@ -233,7 +246,7 @@ def _forget(run: Run, anew: Sequence[Stage]) -> None:
         write_manifest(run, manifest)
 
 
-def _run_stage(run: Run, stage: Stage, notebooks: Path) -> bool:
+def _run_stage(run: Run, stage: Stage, notebooks: Path, spare: SpareKernel | None) -> bool:
     """Run a stage unless it is complete.
 
     Returns:
@@ -264,17 +277,26 @@ def _run_stage(run: Run, stage: Stage, notebooks: Path) -> bool:
         "library": library,
     }
     _put_entry(run, stage, entry)
-    _work(run, stage, notebook, entry, reason)
+    _work(run, stage, notebook, entry, reason, spare)
     _put_entry(run, stage, entry, status="complete", exit_code=0, artifacts=list_artifacts(run, stage))
     _say(f"{stage.name}  done in {report.duration(entry['seconds'])}")
     return False
 
 
-def _work(run: Run, stage: Stage, notebook: Path, entry: dict[str, Any], reason: str) -> None:
+def _work(
+    run: Run, stage: Stage, notebook: Path, entry: dict[str, Any], reason: str, spare: SpareKernel | None
+) -> None:
     """Execute a stage and note in its entry how long it took and, if it failed, with which exit code."""
     begun = time.monotonic()
     num_cells = len(notebook_cells(notebook)) + 1  # papermill adds one
-    watch = Watch(stage.name, num_cells, on_kernel=lambda pid: _put_entry(run, stage, entry, kernel_pid=pid))
+    is_last = stage == run.stages[-1]
+
+    def note_kernel(pid: int) -> None:
+        _put_entry(run, stage, entry, kernel_pid=pid)
+        if spare is not None and not is_last:
+            spare.prepare(entry["library"])
+
+    watch = Watch(stage.name, num_cells, note_kernel, spare, entry["library"])
 
     def measured() -> dict[str, Any]:
         return {"seconds": round(time.monotonic() - begun, 1), "peak_memory_mb": watch.peak_memory_mb}
@@ -437,7 +459,15 @@ class Watch:
         peak_memory_mb: the most memory that the kernel held, where the system tells.
     """
 
-    def __init__(self, title: str, num_cells: int, on_kernel: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        title: str,
+        num_cells: int,
+        on_kernel: Callable[[int], None],
+        spare: SpareKernel | None = None,
+        library: str = "",
+    ) -> None:
+        self._spare, self._library = spare, library
         self.cell = 0
         self.peak_memory_mb: int | None = None
         self._title, self._num_cells, self._on_kernel = title, num_cells, on_kernel
@@ -484,16 +514,14 @@ class Watch:
         from jupyter_client.kernelspec import KernelSpec
         from jupyter_client.manager import AsyncKernelManager
 
+        command = [sys.executable, "-m", "smaflib.kernel"]
         spec = KernelSpec(
-            argv=[sys.executable, "-m", "smaflib.kernel", "-f", "{connection_file}"],
+            argv=[*command, "-f", "{connection_file}"],
             display_name="Python 3",
             language="python",
-            env={
+            env=KERNEL_ENVIRONMENT
+            | {
                 "SMAF_PROGRESS_FILE": str(self._progress),
-                "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-                "PYTHONHASHSEED": "0",
-                # The notebook imports the library that runs it, wherever another one is installed.
-                "PYTHONPATH": os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")])),
                 "IPYTHONDIR": str(self._progress.with_name("ipython")),  # no start-up files of the user's
             },
         )
@@ -507,6 +535,24 @@ class Watch:
             @property
             def kernel_spec(manager) -> KernelSpec:  # noqa: N805 - self is the watch here
                 return spec
+
+            async def _async_launch_kernel(manager, kernel_cmd: list[str], **options: Any) -> None:  # noqa: N805
+                # jupyter_client names this method as the one to override for launching in another way.
+                process = self._spare and self._spare.become_kernel(
+                    self._library,
+                    kernel_cmd[len(command) :],
+                    options["env"],
+                    options.get("cwd") or os.getcwd(),
+                    str(self._log),
+                )
+                if not process:
+                    await super()._async_launch_kernel(kernel_cmd, **options)
+                    return
+                provisioner: Any = manager.provisioner
+                provisioner.process, provisioner.pid, provisioner.pgid = process, process.pid, process.pid
+                manager._reconcile_connection_info(provisioner.connection_info)
+
+            _launch_kernel = _async_launch_kernel
 
             async def start_kernel(manager, **options: Any) -> None:  # type: ignore[override]  # noqa: N805
                 # Its log would tear the progress bar: it reports even the interrupt by which it is shut down.

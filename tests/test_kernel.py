@@ -1,0 +1,107 @@
+"""The spare kernel: ready when it is needed, gone when it is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jupyter_client.blocking import BlockingKernelClient
+from jupyter_client.connect import write_connection_file
+
+from smaflib.kernel import SpareKernel
+from smaflib.runner import KERNEL_ENVIRONMENT
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="spare kernels are for systems with process groups")
+
+
+@pytest.fixture
+def spare() -> Iterator[SpareKernel]:
+    with SpareKernel(KERNEL_ENVIRONMENT) as spare:
+        yield spare
+
+
+def ended(pid: int, seconds: float = 20) -> bool:
+    """Whether a process that is no child of this one any more, or was waited for, is gone soon."""
+    for _ in range(int(seconds * 10)):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def wait_until_it_answers(client: BlockingKernelClient) -> None:
+    for _ in range(10):  # a client without a manager takes a kernel that does not answer yet for a dead one
+        try:
+            client.wait_for_ready(timeout=5)
+            return
+        except RuntimeError:
+            time.sleep(1)
+    raise TimeoutError("the kernel does not answer")
+
+
+def test_spare_process_becomes_the_kernel_it_is_told_to_be(spare: SpareKernel, tmp_path: Path) -> None:
+    spare.prepare("v1")
+    connection_file, _ = write_connection_file(
+        str(tmp_path / "kernel.json"), ip=str(tmp_path / "s"), transport="ipc", key=b"k"
+    )
+    env = (
+        dict(os.environ) | KERNEL_ENVIRONMENT | {"SMAF_PROGRESS_FILE": "here", "IPYTHONDIR": str(tmp_path / "ipython")}
+    )
+    process = spare.become_kernel("v1", ["-f", connection_file], env, str(tmp_path), str(tmp_path / "log"))
+    assert process is not None
+    client = BlockingKernelClient(connection_file=connection_file)
+    client.load_connection_file()
+    client.start_channels()
+    try:
+        wait_until_it_answers(client)
+        code = "import json, os, sys; state = [os.getcwd(), os.environ['SMAF_PROGRESS_FILE'], 'torch' in sys.modules];"
+        code += "json.dump(state, open('said.json', 'w'))"
+        reply = client.execute_interactive(code, timeout=60, output_hook=lambda message: None)
+        assert reply["content"]["status"] == "ok"
+        assert json.loads((tmp_path / "said.json").read_text()) == [str(tmp_path), "here", True]
+    finally:
+        client.stop_channels()
+        os.killpg(process.pid, signal.SIGKILL)  # a group of its own, as the runner kills it
+        process.wait()
+    assert spare.become_kernel("v1", [], {}, "", "") is None  # used up
+
+
+def test_spare_of_other_code_is_not_used(spare: SpareKernel) -> None:
+    spare.prepare("v1")
+    first = spare._process
+    assert first is not None
+    assert spare.become_kernel("v2", [], {}, "", "") is None and first.poll() is not None
+    spare.prepare("v1")
+    second = spare._process
+    spare.prepare("v1")
+    assert spare._process is second
+    spare.prepare("v2")
+    assert second is not None and second.poll() is not None and spare._process is not second
+
+
+def test_spare_that_died_is_not_used(spare: SpareKernel) -> None:
+    spare.prepare("v1")
+    assert spare._process is not None
+    spare._process.kill()
+    spare._process.wait()
+    assert spare.become_kernel("v1", [], {}, "", "") is None
+
+
+def test_spare_goes_with_the_one_who_made_it() -> None:
+    with SpareKernel(KERNEL_ENVIRONMENT) as spare:
+        spare.prepare("v1")
+        assert spare._process is not None
+        pid = spare._process.pid
+    assert ended(pid)
+    spare.prepare("v1")
+    process = spare._process
+    assert process is not None and process.stdin is not None
+    process.stdin.close()  # what the spare process sees when its maker is killed
+    assert process.wait(timeout=60) == 0
