@@ -3,7 +3,7 @@
     python benchmarks/bg_score.py papermill_runs/mini papermill_runs/mini-seed1 ...
 
 For teacher and student of each run: the best score in hindsight and its mIoU, and what each criterion loses against it.
-The criteria see attention maps and images; only the table sees masks.
+The criteria see attention maps; only the table sees masks.
 """
 
 from __future__ import annotations
@@ -18,23 +18,22 @@ from torch import Tensor
 from smaflib.cams import AttentionMaps
 from smaflib.config import Config
 from smaflib.data import truth_of
-from smaflib.data.sample import Sample, Samples
+from smaflib.data.sample import Samples
 from smaflib.evaluation import sweep_thresholds
 from smaflib.reactivation import hard_labels
-from smaflib.refinement import dense_crf
 from smaflib.runs import find_run
 from smaflib.runtime import progress
 from smaflib.self_training import CleanMaps
 from smaflib.thresholds import CANDIDATES, separation
 
-Criterion = Callable[[Tensor, list[Tensor], Sample, Config], list[float]]
+Criterion = Callable[[Tensor, list[Tensor]], list[float]]
 
 
-def otsu(clean: Tensor, per_scale: list[Tensor], sample: Sample, config: Config) -> list[float]:
+def otsu(clean: Tensor, per_scale: list[Tensor]) -> list[float]:
     return separation(clean)
 
 
-def scale_agreement(clean: Tensor, per_scale: list[Tensor], sample: Sample, config: Config) -> list[float]:
+def scale_agreement(clean: Tensor, per_scale: list[Tensor]) -> list[float]:
     """Cohen's kappa between the masks of single scales and of the fused maps; plain agreement would favour one mask
     that is all foreground."""
     values = []
@@ -44,22 +43,13 @@ def scale_agreement(clean: Tensor, per_scale: list[Tensor], sample: Sample, conf
     return values
 
 
-def stability(clean: Tensor, per_scale: list[Tensor], sample: Sample, config: Config) -> list[float]:
+def stability(clean: Tensor, per_scale: list[Tensor]) -> list[float]:
     """How little the foreground changes around a score: its area 0.05 above as a share of that 0.05 below (the idea of
     maximally stable regions, Matas et al., 2002)."""
     scores, values = clean.amax(dim=0), []
     for threshold in CANDIDATES:
         larger = float((scores > threshold - 0.05).float().mean())
         values.append(float((scores > threshold + 0.05).float().mean()) / larger if larger else 0.0)
-    return values
-
-
-def crf_stability(clean: Tensor, per_scale: list[Tensor], sample: Sample, config: Config) -> list[float]:
-    """Cohen's kappa between the masks before and after the CRF: borders on edges of the image stay where they are."""
-    values = []
-    for threshold in CANDIDATES:
-        before = hard_labels(clean, threshold)
-        values.append(kappa(before, dense_crf(sample.image, before, config.pseudo_masks.crf, len(clean) + 1)))
     return values
 
 
@@ -76,7 +66,6 @@ CRITERIA: dict[str, Criterion] = {
     "separation (Otsu)": otsu,
     "agreement of scales": scale_agreement,
     "stability of area": stability,
-    "stability under CRF": crf_stability,
 }
 
 
@@ -85,7 +74,7 @@ def choose(criterion: Criterion, maps: AttentionMaps, samples: Samples, config: 
     singles = [CleanMaps(maps, samples, "sum", [scale]) for scale in maps.scales]
     totals = torch.zeros(len(CANDIDATES), dtype=torch.float64)
     for index in progress(range(len(samples)), total=len(samples), desc=criterion.__name__):
-        values = criterion(fused[index], [single[index] for single in singles], samples[index], config)
+        values = criterion(fused[index], [single[index] for single in singles])
         totals += torch.tensor(values, dtype=torch.float64)
     return CANDIDATES[int(totals.argmax())]
 
