@@ -160,8 +160,9 @@ def plot_sizes(table: pd.DataFrame, title: str = "IoU by object size") -> Figure
         bars = axis.bar(positions + 0.27 * (offset - 1), table[size].fillna(0), 0.25, label=size, color=color)
         axis.bar_label(bars, fmt="%.0f", fontsize=7)
     axis.set_xticks(positions, [str(name) for name in table.index], rotation=20, ha="right", fontsize=8)
-    axis.set(ylabel="mean IoU in %")
-    axis.legend(fontsize=8, ncols=3)
+    highest = max(float(table[list(SIZE_COLORS)].max().max()), 1.0)
+    axis.set(ylabel="mean IoU in %", ylim=(0, 1.25 * highest))  # room for the legend above the bars
+    axis.legend(fontsize=8, ncols=3, loc="upper left")
     axis.grid(axis="y", alpha=0.3)
     return _finish(figure, title)
 
