@@ -58,6 +58,24 @@ def load(root: Path, **data: Any) -> Samples:
     return load_samples(config(root, **data), "train")
 
 
+def test_list_of_the_augmented_set_comes_from_its_masks_where_there_is_none(root: Path) -> None:
+    with pytest.raises(DataError, match=r"no split list .*train_aug\.txt"):
+        load(root, train_split="train_aug")
+    folder = root / "SegmentationClassAug"
+    folder.mkdir()
+    for name in "cabd":
+        (folder / f"{name}.png").write_bytes((root / "SegmentationClass" / f"{name}.png").read_bytes())
+    assert load(root, train_split="train_aug").image_ids == ["a", "b", "c"]  # d is for validation
+    (root / "ImageSets/Segmentation/train_aug.txt").write_text("b\n")
+    assert load(root, train_split="train_aug").image_ids == ["b"]
+
+
+def test_lists_of_paths_are_lists_of_names(root: Path) -> None:
+    lines = [f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png" for name in "cb"]
+    (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(lines))
+    assert load(root).image_ids == ["c", "b"]
+
+
 def test_sample_has_the_documented_shapes_and_ranges(root: Path) -> None:
     sample = load(root, saliency="Saliency").with_truth()[1]
     assert sample.image_id == "b"

@@ -43,7 +43,9 @@ def load_voc(data: DataConfig, split: Split) -> Samples:
 
     ``data.labels``, ``data.masks`` and ``data.saliency`` may be relative to ``data.root``. An image without a mask is
     fine (``has_truth`` is then False); a training image without a saliency map is not, once ``data.saliency`` is set.
-    With ``data.max_images`` only the first images of the list are looked at.
+    With ``data.max_images`` only the first images of the list are looked at. The field's list ``train_aug`` may be
+    missing where its masks are there: then it is the images of ``SegmentationClassAug`` without those of
+    ``data.val_split``. The masks themselves are not opened for that.
 
     Raises:
         DataError: naming file, line and cure, if a folder, list, image, label or saliency map of the split is missing
@@ -56,7 +58,11 @@ def load_voc(data: DataConfig, split: Split) -> Samples:
     folder = data.root / "JPEGImages"
     images = {path.stem: path for path in list_files(folder, (".jpg",), "set data.root to the folder that holds it")}
     list_path = data.root / "ImageSets" / "Segmentation" / f"{_list_name(data, split)}.txt"
-    listed = _read_split(list_path)
+    augmented = data.root / "SegmentationClassAug"
+    if list_path.stem == "train_aug" and not list_path.is_file() and augmented.is_dir():
+        listed = _augmented_list(augmented, list_path.with_name(f"{data.val_split}.txt"))
+    else:
+        listed = _read_split(list_path)
     if data.max_images is not None:
         listed = listed[: data.max_images]
     masks_folder = _within(data.root, data.masks) if data.masks else data.root / "SegmentationClass"
@@ -210,7 +216,9 @@ def _read_split(path: Path) -> list[tuple[int, str]]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    listed = [(line, name.strip()) for line, name in enumerate(text.splitlines(), start=1) if name.strip()]
+    # Some lists of the field hold paths: /JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png
+    rows = [(line, row.split()) for line, row in enumerate(text.splitlines(), start=1)]
+    listed = [(line, Path(row[0]).stem if row[0].startswith("/") else row[0]) for line, row in rows if row]
     if not listed:
         raise DataError(f"the split list {path} is empty; it must name one image per line")
     first: dict[str, int] = {}
@@ -218,6 +226,13 @@ def _read_split(path: Path) -> list[tuple[int, str]]:
         if first.setdefault(image_id, line) != line:
             raise DataError(f"{path}, line {line}: {image_id} is listed twice, before on line {first[image_id]}")
     return listed
+
+
+def _augmented_list(folder: Path, val_list: Path) -> list[tuple[int, str]]:
+    """Names of the images that have an augmented mask and are not for validation, numbered."""
+    held_out = {name for _, name in _read_split(val_list)}
+    names = [path.stem for path in list_files(folder, (".png",), "unpack SegmentationClassAug there")]
+    return list(enumerate((name for name in names if name not in held_out), start=1))
 
 
 def _image_labels(
