@@ -23,17 +23,15 @@ from types import TracebackType
 from typing import Any
 
 PRELOADED = (
+    "matplotlib.figure",
     "pandas",
-    "matplotlib_inline.backend_inline",
     "smaflib.classifier",
-    "smaflib.models",
-    "smaflib.plots",
     "smaflib.report",
-    "smaflib.runs",
     "smaflib.segmentation",
     "smaflib.thresholds",
 )
-"""What the chain's notebooks import."""
+"""What the chain's notebooks import, all but pyplot (and with it ``smaflib.plots``): imported before there is a shell,
+it would not show its figures in it."""
 
 
 class SpareKernel:
