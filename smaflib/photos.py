@@ -23,7 +23,7 @@ from smaflib.classifier import classify, train_classifier
 from smaflib.config import Config, ConfigError, dump_config, load_config
 from smaflib.data import load_samples
 from smaflib.data.labels import IMAGE_ENDINGS
-from smaflib.data.masks import mask_values, read_mask
+from smaflib.data.masks import VOC_PALETTE, mask_values, read_mask
 from smaflib.data.sample import DataError, Samples
 from smaflib.data.voc import list_files
 from smaflib.models.networks import AttentionNetwork, load_attention_network
@@ -172,13 +172,17 @@ def _write_contact_sheet(samples: Samples, out: Path) -> Path:
             picture = Image.fromarray(overlay_mask(samples[index].image, mask))
             picture.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))
             files.save_image(overlay, picture)
-        labels = [samples.class_names[number] for number in file.labels]
-        found = {samples.class_names[value - 1] for value in mask_values(mask) if 0 < value < 255}
+        found = set(mask_values(mask))
+        # As in the mask: a label's value is its class's number plus 1.
+        labels = [
+            (samples.class_names[number], number + 1 in found, "#" + bytes(VOC_PALETTE[number + 1]).hex())
+            for number in file.labels
+        ]
         share = float((mask > 0).float().mean())
         cards.append(
             {
                 "name": file.image_id,
-                "labels": [(label, label in found) for label in labels],
+                "labels": labels,
                 "share": share,
                 "overlay": f"overlays/{overlay.name}",
                 "mask": f"masks/{file.image_id}.png",
