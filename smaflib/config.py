@@ -178,28 +178,95 @@ class SelfTrainingConfig(TrainingConfig):
     control: bool = False  # also train a student on single-scale targets, the control of the paper's claim
 
 
+CRF_PRESETS: dict[str, dict[str, Any]] = {
+    # the paper's reference implementation: the defaults below
+    "reference": {},
+    # IRN's cam_to_ir_label.py (Ahn et al., CVPR 2019): the same among the labels that the mask holds
+    "irn": {"labels": "present"},
+    # DeepLab's test-time CRF for VOC (Chen et al., TPAMI 2018), on the softmax of a segmentation network
+    "deeplab": {
+        "unary": "scores",
+        "gaussian_sxy": 1.0,
+        "bilateral_sxy": 67.0,
+        "bilateral_srgb": 3.0,
+        "bilateral_compat": 4.0,
+    },
+    # images of 128 pixels, in a fraction of a second
+    "mini": {
+        "iterations": 5,
+        "gaussian_sxy": 1.5,
+        "bilateral_sxy": 20.0,
+        "bilateral_srgb": 8.0,
+        "bilateral_compat": 6.0,
+    },
+}
+"""Known settings by name: ``crf: irn`` in a file, or ``crf: {preset: irn, iterations: 5}`` for one with changes."""
+
+PRESET_GROUPS = ("crf", "test_crf")
+"""Groups of settings that can be given as a preset's name."""
+
+
 class CrfConfig(StageConfig):
     """Dense CRF with Gaussian edge potentials (Kraehenbuehl and Koltun, NIPS 2011)."""
 
     iterations: Annotated[int, Field(ge=0)] = 10
+    # What a pixel wants by itself. labels: the strongest class, with gt_prob. scores: every class in proportion to its
+    # score; the kernels of the reference then erase much of an object, since attention is weak on its body.
+    unary: Literal["labels", "scores"] = "labels"
     gt_prob: Annotated[float, Field(gt=0, lt=1)] = 0.7  # how sure a hard label is
+    sharpness: Annotated[float, Field(gt=0)] = 1.0  # scores are raised to this power
     # all: choose among all K+1 labels, as the reference; present: among background and those that the mask holds, which
     # is faster and smooths more, because what gt_prob leaves is not spread over classes that are not there.
     labels: Literal["all", "present"] = "all"
-    gaussian_sxy: float = 3.0  # reach of the smoothness kernel, in pixels
+    gaussian_sxy: Annotated[float, Field(gt=0)] = 3.0  # reach of the smoothness kernel, in pixels
     gaussian_compat: float = 3.0
-    bilateral_sxy: float = 50.0  # reach of the appearance kernel, in pixels
-    bilateral_srgb: float = 5.0  # and in 8-bit colour steps
+    bilateral_sxy: Annotated[float, Field(gt=0)] = 50.0  # reach of the appearance kernel, in pixels
+    bilateral_srgb: Annotated[float, Field(gt=0)] = 5.0  # and in 8-bit colour steps
     bilateral_compat: float = 10.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if not isinstance(value, str | dict):
+            return value
+        settings = {"preset": value} if isinstance(value, str) else dict(value)
+        name = settings.pop("preset", "reference")
+        if name not in CRF_PRESETS:
+            raise ValueError(f"there is no CRF preset {name!r}; there are {', '.join(CRF_PRESETS)}")
+        return CRF_PRESETS[name] | settings
+
+
+class ParConfig(StageConfig):
+    """Pixel-adaptive refinement (Ru et al., "Learning Affinity from Attention", CVPR 2022; constants of its code).
+
+    Each pixel's scores become a mean of its neighbours', by likeness of colour. It keeps soft scores soft; cheap on a
+    GPU, several times as slow as a CRF on a CPU.
+    """
+
+    iterations: Annotated[int, Field(ge=0)] = 10
+    dilations: tuple[Positive, ...] = Field((1, 2, 4, 8, 12, 24), min_length=1)  # rings of eight neighbours, in pixels
+    bandwidth: Annotated[float, Field(gt=0)] = 0.3  # of likeness, in standard deviations of the neighbourhood
+    position_weight: Annotated[float, Field(ge=0)] = 0.01  # of nearness, against likeness
+
+
+CrfBackend = Literal["auto", "pydensecrf", "torch"]
 
 
 class PseudoMaskConfig(StageConfig):
     """Stage 5: argmax over background and fused maps, then the CRF."""
 
     bg_score: Fraction | Literal["auto"] | None = None  # None: as for attention; auto: chosen from the student's maps
-    refine: Literal["crf", "none"] = "crf"
-    crf: CrfConfig = CrfConfig()
-    num_workers: Annotated[int, Field(ge=0)] = 0  # processes; 0: one per core
+    refine: Literal["crf", "par", "none"] = "crf"
+    crf: CrfConfig = CrfConfig()  # or the name of a preset: reference, irn, deeplab, mini, soft
+    par: ParConfig = ParConfig()
+    # Both give the same masks. auto: torch on a GPU; on the CPU pydensecrf, or torch where that is not installed.
+    backend: CrfBackend = "auto"
+    num_workers: Annotated[int, Field(ge=0)] = 0  # processes on the CPU; 0: one per core
+
+    @property
+    def refinement(self) -> CrfConfig | ParConfig | None:
+        """The settings of the refinement that ``refine`` names; None: no refinement."""
+        return {"crf": self.crf, "par": self.par, "none": None}[self.refine]
 
 
 class SegmentationConfig(TrainingConfig):
@@ -391,6 +458,8 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
     *parents, last = key.strip().split(".")
     node = settings
     for parent in parents:
+        if parent in PRESET_GROUPS and isinstance(node.get(parent), str):
+            node[parent] = {"preset": node[parent]}  # a preset's name, and now one change to it
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ConfigError(f"{key!r} cannot be set: {parent!r} is not a group of settings")
@@ -400,6 +469,8 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
 def _refuse_unknown_keys(settings: dict[str, Any], model: type[BaseModel], prefix: str, source: str) -> None:
     # pydantic would only say "extra inputs are not permitted"; a typo deserves the name it was meant to be.
     for key, value in settings.items():
+        if model is CrfConfig and key == "preset":
+            continue
         if key not in model.model_fields:
             hint = _nearest_setting(str(key), prefix, list(model.model_fields))
             raise ConfigError(f"{source}: there is no setting {prefix}{key}; did you mean {hint}?")

@@ -59,7 +59,7 @@ def make_masks(config: Config, out: Path) -> Path:
     maps = write_attention_maps(teacher, samples, work / "cams_teacher", config.attention, runtime)
     clean = CleanMaps(maps, samples, config.attention.fusion, cached=config.data.cache)
     settled = settle_bg_score(config, clean)
-    targets = student_targets(samples, clean, settled)
+    targets = student_targets(samples, clean, settled, runtime.device)
     student, _ = self_train(teacher, samples, targets, settled, runtime, work / "student.safetensors")
     bg_score = _write_masks(student, samples, config, out, runtime)
     files.write_json(work / "facts.json", {"class_names": samples.class_names, "bg_score": bg_score})
@@ -135,7 +135,7 @@ def _write_masks(student: AttentionNetwork, samples: Samples, config: Config, ou
     maps = write_attention_maps(student, samples, out / "work" / "cams_student", config.attention, runtime)
     clean = CleanMaps(maps, samples, config.attention.fusion)
     bg_score = mask_bg_score(config, clean)
-    write_pseudo_masks(samples, clean, out / "masks", bg_score, config.pseudo_masks)
+    write_pseudo_masks(samples, clean, out / "masks", bg_score, config.pseudo_masks, runtime.device)
     return bg_score
 
 

@@ -5,41 +5,63 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from smaflib.config import CrfConfig, PseudoMaskConfig
+from smaflib.config import CrfBackend, CrfConfig, ParConfig, PseudoMaskConfig
 from smaflib.data.masks import save_mask
 from smaflib.data.sample import Samples
-from smaflib.reactivation import hard_labels
-from smaflib.refinement import dense_crf, dense_crf_many
+from smaflib.reactivation import hard_labels, with_background_score
+from smaflib.refinement import refine, refine_many
 from smaflib.runtime import num_cores, progress
 
+CPU = torch.device("cpu")
 
-def pseudo_mask(image: Tensor, clean: Tensor, bg_score: float, crf: CrfConfig | None) -> Tensor:
+
+def pseudo_mask(
+    image: Tensor,
+    clean: Tensor,
+    bg_score: float,
+    refinement: CrfConfig | ParConfig | None,
+    backend: CrfBackend = "auto",
+    device: torch.device = CPU,
+) -> Tensor:
     """Label each pixel with its strongest class, or as background where no class reaches ``bg_score``; then refine.
 
     Args:
         image: uint8 (3, H, W).
         clean: (K, H, W) in [0, 1], fused and denoised.
         bg_score: the background's score.
-        crf: the dense CRF's settings; None: no refinement.
+        refinement: settings of the dense CRF or of pixel-adaptive refinement; None: neither.
+        backend: of the dense CRF.
+        device: where torch refines.
 
     Returns:
         uint8 (H, W), 0 is background.
 
     Source: hard labels into the CRF, over all K+1 labels, as in the reference code.
     """
-    labels = hard_labels(clean, bg_score)
-    return labels if crf is None else dense_crf(image, labels, crf, num_labels=len(clean) + 1)
+    if refinement is None:
+        return hard_labels(clean, bg_score)
+    return refine([image], [_wishes(clean, bg_score, refinement)], refinement, len(clean) + 1, backend, device)[0]
+
+
+def _wishes(clean: Tensor, bg_score: float, refinement: CrfConfig | ParConfig) -> Tensor:
+    """What the refinement starts from: hard labels (H, W), or scores (K+1, H, W)."""
+    if isinstance(refinement, CrfConfig) and refinement.unary == "labels":
+        return hard_labels(clean, bg_score)
+    return with_background_score(clean, bg_score)
 
 
 def pseudo_masks(
     samples: Samples,
     clean: Sequence[Tensor],
     bg_score: float,
-    crf: CrfConfig | None,
+    refinement: CrfConfig | ParConfig | None,
     num_workers: int = 1,
     desc: str = "",
+    backend: CrfBackend = "auto",
+    device: torch.device = CPU,
 ) -> Iterator[tuple[str, Tensor]]:
     """Masks of a split, in its order, as (image_id, uint8 (H, W)).
 
@@ -47,22 +69,29 @@ def pseudo_masks(
         samples: the split.
         clean: per sample (K, H, W).
         bg_score: the background's score.
-        crf: the dense CRF's settings; None: no refinement.
-        num_workers: processes; 0: one per core.
+        refinement: settings of the dense CRF or of pixel-adaptive refinement; None: neither.
+        num_workers: processes on the CPU; 0: one per core.
         desc: name on the progress bar.
+        backend: of the dense CRF.
+        device: where torch refines.
     """
     masks: Iterator[Tensor]
-    if crf is None:
+    if refinement is None:
         masks = (hard_labels(clean[index], bg_score) for index in range(len(samples)))
     else:
-        jobs = ((samples[index].image, hard_labels(clean[index], bg_score)) for index in range(len(samples)))
+        jobs = ((samples[index].image, _wishes(clean[index], bg_score, refinement)) for index in range(len(samples)))
         workers = (num_workers or num_cores()) if len(samples) >= 8 else 1
-        masks = dense_crf_many(jobs, crf, len(samples.class_names) + 1, workers)
+        masks = refine_many(jobs, refinement, len(samples.class_names) + 1, workers, backend, device)
     yield from zip(samples.image_ids, progress(masks, total=len(samples), desc=desc), strict=True)
 
 
 def write_pseudo_masks(
-    samples: Samples, clean: Sequence[Tensor], folder: Path, bg_score: float, config: PseudoMaskConfig
+    samples: Samples,
+    clean: Sequence[Tensor],
+    folder: Path,
+    bg_score: float,
+    config: PseudoMaskConfig,
+    device: torch.device = CPU,
 ) -> None:
     """Write a palette PNG per image; images that have theirs already are skipped.
 
@@ -71,14 +100,22 @@ def write_pseudo_masks(
         clean: per sample (K, H, W).
         folder: takes ``<image_id>.png``.
         bg_score: the background's score.
-        config: refinement and its processes.
+        config: refinement, its back-end and its processes.
+        device: where torch refines.
     """
     missing = [i for i, image_id in enumerate(samples.image_ids) if not (folder / f"{image_id}.png").is_file()]
-    crf = config.crf if config.refine == "crf" else None
-    rest = samples.subset(missing)
-    for image_id, mask in pseudo_masks(
-        rest, _Chosen(clean, missing), bg_score, crf, config.num_workers, "pseudo masks"
-    ):
+    chosen = _Chosen(clean, missing)
+    masks = pseudo_masks(
+        samples.subset(missing),
+        chosen,
+        bg_score,
+        config.refinement,
+        config.num_workers,
+        "pseudo masks",
+        config.backend,
+        device,
+    )
+    for image_id, mask in masks:
         save_mask(folder / f"{image_id}.png", mask)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,8 +16,8 @@ from smaflib.data.masks import MaskFiles, save_mask
 from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import Crop, normalize
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
-from smaflib.refinement import dense_crf
-from smaflib.runtime import Runtime, derive_seed, device_of, progress
+from smaflib.refinement import dense_crf, refine_many
+from smaflib.runtime import Runtime, derive_seed, device_of, num_cores, progress
 from smaflib.training import Batch, Batches, History, fit
 
 
@@ -110,19 +110,29 @@ def segmentation_loss(logits: Tensor, mask: Tensor) -> Tensor:
     return losses / (mask != VOID_LABEL).sum().clamp(min=1)
 
 
-@torch.no_grad()
 def segment(network: nn.Module, image: Tensor, config: SegmentationConfig, runtime: Runtime | None = None) -> Tensor:
-    """Label an image's pixels: softmax averaged over the test scales and flips, CRF if the config has one.
+    """Label an image's pixels: the most probable class, after the CRF if the config has one.
 
     Args:
         network: gives (B, K+1, h, w) logits.
         image: uint8 (3, H, W).
         config: ``test_scales``, ``test_flip``, ``test_crf``.
-        runtime: precision; None: float32.
+        runtime: device and precision; None: float32 on the CPU.
 
     Returns:
         uint8 (H, W).
     """
+    probabilities = class_probabilities(network, image, config, runtime)
+    if config.test_crf is None:
+        return probabilities.argmax(dim=0).to(torch.uint8)
+    return dense_crf(image, probabilities, config.test_crf, device=runtime.device if runtime else None)
+
+
+@torch.no_grad()
+def class_probabilities(
+    network: nn.Module, image: Tensor, config: SegmentationConfig, runtime: Runtime | None = None
+) -> Tensor:
+    """Softmax, averaged over the test scales and flips: float32 (K+1, H, W); arguments as of :func:`segment`."""
     network.eval()
     height, width = image.shape[-2:]
     total = torch.zeros(())
@@ -137,9 +147,32 @@ def segment(network: nn.Module, image: Tensor, config: SegmentationConfig, runti
         if config.test_flip:
             probabilities = (probabilities[:1] + probabilities[1:].flip(-1)) / 2
         total = total + probabilities[0].cpu()
-    if config.test_crf is not None:
-        return dense_crf(image, total / len(config.test_scales), config.test_crf)
-    return total.argmax(dim=0).to(torch.uint8)
+    return total / len(config.test_scales)
+
+
+def segment_many(
+    network: nn.Module, images: Iterable[Tensor], num_images: int, config: Config, runtime: Runtime
+) -> Iterator[Tensor]:
+    """:func:`segment` of many images, in their order; the CRF, if there is one, on the other cores or on the GPU.
+
+    Args:
+        network: gives (B, K+1, h, w) logits.
+        images: uint8 (3, H, W) each, taken as there is room.
+        num_images: of them; a few do not pay for starting processes.
+        config: of the run.
+        runtime: device and precision.
+
+    Yields:
+        uint8 (H, W) per image.
+    """
+    settings = config.segmentation
+    if settings.test_crf is None:
+        yield from (segment(network, image, settings, runtime) for image in images)
+        return
+    jobs = ((image, class_probabilities(network, image, settings, runtime)) for image in images)
+    masks, workers = config.pseudo_masks, 1 if num_images < 8 else config.pseudo_masks.num_workers or num_cores()
+    # num_labels is for hard labels; scores have their own number.
+    yield from refine_many(jobs, settings.test_crf, 0, workers, masks.backend, runtime.device)
 
 
 def write_segmentation(
@@ -156,6 +189,7 @@ def write_segmentation(
     """
     paths = [folder / f"{image_id}.png" for image_id in samples.image_ids]
     missing = [index for index, path in enumerate(paths) if not path.is_file()]
-    for index in progress(missing, desc=f"segment {samples.split}"):
-        save_mask(paths[index], segment(network, samples[index].image, config.segmentation, runtime))
+    masks = segment_many(network, (samples[index].image for index in missing), len(missing), config, runtime)
+    for index, mask in zip(missing, progress(masks, len(missing), f"segment {samples.split}"), strict=True):
+        save_mask(paths[index], mask)
     return MaskFiles(paths)

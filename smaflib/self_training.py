@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -131,7 +132,9 @@ def _in_place_of(maps: Tensor, classes: Tensor, num_classes: int) -> Tensor:
     return whole
 
 
-def student_targets(samples: Samples, clean: Sequence[Tensor], config: Config) -> Sequence[Tensor]:
+def student_targets(
+    samples: Samples, clean: Sequence[Tensor], config: Config, device: torch.device | None = None
+) -> Sequence[Tensor]:
     """What the student learns: the clean maps, or with ``refine: crf`` the masks that the dense CRF makes of them.
 
     A student of masks learns where its teacher's maps agree with the edges of the images. The masks are kept in memory,
@@ -141,6 +144,7 @@ def student_targets(samples: Samples, clean: Sequence[Tensor], config: Config) -
         samples: the training split.
         clean: per sample (K, H, W) in [0, 1], fused and denoised.
         config: of the run.
+        device: where torch refines; the CPU by default.
 
     Returns:
         Per sample (K, H, W) in [0, 1].
@@ -149,7 +153,14 @@ def student_targets(samples: Samples, clean: Sequence[Tensor], config: Config) -
         return clean
     settings = config.pseudo_masks
     masks = pseudo_masks(
-        samples, clean, config.attention.settled_bg_score, settings.crf, settings.num_workers, "targets"
+        samples,
+        clean,
+        config.attention.settled_bg_score,
+        settings.crf,
+        settings.num_workers,
+        "targets",
+        settings.backend,
+        device or torch.device("cpu"),
     )
     return MaskMaps([mask for _, mask in masks], len(samples.class_names))
 

@@ -17,7 +17,7 @@ from smaflib.models.networks import SegmentationNetwork
 from smaflib.models.weights import fill, read_weights
 from smaflib.runs import Run
 from smaflib.runtime import progress
-from smaflib.segmentation import segment
+from smaflib.segmentation import segment_many
 
 SERVER_FOLDER = "results/VOC2012/Segmentation/{competition}_test_cls"
 """Where the server looks. comp6: methods that have learned from anything but the test images, such as ImageNet."""
@@ -63,11 +63,13 @@ def write_submission(run: Run, image_ids: list[str], images: Path, target: Path,
     network = run.runtime.place(load_segmenter(run))
     folder = SERVER_FOLDER.format(competition=competition)
     with replacing(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        for image_id in progress(image_ids, total=len(image_ids), desc="segment the test images"):
-            image = read_image(images / f"{image_id}.jpg")
-            mask = Image.fromarray(segment(network, image, run.config.segmentation, run.runtime).numpy())
-            mask.putpalette(VOC_PALETTE.tobytes())
+        decoded = (read_image(images / f"{image_id}.jpg") for image_id in image_ids)
+        masks = segment_many(network, decoded, len(image_ids), run.config, run.runtime)
+        bar = progress(masks, total=len(image_ids), desc="segment the test images")
+        for image_id, mask in zip(image_ids, bar, strict=True):
+            picture = Image.fromarray(mask.numpy())
+            picture.putpalette(VOC_PALETTE.tobytes())
             buffer = io.BytesIO()
-            mask.save(buffer, "png")
+            picture.save(buffer, "png")
             archive.writestr(f"{folder}/{image_id}.png", buffer.getvalue())
     return len(image_ids)

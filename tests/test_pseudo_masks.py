@@ -38,7 +38,7 @@ class RandomMaps(Sequence[Tensor]):
 def test_labels_by_hand() -> None:
     image = torch.zeros(3, 1, 4, dtype=torch.uint8)
     clean = torch.tensor([[[0.9, 0.1, 0.3, 0.2]], [[0.0, 0.1, 0.4, 0.0]]])
-    mask = pseudo_mask(image, clean, bg_score=0.2, crf=None)
+    mask = pseudo_mask(image, clean, bg_score=0.2, refinement=None)
     # A class that just ties with the background loses to it.
     assert mask.dtype == torch.uint8 and mask.tolist() == [[1, 0, 2, 0]]
 
@@ -91,7 +91,8 @@ def test_refine_none_leaves_the_crf_out(tmp_path: Path, monkeypatch: pytest.Monk
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("refined")
 
-    monkeypatch.setattr(module, "dense_crf", never)
+    monkeypatch.setattr(module, "refine_many", never)
+    monkeypatch.setattr(module, "refine", never)
     write_pseudo_masks(make_samples(2, SIZE), RandomMaps(2), tmp_path, 0.5, PseudoMaskConfig(refine="none"))
     assert torch.equal(read_mask(tmp_path / "image1.png"), pseudo_mask(torch.empty(0), RandomMaps(2)[1], 0.5, None))
 

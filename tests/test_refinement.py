@@ -13,7 +13,7 @@ from torch import Tensor
 
 from smaflib.config import CrfConfig
 from smaflib.refinement import dense_crf
-from smaflib.refinement.crf import hard_unary
+from smaflib.refinement.unary import hard_unary
 
 PARAMS = CrfConfig(iterations=5, bilateral_sxy=20, bilateral_srgb=8, bilateral_compat=6)
 
@@ -139,9 +139,9 @@ def test_labels_that_do_not_occur_are_possible() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     image, mask = square()
-    with pytest.raises(ValueError, match=r"labels of its size, got torch.uint8 \(3, 24, 30\) and \(24, 29\)"):
+    with pytest.raises(ValueError, match=r"scores \(L, H, W\) of its size, got \(3, 24, 30\) and \(24, 29\)"):
         dense_crf(image, mask[:, :-1], PARAMS, num_labels=2)
-    with pytest.raises(ValueError, match="needs a uint8 image .* got torch.float32"):
+    with pytest.raises(ValueError, match="the original uint8 colours, got an image of torch.float32"):
         dense_crf(image.float(), mask, PARAMS, num_labels=2)
     with pytest.raises(ValueError, match="at least 2 labels, got 0; pass num_labels with hard labels"):
         dense_crf(image, mask, PARAMS)

@@ -1,6 +1,16 @@
 """Refinement of masks by the image's own edges."""
 
-from smaflib.refinement.crf import dense_crf
-from smaflib.refinement.parallel import dense_crf_many
+from smaflib.refinement.crf import choose_backend, dense_crf, dense_crf_batch
+from smaflib.refinement.mean_field import kernels_seen_from
+from smaflib.refinement.par import pixel_adaptive_refinement
+from smaflib.refinement.parallel import refine, refine_many
 
-__all__ = ["dense_crf", "dense_crf_many"]
+__all__ = [
+    "choose_backend",
+    "dense_crf",
+    "dense_crf_batch",
+    "kernels_seen_from",
+    "pixel_adaptive_refinement",
+    "refine",
+    "refine_many",
+]

@@ -1,4 +1,4 @@
-"""Dense CRF of many images on all cores.
+"""Refinement of many images: on all cores, or on one GPU while the next images are decoded.
 
 pydensecrf holds Python's lock, so threads would not help. A worker process imports this package's refinement and
 nothing else, and lives as long as the program: a notebook that refines several sets of masks starts its workers once.
@@ -7,44 +7,121 @@ nothing else, and lives as long as the program: a notebook that refines several 
 from __future__ import annotations
 
 import functools
+import itertools
 import multiprocessing
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from smaflib.config import CrfConfig
-from smaflib.refinement.crf import dense_crf
+from smaflib.config import CrfBackend, CrfConfig, ParConfig
+from smaflib.refinement.crf import choose_backend, dense_crf_batch
+from smaflib.refinement.par import pixel_adaptive_refinement
 
 AHEAD = 4
 """Images under way per process: enough that none waits, few enough that memory does not grow with the data set."""
 
+GPU_BATCH = 8
+"""Images that a GPU refines together, so that its kernels are large enough to fill it."""
 
-def dense_crf_many(
-    jobs: Iterable[tuple[Tensor, Tensor]], params: CrfConfig, num_labels: int, num_workers: int = 1
-) -> Iterator[Tensor]:
-    """Refine the hard labels of many images.
+Job = tuple[Tensor, Tensor]
+"""An image, uint8 (3, H, W), and its hard labels (H, W) or scores (L, H, W)."""
+
+CPU = torch.device("cpu")
+
+
+def refine(
+    images: Sequence[Tensor],
+    scores_or_labels: Sequence[Tensor],
+    params: CrfConfig | ParConfig,
+    num_labels: int,
+    backend: CrfBackend = "auto",
+    device: torch.device = CPU,
+) -> list[Tensor]:
+    """Refine a few images together, by dense CRF or by pixel-adaptive refinement.
 
     Args:
-        jobs: pairs of image, uint8 (3, H, W), and labels, integer (H, W) in [0, num_labels); taken when there is room.
-        params: as for :func:`~smaflib.refinement.crf.dense_crf`.
+        images: uint8 (3, H, W) each.
+        scores_or_labels: per image hard labels, integer (H, W), or scores (num_labels, H, W); scores alone for
+            pixel-adaptive refinement.
+        params: which of the two, and its settings.
         num_labels: K+1.
-        num_workers: processes; 1: this one, nothing is started.
+        backend: of the dense CRF.
+        device: where torch computes.
+
+    Returns:
+        uint8 (H, W) each, on the CPU.
+    """
+    if isinstance(params, CrfConfig):
+        masks = dense_crf_batch(images, scores_or_labels, params, num_labels, backend, device)
+    else:
+        masks = [
+            pixel_adaptive_refinement(image, scores.to(device), params).argmax(dim=0).to(torch.uint8)
+            for image, scores in zip(images, scores_or_labels, strict=True)
+        ]
+    return [mask.cpu() for mask in masks]
+
+
+def refine_many(
+    jobs: Iterable[Job],
+    params: CrfConfig | ParConfig,
+    num_labels: int,
+    num_workers: int = 1,
+    backend: CrfBackend = "auto",
+    device: torch.device = CPU,
+) -> Iterator[Tensor]:
+    """Refine a whole data set in bounded memory.
+
+    Args:
+        jobs: taken when there is room, by a thread if the device is a GPU.
+        params: as for :func:`refine`.
+        num_labels: K+1.
+        num_workers: processes on the CPU; 1: this one, nothing is started. A GPU needs none.
+        backend: as for :func:`refine`.
+        device: as for :func:`refine`.
 
     Yields:
         uint8 (H, W) per job, in the order of the jobs.
     """
-    if num_workers == 1:
-        yield from (dense_crf(image, labels, params, num_labels) for image, labels in jobs)
-        return
+    on_cpu = device.type == "cpu" or (isinstance(params, CrfConfig) and choose_backend(backend, device) == "pydensecrf")
+    if not on_cpu:
+        for batch in _decoded_ahead(jobs):
+            images, wishes = [image for image, _ in batch], [given for _, given in batch]
+            yield from refine(images, wishes, params, num_labels, backend, device)
+    elif num_workers == 1:
+        for image, given in jobs:
+            yield from refine([image], [given], params, num_labels, backend)
+    else:
+        yield from _on_all_cores(jobs, params, num_labels, num_workers, backend)
+
+
+def _decoded_ahead(jobs: Iterable[Job]) -> Iterator[list[Job]]:
+    """Batches, of which a thread prepares the next one while the GPU works on this one."""
+    rest = iter(jobs)
+
+    def take() -> list[Job]:
+        return list(itertools.islice(rest, GPU_BATCH))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="decode") as thread:
+        following = thread.submit(take)
+        while batch := following.result():
+            following = thread.submit(take)
+            yield batch
+
+
+def _on_all_cores(
+    jobs: Iterable[Job], params: CrfConfig | ParConfig, num_labels: int, num_workers: int, backend: CrfBackend
+) -> Iterator[Tensor]:
     pool, waiting = _pool(num_workers), deque[Future[np.ndarray]]()
     try:
-        for image, labels in jobs:
+        for image, given in jobs:
             # Arrays travel through the pipe by value; tensors would each need a file handle and room in /dev/shm.
-            waiting.append(pool.submit(_refine, image.numpy(), labels.numpy(), params, num_labels))
+            packed = _Packed.of(given)
+            waiting.append(pool.submit(_refine_packed, image.numpy(), packed, params, num_labels, backend))
             if len(waiting) >= AHEAD * num_workers:
                 yield torch.from_numpy(waiting.popleft().result())
         while waiting:
@@ -62,5 +139,30 @@ def _pool(num_workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(num_workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
 
 
-def _refine(image: np.ndarray, labels: np.ndarray, params: CrfConfig, num_labels: int) -> np.ndarray:
-    return dense_crf(torch.from_numpy(image), torch.from_numpy(labels), params, num_labels).numpy()
+@dataclass(frozen=True)
+class _Packed:
+    """Labels as they are; of scores only the channels that are not zero everywhere: few of COCO's 81."""
+
+    values: np.ndarray
+    channels: np.ndarray | None
+    num_channels: int = 0
+
+    @classmethod
+    def of(cls, given: Tensor) -> _Packed:
+        if given.dim() == 2:
+            return cls(given.numpy(), None)
+        channels = given.flatten(1).any(dim=1).nonzero()[:, 0]
+        return cls(given[channels].numpy(), channels.numpy(), len(given))
+
+    def unpack(self) -> Tensor:
+        if self.channels is None:
+            return torch.from_numpy(self.values)
+        whole = torch.zeros(self.num_channels, *self.values.shape[1:])
+        whole[self.channels] = torch.from_numpy(self.values)
+        return whole
+
+
+def _refine_packed(
+    image: np.ndarray, packed: _Packed, params: CrfConfig | ParConfig, num_labels: int, backend: CrfBackend
+) -> np.ndarray:
+    return refine([torch.from_numpy(image)], [packed.unpack()], params, num_labels, backend)[0].numpy()

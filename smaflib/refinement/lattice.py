@@ -1,0 +1,331 @@
+"""The permutohedral lattice: a Gaussian filter over scattered points, in time that grows with the points alone.
+
+A dense CRF lets every pixel of an image hear every other, weighted by a Gaussian of how far apart they are in some
+feature space (position; or position and colour). Written out, that is N² pairs. The lattice gives nearly the same sums
+in three steps: *splat* each point onto the corners of the lattice cell around it, *blur* along each axis of the
+lattice, and *slice*: read the result off at the points, with the splat's own weights.
+
+The steps in this file, in order: :func:`embed` finds each point's cell and its weights, :func:`number_vertices` gives
+the touched vertices consecutive numbers, :func:`find_neighbors` links them, :func:`build_lattice` puts that together,
+and :func:`gaussian_filter` filters. All of it runs on any device of torch; on the CPU, pandas' hash tables number and
+find the vertices, since torch would have to sort them.
+
+Source: Adams, Baek and Davis, "Fast high-dimensional filtering using the permutohedral lattice", Eurographics 2010. The
+scaling of the axes, the missing neighbours and the rounding follow the implementation that comes with Kraehenbuehl and
+Koltun, "Efficient inference in fully connected CRFs", NIPS 2011, which pydensecrf wraps, so that both give one result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.sparse import csr_array
+from torch import Tensor
+from torch.nn import functional
+
+MOST_PER_BAG = 64
+"""Points that one thread of a GPU adds up. A few vertices gather thousands (a white sky), and all others would wait."""
+
+SMALLEST_NORM = 1e-20
+"""Keeps the normalisation finite, as in the original."""
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """The touched part of the lattice for N points with d features each, ready to filter.
+
+    ``M`` vertices are touched. Vertex ``M`` stands for every neighbour that no point touches: its value is always 0.
+
+    Attributes:
+        vertices: int32 (N, d+1), the corners of the cell around each point.
+        slice_weights: float32 (N, d+1), each corner's share in the point.
+        points: int32 (N * (d+1),), the points by the vertex that they touch.
+        splat_weights: float32 (N * (d+1),), the share of each of ``points`` in its vertex.
+        bags: the stretches of ``points`` to add up, see :func:`vertex_bags`.
+        neighbors: int32 (d+1, M+1, 2), the two next vertices along each axis.
+    """
+
+    vertices: Tensor
+    slice_weights: Tensor
+    points: Tensor
+    splat_weights: Tensor
+    bags: tuple[Tensor, ...]
+    neighbors: Tensor
+
+
+def build_lattice(features: Tensor, most_per_bag: int | None = None) -> Lattice:
+    """Everything about the points that does not depend on the values to filter.
+
+    Args:
+        features: float32 (d, N), each divided by its kernel's standard deviation.
+        most_per_bag: see :func:`vertex_bags`; by default :data:`MOST_PER_BAG` on a GPU and no limit on the CPU.
+    """
+    num_features, num_points = features.shape
+    corner, rank, weights = embed(features)
+    keys, steps = vertex_keys(corner, rank)
+    numbers, table = number_vertices(keys.T.reshape(-1))  # by point, so that neighbouring pixels share cache lines
+    neighbors = find_neighbors(table, steps)
+    splat_weights = weights.T.contiguous()  # (N, d+1)
+    points, order_weights, starts = _by_vertex(numbers, splat_weights, len(table))
+    if most_per_bag is None and features.device.type != "cpu":
+        most_per_bag = MOST_PER_BAG
+    # Blurring with (1/2, 1, 1/2) along d+1 axes makes everything 1 + 2^-d times too large.
+    lost = 1 / (1 + 2.0**-num_features)
+    return Lattice(
+        vertices=numbers.view(num_points, num_features + 1),
+        slice_weights=splat_weights * lost,
+        points=points,
+        splat_weights=order_weights,
+        bags=vertex_bags(starts, most_per_bag),
+        neighbors=neighbors,
+    )
+
+
+def gaussian_filter(lattice: Lattice, values: Tensor) -> Tensor:
+    """Replace each point's values by the Gaussian-weighted sum of all points' values.
+
+    Args:
+        lattice: of the points.
+        values: float32 (N, C).
+
+    Returns:
+        float32 (N, C).
+    """
+    of_vertices = functional.embedding_bag(
+        lattice.points,
+        values,
+        lattice.bags[0],
+        mode="sum",
+        per_sample_weights=lattice.splat_weights,
+        include_last_offset=True,
+    )
+    for parts in lattice.bags[1:]:  # bags that were split
+        everyone = torch.arange(len(of_vertices), dtype=torch.int32, device=values.device)
+        of_vertices = functional.embedding_bag(everyone, of_vertices, parts, mode="sum", include_last_offset=True)
+    for pair in lattice.neighbors:
+        both = functional.embedding_bag(pair, of_vertices, mode="sum")
+        of_vertices = torch.add(of_vertices, both, alpha=0.5)
+    return functional.embedding_bag(lattice.vertices, of_vertices, mode="sum", per_sample_weights=lattice.slice_weights)
+
+
+def normalize(lattice: Lattice) -> Lattice:
+    """Make the filter symmetric and its weights sum to about 1: K becomes D^(-1/2) K D^(-1/2), D the row sums of K.
+
+    Returns:
+        The same lattice with both square roots inside its weights, so that filtering costs no more than before.
+    """
+    ones = torch.ones(len(lattice.vertices), 1, device=lattice.vertices.device)
+    factor = (gaussian_filter(lattice, ones) + SMALLEST_NORM).rsqrt()  # (N, 1)
+    return replace(
+        lattice,
+        slice_weights=lattice.slice_weights * factor,
+        splat_weights=lattice.splat_weights * factor[:, 0][lattice.points],
+    )
+
+
+def join(lattices: Sequence[Lattice]) -> Lattice:
+    """One lattice for the points of several, which do not see each other: a batch of images, of any sizes."""
+    if len(lattices) == 1:
+        return lattices[0]
+    num_points = [len(lattice.vertices) for lattice in lattices]
+    # Each lattice keeps its own vertex for missing neighbours; all of those stay 0.
+    num_vertices = [lattice.neighbors.shape[1] for lattice in lattices]
+
+    def shifted(tensors: list[Tensor], by: list[int], dim: int = 0) -> Tensor:
+        starts = [sum(by[:index]) for index in range(len(by))]
+        return torch.cat([tensor + start for tensor, start in zip(tensors, starts, strict=True)], dim=dim)
+
+    bags, rows = [], [len(lattice.points) for lattice in lattices]
+    for level in zip(*(lattice.bags for lattice in lattices), strict=True):
+        ends = [level[0][:1], *(tensor[1:] for tensor in level)]  # a bag's end is the next one's start
+        bags.append(torch.cat([ends[0], shifted(ends[1:], rows)]))
+        rows = [len(tensor) - 1 for tensor in level]
+    return Lattice(
+        vertices=shifted([lattice.vertices for lattice in lattices], num_vertices),
+        slice_weights=torch.cat([lattice.slice_weights for lattice in lattices]),
+        points=shifted([lattice.points for lattice in lattices], num_points),
+        splat_weights=torch.cat([lattice.splat_weights for lattice in lattices]),
+        bags=tuple(bags),
+        neighbors=shifted([lattice.neighbors for lattice in lattices], num_vertices, dim=1),
+    )
+
+
+def embed(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the lattice cell around each point.
+
+    The lattice lies in the plane of d+1 coordinates that sum to 0. Its vertices have whole coordinates that all leave
+    the same remainder by d+1; a cell (a simplex) has one vertex of each remainder 0 to d.
+
+    Args:
+        features: float32 (d, N).
+
+    Returns:
+        The cell's vertex of remainder 0, float32 (d+1, N) of whole numbers; the rank of each coordinate's distance to
+        it, int8 (d+1, N), 0 for the largest; and the weights of the cell's vertices by their remainder, float32
+        (d+1, N), barycentric: not negative, summing to 1.
+
+    Source: Adams et al. 2010, sections 3 and 4.
+    """
+    d, num_points = features.shape
+    # The blur's variance is that of a kernel with standard deviation 1 when the axes are stretched like this.
+    stretch = [math.sqrt(2 / 3) * (d + 1) / math.sqrt((i + 1) * (i + 2)) for i in range(d)]
+    scaled = features * torch.tensor(stretch, device=features.device)[:, None]
+    elevated = features.new_empty(d + 1, num_points)  # coordinates in the plane
+    beyond = torch.zeros_like(scaled[0])  # the sum of the later features
+    for j in range(d, 0, -1):
+        elevated[j] = beyond - j * scaled[j - 1]
+        beyond = beyond + scaled[j - 1]
+    elevated[0] = beyond
+
+    corner = (elevated * (1 / (d + 1))).round() * (d + 1)
+    rest = elevated - corner
+    rank = torch.arange(d + 1, dtype=torch.int8, device=features.device)[:, None].repeat(1, num_points)
+    for i in range(d):
+        for j in range(i + 1, d + 1):
+            less = (rest[i] < rest[j]).view(torch.int8)
+            rank[i] += less
+            rank[j] -= less
+    # Rounding each coordinate by itself can leave the plane; the sum of the ranks' overflow says by how much.
+    rank += (corner.sum(dim=0) * (1 / (d + 1))).round().to(torch.int8)
+    wrapped = (rank < 0).to(torch.int8) - (rank > d).to(torch.int8)
+    rank += wrapped * (d + 1)
+    corner += wrapped * (d + 1)
+
+    by_rank = torch.empty_like(elevated).scatter_(0, rank.long(), (elevated - corner) * (1 / (d + 1)))
+    weights = torch.empty_like(elevated)
+    weights[1:] = (by_rank[:-1] - by_rank[1:]).flip(0)
+    weights[0] = 1 + by_rank[d] - by_rank[0]
+    return corner, rank, weights
+
+
+def vertex_keys(corner: Tensor, rank: Tensor) -> tuple[Tensor, list[int]]:
+    """Name every vertex by one whole number, in which a step along an axis is an addition.
+
+    The key is a weighted sum of the first d coordinates (the last one follows from them).
+
+    Args:
+        corner: float32 (d+1, N), from :func:`embed`.
+        rank: int8 (d+1, N), from :func:`embed`.
+
+    Returns:
+        int64 (d+1, N), the keys of each point's cell by remainder; and per axis what is added to a key for the next
+        vertex along it.
+    """
+    d = len(corner) - 1
+    whole = corner[:d].long()
+    lowest, highest = whole.amin(dim=1).tolist(), whole.amax(dim=1).tolist()
+    # Room for the corners of the outermost cells and for their neighbours: each is at most d+1 away.
+    room = [high - low + 4 * (d + 1) + 1 for low, high in zip(lowest, highest, strict=True)]
+    if math.prod(room) < 2**62:
+        factors = [math.prod(room[:i]) for i in range(d)]  # a number with one digit per coordinate: no two are equal
+    else:  # kernels far narrower than a colour step: sums modulo 2^64, of which a million coincide once in 10^7 images
+        factors = [(0x9E3779B97F4A7C15 * (2 * i + 1) ** 5) % 2**63 | 1 for i in range(d)]
+    total = _wrapped(sum(factors))
+    key = torch.zeros_like(whole[0])
+    for i in range(d):
+        key += (whole[i] - lowest[i]) * _wrapped(factors[i])
+    # From one remainder to the next all coordinates grow by 1, but for one, which falls by d: the next by rank.
+    falls = torch.tensor([_wrapped((d + 1) * factor) for factor in factors] + [0], device=corner.device)
+    fall_of = torch.empty(rank.shape, dtype=torch.int64, device=corner.device)
+    fall_of.scatter_(0, rank.long(), falls[:, None].expand(rank.shape))
+    keys = torch.empty_like(fall_of)
+    keys[0] = key
+    for remainder in range(d):
+        keys[remainder + 1] = keys[remainder] + (total - fall_of[d - remainder])
+    return keys, [_wrapped(sum(factors) - (d + 1) * factor) for factor in [*factors, 0]]
+
+
+def _wrapped(number: int) -> int:
+    """As int64 arithmetic leaves it."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def number_vertices(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Give equal keys one number.
+
+    Args:
+        keys: int64 (E,).
+
+    Returns:
+        int32 (E,) in [0, M), and the int64 (M,) key of each number. On the CPU numbers rise in the order of first
+        appearance, which keeps what is near in the image near in memory; on a GPU with the keys.
+    """
+    if keys.device.type == "cpu":
+        numbers, table = pd.factorize(keys.numpy())
+        return torch.from_numpy(numbers.astype(np.int32)), torch.from_numpy(table)
+    table, numbers = torch.unique(keys, return_inverse=True)
+    return numbers.int(), table
+
+
+def find_neighbors(table: Tensor, steps: Sequence[int]) -> Tensor:
+    """Link each vertex with the next ones along every axis.
+
+    A neighbour that no point touches stays missing, as in the original implementation. To create it would be more
+    exact and makes the lattice an order of magnitude larger.
+
+    Args:
+        table: int64 (M,), the vertices' keys, each once.
+        steps: per axis the difference of the keys, from :func:`vertex_keys`.
+
+    Returns:
+        int32 (d+1, M+1, 2) in [0, M], where M means that there is none.
+    """
+    missing = len(table)
+    neighbors = torch.full((len(steps), missing + 1, 2), missing, dtype=torch.int32, device=table.device)
+    everyone = torch.arange(missing, dtype=torch.int32, device=table.device)
+    if table.device.type == "cpu":
+        index = pd.Index(table.numpy())
+    for axis, step in enumerate(steps):
+        wanted = table + step
+        if table.device.type == "cpu":
+            found = torch.from_numpy(index.get_indexer(wanted.numpy()))
+        else:  # torch.unique has sorted the table
+            place = torch.searchsorted(table, wanted).clamp(max=missing - 1)
+            found = torch.where(table[place] == wanted, place, -1)
+        there = found >= 0
+        after, before = found[there], everyone[there]
+        neighbors[axis, before.long(), 0] = after.int()
+        neighbors[axis, after, 1] = before  # who has a next one is that one's previous
+    return neighbors
+
+
+def vertex_bags(starts: Tensor, most: int | None) -> tuple[Tensor, ...]:
+    """Where each vertex's stretch of points begins, in bags of limited size.
+
+    Args:
+        starts: int32 (M+1,), the first point of each vertex, and the number of all.
+        most: points per bag; None: no limit, so one bag a vertex.
+
+    Returns:
+        Offsets for ``embedding_bag`` with ``include_last_offset``, an empty bag at the end for the missing neighbours:
+        one tensor, or, where bags are split, one for the parts and one that adds up each vertex's parts.
+    """
+    whole = torch.cat([starts, starts[-1:]])
+    if most is None:
+        return (whole,)
+    counts = starts.diff()
+    num_parts = (counts + most - 1) // most
+    first_part = torch.cat([num_parts.new_zeros(1), num_parts.cumsum(0)]).int()
+    vertex = torch.repeat_interleave(torch.arange(len(counts), device=starts.device), num_parts)
+    part = torch.arange(len(vertex), device=starts.device) - first_part[vertex]
+    parts = torch.cat([starts[vertex] + part * most, starts[-1:]]).int()
+    return parts, torch.cat([first_part, first_part[-1:]])
+
+
+def _by_vertex(numbers: Tensor, weights: Tensor, num_vertices: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort (point, weight) pairs by vertex: int32 (E,), float32 (E,), and the int32 (M+1,) start of each vertex."""
+    num_points, corners = weights.shape
+    if numbers.device.type == "cpu":  # scipy counts where torch would sort
+        rows = np.arange(0, num_points * corners + 1, corners, dtype=np.int32)
+        by_point = csr_array((weights.reshape(-1).numpy(), numbers.numpy(), rows), shape=(num_points, num_vertices))
+        by_vertex = by_point.tocsc()
+        return tuple(torch.from_numpy(part) for part in (by_vertex.indices, by_vertex.data, by_vertex.indptr))  # type: ignore[return-value]
+    order = numbers.argsort(stable=True)  # stable: the same sums in the same order, whatever the device does
+    ends = torch.bincount(numbers, minlength=num_vertices).cumsum(0)
+    starts = torch.cat([ends.new_zeros(1), ends]).int()
+    return (order // corners).int(), weights.reshape(-1)[order], starts

@@ -1,0 +1,126 @@
+"""Dense CRF inference in torch, on any device, for one image or a batch.
+
+Every pixel holds a probability per label. In each iteration it collects what all other pixels believe, weighted by two
+Gaussian kernels - *smoothness*, of position alone, and *appearance*, of position and colour - and moves towards it. The
+Potts model that is used here only rewards agreement, so the message of a label is that label's filtered probability.
+
+Source: Kraehenbuehl and Koltun, "Efficient inference in fully connected CRFs with Gaussian edge potentials", NIPS
+2011, algorithm 1. That it agrees with pydensecrf: ``tests/test_refinement.py`` and ``benchmarks/refinement.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from smaflib.config import CrfConfig
+from smaflib.refinement.lattice import Lattice, build_lattice, gaussian_filter, join, normalize
+
+NO_LABEL = 1e4
+"""Energy of a channel that an image of a batch does not have: its probability is 0."""
+
+
+def mean_field(
+    images: Sequence[Tensor], energies: Sequence[Tensor], counts: Sequence[Tensor], params: CrfConfig
+) -> list[Tensor]:
+    """Probabilities of the labels after ``params.iterations``.
+
+    Args:
+        images: uint8 (3, H, W) each, on one device; sizes may differ.
+        energies: float32 (C, H, W) each, negative log probabilities; C may differ.
+        counts: (C,) each, how many labels a channel stands for (see :class:`~smaflib.refinement.unary.Unary`).
+        params: kernels and iterations.
+
+    Returns:
+        float32 (C, H, W) each, summing to 1 over the channels.
+    """
+    kernels = (
+        (
+            params.gaussian_compat,
+            join([smoothness_kernel(image, params) for image in images]),
+        ),
+        (params.bilateral_compat, join([appearance_kernel(image, params) for image in images])),
+    )
+    logits, shares = _padded(energies, counts)  # (C, N) each, N the pixels of all images
+    probabilities = torch.softmax(logits, dim=0)
+    for _ in range(params.iterations):
+        # (N, C): a pixel's values lie together where the lattice gathers them; (C, N) is how softmax is fast.
+        values = probabilities.T.contiguous()
+        message = torch.zeros_like(values)
+        for compatibility, lattice in kernels:
+            message.add_(gaussian_filter(lattice, values), alpha=compatibility)
+        probabilities = torch.softmax(torch.addcmul(logits, message.T, shares), dim=0)
+    pieces = probabilities.split([image.shape[-2] * image.shape[-1] for image in images], dim=1)
+    return [piece[: len(energy)].reshape(energy.shape) for piece, energy in zip(pieces, energies, strict=True)]
+
+
+def smoothness_kernel(image: Tensor, params: CrfConfig) -> Lattice:
+    """The lattice of pixel positions; the same for all images (3, H, W) of a size, so the last few sizes are kept."""
+    height, width = image.shape[-2:]
+    return _smoothness_kernel(height, width, params.gaussian_sxy, image.device)
+
+
+@functools.lru_cache(maxsize=8)
+def _smoothness_kernel(height: int, width: int, sxy: float, device: torch.device) -> Lattice:
+    return normalize(build_lattice(positions(height, width, device) / torch.tensor(sxy, device=device)))
+
+
+def appearance_kernel(image: Tensor, params: CrfConfig) -> Lattice:
+    """The lattice of pixel positions and colours: uint8 (3, H, W)."""
+    height, width = image.shape[-2:]
+    # Divided by tensors: torch would multiply by the reciprocal of a Python number, and get other last bits.
+    place = positions(height, width, image.device) / torch.tensor(params.bilateral_sxy, device=image.device)
+    color = image.reshape(3, -1).float() / torch.tensor(params.bilateral_srgb, device=image.device)
+    return normalize(build_lattice(torch.cat([place, color])))
+
+
+def positions(height: int, width: int, device: torch.device) -> Tensor:
+    """float32 (2, H * W): x and y of each pixel, in pixels."""
+    y, x = torch.meshgrid(
+        torch.arange(height, dtype=torch.float32, device=device),
+        torch.arange(width, dtype=torch.float32, device=device),
+        indexing="ij",
+    )
+    return torch.stack([x.flatten(), y.flatten()])
+
+
+def kernels_seen_from(image: Tensor, row: int, column: int, params: CrfConfig) -> tuple[Tensor, Tensor]:
+    """How much each kernel lets one pixel hear of all others: exact, so without the lattice; for pictures and tests.
+
+    Args:
+        image: uint8 (3, H, W).
+        row: of the pixel.
+        column: of the pixel.
+        params: the kernels' reach.
+
+    Returns:
+        Smoothness and appearance kernel, float32 (H, W) in [0, 1] each; 1 at the pixel itself.
+    """
+    height, width = image.shape[-2:]
+    place = positions(height, width, image.device).view(2, height, width)
+    distance = (place - place[:, row, column, None, None]).square().sum(dim=0)
+    colors = image.float()
+    difference = (colors - colors[:, row, column, None, None]).square().sum(dim=0)
+    smoothness = torch.exp(-distance / (2 * params.gaussian_sxy**2))
+    appearance = torch.exp(-distance / (2 * params.bilateral_sxy**2) - difference / (2 * params.bilateral_srgb**2))
+    return smoothness, appearance
+
+
+def _padded(energies: Sequence[Tensor], counts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Log probabilities (C, N), and the share of a message that a channel hears, broadcastable to it.
+
+    Images of a batch that have fewer channels get some that are never chosen.
+    """
+    most = max(len(energy) for energy in energies)
+    logits, shares = [], []
+    for energy, count in zip(energies, counts, strict=True):
+        flat = -energy.reshape(len(energy), -1)
+        fill = flat.new_full((most - len(flat), flat.shape[1]), -NO_LABEL)
+        logits.append(torch.cat([flat, fill]) if len(fill) else flat)
+        share = torch.ones(most, 1, device=flat.device)
+        share[: len(count), 0] = 1 / count.to(flat.device)
+        shares.append(share if len(energies) == 1 else share.expand(-1, flat.shape[1]))
+    return torch.cat(logits, dim=1), torch.cat(shares, dim=1)

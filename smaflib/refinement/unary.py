@@ -1,0 +1,86 @@
+"""What each pixel wants by itself, before a dense CRF lets it hear the others."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smaflib.config import CrfConfig
+
+SMALLEST_PROBABILITY = 1e-5
+"""Scores of 0 have no logarithm; pydensecrf's own helper clips at the same value."""
+
+
+@dataclass(frozen=True)
+class Unary:
+    """The wishes of all pixels, by channel.
+
+    A channel stands for one label, or for all labels of which an image shows nothing: nothing tells those apart, so
+    they share one probability, and mean field on their sum is exact once the sum's energy and compatibility allow for
+    how many they are. Of VOC's 21 labels an image usually holds two or three.
+
+    Attributes:
+        energies: float32 (C, H, W), negative log probabilities of the channels, up to a constant per pixel.
+        labels: (C,) ascending; the label of each channel, of a merged one its lowest.
+        counts: float32 (C,), how many labels each channel stands for.
+    """
+
+    energies: Tensor
+    labels: Tensor
+    counts: Tensor
+
+    def winners(self, probabilities: Tensor) -> Tensor:
+        """The most probable label of each pixel, the lower one where two are equal: (C, H, W) to uint8 (H, W)."""
+        each = probabilities / self.counts[:, None, None]
+        return self.labels[each.argmax(dim=0)].to(torch.uint8)
+
+
+def hard_unary(labels: Tensor, num_labels: int, params: CrfConfig) -> Unary:
+    """A pixel's label has ``gt_prob``; the other labels share the rest.
+
+    Args:
+        labels: integer (H, W) in [0, num_labels).
+        num_labels: how many there are; with ``params.labels == "present"`` only background and those that occur count.
+        params: gives ``gt_prob`` and ``labels``.
+    """
+    # A bincount is many times as fast as unique(), which sorts the pixels.
+    occurs = torch.bincount(labels.flatten().long(), minlength=num_labels) > 0
+    occurs[0] |= params.labels == "present"
+    present = occurs.nonzero()[:, 0]
+    total = len(present) if params.labels == "present" else num_labels
+    if total == 1:
+        return Unary(torch.zeros(1, *labels.shape, device=labels.device), present, torch.ones(1, device=labels.device))
+    rest = -math.log((1 - params.gt_prob) / (total - 1))
+    energies = torch.where(labels == present[:, None, None], -math.log(params.gt_prob), rest).float()
+    return _with_absent(energies, present, occurs, total, rest)
+
+
+def soft_unary(scores: Tensor, params: CrfConfig) -> Unary:
+    """Every label in proportion to its score, raised to ``params.sharpness``.
+
+    Args:
+        scores: float (L, H, W), not negative. They need not sum to 1: mean field sees nothing but their ratios.
+        params: gives ``sharpness`` and ``labels``: whether labels without any score in the image stay eligible.
+    """
+    occurs = scores.flatten(1).amax(dim=1) > SMALLEST_PROBABILITY
+    occurs[0] |= params.labels == "present"
+    present = occurs.nonzero()[:, 0]
+    energies = scores[present].float().clamp(min=SMALLEST_PROBABILITY).log().mul(-params.sharpness)
+    total = len(present) if params.labels == "present" else len(scores)
+    return _with_absent(energies, present, occurs, total, -math.log(SMALLEST_PROBABILITY) * params.sharpness)
+
+
+def _with_absent(energies: Tensor, present: Tensor, occurs: Tensor, total: int, energy: float) -> Unary:
+    """Add one channel for the labels that do not occur, all of which have ``energy`` everywhere."""
+    counts = torch.ones(len(present), device=energies.device)
+    num_absent = total - len(present)
+    if not num_absent:
+        return Unary(energies, present, counts)
+    merged = torch.full_like(energies[:1], energy - math.log(num_absent))
+    present = torch.cat([present, (~occurs).nonzero()[0]])
+    energies, counts = torch.cat([energies, merged]), torch.cat([counts, counts.new_tensor([num_absent])])
+    order = present.argsort()
+    return Unary(energies[order], present[order], counts[order])
