@@ -253,3 +253,24 @@ def test_every_ready_config_is_valid(path: Path) -> None:
 
 def test_data_config_alone_needs_no_root() -> None:
     assert DataConfig().kind == "voc"
+
+
+def test_a_preset_is_named_in_a_file_and_changed_by_a_setting(tmp_path: Path) -> None:
+    text = "data: {kind: mini}\npseudo_masks: {crf: irn}\nsegmentation: {test_crf: {preset: deeplab, iterations: 4}}\n"
+    file = write_yaml(tmp_path, text)
+    config = load_config(file)
+    assert config.pseudo_masks.crf == CrfConfig(labels="present")
+    assert config.segmentation.test_crf == CrfConfig.model_validate("deeplab").model_copy(update={"iterations": 4})
+    changed = load_config(file, ["pseudo_masks.crf.iterations=3", "segmentation.test_crf=mini"])
+    assert changed.pseudo_masks.crf == CrfConfig(labels="present", iterations=3)
+    assert changed.segmentation.test_crf == CrfConfig.model_validate("mini")
+    # A run folder's config.yaml holds the numbers, whatever the preset's name will mean one day.
+    written = tmp_path / "config.yaml"
+    written.write_text(dump_config(changed))
+    assert "preset" not in written.read_text() and load_config(written) == changed
+
+
+@pytest.mark.parametrize("setting", ["pseudo_masks.crf=fast", "pseudo_masks.crf.preset=fast"])
+def test_an_unknown_preset_names_the_known_ones(tmp_path: Path, setting: str) -> None:
+    with pytest.raises(ConfigError, match="there is no CRF preset 'fast'; there are reference, irn, deeplab, mini"):
+        load_config(write_yaml(tmp_path, "data: {kind: mini}"), [setting])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -11,10 +15,10 @@ from helpers import generator, make_samples
 from torch import Tensor
 
 from smaflib import pseudo_masks as module
-from smaflib.config import CrfConfig, PseudoMaskConfig
+from smaflib.config import CrfConfig, ParConfig, PseudoMaskConfig
 from smaflib.data.masks import read_mask
 from smaflib.pseudo_masks import pseudo_mask, pseudo_masks, write_pseudo_masks
-from smaflib.refinement import dense_crf
+from smaflib.refinement import dense_crf, pixel_adaptive_refinement
 
 CRF = CrfConfig(iterations=3, bilateral_sxy=10, bilateral_srgb=8, bilateral_compat=6)
 SIZE = (16, 20)
@@ -133,3 +137,56 @@ def test_complete_folder_asks_for_nothing(tmp_path: Path) -> None:
     maps = RandomMaps(2)
     write_pseudo_masks(samples, maps, tmp_path, 0.5, config)
     assert maps.asked == []
+
+
+def test_scores_and_pixel_adaptive_refinement_start_from_the_maps() -> None:
+    sample, clean = make_samples(1, SIZE)[0], RandomMaps(1)[0]
+    scores = torch.cat([torch.full((1, *SIZE), 0.5), clean])
+    soft = CRF.model_copy(update={"unary": "scores", "sharpness": 3.0})
+    assert torch.equal(pseudo_mask(sample.image, clean, 0.5, soft), dense_crf(sample.image, scores, soft))
+    par = ParConfig(iterations=2, dilations=(1, 3))
+    smoothed = pixel_adaptive_refinement(sample.image, scores, par)
+    assert torch.equal(pseudo_mask(sample.image, clean, 0.5, par), smoothed.argmax(dim=0).to(torch.uint8))
+
+
+@pytest.mark.parametrize("refine", ["crf", "par"])
+def test_config_names_the_refinement(tmp_path: Path, refine: Literal["crf", "par"]) -> None:
+    samples, maps = make_samples(2, SIZE), RandomMaps(2)
+    config = PseudoMaskConfig(refine=refine, crf=CRF, par=ParConfig(dilations=(1, 2)), num_workers=1, backend="torch")
+    write_pseudo_masks(samples, maps, tmp_path, 0.5, config)
+    expected = pseudo_mask(samples[1].image, maps[1], 0.5, config.refinement, "torch")
+    assert torch.equal(read_mask(tmp_path / "image1.png"), expected)
+    assert not torch.equal(expected, pseudo_mask(samples[1].image, maps[1], 0.5, None))
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_pseudo_masks import CRF, SIZE, RandomMaps
+from helpers import make_samples
+from smaflib.config import PseudoMaskConfig
+from smaflib.pseudo_masks import write_pseudo_masks
+config = PseudoMaskConfig(crf=CRF, num_workers=2)
+write_pseudo_masks(make_samples(400, SIZE), RandomMaps(400), Path(sys.argv[1]), 0.5, config)
+"""
+
+
+def test_a_killed_process_and_its_successor_write_what_one_writes(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(Path(__file__).parent)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "killed").glob("*.png"))) < 20:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    written = {path: path.read_bytes() for path in (tmp_path / "killed").glob("*.png")}
+    assert 20 <= len(written) < 400
+    samples, maps, config = make_samples(400, SIZE), RandomMaps(400), PseudoMaskConfig(crf=CRF, num_workers=1)
+    write_pseudo_masks(samples, maps, tmp_path / "killed", 0.5, config)
+    write_pseudo_masks(samples, RandomMaps(400), tmp_path / "whole", 0.5, config)
+    assert len(maps.asked) == 400 - len(written)  # nothing was made twice
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "killed" / path.name).read_bytes() == path.read_bytes()
+    assert all(path.read_bytes() == content for path, content in written.items())

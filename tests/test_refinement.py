@@ -1,9 +1,18 @@
-"""The dense CRF: the same as pydensecrf's, and what it is for."""
+"""Refinement: both back-ends of the dense CRF, what they are for, and pixel-adaptive refinement.
+
+Everything but the comparisons with pydensecrf runs, and passes, where that is not installed.
+"""
 
 from __future__ import annotations
 
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
-import pydensecrf.densecrf as densecrf
 import pytest
 import torch
 from helpers import generator
@@ -11,9 +20,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smaflib.config import CrfConfig
-from smaflib.refinement import dense_crf
-from smaflib.refinement.unary import hard_unary
+from smaflib.config import CRF_PRESETS, ConfigError, CrfBackend, CrfConfig, ParConfig
+from smaflib.refinement import (
+    choose_backend,
+    dense_crf,
+    dense_crf_batch,
+    kernels_seen_from,
+    parallel,
+    pixel_adaptive_refinement,
+    pydensecrf_backend,
+    refine_many,
+)
+from smaflib.refinement.par import affinity
+from smaflib.refinement.unary import hard_unary, soft_unary
+
+needs_pydensecrf = pytest.mark.skipif(not pydensecrf_backend.INSTALLED, reason="pydensecrf is not installed")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU here")
+BACKENDS = [pytest.param("pydensecrf", marks=needs_pydensecrf), "torch"]
 
 PARAMS = CrfConfig(iterations=5, bilateral_sxy=20, bilateral_srgb=8, bilateral_compat=6)
 
@@ -32,6 +55,8 @@ def noisy(mask: Tensor, share: float = 0.2) -> Tensor:
 
 
 def with_pydensecrf(image: Tensor, unary: np.ndarray, params: CrfConfig) -> np.ndarray:
+    import pydensecrf.densecrf as densecrf
+
     height, width = image.shape[-2:]
     crf = densecrf.DenseCRF2D(width, height, len(unary))
     crf.setUnaryEnergy(np.ascontiguousarray(unary.reshape(len(unary), -1), dtype=np.float32))
@@ -45,20 +70,23 @@ def with_pydensecrf(image: Tensor, unary: np.ndarray, params: CrfConfig) -> np.n
     return np.array(crf.inference(params.iterations)).argmax(axis=0).reshape(height, width)
 
 
+@needs_pydensecrf
+@pytest.mark.parametrize("backend", ["pydensecrf", "torch"])
 @pytest.mark.parametrize("params", [PARAMS, CrfConfig(iterations=3, gt_prob=0.9)])
-def test_hard_labels_agree_with_a_direct_call(params: CrfConfig) -> None:
+def test_hard_labels_agree_with_a_direct_call(params: CrfConfig, backend: CrfBackend) -> None:
     image = torch.randint(100, 130, (3, 16, 20), dtype=torch.uint8, generator=generator(1))
     labels = torch.randint(0, 3, (16, 20), dtype=torch.uint8, generator=generator(2))
     # The unary by its definition: -log of gt_prob for the label, the rest shared among the others.
     hard = np.eye(3)[labels.numpy()].transpose(2, 0, 1)
     unary = -np.log(np.where(hard == 1, params.gt_prob, (1 - params.gt_prob) / 2))
     expected = with_pydensecrf(image, unary, params)
-    refined = dense_crf(image, labels, params, num_labels=3)
+    refined = dense_crf(image, labels, params, 3, backend)
     assert refined.dtype == torch.uint8 and refined.shape == (16, 20)
     assert np.array_equal(refined.numpy(), expected)
     assert not torch.equal(refined, labels)
 
 
+@needs_pydensecrf
 @settings(max_examples=40, deadline=None)
 @given(
     num_labels=st.integers(2, 81),
@@ -91,6 +119,7 @@ def test_merged_channel_by_hand() -> None:
     assert unary.winners(torch.tensor([[[0.3, 0.2]], [[0.5, 0.8]], [[0.2, 0.0]]])).tolist() == [[0, 1]]
 
 
+@needs_pydensecrf
 def test_soft_scores_agree_with_a_direct_call() -> None:
     image = torch.randint(100, 130, (3, 16, 20), dtype=torch.uint8, generator=generator(1))
     probabilities = torch.randn(4, 16, 20, generator=generator(3)).softmax(dim=0)
@@ -98,16 +127,17 @@ def test_soft_scores_agree_with_a_direct_call() -> None:
     assert np.array_equal(dense_crf(image, probabilities, PARAMS).numpy(), expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("soft", [False, True])
-def test_noisy_square_becomes_the_square(soft: bool) -> None:
+def test_noisy_square_becomes_the_square(soft: bool, backend: CrfBackend) -> None:
     image, mask = square()
     labels = noisy(mask)
     assert not torch.equal(labels, mask)
     if soft:
         scores = torch.stack([1 - labels.float(), labels.float()]) * 0.4 + 0.3
-        assert torch.equal(dense_crf(image, scores, PARAMS), mask)
+        assert torch.equal(dense_crf(image, scores, PARAMS, None, backend), mask)
     else:
-        assert torch.equal(dense_crf(image, labels, PARAMS, num_labels=2), mask)
+        assert torch.equal(dense_crf(image, labels, PARAMS, 2, backend), mask)
 
 
 def test_certain_scores_are_not_infinitely_certain() -> None:
@@ -164,3 +194,307 @@ def test_choosing_among_present_labels_equals_a_call_with_these_alone() -> None:
     assert torch.equal(refined, dense_crf(image, labels // 7, CrfConfig(), num_labels=2) * 7)
     everywhere = torch.full_like(labels, 0)
     assert torch.equal(dense_crf(image, everywhere, present, num_labels=21), everywhere)
+
+
+# --- the back-ends ------------------------------------------------------------------------------------------------
+
+SIZES = st.one_of(
+    st.just((1, 1)),
+    st.tuples(st.just(1), st.integers(2, 40)),
+    st.tuples(st.integers(2, 40), st.just(1)),
+    st.tuples(st.integers(2, 40), st.integers(2, 40)),
+)
+PICTURES = ("noise", "constant", "black and white", "gradient")
+
+
+def drawn_image(kind: str, size: tuple[int, int], seed: int) -> Tensor:
+    if kind == "constant":
+        return torch.full((3, *size), seed % 256, dtype=torch.uint8)
+    noise = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator(seed))
+    if kind == "black and white":
+        return (noise > 128).to(torch.uint8) * 255
+    if kind == "gradient":
+        return (torch.linspace(0, 200, size[1]).expand(3, *size) + noise % 8).to(torch.uint8)
+    return noise
+
+
+@needs_pydensecrf
+@settings(max_examples=120, deadline=None)
+@given(
+    kind=st.sampled_from(PICTURES),
+    size=SIZES,
+    num_labels=st.sampled_from([2, 3, 21, 81]),
+    params=st.sampled_from(
+        [*(CrfConfig.model_validate(name) for name in CRF_PRESETS)]
+        + [CrfConfig(bilateral_srgb=0.05), CrfConfig(gaussian_sxy=0.1, bilateral_sxy=1000), CrfConfig(gt_prob=0.3)]
+    ),
+    soft=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_torch_gives_the_masks_of_pydensecrf(
+    kind: str, size: tuple[int, int], num_labels: int, params: CrfConfig, soft: bool, seed: int
+) -> None:
+    image = drawn_image(kind, size, seed)
+    if soft:
+        given = torch.randn(num_labels, *size, generator=generator(seed)).softmax(dim=0)
+    else:
+        given = torch.randint(0, num_labels, size, generator=generator(seed), dtype=torch.uint8)
+    ours = dense_crf(image, given, params, num_labels, "torch")
+    theirs = dense_crf(image, given, params, num_labels, "pydensecrf")
+    # Up to 1600 pixels: one may differ where two labels are equally probable but for the last bits of a sum.
+    assert int((ours != theirs).sum()) <= (1 if ours.numel() > 200 else 0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=4), seed=st.integers(0, 99)
+)
+def test_a_batch_gives_what_each_image_gives(sizes: list[tuple[int, int]], seed: int) -> None:
+    params = CrfConfig(iterations=4, bilateral_sxy=8, bilateral_srgb=20)
+    images = [drawn_image("noise", size, seed + index) for index, size in enumerate(sizes)]
+    # One to four labels each: the images of a batch have different numbers of channels, or a single one.
+    labels = [
+        torch.randint(0, 1 + (seed + index) % 4, size, generator=generator(index), dtype=torch.uint8)
+        for index, size in enumerate(sizes)
+    ]
+    for eligible in ("all", "present"):
+        chosen = params.model_copy(update={"labels": eligible})
+        together = dense_crf_batch(images, labels, chosen, 5, "torch")
+        for mask, image, label in zip(together, images, labels, strict=True):
+            assert torch.equal(mask, dense_crf(image, label, chosen, 5, "torch"))
+
+
+def test_agrees_with_the_written_out_sums() -> None:
+    # Mean field over all pairs of pixels, without a lattice.
+    image, mask = square()
+    labels, params = noisy(mask, 0.3), CrfConfig(iterations=5, bilateral_sxy=10, bilateral_srgb=20)
+    unary = hard_unary(labels, 2, params)
+    height, width = mask.shape
+    kernels = []
+    for compatibility, index in ((params.gaussian_compat, 0), (params.bilateral_compat, 1)):
+        rows = [kernels_seen_from(image, y, x, params)[index].flatten() for y in range(height) for x in range(width)]
+        kernel = torch.stack(rows)
+        degree = kernel.sum(dim=1)
+        kernels.append(compatibility * kernel / (degree[:, None] * degree).sqrt())
+    logits = -unary.energies.flatten(1)
+    probabilities = logits.softmax(dim=0)
+    for _ in range(params.iterations):
+        probabilities = (logits + sum(probabilities @ kernel for kernel in kernels)).softmax(dim=0)
+    exact = probabilities.argmax(dim=0).view(height, width)
+    refined = dense_crf(image, labels, params, 2, "torch")
+    assert float((refined == exact).float().mean()) >= 0.99
+    assert float((labels == exact).float().mean()) < 0.8
+
+
+def test_what_a_pixel_hears_by_hand() -> None:
+    image = torch.tensor([[[10, 10, 16]]], dtype=torch.uint8).expand(3, 1, 3)
+    params = CrfConfig(gaussian_sxy=1, bilateral_sxy=2, bilateral_srgb=6)
+    smoothness, appearance = kernels_seen_from(image, 0, 0, params)
+    torch.testing.assert_close(smoothness, torch.tensor([[0.0, -0.5, -2.0]]).exp())
+    # Two pixels away, 6 steps off in each of three colours: exp(-4/8 - 108/72).
+    torch.testing.assert_close(appearance, torch.tensor([[0.0, -0.125, -2.0]]).exp())
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    image = drawn_image("noise", (37, 29), 1)
+    labels = torch.randint(0, 4, (37, 29), generator=generator(2), dtype=torch.uint8)
+    first, second = (dense_crf(image, labels, PARAMS, 21, "torch") for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_auto_takes_torch_on_a_gpu_and_pydensecrf_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(pydensecrf_backend, "INSTALLED", True)
+    assert choose_backend("auto", cpu) == "pydensecrf" and choose_backend("auto", gpu) == "torch"
+    assert choose_backend("torch", cpu) == "torch" and choose_backend("pydensecrf", gpu) == "pydensecrf"
+    monkeypatch.setattr(pydensecrf_backend, "INSTALLED", False)
+    assert choose_backend("auto", cpu) == "torch"
+    with pytest.raises(ConfigError, match="'pydensecrf' is not installed; .*backend=torch, which gives the same"):
+        choose_backend("pydensecrf", cpu)
+
+
+def test_without_pydensecrf_masks_are_made_all_the_same(tmp_path: Path) -> None:
+    script = """
+import sys
+sys.modules["pydensecrf"] = None
+import torch
+from smaflib.config import CrfConfig
+from smaflib.refinement import dense_crf, pydensecrf_backend
+assert not pydensecrf_backend.INSTALLED
+labels = torch.zeros(24, 30, dtype=torch.uint8)
+labels[6:18, 8:22] = 1
+image = torch.where(labels.bool(), 40, 200).to(torch.uint8).expand(3, -1, -1)
+assert torch.equal(dense_crf(image, labels, CrfConfig(), num_labels=2), labels)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+
+
+@needs_gpu
+def test_gpu_gives_the_masks_of_the_cpu() -> None:
+    images = [drawn_image("gradient", (60, 80), seed) for seed in range(3)]
+    labels = [torch.randint(0, 5, (60, 80), generator=generator(s), dtype=torch.uint8) for s in range(3)]
+    on_gpu = dense_crf_batch(images, labels, PARAMS, 21, "torch", "cuda")
+    on_cpu = dense_crf_batch(images, labels, PARAMS, 21, "torch", "cpu")
+    different = sum(int((one != other).sum()) for one, other in zip(on_gpu, on_cpu, strict=True))
+    assert different <= 1 and all(mask.device.type == "cpu" for mask in on_gpu)
+
+
+# --- scores and presets -------------------------------------------------------------------------------------------
+
+
+def test_soft_unary_by_hand() -> None:
+    # Labels 0 and 3 of four have scores; 1 and 2 have none and share a channel.
+    scores = torch.tensor([0.2, 0.0, 0.0, 0.5])[:, None, None] * torch.tensor([[1.0, 0.5]])
+    unary = soft_unary(scores, CrfConfig(sharpness=2))
+    assert unary.labels.tolist() == [0, 1, 3] and unary.counts.tolist() == [1, 2, 1]
+    expected = torch.tensor([[0.2**2, 0.1**2], [2 * 1e-5**2, 2 * 1e-5**2], [0.5**2, 0.25**2]])
+    torch.testing.assert_close((-unary.energies).exp()[:, 0], expected)
+    present = soft_unary(scores, CrfConfig(labels="present"))
+    assert present.labels.tolist() == [0, 3]
+
+
+@needs_pydensecrf
+@settings(max_examples=20, deadline=None)
+@given(num_labels=st.integers(3, 30), seed=st.integers(0, 999))
+def test_merging_labels_without_scores_is_exact(num_labels: int, seed: int) -> None:
+    image = drawn_image("gradient", (14, 17), seed)
+    scores = torch.zeros(num_labels, 14, 17)
+    shown = torch.randperm(num_labels, generator=generator(seed))[:2]
+    scores[shown] = torch.rand(2, 14, 17, generator=generator(seed))
+    expected = with_pydensecrf(image, -scores.clamp(min=1e-5).log().numpy(), PARAMS)
+    assert np.array_equal(dense_crf(image, scores, PARAMS).numpy(), expected)
+
+
+def test_scores_need_not_sum_to_one() -> None:
+    image, mask = square()
+    scores = torch.stack([1 - mask.float(), mask.float()]) * 0.4 + 0.3
+    brightness = torch.rand(24, 30, generator=generator(6)) + 0.5
+    assert torch.equal(dense_crf(image, scores * brightness, PARAMS), dense_crf(image, scores, PARAMS))
+
+
+def test_scores_below_zero_are_refused() -> None:
+    image, _ = square()
+    for bad in (-0.1, float("nan")):
+        with pytest.raises(ValueError, match="needs scores of 0 or more, got negative ones or nan"):
+            dense_crf(image, torch.full((2, 24, 30), bad), PARAMS)
+
+
+def test_presets_have_their_known_constants() -> None:
+    reference = CrfConfig.model_validate("reference")
+    assert reference == CrfConfig()
+    assert (reference.gaussian_sxy, reference.gaussian_compat) == (3, 3)
+    assert (reference.bilateral_sxy, reference.bilateral_srgb, reference.bilateral_compat) == (50, 5, 10)
+    assert CrfConfig.model_validate("irn") == reference.model_copy(update={"labels": "present"})
+    deeplab = CrfConfig.model_validate("deeplab")
+    assert (deeplab.gaussian_sxy, deeplab.gaussian_compat, deeplab.unary) == (1, 3, "scores")
+    assert (deeplab.bilateral_sxy, deeplab.bilateral_srgb, deeplab.bilateral_compat) == (67, 3, 4)
+
+
+# --- pixel-adaptive refinement ------------------------------------------------------------------------------------
+
+
+def test_par_does_not_cross_an_edge() -> None:
+    image, mask = square()
+    scores = torch.stack([1 - mask.float(), mask.float()])
+    blurred = torch.nn.functional.avg_pool2d(scores[None], 5, stride=1, padding=2, count_include_pad=False)[0]
+    refined = pixel_adaptive_refinement(image, blurred, ParConfig(dilations=(1, 2, 4)))
+    assert torch.equal(refined.argmax(dim=0).to(torch.uint8), mask)
+    # The step at the border is steeper than in what came in, and it is still a mean of that.
+    assert float(refined[1, 12, 8] - refined[1, 12, 7]) > 2.5 * float(blurred[1, 12, 8] - blurred[1, 12, 7])
+    assert float(refined.min()) >= 0 and float(refined.max()) <= 1
+    torch.testing.assert_close(refined.sum(dim=0), torch.ones(24, 30))
+
+
+def test_par_affinity_by_hand() -> None:
+    # One row, one ring of distance 1; rows above and below repeat it. Seen from the middle of 0, 0, 90:
+    # three neighbours are 90 steps off, five are equal to it.
+    image = torch.tensor([[[0, 0, 90]]], dtype=torch.uint8).expand(3, 1, 3)
+    params = ParConfig(dilations=(1,), position_weight=0)
+    weights = affinity(image, params)[:, 0, 1]
+    deviation = torch.tensor([0.0, 0, 90, 0, 90, 0, 0, 90]).std()
+    unlike = math.exp(-((90 / float(deviation) / 0.3) ** 2))
+    expected = torch.tensor([1, 1, unlike, 1, unlike, 1, 1, unlike]) / (5 + 3 * unlike)
+    torch.testing.assert_close(weights, expected)
+    with_position = affinity(image, ParConfig(dilations=(1,), position_weight=0.5))
+    torch.testing.assert_close(with_position.sum(dim=0), torch.ones(1, 3))
+
+
+def test_par_of_a_flat_image_is_finite_and_keeps_constants() -> None:
+    image = torch.full((3, 5, 6), 7, dtype=torch.uint8)
+    scores = torch.full((2, 5, 6), 0.25)
+    torch.testing.assert_close(pixel_adaptive_refinement(image, scores, ParConfig()), scores)
+    with pytest.raises(ValueError, match=r"of the image's size \(5, 6\), got \(2, 5, 5\)"):
+        pixel_adaptive_refinement(image, scores[:, :, :5], ParConfig())
+
+
+# --- many images --------------------------------------------------------------------------------------------------
+
+
+def many_jobs(num: int, soft: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    for index in range(num):
+        image = drawn_image("gradient", (20, 24), index)
+        labels = torch.randint(0, 3, (20, 24), generator=generator(index), dtype=torch.uint8)
+        scores = (
+            torch.zeros(9, 20, 24).scatter_(0, labels.long()[None], 0.6) + (torch.arange(9) < 3)[:, None, None] * 0.2
+        )
+        yield image, scores if soft else labels
+
+
+@pytest.mark.parametrize("params", [PARAMS, CrfConfig.model_validate("irn"), ParConfig(dilations=(1, 2))])
+def test_processes_give_what_this_one_gives(params: CrfConfig | ParConfig) -> None:
+    soft = isinstance(params, ParConfig)
+    alone = list(refine_many(many_jobs(9, soft), params, 9))
+    together = list(refine_many(many_jobs(9, soft), params, 9, num_workers=2))
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+    assert len({mask.numpy().tobytes() for mask in alone}) == 9
+
+
+def test_channels_without_scores_do_not_travel() -> None:
+    _, scores = next(many_jobs(1, soft=True))
+    packed = parallel._Packed.of(scores)
+    assert packed.values.shape == (3, 20, 24)
+    assert torch.equal(packed.unpack(), scores)
+
+
+def test_gpu_batches_are_decoded_ahead_in_order_and_no_further() -> None:
+    taken: list[int] = []
+
+    def jobs() -> Iterator[tuple[Tensor, Tensor]]:
+        for index in range(40):
+            taken.append(index)
+            yield torch.tensor(index), torch.tensor(index)
+
+    batches = parallel._decoded_ahead(jobs())
+    first = next(batches)
+    assert [int(image) for image, _ in first] == list(range(parallel.GPU_BATCH))
+    rest = [int(image) for batch in batches for image, _ in batch]
+    assert rest == list(range(parallel.GPU_BATCH, 40))
+
+    taken.clear()
+    batches = parallel._decoded_ahead(jobs())
+    next(batches)
+    batches.close()  # waits for the thread
+    assert len(taken) == 2 * parallel.GPU_BATCH
+
+
+def test_an_error_in_a_job_arrives() -> None:
+    def broken() -> Iterator[tuple[Tensor, Tensor]]:
+        yield from many_jobs(2)
+        raise OSError("photo7.jpg is damaged")
+
+    for workers in (1, 2):
+        with pytest.raises(OSError, match=r"photo7\.jpg is damaged"):
+            list(refine_many(broken(), PARAMS, 3, num_workers=workers))
+    with pytest.raises(OSError, match=r"photo7\.jpg is damaged"):
+        list(parallel._decoded_ahead(broken()))
+
+
+def test_memory_does_not_grow_with_the_data_set() -> None:
+    process = Path("/proc/self/statm")
+    if not process.is_file():
+        pytest.skip("needs Linux's /proc to read this process's memory")
+    page = os.sysconf("SC_PAGE_SIZE")
+    masks = refine_many(many_jobs(2000), CrfConfig(iterations=1), 3)
+    sizes = [int(process.read_text().split()[1]) * page for mask in masks if mask is not None]
+    # 2,000 images and masks of this size would be 4.6 MB, lattices more than 200 MB.
+    assert max(sizes[200:]) - sizes[200] < 4e6

@@ -31,6 +31,10 @@ from torch.nn import functional
 MOST_PER_BAG = 64
 """Points that one thread of a GPU adds up. A few vertices gather thousands (a white sky), and all others would wait."""
 
+POINTS_AT_ONCE = 4
+"""The original embeds points by four and fills the last four up with points whose features are 0. Their vertices are
+empty but part of the lattice, and pass values on between their neighbours; without them dark images get other masks."""
+
 SMALLEST_NORM = 1e-20
 """Keeps the normalisation finite, as in the original."""
 
@@ -58,22 +62,29 @@ class Lattice:
     neighbors: Tensor
 
 
-def build_lattice(features: Tensor, most_per_bag: int | None = None) -> Lattice:
+def build_lattice(features: Tensor, most_per_bag: int | None = None, hashing: bool | None = None) -> Lattice:
     """Everything about the points that does not depend on the values to filter.
 
     Args:
         features: float32 (d, N), each divided by its kernel's standard deviation.
         most_per_bag: see :func:`vertex_bags`; by default :data:`MOST_PER_BAG` on a GPU and no limit on the CPU.
+        hashing: number and find vertices by hash tables of the CPU instead of by sorting; by default on the CPU.
     """
+    on_cpu = features.device.type == "cpu"
+    hashing = on_cpu if hashing is None else hashing
+    most_per_bag = MOST_PER_BAG if most_per_bag is None and not on_cpu else most_per_bag
     num_features, num_points = features.shape
+    if num_points % POINTS_AT_ONCE:
+        features = torch.cat([features, features.new_zeros(num_features, 1)], dim=1)
     corner, rank, weights = embed(features)
     keys, steps = vertex_keys(corner, rank)
-    numbers, table = number_vertices(keys.T.reshape(-1))  # by point, so that neighbouring pixels share cache lines
-    neighbors = find_neighbors(table, steps)
-    splat_weights = weights.T.contiguous()  # (N, d+1)
-    points, order_weights, starts = _by_vertex(numbers, splat_weights, len(table))
-    if most_per_bag is None and features.device.type != "cpu":
-        most_per_bag = MOST_PER_BAG
+    numbers, table = number_vertices(
+        keys.T.reshape(-1), hashing
+    )  # by point, so that neighbouring pixels share cache lines
+    neighbors = find_neighbors(table, steps, hashing)
+    numbers = numbers[: num_points * (num_features + 1)]  # what fills up touches vertices, but has no value
+    splat_weights = weights[:, :num_points].T.contiguous()  # (N, d+1)
+    points, order_weights, starts = _by_vertex(numbers, splat_weights, len(table), hashing)
     # Blurring with (1/2, 1, 1/2) along d+1 axes makes everything 1 + 2^-d times too large.
     lost = 1 / (1 + 2.0**-num_features)
     return Lattice(
@@ -173,7 +184,9 @@ def embed(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     d, num_points = features.shape
     # The blur's variance is that of a kernel with standard deviation 1 when the axes are stretched like this.
-    stretch = [math.sqrt(2 / 3) * (d + 1) / math.sqrt((i + 1) * (i + 2)) for i in range(d)]
+    # Rounded to single precision where the original is: narrow kernels make coordinates so large that it shows.
+    deviation = float(np.float32(math.sqrt(2 / 3) * (d + 1)))
+    stretch = [1 / math.sqrt((i + 1) * (i + 2)) * deviation for i in range(d)]
     scaled = features * torch.tensor(stretch, device=features.device)[:, None]
     elevated = features.new_empty(d + 1, num_points)  # coordinates in the plane
     beyond = torch.zeros_like(scaled[0])  # the sum of the later features
@@ -199,7 +212,7 @@ def embed(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     by_rank = torch.empty_like(elevated).scatter_(0, rank.long(), (elevated - corner) * (1 / (d + 1)))
     weights = torch.empty_like(elevated)
     weights[1:] = (by_rank[:-1] - by_rank[1:]).flip(0)
-    weights[0] = 1 + by_rank[d] - by_rank[0]
+    weights[0] = by_rank[d] + (1 - by_rank[0])
     return corner, rank, weights
 
 
@@ -224,7 +237,7 @@ def vertex_keys(corner: Tensor, rank: Tensor) -> tuple[Tensor, list[int]]:
     if math.prod(room) < 2**62:
         factors = [math.prod(room[:i]) for i in range(d)]  # a number with one digit per coordinate: no two are equal
     else:  # kernels far narrower than a colour step: sums modulo 2^64, of which a million coincide once in 10^7 images
-        factors = [(0x9E3779B97F4A7C15 * (2 * i + 1) ** 5) % 2**63 | 1 for i in range(d)]
+        factors = [pow(0x9E3779B97F4A7C15, i + 1, 2**64) for i in range(d)]
     total = _wrapped(sum(factors))
     key = torch.zeros_like(whole[0])
     for i in range(d):
@@ -245,32 +258,34 @@ def _wrapped(number: int) -> int:
     return (number + 2**63) % 2**64 - 2**63
 
 
-def number_vertices(keys: Tensor) -> tuple[Tensor, Tensor]:
+def number_vertices(keys: Tensor, hashing: bool) -> tuple[Tensor, Tensor]:
     """Give equal keys one number.
 
     Args:
         keys: int64 (E,).
+        hashing: by a hash table on the CPU, not by sorting.
 
     Returns:
-        int32 (E,) in [0, M), and the int64 (M,) key of each number. On the CPU numbers rise in the order of first
-        appearance, which keeps what is near in the image near in memory; on a GPU with the keys.
+        int32 (E,) in [0, M), and the int64 (M,) key of each number. With hashing, numbers rise in the order of first
+        appearance, which keeps what is near in the image near in memory; otherwise with the keys.
     """
-    if keys.device.type == "cpu":
+    if hashing:
         numbers, table = pd.factorize(keys.numpy())
         return torch.from_numpy(numbers.astype(np.int32)), torch.from_numpy(table)
     table, numbers = torch.unique(keys, return_inverse=True)
     return numbers.int(), table
 
 
-def find_neighbors(table: Tensor, steps: Sequence[int]) -> Tensor:
+def find_neighbors(table: Tensor, steps: Sequence[int], hashing: bool) -> Tensor:
     """Link each vertex with the next ones along every axis.
 
     A neighbour that no point touches stays missing, as in the original implementation. To create it would be more
     exact and makes the lattice an order of magnitude larger.
 
     Args:
-        table: int64 (M,), the vertices' keys, each once.
+        table: int64 (M,), the vertices' keys, each once; ascending unless ``hashing``.
         steps: per axis the difference of the keys, from :func:`vertex_keys`.
+        hashing: by a hash table on the CPU, not by binary search.
 
     Returns:
         int32 (d+1, M+1, 2) in [0, M], where M means that there is none.
@@ -278,13 +293,12 @@ def find_neighbors(table: Tensor, steps: Sequence[int]) -> Tensor:
     missing = len(table)
     neighbors = torch.full((len(steps), missing + 1, 2), missing, dtype=torch.int32, device=table.device)
     everyone = torch.arange(missing, dtype=torch.int32, device=table.device)
-    if table.device.type == "cpu":
-        index = pd.Index(table.numpy())
+    index = pd.Index(table.numpy()) if hashing else None
     for axis, step in enumerate(steps):
         wanted = table + step
-        if table.device.type == "cpu":
+        if index is not None:
             found = torch.from_numpy(index.get_indexer(wanted.numpy()))
-        else:  # torch.unique has sorted the table
+        else:
             place = torch.searchsorted(table, wanted).clamp(max=missing - 1)
             found = torch.where(table[place] == wanted, place, -1)
         there = found >= 0
@@ -317,10 +331,10 @@ def vertex_bags(starts: Tensor, most: int | None) -> tuple[Tensor, ...]:
     return parts, torch.cat([first_part, first_part[-1:]])
 
 
-def _by_vertex(numbers: Tensor, weights: Tensor, num_vertices: int) -> tuple[Tensor, Tensor, Tensor]:
+def _by_vertex(numbers: Tensor, weights: Tensor, num_vertices: int, counting: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Sort (point, weight) pairs by vertex: int32 (E,), float32 (E,), and the int32 (M+1,) start of each vertex."""
     num_points, corners = weights.shape
-    if numbers.device.type == "cpu":  # scipy counts where torch would sort
+    if counting:  # scipy counts where torch would sort
         rows = np.arange(0, num_points * corners + 1, corners, dtype=np.int32)
         by_point = csr_array((weights.reshape(-1).numpy(), numbers.numpy(), rows), shape=(num_points, num_vertices))
         by_vertex = by_point.tocsc()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from smaflib.config import CrfConfig
 
-INSTALLED = importlib.util.find_spec("pydensecrf") is not None
+INSTALLED = sys.modules.get("pydensecrf", ...) is not None and importlib.util.find_spec("pydensecrf") is not None
 """It needs a compiler where there is no wheel; the torch back-end gives the same masks without."""
 
 
