@@ -420,13 +420,15 @@ def _describe_run(run: Run) -> None:
         "device": kind,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        **_git_state(),
+        **git_state(),
         "packages": _package_versions(),
     }
     write_manifest(run, facts | {"stages": manifest["stages"]})
 
 
-def _git_state() -> dict[str, Any]:
+def git_state() -> dict[str, Any]:
+    """``git_commit`` and ``git_dirty`` of the checkout, None where there is none."""
+
     def git(*words: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(PROJECT_ROOT), *words]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
