@@ -40,18 +40,20 @@ clean:  ## remove caches and build leftovers; .venv and papermill_runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
 
+HEADERS := import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("include"), "Python.h").stat()
+
 # The stamp comes last: a set-up that was interrupted goes on with the next call.
 .venv/.stamp: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
 	  "smaflib needs Python 3.11 or newer, '$(PYTHON)' is not; name one with: make setup PYTHON=python3.11" >&2; exit 1; }
-	@command -v gcc >/dev/null && command -v g++ >/dev/null || { echo "pydensecrf2 is compiled during the set-up and" \
-	  "needs gcc and g++; install them: 'apt install build-essential' on Debian and Ubuntu," \
-	  "'xcode-select --install' on a Mac" >&2; exit 1; }
-	@$(PYTHON) -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("include"), "Python.h").stat()' \
-	  2>/dev/null || { echo "pydensecrf2 is compiled during the set-up and needs Python's headers;" \
-	  "install them: 'apt install python3-dev' on Debian and Ubuntu" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --requirement requirements.lock
+	@if command -v gcc >/dev/null && command -v g++ >/dev/null && $(PYTHON) -c '$(HEADERS)' 2>/dev/null; \
+	then cp requirements.lock .venv/requirements.txt; \
+	else grep -v '^pydensecrf2==' requirements.lock >.venv/requirements.txt; \
+	  echo "no gcc, g++ or Python headers here, so pydensecrf2 cannot be compiled and is left out: torch refines the" \
+	  "masks, with the same result. To have both, install them ('apt install build-essential python3-dev' on Debian" \
+	  "and Ubuntu, 'xcode-select --install' on a Mac), then: rm -r .venv && make setup"; fi
+	$(BIN)/python -m pip install --disable-pip-version-check --requirement .venv/requirements.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 

@@ -3,7 +3,7 @@
     python benchmarks/soft_preset.py [--images 200]
 
 The shipped student's fused maps of the run that it comes from. Coordinate descent: one setting after the other moves
-along its list while the others stand, until a round changes nothing. The validation split is looked at once, at the end.
+along its list while the others stand, until a round changes nothing. The validation split is seen once, at the end.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import smaflib
+from smaflib.refinement import pydensecrf_backend
 
 ROOT = Path(__file__).parents[1]
 CONDA_NAMES = {"torch": "pytorch", "jupyter-client": "jupyter_client", "jupyter-core": "jupyter_core"}
@@ -71,6 +72,9 @@ def needed_packages(roots: list[Requirement]) -> dict[str, str]:
     while todo:
         requirement = todo.pop()
         name = canonicalize_name(requirement.name)
+        if name == "pydensecrf2" and not pydensecrf_backend.INSTALLED:  # left out where there is no compiler
+            versions[name] = read_lock()[name]
+            continue
         distribution = importlib.metadata.distribution(name)
         versions[name] = distribution.version
         for extra in {"", *requirement.extras}:
