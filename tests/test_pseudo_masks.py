@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -172,15 +174,29 @@ write_pseudo_masks(make_samples(400, SIZE), RandomMaps(400), Path(sys.argv[1]), 
 """
 
 
+def processes_with(variable: str) -> list[str]:
+    """Where Linux lists them: processes that have an environment variable, told as NAME=VALUE."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(folder.name)
+    return found
+
+
 def test_a_killed_process_and_its_successor_write_what_one_writes(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(Path(__file__).parent)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    mark = f"SMAF_TEST_MARK={tmp_path}"
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "SMAF_TEST_MARK": str(tmp_path)})
     deadline = time.monotonic() + 60
     while len(list((tmp_path / "killed").glob("*.png"))) < 20:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
     process.wait()
+    while left := processes_with(mark):  # its workers go, too
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
     written = {path: path.read_bytes() for path in (tmp_path / "killed").glob("*.png")}
     assert 20 <= len(written) < 400
     samples, maps, config = make_samples(400, SIZE), RandomMaps(400), PseudoMaskConfig(crf=CRF, num_workers=1)
