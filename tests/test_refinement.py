@@ -305,10 +305,12 @@ def test_two_runs_give_the_same_bits() -> None:
 def test_auto_takes_torch_on_a_gpu_and_pydensecrf_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(pydensecrf_backend, "INSTALLED", True)
-    assert choose_backend("auto", cpu) == "pydensecrf" and choose_backend("auto", gpu) == "torch"
-    assert choose_backend("torch", cpu) == "torch" and choose_backend("pydensecrf", gpu) == "pydensecrf"
+    assert choose_backend("auto", cpu) == ("pydensecrf", cpu) and choose_backend("auto", gpu) == ("torch", gpu)
+    assert choose_backend("torch", cpu) == ("torch", cpu) and choose_backend("pydensecrf", gpu) == ("pydensecrf", cpu)
+    apple = torch.device("mps")
+    assert choose_backend("auto", apple) == ("pydensecrf", cpu) and choose_backend("torch", apple) == ("torch", apple)
     monkeypatch.setattr(pydensecrf_backend, "INSTALLED", False)
-    assert choose_backend("auto", cpu) == "torch"
+    assert choose_backend("auto", cpu) == choose_backend("auto", apple) == ("torch", cpu)
     with pytest.raises(ConfigError, match="'pydensecrf' is not installed; .*backend=torch, which gives the same"):
         choose_backend("pydensecrf", cpu)
 

@@ -28,9 +28,9 @@ def dense_crf(
             negative: probabilities, or attention maps behind a background score.
         params: kernels, iterations, and how sure a hard label or how sharp a score is.
         num_labels: for hard labels: how many there are (K+1); at least 2.
-        backend: ``pydensecrf`` (CPU), ``torch`` (any device), or ``auto``: torch on a GPU, pydensecrf on the CPU where
-            it is installed, else torch. All give the same mask, but for a pixel in many thousands whose two best
-            labels are equally probable.
+        backend: ``pydensecrf`` (CPU), ``torch`` (any device), or ``auto``: torch on a CUDA GPU, pydensecrf on the CPU
+            where it is installed, else torch on the CPU. All give the same mask, but for a pixel in many thousands
+            whose two best labels are equally probable.
         device: where torch computes; by default where ``image`` is.
 
     Returns:
@@ -72,12 +72,8 @@ def dense_crf_batch(
     if not images:
         return []
     home = images[0].device
-    place = torch.device(device) if device is not None else home
-    if choose_backend(backend, place) == "pydensecrf":
-        place = torch.device("cpu")
-        infer = _with_pydensecrf
-    else:
-        infer = mean_field.mean_field
+    chosen_backend, place = choose_backend(backend, torch.device(device) if device is not None else home)
+    infer = _with_pydensecrf if chosen_backend == "pydensecrf" else mean_field.mean_field
     images = [image.to(place) for image in images]
     unaries = [_unary(given.to(place), num_labels, params) for given in scores_or_labels]
     results = [unary.labels[0].to(torch.uint8).expand(unary.energies.shape[1:]).clone() for unary in unaries]
@@ -96,16 +92,26 @@ def dense_crf_batch(
     return [result.to(home) for result in results]
 
 
-def choose_backend(backend: CrfBackend, device: torch.device) -> CrfBackend:
-    """``auto`` resolved, and pydensecrf refused where it is not installed."""
+def choose_backend(backend: CrfBackend, device: torch.device) -> tuple[CrfBackend, torch.device]:
+    """``auto`` resolved, with the device on which the back-end computes.
+
+    Raises:
+        ConfigError: if pydensecrf is asked for and not installed.
+    """
+    cpu = torch.device("cpu")
     if backend == "auto":
-        return "pydensecrf" if device.type == "cpu" and pydensecrf_backend.INSTALLED else "torch"
-    if backend == "pydensecrf" and not pydensecrf_backend.INSTALLED:
+        if device.type == "cuda":
+            return "torch", device
+        # On other GPUs than CUDA's nobody has tried the lattice; who asks for torch there gets it.
+        return ("pydensecrf" if pydensecrf_backend.INSTALLED else "torch"), cpu
+    if backend == "torch":
+        return backend, device
+    if not pydensecrf_backend.INSTALLED:
         raise ConfigError(
             "the back-end 'pydensecrf' is not installed; install pydensecrf2 (it needs a C++ compiler), or set "
             "pseudo_masks.backend=torch, which gives the same masks"
         )
-    return backend
+    return backend, cpu
 
 
 def _with_pydensecrf(

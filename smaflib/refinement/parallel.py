@@ -89,8 +89,9 @@ def refine_many(
     Yields:
         uint8 (H, W) per job, in the order of the jobs.
     """
-    on_cpu = device.type == "cpu" or (isinstance(params, CrfConfig) and choose_backend(backend, device) == "pydensecrf")
-    if not on_cpu:
+    if isinstance(params, CrfConfig):
+        backend, device = choose_backend(backend, device)
+    if device.type != "cpu":
         for batch in _decoded_ahead(jobs):
             images, wishes = [image for image, _ in batch], [given for _, given in batch]
             yield from refine(images, wishes, params, num_labels, backend, device)
