@@ -199,6 +199,17 @@ CRF_PRESETS: dict[str, dict[str, Any]] = {
         "bilateral_srgb": 8.0,
         "bilateral_compat": 6.0,
     },
+    # the same size, from the maps' scores: tuned on mini's training split by benchmarks/soft_preset.py
+    "soft": {
+        "iterations": 5,
+        "unary": "scores",
+        "sharpness": 1.5,
+        "gaussian_sxy": 1.5,
+        "gaussian_compat": 1.0,
+        "bilateral_sxy": 20.0,
+        "bilateral_srgb": 8.0,
+        "bilateral_compat": 6.0,
+    },
 }
 """Known settings by name: ``crf: irn`` in a file, or ``crf: {preset: irn, iterations: 5}`` for one with changes."""
 

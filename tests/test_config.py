@@ -272,5 +272,7 @@ def test_a_preset_is_named_in_a_file_and_changed_by_a_setting(tmp_path: Path) ->
 
 @pytest.mark.parametrize("setting", ["pseudo_masks.crf=fast", "pseudo_masks.crf.preset=fast"])
 def test_an_unknown_preset_names_the_known_ones(tmp_path: Path, setting: str) -> None:
-    with pytest.raises(ConfigError, match="there is no CRF preset 'fast'; there are reference, irn, deeplab, mini"):
+    with pytest.raises(
+        ConfigError, match="there is no CRF preset 'fast'; there are reference, irn, deeplab, mini, soft"
+    ):
         load_config(write_yaml(tmp_path, "data: {kind: mini}"), [setting])
