@@ -4,7 +4,7 @@ BIN := .venv/bin
 NBSTRIPOUT := $(BIN)/nbstripout --keep-id
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test check format lab lock assets clean
+.PHONY: help setup reproduce test browser check format lab lock assets clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,8 +14,17 @@ setup: .venv/.stamp  ## install the versions of requirements.lock into .venv (5 
 reproduce: setup  ## run the whole chain on the mini data set; ends with the results and the path of the report
 	$(BIN)/smaf run configs/mini.yaml
 
-test: setup  ## run all tests
+test: setup browser  ## run all tests
 	$(BIN)/python -m pytest
+
+# tests/browser/conftest.py looks for the same names. Without a browser its tests say so: skipped here, failed in CI.
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
+browser:  ## see that there is a Chromium for the browser tests; root on Debian or Ubuntu gets it from apt-get
+	@for name in "$$SMAF_CHROMIUM" $(BROWSERS); do command -v "$$name" >/dev/null 2>&1 && exit; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  mkdir -p build; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends \
+	  chromium fonts-dejavu-core >build/browser.log 2>&1 || echo "apt-get could not install chromium: build/browser.log"; \
+	else echo "no Chromium here, so the browser tests are skipped; install it, or name one in SMAF_CHROMIUM"; fi
 
 check: setup  ## format, lint, types, notebooks stored without outputs
 	$(BIN)/ruff format --check .
