@@ -308,7 +308,7 @@ def _panels(result: Exploration, settings: Settings) -> list[dict[str, Any]]:
         key = f"scale {scale:g}"
         panels.append({"key": key, "title": key, "note": note, "off": not weight, "kind": "map", "data": to_bytes(cam)})
     notes = {
-        "fused": settings.fusion.replace("_", "-") + (", denoised" if settings.denoise else ""),
+        "fused": settings.fusion.replace("_", "-") + ("" if settings.denoise else ", not denoised"),
         "target": "reactivated" if settings.reactivate else "not reactivated",
         "mask": "before the CRF" if result.settings.crf is None and settings.crf else "CRF" if settings.crf else "no CRF",
     }
@@ -336,6 +336,7 @@ def _curve_lines(curve: Curve, settings: Settings, class_names: Sequence[str]) -
         "mean": plain(curve.mean),
         "at": [settings.bg_score, *plain(curve.at)],
         "class_name": class_names[settings.class_number],
+        "note": "before the CRF" if settings.crf else "",
     }
 
 

@@ -46,19 +46,22 @@ MAX_OTHERS = 6
 """As many classes beside those of the image label keep their maps, those that respond strongest."""
 
 
-def explorer_page(gallery: Gallery, title: str = "Attention explorer", max_bytes: int = MAX_BYTES) -> str:
+def explorer_page(
+    gallery: Gallery, title: str = "Attention explorer", index: int = 0, max_bytes: int = MAX_BYTES
+) -> str:
     """A self-contained HTML page that explores the images of a gallery.
 
     Args:
         gallery: images and maps; as many images as fit are taken, in its order.
         title: of the page.
+        index: of the image to begin with, if it fits into the page.
         max_bytes: the page's size at most.
 
     Raises:
         ValueError: if not even one image fits.
     """
     names = list(gallery.class_names)
-    first = gallery.first_settings(0)
+    first = gallery.first_settings(index)
     facts: dict[str, Any] = {
         "class_names": names,
         "colors": class_colors(len(names)),
@@ -72,6 +75,7 @@ def explorer_page(gallery: Gallery, title: str = "Attention explorer", max_bytes
             "size_sharpness": cams_module.SIZE_SHARPNESS,
         },
         "start": {
+            "index": index,
             "cls": first.class_number,
             "role": gallery.roles[0],
             "fusion": first.fusion,
@@ -95,6 +99,8 @@ def explorer_page(gallery: Gallery, title: str = "Attention explorer", max_bytes
         facts["thumbs"].append(thumb)
     if not facts["images"]:
         raise ValueError(f"not even one image fits into a page of {max_bytes} bytes")
+    if index >= len(facts["images"]):
+        facts["start"]["index"] = 0
     return _fill(facts, title)
 
 
@@ -210,15 +216,16 @@ def write_explorer(run: Run, num_images: int = 8) -> Path:
     return path
 
 
-def explorer_frame(gallery: Gallery, height: int = 960) -> Any:
+def explorer_frame(gallery: Gallery, index: int = 0, height: int = 960) -> Any:
     """The page inside of a notebook's output, to be the last line of a cell; it stays when the notebook is saved.
 
     Args:
         gallery: images and maps.
+        index: of the image to begin with.
         height: of the frame, in pixels.
     """
     from IPython.display import HTML
 
-    page = html.escape(explorer_page(gallery), quote=True)
+    page = html.escape(explorer_page(gallery, index=index), quote=True)
     style = f"width: 100%; height: {height}px; border: 0"
     return HTML(f'<div><iframe srcdoc="{page}" style="{style}" title="attention explorer"></iframe></div>')

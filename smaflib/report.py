@@ -199,6 +199,7 @@ def write_index(run: Run) -> Path:
         total=duration(sum(stage["seconds"] or 0 for stage in stages)),
         peak=max((stage["peak_memory_mb"] or 0 for stage in stages), default=0),
         results=_table_html(results_table(metrics), "IoU, precision and recall in percent", best=True),
+        explorer="explorer.html" if run.path("explorer.html").is_file() else None,
         classes=_table_html(class_table(metrics), "IoU by class, in percent"),
         config=dump_config(run.config),
         command=run.command(),

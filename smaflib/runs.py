@@ -148,8 +148,8 @@ STAGES: tuple[Stage, ...] = (
             "06_pseudo_masks",
             "07_segmentation",
         ),
-        settings=("evaluation",),
-        makes=("figures/08_*.png",),
+        settings=("data", "attention", "evaluation"),
+        makes=("figures/08_*.png", "explorer.html"),
     ),
 )
 

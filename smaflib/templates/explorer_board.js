@@ -108,6 +108,7 @@ function createBoard(root, on) {
       const figure = panels.children[number];
       figure.dataset.key = panel.key;
       figure.classList.toggle("smaf-off", Boolean(panel.off));
+      figure.querySelector("figcaption").title = `${panel.title} ${panel.note ?? ""}`;
       figure.querySelector("figcaption").innerHTML =
         `<b>${escapeHtml(panel.title)}</b> <span>${escapeHtml(panel.note ?? "")}</span>`;
       paint(figure.querySelector("canvas"), panel, view, board.look);
@@ -142,18 +143,22 @@ function paint(canvas, panel, view, look) {
   const [height, width] = view.size, num = height * width, pixels = new ImageData(width, height), out = pixels.data;
   const image = view.image, opacity = look.opacity;
   for (let i = 0; i < num; i++) {
-    const r = image[3 * i], g = image[3 * i + 1], b = image[3 * i + 2];
-    let base = [r, g, b], top = base, alpha = 0;
+    let r = image[3 * i], g = image[3 * i + 1], b = image[3 * i + 2];
+    const value = panel.kind === "image" ? 0 : panel.data[i];
     if (panel.kind === "map") {
-      const grey = (r + g + b) / 3, at = 3 * panel.data[i];
-      base = [grey, grey, grey];
-      top = [look.lut[at], look.lut[at + 1], look.lut[at + 2]];
-      alpha = opacity;
-    } else if (panel.kind === "labels" && panel.data[i] > 0 && panel.data[i] !== VOID) {
-      top = view.colors[panel.data[i] - 1];
-      alpha = opacity;
+      const grey = (1 - opacity) * (r + g + b) / 3;
+      r = grey + opacity * look.lut[3 * value];
+      g = grey + opacity * look.lut[3 * value + 1];
+      b = grey + opacity * look.lut[3 * value + 2];
+    } else if (panel.kind === "labels" && value > 0 && value !== VOID) {
+      const color = view.colors[value - 1];
+      r = (1 - opacity) * r + opacity * color[0];
+      g = (1 - opacity) * g + opacity * color[1];
+      b = (1 - opacity) * b + opacity * color[2];
     }
-    for (let c = 0; c < 3; c++) out[4 * i + c] = (1 - alpha) * base[c] + alpha * top[c];
+    out[4 * i] = r;
+    out[4 * i + 1] = g;
+    out[4 * i + 2] = b;
     out[4 * i + 3] = 255;
   }
   if (canvas.width !== width || canvas.height !== height) { canvas.width = width; canvas.height = height; }
@@ -197,7 +202,7 @@ function barRow(name, share, text, color, attributes) {
 /** curve: {scores, shown, mean, class_name, at: [bg_score, shown, mean]}; null where there is no truth. */
 function curveHtml(curve) {
   if (!curve) return "";
-  const box = { left: 46, top: 14, width: 330, height: 150 };
+  const box = { left: 40, top: 12, width: 252, height: 130 };
   const x = (score) => box.left + score * box.width, y = (iou) => box.top + (1 - iou) * box.height;
   const line = (values, kind) => {
     let pen = "M";
@@ -215,11 +220,11 @@ function curveHtml(curve) {
     <text x="${box.left - 8}" y="${y(tick) + 5}" text-anchor="end">${100 * tick}</text>
     <text x="${x(tick)}" y="${box.top + box.height + 20}" text-anchor="middle">${tick}</text>`);
   const percent = (value) => (value === null ? "–" : `${(100 * value).toFixed(1)} %`);
-  return `<h3>IoU over the background score</h3>
-    <svg viewBox="0 0 390 205" role="img" aria-label="IoU over the background score, before the CRF">${ticks.join("")}
+  return `<h3>IoU over the background score${curve.note ? ` <span>${escapeHtml(curve.note)}</span>` : ""}</h3>
+    <svg viewBox="0 0 306 186" role="img" aria-label="IoU over the background score, before the CRF">${ticks.join("")}
       <path class="smaf-now" d="M${x(at)} ${y(0)}V${y(1)}"/>${line(curve.mean, "smaf-line-mean")}${line(curve.shown, "smaf-line")}
       ${dot(mean, "smaf-dot-mean")}${dot(shown, "smaf-dot-shown")}
-      <text x="${x(0.5)}" y="${box.top + box.height + 38}" text-anchor="middle">background score; IoU in %, before the CRF</text></svg>
+      <text x="${x(0.5)}" y="${box.top + box.height + 38}" text-anchor="middle">background score (IoU in %)</text></svg>
     <p class="smaf-key" data-at="${at}"><span class="smaf-key-shown">${escapeHtml(curve.class_name)} ${percent(shown)}</span>
       <span class="smaf-key-mean">mean ${percent(mean)}</span></p>`;
 }

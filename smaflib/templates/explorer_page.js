@@ -131,7 +131,8 @@ function sweep({ label, score }, truth, scores, numLabels) {
 
 // ------------------------------------------------------------------------------------------------ state and controls
 
-const state = { ...DATA.start, on: DATA.scales.map(() => true), weights: DATA.scales.map(() => 1), index: 0, pixel: [] };
+const state = { ...DATA.start, on: DATA.scales.map(() => true), weights: DATA.scales.map(() => 1), pixel: [] };
+const start = { ...state };
 const kept = {};
 /** Compute once for a key, and again only when the key is another. */
 function keep(name, key, make) {
@@ -179,7 +180,7 @@ function viewOf(image, result) {
     const off = !state.on[s] || !state.weights[s], note = off ? "off" : state.weights[s] === 1 ? "" : `x ${state.weights[s]}`;
     panels.push({ key: `scale ${scale}`, title: `scale ${scale}`, note, off, kind: "map", data: toBytes(result.looks[s]) });
   });
-  const rule = state.fusion.replace("_", "-") + (state.denoise ? ", denoised" : "");
+  const rule = state.fusion.replace("_", "-") + (state.denoise ? "" : ", not denoised");
   panels.push({ key: "fused", title: "fused", note: rule, kind: "map", data: toBytes(result.fused) });
   const note = state.reactivate ? "reactivated" : "not reactivated";
   panels.push({ key: "target", title: "target", note, kind: "map", data: toBytes(result.target) });
@@ -256,8 +257,7 @@ function buildControls() {
     redraw();
   });
   form.addEventListener("submit", (event) => event.preventDefault());
-  fields.reset.addEventListener("click", () => { Object.assign(state, first, { cls: -1 }); fill(); choose(state.index); });
-  const first = { ...state };
+  fields.reset.addEventListener("click", () => { Object.assign(state, start, { index: state.index, cls: -1 }); fill(); choose(state.index); });
   fill();
 }
 
@@ -274,4 +274,4 @@ function showValues() {
 }
 
 buildControls();
-choose(0);
+choose(state.index);

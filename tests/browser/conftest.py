@@ -17,16 +17,15 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from driving import START_SECONDS
+from playwright.sync_api import Browser, sync_playwright
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")  # as in the Makefile
-START_SECONDS = 90
 
 
 def find_chromium() -> str | None:
@@ -48,26 +47,6 @@ def browser() -> Iterator[Browser]:
         chromium = playwright.chromium.launch(executable_path=path, headless=True, args=arguments)
         yield chromium
         chromium.close()
-
-
-@dataclass
-class Watched:
-    """A page, what it complained about, and what it asked of other machines."""
-
-    page: Page
-    allowed: tuple[str, ...]
-    errors: list[str] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
-        self.page.on("request", lambda request: self._note(request.url))
-        self.page.on("websocket", lambda socket: self._note(socket.url))
-
-    def _note(self, url: str) -> None:
-        if not url.startswith((*self.allowed, "data:", "blob:", "about:")):
-            self.requests.append(url)
 
 
 @pytest.fixture(scope="module")
@@ -126,27 +105,6 @@ def _await_server(server: subprocess.Popen[bytes], base: str, log: Path) -> None
             assert server.poll() is None, log.read_text()[-2000:]
             time.sleep(0.2)
     raise AssertionError(f"JupyterLab did not start: {log.read_text()[-2000:]}")
-
-
-def run_notebook(watched: Watched, base: str, name: str) -> None:
-    """Open a notebook and run all its cells."""
-    page = watched.page
-    page.goto(f"{base}/lab/tree/{name}?token=test&reset")
-    # A kernel is "idle" before the page is connected to it; run-all would then wait for ever.
-    page.wait_for_function(
-        """() => { const panel = window.jupyterapp?.shell.currentWidget, session = panel?.sessionContext;
-          const kernel = session?.session?.kernel;
-          return kernel && session.isReady && kernel.connectionStatus === "connected" && kernel.status === "idle"; }""",
-        timeout=START_SECONDS * 1000,
-    )
-    page.evaluate(
-        """() => { window.ran = null; window.jupyterapp.commands.execute("notebook:run-all-cells")
-          .then(() => { window.ran = "ok"; }, (error) => { window.ran = String(error); }); }"""
-    )
-    page.wait_for_function("() => window.ran !== null", timeout=START_SECONDS * 1000)
-    assert page.evaluate("() => window.ran") == "ok"
-    assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
-    page.locator(".smaf-board[data-drawn]").first.wait_for(timeout=30_000)
 
 
 @pytest.fixture(scope="session")
