@@ -50,7 +50,7 @@ def row_sample(truth: list[int] | None = None) -> Sample:
 
 
 def near(values: Tensor, expected: list[float]) -> bool:
-    return torch.allclose(values.flatten(), torch.tensor(expected), atol=1e-4)
+    return torch.allclose(values.flatten(), torch.tensor(expected, dtype=torch.float32), atol=1e-4)
 
 
 def test_from_scale_to_mask_by_hand() -> None:

@@ -67,7 +67,7 @@ class BoardPage:
               new MutationObserver(() => { window.drawnAt = performance.now(); })
                 .observe(root, { attributes: true, attributeFilter: ["data-drawn"] });
               for (const kind of ["keydown", "click", "input", "change"])
-                document.addEventListener(kind, () => { window.movedAt = performance.now(); }, true);
+                document.addEventListener(kind, () => { window.movedAt ??= performance.now(); }, true);
             }"""
         )
 
@@ -80,12 +80,12 @@ class BoardPage:
         return self.root.locator(f'figure[data-key="{panel}"] canvas').evaluate("canvas => canvas.toDataURL()")
 
     def after(self, act: Callable[[], Any]) -> float:
-        """Do something and wait until the board has been drawn anew; seconds from the last event to the new picture."""
+        """Do something and wait until the board has been drawn anew; seconds from the first event to the new picture."""
         before = self.drawn
-        self.page.evaluate("() => { window.drawnAt = 0; }")
+        self.page.evaluate("() => { window.drawnAt = 0; window.movedAt = null; }")
         act()
         self.page.wait_for_function(
-            "([root, before]) => Number(root.dataset.drawn) > before && window.drawnAt >= window.movedAt",
+            "([root, before]) => Number(root.dataset.drawn) > before && window.drawnAt",
             arg=[self.root.element_handle(), before],
             timeout=20_000,
         )
