@@ -4,10 +4,10 @@ BIN := .venv/bin
 NBSTRIPOUT := $(BIN)/nbstripout --keep-id
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test browser check format lab lock assets clean
+.PHONY: help setup reproduce test browser check format lab lock assets screenshots clean
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.stamp  ## install the versions of requirements.lock into .venv (5 GB, a few minutes, once)
 
@@ -44,6 +44,9 @@ assets: setup  ## take the shipped weights and the README's pictures from the ru
 	$(BIN)/python -m smaflib.shipped papermill_runs/mini
 	cd papermill_runs/mini/figures && for pair in 00_scales:scales 00_mask:mask 03_scales:scales_per_image \
 	  06_pseudo_masks:pseudo_masks; do cp $${pair%%:*}.png ../../../docs/$${pair##*:}.png; done
+
+screenshots: setup browser  ## take the README's pictures of the explorer anew, in a real browser
+	SMAF_SCREENSHOTS=docs $(BIN)/python -m pytest tests/browser -k screenshot
 
 clean:  ## remove caches and build leftovers; .venv and papermill_runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

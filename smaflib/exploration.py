@@ -1,8 +1,8 @@
 """What the explorer shows, as numbers: one image's maps from scale to mask, under settings that can be changed at once.
 
-No widget in here. :class:`Gallery` holds images and their attention maps, which are computed once; :func:`explore` turns
-one image's maps and a :class:`Settings` into an :class:`Exploration`. :mod:`smaflib.explorer` shows it in JupyterLab,
-:mod:`smaflib.explorer_page` as a page that needs no kernel.
+No widget in here. :class:`Gallery` holds images and their attention maps, which are computed once; :func:`explore`
+turns one image's maps and a :class:`Settings` into an :class:`Exploration`. :mod:`smaflib.explorer` shows it in
+JupyterLab, :mod:`smaflib.explorer_page` as a page that needs no kernel.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ def _size(sample: Sample) -> tuple[int, int]:
     return (sample.image.shape[-2], sample.image.shape[-1])
 
 
-# -------------------------------------------------------------------------------------------------- images and their maps
+# ------------------------------------------------------------------------------------------------ images and their maps
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """The attention explorer for JupyterLab: every knob from the image to the mask, and what each does, at once.
 
-``Explorer()`` works right after installation, with the networks that come with the package; ``Explorer.from_run("mini")``
-shows the images of a run. The numbers come from :mod:`smaflib.exploration`; this module only has the controls and sends
-the pictures. In the browser one board stays and redraws itself (``templates/explorer_board.js``), which is several times
-as fast as a new figure for each move.
+``Explorer()`` works right after installation, with the networks that come with the package, and
+``Explorer.from_run("mini")`` shows the images of a run. The numbers come from :mod:`smaflib.exploration`; this module
+only has the controls and sends the pictures. In the browser one board stays and redraws itself
+(``templates/explorer_board.js``), which is several times as fast as a new figure for each move.
 """
 
 from __future__ import annotations
@@ -50,15 +50,17 @@ REST_SECONDS = 0.25
 """The CRF starts when nothing has moved for so long: a slider that is being dragged does not wait for it."""
 
 
-class Board(anywidget.AnyWidget):  # type: ignore[misc]
+class Board(anywidget.AnyWidget):
     """The part of the explorer that draws. Its traits are what ``templates/explorer_widget.js`` reads and writes."""
 
-    _esm = "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in ("explorer_board.js", "explorer_widget.js"))
+    _esm = "\n".join(
+        (TEMPLATES / name).read_text(encoding="utf-8") for name in ("explorer_board.js", "explorer_widget.js")
+    )
     _css = (TEMPLATES / "explorer.css").read_text(encoding="utf-8")
-    images = traitlets.List().tag(sync=True)  # of {"name", "thumb"}
+    images: Any = traitlets.List().tag(sync=True)  # of {"name", "thumb"}
     index = traitlets.Int(0).tag(sync=True)  # written by both sides
     view = traitlets.Dict().tag(sync=True)
-    pixel = traitlets.List().tag(sync=True)  # [row, column] or []; written by both sides
+    pixel: Any = traitlets.List().tag(sync=True)  # [row, column] or []; written by both sides
     reading = traitlets.Dict().tag(sync=True)
     status = traitlets.Dict().tag(sync=True)  # {"text", "kind"}; kind: "", "busy" or "error"
     opacity = traitlets.Float(0.75).tag(sync=True)
@@ -310,7 +312,11 @@ def _panels(result: Exploration, settings: Settings) -> list[dict[str, Any]]:
     notes = {
         "fused": settings.fusion.replace("_", "-") + ("" if settings.denoise else ", not denoised"),
         "target": "reactivated" if settings.reactivate else "not reactivated",
-        "mask": "before the CRF" if result.settings.crf is None and settings.crf else "CRF" if settings.crf else "no CRF",
+        "mask": "before the CRF"
+        if result.settings.crf is None and settings.crf
+        else "CRF"
+        if settings.crf
+        else "no CRF",
     }
     for key, values in (("fused", result.fused), ("target", result.target), ("mask", result.mask)):
         kind = "labels" if key == "mask" else "map"
@@ -371,7 +377,7 @@ _LABELS = {"description_width": "104px"}
 def _first_values(gallery: Gallery) -> dict[str, Any]:
     """What each control begins with, but for those that depend on the image."""
     first, crf = gallery.first_settings(0), gallery.config.pseudo_masks.crf
-    values = {"role": gallery.roles[0], "flip": gallery.config.attention.flip, "fusion": first.fusion}
+    values: dict[str, Any] = {"role": gallery.roles[0], "flip": gallery.config.attention.flip, "fusion": first.fusion}
     values |= {"bg_score": first.bg_score, "denoise": True, "reactivate": True, "crf": False}
     values |= {f"scale_{i}": True for i in range(len(gallery.scales))}
     values |= {f"weight_{i}": 1.0 for i in range(len(gallery.scales))}
@@ -394,9 +400,7 @@ def _make_controls(gallery: Gallery) -> dict[str, Any]:
         return widgets.Checkbox(first[name], description=text, indent=False, layout=widgets.Layout(width="98px"))
 
     def menu(name: str, text: str, options: Sequence[Any]) -> Any:
-        return widgets.Dropdown(
-            options=options, value=first[name], description=text, style=_LABELS, layout=_WIDE
-        )
+        return widgets.Dropdown(options=options, value=first[name], description=text, style=_LABELS, layout=_WIDE)
 
     roles = [(ROLE_NAMES[role], role) for role in gallery.roles]
     half = widgets.Layout(width="98px")

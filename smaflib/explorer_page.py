@@ -1,4 +1,4 @@
-"""The explorer as a page of its own: it needs no kernel and no network, so that it stays in saved notebooks and reports.
+"""The explorer as a page of its own: it needs no kernel and no network, so it stays in saved notebooks and reports.
 
 Widgets vanish when a notebook is saved. The page holds the maps of a few images at the network's own resolution, in 8
 bits, and takes the library's steps from there in the reader's browser (``templates/explorer_page.js``).
@@ -122,8 +122,8 @@ def _fill(facts: dict[str, Any], title: str) -> str:
 def page_image(gallery: Gallery, index: int) -> dict[str, Any]:
     """One image as ``templates/explorer_page.js`` reads it: picture, truth as run lengths, maps in 8 bits.
 
-    Maps: per role ``data``, a byte per cell, scale by scale, class by class; a byte of 255 stands for the map's peak, which
-    is in ``peaks`` (S, C).
+    Maps: per role ``data``, a byte per cell, scale by scale, class by class; a byte of 255 stands for the map's peak,
+    which is in ``peaks`` (S, C).
     """
     sample = gallery.samples[index]
     flip = gallery.config.attention.flip
@@ -187,7 +187,9 @@ def _kept_classes(label: list[int], by_role: list[list[Tensor]]) -> list[int]:
     return sorted([*label, *others[:MAX_OTHERS]])
 
 
-def _shrunk(sample: Sample, by_role: dict[Any, list[Tensor]]) -> tuple[tuple[int, int], Sample, dict[Any, list[Tensor]]]:
+def _shrunk(
+    sample: Sample, by_role: dict[Any, list[Tensor]]
+) -> tuple[tuple[int, int], Sample, dict[Any, list[Tensor]]]:
     """Image, truth and maps at a size that fits into the page."""
     height, width = sample.image.shape[-2:]
     factor = PAGE_SIDE / max(height, width)

@@ -167,7 +167,9 @@ def test_what_the_notebook_tells_to_try_is_so() -> None:
 
     assert mean(denoise=False) < mean() - 0.2
     assert mean(image_label=(*first.image_label, names.index("ram"))) < mean() - 0.02
-    by_role = [[iou(k, role, image) for image, k in ((1, names.index("plant")), (2, crane))] for role in ("teacher", "student")]
+    by_role = [
+        [iou(k, role, image) for image, k in ((1, names.index("plant")), (2, crane))] for role in ("teacher", "student")
+    ]
     assert by_role[1][0] > by_role[0][0] and by_role[1][1] < by_role[0][1]  # better on some, worse on others
     curves = [iou_curve(gallery.explore(index, "teacher", replace(first, class_number=k))) for k in (llama, crane)]
     best = [curve.scores[int(np.nanargmax(curve.shown))] for curve in curves if curve]

@@ -1,7 +1,7 @@
 """A real Chromium, and a real JupyterLab for it to open: the fixtures of the browser tests.
 
-Where there is no Chromium these tests are skipped with a reason; in CI (``CI=true``) that is a failure. ``make browser``
-gets one, ``SMAF_CHROMIUM`` names one. ``SMAF_SCREENSHOTS=docs`` keeps pictures of what the tests see (``make
+Where there is no Chromium these tests are skipped with a reason; in CI (``CI=true``) that is a failure. ``make
+browser`` gets one, ``SMAF_CHROMIUM`` names one. ``SMAF_SCREENSHOTS=docs`` keeps pictures of what the tests see (``make
 screenshots``).
 """
 

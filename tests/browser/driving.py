@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from playwright.sync_api import Locator, Page
 
 from smaflib.exploration import Exploration, Reading
@@ -80,7 +83,7 @@ class BoardPage:
         return self.root.locator(f'figure[data-key="{panel}"] canvas').evaluate("canvas => canvas.toDataURL()")
 
     def after(self, act: Callable[[], Any]) -> float:
-        """Do something and wait until the board has been drawn anew; seconds from the first event to the new picture."""
+        """Do something, wait until the board has been drawn anew; seconds from the first event to the new picture."""
         before = self.drawn
         self.page.evaluate("() => { window.drawnAt = 0; window.movedAt = null; }")
         act()
@@ -127,6 +130,13 @@ class BoardPage:
         assert box is not None
         where = {"x": (col + 0.5) / size[1] * box["width"], "y": (row + 0.5) / size[0] * box["height"]}
         canvas.click(position=where)  # type: ignore[arg-type]
+
+
+def keep_screenshot(target: Locator | Page, path: Path) -> None:
+    """A screenshot for the README, small: 256 colours are enough."""
+    with Image.open(io.BytesIO(target.screenshot())) as picture:
+        small = picture.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
+    small.save(path, optimize=True)
 
 
 def expected_iou(result: Exploration, class_names: tuple[str, ...]) -> dict[str, float]:

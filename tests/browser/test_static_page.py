@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driving import BoardPage, Watched, agrees, expected_iou, shown_values
+from driving import BoardPage, Watched, agrees, expected_iou, keep_screenshot, shown_values
 from playwright.sync_api import Browser, Locator
 
 from smaflib.cams import FUSION_RULES
@@ -141,7 +141,9 @@ def test_no_scale_at_all_is_said_and_reset_helps(static: Static) -> None:
         if static.field(f"on_{number}").is_checked():
             static.field(f"on_{number}").uncheck()
     status = static.board.root.locator(".smaf-status")
-    static.page.wait_for_function("() => document.querySelector('.smaf-status').textContent.includes('no scale takes part')")
+    static.page.wait_for_function(
+        "() => document.querySelector('.smaf-status').textContent.includes('no scale takes part')"
+    )
     assert status.get_attribute("data-kind") == "error"
     static.role = "teacher"
     first = static.gallery.first_settings(static.index)
@@ -173,4 +175,4 @@ def test_screenshot_for_the_readme(static: Static, screenshots: Path | None) -> 
     static.board.after(lambda: static.field("reset").click())
     static.board.after(lambda: static.field("cls").select_option("crane"))
     static.board.after(lambda: static.board.click_pixel(50, 100, (128, 128), "image"))
-    static.page.screenshot(path=str(screenshots / "explorer_static.png"))
+    keep_screenshot(static.page, screenshots / "explorer_static.png")
