@@ -267,10 +267,10 @@ def test_screenshot_for_the_readme(lab_page: Lab, screenshots: Path | None) -> N
         pytest.skip("SMAF_SCREENSHOTS names no folder; `make screenshots` does")
     lab = lab_page
     strip = lab.board.root.locator(".smaf-strip button")
-    lab.board.after(lambda: strip.nth(FIRST).click())
+    strip.nth(FIRST).click()
     lab.root.get_by_role("button", name="reset").click()
-    lab.page.wait_for_timeout(500)
-    lab.board.after(lambda: lab.board.click_pixel(58, 72, (128, 128), "image"))
+    lab.page.wait_for_timeout(1000)
+    lab.board.after(lambda: lab.board.click_pixel(45, 45, (128, 128), "image"))
     lab.page.wait_for_timeout(500)
     lab.root.scroll_into_view_if_needed()
     keep_screenshot(lab.root, screenshots / "explorer.png")

@@ -171,8 +171,8 @@ def test_moves_are_fast_and_nothing_was_asked_of_a_network(static: Static, recor
 def test_screenshot_for_the_readme(static: Static, screenshots: Path | None) -> None:
     if screenshots is None:
         pytest.skip("SMAF_SCREENSHOTS names no folder; `make screenshots` does")
-    static.board.after(lambda: static.board.root.locator(".smaf-strip button").nth(FIRST).click())
+    static.board.root.locator(".smaf-strip button").nth(FIRST).click()
     static.board.after(lambda: static.field("reset").click())
     static.board.after(lambda: static.field("cls").select_option("crane"))
-    static.board.after(lambda: static.board.click_pixel(50, 100, (128, 128), "image"))
+    static.board.after(lambda: static.board.click_pixel(58, 86, (128, 128), "image"))
     keep_screenshot(static.page, screenshots / "explorer_static.png")
