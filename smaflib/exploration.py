@@ -128,13 +128,11 @@ class Curve:
         scores: background scores.
         shown: IoU of the class shown, per score; nan where neither truth nor mask holds it.
         mean: mean IoU over the labels of truth and mask, per score.
-        at: the two at the background score of the settings.
     """
 
     scores: tuple[float, ...]
     shown: tuple[float, ...]
     mean: tuple[float, ...]
-    at: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -186,6 +184,13 @@ class Exploration:
         """(K+1,) IoU of the mask in [0, 1], background first; nan for what is in neither mask nor truth."""
         return None if self.truth is None else _iou(self.mask, self.truth, len(self.clean))
 
+    @cached_property
+    def iou_before_crf(self) -> Tensor | None:
+        """As ``iou``, of ``labels``: what the curve over the background score has at this point."""
+        if self.truth is None or self.labels is self.mask:
+            return self.iou
+        return _iou(self.labels, self.truth, len(self.clean))
+
     @property
     def miou(self) -> float:
         """Mean IoU over the labels of mask and truth; nan without truth."""
@@ -223,10 +228,17 @@ def explore(sample: Sample, cams: Sequence[Tensor], scales: Sequence[float], set
 
 @dataclass(frozen=True)
 class Fused:
-    """The part of an :class:`Exploration` that the background score does not change: it can be kept while it moves."""
+    """The part of an :class:`Exploration` that the background score does not change: it can be kept while it moves.
+
+    Attributes:
+        scale_maps: (S, H, W) in [0, 1], the class shown at each scale.
+        clean: (K, H, W) in [0, 1].
+        numbers: of the classes whose maps in ``clean`` can be other than zero.
+    """
 
     scale_maps: Tensor
     clean: Tensor
+    numbers: tuple[int, ...]
 
 
 def fused_under(sample: Sample, cams: Sequence[Tensor], scales: Sequence[float], settings: Settings) -> Fused:
@@ -246,31 +258,37 @@ def fused_under(sample: Sample, cams: Sequence[Tensor], scales: Sequence[float],
         image_label = torch.zeros(num_classes)
         image_label[list(settings.image_label)] = 1
         fused = denoise(fused, image_label)
-    return Fused(scale_maps, fused)
+    return Fused(scale_maps, fused, tuple(numbers))
 
 
 def with_mask(sample: Sample, fused: Fused, scales: Sequence[float], settings: Settings) -> Exploration:
     """Target and mask of maps that are fused already; arguments as :func:`explore`."""
     clean, bg_score, shown_class = fused.clean, settings.bg_score, settings.class_number
-    target = reactivate(clean, bg_score)[1 + shown_class] if settings.reactivate else clean[shown_class]
-    labels = hard_labels(clean, bg_score)
+    target, numbers = clean[shown_class], list(fused.numbers)
+    # Classes without a map win nowhere and change no maximum: of eighty, one or two are left.
+    some = clean[numbers or [shown_class]]
+    if settings.reactivate and shown_class in numbers:
+        target = reactivate(some, bg_score)[1 + numbers.index(shown_class)]
+    label_of = torch.tensor([0, *(number + 1 for number in numbers or [shown_class])], dtype=torch.uint8)
+    labels = label_of[hard_labels(some, bg_score).long()]
     mask = labels if settings.crf is None else pseudo_mask(sample.image, clean, bg_score, settings.crf)
     return Exploration(settings, tuple(scales), fused.scale_maps, clean, target, labels, mask, sample.mask)
 
 
 def iou_curve(result: Exploration) -> Curve | None:
-    """IoU over the background score, of the masks before the CRF; None without truth."""
+    """IoU over the background score, of the masks before the CRF; None without truth.
+
+    It does not depend on the background score, reactivation or CRF of the settings.
+    """
     if result.truth is None:
         return None
     index, names = result.settings.class_number + 1, [str(number) for number in range(len(result.clean))]
     swept = sweep_thresholds([result.clean], [result.truth], names, EvaluationConfig(thresholds=CURVE_SCORES))
     ious = [scores.iou for scores in swept.values()]
-    here = _iou(result.labels, result.truth, len(names))
     return Curve(
         CURVE_SCORES,
         tuple(float(iou[index]) for iou in ious),
         tuple(mean_over_classes(iou) for iou in ious),
-        (float(here[index]), mean_over_classes(here)),
     )
 
 

@@ -23,6 +23,7 @@ import traitlets
 
 from smaflib.cams import FUSION_RULES
 from smaflib.config import CrfConfig, InputError
+from smaflib.evaluation import mean_over_classes
 from smaflib.exploration import (
     COLOR_MAPS,
     THUMBNAIL_SIDE,
@@ -85,8 +86,8 @@ class Explorer:
         self.board = Board(luts={name: color_table(name) for name in COLOR_MAPS})
         self.controls = _make_controls(self.gallery)
         self.exploration: Exploration
-        self.curve: Curve | None = None
         self._fused: tuple[Any, Fused] | None = None
+        self._curve: tuple[Any, Curve | None] | None = None
         self._quiet = False
         self._refining: asyncio.Task[None] | None = None
         self._crf_thread = ThreadPoolExecutor(1, thread_name_prefix="explorer_crf")
@@ -273,8 +274,16 @@ class Explorer:
             self._fused = (key, fused)
         return self._fused[1]
 
+    @property
+    def curve(self) -> Curve | None:
+        """IoU over the background score of what is shown; kept as long as the fused maps are."""
+        key = None if self._fused is None else self._fused[0]
+        if self._curve is None or self._curve[0] != key:
+            self._curve = (key, iou_curve(self.exploration))
+        return self._curve[1]
+
     def _show(self, result: Exploration, settings: Settings) -> None:
-        self.exploration, self.curve = result, iou_curve(result)
+        self.exploration = result
         sample = self.gallery.samples[self.board.index]
         class_names = self.gallery.class_names
         self.board.view = {
@@ -285,7 +294,7 @@ class Explorer:
             "class_names": list(class_names),
             "colors": class_colors(len(class_names)),
             "iou": _iou_rows(result),
-            "curve": self.curve and _curve_lines(self.curve, settings, class_names),
+            "curve": self.curve and _curve_lines(self.curve, result, settings, class_names),
         }
         self._read_pixel()
 
@@ -332,7 +341,11 @@ def _iou_rows(result: Exploration) -> dict[str, Any] | None:
     return {"rows": rows, "mean": result.miou}
 
 
-def _curve_lines(curve: Curve, settings: Settings, class_names: Sequence[str]) -> dict[str, Any]:
+def _curve_lines(curve: Curve, result: Exploration, settings: Settings, class_names: Sequence[str]) -> dict[str, Any]:
+    iou = result.iou_before_crf
+    assert iou is not None  # there is no curve without truth
+    here = [float(iou[settings.class_number + 1]), mean_over_classes(iou)]
+
     def plain(values: Sequence[float]) -> list[float | None]:
         return [None if math.isnan(value) else value for value in values]  # NaN is not JSON
 
@@ -340,7 +353,7 @@ def _curve_lines(curve: Curve, settings: Settings, class_names: Sequence[str]) -
         "scores": list(curve.scores),
         "shown": plain(curve.shown),
         "mean": plain(curve.mean),
-        "at": [settings.bg_score, *plain(curve.at)],
+        "at": [settings.bg_score, *plain(here)],
         "class_name": class_names[settings.class_number],
         "note": "before the CRF" if settings.crf else "",
     }

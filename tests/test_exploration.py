@@ -102,14 +102,15 @@ def test_void_pixels_count_nowhere_and_without_truth_there_is_no_iou() -> None:
 
 def test_curve_by_hand() -> None:
     # Scores: class 0 at 1 and 1 (right), class 1 at .5 (right) and 1 (wrong, background).
-    curve = iou_curve(explore(row_sample([1, 1, 2, 0]), CAMS, SCALES, replace(BOTH, class_number=1)))
+    result = explore(row_sample([1, 1, 2, 0]), CAMS, SCALES, replace(BOTH, class_number=1))
+    curve = iou_curve(result)
     assert curve is not None and curve.scores == CURVE_SCORES
     low, high = curve.scores.index(0.48), curve.scores.index(0.52)
     assert curve.shown[low] == pytest.approx(1 / 2)
     assert curve.shown[high] == 0  # the hit has become background, the false alarm is left
     assert curve.mean[low] == pytest.approx((0 + 1 + 1 / 2) / 3)
     assert curve.mean[high] == pytest.approx(1 / 3)
-    assert curve.at == pytest.approx((1 / 2, 1 / 2))
+    assert iou_curve(replace(result, settings=replace(BOTH, class_number=1, bg_score=0.9))) == curve
 
 
 def test_pixel_tells_each_scale_and_its_label() -> None:
@@ -131,7 +132,8 @@ def test_crf_is_the_one_of_the_pseudo_masks() -> None:
     plain, refined = (gallery.explore(0, "teacher", replace(settings, crf=choice)) for choice in (None, crf))
     expected = pseudo_mask(gallery.samples[0].image, plain.clean, settings.bg_score, crf)
     assert torch.equal(refined.mask, expected) and not torch.equal(refined.mask, plain.mask)
-    assert torch.equal(refined.labels, plain.mask)
+    assert torch.equal(refined.labels, plain.mask) and plain.iou is not None and refined.iou_before_crf is not None
+    assert refined.iou_before_crf.nan_to_num(-1).tolist() == plain.iou.nan_to_num(-1).tolist()
     assert iou_curve(refined) == iou_curve(plain)  # of the masks before the CRF
 
 

@@ -112,6 +112,8 @@ function createBoard(root, on) {
       figure.querySelector("figcaption").innerHTML =
         `<b>${escapeHtml(panel.title)}</b> <span>${escapeHtml(panel.note ?? "")}</span>`;
       paint(figure.querySelector("canvas"), panel, view, board.look);
+      if (figure.drawnEdges === edges && figure.drawnSize === String(view.size)) return;
+      Object.assign(figure, { drawnEdges: edges, drawnSize: String(view.size) });
       const [height, width] = view.size;
       const svg = figure.querySelector("svg");
       svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
@@ -140,8 +142,14 @@ function createBoard(root, on) {
 
 /** One panel: {kind: "image" | "map" | "labels", data}, a byte per pixel but for the image itself. */
 function paint(canvas, panel, view, look) {
-  const [height, width] = view.size, num = height * width, pixels = new ImageData(width, height), out = pixels.data;
+  const [height, width] = view.size, num = height * width;
   const image = view.image, opacity = look.opacity;
+  const before = canvas.painted ?? {}, now = { kind: panel.kind, image, data: panel.data, opacity, lut: look.lut };
+  canvas.painted = now;
+  // Most moves leave most panels as they are.
+  if (before.kind === now.kind && before.opacity === opacity && same(before.image, image) && same(before.data, now.data) &&
+    (now.kind !== "map" || before.lut === now.lut)) return;
+  const pixels = new ImageData(width, height), out = pixels.data;
   for (let i = 0; i < num; i++) {
     let r = image[3 * i], g = image[3 * i + 1], b = image[3 * i + 2];
     const value = panel.kind === "image" ? 0 : panel.data[i];
@@ -165,9 +173,14 @@ function paint(canvas, panel, view, look) {
   canvas.getContext("2d").putImageData(pixels, 0, 0);
 }
 
+/** Whether two byte arrays hold the same. */
+function same(one, other) {
+  return one === other || (one && other && one.length === other.length && one.every((value, i) => value === other[i]));
+}
+
 /** The border between the labels of a mask as an SVG path along the edges of pixels; void counts as background. */
 function outlinePath(mask, [height, width]) {
-  if (outlinePath.last?.mask === mask) return outlinePath.last.path;
+  if (outlinePath.last && same(outlinePath.last.mask, mask) && outlinePath.last.width === width) return outlinePath.last.path;
   const label = (row, col) => { const value = mask[row * width + col]; return value === VOID ? 0 : value; };
   const steps = [];
   for (let row = 0; row < height; row++) {
@@ -177,7 +190,7 @@ function outlinePath(mask, [height, width]) {
     }
   }
   const path = steps.join("");
-  outlinePath.last = { mask, path };
+  outlinePath.last = { mask, width, path };
   return path;
 }
 

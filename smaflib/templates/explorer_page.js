@@ -172,7 +172,16 @@ function compute(image) {
   return { looks, fused, target, mask, iou, curve };
 }
 
-const toBytes = (map) => Uint8Array.from(map, (value) => Math.round(255 * Math.min(1, Math.max(0, value))));
+const byteMaps = new WeakMap();
+/** A map in [0, 1] as bytes; of a map that was kept, the same bytes again. */
+function toBytes(map) {
+  if (!byteMaps.has(map)) {
+    const bytes = new Uint8Array(map.length);
+    for (let i = 0; i < map.length; i++) bytes[i] = Math.round(255 * Math.min(1, Math.max(0, map[i])));
+    byteMaps.set(map, bytes);
+  }
+  return byteMaps.get(map);
+}
 
 function viewOf(image, result) {
   const panels = [{ key: "image", title: "image", note: image.truth ? "+ truth" : "", kind: "image", data: null }];

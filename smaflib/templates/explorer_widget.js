@@ -12,10 +12,11 @@ export default {
       pixel: (pixel) => { board.setPixel(pixel, null); tell("pixel", pixel); },
       image: (index) => { if (index >= 0 && index < model.get("images").length) tell("index", index); },
     });
+    const luts = Object.fromEntries(Object.entries(model.get("luts")).map(([name, table]) => [name, bytes(table)]));
     const show = {
       images: () => board.setImages(model.get("images"), model.get("index")),
       status: () => board.setStatus(model.get("status").text ?? "", model.get("status").kind ?? ""),
-      look: () => board.setLook({ opacity: model.get("opacity"), lut: bytes(model.get("luts")[model.get("colormap")]) }),
+      look: () => board.setLook({ opacity: model.get("opacity"), lut: luts[model.get("colormap")] }),
       reading: () => board.setPixel(model.get("pixel"), model.get("reading").values ? model.get("reading") : null),
       view: () => {
         const view = model.get("view");

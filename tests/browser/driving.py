@@ -15,7 +15,7 @@ from playwright.sync_api import Locator, Page
 
 from smaflib.exploration import Exploration, Reading
 
-START_SECONDS = 90
+START_SECONDS = 180  # a machine with other work
 
 
 @dataclass

@@ -29,11 +29,13 @@ REDRAW_SECONDS = 1.0
 class Static:
     """The page, and beside it the same settings in this process on the same 8-bit maps."""
 
-    def __init__(self, watched: Watched, gallery: Gallery) -> None:
+    def __init__(self, watched: Watched, gallery: Gallery, path: Path) -> None:
         self.watched, self.page = watched, watched.page
+        self.page.goto(path.as_uri())
+        self.page.locator(".smaf-board[data-drawn]").wait_for(timeout=20_000)
         self.board = BoardPage(self.page.locator(".smaf-board"))
         self.form = self.page.locator("#smaf-controls")
-        self.full, self.gallery = gallery, Gallery.shipped(len(gallery.samples))
+        self.full, self.gallery = gallery, replace(gallery, _cams={})
         for index in range(len(gallery.samples)):
             for role in gallery.roles:
                 self.gallery._cams[index, role, True] = dequantize(*quantize(gallery.cams(index, role, True)))
@@ -70,9 +72,7 @@ def static(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     path.write_text(explorer_page(gallery, "Attention explorer", FIRST), encoding="utf-8")
     context = browser.new_context(viewport={"width": 1500, "height": 760}, offline=True)
     watched = Watched(context.new_page(), (path.as_uri(),))
-    watched.page.goto(path.as_uri())
-    watched.page.locator(".smaf-board[data-drawn]").wait_for(timeout=20_000)
-    yield Static(watched, gallery)
+    yield Static(watched, gallery, path)
     context.close()
 
 
@@ -166,6 +166,30 @@ def test_moves_are_fast_and_nothing_was_asked_of_a_network(static: Static, recor
     assert max(medians.values()) < REDRAW_SECONDS, medians
     assert static.watched.errors == []
     assert static.watched.requests == []
+
+
+def test_void_pixels_images_without_truth_and_a_teacher_alone(browser: Browser, tmp_path: Path) -> None:
+    gallery = Gallery.shipped(3)
+    del gallery.networks["student"]
+    mask = gallery.samples[2].mask
+    assert mask is not None
+    mask[60:90, 30:80] = 255  # on the llama's body
+    gallery.samples[0] = replace(gallery.samples[0], mask=None)
+    path = tmp_path / "page.html"
+    path.write_text(explorer_page(gallery), encoding="utf-8")
+    context = browser.new_context(offline=True)
+    static = Static(Watched(context.new_page(), (path.as_uri(),)), gallery, path)
+    assert "No truth" in static.board.root.locator(".smaf-iou").inner_text()
+    assert static.board.root.locator(".smaf-curve").inner_text() == ""
+    assert static.field("role").locator("option").all_inner_texts() == ["classifier (teacher)"]
+    static.board.after(lambda: static.board.root.locator(".smaf-strip button").nth(2).click())
+    static.settings = replace(static.settings, bg_score=gallery.first_settings(0).bg_score)
+    static.assert_right()
+    static.change("mask", lambda: static.slide("bg", 0.15), bg_score=0.15)
+    static.board.after(lambda: static.board.click_pixel(75, 55, (128, 128)))
+    assert static.board.root.locator("[data-truth]").inner_text() == "void"
+    assert static.watched.errors == []
+    context.close()
 
 
 def test_screenshot_for_the_readme(static: Static, screenshots: Path | None) -> None:
