@@ -139,6 +139,7 @@ class Explorer:
     # ------------------------------------------------------------------------------------------------------ the reader
 
     def _connect(self) -> None:
+        # No throttle of our own: a slider in motion sends its next value when the kernel is done with the last one.
         controls, board = self.controls, self.board
         computed = ["class_number", "image_label", "role", "flip", "fusion", "bg_score", "denoise", "reactivate", "crf"]
         computed += [f"{what}_{i}" for i in range(len(self.gallery.scales)) for what in ("scale", "weight")]
