@@ -41,21 +41,26 @@ function enlarge(cells, [h, w], [height, width]) {
   return large;
 }
 
+/** Enlarged maps [scale][class] of one role. */
+function enlargeAll(image, { data, peaks }) {
+  const levels = unpack(data);
+  let at = 0;
+  return image.shapes.map(([h, w], scale) => image.classes.map((_, k) => {
+    const cells = Float32Array.from(levels.subarray(at, (at += h * w)), (level) => (level / 255) * peaks[scale][k]);
+    return enlarge(cells, [h, w], image.size);
+  }));
+}
+
+const KEPT_IMAGES = 3; // a photo's maps take 20 MB a role
 const opened = new Map();
-/** Picture, truth and enlarged maps [role][scale][class] of an image, made once. */
+/** Picture, truth and `mapsOf(role)` of an image, each made once while the image is among the last ones. */
 async function open(index) {
   if (!opened.has(index)) {
-    const image = DATA.images[index], num = image.size[0] * image.size[1], maps = {};
-    for (const [role, { data, peaks }] of Object.entries(image.maps)) {
-      const levels = unpack(data);
-      let at = 0;
-      maps[role] = image.shapes.map(([h, w], scale) => image.classes.map((_, k) => {
-        const cells = Float32Array.from(levels.subarray(at, (at += h * w)), (level) => (level / 255) * peaks[scale][k]);
-        return enlarge(cells, [h, w], image.size);
-      }));
-    }
+    const image = DATA.images[index], num = image.size[0] * image.size[1], made = {};
+    const mapsOf = (role) => (made[role] ??= enlargeAll(image, image.maps[role]));
     const picture = await decodePicture(image.picture, image.size);
-    opened.set(index, { ...image, picture, maps, truth: image.truth && expandRuns(image.truth, num) });
+    opened.set(index, { ...image, picture, mapsOf, truth: image.truth && expandRuns(image.truth, num) });
+    if (opened.size > KEPT_IMAGES) opened.delete(opened.keys().next().value);
   }
   return opened.get(index);
 }
@@ -144,7 +149,7 @@ function keep(name, key, make) {
 function compute(image) {
   const taking = DATA.scales.map((_, s) => s).filter((s) => state.on[s] && state.weights[s] > 0);
   if (!taking.length) return null;
-  const maps = image.maps[state.role], num = image.size[0] * image.size[1], at = image.classes.indexOf(state.cls);
+  const maps = image.mapsOf(state.role), num = image.size[0] * image.size[1], at = image.classes.indexOf(state.cls);
   const how = [state.index, state.role, state.fusion, state.denoise, taking, state.weights];
   const clean = keep("clean", how, () => image.classes.map((number, k) => {
     if (state.denoise && !image.label.includes(number)) return new Float32Array(num);
@@ -229,7 +234,8 @@ async function choose(index) {
 
 /** What was drawn last; a later call overtakes an earlier one that still waits for its picture. */
 async function redraw() {
-  const image = await open(state.index);
+  const index = state.index, image = await open(index);
+  if (index !== state.index) return;
   const result = compute(image);
   if (!result) return board.setStatus("no scale takes part in the fusion; switch at least one on", "error");
   const others = DATA.class_names.length - image.classes.length;
