@@ -376,12 +376,12 @@ def _reading(reading: Reading, row: int, col: int, result: Exploration, gallery:
 
 CRF_CONTROLS: dict[str, tuple[str, float, float, float]] = {  # name: label, least, most, step
     "iterations": ("iterations", 0, 20, 1),
-    "gt_prob": ("sure of a label", 0.2, 0.99, 0.01),
-    "gaussian_sxy": ("smooth: reach", 0.5, 20, 0.5),
-    "gaussian_compat": ("smooth: weight", 0, 20, 0.5),
-    "bilateral_sxy": ("colour: reach", 1, 120, 1),
-    "bilateral_srgb": ("colour: steps", 1, 60, 1),
-    "bilateral_compat": ("colour: weight", 0, 20, 0.5),
+    "gt_prob": ("trust in labels", 0.2, 0.99, 0.01),
+    "gaussian_sxy": ("smooth reach", 0.5, 20, 0.5),
+    "gaussian_compat": ("smooth weight", 0, 20, 0.5),
+    "bilateral_sxy": ("colour reach", 1, 120, 1),
+    "bilateral_srgb": ("colour steps", 1, 60, 1),
+    "bilateral_compat": ("colour weight", 0, 20, 0.5),
 }
 
 _WIDE = widgets.Layout(width="310px")
@@ -446,6 +446,8 @@ def _make_controls(gallery: Gallery) -> dict[str, Any]:
         controls[f"weight_{i}"] = weight
     for name, (text, *bounds) in CRF_CONTROLS.items():
         controls[name] = slider(name, text, *bounds, continuous_update=False)
+        controls[name].layout = widgets.Layout(width="294px")  # as wide as the folded box
+        controls[name].style = {"description_width": "112px"}
     return controls
 
 
@@ -459,7 +461,6 @@ def _arrange(controls: dict[str, Any], gallery: Gallery) -> Any:
         return widgets.HTML(f"<h3>{text}</h3>")
 
     crf = widgets.Accordion([widgets.VBox([controls[name] for name in CRF_CONTROLS])], titles=("CRF settings",))
-    # An image label among many classes takes a list; so do a few.
     parts = [row("previous", "next", "reset"), controls["class_number"], controls["role"], head("scales and weights")]
     parts += [row(f"scale_{i}", f"weight_{i}") for i in range(len(gallery.scales))]
     parts += [controls["fusion"], controls["bg_score"], row("flip", "denoise", "reactivate"), row("crf"), crf]
