@@ -250,7 +250,7 @@ def test_photo_of_ones_own_and_a_file_that_is_none(lab_page: Lab, tmp_path: Path
     assert lab.board.root.locator(".smaf-strip button").count() == 9
 
 
-def test_page_in_the_notebook_works_and_nothing_left_this_machine(lab_page: Lab, screenshots: Path | None) -> None:
+def test_page_in_the_notebook_works_and_nothing_left_this_machine(lab_page: Lab) -> None:
     lab = lab_page
     frame = lab.page.locator("iframe[title='attention explorer']")
     frame.scroll_into_view_if_needed()
