@@ -4,18 +4,27 @@ BIN := .venv/bin
 NBSTRIPOUT := $(BIN)/nbstripout --keep-id
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test check format lab lock assets clean
+.PHONY: help setup reproduce test browser check format lab lock assets screenshots clean
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.stamp  ## install the versions of requirements.lock into .venv (5 GB, a few minutes, once)
 
 reproduce: setup  ## run the whole chain on the mini data set; ends with the results and the path of the report
 	$(BIN)/smaf run configs/mini.yaml
 
-test: setup  ## run all tests
+test: setup browser  ## run all tests
 	$(BIN)/python -m pytest
+
+# tests/browser/conftest.py looks for the same names. Without a browser its tests say so: skipped here, failed in CI.
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
+browser:  ## see that there is a Chromium for the browser tests; root on Debian or Ubuntu gets it from apt-get
+	@for name in "$$SMAF_CHROMIUM" $(BROWSERS); do command -v "$$name" >/dev/null 2>&1 && exit; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  mkdir -p build; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends \
+	  chromium fonts-dejavu-core >build/browser.log 2>&1 || echo "apt-get could not install chromium: build/browser.log"; \
+	else echo "no Chromium here, so the browser tests are skipped; install it, or name one in SMAF_CHROMIUM"; fi
 
 check: setup  ## format, lint, types, notebooks stored without outputs
 	$(BIN)/ruff format --check .
@@ -35,6 +44,9 @@ assets: setup  ## take the shipped weights and the README's pictures from the ru
 	$(BIN)/python -m smaflib.shipped papermill_runs/mini
 	cd papermill_runs/mini/figures && for pair in 00_scales:scales 00_mask:mask 03_scales:scales_per_image \
 	  06_pseudo_masks:pseudo_masks; do cp $${pair%%:*}.png ../../../docs/$${pair##*:}.png; done
+
+screenshots: setup browser  ## take the README's pictures of the explorer anew, in a real browser
+	SMAF_SCREENSHOTS=docs $(BIN)/python -m pytest tests/browser -k screenshot
 
 clean:  ## remove caches and build leftovers; .venv and papermill_runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

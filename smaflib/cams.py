@@ -71,7 +71,11 @@ def multi_scale_cams(
 
 
 def fuse_cams(
-    cams: Sequence[Tensor], size: tuple[int, int], rule: FusionRule = "sum", scales: Sequence[float] | None = None
+    cams: Sequence[Tensor],
+    size: tuple[int, int],
+    rule: FusionRule = "sum",
+    scales: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Tensor:
     """Fuse one image's class attention maps over scales and bring each class to a peak of 1.
 
@@ -84,12 +88,14 @@ def fuse_cams(
         size: (H, W) of the original image, in pixels.
         rule: how the scales are joined.
         scales: the scale of each map; only ``size_adaptive`` needs them.
+        weights: factor of each map, not negative, on top of what the rule does; None: all alike, as in the paper.
 
     Returns:
         (K, H, W) in [0, 1]; an all-zero class stays zero.
 
     Raises:
-        ValueError: if ``cams`` is empty, the maps disagree on K, or ``size_adaptive`` does not get its scales.
+        ValueError: if ``cams`` is empty, the maps disagree on K, ``size_adaptive`` does not get its scales, or the
+            weights do not fit.
 
     Source: section 3.2 of the paper; the reference code's sum over scales and flips.
     """
@@ -98,20 +104,32 @@ def fuse_cams(
     if rule == "size_adaptive" and len(scales or ()) != len(cams):
         raise ValueError(f"the size_adaptive rule needs the scale of each of the {len(cams)} maps, got {scales}")
     upsampled = torch.stack([_upsample(cam, size) for cam in cams])  # (S, K, H, W)
+    if rule == "mean":
+        upsampled = _peak_at_one(upsampled)
+    if weights is not None:
+        upsampled = upsampled * _checked_weights(weights, len(cams))[:, None, None, None]
     if rule == "sum":
         fused = upsampled.sum(dim=0)
     elif rule == "max":
         fused = upsampled.amax(dim=0)
     elif rule == "mean":
-        fused = _peak_at_one(upsampled).mean(dim=0)
+        fused = upsampled.mean(dim=0)
     elif rule == "size_adaptive":
         # The sum of all scales is a good enough guess of the extent to choose among them.
         extent = (_peak_at_one(upsampled.sum(dim=0)) > 0.5).float().mean(dim=(1, 2)).sqrt()  # (K,)
-        weights = size_adaptive_weights(extent, torch.tensor(list(scales or ())))  # (S, K)
-        fused = (weights[..., None, None] * upsampled).sum(dim=0)
+        of_size = size_adaptive_weights(extent, torch.tensor(list(scales or ())))  # (S, K)
+        fused = (of_size[..., None, None] * upsampled).sum(dim=0)
     else:
         raise ValueError(f"there is no fusion rule {rule!r}; there are {', '.join(FUSION_RULES)}")
     return _peak_at_one(fused)
+
+
+def _checked_weights(weights: Sequence[float], num_maps: int) -> Tensor:
+    if len(weights) != num_maps or min(weights) < 0 or not any(weights):
+        raise ValueError(
+            f"weights must be {num_maps} numbers of which none is negative and one is above 0, got {list(weights)}"
+        )
+    return torch.tensor(list(weights), dtype=torch.float32)
 
 
 def _peak_at_one(maps: Tensor) -> Tensor:  # (..., H, W) -> (..., H, W)

@@ -199,6 +199,7 @@ def write_index(run: Run) -> Path:
         total=duration(sum(stage["seconds"] or 0 for stage in stages)),
         peak=max((stage["peak_memory_mb"] or 0 for stage in stages), default=0),
         results=_table_html(results_table(metrics), "IoU, precision and recall in percent", best=True),
+        explorer="explorer.html" if run.path("explorer.html").is_file() else None,
         classes=_table_html(class_table(metrics), "IoU by class, in percent"),
         config=dump_config(run.config),
         command=run.command(),
@@ -255,6 +256,8 @@ class _Loads(HTMLParser):
                 self.found.append(f"{tag} {name}={value}")
             if name == "style":
                 self._find_in_css(value or "")
+            if name == "srcdoc":
+                self.found += network_references(value or "")
 
     def handle_endtag(self, tag: str) -> None:
         self._inside = ""
@@ -269,13 +272,18 @@ class _Loads(HTMLParser):
         self.found += re.findall(r"(?:@import|url\()\s*[\"']?(?:https?:)?//[^\s\"')]+", css)
 
 
-def write_page(path: Path, template: str, **values: Any) -> Path:
-    """Fill one of ``templates/`` and write it, all or nothing; warns if the page asks for anything from the network."""
+def page_text(template: str, **values: Any) -> str:
+    """One of ``templates/``, filled."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("smaflib"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["duration"] = duration
-    html = environment.get_template(template).render(**values)
+    return environment.get_template(template).render(**values)
+
+
+def write_page(path: Path, template: str, **values: Any) -> Path:
+    """Fill one of ``templates/`` and write it, all or nothing; warns if the page asks for anything from the network."""
+    html = page_text(template, **values)
     if found := network_references(html):
         warnings.warn(f"{path.name} cannot be read in full without a network: {', '.join(found)}", stacklevel=2)
     files.write_text(path, html)

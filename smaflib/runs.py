@@ -148,8 +148,8 @@ STAGES: tuple[Stage, ...] = (
             "06_pseudo_masks",
             "07_segmentation",
         ),
-        settings=("evaluation",),
-        makes=("figures/08_*.png",),
+        settings=("data", "attention", "evaluation"),
+        makes=("figures/08_*.png", "explorer.html"),
     ),
 )
 
@@ -498,7 +498,8 @@ def library_hash() -> str:
 
 def list_artifacts(run: Run, stage: Stage) -> dict[str, Entry]:
     """Size and hash of everything a stage made, its executed notebook included; a folder is one entry."""
-    made = [path for path in _made_by(run, stage) if path.suffix != ".html"]
+    page = f"{stage.name}.html"  # the report's, which is written after the stage and anew each time
+    made = [path for path in _made_by(run, stage) if path.name != page]
     return {_key(run, path): _fingerprint(path) for path in made}
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smaflib.cams import (
+    FUSION_RULES,
     REFERENCE_EXTENT,
     AttentionMaps,
     fuse_cams,
@@ -118,6 +119,32 @@ def test_fusion_rules_by_hand() -> None:
     assert fuse_cams([both, weak], (1, 2), "sum").flatten().tolist() == pytest.approx([1, 0.75], abs=1e-5)
     assert fuse_cams([both, weak], (1, 2), "max").flatten().tolist() == pytest.approx([1, 0.5], abs=1e-5)
     assert fuse_cams([both, weak], (1, 2), "mean").flatten().tolist() == pytest.approx([2 / 3, 1], abs=1e-4)
+
+
+def test_weights_of_the_scales_by_hand() -> None:
+    one, other = torch.tensor([[[4.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]])
+    weights = (0.5, 2.0)
+    # Weighted: 2 and 4. The mean brings both to a peak of 1 first: .5 and 2. A weight of 0: as if there were none.
+    assert fuse_cams([one, other], (1, 2), "sum", weights=weights).flatten().tolist() == pytest.approx(
+        [0.5, 1], abs=1e-4
+    )
+    assert fuse_cams([one, other], (1, 2), "max", weights=weights).flatten().tolist() == pytest.approx(
+        [0.5, 1], abs=1e-4
+    )
+    assert fuse_cams([one, other], (1, 2), "mean", weights=weights).flatten().tolist() == pytest.approx(
+        [0.25, 1], abs=1e-4
+    )
+    for rule in FUSION_RULES:
+        pair = fuse_cams([one, other], (1, 2), rule, (1.0, 2.0), weights=(1.0, 0.0))
+        torch.testing.assert_close(pair, fuse_cams([one], (1, 2), rule, (1.0,)), atol=1e-4, rtol=0)
+        alike = fuse_cams([one, other], (1, 2), rule, (1.0, 2.0), weights=(1.0, 1.0))
+        assert torch.equal(alike, fuse_cams([one, other], (1, 2), rule, (1.0, 2.0)))
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, -0.1), (0.0, 0.0)])
+def test_weights_that_do_not_fit_are_refused(weights: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="weights must be 2 numbers"):
+        fuse_cams([torch.rand(1, 2, 2)] * 2, (2, 2), weights=weights)
 
 
 def test_maps_are_brought_to_the_images_size_between_cell_centres() -> None:

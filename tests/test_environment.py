@@ -19,7 +19,7 @@ from smaflib.refinement import pydensecrf_backend
 
 ROOT = Path(__file__).parents[1]
 CONDA_NAMES = {"torch": "pytorch", "jupyter-client": "jupyter_client", "jupyter-core": "jupyter_core"}
-NOT_ON_CONDA_FORGE = {"pydensecrf2"}
+NOT_ON_CONDA_FORGE = {"pydensecrf2", "playwright"}
 CONDA_ONLY = {"python", "pip", "cxx-compiler"}
 
 stamp = ROOT / ".venv" / ".stamp"

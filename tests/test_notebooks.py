@@ -7,14 +7,19 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
+import papermill
 import pytest
+import torch
 
+from smaflib.cams import AttentionMaps
 from smaflib.config import flat_settings, load_config
+from smaflib.explorer import Explorer
 from smaflib.report import network_references
-from smaflib.runner import run_notebooks
+from smaflib.runner import Watch, run_notebooks
 from smaflib.runs import PROJECT_ROOT, STAGES, read_manifest
 
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
+EXPLORE = PROJECT_ROOT / "notebooks" / "explore.ipynb"  # no stage: it makes nothing that others need
 TINY = (
     "num_threads=1",
     "data.num_train=16",
@@ -37,7 +42,7 @@ def code_cells(path: Path) -> list[nbformat.NotebookNode]:
 
 
 def test_there_is_a_notebook_for_every_stage():
-    assert [path.stem for path in NOTEBOOKS] == [stage.name for stage in STAGES]
+    assert [path.stem for path in NOTEBOOKS if path != EXPLORE] == [stage.name for stage in STAGES]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -45,7 +50,9 @@ def test_form(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     title = notebook.cells[0].source.splitlines()[0]
-    assert re.fullmatch(r"# \d\d · .*\?", title), f"the first line must ask the notebook's question, got {title!r}"
+    assert re.fullmatch(r"# (\d\d|Explore) · .*\?", title), (
+        f"the first line must ask the notebook's question, got {title!r}"
+    )
     assert notebook.cells[-1].source.startswith("**Conclusion.**")
     for cell in code_cells(path):
         assert not cell.outputs, "notebooks are stored without outputs: make format"
@@ -123,5 +130,43 @@ def test_artifacts_lie_where_the_design_says(run):
 
 
 def test_the_report_needs_no_network(run):
-    for page in [run.path("index.html"), *(run.path(f"{stage.name}.html") for stage in STAGES)]:
+    assert 'src="explorer.html"' in run.path("index.html").read_text()
+    for page in [
+        run.path("index.html"),
+        run.path("explorer.html"),
+        *(run.path(f"{stage.name}.html") for stage in STAGES),
+    ]:
         assert network_references(page.read_text()) == []
+
+
+def test_explore_runs_headless_and_keeps_a_page_that_needs_no_kernel(tmp_path):
+    executed = tmp_path / "explore.ipynb"
+    with Watch("explore", 1, lambda pid: None) as watch:
+        papermill.execute_notebook(
+            EXPLORE,
+            executed,
+            {"num_images": 3},
+            kernel_name="python3",
+            language="python",
+            cwd=tmp_path,
+            progress_bar=False,
+            kernel_manager_class=watch.kernel_manager_class(),
+        )
+    cells = [cell for cell in nbformat.read(executed, as_version=4).cells if cell.cell_type == "code"]
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in outputs)
+    (page,) = [output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})]
+    assert "srcdoc=" in page and network_references(page) == []
+    assert "mean IoU" in "".join(output.get("text", "") for output in outputs)
+
+
+def test_a_run_is_explored_with_what_it_made(run):
+    explorer = Explorer.from_run(run, num_images=2)
+    assert explorer.gallery.roles == ("teacher", "student") and explorer.gallery.source == "run tiny"
+    for role in explorer.gallery.roles:
+        explorer.controls["role"].value = role
+        cams, _ = AttentionMaps(run.path("cams", role), run.config.attention.scales).read("000000")
+        assert all(map(torch.equal, explorer.gallery.cams(0, role, True), cams))
+    assert explorer.exploration.iou is not None
+    assert "explorer.html" in read_manifest(run)["stages"]["08_results"]["artifacts"]

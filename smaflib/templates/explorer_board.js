@@ -1,0 +1,259 @@
+// The picture of the explorer: panels, IoU, curve and the values of one pixel. It draws what it is given and computes
+// nothing, so that the widget (numbers from Python) and the page without kernel (numbers from explorer_page.js) look alike.
+"use strict";
+
+const VOID = 255;
+
+/** Build an empty board in `root`. `on.pixel([row, col] | [])` and `on.image(index)` hear the reader. */
+function createBoard(root, on) {
+  root.classList.add("smaf-board");
+  root.innerHTML = `
+    <div class="smaf-strip" role="group" aria-label="images"></div>
+    <div class="smaf-panels" tabindex="0" role="group"
+      aria-label="panels; click a pixel, move it with the arrow keys, Shift for larger steps, Escape removes it;
+      Page Up and Page Down change the image"></div>
+    <p class="smaf-status" role="status" aria-live="polite"></p>
+    <div class="smaf-below">
+      <section class="smaf-iou" aria-label="IoU against the truth"></section>
+      <section class="smaf-curve" aria-label="IoU over the background score"></section>
+      <section class="smaf-reading" aria-label="values of the marked pixel" aria-live="polite"></section>
+    </div>`;
+  const part = (name) => root.querySelector(`.smaf-${name}`);
+  const panels = part("panels");
+  const board = { view: null, look: { opacity: 0.75, lut: null }, pixel: [], reading: null, drawn: 0 };
+
+  panels.addEventListener("click", (event) => {
+    const canvas = event.target.closest("canvas");
+    if (!canvas || !board.view) return;
+    const box = canvas.getBoundingClientRect(), [height, width] = board.view.size;
+    const cell = (at, length, count) => Math.min(count - 1, Math.max(0, Math.floor((at / length) * count)));
+    on.pixel([cell(event.clientY - box.top, box.height, height), cell(event.clientX - box.left, box.width, width)]);
+  });
+  panels.addEventListener("keydown", (event) => {
+    if (!board.view) return;
+    const step = event.shiftKey ? 8 : 1, [height, width] = board.view.size;
+    const [row, col] = board.pixel.length ? board.pixel : [height >> 1, width >> 1];
+    const moves = { ArrowUp: [-step, 0], ArrowDown: [step, 0], ArrowLeft: [0, -step], ArrowRight: [0, step] };
+    const within = (value, count) => Math.min(count - 1, Math.max(0, value));
+    if (moves[event.key]) {
+      const [down, right] = board.pixel.length ? moves[event.key] : [0, 0];
+      on.pixel([within(row + down, height), within(col + right, width)]);
+    } else if (event.key === "Escape") on.pixel([]);
+    else if (event.key === "PageDown") on.image(board.index + 1);
+    else if (event.key === "PageUp") on.image(board.index - 1);
+    else return;
+    event.preventDefault();
+  });
+
+  /** The strip of thumbnails: `images` are {name, thumb}. */
+  board.setImages = (images, index) => {
+    board.index = index;
+    const strip = part("strip");
+    if (strip.childElementCount !== images.length || board.images !== images) {
+      board.images = images;
+      strip.replaceChildren(...images.map(({ name, thumb }, number) => {
+        const button = document.createElement("button");
+        button.type = "button";
+        button.title = name;
+        button.style.backgroundImage = `url(${thumb})`;
+        button.setAttribute("aria-label", `image ${name}`);
+        button.addEventListener("click", () => on.image(number));
+        return button;
+      }));
+    }
+    [...strip.children].forEach((button, number) => button.setAttribute("aria-pressed", String(number === index)));
+  };
+  // Wide enough: the numbers stand beside the panels, and all fits on one screen.
+  const arrange = () => {
+    root.classList.toggle("smaf-wide", root.clientWidth >= 1080);
+    // Rows of equal length, at most six panels in one.
+    const count = Math.max(1, panels.childElementCount);
+    const most = Math.max(1, Math.min(6, Math.floor((panels.clientWidth + 10) / 180))), rows = Math.ceil(count / most);
+    panels.style.gridTemplateColumns = `repeat(${Math.ceil(count / rows)}, minmax(0, 250px))`;
+  };
+  new ResizeObserver(arrange).observe(root);
+  /** What to draw, see `draw` for its parts. */
+  board.setView = (view) => { board.view = view; draw(); };
+  /** How to draw: opacity in [0, 1] and a table of 256 RGB colours. */
+  board.setLook = (look) => { board.look = look; draw(); };
+  /** The marked pixel and, once it is known, what its values are. */
+  board.setPixel = (pixel, reading) => {
+    board.pixel = pixel;
+    board.reading = reading;
+    drawMarkers();
+    part("reading").innerHTML = readingHtml(reading, board.view);
+    root.dataset.drawn = ++board.drawn;
+  };
+  board.setStatus = (text, kind) => {
+    part("status").textContent = text;
+    part("status").dataset.kind = kind;
+  };
+
+  function draw() {
+    const view = board.view;
+    if (!view || !board.look.lut) return;
+    // JupyterLab would take arrow keys for itself and select the next cell.
+    (root.closest(".smaf-explorer") ?? root).setAttribute("data-lm-suppress-shortcuts", "true");
+    const count = view.panels.length;
+    if (panels.childElementCount !== count) {
+      panels.replaceChildren(...view.panels.map(() => {
+        const figure = document.createElement("figure");
+        figure.innerHTML = "<figcaption></figcaption><div><canvas></canvas><svg></svg></div>";
+        return figure;
+      }));
+      arrange();
+    }
+    const edges = view.truth ? outlinePath(view.truth, view.size) : null;
+    view.panels.forEach((panel, number) => {
+      const figure = panels.children[number];
+      figure.dataset.key = panel.key;
+      figure.classList.toggle("smaf-off", Boolean(panel.off));
+      figure.querySelector("figcaption").title = `${panel.title} ${panel.note ?? ""}`;
+      figure.querySelector("figcaption").innerHTML =
+        `<b>${escapeHtml(panel.title)}</b> <span>${escapeHtml(panel.note ?? "")}</span>`;
+      paint(figure.querySelector("canvas"), panel, view, board.look);
+      if (figure.drawnEdges === edges && figure.drawnSize === String(view.size)) return;
+      Object.assign(figure, { drawnEdges: edges, drawnSize: String(view.size) });
+      const [height, width] = view.size;
+      const svg = figure.querySelector("svg");
+      svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+      svg.innerHTML = (edges
+        ? `<path class="smaf-halo" d="${edges}"/><path class="smaf-edge" d="${edges}"/>` : "") + `<g></g>`;
+    });
+    drawMarkers();
+    part("iou").innerHTML = iouHtml(view);
+    part("curve").innerHTML = curveHtml(view.curve);
+    part("reading").innerHTML = readingHtml(board.reading, view);
+    root.dataset.drawn = ++board.drawn;
+  }
+
+  function drawMarkers() {
+    if (!board.view) return;
+    const [height, width] = board.view.size, radius = Math.max(height, width) / 28;
+    const [row, col] = board.pixel.map((value) => value + 0.5);
+    const ring = (kind) => `<circle class="${kind}" cx="${col}" cy="${row}" r="${radius}"/>`;
+    const dot = `<circle class="smaf-dot" cx="${col}" cy="${row}" r="${radius / 6}"/>`;
+    panels.querySelectorAll("svg g").forEach((group) => {
+      group.innerHTML = board.pixel.length ? ring("smaf-halo") + ring("smaf-mark") + dot : "";
+    });
+  }
+  return board;
+}
+
+/** One panel: {kind: "image" | "map" | "labels", data}, a byte per pixel but for the image itself. */
+function paint(canvas, panel, view, look) {
+  const [height, width] = view.size, num = height * width;
+  const image = view.image, opacity = look.opacity;
+  const before = canvas.painted ?? {}, now = { kind: panel.kind, image, data: panel.data, opacity, lut: look.lut };
+  canvas.painted = now;
+  // Most moves leave most panels as they are.
+  if (before.kind === now.kind && before.opacity === opacity && same(before.image, image) && same(before.data, now.data) &&
+    (now.kind !== "map" || before.lut === now.lut)) return;
+  const pixels = new ImageData(width, height), out = pixels.data;
+  for (let i = 0; i < num; i++) {
+    let r = image[3 * i], g = image[3 * i + 1], b = image[3 * i + 2];
+    const value = panel.kind === "image" ? 0 : panel.data[i];
+    if (panel.kind === "map") {
+      const grey = (1 - opacity) * (r + g + b) / 3;
+      r = grey + opacity * look.lut[3 * value];
+      g = grey + opacity * look.lut[3 * value + 1];
+      b = grey + opacity * look.lut[3 * value + 2];
+    } else if (panel.kind === "labels" && value > 0 && value !== VOID) {
+      const color = view.colors[value - 1];
+      r = (1 - opacity) * r + opacity * color[0];
+      g = (1 - opacity) * g + opacity * color[1];
+      b = (1 - opacity) * b + opacity * color[2];
+    }
+    out[4 * i] = r;
+    out[4 * i + 1] = g;
+    out[4 * i + 2] = b;
+    out[4 * i + 3] = 255;
+  }
+  if (canvas.width !== width || canvas.height !== height) { canvas.width = width; canvas.height = height; }
+  canvas.getContext("2d").putImageData(pixels, 0, 0);
+}
+
+/** Whether two byte arrays hold the same. */
+function same(one, other) {
+  return one === other || (one && other && one.length === other.length && one.every((value, i) => value === other[i]));
+}
+
+/** The border between the labels of a mask as an SVG path along the edges of pixels; void counts as background. */
+function outlinePath(mask, [height, width]) {
+  if (outlinePath.last && same(outlinePath.last.mask, mask) && outlinePath.last.width === width) return outlinePath.last.path;
+  const label = (row, col) => { const value = mask[row * width + col]; return value === VOID ? 0 : value; };
+  const steps = [];
+  for (let row = 0; row < height; row++) {
+    for (let col = 0; col < width; col++) {
+      if (col && label(row, col) !== label(row, col - 1)) steps.push(`M${col} ${row}v1`);
+      if (row && label(row, col) !== label(row - 1, col)) steps.push(`M${col} ${row}h1`);
+    }
+  }
+  const path = steps.join("");
+  outlinePath.last = { mask, width, path };
+  return path;
+}
+
+function iouHtml(view) {
+  const head = `<h3>IoU of the mask</h3>`;
+  if (!view.iou) return `${head}<p>No truth for this image, so there is nothing to compare with.</p>`;
+  const rows = view.iou.rows.map(([number, value]) => {
+    const name = number ? view.class_names[number - 1] : "background";
+    const color = number ? `rgb(${view.colors[number - 1].join(",")})` : "transparent";
+    return barRow(name, value, `${(100 * value).toFixed(1)} %`, color, `data-label="${escapeHtml(name)}"`);
+  });
+  const mean = barRow("mean", view.iou.mean, `${(100 * view.iou.mean).toFixed(1)} %`, null, 'data-label="mean" class="smaf-mean"');
+  return `${head}<table>${rows.join("")}${mean}</table>`;
+}
+
+function barRow(name, share, text, color, attributes) {
+  const swatch = color === null ? "" : `<i style="background:${color}"></i>`;
+  return `<tr ${attributes}><th scope="row">${swatch}${escapeHtml(name)}</th>
+    <td class="smaf-bar"><span style="width:${(100 * Math.min(1, share)).toFixed(1)}%"></span></td><td>${text}</td></tr>`;
+}
+
+/** curve: {scores, shown, mean, class_name, at: [bg_score, shown, mean]}; null where there is no truth. */
+function curveHtml(curve) {
+  if (!curve) return "";
+  const box = { left: 40, top: 12, width: 252, height: 130 };
+  const x = (score) => box.left + score * box.width, y = (iou) => box.top + (1 - iou) * box.height;
+  const line = (values, kind) => {
+    let pen = "M";
+    const steps = values.map((value, i) => {
+      if (value === null) { pen = "M"; return ""; }
+      const step = `${pen}${x(curve.scores[i]).toFixed(1)} ${y(value).toFixed(1)}`;
+      pen = "L";
+      return step;
+    });
+    return `<path class="${kind}" d="${steps.join("")}"/>`;
+  };
+  const [at, shown, mean] = curve.at;
+  const dot = (value, kind) => (value === null ? "" : `<circle class="${kind}" cx="${x(at)}" cy="${y(value)}" r="6"/>`);
+  const ticks = [0, 0.5, 1].map((tick) => `<path class="smaf-grid" d="M${x(0)} ${y(tick)}H${x(1)}"/>
+    <text x="${box.left - 8}" y="${y(tick) + 5}" text-anchor="end">${100 * tick}</text>
+    <text x="${x(tick)}" y="${box.top + box.height + 20}" text-anchor="middle">${tick}</text>`);
+  const percent = (value) => (value === null ? "–" : `${(100 * value).toFixed(1)} %`);
+  return `<h3>IoU over the background score${curve.note ? ` <span>${escapeHtml(curve.note)}</span>` : ""}</h3>
+    <svg viewBox="0 0 306 186" role="img" aria-label="IoU over the background score, before the CRF">${ticks.join("")}
+      <path class="smaf-now" d="M${x(at)} ${y(0)}V${y(1)}"/>${line(curve.mean, "smaf-line-mean")}${line(curve.shown, "smaf-line")}
+      ${dot(mean, "smaf-dot-mean")}${dot(shown, "smaf-dot-shown")}
+      <text x="${x(0.5)}" y="${box.top + box.height + 38}" text-anchor="middle">background score (IoU in %)</text></svg>
+    <p class="smaf-key" data-at="${at}"><span class="smaf-key-shown">${escapeHtml(curve.class_name)} ${percent(shown)}</span>
+      <span class="smaf-key-mean">mean ${percent(mean)}</span></p>`;
+}
+
+/** reading: {row, col, values: [[name, value in [0, 1], off]], label, truth}. */
+function readingHtml(reading, view) {
+  const head = `<h3>One pixel</h3>`;
+  if (!reading || !view) return `${head}<p>Click into a panel: what does each scale say there?</p>`;
+  const rows = reading.values.map(([name, value, off]) =>
+    barRow(name, value, value.toFixed(3), null, `data-value="${escapeHtml(name)}"${off ? ' class="smaf-off"' : ""}`));
+  const name = (label) => (label === VOID ? "void" : label ? view.class_names[label - 1] : "background");
+  const truth = reading.truth === null ? "" : `, truth <b data-truth>${escapeHtml(name(reading.truth))}</b>`;
+  return `${head}<p>row ${reading.row}, column ${reading.col}: mask <b data-mask>${escapeHtml(name(reading.label))}</b>${truth}.
+    Scores of <b>${escapeHtml(reading.class_name)}</b>:</p><table>${rows.join("")}</table>`;
+}
+
+function escapeHtml(text) {
+  return String(text).replace(/[&<>"']/g, (char) => `&#${char.charCodeAt(0)};`);
+}

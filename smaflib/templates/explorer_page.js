@@ -1,0 +1,292 @@
+// The explorer without a kernel: the library's steps from maps to mask once more, on maps of 8 bits that lie in this page.
+// tests/browser compares its numbers with the library's. explorer_board.js stands before this text.
+
+const DATA = JSON.parse(document.getElementById("smaf-data").textContent);
+const unpack = (text) => Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
+
+// ------------------------------------------------------------------------------------------------ one image, decoded
+
+/** Run lengths [value, count, value, count, ...] to one byte per pixel. */
+function expandRuns(runs, length) {
+  const values = new Uint8Array(length);
+  for (let i = 0, at = 0; i < runs.length; i += 2) values.fill(runs[i], at, (at += runs[i + 1]));
+  return values;
+}
+
+/** RGB bytes of a picture; only looks depend on them, no number does. */
+async function decodePicture(address, [height, width]) {
+  const picture = new Image();
+  picture.src = address;
+  await picture.decode();
+  const canvas = Object.assign(document.createElement("canvas"), { width, height });
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.drawImage(picture, 0, 0, width, height);
+  const rgba = context.getImageData(0, 0, width, height).data, rgb = new Uint8Array(3 * height * width);
+  for (let i = 0; i < height * width; i++) for (let c = 0; c < 3; c++) rgb[3 * i + c] = rgba[4 * i + c];
+  return rgb;
+}
+
+/** Maps (h, w) to (H, W), bilinear between the centres of cells, as torch does with align_corners=False. */
+function enlarge(cells, [h, w], [height, width]) {
+  const axis = (small, large) => Array.from({ length: large }, (_, at) => {
+    const source = Math.max(0, ((at + 0.5) * small) / large - 0.5), low = Math.min(small - 1, Math.floor(source));
+    return [low, Math.min(small - 1, low + 1), source - low];
+  });
+  const rows = axis(h, height), cols = axis(w, width), large = new Float32Array(height * width);
+  rows.forEach(([top, bottom, down], row) => cols.forEach(([left, right, along], col) => {
+    const upper = cells[top * w + left] * (1 - along) + cells[top * w + right] * along;
+    const lower = cells[bottom * w + left] * (1 - along) + cells[bottom * w + right] * along;
+    large[row * width + col] = upper * (1 - down) + lower * down;
+  }));
+  return large;
+}
+
+/** Enlarged maps [scale][class] of one role. */
+function enlargeAll(image, { data, peaks }) {
+  const levels = unpack(data);
+  let at = 0;
+  return image.shapes.map(([h, w], scale) => image.classes.map((_, k) => {
+    const cells = Float32Array.from(levels.subarray(at, (at += h * w)), (level) => (level / 255) * peaks[scale][k]);
+    return enlarge(cells, [h, w], image.size);
+  }));
+}
+
+const KEPT_IMAGES = 3; // a photo's maps take 20 MB a role
+const opened = new Map();
+/** Picture, truth and `mapsOf(role)` of an image, each made once while the image is among the last ones. */
+async function open(index) {
+  if (!opened.has(index)) {
+    const image = DATA.images[index], num = image.size[0] * image.size[1], made = {};
+    const mapsOf = (role) => (made[role] ??= enlargeAll(image, image.maps[role]));
+    const picture = await decodePicture(image.picture, image.size);
+    opened.set(index, { ...image, picture, mapsOf, truth: image.truth && expandRuns(image.truth, num) });
+    if (opened.size > KEPT_IMAGES) opened.delete(opened.keys().next().value);
+  }
+  return opened.get(index);
+}
+
+// ----------------------------------------------------------------------------------------- the library's steps, again
+
+const peakOf = (map) => map.reduce((most, value) => (value > most ? value : most), 0);
+const atPeakOne = (map) => { const peak = peakOf(map) + DATA.constants.peak_epsilon; return map.map((value) => value / peak); };
+
+/** fuse_cams for one class: its maps over the scales that take part, their weights. */
+function fuse(maps, weights, scales, rule) {
+  const parts = maps.map((map, s) => (rule === "mean" ? atPeakOne(map) : map).map((value) => value * weights[s]));
+  const joined = (factors) => {
+    const sum = new Float32Array(parts[0].length);
+    parts.forEach((part, s) => part.forEach((value, i) => { sum[i] += factors[s] * value; }));
+    return sum;
+  };
+  if (rule === "max") return atPeakOne(parts[0].map((_, i) => Math.max(...parts.map((part) => part[i]))));
+  if (rule === "size_adaptive") return atPeakOne(joined(sizeWeights(atPeakOne(joined(parts.map(() => 1))), scales)));
+  return atPeakOne(joined(parts.map(() => (rule === "mean" ? 1 / parts.length : 1))));
+}
+
+/** size_adaptive_weights: the larger the object, the smaller the scale. */
+function sizeWeights(guess, scales) {
+  const extent = Math.sqrt(guess.reduce((num, value) => num + (value > 0.5), 0) / guess.length);
+  const best = Math.log2(DATA.constants.reference_extent / Math.max(extent, 1e-3));
+  const powers = scales.map((scale) => Math.exp(-DATA.constants.size_sharpness * (Math.log2(scale) - best) ** 2));
+  const total = powers.reduce((sum, power) => sum + power);
+  return powers.map((power) => power / total);
+}
+
+/** Winner (class number + 1) and its score, of each pixel. */
+function strongest(clean, classes, num) {
+  const label = new Uint8Array(num), score = new Float32Array(num).fill(-1);
+  clean.forEach((map, k) => map.forEach((value, i) => {
+    if (value > score[i]) { score[i] = value; label[i] = classes[k] + 1; }
+  }));
+  return { label, score };
+}
+
+/** IoU by label from counts; null for what is in neither truth nor mask, as in intersection_over_union. */
+function iouOf(hits, inMask, inTruth) {
+  return hits.map((hit, label) => { const union = inMask[label] + inTruth[label] - hit; return union ? hit / union : null; });
+}
+function meanOf(values) {
+  const known = values.filter((value) => value !== null);
+  return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
+}
+
+/** IoU at each of `scores` (rising), from one pass over the pixels. */
+function sweep({ label, score }, truth, scores, numLabels) {
+  const limits = Float32Array.from(scores), steps = limits.length;
+  const zeros = () => Array.from({ length: steps + 1 }, () => new Array(numLabels).fill(0));
+  const [hits, found] = [zeros(), zeros()], inTruth = new Array(numLabels).fill(0), missed = zeros();
+  truth.forEach((real, i) => {
+    if (real === VOID) return;
+    inTruth[real]++;
+    let exceeded = 0; // as many scores lie below this pixel's
+    while (exceeded < steps && limits[exceeded] < score[i]) exceeded++;
+    found[exceeded][label[i]]++;
+    if (real === label[i]) hits[exceeded][real]++;
+    if (real === 0) missed[exceeded][0]++;
+  });
+  const total = inTruth.reduce((sum, count) => sum + count, 0);
+  return scores.map((_, step) => {
+    const above = (table) => inTruth.map((__, l) => table.slice(step + 1).reduce((sum, row) => sum + row[l], 0));
+    const inMask = above(found), hit = above(hits);
+    inMask[0] = total - inMask.reduce((sum, count) => sum + count, 0);
+    hit[0] = inTruth[0] - above(missed)[0];
+    return iouOf(hit, inMask, inTruth);
+  });
+}
+
+// ------------------------------------------------------------------------------------------------ state and controls
+
+const state = { ...DATA.start, on: DATA.scales.map(() => true), weights: DATA.scales.map(() => 1), pixel: [] };
+const start = { ...state };
+const kept = {};
+/** Compute once for a key, and again only when the key is another. */
+function keep(name, key, make) {
+  const text = JSON.stringify(key);
+  if (kept[name]?.text !== text) kept[name] = { text, value: make() };
+  return kept[name].value;
+}
+
+function compute(image) {
+  const taking = DATA.scales.map((_, s) => s).filter((s) => state.on[s] && state.weights[s] > 0);
+  if (!taking.length) return null;
+  const maps = image.mapsOf(state.role), num = image.size[0] * image.size[1], at = image.classes.indexOf(state.cls);
+  const how = [state.index, state.role, state.fusion, state.denoise, taking, state.weights];
+  const clean = keep("clean", how, () => image.classes.map((number, k) => {
+    if (state.denoise && !image.label.includes(number)) return new Float32Array(num);
+    const weights = taking.map((s) => state.weights[s]), scales = taking.map((s) => DATA.scales[s]);
+    return fuse(taking.map((s) => maps[s][k]), weights, scales, state.fusion);
+  }));
+  const winner = keep("winner", how, () => strongest(clean, image.classes, num));
+  const looks = keep("looks", [state.index, state.role, state.cls], () => maps.map((scale) => {
+    const peak = Math.max(peakOf(scale[at]), 1e-5);
+    return scale[at].map((value) => value / peak);
+  }));
+  const background = Math.fround(state.bg), fused = clean[at];
+  const mask = winner.label.map((label, i) => (winner.score[i] > background ? label : 0));
+  const target = state.reactivate ? fused.map((value, i) => value / Math.max(background, winner.score[i])) : fused;
+  const numLabels = DATA.class_names.length + 1;
+  let curve = null, iou = null;
+  if (image.truth) {
+    const line = keep("curve", how, () => sweep(winner, image.truth, DATA.curve_scores, numLabels));
+    iou = sweep(winner, image.truth, [state.bg], numLabels)[0];
+    curve = {
+      scores: DATA.curve_scores, shown: line.map((values) => values[state.cls + 1]), mean: line.map(meanOf),
+      at: [state.bg, iou[state.cls + 1], meanOf(iou)], class_name: DATA.class_names[state.cls],
+    };
+  }
+  return { looks, fused, target, mask, iou, curve };
+}
+
+const byteMaps = new WeakMap();
+/** A map in [0, 1] as bytes; of a map that was kept, the same bytes again. */
+function toBytes(map) {
+  if (!byteMaps.has(map)) {
+    const bytes = new Uint8Array(map.length);
+    for (let i = 0; i < map.length; i++) bytes[i] = Math.round(255 * Math.min(1, Math.max(0, map[i])));
+    byteMaps.set(map, bytes);
+  }
+  return byteMaps.get(map);
+}
+
+function viewOf(image, result) {
+  const panels = [{ key: "image", title: "image", note: image.truth ? "+ truth" : "", kind: "image", data: null }];
+  DATA.scales.forEach((scale, s) => {
+    const off = !state.on[s] || !state.weights[s], note = off ? "off" : state.weights[s] === 1 ? "" : `x ${state.weights[s]}`;
+    panels.push({ key: `scale ${scale}`, title: `scale ${scale}`, note, off, kind: "map", data: toBytes(result.looks[s]) });
+  });
+  const rule = state.fusion.replace("_", "-") + (state.denoise ? "" : ", not denoised");
+  panels.push({ key: "fused", title: "fused", note: rule, kind: "map", data: toBytes(result.fused) });
+  const note = state.reactivate ? "reactivated" : "not reactivated";
+  panels.push({ key: "target", title: "target", note, kind: "map", data: toBytes(result.target) });
+  panels.push({ key: "mask", title: "mask", note: "no CRF", kind: "labels", data: result.mask });
+  const rows = result.iou?.map((value, label) => [label, value]).filter(([, value]) => value !== null);
+  return {
+    size: image.size, image: image.picture, truth: image.truth, panels, class_names: DATA.class_names, colors: DATA.colors,
+    iou: rows && { rows, mean: meanOf(result.iou) }, curve: result.curve,
+  };
+}
+
+function readingOf(image, result) {
+  if (!state.pixel.length) return null;
+  const [row, col] = state.pixel, i = row * image.size[1] + col;
+  const values = DATA.scales.map((scale, s) => [`scale ${scale}`, result.looks[s][i], !state.on[s] || !state.weights[s]]);
+  values.push(["fused", result.fused[i], false], ["target", result.target[i], false]);
+  const truth = image.truth ? image.truth[i] : null;
+  return { row, col, values, label: result.mask[i], truth, class_name: DATA.class_names[state.cls] };
+}
+
+const form = document.getElementById("smaf-controls");
+const board = createBoard(document.getElementById("smaf-board"), {
+  pixel: (pixel) => { state.pixel = pixel; redraw(); },
+  image: (index) => { if (index >= 0 && index < DATA.images.length) choose(index); },
+});
+const luts = Object.fromEntries(Object.entries(DATA.luts).map(([name, text]) => [name, unpack(text)]));
+
+async function choose(index) {
+  const image = DATA.images[index];
+  Object.assign(state, { index, pixel: [] });
+  if (!image.label.includes(state.cls)) state.cls = image.label[0] ?? image.classes[0];
+  form.elements.cls.replaceChildren(...image.classes.map((number) => new Option(DATA.class_names[number], number)));
+  form.elements.cls.value = state.cls;
+  board.setImages(DATA.thumbs, index);
+  await redraw();
+}
+
+/** What was drawn last; a later call overtakes an earlier one that still waits for its picture. */
+async function redraw() {
+  const index = state.index, image = await open(index);
+  if (index !== state.index) return;
+  const result = compute(image);
+  if (!result) return board.setStatus("no scale takes part in the fusion; switch at least one on", "error");
+  const others = DATA.class_names.length - image.classes.length;
+  board.setStatus((image.shrunk ? "This image was shrunk for this page, and its numbers are of the shrunk one. " : "") +
+    (others ? `${others} further classes, which are not in the image label and respond least, are left out here.` : ""), "");
+  board.look = { opacity: state.opacity, lut: luts[state.colormap] };
+  board.pixel = state.pixel;
+  board.reading = readingOf(image, result);
+  board.setView(viewOf(image, result));
+}
+
+function buildControls() {
+  const menu = (name, text, options) => `<label><span>${text}</span><select name="${name}">${options.map(([value, title]) =>
+    `<option value="${value}">${escapeHtml(title)}</option>`).join("")}</select></label>`;
+  const slider = (name, text, most, step, least = 0) => `<label><span>${text}</span><input type="range" name="${name}" min="${least}"
+    max="${most}" step="${step}"><output for="${name}"></output></label>`;
+  const box = (name, text) => `<label class="box"><input type="checkbox" name="${name}">${text}</label>`;
+  const roles = Object.keys(DATA.images[0].maps).map((role) => [role, role === "teacher" ? "classifier (teacher)" : role]);
+  form.innerHTML = [
+    menu("cls", "class", []), menu("role", "stage", roles), "<h3>scales and weights</h3>",
+    ...DATA.scales.map((scale, s) => `<div class="scale">${box(`on_${s}`, `scale ${scale}`)}<input type="range" name="weight_${s}"
+      min="0" max="2" step="0.1" aria-label="weight of scale ${scale}"><output></output></div>`),
+    menu("fusion", "fusion rule", DATA.rules.map((rule) => [rule, rule.replace("_", "-")])),
+    slider("bg", "background", 0.98, 0.01, 0.01), `<div class="boxes">${box("denoise", "denoise")}${box("reactivate", "reactivate")}</div>`,
+    slider("opacity", "opacity", 1, 0.05), menu("colormap", "colour map", Object.keys(luts).map((name) => [name, name])),
+    `<button type="button" name="reset">reset</button>`,
+  ].join("");
+  const fields = form.elements;
+  form.addEventListener("input", () => {
+    Object.assign(state, { cls: Number(fields.cls.value), role: fields.role.value, fusion: fields.fusion.value, bg: Number(fields.bg.value),
+      denoise: fields.denoise.checked, reactivate: fields.reactivate.checked, opacity: Number(fields.opacity.value), colormap: fields.colormap.value,
+      on: DATA.scales.map((_, s) => fields[`on_${s}`].checked), weights: DATA.scales.map((_, s) => Number(fields[`weight_${s}`].value)) });
+    showValues();
+    redraw();
+  });
+  form.addEventListener("submit", (event) => event.preventDefault());
+  fields.reset.addEventListener("click", () => { Object.assign(state, start, { index: state.index, cls: -1 }); fill(); choose(state.index); });
+  fill();
+}
+
+function fill() {
+  const fields = form.elements;
+  for (const name of ["role", "fusion", "bg", "opacity", "colormap"]) fields[name].value = state[name];
+  for (const name of ["denoise", "reactivate"]) fields[name].checked = state[name];
+  DATA.scales.forEach((_, s) => { fields[`on_${s}`].checked = state.on[s]; fields[`weight_${s}`].value = state.weights[s]; });
+  showValues();
+}
+
+function showValues() {
+  form.querySelectorAll("input[type=range]").forEach((input) => { input.parentElement.querySelector("output").textContent = input.value; });
+}
+
+buildControls();
+choose(state.index);

@@ -1,0 +1,35 @@
+// The board as an anywidget: numbers come from Python, clicks go there. explorer_board.js stands before this text.
+
+/** Binary values arrive as DataView. */
+const bytes = (value) => (value ? new Uint8Array(value.buffer, value.byteOffset, value.byteLength) : null);
+
+export default {
+  render({ model, el }) {
+    const root = document.createElement("div");
+    el.append(root);
+    const tell = (name, value) => { model.set(name, value); model.save_changes(); };
+    const board = createBoard(root, {
+      pixel: (pixel) => { board.setPixel(pixel, null); tell("pixel", pixel); },
+      image: (index) => { if (index >= 0 && index < model.get("images").length) tell("index", index); },
+    });
+    const luts = Object.fromEntries(Object.entries(model.get("luts")).map(([name, table]) => [name, bytes(table)]));
+    const show = {
+      images: () => board.setImages(model.get("images"), model.get("index")),
+      status: () => board.setStatus(model.get("status").text ?? "", model.get("status").kind ?? ""),
+      look: () => board.setLook({ opacity: model.get("opacity"), lut: luts[model.get("colormap")] }),
+      reading: () => board.setPixel(model.get("pixel"), model.get("reading").values ? model.get("reading") : null),
+      view: () => {
+        const view = model.get("view");
+        if (!view.panels) return;
+        const panels = view.panels.map((panel) => ({ ...panel, data: bytes(panel.data) }));
+        board.setView({ ...view, panels, image: bytes(view.image), truth: bytes(view.truth) });
+      },
+    };
+    const heard = { images: ["images", "index"], status: ["status"], look: ["opacity", "colormap"], reading: ["reading"], view: ["view"] };
+    for (const [what, names] of Object.entries(heard)) {
+      for (const name of names) model.on(`change:${name}`, show[what]);
+      show[what]();
+    }
+    return () => { for (const [what, names] of Object.entries(heard)) names.forEach((name) => model.off(`change:${name}`, show[what])); };
+  },
+};

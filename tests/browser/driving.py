@@ -1,0 +1,156 @@
+"""What the browser tests do with a page: watch it, run a notebook in it, move controls, read numbers."""
+
+from __future__ import annotations
+
+import io
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from playwright.sync_api import Locator, Page
+
+from smaflib.exploration import Exploration, Reading
+
+START_SECONDS = 180  # a machine with other work
+
+
+@dataclass
+class Watched:
+    """A page, what it complained about, and what it asked of other machines."""
+
+    page: Page
+    allowed: tuple[str, ...]
+    errors: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
+        self.page.on("request", lambda request: self._note(request.url))
+        self.page.on("websocket", lambda socket: self._note(socket.url))
+
+    def _note(self, url: str) -> None:
+        if not url.startswith((*self.allowed, "data:", "blob:", "about:")):
+            self.requests.append(url)
+
+
+def run_notebook(watched: Watched, base: str, name: str) -> None:
+    """Open a notebook and run all its cells."""
+    page = watched.page
+    page.goto(f"{base}/lab/tree/{name}?token=test&reset")
+    # A kernel is "idle" before the page is connected to it; run-all would then wait for ever.
+    page.wait_for_function(
+        """() => { const panel = window.jupyterapp?.shell.currentWidget, session = panel?.sessionContext;
+          const kernel = session?.session?.kernel;
+          return kernel && session.isReady && kernel.connectionStatus === "connected" && kernel.status === "idle"; }""",
+        timeout=START_SECONDS * 1000,
+    )
+    page.evaluate(
+        """() => { window.ran = null; window.jupyterapp.commands.execute("notebook:run-all-cells")
+          .then(() => { window.ran = "ok"; }, (error) => { window.ran = String(error); }); }"""
+    )
+    page.wait_for_function("() => window.ran !== null", timeout=START_SECONDS * 1000)
+    assert page.evaluate("() => window.ran") == "ok"
+    assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
+    page.locator(".smaf-board[data-drawn]").first.wait_for(timeout=30_000)
+
+
+class BoardPage:
+    """The board in a page: what it shows, and how long a control takes to change it."""
+
+    def __init__(self, root: Locator) -> None:
+        self.root, self.page = root, root.page
+        root.evaluate(
+            """root => {
+              window.drawnAt = 0;
+              new MutationObserver(() => { window.drawnAt = performance.now(); })
+                .observe(root, { attributes: true, attributeFilter: ["data-drawn"] });
+              for (const kind of ["keydown", "click", "input", "change"])
+                document.addEventListener(kind, () => { window.movedAt ??= performance.now(); }, true);
+            }"""
+        )
+
+    @property
+    def drawn(self) -> int:
+        return int(self.root.get_attribute("data-drawn") or 0)
+
+    def picture(self, panel: str) -> str:
+        """The pixels of a panel, as text."""
+        return self.root.locator(f'figure[data-key="{panel}"] canvas').evaluate("canvas => canvas.toDataURL()")
+
+    def after(self, act: Callable[[], Any]) -> float:
+        """Do something, wait until the board has been drawn anew; seconds from the first event to the new picture."""
+        before = self.drawn
+        self.page.evaluate("() => { window.drawnAt = 0; window.movedAt = null; }")
+        act()
+        self.page.wait_for_function(
+            "([root, before]) => Number(root.dataset.drawn) > before && window.drawnAt",
+            arg=[self.root.element_handle(), before],
+            timeout=20_000,
+        )
+        return float(self.page.evaluate("() => window.drawnAt - window.movedAt")) / 1000
+
+    def median(self, act: Callable[[], Any], times: int = 20) -> float:
+        """Median of :meth:`after` over some moves, in seconds."""
+        return statistics.median(self.after(act) for _ in range(times))
+
+    def iou(self) -> dict[str, float]:
+        """IoU in percent by label and ``mean``, as the page says."""
+        rows = self.root.locator(".smaf-iou tr").evaluate_all(
+            "rows => rows.map(row => [row.dataset.label, row.querySelector('td:last-child').textContent])"
+        )
+        return {name: float(text.removesuffix(" %")) for name, text in rows}
+
+    def values(self) -> dict[str, float]:
+        """Values of the marked pixel by name, as the page says."""
+        rows = self.root.locator(".smaf-reading tr").evaluate_all(
+            "rows => rows.map(row => [row.dataset.value, row.querySelector('td:last-child').textContent])"
+        )
+        return {name: float(text) for name, text in rows}
+
+    def pixel(self) -> tuple[int, int]:
+        """Row and column of the marked pixel, as the page says."""
+        text = self.root.locator(".smaf-reading").inner_text()
+        found = re.search(r"row (\d+), column (\d+):", text)
+        assert found, text
+        return int(found[1]), int(found[2])
+
+    def num_markers(self) -> int:
+        """Panels in which the marker is drawn."""
+        return self.root.locator("figure svg .smaf-dot").count()
+
+    def click_pixel(self, row: int, col: int, size: tuple[int, int], panel: str = "fused") -> None:
+        """Click into the middle of a pixel; where pixels are small on the screen, its neighbour may be hit."""
+        canvas = self.root.locator(f'figure[data-key="{panel}"] canvas')
+        box = canvas.bounding_box()
+        assert box is not None
+        where = {"x": (col + 0.5) / size[1] * box["width"], "y": (row + 0.5) / size[0] * box["height"]}
+        canvas.click(position=where)  # type: ignore[arg-type]
+
+
+def keep_screenshot(target: Locator | Page, path: Path) -> None:
+    """A screenshot for the README, small: 256 colours are enough."""
+    with Image.open(io.BytesIO(target.screenshot())) as picture:
+        small = picture.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
+    small.save(path, optimize=True)
+
+
+def expected_iou(result: Exploration, class_names: tuple[str, ...]) -> dict[str, float]:
+    """What the page should say, unrounded: percent by label and ``mean``."""
+    assert result.iou is not None
+    values = zip(("background", *class_names), (100 * result.iou).tolist(), strict=True)
+    return {name: value for name, value in values if value == value} | {"mean": 100 * result.miou}
+
+
+def agrees(shown: dict[str, float], expected: dict[str, float], tolerance: float) -> bool:
+    """Whether a page shows just these labels, each within ``tolerance`` points."""
+    return shown.keys() == expected.keys() and all(abs(shown[k] - expected[k]) <= tolerance for k in shown)
+
+
+def shown_values(reading: Reading) -> dict[str, float]:
+    """As the page rounds them."""
+    return {name: round(value, 3) for name, value in reading.values.items()}
