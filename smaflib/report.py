@@ -205,8 +205,24 @@ def write_index(run: Run) -> Path:
     )
 
 
+_WITH_FOLDED_SOLUTIONS = """{% extends "basic/index.html.j2" %}
+{% block codecell %}
+{% if "solution" in cell.metadata.get("tags", []) %}
+<details class="solution"><summary>Solution</summary>
+<pre tabindex="0"><code>{{ cell.source | e }}</code></pre>
+{{ super() }}</details>
+{% else %}
+{{ super() }}
+{% endif %}
+{% endblock %}"""
+
+
 def notebook_body(notebook: Path) -> str:
-    """An executed notebook as HTML without code: its text, its formulas as MathML, its outputs."""
+    """An executed notebook as HTML without code: its text, its formulas as MathML, its outputs.
+
+    Cells tagged ``solution`` are folded, and keep their code: it answers the exercise above them, which a reader of
+    the page could not try otherwise.
+    """
     import nbformat  # seconds to import, and tables need neither
     from nbconvert import HTMLExporter
 
@@ -219,7 +235,7 @@ def notebook_body(notebook: Path) -> str:
             if "text/markdown" in output.get("data", {}):
                 output.data["text/markdown"] = _take_out_formulas(output.data["text/markdown"], formulas)
     exporter = HTMLExporter(
-        template_name="basic",
+        raw_template=_WITH_FOLDED_SOLUTIONS,
         exclude_input=True,
         exclude_input_prompt=True,
         exclude_output_prompt=True,
