@@ -218,7 +218,9 @@ def plot_objects(ious: pd.DataFrame, shares: pd.Series, title: str = "IoU over o
     axis.set(
         xscale="log", xlabel="share of the image's area in %", ylabel="mean IoU of the objects in %", ylim=(0, None)
     )
-    axis.xaxis.set_major_formatter("{x:g}")
+    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if middles.min() / 2 < tick < 2 * middles.max()]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.xaxis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return _finish(figure, title)

@@ -175,8 +175,12 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 # -------------------------------------------------------------------------------------------------------- the report
 
 
-def write_index(run: Run) -> Path:
+def write_index(run: Run, command: str | None = None) -> Path:
     """Write ``index.html`` and, for each executed notebook, a page without code.
+
+    Args:
+        run: whose folder takes them.
+        command: that makes it again; by default ``smaf run`` with the run's settings.
 
     Returns:
         The path of ``index.html``.
@@ -201,7 +205,7 @@ def write_index(run: Run) -> Path:
         results=_table_html(results_table(metrics), "IoU, precision and recall in percent", best=True),
         classes=_table_html(class_table(metrics), "IoU by class, in percent"),
         config=dump_config(run.config),
-        command=run.command(),
+        command=command or run.command(),
     )
 
 
@@ -300,7 +304,7 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
 
 def _stage_facts(run: Run, stage: Stage, entry: dict[str, Any]) -> dict[str, Any]:
     number, _, word = stage.name.partition("_")
-    figures = sorted(run.path("figures").glob(f"{number}_*.png"))
+    figures = sorted(path for path in run.path("figures").glob(f"{number}_*") if path.suffix in (".png", ".webp"))
     return {
         "name": stage.name,
         "number": number,
