@@ -144,6 +144,30 @@ def show_panels(
     return _finish(figure, title)
 
 
+def plot_chain(steps: Mapping[str, Sequence[Panel]], columns: int = 4) -> Figure:
+    """Steps one after the other with arrows between them, row by row, the last only to compare with.
+
+    Args:
+        steps: what a step is, in two lines, to its panels: one, or four that are shown two by two.
+        columns: steps per row.
+    """
+    rows = -(-len(steps) // columns)
+    figure = plt.figure(figsize=(2.55 * columns, 2.75 * rows))
+    width, height = 0.8 / columns, 0.72 / rows
+    for number, (title, panels) in enumerate(steps.items()):
+        left, bottom = number % columns / columns, 1 - (number // columns + 1) / rows
+        side = 2 if len(panels) > 1 else 1
+        figure.text(left + width / 2, bottom + height + 0.02 / rows, title, ha="center", va="bottom", fontsize=9)
+        for place, panel in enumerate(panels[: side * side]):
+            box = (left + place % side * width / side, bottom + (side - 1 - place // side) * height / side)
+            axis = figure.add_axes((*box, width / side * 0.98, height / side * 0.98))
+            axis.imshow(panel, interpolation="nearest")
+            axis.set_axis_off()
+        if number % columns < columns - 1 and number < len(steps) - 2:
+            figure.text(left + 0.9 / columns, bottom + height / 2, "→", ha="center", va="center", fontsize=20)
+    return _finish(figure, "")
+
+
 def plot_history(histories: Mapping[str, History], title: str = "learning curves") -> Figure:
     """A curve per loss, an axis per loss's name; several trainings side by side in colour."""
     losses = sorted({name for history in histories.values() for point in history for name in point} - {"iteration"})

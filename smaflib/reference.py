@@ -165,12 +165,13 @@ def to_webp(png: bytes) -> bytes:
 
 
 def to_small_png(png: bytes) -> bytes:
-    """A picture of at most :data:`NOTEBOOK_WIDTH` pixels and :data:`NOTEBOOK_COLORS` colours, as PNG."""
+    """A picture as PNG, at most :data:`NOTEBOOK_WIDTH` wide and with :data:`NOTEBOOK_COLORS` colours, if that is less."""
     picture = Image.open(io.BytesIO(png)).convert("RGB")
     if picture.width > NOTEBOOK_WIDTH:
         height = round(picture.height * NOTEBOOK_WIDTH / picture.width)
         picture = picture.resize((NOTEBOOK_WIDTH, height), Image.Resampling.LANCZOS)
-    return _encoded(picture.quantize(NOTEBOOK_COLORS, dither=Image.Dither.NONE), "png", optimize=True)
+    packed = _encoded(picture.quantize(NOTEBOOK_COLORS, dither=Image.Dither.NONE), "png", optimize=True)
+    return min(packed, png, key=len)
 
 
 def _encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
