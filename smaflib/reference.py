@@ -165,7 +165,7 @@ def to_webp(png: bytes) -> bytes:
 
 
 def to_small_png(png: bytes) -> bytes:
-    """A picture as PNG, at most :data:`NOTEBOOK_WIDTH` wide and with :data:`NOTEBOOK_COLORS` colours, if that is less."""
+    """A picture as PNG, :data:`NOTEBOOK_WIDTH` wide at most, of :data:`NOTEBOOK_COLORS` colours, if that is smaller."""
     picture = Image.open(io.BytesIO(png)).convert("RGB")
     if picture.width > NOTEBOOK_WIDTH:
         height = round(picture.height * NOTEBOOK_WIDTH / picture.width)
