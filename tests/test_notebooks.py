@@ -9,6 +9,7 @@ import nbformat
 import pandas as pd
 import pytest
 
+from smaflib.ablation import RESULT, ablate
 from smaflib.config import flat_settings, load_config
 from smaflib.report import network_references
 from smaflib.runner import run_notebooks
@@ -161,3 +162,27 @@ def test_artifacts_lie_where_the_design_says(run):
 def test_the_report_needs_no_network(run):
     for page in [run.path("index.html"), *(run.path(f"{stage.name}.html") for stage in STAGES)]:
         assert network_references(page.read_text()) == []
+
+
+def test_ablation_of_the_run_agrees_with_its_notebooks(run):
+    """What both measure, they measure alike; and notebook 08 then shows it."""
+    notebooks = run.metrics().query(
+        "stage == '06_pseudo_masks' and metric == 'iou' and class_name == 'mean' and object_size == 'all'"
+    )
+    by_notebook = dict(zip(notebooks["variant"], notebooks["value"], strict=True))
+    ablate(run, [run.config.seed])
+    records = pd.DataFrame(json.loads(run.path(RESULT).read_text())["records"])
+    records = records.query("bg_choice == 'own' and object_size == 'all'")
+    by_ablation = dict(zip(records["variant"], records["value"], strict=True))
+    for variant, row in {
+        "full": "student fused, pseudo masks",
+        "without CRF": "student fused, before CRF",
+        "without self-training": "fused + CRF",
+        "control: single-scale targets": "control student fused + CRF",
+    }.items():
+        assert by_ablation[variant] == pytest.approx(by_notebook[row]), variant
+    assert not run.path("ablation/seed0/checkpoints/student.safetensors").exists()  # taken from the run
+
+    again = run_notebooks(run.config_file, run.name, run.overrides, runs=run.folder.parent)
+    assert "without reactivation" in again.path("08_results.html").read_text()
+    assert again.path("figures/08_ablation.png").is_file()
