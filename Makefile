@@ -4,7 +4,7 @@ BIN := .venv/bin
 NBSTRIPOUT := $(BIN)/nbstripout --keep-id
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test browser check format lab lock assets screenshots clean
+.PHONY: help setup reproduce test browser check format lab lock assets screenshots reference links clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,13 +40,28 @@ format: setup  ## bring code into shape and strip the notebooks' outputs
 lab: setup  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-assets: setup  ## take the shipped weights and the README's pictures from the run papermill_runs/mini
-	$(BIN)/python -m smaflib.shipped papermill_runs/mini
-	cd papermill_runs/mini/figures && for pair in 00_scales:scales 00_mask:mask 03_scales:scales_per_image \
+assets: setup  ## take the shipped weights and the README's pictures from the run papermill_runs/mini and its ablation
+	$(BIN)/python -m smaflib.shipped papermill_runs/mini docs/chain.png
+	cd papermill_runs/mini/figures && for pair in 03_examples:scales_per_image 08_ablation:ablation \
 	  06_pseudo_masks:pseudo_masks; do cp $${pair%%:*}.png ../../../docs/$${pair##*:}.png; done
 
 screenshots: setup browser  ## take the README's pictures of the explorer anew, in a real browser
 	SMAF_SCREENSHOTS=docs $(BIN)/python -m pytest tests/browser -k screenshot
+
+# Which run is exported; one thread, so that the numbers do not depend on the cores of this machine.
+REFERENCE_RUN ?= mini-reference
+REFERENCE_SETTINGS := configs/mini.yaml --name $(REFERENCE_RUN) --set num_threads=1
+
+reference: setup  ## renew papermill_runs/reference: the mini preset and its ablation, 20 to 40 minutes; goes on where it stopped
+	$(BIN)/smaf run $(REFERENCE_SETTINGS)
+	$(BIN)/smaf ablate $(REFERENCE_SETTINGS) --seeds 0,1,2
+	$(BIN)/smaf run $(REFERENCE_SETTINGS)
+	$(BIN)/python -m smaflib.reference papermill_runs/$(REFERENCE_RUN)
+
+links:  ## put REPOSITORY=owner/name (on GitHub) into the links for Colab and Binder
+	@case '$(REPOSITORY)' in */*) ;; *) echo "say which: make links REPOSITORY=owner/name" >&2; exit 1;; esac
+	sed -i.bak 's#OWNER/NAME#$(REPOSITORY)#g' README.md binder/colab.ipynb
+	rm README.md.bak binder/colab.ipynb.bak
 
 clean:  ## remove caches and build leftovers; .venv and papermill_runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

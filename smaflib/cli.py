@@ -76,6 +76,34 @@ def run(
 
 
 @app.command()
+def ablate(
+    config: Annotated[Path, typer.Argument(help="A file of settings, such as configs/mini.yaml.")],
+    seeds: Annotated[str, typer.Option(metavar="N,N,...", help="Seeds; the spread is taken over them.")] = "0,1,2",
+    name: Annotated[
+        str | None, typer.Option(metavar="N", help="Name of the run folder; the config file's name by default.")
+    ] = None,
+    settings: Settings = None,
+    runs: RunsFolder = None,
+) -> None:
+    """Run the chain without one step at a time, over several seeds; goes on where it stopped. Notebook 08 shows it."""
+    with _plain_errors():
+        from smaflib.ablation import ablate, ablation_table, read_ablation
+        from smaflib.runs import RUNS_FOLDER, open_run
+
+        try:
+            numbers = [int(seed) for seed in seeds.split(",")]
+        except ValueError:
+            raise typer.BadParameter(
+                f"--seeds must be numbers joined by commas, such as 0,1,2, got {seeds!r}"
+            ) from None
+        folder = (runs.absolute() if runs else RUNS_FOLDER) / (name or config.stem)
+        opened = open_run(folder, config.absolute() if config.exists() else config, settings or [])
+        path = ablate(opened, numbers)
+        typer.echo(ablation_table((read_ablation(opened) or {})["records"]).to_string())
+        typer.echo(f"ablation: {path}")
+
+
+@app.command()
 def compare(
     names: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Names or paths of two or more runs.")],
     measure: Annotated[

@@ -245,6 +245,49 @@ def image_score(mask: Tensor, truth: Tensor, num_classes: int) -> float:
     return mean_over_classes(intersection_over_union(confusion_matrix(mask, truth, num_classes)))
 
 
+def object_scores(
+    clean: Iterable[Tensor], truths: Iterable[Tensor], class_names: Sequence[str], bg_score: float
+) -> list[dict[str, Any]]:
+    """IoU of every object by itself: all that an image shows of one class.
+
+    Args:
+        clean: per image (K, H, W) in [0, 1].
+        truths: per image uint8 (H, W), 255 is void.
+        class_names: the K foreground classes.
+        bg_score: the background's score.
+
+    Returns:
+        Per object ``image`` (its number in the sequence), ``class_number`` (0 to K-1), ``share`` of the image's area in
+        (0, 1], ``iou`` in [0, 1].
+    """
+    objects = []
+    for image, (maps, truth) in enumerate(zip(clean, truths, strict=True)):
+        confusion = confusion_matrix(hard_labels(maps, bg_score), truth, len(class_names))
+        iou, area = intersection_over_union(confusion), confusion.sum(dim=1)
+        for label in area[1:].nonzero()[:, 0].tolist():
+            share = int(area[label + 1]) / truth.numel()
+            objects.append({"image": image, "class_number": label, "share": share, "iou": float(iou[label + 1])})
+    return objects
+
+
+def compare_masks(before: Tensor, after: Tensor, truth: Tensor) -> dict[str, int]:
+    """Pixels that one mask has right and another wrong, void left out.
+
+    Args:
+        before: uint8 (H, W).
+        after: uint8 (H, W).
+        truth: uint8 (H, W), 255 is void.
+
+    Returns:
+        Counts of pixels: ``both right``, ``gained`` (only ``after`` is right), ``lost`` (only ``before`` is right),
+        ``both wrong``.
+    """
+    counted = truth != VOID_LABEL
+    was, now = (before == truth)[counted], (after == truth)[counted]
+    parts = {"both right": was & now, "gained": ~was & now, "lost": was & ~now, "both wrong": ~was & ~now}
+    return {name: int(part.sum()) for name, part in parts.items()}
+
+
 def score_on_objects(
     clean: Iterable[Tensor], truths: Iterable[Tensor], bg_score: float
 ) -> dict[tuple[str, str], float]:

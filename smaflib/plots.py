@@ -7,6 +7,7 @@ lightness, so that they read the same in grey and for colour-blind readers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -24,6 +25,8 @@ Panel = np.ndarray
 """uint8 (H, W, 3)."""
 
 SIZE_COLORS = {"small": "#0072b2", "medium": "#e69f00", "large": "#009e73"}  # Okabe and Ito's colour-blind safe set
+
+LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 def picture(image: Tensor) -> Panel:
@@ -59,6 +62,29 @@ def overlay_mask(image: Tensor, mask: Tensor, opacity: float = 0.6) -> Panel:
     return draw_outline(panel.astype(np.uint8), mask)
 
 
+GAINED, LOST = (0, 114, 178), (230, 159, 0)
+"""Blue and orange of Okabe and Ito's set, which differ in lightness too."""
+
+
+def overlay_changes(image: Tensor, before: Tensor, after: Tensor, truth: Tensor, opacity: float = 0.85) -> Panel:
+    """Lay over a grey image what a second mask has right and the first wrong (blue), and the reverse (orange).
+
+    Args:
+        image: uint8 (3, H, W).
+        before: the first mask, uint8 (H, W).
+        after: the second mask, uint8 (H, W).
+        truth: uint8 (H, W); void pixels stay grey. Its outline is white.
+        opacity: of the colours, in [0, 1].
+    """
+    panel = picture(image).mean(axis=2, keepdims=True).repeat(3, axis=2)
+    counted = truth != VOID_LABEL
+    was, now = before == truth, after == truth
+    for pixels, color in ((counted & now & ~was, GAINED), (counted & was & ~now, LOST)):
+        chosen = pixels.cpu().numpy()
+        panel[chosen] = (1 - opacity) * panel[chosen] + opacity * np.array(color)
+    return draw_outline(panel.astype(np.uint8), truth)
+
+
 def draw_outline(panel: Panel, mask: Tensor, color: tuple[int, int, int] = (255, 255, 255)) -> Panel:
     """Draw the border of a mask's objects into a panel; the truth's outline on a map shows what the map misses."""
     objects = mask.cpu().numpy().copy()
@@ -71,12 +97,26 @@ def draw_outline(panel: Panel, mask: Tensor, color: tuple[int, int, int] = (255,
     return outlined
 
 
+def mark_pixel(panel: Panel, row: int, column: int) -> Panel:
+    """Draw a white cross with a dark rim around a pixel, which itself stays visible."""
+    marked = panel.copy()
+    height, width = panel.shape[:2]
+    arm = max(3, min(height, width) // 24)
+    for thick, color in ((1, (0, 0, 0)), (0, (255, 255, 255))):
+        for start, end in ((-arm - thick, -1), (2, arm + thick + 1)):
+            for top, bottom, left, right in ((start, end, -thick, thick + 1), (-thick, thick + 1, start, end)):
+                rows = slice(max(0, row + top), max(0, row + bottom))
+                marked[rows, max(0, column + left) : max(0, column + right)] = color
+    return marked
+
+
 def show_panels(
     rows: Sequence[Sequence[Panel]],
     columns: Sequence[str] = (),
     names: Sequence[str] = (),
     title: str = "",
     side: float = 1.9,
+    captions: Sequence[Sequence[str]] = (),
 ) -> Figure:
     """A grid of panels.
 
@@ -86,6 +126,7 @@ def show_panels(
         names: names of the rows.
         title: of the figure.
         side: of a panel, in inches.
+        captions: a short text in each panel's upper left corner, such as its IoU; ``""`` for none.
     """
     width = max(len(row) for row in rows)
     heights = [max(panel.shape[0] / panel.shape[1] for panel in row) for row in rows]
@@ -102,6 +143,11 @@ def show_panels(
             axis.set_axis_off()
         for axis, panel in zip(row_axes, row, strict=False):
             axis.imshow(panel, interpolation="nearest")
+    for texts, row_axes in zip(captions, axes, strict=False):
+        for axis, text in zip(row_axes, texts, strict=False):
+            box = {"facecolor": "black", "alpha": 0.65, "linewidth": 0, "pad": 1.5}
+            if text:
+                axis.text(0.02, 0.98, text, transform=axis.transAxes, va="top", fontsize=8, color="white", bbox=box)
     for axis, column in zip(axes[0], columns, strict=False):
         axis.set_title(column, fontsize=9)
     for row_axes, name in zip(axes, names, strict=False):
@@ -109,6 +155,30 @@ def show_panels(
             -0.06, 0.5, name, transform=row_axes[0].transAxes, rotation=90, ha="center", va="center", fontsize=8
         )
     return _finish(figure, title)
+
+
+def plot_chain(steps: Mapping[str, Sequence[Panel]], columns: int = 4) -> Figure:
+    """Steps one after the other with arrows between them, row by row, the last only to compare with.
+
+    Args:
+        steps: what a step is, in two lines, to its panels: one, or four that are shown two by two.
+        columns: steps per row.
+    """
+    rows = -(-len(steps) // columns)
+    figure = plt.figure(figsize=(2.55 * columns, 2.75 * rows))
+    width, height = 0.8 / columns, 0.72 / rows
+    for number, (title, panels) in enumerate(steps.items()):
+        left, bottom = number % columns / columns, 1 - (number // columns + 1) / rows
+        side = 2 if len(panels) > 1 else 1
+        figure.text(left + width / 2, bottom + height + 0.02 / rows, title, ha="center", va="bottom", fontsize=9)
+        for place, panel in enumerate(panels[: side * side]):
+            box = (left + place % side * width / side, bottom + (side - 1 - place // side) * height / side)
+            axis = figure.add_axes((*box, width / side * 0.98, height / side * 0.98))
+            axis.imshow(panel, interpolation="nearest")
+            axis.set_axis_off()
+        if number % columns < columns - 1 and number < len(steps) - 2:
+            figure.text(left + 0.9 / columns, bottom + height / 2, "→", ha="center", va="center", fontsize=20)
+    return _finish(figure, "")
 
 
 def plot_history(histories: Mapping[str, History], title: str = "learning curves") -> Figure:
@@ -164,6 +234,94 @@ def plot_sizes(table: pd.DataFrame, title: str = "IoU by object size") -> Figure
     axis.set(ylabel="mean IoU in %", ylim=(0, 1.25 * highest))  # room for the legend above the bars
     axis.legend(fontsize=8, ncols=3, loc="upper left")
     axis.grid(axis="y", alpha=0.3)
+    return _finish(figure, title)
+
+
+def plot_objects(ious: pd.DataFrame, shares: pd.Series, title: str = "IoU over object size", bins: int = 8) -> Figure:
+    """A line per way of looking: mean IoU of the objects of about one size.
+
+    Args:
+        ious: a row per object, a column per way of looking, in [0, 1].
+        shares: of each object, the part of its image's area that it covers, in (0, 1].
+        title: of the figure.
+        bins: as many groups of equally many objects.
+    """
+    figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    groups = pd.qcut(shares, min(bins, len(shares)), duplicates="drop")
+    middles = 100 * shares.groupby(groups, observed=True).median()
+    for (name, column), color in zip(ious.items(), LINE_COLORS * len(ious.columns), strict=False):
+        means = 100 * column.groupby(groups, observed=True).mean()
+        axis.plot(middles, means, marker=".", label=str(name), color=color)
+    axis.set(
+        xscale="log", xlabel="share of the image's area in %", ylabel="mean IoU of the objects in %", ylim=(0, None)
+    )
+    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if middles.min() / 2 < tick < 2 * middles.max()]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.xaxis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return _finish(figure, title)
+
+
+def plot_pixel_row(
+    steps: Mapping[str, Tensor], names: Sequence[str], present: Sequence[bool], truth: Tensor | None = None
+) -> Figure:
+    """The scores of one row of pixels, an axis per step: labelled classes in colour, absent ones in grey.
+
+    Args:
+        steps: name of the step to scores (K, W), or (K+1, W) with the background first, in [0, 1].
+        names: of the K classes.
+        present: which of them the image label names.
+        truth: uint8 (W,) of the row; where it holds an object, a bar of the class's colour lies below the curves.
+    """
+    figure, axes = plt.subplots(
+        len(steps), 1, figsize=(8, 1.55 * len(steps) + 0.4), sharex=True, squeeze=False, layout="constrained"
+    )
+    palette = iter(LINE_COLORS * len(names))
+    colors = [next(palette) if there else "0.7" for there in present]
+    for axis, (step, scores) in zip(axes[:, 0], steps.items(), strict=True):
+        if len(scores) > len(names):
+            axis.plot(scores[0], color="black", linestyle="--", linewidth=1.2, label="background")
+        for k in sorted(range(len(names)), key=lambda k: present[k]):  # labelled classes above the absent ones
+            label = names[k] if present[k] else None
+            if present[k] or scores[k - len(names)].any():
+                axis.plot(scores[k - len(names)], color=colors[k], linewidth=1.8 if present[k] else 1.0, label=label)
+            if truth is not None and present[k]:
+                there = (truth == k + 1).numpy()
+                axis.fill_between(range(len(there)), -0.1, -0.03, where=there, color=colors[k], step="mid")
+        axis.set(ylim=(-0.12, 1.08), yticks=(0, 0.5, 1))
+        axis.set_title(step, fontsize=9, loc="left")
+        axis.grid(alpha=0.3)
+    axes[-1, 0].legend(fontsize=8, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.3))
+    axes[-1, 0].set_xlabel("pixel")
+    return _finish(figure, "")
+
+
+def plot_ablation(records: Sequence[Mapping[str, Any]], title: str = "ablation") -> Figure:
+    """A panel for all objects and one per size; per variant a dot for each seed, and a bar at their mean.
+
+    Args:
+        records: of :func:`smaflib.ablation.ablate`; those at the run's own background score are drawn.
+        title: of the figure.
+    """
+    table = pd.DataFrame(list(records)).query("bg_choice == 'own'")
+    names, panels = list(dict.fromkeys(table["variant"])), ("all", *SIZE_COLORS)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(2.9 * len(panels), 0.34 * len(names) + 1.3), sharey=True, layout="constrained"
+    )
+    for axis, size in zip(axes, panels, strict=True):
+        values = 100 * table[table["object_size"] == size].set_index("variant")["value"].astype(float)
+        color = SIZE_COLORS.get(size, "0.35")
+        for row, name in enumerate(names):
+            of_seeds = values.loc[[name]].dropna()
+            axis.plot(of_seeds, [row] * len(of_seeds), "o", color=color, markersize=4.5, alpha=0.75)
+            axis.plot([of_seeds.mean()] * 2, [row - 0.3, row + 0.3], color=color, linewidth=2.5)
+        axis.axvline(values.loc[[names[0]]].mean(), color="black", linestyle=":", linewidth=1)
+        axis.set_title("mIoU, all pixels" if size == "all" else f"{size} objects", fontsize=9)
+        axis.set_xlabel("IoU in %", fontsize=8)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0].invert_yaxis()
     return _finish(figure, title)
 
 

@@ -175,8 +175,12 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 # -------------------------------------------------------------------------------------------------------- the report
 
 
-def write_index(run: Run) -> Path:
+def write_index(run: Run, command: str | None = None) -> Path:
     """Write ``index.html`` and, for each executed notebook, a page without code.
+
+    Args:
+        run: whose folder takes them.
+        command: that makes it again; by default ``smaf run`` with the run's settings.
 
     Returns:
         The path of ``index.html``.
@@ -202,12 +206,28 @@ def write_index(run: Run) -> Path:
         explorer="explorer.html" if run.path("explorer.html").is_file() else None,
         classes=_table_html(class_table(metrics), "IoU by class, in percent"),
         config=dump_config(run.config),
-        command=run.command(),
+        command=command or run.command(),
     )
 
 
+_WITH_FOLDED_SOLUTIONS = """{% extends "basic/index.html.j2" %}
+{% block codecell %}
+{% if "solution" in cell.metadata.get("tags", []) %}
+<details class="solution"><summary>Solution</summary>
+<pre tabindex="0"><code>{{ cell.source | e }}</code></pre>
+{{ super() }}</details>
+{% else %}
+{{ super() }}
+{% endif %}
+{% endblock %}"""
+
+
 def notebook_body(notebook: Path) -> str:
-    """An executed notebook as HTML without code: its text, its formulas as MathML, its outputs."""
+    """An executed notebook as HTML without code: its text, its formulas as MathML, its outputs.
+
+    Cells tagged ``solution`` are folded, and keep their code: it answers the exercise above them, which a reader of
+    the page could not try otherwise.
+    """
     import nbformat  # seconds to import, and tables need neither
     from nbconvert import HTMLExporter
 
@@ -220,7 +240,7 @@ def notebook_body(notebook: Path) -> str:
             if "text/markdown" in output.get("data", {}):
                 output.data["text/markdown"] = _take_out_formulas(output.data["text/markdown"], formulas)
     exporter = HTMLExporter(
-        template_name="basic",
+        raw_template=_WITH_FOLDED_SOLUTIONS,
         exclude_input=True,
         exclude_input_prompt=True,
         exclude_output_prompt=True,
@@ -292,7 +312,7 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
 
 def _stage_facts(run: Run, stage: Stage, entry: dict[str, Any]) -> dict[str, Any]:
     number, _, word = stage.name.partition("_")
-    figures = sorted(run.path("figures").glob(f"{number}_*.png"))
+    figures = sorted(path for path in run.path("figures").glob(f"{number}_*") if path.suffix in (".png", ".webp"))
     return {
         "name": stage.name,
         "number": number,

@@ -404,6 +404,19 @@ def _put_entry(run: Run, stage: Stage, entry: dict[str, Any], **more: Any) -> No
 def _describe_run(run: Run) -> None:
     """Write to the manifest what every number of the run depends on."""
     manifest = read_manifest(run)
+    facts = {
+        "run": run.name,
+        "config_file": shown(run.config_file),
+        "overrides": list(run.overrides),
+        "config_hash": hashlib.sha256(dump_config(run.config).encode()).hexdigest(),
+        "seed": run.config.seed,
+        **describe_machine(run),
+    }
+    write_manifest(run, facts | {"stages": manifest["stages"]})
+
+
+def describe_machine(run: Run) -> dict[str, Any]:
+    """Device, versions and commit: what numbers depend on beside the settings."""
     device = run.runtime.device
     if device.type == "cuda":
         import torch
@@ -411,19 +424,13 @@ def _describe_run(run: Run) -> None:
         kind = f"cuda ({torch.cuda.get_device_name(device)})"
     else:
         kind = f"{device.type} ({platform.machine()})"
-    facts = {
-        "run": run.name,
-        "config_file": shown(run.config_file),
-        "overrides": list(run.overrides),
-        "config_hash": hashlib.sha256(dump_config(run.config).encode()).hexdigest(),
-        "seed": run.config.seed,
+    return {
         "device": kind,
         "python": platform.python_version(),
         "platform": platform.platform(),
         **git_state(),
         "packages": _package_versions(),
     }
-    write_manifest(run, facts | {"stages": manifest["stages"]})
 
 
 def git_state() -> dict[str, Any]:

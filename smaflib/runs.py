@@ -67,6 +67,7 @@ class Stage:
         settings: groups of the config that change its result.
         makes: globs of its artifacts in the run folder; ``folder/**`` is everything below.
         essential: the artifacts among them that every config makes, as globs; without them it has failed.
+        reads: files that another command may put into the run folder; a new one makes the stage run again.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Stage:
     settings: tuple[str, ...] = ()
     makes: tuple[str, ...] = ()
     essential: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
 
 
 STAGES: tuple[Stage, ...] = (
@@ -150,6 +152,7 @@ STAGES: tuple[Stage, ...] = (
         ),
         settings=("data", "attention", "evaluation"),
         makes=("figures/08_*.png", "explorer.html"),
+        reads=("ablation/ablation.json",),
     ),
 )
 
@@ -459,6 +462,9 @@ def stage_inputs(run: Run, stage: Stage, notebook: Path) -> dict[str, str]:
         "settings": _hash({key: settings[key] for key in stage.settings}),
         "needs": _hash(needed),
     }
+    if stage.reads:
+        there = [name for name in stage.reads if run.path(name).is_file()]
+        hashes["reads"] = _hash({name: files.file_hash(run.path(name)) for name in there})
     return hashes | {"inputs": _hash(hashes)}
 
 
@@ -528,6 +534,7 @@ def why_not_complete(run: Run, stage: Stage, inputs: dict[str, str]) -> str | No
     if entry is None:
         return NEVER_RAN
     reasons = {"code": "its notebook changed", "settings": "its settings changed", "needs": "a stage it needs changed"}
+    reasons |= {"reads": f"{', '.join(stage.reads)} is new"} if stage.reads else {}
     for key, reason in reasons.items():
         if entry.get(key) != inputs[key]:
             return reason

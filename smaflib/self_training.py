@@ -5,7 +5,7 @@ Section 3.4 of the paper. The teacher is frozen and its maps are made once; the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,9 @@ from smaflib.reactivation import denoise, reactivate
 from smaflib.runtime import Runtime, derive_seed
 from smaflib.training import Batch, Batches, History, fit
 
+TargetRule = Callable[[Tensor, float], Tensor]
+"""From clean maps (B, K, h, w) and the background score to a target (B, K+1, h, w)."""
+
 TARGET_STRIDE = 4
 """Student and target meet at a quarter of the crop's side (reference code: 112 of 448)."""
 
@@ -33,6 +36,7 @@ def self_train(
     config: Config,
     runtime: Runtime,
     checkpoint: Path | None = None,
+    make_target: TargetRule = reactivate,
 ) -> tuple[AttentionNetwork, History]:
     """Train a student on the teacher's denoised maps, which are reactivated crop by crop.
 
@@ -45,6 +49,7 @@ def self_train(
         config: of the run.
         runtime: device, precision and seed.
         checkpoint: where weights are kept; an unfinished training goes on from there.
+        make_target: what a crop's maps become; only the ablation takes another rule than reactivation.
 
     Returns:
         The student in eval mode and its learning curve.
@@ -62,7 +67,7 @@ def self_train(
     def loss(batch: Batch) -> dict[str, Tensor]:
         side = batch["image"].shape[-1] // TARGET_STRIDE
         attention = F.interpolate(batch["clean"], size=(side, side), mode="bilinear", align_corners=True)
-        target = reactivate(attention, bg_score)
+        target = make_target(attention, bg_score)
         return {"L_mac": mac_loss(student(batch["image"]), target, settings.loss_weight)}
 
     history = fit(student, batches, loss, runtime, checkpoint, desc="self-training")

@@ -145,3 +145,46 @@ def test_ci_runs_what_make_test_runs():
     last_line = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
     assert last_line == "exec make --no-print-directory test"
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_binder_installs_the_packages_of_environment_yml_but_for_development():
+    def lines(path: Path) -> tuple[set[str], set[str]]:
+        dependencies = yaml.safe_load(path.read_text())["dependencies"]
+        conda = {line for line in dependencies if isinstance(line, str)}
+        return conda, set(next(line["pip"] for line in dependencies if isinstance(line, dict)))
+
+    conda, pip = lines(ROOT / "environment.yml")
+    binder_conda, binder_pip = lines(ROOT / "binder" / "environment.yml")
+    development = {
+        canonicalize_name(Requirement(line).name)
+        for line in read_pyproject()["project"]["optional-dependencies"]["dev"]
+    }
+    needed = {line for line in conda if canonicalize_name(line.split(">")[0].split("=")[0]) not in development}
+    assert binder_conda - {"setuptools>=77"} == needed
+    assert binder_pip == {line for line in pip - {"-e ."} if Requirement(line).name not in development}
+    assert os.access(ROOT / "binder" / "postBuild", os.X_OK)
+
+
+def test_links_take_the_repositorys_name(tmp_path):
+    (tmp_path / "binder").mkdir()
+    for name in ("README.md", "binder/colab.ipynb"):
+        assert "OWNER/NAME" in (ROOT / name).read_text() or "smaflib" in (ROOT / name).read_text()
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    makefile = tmp_path / "Makefile"
+    makefile.write_text((ROOT / "Makefile").read_text())
+    subprocess.run(["make", "links", "REPOSITORY=a/b"], cwd=tmp_path, check=True, capture_output=True)
+    assert "github/a/b/blob" in (tmp_path / "README.md").read_text()
+    assert (
+        '"a/b\\"' in (tmp_path / "binder/colab.ipynb").read_text()
+        or "a/b" in (tmp_path / "binder/colab.ipynb").read_text()
+    )
+    refused = subprocess.run(["make", "links"], cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode != 0 and "REPOSITORY=owner/name" in refused.stderr
+
+
+def test_readme_has_pictures_that_exist_and_ten_words():
+    readme = (ROOT / "README.md").read_text()
+    for address in re.findall(r"!\[[^]]*\]\(([^)]+)\)", readme):
+        assert (ROOT / address).is_file(), address
+    glossary = readme.partition("## Ten words")[2].partition("\n## ")[0]
+    assert len(re.findall(r"^\| [^|]+ \| [^|]+ \|$", glossary, re.MULTILINE)) == 10 + 1  # and the head

@@ -16,6 +16,7 @@ from smaflib.config import EvaluationConfig
 from smaflib.evaluation import (
     Scores,
     best_threshold,
+    compare_masks,
     confusion_matrix,
     evaluate,
     evaluate_maps,
@@ -23,6 +24,7 @@ from smaflib.evaluation import (
     intersection_over_union,
     masks_of,
     mean_over_classes,
+    object_scores,
     sweep_thresholds,
 )
 
@@ -260,3 +262,20 @@ def test_maps_are_judged_at_the_best_threshold_or_at_a_given_one() -> None:
         records, chosen = evaluate_maps([clean], [truth], ["cat"], config, bg_score=given_score)
         assert chosen == given_score and records[0]["value"] == pytest.approx(value)
     assert evaluate_maps([clean], None, ["cat"], config) == ([], None)
+
+
+def test_objects_one_by_one_by_hand() -> None:
+    # Image 0: class 1 on two of four pixels, one of them found, and one false alarm. Image 1: class 2 found, one void.
+    clean = [torch.tensor([[[0.9, 0.0, 0.9, 0.0]], [[0.0] * 4]]), torch.tensor([[[0.0] * 4], [[0.8, 0.8, 0.0, 0.0]]])]
+    truths = [torch.tensor([[1, 1, 0, 0]], dtype=torch.uint8), torch.tensor([[2, 255, 0, 0]], dtype=torch.uint8)]
+    assert object_scores(clean, truths, ("a", "b"), bg_score=0.5) == [
+        {"image": 0, "class_number": 0, "share": 0.5, "iou": pytest.approx(1 / 3)},
+        {"image": 1, "class_number": 1, "share": 0.25, "iou": 1.0},
+    ]
+
+
+def test_masks_are_compared_pixel_by_pixel_without_void() -> None:
+    truth = torch.tensor([[1, 1, 0, 0, 255]], dtype=torch.uint8)
+    before = torch.tensor([[1, 0, 0, 1, 1]], dtype=torch.uint8)
+    after = torch.tensor([[1, 1, 2, 2, 0]], dtype=torch.uint8)
+    assert compare_masks(before, after, truth) == {"both right": 1, "gained": 1, "lost": 1, "both wrong": 1}

@@ -11,6 +11,7 @@ import papermill
 import pytest
 import torch
 
+from smaflib.ablation import RESULT, ablate
 from smaflib.cams import AttentionMaps
 from smaflib.config import flat_settings, load_config
 from smaflib.explorer import Explorer
@@ -70,6 +71,28 @@ def test_parameters_are_typed_literals_with_help(path):
         ast.literal_eval(statement.value)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_two_exercises_with_folded_solutions(path):
+    cells = nbformat.read(path, as_version=4).cells
+    exercises = [cell for cell in cells if re.match(r"\*\*Exercise \d\.\*\*", cell.source)]
+    assert [cell.source[:15] for cell in exercises] == ["**Exercise 1.**", "**Exercise 2.**"]
+    solutions = [cell for cell in cells if "solution" in cell.metadata.get("tags", [])]
+    assert len(solutions) == 2
+    for exercise, solution in zip(exercises, solutions, strict=True):
+        assert cells.index(solution) == cells.index(exercise) + 1 and solution.cell_type == "code"
+        assert solution.metadata["jupyter"] == {"source_hidden": True}  # folded in JupyterLab
+        # A solution changes nothing of the run.
+        assert not re.search(r"\brun\.(record|save_figure)\b|write_|save_|\.open\(", solution.source)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_first_cell_has_an_equation_and_then_explains_its_symbols(path):
+    first = nbformat.read(path, as_version=4).cells[0].source
+    assert "$$" in first, "the idea in one equation"
+    *_, after = first.split("$$")
+    assert len(re.findall(r"\$[^$]+\$", after)) >= 2, "what its symbols are"
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The whole chain on 16 images of 64 pixels."""
@@ -95,6 +118,20 @@ def test_executed_notebooks_show_pictures_and_hold_no_progress_bars(run):
         assert any("image/png" in output.get("data", {}) for output in outputs), stage.name
         assert not [output for output in outputs if output.output_type == "error"]
         assert not [output for output in outputs if output.get("name") == "stderr"], stage.name
+
+
+def test_solutions_have_run_and_say_something(run):
+    for stage in STAGES:
+        notebook = nbformat.read(run.path(f"{stage.name}.ipynb"), as_version=4)
+        solutions = [cell for cell in notebook.cells if "solution" in cell.metadata.get("tags", [])]
+        assert len(solutions) == 2
+        assert all(cell.execution_count and cell.outputs for cell in solutions), stage.name
+        page = run.path(f"{stage.name}.html").read_text()
+        assert page.count("<summary>Solution</summary>") == 2
+
+
+def test_without_an_ablation_notebook_08_says_which_command_makes_it(run):
+    assert "smaf ablate configs/mini.yaml --name tiny" in run.path("08_results.html").read_text()
 
 
 def test_metrics_have_every_row_of_the_chain_and_read_in_one_line(run):
@@ -170,3 +207,27 @@ def test_a_run_is_explored_with_what_it_made(run):
         assert all(map(torch.equal, explorer.gallery.cams(0, role, True), cams))
     assert explorer.exploration.iou is not None
     assert "explorer.html" in read_manifest(run)["stages"]["08_results"]["artifacts"]
+
+
+def test_ablation_of_the_run_agrees_with_its_notebooks(run):
+    """What both measure, they measure alike; and notebook 08 then shows it."""
+    notebooks = run.metrics().query(
+        "stage == '06_pseudo_masks' and metric == 'iou' and class_name == 'mean' and object_size == 'all'"
+    )
+    by_notebook = dict(zip(notebooks["variant"], notebooks["value"], strict=True))
+    ablate(run, [run.config.seed])
+    records = pd.DataFrame(json.loads(run.path(RESULT).read_text())["records"])
+    records = records.query("bg_choice == 'own' and object_size == 'all'")
+    by_ablation = dict(zip(records["variant"], records["value"], strict=True))
+    for variant, row in {
+        "full": "student fused, pseudo masks",
+        "without CRF": "student fused, before CRF",
+        "without self-training": "fused + CRF",
+        "control: single-scale targets": "control student fused + CRF",
+    }.items():
+        assert by_ablation[variant] == pytest.approx(by_notebook[row]), variant
+    assert not run.path("ablation/seed0/checkpoints/student.safetensors").exists()  # taken from the run
+
+    again = run_notebooks(run.config_file, run.name, run.overrides, runs=run.folder.parent)
+    assert "without reactivation" in again.path("08_results.html").read_text()
+    assert again.path("figures/08_ablation.png").is_file()

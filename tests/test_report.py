@@ -221,6 +221,20 @@ def test_formula_that_cannot_be_read_stays_as_it_is(run):
     assert "<code>\\left(</code>" in notebook_body(executed_notebook(run, "02_classifier", r"so $\left($ fails"))
 
 
+def test_solutions_are_folded_and_keep_their_code(run):
+    shown = new_code_cell("total = 1 < 2", outputs=[new_output("stream", name="stdout", text="plain")])
+    solution = new_code_cell(
+        "print(1 < 2)", metadata={"tags": ["solution"]}, outputs=[new_output("stream", name="stdout", text="solved")]
+    )
+    nbformat.write(new_notebook(cells=[shown, solution]), run.path("a.ipynb"))
+    body = notebook_body(run.path("a.ipynb"))
+    before, _, folded = body.partition('<details class="solution"><summary>Solution</summary>')
+    inside, _, after = folded.partition("</details>")
+    assert "plain" in before and "total" not in body
+    assert "print(1 &lt; 2)" in inside and "solved" in inside
+    assert "solved" not in after
+
+
 def test_markdown_outputs_may_hold_formulas(run):
     output = new_output("display_data", data={"text/markdown": "IoU $= \\frac{1}{2}$"})
     assert "<mfrac>" in notebook_body(executed_notebook(run, "02_classifier", "# Title", output))

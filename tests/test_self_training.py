@@ -15,7 +15,7 @@ from smaflib.cams import AttentionMaps
 from smaflib.classifier import new_teacher
 from smaflib.models import with_background
 from smaflib.pseudo_masks import pseudo_masks
-from smaflib.reactivation import denoise
+from smaflib.reactivation import denoise, reactivate, with_background_score
 from smaflib.runtime import Runtime, cpu_runtime
 from smaflib.self_training import CleanMaps, mac_loss, self_train, student_targets
 
@@ -52,6 +52,20 @@ def test_mac_loss_is_computed_in_float32() -> None:
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_student_learns_what_make_target_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, samples = tiny_config(self_training={"iterations": 1}), make_samples(truth=False)
+    targets: list[Tensor] = []
+    monkeypatch.setattr(
+        self_training, "mac_loss", lambda logits, target, _: targets.append(target) or logits.square().mean()
+    )
+    for rule in (reactivate, with_background_score):
+        self_train(new_teacher(config, 3, CPU), samples, masks_as_maps(), config, CPU, make_target=rule)
+    divided, as_is = targets
+    assert float(divided.amax(dim=1).min()) == 1  # every pixel has a winner at 1
+    assert as_is[:, 0].unique().tolist() == [pytest.approx(config.attention.settled_bg_score)]
+    assert torch.allclose(as_is / as_is.amax(dim=1, keepdim=True), divided)
 
 
 @pytest.mark.parametrize("pretraining", ["plain", "eps"])

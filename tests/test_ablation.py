@@ -1,0 +1,359 @@
+"""The ablation: what each variant leaves out, going on after a crash, and reading the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from smaflib import ablation
+from smaflib.ablation import (
+    FULL,
+    RESULT,
+    STUDENTS,
+    VARIANTS,
+    Bench,
+    ablate,
+    ablate_seed,
+    ablation_table,
+    command,
+    read_ablation,
+    score_variant,
+    train_student,
+)
+from smaflib.cli import app
+from smaflib.config import ConfigError
+from smaflib.data import DataError, load_samples, truth_of
+from smaflib.evaluation import evaluate, masks_of
+from smaflib.plots import plot_ablation
+from smaflib.reactivation import reactivate, with_background_score
+from smaflib.runs import PROJECT_ROOT, Run, RunError, open_run, stage_inputs, stage_named, write_manifest
+from smaflib.runtime import make_runtime
+from smaflib.self_training import CleanMaps
+
+matplotlib.use("agg")
+
+TINY = (
+    "num_threads=1",
+    "data.num_train=7",
+    "data.num_val=1",
+    "data.image_size=64",
+    "classifier.iterations=3",
+    "classifier.crop_size=48",
+    "classifier.resize_range=[48, 60]",
+    "self_training.iterations=3",
+    "self_training.crop_size=48",
+    "self_training.resize_range=[48, 60]",
+    "attention.scales=[0.5, 1.0]",
+    "pseudo_masks.crf.iterations=1",
+    "evaluation.thresholds=[0.2, 0.4, 0.6]",
+)
+
+
+def tiny_run(folder: Path, *more: str) -> Run:
+    return open_run(folder, PROJECT_ROOT / "configs" / "mini.yaml", [*TINY, *more])
+
+
+def bench_of(run: Run) -> Bench:
+    folder = run.path("ablation", "seed0")
+    return Bench(load_samples(run.config, "train", folder), run.config, make_runtime(run.config), folder, {})
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """An ablation of seed 0, complete."""
+    run = tiny_run(tmp_path_factory.mktemp("runs") / "tiny")
+    ablate(run, [0])
+    return run
+
+
+@pytest.fixture
+def copy(done: Run, tmp_path: Path) -> Run:
+    """A copy of it that a test may change."""
+    shutil.copytree(done.folder, tmp_path / "copy")
+    return dataclasses.replace(done, folder=tmp_path / "copy")
+
+
+def records_of(run: Run) -> list[dict[str, Any]]:
+    result = read_ablation(run)
+    assert result is not None
+    return result["records"]
+
+
+# --- the variants -----------------------------------------------------------------------------------------------------
+
+
+def test_every_variant_is_scored_at_both_scores_for_all_sizes(done: Run) -> None:
+    records = records_of(done)
+    rows = {(r["variant"], r["bg_choice"], r["object_size"]) for r in records}
+    assert len(records) == len(rows) == len(VARIANTS) * 2 * 4
+    assert {r["seed"] for r in records} == {0}
+    assert all(0 <= r["value"] <= 1 for r in records if r["value"] is not None)
+    assert {r["bg_score"] for r in records if r["bg_choice"] == "own"} == {done.config.attention.bg_score}
+
+
+def test_hindsight_is_never_worse_than_the_runs_own_score(done: Run) -> None:
+    of_all = {(r["variant"], r["bg_choice"]): r["value"] for r in records_of(done) if r["object_size"] == "all"}
+    assert all(of_all[name, "hindsight"] >= of_all[name, "own"] for name in VARIANTS)
+
+
+def taught(run: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Sequence[Tensor], Any]:
+    """The maps and the target rule that a student is trained with."""
+    given: list[Any] = []
+
+    def note(teacher: Any, samples: Any, clean: Any, config: Any, runtime: Any, checkpoint: Any, rule: Any) -> Any:
+        given.extend([clean, rule])
+        return teacher, []
+
+    monkeypatch.setattr(ablation, "self_train", note)
+    train_student(bench_of(run), name)
+    return given[0], given[1]
+
+
+def test_without_denoising_the_targets_hold_absent_classes(copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean, rule = taught(copy, "student_undenoised", monkeypatch)
+    bench = bench_of(copy)
+    fused = bench.maps("teacher").fused(bench.samples.image_ids[0], copy.config.attention.fusion)
+    absent = bench.samples.image_labels[0] == 0
+    assert torch.allclose(clean[0], fused, atol=1e-3)  # kept in half precision
+    assert (clean[0][absent].amax(dim=(1, 2)) > 0.99).all()  # each of them peaks at 1
+    assert rule is reactivate
+
+
+def test_without_reactivation_the_targets_are_the_scores_as_they_are(
+    copy: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean, rule = taught(copy, "student_unreactivated", monkeypatch)
+    expected, _ = taught(copy, "student", monkeypatch)
+    assert torch.equal(clean[0], expected[0])
+    assert rule is with_background_score
+    assert rule(torch.full((1, 1, 1), 0.5), 0.25).flatten().tolist() == [0.25, 0.5]
+
+
+def test_the_controls_targets_come_from_one_scale(copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean, rule = taught(copy, "student_control", monkeypatch)
+    bench = bench_of(copy)
+    expected = CleanMaps(bench.maps("teacher"), bench.samples, scales=[1.0])
+    assert torch.allclose(clean[0], expected[0], atol=1e-3)
+    assert rule is reactivate
+
+
+def test_without_crf_is_the_full_variant_before_the_crf(done: Run) -> None:
+    bench = bench_of(done)
+    student = CleanMaps(bench.maps("student"), bench.samples, done.config.attention.fusion)
+    masks = masks_of(student, done.config.attention.bg_score)
+    truth = truth_of(bench.samples)
+    assert truth is not None
+    expected = evaluate(masks, truth, bench.samples.class_names, done.config.evaluation)
+    (value,) = [
+        r["value"]
+        for r in records_of(done)
+        if r["variant"] == "without CRF" and r["bg_choice"] == "own" and r["object_size"] == "all"
+    ]
+    assert value == expected.miou
+
+
+def test_variants_differ_in_what_they_name() -> None:
+    full = VARIANTS[FULL]
+    assert dataclasses.replace(VARIANTS["without CRF"], without="nothing", refined=True) == full
+    assert VARIANTS["without self-training"].network == "teacher"
+    assert not VARIANTS["without fusion"].fused and VARIANTS["control: single-scale targets"].fused
+    assert {variant.network for variant in VARIANTS.values()} == {"teacher", *STUDENTS}
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+def test_killed_ablation_goes_on_and_ends_with_the_same_numbers(
+    done: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(tmp_path / "killed")
+
+    def train_and_die(bench: Bench, name: str) -> None:
+        if name == "student_undenoised":
+            raise KeyboardInterrupt
+        train_student(bench, name)
+
+    monkeypatch.setattr(ablation, "train_student", train_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        ablate(run, [0])
+    assert not run.path(RESULT).exists()
+    kept = {path: path.stat().st_mtime_ns for path in run.path("ablation/seed0/cams").rglob("*.npz")}
+    assert len(kept) == 3 * 7  # teacher, student, control
+
+    monkeypatch.setattr(ablation, "train_student", train_student)
+    ablate(run, [0])
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert records_of(run) == records_of(done)
+
+
+def test_complete_seeds_are_not_scored_again(copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = records_of(copy)
+    monkeypatch.setattr(ablation, "score_variant", lambda *_: pytest.fail("scored again"))
+    ablate(copy, [0])
+    assert records_of(copy) == before
+
+
+def test_scores_of_another_network_are_not_used(copy: Run) -> None:
+    path = copy.path("ablation/seed0/scores/full.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"network": "another", "records": []}))
+    ablate(copy, [0])
+    assert len(records_of(copy)) == len(VARIANTS) * 8
+
+
+def test_networks_of_a_complete_run_are_borrowed(done: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny_run(tmp_path / "finished")
+    shutil.copytree(done.path("ablation/seed0"), run.folder, dirs_exist_ok=True)
+    names = ("01_data", "02_classifier", "03_multi_scale_attention", "05_self_training")
+    write_manifest(run, {"stages": {name: {"status": "complete"} for name in names}})
+    ablate(run, [0])
+    made = {path.stem for path in run.path("ablation/seed0/checkpoints").glob("*.safetensors")}
+    assert made == {"student_undenoised", "student_unreactivated"}
+    assert not run.path("ablation/seed0/data").exists()
+    assert records_of(run) == records_of(done)
+
+    # A teacher that was trained anew since: its old students go.
+    teacher = run.path("checkpoints/teacher.safetensors")
+    shutil.copy(run.path("checkpoints/student.safetensors"), teacher)
+    trained: list[str] = []
+    monkeypatch.setattr(ablation, "train_student", lambda bench, name: trained.append(name))
+    monkeypatch.setattr(ablation, "score_variant", lambda bench, name: [])
+    with pytest.raises(FileNotFoundError):  # the students that were not really trained
+        ablate(run, [0])
+    assert trained == list(STUDENTS) and not run.path("ablation/seed0/checkpoints").exists()
+
+
+def test_another_seed_has_data_of_its_own(done: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny_run(tmp_path / "seeds")
+    benches: list[Bench] = []
+
+    def note(bench: Bench, say: Any) -> list[dict[str, Any]]:
+        benches.append(bench)
+        return []
+
+    monkeypatch.setattr(ablation, "ablate_seed", note)
+    ablate(run, [0, 3])
+    assert [bench.config.seed for bench in benches] == [0, 3] == [bench.runtime.seed for bench in benches]
+    assert not torch.equal(benches[0].samples[0].image, benches[1].samples[0].image)
+    assert torch.equal(benches[0].samples[0].image, bench_of(done).samples[0].image)
+
+
+# --- what cannot be ---------------------------------------------------------------------------------------------------
+
+
+def test_what_an_ablation_cannot_do_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at least one seed"):
+        ablate(tiny_run(tmp_path / "none"), [])
+    with pytest.raises(ConfigError, match="rounds is 2"):
+        ablate(tiny_run(tmp_path / "rounds", "self_training.rounds=2"), [0])
+    run = tiny_run(tmp_path / "busy")
+    run.path("ablation").mkdir()
+    with run.path("ablation/.lock").open("a+") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="another smaf ablate"):
+            ablate(run, [0])
+
+
+def test_without_truth_there_is_nothing_to_judge(done: Run) -> None:
+    bench = bench_of(done)
+    blind = dataclasses.replace(
+        bench, samples=dataclasses.replace(bench.samples, files=tuple(f for f in bench.samples.files if not f.mask))
+    )
+    with pytest.raises(DataError, match=r"data\.masks"):
+        score_variant(blind, FULL)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def by_hand(*values: tuple[str, int, float]) -> list[dict[str, Any]]:
+    return [
+        {
+            "variant": name,
+            "seed": seed,
+            "bg_choice": choice,
+            "bg_score": 0.3,
+            "object_size": size,
+            "value": value + more,
+        }
+        for name, seed, value in values
+        for choice, more in (("own", 0.0), ("hindsight", 0.1))
+        for size in ("all", "small", "medium", "large")
+    ]
+
+
+def test_table_by_hand() -> None:
+    records = by_hand((FULL, 0, 0.5), (FULL, 1, 0.7), ("without CRF", 0, 0.4), ("without CRF", 1, 0.5))
+    records = [r | {"value": None} if r["object_size"] == "small" else r for r in records]
+    table = ablation_table(records)
+    assert table.index.tolist() == [FULL, "without CRF"]
+    assert table.loc[FULL].tolist() == ["60.0 ± 14.1", "–", "60.0 ± 14.1", "60.0 ± 14.1", "–", "70.0 ± 14.1", "–"]
+    assert table.loc["without CRF", "mIoU"] == "45.0 ± 7.1"
+    assert table.loc["without CRF", "to full"] == "-15.0 ± 7.1"  # -10 and -20: by seed, not of the means
+    one_seed = ablation_table(by_hand((FULL, 0, 0.5), ("without CRF", 0, 0.4)))
+    assert one_seed.loc["without CRF", "to full"] == "-10.0"
+
+
+def test_figure_has_a_dot_for_each_seed() -> None:
+    figure = plot_ablation(by_hand((FULL, 0, 0.5), (FULL, 1, 0.7), ("without CRF", 0, 0.4), ("without CRF", 1, 0.5)))
+    assert [axis.get_title() for axis in figure.axes] == [
+        "mIoU, all pixels",
+        "small objects",
+        "medium objects",
+        "large objects",
+    ]
+    dots = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert [sorted(float(x) for x in line.get_xdata()) for line in dots] == [[50.0, 70.0], [40.0, 50.0]]
+
+
+def test_result_says_where_it_comes_from(done: Run) -> None:
+    result = read_ablation(done)
+    assert result is not None
+    assert result["seeds"] == [0] and result["settings"]["data"]["num_train"] == 7
+    assert set(result) >= {"command", "finished", "git_commit", "packages", "device", "variants"}
+    assert result["command"].startswith("smaf ablate configs/mini.yaml --name tiny")
+    assert result["command"].endswith("--seeds 0")
+
+
+def test_new_result_is_an_input_of_notebook_08_alone(copy: Run) -> None:
+    def inputs(name: str) -> dict[str, str]:
+        return stage_inputs(copy, stage_named(name), PROJECT_ROOT / "notebooks" / f"{stage_named(name).name}.ipynb")
+
+    before = inputs("08"), inputs("07")
+    copy.path(RESULT).unlink()
+    after = inputs("08"), inputs("07")
+    assert before[0] != after[0] and before[1] == after[1]
+    assert {key for key in before[0] if before[0][key] != after[0][key]} == {"reads", "inputs"}
+
+
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pretend(run: Run, seeds: Sequence[int]) -> Path:
+        run.path("ablation").mkdir()
+        run.path(RESULT).write_text(json.dumps({"records": by_hand(*((FULL, seed, 0.5) for seed in seeds))}))
+        return run.path(RESULT)
+
+    monkeypatch.setattr(ablation, "ablate", pretend)
+    config = str(PROJECT_ROOT / "configs" / "mini.yaml")
+    words = ["ablate", config, "--seeds", "4,5", "--name", "x", "--runs", str(tmp_path), "--set", "num_threads=1"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "50.0 ± 0.0" in result.output and "ablation.json" in result.output
+    wrong = CliRunner().invoke(app, ["ablate", config, "--seeds", "a,b", "--runs", str(tmp_path)])
+    assert wrong.exit_code == 2
+
+
+def test_ablate_seed_tells_what_it_does(copy: Run) -> None:
+    said: list[str] = []
+    assert len(ablate_seed(bench_of(copy), said.append)) == len(VARIANTS) * 8
+    assert said[0] == "seed 0: teacher"
+    assert command(copy, [0, 1]).endswith("--seeds 0,1")

@@ -1,0 +1,65 @@
+"""Pictures that carry numbers: their pixels and lines say what they should."""
+
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+
+from smaflib.plots import GAINED, LOST, mark_pixel, overlay_changes, plot_objects, plot_pixel_row, show_panels
+
+matplotlib.use("agg")
+
+
+def test_changes_are_blue_where_gained_and_orange_where_lost() -> None:
+    image = torch.full((3, 4, 4), 100, dtype=torch.uint8)
+    truth = torch.zeros(4, 4, dtype=torch.uint8)
+    before, after = truth.clone(), truth.clone()
+    before[0, 0], after[3, 3] = 1, 1
+    truth[0, 3] = 255
+    before[0, 3] = 1
+    panel = overlay_changes(image, before, after, truth, opacity=1)
+    assert tuple(panel[0, 0]) == GAINED and tuple(panel[3, 3]) == LOST
+    assert tuple(panel[1, 1]) == (100, 100, 100) and tuple(panel[0, 3]) == (100, 100, 100)
+
+
+def test_gained_and_lost_differ_in_lightness() -> None:
+    weights = np.array([0.2126, 0.7152, 0.0722])
+    assert abs(weights @ np.array(GAINED) - weights @ np.array(LOST)) > 60  # readable without any colour
+
+
+def test_panels_have_captions_where_there_is_one() -> None:
+    panel = np.zeros((4, 4, 3), dtype=np.uint8)
+    figure = show_panels([[panel, panel]], captions=[["", "IoU 5%"]])
+    assert [[text.get_text() for text in axis.texts] for axis in figure.axes] == [[], ["IoU 5%"]]
+
+
+def test_objects_are_grouped_by_size() -> None:
+    ious = pd.DataFrame({"scale 1": [0.2, 0.4, 0.6, 0.8], "scale 2": [0.9, 0.7, 0.5, 0.3]})
+    figure = plot_objects(ious, pd.Series([0.01, 0.02, 0.2, 0.4]), bins=2)
+    lines = {line.get_label(): [round(float(y)) for y in line.get_ydata()] for line in figure.axes[0].lines}
+    assert lines == {"scale 1": [30, 70], "scale 2": [80, 40]}
+
+
+def test_row_of_pixels_has_an_axis_per_step_and_the_background_where_it_joins() -> None:
+    fused = torch.tensor([[0.2, 0.9, 0.1], [0.5, 0.4, 0.3]])
+    steps = {"fused": fused, "with background": torch.cat([torch.full((1, 3), 0.35), fused])}
+    figure = plot_pixel_row(steps, ["ram", "crane"], [True, False], torch.tensor([0, 1, 0], dtype=torch.uint8))
+    drawn = [[line.get_label() for line in axis.lines if not line.get_label().startswith("_")] for axis in figure.axes]
+    assert drawn == [["ram"], ["background", "ram"]]
+    labelled = next(line for line in figure.axes[1].lines if line.get_label() == "ram")
+    assert np.allclose(labelled.get_ydata(), [0.2, 0.9, 0.1])
+
+
+def test_a_marked_pixel_is_left_as_it_is_and_has_arms_on_four_sides() -> None:
+    panel = np.full((30, 30, 3), 77, dtype=np.uint8)
+    marked = mark_pixel(panel, 10, 12)
+    assert (marked[9:12, 11:14] == 77).all() and (panel == 77).all()
+    for row, column in ((7, 12), (13, 12), (10, 9), (10, 15)):
+        assert tuple(marked[row, column]) == (255, 255, 255)
+    assert tuple(marked[7, 11]) == tuple(marked[9, 9]) == (0, 0, 0)
+    # At the corner two arms lie outside, and nothing wraps around to the other side.
+    corner = mark_pixel(panel, 0, 0)
+    assert (corner[15:] == 77).all() and (corner[:, 15:] == 77).all()
+    assert tuple(corner[3, 0]) == tuple(corner[0, 3]) == (255, 255, 255)

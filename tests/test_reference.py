@@ -1,0 +1,188 @@
+"""The reference run that git keeps is that of the present notebooks; and its export."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbformat import v4
+from PIL import Image
+
+from smaflib import reference
+from smaflib.ablation import RESULT
+from smaflib.reference import (
+    MAX_BYTES,
+    REFERENCE,
+    code_of,
+    export_reference,
+    folder_size,
+    to_small_png,
+    to_webp,
+    without_local_paths,
+)
+from smaflib.report import network_references
+from smaflib.runs import PROJECT_ROOT, STAGES, Run, RunError, open_run, write_manifest
+
+NAMES = [stage.name for stage in STAGES]
+RENEW = "this command renews it: make reference"
+
+
+def dangling(folder: Path) -> list[str]:
+    """Addresses in pages that lead to no file."""
+    found = []
+    for page in folder.glob("*.html"):
+        for address in re.findall(r'(?:href|src)="([^"#:]+)(?:#[^"]*)?"', page.read_text()):
+            if not (folder / address).is_file():
+                found.append(f"{page.name}: {address}")
+    return found
+
+
+# --- the one that git keeps -------------------------------------------------------------------------------------------
+
+
+def test_reference_run_is_there() -> None:
+    assert (REFERENCE / "index.html").is_file(), f"papermill_runs/reference is missing; {RENEW}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reference_run_has_the_code_of_the_notebook(name: str) -> None:
+    executed = REFERENCE / f"{name}.ipynb"
+    assert executed.is_file(), f"{executed} is missing; {RENEW}"
+    assert code_of(executed) == code_of(PROJECT_ROOT / "notebooks" / f"{name}.ipynb"), f"{name} has changed; {RENEW}"
+
+
+def test_reference_run_is_small_and_reads_without_a_network_or_this_machine() -> None:
+    assert (REFERENCE / "index.html").is_file(), f"papermill_runs/reference is missing; {RENEW}"
+    assert folder_size(REFERENCE) <= MAX_BYTES
+    assert dangling(REFERENCE) == []
+    for path in REFERENCE.rglob("*"):
+        if path.suffix in (".html", ".ipynb", ".json", ".yaml", ".md"):
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"[\"' (=](/home/|/root/|/work/|/Users/)", text), f"{path} names a folder of a machine"
+        if path.suffix == ".html":
+            assert network_references(path.read_text(encoding="utf-8")) == []
+
+
+def test_reference_run_is_the_mini_preset_with_its_ablation() -> None:
+    assert (REFERENCE / "config.yaml").is_file(), f"papermill_runs/reference is missing; {RENEW}"
+    manifest = json.loads((REFERENCE / "manifest.json").read_text())
+    assert manifest["config_file"] == "configs/mini.yaml" and manifest["seed"] == 0
+    assert json.loads((REFERENCE / RESULT).read_text())["seeds"] == [0, 1, 2]
+
+
+# --- the export -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def png(width: int = 1200, height: int = 100) -> bytes:
+    """Noise, as photos have it."""
+    pixels = np.random.default_rng(0).normal(128, 20, (height, width, 3)).clip(0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A folder that looks like a complete run."""
+    run = open_run(tmp_path / "runs" / "whole", PROJECT_ROOT / "configs" / "mini.yaml")
+    picture = base64.b64encode(png()).decode()
+    for stage in STAGES:
+        cells = [v4.new_markdown_cell("## What it shows")]
+        for code in (f'run.save_figure(figure, "{stage.name[:2]}_thing")', "another_figure"):
+            outputs = [
+                v4.new_output("display_data", data={"image/png": picture}, metadata={}),
+                v4.new_output("stream", name="stdout", text=f"read {PROJECT_ROOT}/configs/mini.yaml"),
+            ]
+            cells.append(v4.new_code_cell(code, outputs=outputs))
+        nbformat.write(v4.new_notebook(cells=cells), run.path(f"{stage.name}.ipynb"))
+        run.path("figures").mkdir(exist_ok=True)
+        run.path("figures", f"{stage.name[:2]}_thing.png").write_bytes(png())
+    run.path("figures", "08_ablation.png").write_bytes(png())
+    run.path("ablation").mkdir()
+    run.path(RESULT).write_text(json.dumps({"seeds": [0], "records": []}))
+    run.path("metrics.json").write_text("[]")
+    run.path("checkpoints").mkdir()
+    run.path("checkpoints", "teacher.safetensors").write_text("large")
+    write_manifest(run, {"run": "whole", "stages": {stage.name: {"status": "complete"} for stage in STAGES}})
+    return run
+
+
+def test_export_holds_what_people_read_and_nothing_else(run: Run, tmp_path: Path) -> None:
+    target = tmp_path / "kept" / "reference"
+    target.mkdir(parents=True)
+    (target / "old.txt").write_text("of the last time")
+    export_reference(run.folder, target)
+    files = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+    pages = {f"{name}.{ending}" for name in NAMES for ending in ("ipynb", "html")}
+    figures = {f"figures/{name[:2]}_thing.webp" for name in NAMES} | {"figures/08_ablation.webp"}
+    others = {"index.html", "metrics.json", "manifest.json", "config.yaml", "README.md", RESULT}
+    assert files == pages | figures | others
+    assert [path.name for path in target.parent.iterdir()] == ["reference"]
+    assert dangling(target) == []
+    assert "make reference" in (target / "index.html").read_text()
+    assert all(network_references(page.read_text()) == [] for page in target.glob("*.html"))
+
+    # Notebooks keep their code and lose bytes and local paths.
+    for name in NAMES:
+        before, after = run.path(f"{name}.ipynb"), target / f"{name}.ipynb"
+        assert code_of(after) == code_of(before)
+        assert after.stat().st_size < before.stat().st_size
+        assert str(PROJECT_ROOT) not in after.read_text() and "read configs/mini.yaml" in after.read_text()
+        nbformat.validate(nbformat.read(after, as_version=4))
+    page = (target / "03_multi_scale_attention.html").read_text()
+    assert page.count('src="figures/03_thing.webp"') == 1  # saved by the run: not a second time inside the page
+    assert page.count('src="data:image/webp;base64,') == 1
+    assert page.count('alt="What it shows"') == 2
+
+
+def test_pictures_are_packed_and_still_pictures() -> None:
+    small, webp = to_small_png(png()), to_webp(png())
+    with Image.open(io.BytesIO(small)) as picture:
+        assert picture.size == (1100, 92) and len(picture.convert("RGB").getcolors() or []) <= 96
+    with Image.open(io.BytesIO(webp)) as picture:
+        assert picture.size == (1200, 100)
+    assert len(small) < len(png()) and len(webp) < len(png())
+
+
+def test_export_of_what_is_not_complete_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "reference"
+    run.path("figures", "08_ablation.png").unlink()
+    with pytest.raises(RunError, match="not shown the ablation"):
+        export_reference(run.folder, target)
+    run.path(RESULT).unlink()
+    with pytest.raises(RunError, match="smaf ablate"):
+        export_reference(run.folder, target)
+    write_manifest(run, {"stages": {}})
+    with pytest.raises(RunError, match="00_one_image_end_to_end"):
+        export_reference(run.folder, target)
+    assert not target.exists()
+
+
+def test_export_that_is_too_large_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "MAX_BYTES", 1000)
+    with pytest.raises(RunError, match="MB"):
+        export_reference(run.folder, tmp_path / "reference")
+    assert not (tmp_path / "reference").exists()
+
+
+def test_code_of_leaves_out_what_papermill_puts_in(tmp_path: Path) -> None:
+    cells = [
+        v4.new_code_cell("a = 1", metadata={"tags": ["parameters"]}),
+        v4.new_code_cell("a = 2", metadata={"tags": ["injected-parameters"]}),
+        v4.new_markdown_cell("text"),
+        v4.new_code_cell("print(a)"),
+    ]
+    nbformat.write(v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
+    assert code_of(tmp_path / "a.ipynb") == ["a = 1", "print(a)"]
+
+
+def test_paths_of_this_machine_become_relative() -> None:
+    assert without_local_paths(f"in {PROJECT_ROOT}/data, {PROJECT_ROOT}") == "in data, ."
