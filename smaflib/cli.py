@@ -88,7 +88,7 @@ def ablate(
     """Run the chain without one step at a time, over several seeds; goes on where it stopped. Notebook 08 shows it."""
     with _plain_errors():
         from smaflib.ablation import ablate, ablation_table, read_ablation
-        from smaflib.runs import RUNS_FOLDER, open_run
+        from smaflib.runs import RUNS_FOLDER, open_run, shown
 
         try:
             numbers = [int(seed) for seed in seeds.split(",")]
@@ -100,7 +100,7 @@ def ablate(
         opened = open_run(folder, config.absolute() if config.exists() else config, settings or [])
         path = ablate(opened, numbers)
         typer.echo(ablation_table((read_ablation(opened) or {})["records"]).to_string())
-        typer.echo(f"ablation: {path}")
+        typer.echo(f"ablation: {shown(path)}")
 
 
 @app.command()

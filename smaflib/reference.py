@@ -2,7 +2,7 @@
 
 ``make reference`` runs the mini preset and its ablation, then :func:`export_reference` copies what people read into
 ``papermill_runs/reference/``: executed notebooks, pages, tables, figures; no checkpoints, maps or masks. Pictures are
-packed, for a repository keeps every version for ever: those in notebooks to PNG with few colours, the others to WebP.
+packed, for a repository keeps every version for ever: those in notebooks as JPEG or PNG, the others as WebP.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ REFERENCE = RUNS_FOLDER / "reference"
 MAX_BYTES = 6_000_000
 """Of the whole folder."""
 
-NOTEBOOK_COLORS = 96
-NOTEBOOK_WIDTH = 1100
+NOTEBOOK_WIDTH = 1000
 """In pixels; wider pictures of notebooks are shrunk."""
 
-WEBP_QUALITY = 80
+JPEG_QUALITY, WEBP_QUALITY = 78, 75
 
 README = """# The reference run
 
@@ -153,8 +152,8 @@ def _packed(notebook: dict[str, Any]) -> dict[str, Any]:
     for cell in changed["cells"]:
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
-                packed = to_small_png(base64.b64decode(output["data"]["image/png"]))
-                output["data"]["image/png"] = base64.b64encode(packed).decode()
+                kind, packed = to_small(base64.b64decode(output["data"].pop("image/png")))
+                output["data"] = {kind: base64.b64encode(packed).decode(), **output["data"]}
                 output["metadata"] = {}  # the size in pixels of the original
     return changed
 
@@ -164,14 +163,21 @@ def to_webp(png: bytes) -> bytes:
     return _encoded(Image.open(io.BytesIO(png)).convert("RGB"), "webp", quality=WEBP_QUALITY, method=6)
 
 
-def to_small_png(png: bytes) -> bytes:
-    """A picture as PNG, :data:`NOTEBOOK_WIDTH` wide at most, of :data:`NOTEBOOK_COLORS` colours, if that is smaller."""
+def to_small(png: bytes) -> tuple[str, bytes]:
+    """A picture that notebooks can hold, at most :data:`NOTEBOOK_WIDTH` wide: its MIME type and its bytes.
+
+    PNG of 256 colours or JPEG, what is smaller: curves are better off with the one, photos with the other.
+    """
     picture = Image.open(io.BytesIO(png)).convert("RGB")
     if picture.width > NOTEBOOK_WIDTH:
         height = round(picture.height * NOTEBOOK_WIDTH / picture.width)
         picture = picture.resize((NOTEBOOK_WIDTH, height), Image.Resampling.LANCZOS)
-    packed = _encoded(picture.quantize(NOTEBOOK_COLORS, dither=Image.Dither.NONE), "png", optimize=True)
-    return min(packed, png, key=len)
+    packed = {
+        "image/png": _encoded(picture.quantize(256, dither=Image.Dither.NONE), "png", optimize=True),
+        "image/jpeg": _encoded(picture, "jpeg", quality=JPEG_QUALITY, optimize=True),
+    }
+    kind = min(packed, key=lambda kind: len(packed[kind]))
+    return kind, packed[kind]
 
 
 def _encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:

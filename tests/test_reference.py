@@ -23,7 +23,7 @@ from smaflib.reference import (
     code_of,
     export_reference,
     folder_size,
-    to_small_png,
+    to_small,
     to_webp,
     without_local_paths,
 )
@@ -144,12 +144,22 @@ def test_export_holds_what_people_read_and_nothing_else(run: Run, tmp_path: Path
 
 
 def test_pictures_are_packed_and_still_pictures() -> None:
-    small, webp = to_small_png(png()), to_webp(png())
+    (kind, small), webp = to_small(png()), to_webp(png())
     with Image.open(io.BytesIO(small)) as picture:
-        assert picture.size == (1100, 92) and len(picture.convert("RGB").getcolors() or []) <= 96
+        assert kind == "image/jpeg" and picture.format == "JPEG" and picture.size == (1000, 83)
     with Image.open(io.BytesIO(webp)) as picture:
         assert picture.size == (1200, 100)
     assert len(small) < len(png()) and len(webp) < len(png())
+
+
+def test_picture_of_few_colours_stays_sharp() -> None:
+    buffer = io.BytesIO()
+    plain = Image.new("RGB", (300, 200), (255, 255, 255))
+    plain.paste((0, 114, 178), (50, 50, 60, 150))
+    plain.save(buffer, "png")
+    kind, small = to_small(buffer.getvalue())
+    with Image.open(io.BytesIO(small)) as picture:
+        assert kind == "image/png" and picture.convert("RGB").tobytes() == plain.tobytes()
 
 
 def test_export_of_what_is_not_complete_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
