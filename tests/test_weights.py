@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +41,21 @@ def test_written_weights_read_back_bit_for_bit_with_their_metadata(tmp_path: Pat
     assert again["half"].dtype == torch.float16
     assert read_metadata(path) == {"iteration": "3", "history": '[{"L_cls": 0.5}]'}
     assert [file.name for file in path.parent.iterdir()] == ["a.safetensors"]
+
+
+def test_the_same_weights_are_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    script = """
+import sys, torch
+from pathlib import Path
+from smaflib.models.weights import write_weights
+tensors = {f"layer{i}": torch.arange(4.0) + i for i in range(9)}
+write_weights(Path(sys.argv[1]), tensors, history=[1, 2], iteration=7, seed=0, kind="teacher", rounds=1)
+"""
+    written = []
+    for name in ("one", "two", "three"):
+        subprocess.run([sys.executable, "-c", script, str(tmp_path / name)], check=True)
+        written.append((tmp_path / name).read_bytes())
+    assert written[0] == written[1] == written[2]
 
 
 def test_file_without_metadata(tmp_path: Path) -> None:

@@ -214,14 +214,20 @@ def attention_state(state: dict[str, Tensor], num_classes: int) -> dict[str, Ten
     return translated
 
 
+METADATA_KEY = "smaflib"
+"""All metadata lie under one name: safetensors writes several in an order that changes from process to process."""
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """The strings stored beside the tensors of a safetensors file."""
     with safe_open(path, framework="pt") as handle:
-        return handle.metadata() or {}
+        stored = handle.metadata() or {}
+    return json.loads(stored[METADATA_KEY]) if METADATA_KEY in stored else stored
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor], **metadata: object) -> None:
-    """Write a safetensors file, all or nothing; metadata values are stored as JSON."""
+    """Write a safetensors file, all or nothing; metadata values are stored as JSON. The same content, the same bytes."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(whole, temporary, metadata={name: json.dumps(value) for name, value in metadata.items()})
+        values = {name: json.dumps(value) for name, value in sorted(metadata.items())}
+        save_file(whole, temporary, metadata={METADATA_KEY: json.dumps(values)} if values else None)
