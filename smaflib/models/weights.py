@@ -226,7 +226,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor], **metadata: object) -> None:
-    """Write a safetensors file, all or nothing; metadata values are stored as JSON. The same content, the same bytes."""
+    """Write a safetensors file, all or nothing, the same content as the same bytes; metadata values become JSON."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         values = {name: json.dumps(value) for name, value in sorted(metadata.items())}
