@@ -110,6 +110,25 @@ def mark_pixel(panel: Panel, row: int, column: int) -> Panel:
     return marked
 
 
+def window_around(mask: Tensor, margin: float = 0.6) -> tuple[slice, slice]:
+    """Rows and columns of a square around a mask's objects; the whole image where there is none.
+
+    Args:
+        mask: uint8 (H, W).
+        margin: room on each side, as a share of the objects' longer side.
+    """
+    rows, columns = (torch.nonzero((mask > 0).any(dim=dim))[:, 0] for dim in (1, 0))
+    if not len(rows):
+        return slice(None), slice(None)
+    extents = [(int(places[0]), int(places[-1]) + 1) for places in (rows, columns)]
+    side = round((1 + 2 * margin) * max(end - start for start, end in extents))
+    windows = []
+    for (start, end), length in zip(extents, mask.shape, strict=True):
+        first = max(0, min((start + end - side) // 2, length - side))
+        windows.append(slice(first, min(length, first + side)))
+    return windows[0], windows[1]
+
+
 def show_panels(
     rows: Sequence[Sequence[Panel]],
     columns: Sequence[str] = (),

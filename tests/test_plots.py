@@ -7,7 +7,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from smaflib.plots import GAINED, LOST, mark_pixel, overlay_changes, plot_objects, plot_pixel_row, show_panels
+from smaflib.plots import (
+    GAINED,
+    LOST,
+    mark_pixel,
+    overlay_changes,
+    plot_objects,
+    plot_pixel_row,
+    show_panels,
+    window_around,
+)
 
 matplotlib.use("agg")
 
@@ -63,3 +72,15 @@ def test_a_marked_pixel_is_left_as_it_is_and_has_arms_on_four_sides() -> None:
     corner = mark_pixel(panel, 0, 0)
     assert (corner[15:] == 77).all() and (corner[:, 15:] == 77).all()
     assert tuple(corner[3, 0]) == tuple(corner[0, 3]) == (255, 255, 255)
+
+
+def test_window_is_a_square_around_the_objects_that_stays_in_the_image() -> None:
+    mask = torch.zeros(40, 50, dtype=torch.uint8)
+    mask[10:20, 20:24] = 3  # ten rows, four columns: a square of 20 with half of that to spare on each side
+    assert window_around(mask, margin=0.5) == (slice(5, 25), slice(12, 32))
+    mask[:] = 0
+    mask[36:40, 0:2] = 1
+    assert window_around(mask, margin=0.5) == (slice(32, 40), slice(0, 8))
+    assert window_around(mask, margin=20) == (slice(0, 40), slice(0, 50))
+    mask[:] = 0
+    assert window_around(mask) == (slice(None), slice(None))
