@@ -67,7 +67,8 @@ def export_reference(run_folder: Path, target: Path = REFERENCE) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".reference-") as work:
         folder = Path(work) / target.name
         folder.mkdir()
-        for name in ("config.yaml", "metrics.json", "manifest.json", RESULT):
+        explorer = ["explorer.html"] if run.path("explorer.html").is_file() else []
+        for name in ("config.yaml", "metrics.json", "manifest.json", RESULT, *explorer):
             files.write_text(folder / name, without_local_paths(run.path(name).read_text(encoding="utf-8")))
         (folder / "figures").mkdir()
         for picture in sorted(run.path("figures").glob("*.png")):

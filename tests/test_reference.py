@@ -109,6 +109,7 @@ def run(tmp_path: Path) -> Run:
     run.path("ablation").mkdir()
     run.path(RESULT).write_text(json.dumps({"seeds": [0], "records": []}))
     run.path("metrics.json").write_text("[]")
+    run.path("explorer.html").write_text("<p>maps, and the code that shows them</p>")
     run.path("checkpoints").mkdir()
     run.path("checkpoints", "teacher.safetensors").write_text("large")
     write_manifest(run, {"run": "whole", "stages": {stage.name: {"status": "complete"} for stage in STAGES}})
@@ -123,11 +124,12 @@ def test_export_holds_what_people_read_and_nothing_else(run: Run, tmp_path: Path
     files = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
     pages = {f"{name}.{ending}" for name in NAMES for ending in ("ipynb", "html")}
     figures = {f"figures/{name[:2]}_thing.webp" for name in NAMES} | {"figures/08_ablation.webp"}
-    others = {"index.html", "metrics.json", "manifest.json", "config.yaml", "README.md", RESULT}
+    others = {"index.html", "explorer.html", "metrics.json", "manifest.json", "config.yaml", "README.md", RESULT}
     assert files == pages | figures | others
     assert [path.name for path in target.parent.iterdir()] == ["reference"]
     assert dangling(target) == []
     assert "make reference" in (target / "index.html").read_text()
+    assert 'src="explorer.html"' in (target / "index.html").read_text()
     assert all(network_references(page.read_text()) == [] for page in target.glob("*.html"))
 
     # Notebooks keep their code and lose bytes and local paths.
