@@ -85,11 +85,11 @@ HEADERS := import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("include")
 	touch $@
 
 # Torch's own CUDA and triton packages stay out (see the lock's header), and so do pip and smaflib itself. appnope is
-# what IPython's kernel needs on a Mac and nowhere else.
+# what IPython's kernel needs on a Mac and nowhere else. From 3.0.2 on soupsieve asks for Python 3.11.5; Debian 12 has 3.11.2.
 lock:  ## write requirements.lock anew from the newest versions that pyproject.toml allows
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]' appnope
+	build/lock/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]' appnope 'soupsieve<3'
 	{ grep '^#' requirements.lock; build/lock/bin/python -m pip freeze --all --exclude pip --exclude-editable \
 	  | grep -vE '^(cuda-|nvidia-|triton==)' \
 	  | sed "s/^appnope==.*/& ; sys_platform == 'darwin'/"; } > build/requirements.lock
