@@ -180,10 +180,12 @@ def measure_speed(cases: list[Case], device: str, repeats: int) -> list[dict[str
             "ms": 1000 * statistics.median(seconds[name]),
             "speed": ratio(seconds[baseline], seconds[name]),
             "speed at as many labels": ratio(seconds[labels], seconds[name]),
-            "same pixels, %": 100 * (1 - different / pixels) if "adaptive" not in name else float("nan"),
-            "different pixels": different if "adaptive" not in name else float("nan"),
         }
-        rows.append(row | ({"mIoU": miou(masks[name], cases)} if "3 labels" not in name else {}))
+        if "adaptive" not in name:
+            row |= {"same pixels, %": 100 * (1 - different / pixels), "different pixels": different}
+        if "3 labels" not in name:
+            row["mIoU"] = miou(masks[name], cases)
+        rows.append(row)
     before = [hard_labels(maps, BG_SCORE) for _, _, maps in cases]
     return [{"method": "not refined", "mIoU": miou(before, cases)}, *rows]
 
@@ -324,17 +326,17 @@ def measure_parts(cases: list[Case], device: str, batch: int) -> list[dict[str, 
         return out
 
     of_vertices = torch.rand(num_vertices, channels, device=place)
-    entries, row = lattice.points.numel(), 4 * channels
+    entries, width = lattice.points.numel(), 4 * channels
     steps: dict[str, tuple[Callable[[], object], int]] = {
         "build": (lambda: [mean_field.appearance_kernel(image, REFERENCE) for image in images], 0),
-        "splat": (splat, entries * (8 + row)),
+        "splat": (splat, entries * (8 + width)),
         "blur": (
             lambda: [of_vertices.add(touched(pair, of_vertices, mode="sum"), alpha=0.5) for pair in lattice.neighbors],
-            len(lattice.neighbors) * num_vertices * (8 + 4 * row),
+            len(lattice.neighbors) * num_vertices * (8 + 4 * width),
         ),
         "slice": (
             lambda: touched(lattice.vertices, of_vertices, mode="sum", per_sample_weights=lattice.slice_weights),
-            entries * (8 + row),
+            entries * (8 + width),
         ),
         "softmax": (lambda: torch.softmax(logits, dim=0), 2 * logits.numel() * 4),
         "one filtering": (lambda: gaussian_filter(lattice, values), 0),
@@ -346,15 +348,13 @@ def measure_parts(cases: list[Case], device: str, batch: int) -> list[dict[str, 
     for name, (call, moved) in steps.items():
         taken = seconds_of(call, place)
         limit = 1000 * moved / bandwidth / batch
-        rows.append(
-            {
-                "step": name,
-                "images at once": batch,
-                "ms per image": 1000 * taken / batch,
-                "ms if memory were all": limit if moved else float("nan"),
-                "share of bandwidth, %": 100 * limit * batch / (1000 * taken) if moved else float("nan"),
+        row: dict[str, Any] = {"step": name, "images at once": batch, "ms per image": 1000 * taken / batch}
+        if moved:
+            row |= {
+                "ms if memory were all": limit,
+                "share of bandwidth, %": 100 * limit * batch / (1000 * taken),
             }
-        )
+        rows.append(row)
     return rows
 
 
@@ -455,11 +455,11 @@ def main() -> None:
     else:
         tables["batches"] = measure_batches(cases, arguments.device)
         tables["parts"] = [row for n in (1, 8, 32) for row in measure_parts(cases, arguments.device, n)]
+    if arguments.json:
+        write_json(arguments.json, {"facts": facts, **tables})
     for name, rows in tables.items():
         print(f"\n{name}\n{pd.DataFrame(rows).to_string(index=False, na_rep='', float_format='{:.4g}'.format)}")
     print(f"\n{json.dumps(facts)}")
-    if arguments.json:
-        write_json(arguments.json, {"facts": facts, **tables})
 
 
 if __name__ == "__main__":
