@@ -110,7 +110,9 @@ def settings_of(preset: str, data: Path) -> list[str]:
         return [f"data.root={data}/coco", f"data.saliency={data}/coco/saliency", "model.weights=null", *small]
     if preset == "voc12":
         paths = [f"data.root={data}/voc", f"data.saliency={data}/voc/saliency"]
-        return [*paths, "model.weights=null", "segmentation.model.weights=null"]
+        # Behind frozen BatchNorms a deep network of random weights overflows, and the CRF refuses what is not a number.
+        random = ["model.weights=null", "segmentation.model.weights=null", "segmentation.model.freeze_batch_norm=false"]
+        return [*paths, *random]
     return [f"data.root={data}/voc", "model.weights=null", "model.backbone=resnet18"]
 
 

@@ -33,7 +33,8 @@ def find_chromium() -> str | None:
     return next((found for name in candidates if name and (found := shutil.which(name))), None)
 
 
-@pytest.fixture(scope="session")
+# Not for the session: playwright keeps an event loop running in this thread, and later tests want none.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     path = find_chromium()
     if path is None:
