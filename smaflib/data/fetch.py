@@ -57,8 +57,8 @@ def fetch_voc12(folder: Path, archive: Archive = VOC12) -> Path:
         )
     with tarfile.open(path) as tar:
         members = tar.getmembers()
-        # Nothing outside of the folder, no links out of it. Python before 3.11.4 has no such filter; there the MD5, which
-        # has shown that this is the official archive, has to do.
+        # Nothing outside of the folder, no links out of it. Python before 3.11.4 has no such filter: there the MD5 that
+        # shows the official archive has to do.
         tar.extraction_filter = getattr(tarfile, "data_filter", None)
         for member in progress(members, total=len(members), desc="unpack"):
             tar.extract(member, folder)
