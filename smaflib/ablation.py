@@ -161,7 +161,7 @@ def train_student(bench: Bench, name: str) -> None:
     config = settle_bg_score(bench.config, bench.clean_maps("teacher", bench.samples))
     clean = bench.clean_maps("teacher", bench.samples, how.fused, how.denoised)
     clean.cached = config.data.cache
-    targets = student_targets(bench.samples, clean, config)
+    targets = student_targets(bench.samples, clean, config, bench.runtime.device)
     teacher = load_attention_network(bench.checkpoint("teacher"), config.model, len(bench.samples.class_names))
     student, _ = self_train(
         teacher, bench.samples, targets, config, bench.runtime, bench.checkpoint(name), how.make_target

@@ -270,7 +270,7 @@ class PseudoMaskConfig(StageConfig):
     refine: Literal["crf", "par", "none"] = "crf"
     crf: CrfConfig = CrfConfig()  # or the name of a preset: reference, irn, deeplab, mini, soft
     par: ParConfig = ParConfig()
-    # Both give the same masks. auto: torch on a GPU; on the CPU pydensecrf, or torch where that is not installed.
+    # Both give the same masks. auto: torch on a CUDA GPU; on the CPU pydensecrf, or torch where that is not installed.
     backend: CrfBackend = "auto"
     num_workers: Annotated[int, Field(ge=0)] = 0  # processes on the CPU; 0: one per core
 

@@ -89,9 +89,9 @@ def explorer_page(
         "images": [],
     }
     left = max_bytes - len(_fill(facts, title))
-    for index in range(len(gallery.samples)):
-        image = page_image(gallery, index)
-        thumb = {"name": image["name"], "thumb": picture_address(gallery.samples[index].image, THUMBNAIL_SIDE)}
+    for number, sample in enumerate(gallery.samples):
+        image = page_image(gallery, number)
+        thumb = {"name": image["name"], "thumb": picture_address(sample.image, THUMBNAIL_SIDE)}
         left -= len(json.dumps([image, thumb]))
         if left < 0:
             break
@@ -100,7 +100,7 @@ def explorer_page(
     if not facts["images"]:
         raise ValueError(f"not even one image fits into a page of {max_bytes} bytes")
     if index >= len(facts["images"]):
-        facts["start"]["index"] = 0
+        facts["start"] |= {"index": 0, "cls": gallery.first_settings(0).class_number}
     return _fill(facts, title)
 
 

@@ -13,9 +13,8 @@ from smaflib.data.masks import save_mask
 from smaflib.data.sample import Samples
 from smaflib.reactivation import hard_labels, with_background_score
 from smaflib.refinement import refine, refine_many
+from smaflib.refinement.parallel import CPU
 from smaflib.runtime import num_cores, progress
-
-CPU = torch.device("cpu")
 
 
 def pseudo_mask(

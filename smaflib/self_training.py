@@ -19,6 +19,7 @@ from smaflib.data.transforms import Crop
 from smaflib.models.networks import AttentionNetwork, with_background
 from smaflib.pseudo_masks import pseudo_masks
 from smaflib.reactivation import denoise, reactivate
+from smaflib.refinement.parallel import CPU
 from smaflib.runtime import Runtime, derive_seed
 from smaflib.training import Batch, Batches, History, fit
 
@@ -138,7 +139,7 @@ def _in_place_of(maps: Tensor, classes: Tensor, num_classes: int) -> Tensor:
 
 
 def student_targets(
-    samples: Samples, clean: Sequence[Tensor], config: Config, device: torch.device | None = None
+    samples: Samples, clean: Sequence[Tensor], config: Config, device: torch.device = CPU
 ) -> Sequence[Tensor]:
     """What the student learns: the clean maps, or with ``refine: crf`` the masks that the dense CRF makes of them.
 
@@ -165,7 +166,7 @@ def student_targets(
         settings.num_workers,
         "targets",
         settings.backend,
-        device or torch.device("cpu"),
+        device,
     )
     return MaskMaps([mask for _, mask in masks], len(samples.class_names))
 

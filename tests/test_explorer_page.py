@@ -123,6 +123,8 @@ def test_as_many_images_as_fit() -> None:
     data = data_of(page)
     assert 3 <= len(data["images"]) < 40 and len(page) <= MAX_BYTES
     assert len(data["thumbs"]) == len(data["images"]) and data["start"]["index"] == 0
+    # The image that was asked for comes first where it has found room, though others have not.
+    assert data_of(explorer_page(large, index=1))["start"]["index"] == 1
     with pytest.raises(ValueError, match="not even one image fits"):
         explorer_page(large, max_bytes=1000)
 

@@ -162,15 +162,19 @@ def test_config_names_the_refinement(tmp_path: Path, refine: Literal["crf", "par
 
 
 KILLED = """
-import sys
+import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_pseudo_masks import CRF, SIZE, RandomMaps
 from helpers import make_samples
 from smaflib.config import PseudoMaskConfig
 from smaflib.pseudo_masks import write_pseudo_masks
+class SlowMaps(RandomMaps):  # so that there is time to kill it
+    def __getitem__(self, index):
+        time.sleep(0.02)
+        return super().__getitem__(index)
 config = PseudoMaskConfig(crf=CRF, num_workers=2)
-write_pseudo_masks(make_samples(400, SIZE), RandomMaps(400), Path(sys.argv[1]), 0.5, config)
+write_pseudo_masks(make_samples(400, SIZE), SlowMaps(400), Path(sys.argv[1]), 0.5, config)
 """
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from smaflib.config import CrfConfig
 
-INSTALLED = sys.modules.get("pydensecrf", ...) is not None and importlib.util.find_spec("pydensecrf") is not None
+INSTALLED = importlib.util.find_spec("pydensecrf") is not None
 """It needs a compiler where there is no wheel; the torch back-end gives the same masks without."""
 
 
