@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
@@ -553,6 +553,8 @@ def clear_stage(run: Run, stage: Stage, inputs: dict[str, str]) -> bool:
     """
     entry = read_manifest(run)["stages"].get(stage.name, {})
     if entry.get("inputs") == inputs["inputs"]:
+        for path in _left_by_killed(run, stage):  # first: they are no damage
+            _delete(path)
         for key in damaged_artifacts(run, entry):
             _delete(run.path(key))
         return True
@@ -569,8 +571,16 @@ def _made_by(run: Run, stage: Stage) -> list[Path]:
     """Files of a stage; of ``folder/**`` the folders themselves."""
     patterns = [f"{stage.name}.ipynb", f"{stage.name}.html", *stage.makes]
     paths = {path for pattern in patterns for path in run.folder.glob(pattern.removesuffix("/**"))}
-    # Dot files are half-written ones that a killed process left.
     return sorted(path for path in paths if not path.name.startswith("."))
+
+
+def _left_by_killed(run: Run, stage: Stage) -> list[Path]:
+    """Half-written files of a stage, which would count in its folders' sizes and hashes."""
+    patterns = [f"{stage.name}.ipynb", f"{stage.name}.html", *stage.makes]
+    folders = [pattern.removesuffix("**") + f"**/{files.PARTIAL}*" for pattern in patterns if pattern.endswith("/**")]
+    single = [PurePosixPath(pattern) for pattern in patterns if not pattern.endswith("/**")]
+    alone = [(path.parent / f"{files.PARTIAL}{path.stem}-*{path.suffix}").as_posix() for path in single]
+    return sorted({path for pattern in folders + alone for path in run.folder.glob(pattern)})
 
 
 def _passed_on(entry: Entry) -> Entry:

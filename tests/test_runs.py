@@ -13,6 +13,7 @@ from PIL import Image
 
 from smaflib import runs
 from smaflib.config import ConfigError
+from smaflib.files import PARTIAL, replacing
 from smaflib.runs import (
     PROJECT_ROOT,
     STAGES,
@@ -329,6 +330,19 @@ def test_same_inputs_keep_what_an_earlier_attempt_made(run, tmp_path):
     assert clear_stage(run, CHAIN[0], stage_inputs(run, CHAIN[0], notebook))
     assert not run.path("data.json").exists()
     assert run.path("cams/teacher/b.npz").exists()
+
+
+def test_half_written_files_of_a_killed_attempt_go_and_others_stay(run, tmp_path):
+    notebook = write_notebook(tmp_path / "01_make.ipynb", "x = 1")
+    make_stage(run, notebook)
+    whole = list_artifacts(run, CHAIN[0])
+    left = [replacing(run.path(name)) for name in ("cams/teacher/c.npz", "data.json", "01_make.ipynb")]
+    other = replacing(run.path("metrics.json"))  # may be written by another stage's reader at this moment
+    for writing in [*left, other]:
+        writing.__enter__()  # and is killed
+    assert clear_stage(run, CHAIN[0], stage_inputs(run, CHAIN[0], notebook))
+    assert [path.name.partition("-")[2][:8] for path in run.folder.rglob(f"{PARTIAL}*")] == ["metrics-"]
+    assert list_artifacts(run, CHAIN[0]) == whole
 
 
 def test_manifest_that_is_no_json_is_an_error(run):
