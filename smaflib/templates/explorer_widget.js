@@ -17,7 +17,11 @@ export default {
       images: () => board.setImages(model.get("images"), model.get("index")),
       status: () => board.setStatus(model.get("status").text ?? "", model.get("status").kind ?? ""),
       look: () => board.setLook({ opacity: model.get("opacity"), lut: luts[model.get("colormap")] }),
-      reading: () => board.setPixel(model.get("pixel"), model.get("reading").values ? model.get("reading") : null),
+      reading: () => {
+        // Where pixels follow each other fast, the values of an earlier one arrive while a later one is marked.
+        const pixel = model.get("pixel"), reading = model.get("reading");
+        board.setPixel(pixel, reading.row === pixel[0] && reading.col === pixel[1] && reading.values ? reading : null);
+      },
       view: () => {
         const view = model.get("view");
         if (!view.panels) return;
