@@ -50,7 +50,8 @@ cams = Path(run_dir) / "cams"
 cams.mkdir(exist_ok=True)
 continued = (cams / "0.npz").exists()
 (cams / "0.npz").touch()
-(cams / "pid").write_text(str(os.getpid()))
+(cams / "pid.new").write_text(str(os.getpid()))
+(cams / "pid.new").rename(cams / "pid")
 time.sleep(0 if continued else 120)
 (cams / "1.npz").touch()"""
 
@@ -130,7 +131,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def exists(pid: int) -> bool:
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         os.kill(pid, 0)
         # A container's first process may not collect orphans.
         return not re.search(r"^State:\s*Z", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
