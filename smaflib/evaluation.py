@@ -33,13 +33,15 @@ def confusion_matrix(mask: Tensor, truth: Tensor, num_classes: int) -> Tensor:
         raise ValueError(f"mask {tuple(mask.shape)} and truth {tuple(truth.shape)} must have one size")
     _refuse_labels_above(num_classes, "mask", mask, void=False)
     _refuse_labels_above(num_classes, "truth", truth)
-    counted, side = truth != VOID_LABEL, num_classes + 1
-    cells = truth[counted].long() * side + mask[counted]
-    return torch.bincount(cells, minlength=side * side).view(side, side)
+    side = num_classes + 1
+    # Void pixels are counted in a row of their own, which is cheaper than to pick the others out.
+    cells = truth.int() * side + mask
+    counts = torch.bincount(cells.flatten(), minlength=(VOID_LABEL + 1) * side)
+    return counts[: side * side].view(side, side)
 
 
 def _refuse_labels_above(num_classes: int, what: str, labels: Tensor, void: bool = True) -> None:
-    known = labels[labels != VOID_LABEL] if void else labels
+    known = labels.where(labels != VOID_LABEL, 0) if void else labels
     if known.numel() and int(known.max()) > num_classes:
         raise ValueError(f"the {what} holds label {int(known.max())}, but there are {num_classes} classes")
 
@@ -182,10 +184,10 @@ def sweep_thresholds(
         _refuse_labels_above(num_labels - 1, "truth", truth)
         score, winner = maps.max(dim=0)
         exceeded = torch.searchsorted(thresholds, score.contiguous())  # strictly below the score
-        counted = truth != VOID_LABEL
         cell = (truth.long() * num_labels + winner + 1) * (steps + 1) + exceeded
         size = num_labels * num_labels * (steps + 1)
-        histogram = torch.bincount(cell[counted], minlength=size).view(num_labels, num_labels, steps + 1)
+        cell = cell.where(truth != VOID_LABEL, size)  # void has a cell of its own, behind the others
+        histogram = torch.bincount(cell.flatten(), minlength=size + 1)[:size].view(num_labels, num_labels, steps + 1)
         total = histogram.sum(dim=(1, 2))  # (K+1,) pixels of each true label
         found = histogram.flip(2).cumsum(dim=2).flip(2)[..., 1:].permute(2, 0, 1).clone()  # (T, truth, class)
         found[:, :, 0] = total - found.sum(dim=2)

@@ -340,6 +340,7 @@ def _execute(run: Run, stage: Stage, notebook: Path, parameters: dict[str, Any],
                 on_cell_start=watch.start_cell,
                 store_widget_state=False,
                 coalesce_streams=True,
+                shutdown_kernel="immediate",  # everything is written by then; tearing a kernel down takes two seconds
             )
         # Absolute paths of this machine say nothing elsewhere, and the output path is the temporary one.
         executed.metadata.papermill.update(

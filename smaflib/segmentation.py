@@ -124,7 +124,7 @@ def segment(network: nn.Module, image: Tensor, config: SegmentationConfig, runti
     """
     probabilities = class_probabilities(network, image, config, runtime)
     if config.test_crf is None:
-        return probabilities.argmax(dim=0).to(torch.uint8)
+        return probabilities.max(dim=0).indices.to(torch.uint8)
     return dense_crf(image, probabilities, config.test_crf, device=runtime.device if runtime else None)
 
 

@@ -62,7 +62,7 @@ def refine(
         masks = dense_crf_batch(images, scores_or_labels, params, num_labels, backend, device)
     else:
         masks = [
-            pixel_adaptive_refinement(image, scores.to(device), params).argmax(dim=0).to(torch.uint8)
+            pixel_adaptive_refinement(image, scores.to(device), params).max(dim=0).indices.to(torch.uint8)
             for image, scores in zip(images, scores_or_labels, strict=True)
         ]
     return [mask.cpu() for mask in masks]

@@ -35,7 +35,7 @@ class Unary:
     def winners(self, probabilities: Tensor) -> Tensor:
         """The most probable label of each pixel, the lower one where two are equal: (C, H, W) to uint8 (H, W)."""
         each = probabilities / self.counts[:, None, None]
-        return self.labels[each.argmax(dim=0)].to(torch.uint8)
+        return self.labels[each.max(dim=0).indices].to(torch.uint8)
 
 
 def hard_unary(labels: Tensor, num_labels: int, params: CrfConfig) -> Unary:
