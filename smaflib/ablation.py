@@ -81,20 +81,20 @@ class Variant:
     """One row of the ablation.
 
     Attributes:
-        without: what is left out, exactly.
+        how: how the masks of this row come about, exactly.
         network: whose maps become masks: ``teacher`` or one of :data:`STUDENTS`.
         fused: the network's maps are fused over all scales; else one look at ``attention.single_scale``.
         refined: the masks are refined as ``pseudo_masks.refine`` says, by the dense CRF in all presets.
     """
 
-    without: str
+    how: str
     network: str = "student"
     fused: bool = True
     refined: bool = True
 
 
 VARIANTS: dict[str, Variant] = {
-    FULL: Variant("nothing"),
+    FULL: Variant("nothing is left out"),
     "without fusion": Variant(
         "targets and masks come from single-scale maps: no fusion anywhere", "student_control", fused=False
     ),
@@ -317,7 +317,7 @@ def _describe(run: Run, seeds: Sequence[int]) -> dict[str, Any]:
         "seeds": list(seeds),
         "settings": run.config.model_dump(mode="json"),
         **describe_machine(run),
-        "variants": {name: f"without: {variant.without}" for name, variant in VARIANTS.items()},
+        "variants": {name: variant.how for name, variant in VARIANTS.items()},
     }
 
 
