@@ -242,7 +242,7 @@ def _is_kernel(pid: int) -> bool:
 def _forget(run: Run, anew: Sequence[Stage]) -> None:
     """Drop entries of stages from the manifest: without one, a stage starts from nothing."""
     manifest = read_manifest(run)
-    if any(manifest["stages"].pop(stage.name, None) for stage in anew):
+    if [stage for stage in anew if manifest["stages"].pop(stage.name, None)]:
         write_manifest(run, manifest)
 
 

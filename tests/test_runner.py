@@ -209,6 +209,11 @@ def test_truncated_artifact_is_made_again(finished):
     assert finished.file("result.txt").read_text() == "3"
 
 
+def test_from_runs_later_stages_anew_though_nothing_they_need_changed(finished):
+    finished.run(from_stage="01")
+    assert finished.log == ["01", "02", "01", "02"]
+
+
 def test_from_runs_anew_and_until_stops(finished):
     finished.file("cams").mkdir()
     finished.file("cams/old.npz").touch()
