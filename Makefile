@@ -22,8 +22,9 @@ BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 browser:  ## see that there is a Chromium for the browser tests; root on Debian or Ubuntu gets it from apt-get
 	@for name in "$$SMAF_CHROMIUM" $(BROWSERS); do command -v "$$name" >/dev/null 2>&1 && exit; done; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  mkdir -p build; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends \
-	  chromium fonts-dejavu-core >build/browser.log 2>&1 || echo "apt-get could not install chromium: build/browser.log"; \
+	  mkdir -p build; apt="apt-get -qq -o Acquire::Retries=3"; $$apt update && DEBIAN_FRONTEND=noninteractive $$apt install \
+	  --no-install-recommends chromium fonts-dejavu-core >build/browser.log 2>&1 || \
+	  echo "apt-get could not install chromium: build/browser.log"; \
 	else echo "no Chromium here, so the browser tests are skipped; install it, or name one in SMAF_CHROMIUM"; fi
 
 check: setup  ## format, lint, types, notebooks stored without outputs
