@@ -82,7 +82,7 @@ def choose(criterion: Criterion, maps: AttentionMaps, samples: Samples, config: 
 def rows_of(name: str, max_images: int) -> list[dict[str, object]]:
     run = find_run(name)
     config, samples = run.config, run.samples("train").judgeable
-    some = samples.subset(range(0, len(samples), max(1, len(samples) // max_images)))
+    some = samples.subset(range(0, len(samples), max(1, -(-len(samples) // max_images))))
     rows = []
     for role in ("teacher", "student"):
         maps = AttentionMaps(run.path("cams", role), config.attention.scales)

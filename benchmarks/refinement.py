@@ -129,7 +129,11 @@ def methods(device: str) -> dict[str, tuple[int, Callable[[Case], Tensor]]]:
         return call
 
     def merged(backend: Any) -> Callable[[Case], Tensor]:
-        return lambda case: dense_crf(case[0], hard_labels(case[2], BG_SCORE), REFERENCE, NUM_LABELS, backend, device)
+        def call(case: Case) -> Tensor:
+            mean_field._smoothness_kernel.cache_clear()
+            return dense_crf(case[0], hard_labels(case[2], BG_SCORE), REFERENCE, NUM_LABELS, backend, device)
+
+        return call
 
     def par(case: Case) -> Tensor:
         scores = with_background_score(case[2], BG_SCORE)

@@ -184,8 +184,6 @@ def score_variant(bench: Bench, name: str) -> list[dict[str, Any]]:
     truth = truth_of(judged)
     if truth is None:
         raise DataError("an ablation is judged by masks, but the training split has none; set data.masks")
-    # auto is settled on the teacher's maps, as the run does it.
-    config = settle_bg_score(config, bench.clean_maps("teacher", bench.samples))
     own = mask_bg_score(config, bench.clean_maps(variant.network, bench.samples, variant.fused))
     clean = bench.clean_maps(variant.network, judged, variant.fused)
     settings, names, limits = config.pseudo_masks, judged.class_names, config.evaluation
@@ -225,10 +223,9 @@ def ablate_seed(bench: Bench, say: Callable[[str], None] = lambda line: None) ->
     Scores are kept in ``scores/``, with the hash of the network that they judge: of another network they are not used.
     """
     seed = bench.config.seed
-    _drop_what_another_teacher_taught(bench)
     say(f"seed {seed}: teacher")
     train_teacher(bench)
-    files.write_text(bench.folder / "teacher.sha256", files.file_hash(bench.checkpoint("teacher")))
+    _drop_what_another_teacher_taught(bench)
     for name in STUDENTS:
         say(f"seed {seed}: {name}")
         train_student(bench, name)
@@ -246,10 +243,13 @@ def ablate_seed(bench: Bench, say: Callable[[str], None] = lambda line: None) ->
 
 
 def _drop_what_another_teacher_taught(bench: Bench) -> None:
-    """A borrowed teacher may have been trained anew since; its old students are worth nothing then."""
-    stamp, teacher = bench.folder / "teacher.sha256", bench.checkpoint("teacher")
-    if stamp.is_file() and teacher.is_file() and stamp.read_text(encoding="utf-8") != files.file_hash(teacher):
-        shutil.rmtree(bench.folder)
+    """A teacher may be borrowed one time and not the next, or be trained anew: other students are worth nothing."""
+    stamp, now = bench.folder / "teacher.sha256", files.file_hash(bench.checkpoint("teacher"))
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") != now:
+        shutil.rmtree(bench.folder / "scores", ignore_errors=True)
+        for path in [*bench.folder.glob("cams/student*"), *bench.folder.glob("checkpoints/student*")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    files.write_text(stamp, now)  # last: who is killed in between drops the rest next time
 
 
 # ----------------------------------------------------------------------------------------------------------- all seeds

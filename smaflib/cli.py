@@ -171,6 +171,10 @@ def masks(
 
         if (labels is None) == (learned is None):
             raise typer.BadParameter("give either --labels, a table, or --learned, the folder of an earlier call")
+        if learned is not None and (settings or backbone or weights):
+            raise typer.BadParameter(
+                "--learned keeps the settings of the earlier call; leave out --set, --backbone and --weights"
+            )
         if learned is not None:
             sheet = label_photos(learned.absolute(), images.absolute(), out.absolute())
         else:

@@ -471,7 +471,9 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
     for parent in parents:
         if parent in PRESET_GROUPS and isinstance(node.get(parent), str):
             node[parent] = {"preset": node[parent]}  # a preset's name, and now one change to it
-        node = node.setdefault(parent, {})
+        if node.get(parent) is None:  # a group that is switched off with null, as in every stored config.yaml
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
             raise ConfigError(f"{key!r} cannot be set: {parent!r} is not a group of settings")
     node[last] = value

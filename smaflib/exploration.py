@@ -323,6 +323,7 @@ class Gallery:
     stored: dict[Role, AttentionMaps] = field(default_factory=dict)
     source: str = ""
     _cams: dict[tuple[int, Role, bool], list[Tensor]] = field(default_factory=dict, repr=False)
+    _photos: set[int] = field(default_factory=set, repr=False)
 
     @classmethod
     def shipped(cls, num_images: int = 8, seed: int = UNSEEN_SEED) -> Gallery:
@@ -433,10 +434,13 @@ class Gallery:
         network = self.networks[next(role for role in ROLES if role in self.networks)]
         sample = Sample(Path(name).stem, image, predict_label(network, image))
         self.samples.append(sample)
-        return len(self.samples) - 1
+        index = len(self.samples) - 1
+        self._photos.add(index)
+        return index
 
     def _is_stored(self, index: int, role: Role, flip: bool) -> bool:
-        stored = role in self.stored and flip == self.config.attention.flip
+        # A photo may have the name of an image of the run, whose maps are not the photo's.
+        stored = role in self.stored and flip == self.config.attention.flip and index not in self._photos
         return stored and self.stored[role].path(self.samples[index].image_id).is_file()
 
 

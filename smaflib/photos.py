@@ -13,6 +13,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from PIL import Image
@@ -57,10 +58,14 @@ def make_masks(config: Config, out: Path) -> Path:
     runtime, work = make_runtime(config), out / "work"
     teacher, _ = train_classifier(samples, config, runtime, work / "teacher.safetensors")
     maps = write_attention_maps(teacher, samples, work / "cams_teacher", config.attention, runtime)
-    clean = CleanMaps(maps, samples, config.attention.fusion, cached=config.data.cache)
-    settled = settle_bg_score(config, clean)
-    targets = student_targets(samples, clean, settled, runtime.device)
-    student, _ = self_train(teacher, samples, targets, settled, runtime, work / "student.safetensors")
+    settled = settle_bg_score(config, CleanMaps(maps, samples, config.attention.fusion))
+    student, rounds = teacher, config.self_training.rounds
+    for number in range(1, rounds + 1):
+        name = "student" if number == rounds else f"student_round{number}"
+        clean = CleanMaps(maps, samples, config.attention.fusion, cached=config.data.cache)
+        targets = student_targets(samples, clean, settled, runtime.device)
+        student, _ = self_train(student, samples, targets, settled, runtime, work / f"{name}.safetensors")
+        maps = write_attention_maps(student, samples, work / f"cams_{name}", config.attention, runtime)
     bg_score = _write_masks(student, samples, config, out, runtime)
     files.write_json(work / "facts.json", {"class_names": samples.class_names, "bg_score": bg_score})
     return _write_contact_sheet(samples, out)
@@ -81,7 +86,7 @@ def label_photos(learned: Path, images: Path, out: Path) -> Path:
         The contact sheet.
 
     Raises:
-        ConfigError: if nothing was learned in ``learned``.
+        ConfigError: if nothing was learned in ``learned``, or ``out`` holds the work on other photos.
         DataError: if there is no photo in ``images``.
     """
     facts_file = learned / "work" / "facts.json"
@@ -95,7 +100,14 @@ def label_photos(learned: Path, images: Path, out: Path) -> Path:
     base = load_config(learned / "work" / "config.yaml")
     table = out / "labels.csv"
     data = base.data.model_copy(
-        update={"images": images, "labels": table, "class_names": class_names, "masks": None, "saliency": None}
+        update={
+            "images": images,
+            "labels": table,
+            "class_names": class_names,
+            "masks": None,
+            "saliency": None,
+            "max_images": None,
+        }
     )
     # What was chosen on the photos that were learned from; a few new ones say less about it.
     masks = base.pseudo_masks.model_copy(update={"bg_score": facts["bg_score"]})
@@ -105,6 +117,11 @@ def label_photos(learned: Path, images: Path, out: Path) -> Path:
         teacher = load_attention_network(learned / "work" / "teacher.safetensors", config.model, len(class_names))
         _write_labels(teacher, photos, class_names, table, config, runtime)
     samples = load_samples(config, "train")
+    if added := sorted({photo.name for photo in photos} - {file.image.name for file in samples.files}):
+        raise ConfigError(
+            f"{out} holds masks made of other photos: {added[0]} is not in {table}; choose another --out, or delete "
+            "it first"
+        )
     _claim(out, config, samples)
     student = load_attention_network(learned / "work" / "student.safetensors", config.model, len(class_names))
     _write_masks(student, samples, config, out, runtime)
@@ -184,8 +201,8 @@ def _write_contact_sheet(samples: Samples, out: Path) -> Path:
                 "name": file.image_id,
                 "labels": labels,
                 "share": share,
-                "overlay": f"overlays/{overlay.name}",
-                "mask": f"masks/{file.image_id}.png",
+                "overlay": quote(f"overlays/{overlay.name}"),
+                "mask": quote(f"masks/{file.image_id}.png"),
             }
         )
     return write_page(out / "index.html", "contact_sheet.html.j2", cards=cards)

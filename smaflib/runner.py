@@ -306,13 +306,13 @@ def _work(
             watch.say_start(reason)
             _execute(run, stage, notebook, entry["parameters"], watch)
         if absent := missing_essentials(run, stage):
-            raise StageFailed(f"{stage.name} ended without making {', '.join(absent)}. {_how_to_resume(run)}")
+            raise StageFailed(f"{stage.name} ended without making {', '.join(absent)}. {_how_to_resume(run, notebook)}")
     except _Stop as stop:
         code = 128 + stop.signum
         _put_entry(run, stage, entry, status="failed", exit_code=code, **measured())
         _forget_open_tasks()
         name = signal.Signals(stop.signum).name
-        raise RunStopped(f"{stage.name} was stopped by {name}. {_how_to_resume(run)}", code) from None
+        raise RunStopped(f"{stage.name} was stopped by {name}. {_how_to_resume(run, notebook)}", code) from None
     except BaseException:
         _put_entry(run, stage, entry, status="failed", exit_code=1, **measured())
         raise
@@ -386,11 +386,12 @@ def _failure(run: Run, stage: Stage, notebook: Path, cell_index: int, error: str
         failed = shown(run.path(f"{stage.name}.failed.ipynb"))
         lines += [f"  last lines of its traceback (all of it, and the notebook so far: {failed}):"]
         lines += [f"    {line}" for line in trace[-TRACEBACK_LINES:]]
-    return "\n".join([*lines, _how_to_resume(run)])
+    return "\n".join([*lines, _how_to_resume(run, notebook)])
 
 
-def _how_to_resume(run: Run) -> str:
-    return f"This command goes on where it stopped:\n  {run.command()}"
+def _how_to_resume(run: Run, notebook: Path) -> str:
+    own = notebook.parent != PROJECT_ROOT / "notebooks"  # other notebooks would begin from nothing
+    return f"This command goes on where it stopped:\n  {run.command(*(['--notebooks', shown(notebook.parent)] * own))}"
 
 
 def _put_entry(run: Run, stage: Stage, entry: dict[str, Any], **more: Any) -> None:

@@ -462,6 +462,8 @@ def stage_inputs(run: Run, stage: Stage, notebook: Path) -> dict[str, str]:
         "settings": _hash({key: settings[key] for key in stage.settings}),
         "needs": _hash(needed),
     }
+    if "data" in stage.settings and (table := run.config.data.labels) is not None and table.is_file():
+        hashes["labels"] = files.file_hash(table)
     if stage.reads:
         there = [name for name in stage.reads if run.path(name).is_file()]
         hashes["reads"] = _hash({name: files.file_hash(run.path(name)) for name in there})
@@ -534,6 +536,7 @@ def why_not_complete(run: Run, stage: Stage, inputs: dict[str, str]) -> str | No
     if entry is None:
         return NEVER_RAN
     reasons = {"code": "its notebook changed", "settings": "its settings changed", "needs": "a stage it needs changed"}
+    reasons |= {"labels": f"{run.config.data.labels} changed"} if "labels" in inputs else {}
     reasons |= {"reads": f"{', '.join(stage.reads)} is new"} if stage.reads else {}
     for key, reason in reasons.items():
         if entry.get(key) != inputs[key]:

@@ -11,7 +11,7 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor, nn
 
 from smaflib.classifier import standardize_features
-from smaflib.config import VOID_LABEL, Config, SegmentationConfig
+from smaflib.config import VOID_LABEL, Config, CrfConfig, SegmentationConfig
 from smaflib.data.masks import MaskFiles, save_mask
 from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import Crop, normalize
@@ -125,7 +125,13 @@ def segment(network: nn.Module, image: Tensor, config: SegmentationConfig, runti
     probabilities = class_probabilities(network, image, config, runtime)
     if config.test_crf is None:
         return probabilities.max(dim=0).indices.to(torch.uint8)
-    return dense_crf(image, probabilities, config.test_crf, device=runtime.device if runtime else None)
+    given = _crf_start(probabilities, config.test_crf)
+    return dense_crf(image, given, config.test_crf, len(probabilities), device=runtime.device if runtime else None)
+
+
+def _crf_start(probabilities: Tensor, crf: CrfConfig) -> Tensor:
+    """What the CRF starts from: the probabilities (K+1, H, W), or the labels (H, W) that they make."""
+    return probabilities if crf.unary == "scores" else probabilities.max(dim=0).indices
 
 
 @torch.no_grad()
@@ -151,7 +157,7 @@ def class_probabilities(
 
 
 def segment_many(
-    network: nn.Module, images: Iterable[Tensor], num_images: int, config: Config, runtime: Runtime
+    network: SegmentationNetwork, images: Iterable[Tensor], num_images: int, config: Config, runtime: Runtime
 ) -> Iterator[Tensor]:
     """:func:`segment` of many images, in their order; the CRF, if there is one, on the other cores or on the GPU.
 
@@ -169,10 +175,10 @@ def segment_many(
     if settings.test_crf is None:
         yield from (segment(network, image, settings, runtime) for image in images)
         return
-    jobs = ((image, class_probabilities(network, image, settings, runtime)) for image in images)
+    crf = settings.test_crf
+    jobs = ((image, _crf_start(class_probabilities(network, image, settings, runtime), crf)) for image in images)
     masks, workers = config.pseudo_masks, 1 if num_images < 8 else config.pseudo_masks.num_workers or num_cores()
-    # num_labels is for hard labels; scores have their own number.
-    yield from refine_many(jobs, settings.test_crf, 0, workers, masks.backend, runtime.device)
+    yield from refine_many(jobs, crf, network.num_classes + 1, workers, masks.backend, runtime.device)
 
 
 def write_segmentation(

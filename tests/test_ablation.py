@@ -230,7 +230,21 @@ def test_networks_of_a_complete_run_are_borrowed(done: Run, tmp_path: Path, monk
     monkeypatch.setattr(ablation, "score_variant", lambda bench, name: [])
     with pytest.raises(FileNotFoundError):  # the students that were not really trained
         ablate(run, [0])
-    assert trained == list(STUDENTS) and not run.path("ablation/seed0/checkpoints").exists()
+    assert trained == list(STUDENTS) and not any(run.path("ablation/seed0/checkpoints").iterdir())
+
+
+def test_students_of_a_borrowed_teacher_are_not_mixed_with_those_of_another(
+    done: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(tmp_path / "incomplete")  # so it lends no teacher, and the ablation trains its own
+    folder = run.path("ablation/seed0")
+    shutil.copytree(done.path("ablation/seed0"), folder)
+    (folder / "checkpoints/teacher.safetensors").unlink()
+    (folder / "teacher.sha256").write_text("of the one that was borrowed last time")
+    for left in ("checkpoints/student_undenoised.safetensors", "scores/full.json"):
+        (folder / left).write_text("of the borrowed one")
+    ablate(run, [0])
+    assert records_of(run) == records_of(done)
 
 
 def test_another_seed_has_data_of_its_own(done: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,6 +181,11 @@ def test_file_and_overrides(tmp_path: Path) -> None:
     assert config.classifier.learning_rate == 1e-3
 
 
+def test_override_within_a_group_that_is_switched_off(tmp_path: Path) -> None:
+    path = write_yaml(tmp_path, "data: {kind: mini}\nsegmentation: {test_crf: null}\n")
+    assert load_config(path, ["segmentation.test_crf.iterations=3"]).segmentation.test_crf == CrfConfig(iterations=3)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

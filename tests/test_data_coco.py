@@ -118,6 +118,8 @@ def test_masks_of_ones_own_are_used_instead(root: Path, tmp_path: Path) -> None:
     make_data(config(root, masks=folder), tmp_path / "other")
     assert not (tmp_path / "other").exists()
     assert load(root, masks=folder).has_truth
+    with pytest.raises(DataError, match="data.masks"):
+        load(root, masks=tmp_path / "no_such_folder")
 
 
 def test_masks_hold_the_chosen_classes_only(root: Path, tmp_path: Path) -> None:

@@ -21,13 +21,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from smaflib.cli import app
-from smaflib.config import Config, ConfigError
+from smaflib.config import Config, ConfigError, ModelConfig
 from smaflib.data import DataError
 from smaflib.data.check import check_data
 from smaflib.data.cls_labels import cls_labels_to_csv, read_cls_labels
 from smaflib.data.fetch import Archive, fetch_voc12
 from smaflib.data.masks import read_mask, save_mask
 from smaflib.models.inspect import describe_weights
+from smaflib.models.networks import AttentionNetwork
 from smaflib.models.slim import SlimResNet
 from smaflib.models.weights import write_weights
 from smaflib.runs import Run
@@ -261,6 +262,14 @@ def test_inspect_names_format_fit_and_what_is_missing(tmp_path: Path) -> None:
     assert "does not fit the backbone resnet18" in describe_weights(tmp_path / "slim.pth", "resnet18")
     with pytest.raises(ConfigError, match="there is no backbone 'resnet'"):
         describe_weights(tmp_path / "slim.pth", "resnet")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_0"])
+def test_teacher_around_a_backbone_of_torchvision_fits_it(name: str, tmp_path: Path) -> None:
+    teacher = AttentionNetwork(ModelConfig(backbone=name), 3, background=False)
+    write_weights(tmp_path / "teacher.safetensors", teacher.state_dict())
+    text = describe_weights(tmp_path / "teacher.safetensors")
+    assert f"\nfits the backbone {name}" in text and "a head of attention maps" in text and "missing" not in text
 
 
 def test_inspect_on_the_command_line(tmp_path: Path) -> None:

@@ -239,6 +239,11 @@ def test_run_is_explored_with_its_stored_maps_first(run_folder: Path) -> None:
     expected = multi_scale_cams(network, gallery.samples[1].image, gallery.scales, flip=False)
     assert all(map(torch.equal, gallery.cams(1, "teacher", False), expected))
 
+    # A photo of the same name is another picture, and so are its maps.
+    photo = gallery.add_photo(f"{gallery.samples[1].image_id}.png", png(np.zeros((40, 64, 3))))
+    expected = multi_scale_cams(network, gallery.samples[photo].image, gallery.scales)
+    assert all(map(torch.equal, gallery.cams(photo, "teacher", True), expected))
+
 
 def test_background_score_that_is_chosen_from_maps_begins_with_the_papers() -> None:
     gallery = Gallery.shipped(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -112,11 +113,27 @@ def test_photos_without_a_table_are_labelled_by_what_was_learned(config: Config,
     assert given == truth
     assert len(list((tmp_path / "labelled/masks").iterdir())) == 4
     label_photos(tmp_path / "out", tmp_path / "new", tmp_path / "labelled")  # complete: nothing is claimed twice
+    shutil.copy(tmp_path / "new/20.png", tmp_path / "new/30.png")
+    with pytest.raises(ConfigError, match=r"30\.png is not in .*labels\.csv; choose another --out"):
+        label_photos(tmp_path / "out", tmp_path / "new", tmp_path / "labelled")
     with pytest.raises(ConfigError, match="holds no finished"):
         label_photos(tmp_path / "new", tmp_path / "new", tmp_path / "other")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="there is no photo in"):
         label_photos(tmp_path / "out", tmp_path / "empty", tmp_path / "other")
+
+
+def test_rounds_names_and_limits(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "photos/0.png").rename(tmp_path / "photos/no#1.png")
+    write_table(tmp_path / "labels.csv", [("no#1.png", "red"), ("1.png", "blue"), ("2.png", "red"), ("3.png", "blue")])
+    data = config.data.model_copy(update={"max_images": 2})
+    rounds = config.self_training.model_copy(update={"rounds": 2})
+    sheet = make_masks(config.model_copy(update={"data": data, "self_training": rounds}), tmp_path / "out")
+    assert {path.stem for path in (tmp_path / "out/work").glob("student*.safetensors")} == {"student", "student_round1"}
+    assert "masks/no%231.png" in sheet.read_text()
+    draw_photos(tmp_path / "new", 4, first=20)  # more than the two that were learned from
+    label_photos(tmp_path / "out", tmp_path / "new", tmp_path / "labelled")
+    assert len(list((tmp_path / "labelled/masks").iterdir())) == 4
 
 
 def test_command_line(config: Config, tmp_path: Path) -> None:
@@ -128,3 +145,5 @@ def test_command_line(config: Config, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert f"contact sheet: {tmp_path / 'out/index.html'}" in result.output
     assert CliRunner().invoke(app, base).exit_code == 2
+    refused = CliRunner().invoke(app, [*base, "--learned", str(tmp_path / "out"), "--set", "pseudo_masks.refine=none"])
+    assert refused.exit_code == 2 and "keeps the settings" in refused.output

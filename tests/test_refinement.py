@@ -479,6 +479,23 @@ def test_gpu_batches_are_decoded_ahead_in_order_and_no_further() -> None:
     assert len(taken) == 2 * parallel.GPU_BATCH
 
 
+def test_pool_whose_worker_was_killed_is_replaced() -> None:
+    expected = list(refine_many(many_jobs(9), PARAMS, 3))
+    list(refine_many(many_jobs(9), PARAMS, 3, num_workers=2))
+    for process in list(parallel._pool(2)._processes.values()):
+        process.kill()
+        process.join()
+    with pytest.raises(RuntimeError, match="was killed, which happens where memory is short"):
+        list(refine_many(many_jobs(9), PARAMS, 3, num_workers=2))
+    assert all(map(torch.equal, refine_many(many_jobs(9), PARAMS, 3, num_workers=2), expected))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_of_zero_everywhere_are_background(backend: CrfBackend) -> None:
+    image = torch.zeros(3, 5, 6, dtype=torch.uint8)
+    assert not dense_crf(image, torch.zeros(4, 5, 6), CrfConfig.model_validate("soft"), backend=backend).any()
+
+
 def test_an_error_in_a_job_arrives() -> None:
     def broken() -> Iterator[tuple[Tensor, Tensor]]:
         yield from many_jobs(2)

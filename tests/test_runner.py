@@ -232,7 +232,8 @@ def test_failing_cell_is_told_with_how_to_resume(chain):
     message = str(error.value)
     assert "01_make.ipynb failed in cell 4 of 4" in message
     assert "    value = 1\n" in message and "ValueError: value is 1" in message
-    assert f"smaf run {chain.folder / 'tiny.yaml'} --name tiny --runs {chain.folder / 'runs'}" in message
+    command = f"smaf run {chain.folder / 'tiny.yaml'} --name tiny --runs {chain.folder / 'runs'}"
+    assert f"{command} --notebooks {chain.folder / 'notebooks'}" in message
     assert error.value.exit_code == 1
     assert entry(chain, "01_make")["status"] == "failed" and entry(chain, "01_make")["exit_code"] == 1
     assert chain.file("01_make.failed.ipynb").exists() and not chain.file("01_make.ipynb").exists()

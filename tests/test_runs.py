@@ -332,6 +332,19 @@ def test_same_inputs_keep_what_an_earlier_attempt_made(run, tmp_path):
     assert run.path("cams/teacher/b.npz").exists()
 
 
+def test_other_image_labels_make_a_stage_run_again(tmp_path):
+    table = tmp_path / "labels.csv"
+    table.write_text("image,labels\na.png,cat\n")
+    settings = tmp_path / "photos.yaml"
+    settings.write_text(f"data: {{kind: folder, images: {tmp_path}, labels: {table}}}\n")
+    run = open_run(tmp_path / "runs" / "photos", settings, stages=CHAIN)
+    notebook = write_notebook(tmp_path / "01_make.ipynb", "x = 1")
+    make_stage(run, notebook)
+    assert why_not_complete(run, CHAIN[0], stage_inputs(run, CHAIN[0], notebook)) is None
+    table.write_text("image,labels\na.png,dog\n")
+    assert why_not_complete(run, CHAIN[0], stage_inputs(run, CHAIN[0], notebook)) == f"{table} changed"
+
+
 def test_half_written_files_of_a_killed_attempt_go_and_others_stay(run, tmp_path):
     notebook = write_notebook(tmp_path / "01_make.ipynb", "x = 1")
     make_stage(run, notebook)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,16 +173,18 @@ def test_mirror_image_gets_the_mirrored_mask() -> None:
     assert not network.training
 
 
-def test_crf_refines_the_averaged_probabilities() -> None:
+@pytest.mark.parametrize("unary", ["scores", "labels"])
+def test_crf_refines_the_averaged_probabilities_or_their_labels(unary: Any) -> None:
     image = make_samples(1)[0].image
     matrix = torch.tensor([[0.0, 0.0, 0.0], [3.0, -3.0, 0.0]])
     network = PixelNetwork(matrix, stride=1)
-    crf = CrfConfig(iterations=2)
+    crf = CrfConfig(iterations=2, unary=unary)
     config = SegmentationConfig(test_scales=(1.0, 1.0), test_flip=True, test_crf=crf)
     pixels = image.float() / 255
     logit = 3 * (pixels[0] - pixels[1])
     probabilities = torch.stack([torch.zeros_like(logit), logit]).softmax(dim=0)
-    assert torch.equal(segment(network, image, config), dense_crf(image, probabilities, crf))
+    given = probabilities if unary == "scores" else probabilities.argmax(dim=0)
+    assert torch.equal(segment(network, image, config), dense_crf(image, given, crf, num_labels=2))
 
 
 def test_bf16_labels_nearly_the_same() -> None:

@@ -47,8 +47,9 @@ def load_coco(data: DataConfig, split: Split, masks_folder: Path | None = None) 
     folder = root / name
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder} of images; unpack {name}.zip into {root}")
-    masks_folder = data.masks or masks_folder
-    masks = list_pngs(masks_folder, "data.masks") if masks_folder and masks_folder.is_dir() else {}
+    painted = masks_folder if masks_folder and masks_folder.is_dir() else None
+    masks_folder = data.masks or painted
+    masks = list_pngs(masks_folder, "data.masks") if masks_folder else {}
     saliency_folder = data.saliency
     saliency = list_pngs(saliency_folder, "data.saliency") if saliency_folder else {}
 

@@ -27,7 +27,7 @@ def make_data(config: Config, run_folder: Path) -> None:
         for split in SPLITS:
             write_coco_masks(data, split, coco_masks_folder(data, split, run_folder))
     root = data.root or run_folder / "data"
-    if data.kind == "mini" and not root.is_dir():
+    if data.kind == "mini" and not (root.is_dir() and any(root.iterdir())):
         make_mini(
             root,
             data.num_train,
@@ -50,7 +50,7 @@ def summarize(samples: Samples, config: EvaluationConfig) -> dict[str, Any]:
     Returns:
         ``images``, ``labels_per_image``, ``images_per_class``, ``labels_sha256`` (of ids and labels), and with truth
         ``object_shares`` (share of the image's area, of all objects) and ``saliency`` (iou, precision, recall of the
-        maps above 0.5 against the foreground).
+        maps above 0.5 against the foreground; left out where nothing is above 0.5 or in the foreground).
     """
     labels = samples.image_labels
     listing = "\n".join(f"{files.image_id}:{files.labels}" for files in samples.files)
@@ -73,7 +73,7 @@ def summarize(samples: Samples, config: EvaluationConfig) -> dict[str, Any]:
             found, there = (sample.saliency > 0.5)[counted], (sample.mask > 0)[counted]
             overlap += torch.stack([(found & there).sum(), found.sum(), there.sum()])
     facts["object_shares"] = [round(share, 4) for share in shares]
-    if samples.has_saliency:
-        both, found, there = overlap.tolist()
+    both, found, there = overlap.tolist()
+    if found and there:
         facts["saliency"] = {"iou": both / (found + there - both), "precision": both / found, "recall": both / there}
     return facts

@@ -9,6 +9,7 @@ import torchvision.models
 from torch import Tensor, nn
 
 from smaflib.config import ConfigError
+from smaflib.models.backbones import TorchvisionBackbone
 from smaflib.models.resnet38 import ResNet38
 from smaflib.models.slim import SlimResNet
 from smaflib.models.weights import CLASSIFIERS, has_segmentation_head, read_weights, weights_format
@@ -38,11 +39,13 @@ def describe_weights(path: Path, backbone: str | None = None) -> str:
     lines = [f"{path}: {what_it_is}, {len(state)} tensors, {count / 1e6:.2f} million numbers, {types}"]
     if has_segmentation_head(state):
         lines.append("it holds a segmentation network, which has learned from pixel masks: no image-level supervision")
+    own = any(name.startswith("backbone.late.") for name in state)  # of this library, around torchvision's model
     # Teachers and students of this library keep their backbone under that name.
     plain = {name.removeprefix("backbone."): value for name, value in state.items()}
     names = (backbone,) if backbone else CANDIDATES
     name, missing, superfluous, shapes = min(
-        ((name, *_compare(plain, network_named(name))) for name in names), key=lambda row: sum(map(len, row[1:]))
+        ((name, *_compare(plain, network_named(name, wrapped=own))) for name in names),
+        key=lambda row: sum(map(len, row[1:])),
     )
     fits = not (missing or shapes)
     lines.append(f"{'fits' if fits else 'does not fit'} the backbone {name}")
@@ -54,8 +57,12 @@ def describe_weights(path: Path, backbone: str | None = None) -> str:
     return "\n".join(lines)
 
 
-def network_named(name: str) -> nn.Module:
+def network_named(name: str, wrapped: bool = False) -> nn.Module:
     """A network without values, for its names and shapes.
+
+    Args:
+        name: of a backbone.
+        wrapped: a model of torchvision has the names that it has within this library's networks.
 
     Raises:
         ConfigError: if there is none.
@@ -67,7 +74,8 @@ def network_named(name: str) -> nn.Module:
             return SlimResNet()
         if name not in torchvision.models.list_models(module=torchvision.models):
             raise ConfigError(f"there is no backbone {name!r}; there are slim, resnet38, and torchvision's classifiers")
-        return torchvision.models.get_model(name, weights=None)
+        model = torchvision.models.get_model(name, weights=None)
+        return TorchvisionBackbone(model, output_stride=8) if wrapped else model
 
 
 def _compare(state: dict[str, Tensor], network: nn.Module) -> tuple[list[str], list[str], list[str]]:

@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,6 +130,12 @@ def _on_all_cores(
                 yield torch.from_numpy(waiting.popleft().result())
         while waiting:
             yield torch.from_numpy(waiting.popleft().result())
+    except BrokenProcessPool as error:  # a worker was killed, by lack of memory as a rule
+        _pool.cache_clear()  # so that another attempt starts new ones
+        raise RuntimeError(
+            "a process that refined masks was killed, which happens where memory is short; take fewer with "
+            "pseudo_masks.num_workers"
+        ) from error
     finally:  # who stops asking wants nothing more to be computed
         for future in waiting:
             future.cancel()

@@ -79,7 +79,7 @@ def _with_absent(energies: Tensor, present: Tensor, occurs: Tensor, total: int, 
     num_absent = total - len(present)
     if not num_absent:
         return Unary(energies, present, counts)
-    merged = torch.full_like(energies[:1], energy - math.log(num_absent))
+    merged = energies.new_full((1, *energies.shape[1:]), energy - math.log(num_absent))
     present = torch.cat([present, (~occurs).nonzero()[0]])
     energies, counts = torch.cat([energies, merged]), torch.cat([counts, counts.new_tensor([num_absent])])
     order = present.argsort()

@@ -264,8 +264,10 @@ function buildControls() {
     `<button type="button" name="reset">reset</button>`,
   ].join("");
   const fields = form.elements;
-  form.addEventListener("input", () => {
-    Object.assign(state, { cls: Number(fields.cls.value), role: fields.role.value, fusion: fields.fusion.value, bg: Number(fields.bg.value),
+  form.addEventListener("input", (event) => {
+    // The slider knows steps of 0.01 only: a run's own score stays what it is until the slider is moved.
+    if (event.target === fields.bg) state.bg = Number(fields.bg.value);
+    Object.assign(state, { cls: Number(fields.cls.value), role: fields.role.value, fusion: fields.fusion.value,
       denoise: fields.denoise.checked, reactivate: fields.reactivate.checked, opacity: Number(fields.opacity.value), colormap: fields.colormap.value,
       on: DATA.scales.map((_, s) => fields[`on_${s}`].checked), weights: DATA.scales.map((_, s) => Number(fields[`weight_${s}`].value)) });
     showValues();
@@ -285,7 +287,9 @@ function fill() {
 }
 
 function showValues() {
-  form.querySelectorAll("input[type=range]").forEach((input) => { input.parentElement.querySelector("output").textContent = input.value; });
+  form.querySelectorAll("input[type=range]").forEach((input) => { 
+    input.parentElement.querySelector("output").textContent = input.name === "bg" ? state.bg : input.value;
+  });
 }
 
 buildControls();

@@ -9,7 +9,8 @@ export default {
     el.append(root);
     const tell = (name, value) => { model.set(name, value); model.save_changes(); };
     const board = createBoard(root, {
-      pixel: (pixel) => { board.setPixel(pixel, null); tell("pixel", pixel); },
+      // The kernel answers only if the pixel is another one; else its last answer still holds.
+      pixel: (pixel) => { tell("pixel", pixel); show.reading(); },
       image: (index) => { if (index >= 0 && index < model.get("images").length) tell("index", index); },
     });
     const luts = Object.fromEntries(Object.entries(model.get("luts")).map(([name, table]) => [name, bytes(table)]));

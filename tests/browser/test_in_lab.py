@@ -155,6 +155,10 @@ def test_clicked_pixel_is_marked_in_every_panel_and_read_at_every_scale(lab_page
     assert list(reading.values) == ["scale 0.5", "scale 1", "scale 1.5", "scale 2", "fused", "target"]
     assert lab.board.root.locator("[data-mask]").inner_text() == names[reading.label]
     assert lab.board.root.locator("[data-truth]").inner_text() == names[reading.truth or 0]
+    lab.board.after(
+        lambda: lab.board.click_pixel(80, 60, (128, 128))
+    )  # the same once more: there is no news to wait for
+    assert await_reading(lab) == (row, col)
 
 
 def await_reading(lab: Lab) -> tuple[int, int]:

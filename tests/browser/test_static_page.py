@@ -39,8 +39,8 @@ class Static:
         for index in range(len(gallery.samples)):
             for role in gallery.roles:
                 self.gallery._cams[index, role, True] = dequantize(*quantize(gallery.cams(index, role, True)))
-        self.index, self.role = FIRST, "teacher"
-        self.settings = gallery.first_settings(FIRST)
+        self.index, self.role = min(FIRST, len(gallery.samples) - 1), "teacher"
+        self.settings = gallery.first_settings(self.index)
 
     def expected(self, gallery: Gallery) -> Exploration:
         role: Role = "student" if self.role == "student" else "teacher"
@@ -189,6 +189,22 @@ def test_void_pixels_images_without_truth_and_a_teacher_alone(browser: Browser, 
     static.board.after(lambda: static.board.click_pixel(75, 55, (128, 128)))
     assert static.board.root.locator("[data-truth]").inner_text() == "void"
     assert static.watched.errors == []
+    context.close()
+
+
+def test_background_score_between_the_steps_of_the_slider_is_kept(browser: Browser, tmp_path: Path) -> None:
+    gallery = Gallery.shipped(1)
+    attention = gallery.config.attention.model_copy(update={"bg_score": 0.345})
+    gallery.config = gallery.config.model_copy(update={"attention": attention})
+    path = tmp_path / "page.html"
+    path.write_text(explorer_page(gallery), encoding="utf-8")
+    context = browser.new_context(offline=True)
+    static = Static(Watched(context.new_page(), (path.as_uri(),)), gallery, path)
+    at, shown = static.board.root.locator(".smaf-key"), static.form.locator("label:has([name=bg]) output")
+    static.board.after(lambda: static.field("colormap").select_option("cividis"))
+    assert at.get_attribute("data-at") == shown.inner_text() == "0.345"
+    static.board.after(lambda: static.slide("bg", 0.5))
+    assert at.get_attribute("data-at") == shown.inner_text() == "0.5"
     context.close()
 
 
