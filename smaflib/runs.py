@@ -572,18 +572,25 @@ def clear_stage(run: Run, stage: Stage, inputs: dict[str, str]) -> bool:
 
 def _made_by(run: Run, stage: Stage) -> list[Path]:
     """Files of a stage; of ``folder/**`` the folders themselves."""
-    patterns = [f"{stage.name}.ipynb", f"{stage.name}.html", *stage.makes]
-    paths = {path for pattern in patterns for path in run.folder.glob(pattern.removesuffix("/**"))}
+    paths = {path for pattern in _patterns(stage) for path in run.folder.glob(pattern.removesuffix("/**"))}
     return sorted(path for path in paths if not path.name.startswith("."))
 
 
 def _left_by_killed(run: Run, stage: Stage) -> list[Path]:
     """Half-written files of a stage, which would count in its folders' sizes and hashes."""
-    patterns = [f"{stage.name}.ipynb", f"{stage.name}.html", *stage.makes]
-    folders = [pattern.removesuffix("**") + f"**/{files.PARTIAL}*" for pattern in patterns if pattern.endswith("/**")]
-    single = [PurePosixPath(pattern) for pattern in patterns if not pattern.endswith("/**")]
-    alone = [(path.parent / f"{files.PARTIAL}{path.stem}-*{path.suffix}").as_posix() for path in single]
-    return sorted({path for pattern in folders + alone for path in run.folder.glob(pattern)})
+
+    def unfinished(pattern: str) -> str:
+        if pattern.endswith("/**"):
+            return f"{pattern}/{files.PARTIAL}*"
+        path = PurePosixPath(pattern)
+        return (path.parent / f"{files.PARTIAL}{path.stem}-*{path.suffix}").as_posix()
+
+    return sorted({path for pattern in _patterns(stage) for path in run.folder.glob(unfinished(pattern))})
+
+
+def _patterns(stage: Stage) -> list[str]:
+    """Globs of all that a stage writes, its notebook and the notebook's page included."""
+    return [f"{stage.name}.ipynb", f"{stage.name}.html", *stage.makes]
 
 
 def _passed_on(entry: Entry) -> Entry:
