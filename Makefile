@@ -42,7 +42,7 @@ lab: setup  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
 assets: setup  ## take the shipped weights and the README's pictures from the run papermill_runs/mini and its ablation
-	$(BIN)/python -m smaflib.shipped papermill_runs/mini docs/chain.png
+	$(BIN)/python -m tools.make_assets papermill_runs/mini docs/chain.png
 	cd papermill_runs/mini/figures && for pair in 03_examples:scales_per_image 08_ablation:ablation \
 	  06_pseudo_masks:pseudo_masks; do cp $${pair%%:*}.png ../../../docs/$${pair##*:}.png; done
 
@@ -57,7 +57,7 @@ reference: setup  ## renew papermill_runs/reference: the mini preset and its abl
 	$(BIN)/smaf run $(REFERENCE_SETTINGS)
 	$(BIN)/smaf ablate $(REFERENCE_SETTINGS) --seeds 0,1,2
 	$(BIN)/smaf run $(REFERENCE_SETTINGS)
-	$(BIN)/python -m smaflib.reference papermill_runs/$(REFERENCE_RUN)
+	$(BIN)/python -m tools.export_reference_run papermill_runs/$(REFERENCE_RUN)
 
 links:  ## put REPOSITORY=owner/name (on GitHub) into the links for Colab and Binder
 	@case '$(REPOSITORY)' in */*) ;; *) echo "say which: make links REPOSITORY=owner/name" >&2; exit 1;; esac

@@ -31,12 +31,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from smaflib.config import CRF_PRESETS, VOC_CLASSES, CrfConfig, ParConfig, load_config
+from smaflib.config import CRF_PRESETS, CrfConfig, ParConfig, load_config
 from smaflib.data import load_samples, make_data
+from smaflib.data.classes import VOC_CLASSES
 from smaflib.data.masks import read_mask
 from smaflib.data.voc import read_image
 from smaflib.evaluation import evaluate
-from smaflib.files import write_json
+from smaflib.files import PROJECT_ROOT, write_json
 from smaflib.reactivation import hard_labels, with_background_score
 from smaflib.refinement import (
     dense_crf,
@@ -47,8 +48,7 @@ from smaflib.refinement import (
     refine_many,
 )
 from smaflib.refinement.lattice import gaussian_filter
-from smaflib.runner import git_state
-from smaflib.runs import PROJECT_ROOT
+from smaflib.runs.runner import git_state
 from smaflib.runtime import num_cores, progress
 
 LONGEST_SIDE = 500

@@ -22,10 +22,10 @@ from smaflib.config import CrfConfig
 from smaflib.data import load_samples, make_data, truth_of
 from smaflib.data.sample import Samples
 from smaflib.evaluation import evaluate
+from smaflib.models.pretrained import shipped_config, shipped_network
 from smaflib.pseudo_masks import pseudo_masks
 from smaflib.runtime import cpu_runtime, num_cores
 from smaflib.self_training import CleanMaps
-from smaflib.shipped import shipped_config, shipped_network
 
 GRID: dict[str, tuple[float, ...] | tuple[str, ...]] = {
     "sharpness": (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0),

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smaflib.config import AttentionConfig, FusionRule
-from smaflib.data.sample import DataError, Samples
+from smaflib.data.sample import Samples
 from smaflib.data.transforms import normalize, resize_image
+from smaflib.errors import DataError
 from smaflib.files import load_arrays, save_arrays
 from smaflib.models.networks import AttentionNetwork
 from smaflib.runtime import Runtime, device_of, progress

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smaflib.config import ClassifierConfig, Config, ConfigError
+from smaflib.config import ClassifierConfig, Config
 from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import Crop, normalize, resize_image
+from smaflib.errors import ConfigError
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, load_attention_network
-from smaflib.models.weights import write_weights
+from smaflib.models.weights.files import write_weights
 from smaflib.runtime import Runtime, derive_seed, progress
 from smaflib.training import Batch, Batches, History, fit
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smaflib.config import VOID_LABEL, EvaluationConfig
+from smaflib.config import EvaluationConfig
+from smaflib.data.classes import VOID_LABEL
 from smaflib.reactivation import hard_labels, reactivate
 
 SIZES = ("small", "medium", "large")

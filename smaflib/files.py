@@ -14,8 +14,25 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from smaflib.errors import RunError
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+"""The checkout. Relative paths in notebooks, settings and manifests are relative to it."""
+
+RUNS_FOLDER = PROJECT_ROOT / "papermill_runs"
+
 PARTIAL = ".partial-"
 """How the name of a file begins that is being written, or that a killed process left."""
+
+
+def absolute(path: str | Path) -> Path:
+    """A path; a relative one is relative to the checkout."""
+    return Path(os.path.normpath(PROJECT_ROOT / path))
+
+
+def display_path(path: Path) -> str:
+    """A path as it is printed and recorded: relative to the checkout where it lies inside."""
+    return str(path.relative_to(PROJECT_ROOT)) if path.is_relative_to(PROJECT_ROOT) else str(path)
 
 
 @contextlib.contextmanager
@@ -76,3 +93,15 @@ def tree_hash(paths: list[Path], root: Path) -> str:
     for path in sorted(paths):
         digest.update(f"{path.relative_to(root).as_posix()}\0{file_hash(path)}\n".encode())
     return digest.hexdigest()
+
+
+def read_json(path: Path, default: Any) -> Any:
+    """Read JSON; ``default`` where there is no such file."""
+    if not path.is_file():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise RunError(
+            f"{display_path(path)} is not valid JSON ({error}); delete it to run its stages again"
+        ) from error

@@ -17,7 +17,8 @@ from accelerate import PartialState
 from torch import nn
 from tqdm import tqdm
 
-from smaflib.config import Config, ConfigError
+from smaflib.config import Config
+from smaflib.errors import ConfigError
 
 Item = TypeVar("Item")
 Network = TypeVar("Network", bound=nn.Module)

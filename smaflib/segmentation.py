@@ -11,7 +11,8 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor, nn
 
 from smaflib.classifier import standardize_features
-from smaflib.config import VOID_LABEL, Config, CrfConfig, SegmentationConfig
+from smaflib.config import Config, CrfConfig, SegmentationConfig
+from smaflib.data.classes import VOID_LABEL
 from smaflib.data.masks import MaskFiles, save_mask
 from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import Crop, normalize

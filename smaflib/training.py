@@ -20,7 +20,7 @@ from smaflib.config import TrainingConfig
 from smaflib.data.sample import Sample
 from smaflib.data.transforms import Crop, draw_crop, jitter_colors, normalize, whole_image
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
-from smaflib.models.weights import fill, read_metadata, read_weights, write_weights
+from smaflib.models.weights.files import fill, read_metadata, read_weights, write_weights
 from smaflib.runtime import Runtime, derive_seed, progress
 
 Network = AttentionNetwork | SegmentationNetwork

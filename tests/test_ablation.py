@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from smaflib import ablation
-from smaflib.ablation import (
+from smaflib.apps import ablation
+from smaflib.apps.ablation import (
     FULL,
     RESULT,
     STUDENTS,
@@ -31,13 +31,16 @@ from smaflib.ablation import (
     score_variant,
     train_student,
 )
-from smaflib.cli import app
-from smaflib.config import ConfigError
-from smaflib.data import DataError, load_samples, truth_of
+from smaflib.apps.cli import app
+from smaflib.data import load_samples, truth_of
+from smaflib.errors import ConfigError, DataError, RunError
 from smaflib.evaluation import evaluate, masks_of
-from smaflib.plots import plot_ablation
+from smaflib.files import PROJECT_ROOT
 from smaflib.reactivation import reactivate, with_background_score
-from smaflib.runs import PROJECT_ROOT, Run, RunError, open_run, stage_inputs, stage_named, write_manifest
+from smaflib.report.plots import plot_ablation
+from smaflib.runs import Run, open_run
+from smaflib.runs.manifest import stage_inputs, write_manifest
+from smaflib.runs.stages import stage_named
 from smaflib.runtime import make_runtime
 from smaflib.self_training import CleanMaps
 

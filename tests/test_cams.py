@@ -22,7 +22,7 @@ from smaflib.cams import (
     write_attention_maps,
 )
 from smaflib.config import AttentionConfig, FusionRule
-from smaflib.data import DataError
+from smaflib.errors import DataError
 from smaflib.models import AttentionNetwork
 from smaflib.runtime import Runtime, cpu_runtime
 

@@ -21,8 +21,9 @@ from smaflib.classifier import (
     standardize_features,
     train_classifier,
 )
-from smaflib.config import ClassifierConfig, Config, ConfigError
+from smaflib.config import ClassifierConfig, Config
 from smaflib.data.transforms import normalize, resize_image
+from smaflib.errors import ConfigError
 from smaflib.models import AttentionNetwork, load_attention_network
 from smaflib.runtime import Runtime, cpu_runtime, derive_seed
 from smaflib.training import Batches, load_history

@@ -7,9 +7,10 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from smaflib import runner
-from smaflib.cli import app
-from smaflib.runs import PROJECT_ROOT, Run, open_run, write_manifest
+from smaflib.apps.cli import app
+from smaflib.files import PROJECT_ROOT
+from smaflib.runs import Run, open_run, runner
+from smaflib.runs.manifest import write_manifest
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_compare_prints_runs_side_by_side(run, config_file):
 
 
 def test_help_needs_no_torch():
-    code = "import sys; from smaflib.cli import app; print({'torch', 'pandas', 'papermill'} & set(sys.modules))"
+    code = "import sys; from smaflib.apps.cli import app; print({'torch', 'pandas', 'papermill'} & set(sys.modules))"
     environment = os.environ | {"PYTHONPATH": str(PROJECT_ROOT)}
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -11,9 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smaflib.config import (
-    VOC_CLASSES,
     Config,
-    ConfigError,
     CrfConfig,
     DataConfig,
     check_settings,
@@ -22,6 +20,8 @@ from smaflib.config import (
     flat_settings,
     load_config,
 )
+from smaflib.data.classes import VOC_CLASSES
+from smaflib.errors import ConfigError
 
 MINI = {"data": {"kind": "mini"}}
 

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smaflib.config import COCO_CLASSES, Config
-from smaflib.data import DataError, Samples, load_samples, make_data
+from smaflib.config import Config
+from smaflib.data import Samples, load_samples, make_data
+from smaflib.data.classes import COCO_CLASSES
 from smaflib.data.masks import read_mask
+from smaflib.errors import DataError
 
 WIDTH, HEIGHT = 10, 8
 CATEGORIES = [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}, {"id": 67, "name": "dining table"}]

@@ -11,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from smaflib.config import VOC_CLASSES, Config, load_config
-from smaflib.data import DataError, Samples, load_samples
+from smaflib.config import Config, load_config
+from smaflib.data import Samples, load_samples
+from smaflib.data.classes import VOC_CLASSES
 from smaflib.data.masks import mask_values, save_mask
+from smaflib.errors import DataError
 
 TEMPLATE = Path(__file__).parents[1] / "configs" / "custom.yaml"
 WIDTH, HEIGHT = 12, 8

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from smaflib.data import DataError
 from smaflib.data.masks import VOC_PALETTE, check_mask_values, mask_values, read_mask, save_mask
+from smaflib.errors import DataError
 
 MASKS = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=40))
 

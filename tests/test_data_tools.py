@@ -20,21 +20,21 @@ from helpers import tiny_config
 from PIL import Image
 from typer.testing import CliRunner
 
-from smaflib.cli import app
-from smaflib.config import Config, ConfigError, ModelConfig
-from smaflib.data import DataError
-from smaflib.data.check import check_data
-from smaflib.data.cls_labels import cls_labels_to_csv, read_cls_labels
-from smaflib.data.fetch import Archive, fetch_voc12
+from smaflib.apps.cli import app
+from smaflib.apps.voc_submission import write_submission
+from smaflib.config import Config, ModelConfig
 from smaflib.data.masks import read_mask, save_mask
-from smaflib.models.inspect import describe_weights
+from smaflib.data.tools.check import check_data
+from smaflib.data.tools.cls_labels import cls_labels_to_csv, read_cls_labels
+from smaflib.data.tools.fetch import Archive, fetch_voc12
+from smaflib.errors import ConfigError, DataError
 from smaflib.models.networks import AttentionNetwork
 from smaflib.models.slim import SlimResNet
-from smaflib.models.weights import write_weights
+from smaflib.models.weights.files import write_weights
+from smaflib.models.weights.inspect import describe_weights
 from smaflib.runs import Run
 from smaflib.runtime import cpu_runtime
 from smaflib.segmentation import new_segmenter, segment
-from smaflib.submission import write_submission
 
 # --- cls_labels.npy ---------------------------------------------------------------------------------------------------
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from smaflib.config import VOC_CLASSES, Config
-from smaflib.data import DataError, Samples, load_samples
+from smaflib.config import Config
+from smaflib.data import Samples, load_samples
+from smaflib.data.classes import VOC_CLASSES
 from smaflib.data.masks import mask_values, save_mask
 from smaflib.data.voc import read_image, read_saliency
+from smaflib.errors import DataError
 
 CLASSES = ("cat", "dog", "sofa")
 WIDTH, HEIGHT = 12, 8
@@ -333,7 +335,7 @@ def test_grey_saliency_may_be_stored_as_colour_but_must_be_grey(tmp_path: Path) 
 
 @pytest.fixture
 def mini_root(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    mini = pytest.importorskip("smaflib.data.mini")
+    mini = pytest.importorskip("smaflib.data.mini.dataset")
     monkeypatch.setattr(mini, "CLASS_NAMES", CLASSES)
     run_folder = root.parent / "run"
     run_folder.mkdir()
@@ -356,7 +358,7 @@ def replace_data(settings: Config, **data: Any) -> Any:
 
 
 def test_missing_mini_set_says_what_makes_it(tmp_path: Path) -> None:
-    pytest.importorskip("smaflib.data.mini")
+    pytest.importorskip("smaflib.data.mini.dataset")
     settings = Config.model_validate({"data": {"kind": "mini"}})
     with pytest.raises(DataError, match="no mini data set in .*data; notebook 01 makes it, as does `smaf run CONFIG"):
         load_samples(settings, "train", tmp_path)

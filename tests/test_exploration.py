@@ -15,8 +15,9 @@ from torch import Tensor
 
 from smaflib.cams import AttentionMaps, fuse_cams, multi_scale_cams
 from smaflib.config import CrfConfig, dump_config
-from smaflib.data import DataError, Sample
-from smaflib.exploration import (
+from smaflib.data import Sample
+from smaflib.errors import DataError, RunError
+from smaflib.explorer.state import (
     COLOR_MAPS,
     CURVE_SCORES,
     PHOTO_SIDE,
@@ -32,9 +33,9 @@ from smaflib.exploration import (
     to_bytes,
 )
 from smaflib.models.networks import load_attention_network
+from smaflib.models.pretrained import ASSETS, shipped_config, shipped_network
 from smaflib.pseudo_masks import pseudo_mask
-from smaflib.runs import RunError, open_run
-from smaflib.shipped import ASSETS, shipped_config, shipped_network
+from smaflib.runs import open_run
 
 # Two classes on a row of four pixels, at two scales; maps have the image's size, so nothing is interpolated.
 FIRST = torch.tensor([[[0.8, 0.4, 0.0, 0.0]], [[0.0, 0.0, 0.2, 0.1]]])

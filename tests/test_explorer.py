@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from smaflib import explorer as explorer_module
 from smaflib.config import CrfConfig
-from smaflib.exploration import Gallery
-from smaflib.explorer import Explorer
+from smaflib.explorer import widget as explorer_module
+from smaflib.explorer.state import Gallery
+from smaflib.explorer.widget import Explorer
 
 
 @pytest.fixture(scope="module")

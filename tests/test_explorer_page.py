@@ -16,8 +16,8 @@ import torch
 from smaflib.cams import AttentionMaps
 from smaflib.config import dump_config
 from smaflib.data import make_data
-from smaflib.exploration import Gallery
-from smaflib.explorer_page import (
+from smaflib.errors import RunError
+from smaflib.explorer.page import (
     MAX_BYTES,
     MAX_OTHERS,
     PAGE_SIDE,
@@ -29,9 +29,10 @@ from smaflib.explorer_page import (
     run_lengths,
     write_explorer,
 )
-from smaflib.report import network_references, write_index
-from smaflib.runs import RunError, open_run
-from smaflib.shipped import shipped_config
+from smaflib.explorer.state import Gallery
+from smaflib.models.pretrained import shipped_config
+from smaflib.report.html import network_references, write_index
+from smaflib.runs import open_run
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,12 @@ import torchvision
 from helpers import generator, same_weights, tiny_config
 from torch import Tensor, nn
 
-from smaflib.config import ConfigError, ModelConfig, SegmentationConfig
-from smaflib.models import AttentionNetwork, SegmentationNetwork, WeightsError, with_background
+from smaflib.config import ModelConfig, SegmentationConfig
+from smaflib.errors import ConfigError, WeightsError
+from smaflib.models import AttentionNetwork, SegmentationNetwork, with_background
 from smaflib.models.backbones import TorchvisionBackbone, build_backbone
 from smaflib.models.networks import load_attention_network
-from smaflib.models.weights import has_segmentation_head, write_weights
+from smaflib.models.weights.files import has_segmentation_head, write_weights
 
 
 def model_config(backbone: str = "slim", **settings: object) -> ModelConfig:

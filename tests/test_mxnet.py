@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from smaflib.config import ConfigError, ModelConfig
+from smaflib.config import ModelConfig
+from smaflib.errors import ConfigError, WeightsError
 from smaflib.models.backbones import build_backbone
-from smaflib.models.mxnet import read_mxnet_params, resnet38_from_mxnet
 from smaflib.models.resnet38 import ResNet38
-from smaflib.models.weights import WeightsError, read_weights, weights_format
+from smaflib.models.weights.files import read_weights, weights_format
+from smaflib.models.weights.mxnet import read_mxnet_params, resnet38_from_mxnet
 
 TYPES = {"float32": 0, "float64": 1, "float16": 2, "uint8": 3, "int32": 4, "int8": 5, "int64": 6}
 

@@ -11,13 +11,15 @@ import papermill
 import pytest
 import torch
 
-from smaflib.ablation import RESULT, ablate
+from smaflib.apps.ablation import RESULT, ablate
 from smaflib.cams import AttentionMaps
 from smaflib.config import flat_settings, load_config
-from smaflib.explorer import Explorer
-from smaflib.report import network_references
-from smaflib.runner import Watch, run_notebooks
-from smaflib.runs import PROJECT_ROOT, STAGES, read_manifest
+from smaflib.explorer.widget import Explorer
+from smaflib.files import PROJECT_ROOT
+from smaflib.report.html import network_references
+from smaflib.runs.manifest import read_manifest
+from smaflib.runs.runner import Watch, run_notebooks
+from smaflib.runs.stages import STAGES
 
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
 EXPLORE = PROJECT_ROOT / "notebooks" / "explore.ipynb"  # no stage: it makes nothing that others need

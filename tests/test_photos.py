@@ -12,12 +12,12 @@ from helpers import TRAINING
 from PIL import Image
 from typer.testing import CliRunner
 
-from smaflib.cli import app
-from smaflib.config import Config, ConfigError, check_settings
-from smaflib.data import DataError
+from smaflib.apps.cli import app
+from smaflib.apps.custom_images import label_photos, make_masks
+from smaflib.config import Config, check_settings
 from smaflib.data.masks import read_mask
-from smaflib.photos import label_photos, make_masks
-from smaflib.report import network_references
+from smaflib.errors import ConfigError, DataError
+from smaflib.report.html import network_references
 
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 SETTINGS = {

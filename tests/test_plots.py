@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from smaflib.plots import (
+from smaflib.report.plots import (
     GAINED,
     LOST,
     mark_pixel,

@@ -18,7 +18,10 @@ from PIL import Image
 
 from smaflib.config import load_config
 from smaflib.data.masks import save_mask
-from smaflib.runs import PROJECT_ROOT, STAGES, find_run, read_manifest
+from smaflib.files import PROJECT_ROOT
+from smaflib.runs import find_run
+from smaflib.runs.manifest import read_manifest
+from smaflib.runs.stages import STAGES
 
 SIZE = 48
 COLORS = {"bird": (210, 40, 40), "car": (40, 40, 210)}
@@ -133,7 +136,7 @@ def runs(
     script = """if True:
         import sys
         from pathlib import Path
-        from smaflib.runner import run_notebooks
+        from smaflib.runs.runner import run_notebooks
         from smaflib.runs import STAGES
         run_notebooks(sys.argv[1], sys.argv[2], sys.argv[4:], runs=Path(sys.argv[3]), stages=STAGES[1:])
     """

@@ -15,9 +15,15 @@ import pytest
 from nbformat import v4
 from PIL import Image
 
-from smaflib import reference
-from smaflib.ablation import RESULT
-from smaflib.reference import (
+from smaflib.apps.ablation import RESULT
+from smaflib.errors import RunError
+from smaflib.files import PROJECT_ROOT
+from smaflib.report.html import network_references
+from smaflib.runs import Run, open_run
+from smaflib.runs.manifest import write_manifest
+from smaflib.runs.stages import STAGES
+from tools import export_reference_run as reference
+from tools.export_reference_run import (
     MAX_BYTES,
     REFERENCE,
     code_of,
@@ -27,8 +33,6 @@ from smaflib.reference import (
     to_webp,
     without_local_paths,
 )
-from smaflib.report import network_references
-from smaflib.runs import PROJECT_ROOT, STAGES, Run, RunError, open_run, write_manifest
 
 NAMES = [stage.name for stage in STAGES]
 RENEW = "this command renews it: make reference"

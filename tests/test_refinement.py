@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smaflib.config import CRF_PRESETS, ConfigError, CrfBackend, CrfConfig, ParConfig
+from smaflib.config import CRF_PRESETS, CrfBackend, CrfConfig, ParConfig
+from smaflib.errors import ConfigError
 from smaflib.refinement import (
     choose_backend,
     dense_crf,

@@ -8,18 +8,10 @@ import pytest
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from smaflib.report import (
-    class_table,
-    compare_runs,
-    comparison_text,
-    duration,
-    network_references,
-    notebook_body,
-    results_table,
-    results_text,
-    write_index,
-)
-from smaflib.runs import Run, RunError, open_run
+from smaflib.errors import RunError
+from smaflib.report.html import network_references, notebook_body, write_index
+from smaflib.report.tables import class_table, compare_runs, comparison_text, duration, results_table, results_text
+from smaflib.runs import Run, open_run
 
 matplotlib.use("agg")
 

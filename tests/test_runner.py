@@ -19,9 +19,11 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from smaflib.config import ConfigError
-from smaflib.runner import PARAMETERS, RunStopped, StageFailed, run_notebooks
-from smaflib.runs import PROJECT_ROOT, Run, RunError, RunMismatch, Stage
+from smaflib.errors import ConfigError, RunError, RunMismatch, RunStopped, StageFailed
+from smaflib.files import PROJECT_ROOT
+from smaflib.runs import Run
+from smaflib.runs.runner import PARAMETERS, run_notebooks
+from smaflib.runs.stages import Stage
 
 CHAIN = (
     Stage("01_make", "?", makes=("data.json", "cams/**"), essential=("data.json",)),
@@ -82,7 +84,7 @@ class Chain:
 
     def command(self, *arguments: str) -> list[str]:
         folders = ["--notebooks", str(self.folder / "notebooks"), "--runs", str(self.folder / "runs")]
-        return [sys.executable, "-m", "smaflib.cli", "run", str(self.folder / "tiny.yaml"), *folders, *arguments]
+        return [sys.executable, "-m", "smaflib.apps.cli", "run", str(self.folder / "tiny.yaml"), *folders, *arguments]
 
 
 def new_chain(folder: Path) -> Chain:
@@ -175,7 +177,7 @@ def test_complete_stages_are_skipped_with_a_line_each(finished, capfd):
 
 
 def test_changed_library_is_only_mentioned(finished, capfd, monkeypatch):
-    monkeypatch.setattr("smaflib.runner.library_hash", lambda: "another")
+    monkeypatch.setattr("smaflib.runs.runner.library_hash", lambda: "another")
     finished.run()
     assert finished.log == ["01", "02"]
     assert capfd.readouterr().err.count("smaflib has changed since 01 ran; --from 01 runs it again") == 1

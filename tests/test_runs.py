@@ -11,31 +11,21 @@ from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
 
-from smaflib import runs
-from smaflib.config import ConfigError
-from smaflib.files import PARTIAL, replacing
-from smaflib.runs import (
-    PROJECT_ROOT,
-    STAGES,
-    MissingStage,
-    Run,
-    RunError,
-    RunMismatch,
-    Stage,
+from smaflib.errors import ConfigError, MissingStage, RunError, RunMismatch
+from smaflib.files import PARTIAL, PROJECT_ROOT, replacing
+from smaflib.runs import Run, find_run, manifest, open_run, read_run
+from smaflib.runs.manifest import (
     clear_stage,
     damaged_artifacts,
-    find_run,
     list_artifacts,
     notebook_hash,
-    open_run,
     read_manifest,
-    read_run,
     record_hash,
     stage_inputs,
-    stage_named,
     why_not_complete,
     write_manifest,
 )
+from smaflib.runs.stages import STAGES, Stage, stage_named
 
 matplotlib.use("agg")
 
@@ -112,7 +102,7 @@ def test_new_run_folder_holds_all_settings(run, config_file):
 
 def test_relative_paths_are_relative_to_the_checkout(monkeypatch, tmp_path, config_file):
     monkeypatch.chdir(tmp_path)
-    run = Run(runs.absolute("papermill_runs/x"), config=None, config_file=PROJECT_ROOT / "configs/mini.yaml")
+    run = Run(absolute("papermill_runs/x"), config=None, config_file=PROJECT_ROOT / "configs/mini.yaml")
     assert run.folder == PROJECT_ROOT / "papermill_runs" / "x"
     assert run.command("--until", "classifier") == "smaf run configs/mini.yaml --name x --until classifier"
 
@@ -184,7 +174,7 @@ def test_records_are_tidy_and_pandas_reads_them(run):
     run.record("02_use", [{"metric": "iou", "value": 0.25, "scale": 1.5, "object_size": "small"}])
     run.record("01_make", [{"metric": "loss", "value": float("nan"), "variant": "eps"}])
     table = pd.read_json(run.path("metrics.json"))
-    assert list(table.columns) == list(runs.RECORD_DEFAULTS)
+    assert list(table.columns) == list(RECORD_DEFAULTS)
     assert table["stage"].tolist() == ["01_make", "02_use"]
     assert table["value"].isna().tolist() == [True, False]
     assert table.loc[1, ["split", "class_name", "scale"]].tolist() == ["train", "mean", 1.5]
@@ -282,7 +272,7 @@ def test_reasons_to_run_a_stage_again(run, tmp_path):
 
 def test_large_artifacts_are_measured_not_hashed(run, tmp_path, monkeypatch):
     make_stage(run, write_notebook(tmp_path / "01_make.ipynb", "x = 1"))
-    monkeypatch.setattr(runs, "HASHED_BYTES", 0)
+    monkeypatch.setattr(manifest, "HASHED_BYTES", 0)
     entry = read_manifest(run)["stages"]["01_make"]
     run.path("cams/teacher/b.npz").write_text("cam of B")
     assert damaged_artifacts(run, entry) == []

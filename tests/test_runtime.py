@@ -11,7 +11,8 @@ from helpers import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smaflib.config import Config, ConfigError
+from smaflib.config import Config
+from smaflib.errors import ConfigError
 from smaflib.runtime import (
     PROGRESS_FILE,
     Runtime,

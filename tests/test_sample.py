@@ -11,7 +11,8 @@ from helpers import CLASSES, make_samples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smaflib.data.sample import DataError, Sample, SampleFiles, Samples
+from smaflib.data.sample import Sample, SampleFiles, Samples
+from smaflib.errors import DataError
 
 
 class Reader:

@@ -12,9 +12,9 @@ from helpers import CLASSES, PixelNetwork, generator, make_samples, same_weights
 from torch import Tensor
 
 from smaflib import segmentation
-from smaflib.config import ConfigError, CrfConfig, SegmentationConfig
-from smaflib.data import DataError
+from smaflib.config import CrfConfig, SegmentationConfig
 from smaflib.data.masks import MaskFiles, save_mask
+from smaflib.errors import ConfigError, DataError
 from smaflib.evaluation import evaluate
 from smaflib.models.backbones import TorchvisionBackbone
 from smaflib.refinement import dense_crf

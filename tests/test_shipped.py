@@ -5,11 +5,12 @@ import torch
 from smaflib.cams import fuse_cams, multi_scale_cams
 from smaflib.config import load_config
 from smaflib.data import load_samples, truth_of
-from smaflib.data.mini import CLASS_NAMES, make_mini
+from smaflib.data.mini.dataset import CLASS_NAMES, make_mini
 from smaflib.evaluation import evaluate, masks_of
-from smaflib.models.weights import read_weights, write_weights
+from smaflib.models.pretrained import ASSETS, shipped_config, shipped_network, short_config
+from smaflib.models.weights.files import read_weights, write_weights
 from smaflib.reactivation import denoise
-from smaflib.shipped import ASSETS, export_networks, shipped_config, shipped_network, short_config
+from tools.make_assets import export_networks
 
 
 def test_they_are_small():

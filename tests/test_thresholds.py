@@ -8,7 +8,7 @@ from helpers import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smaflib.config import ConfigError
+from smaflib.errors import ConfigError
 from smaflib.thresholds import (
     CANDIDATES,
     MAX_IMAGES,

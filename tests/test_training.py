@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from smaflib.config import ConfigError, TrainingConfig
-from smaflib.models import WeightsError
-from smaflib.models.weights import read_metadata, read_weights
+from smaflib.config import TrainingConfig
+from smaflib.errors import ConfigError, WeightsError
+from smaflib.models.weights.files import read_metadata, read_weights
 from smaflib.runtime import Runtime, cpu_runtime
 from smaflib.training import Batch, Batches, fit, load_history, make_optimizer, make_scheduler
 

@@ -13,10 +13,11 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from smaflib.config import ConfigError, ModelConfig
+from smaflib.config import ModelConfig
+from smaflib.errors import ConfigError, WeightsError
 from smaflib.models.backbones import build_backbone
 from smaflib.models.slim import SlimResNet
-from smaflib.models.weights import WeightsError, attention_state, fill, read_metadata, read_weights, write_weights
+from smaflib.models.weights.files import attention_state, fill, read_metadata, read_weights, write_weights
 
 
 def small_net() -> nn.Module:
@@ -47,7 +48,7 @@ def test_the_same_weights_are_the_same_bytes_in_every_process(tmp_path: Path) ->
     script = """
 import sys, torch
 from pathlib import Path
-from smaflib.models.weights import write_weights
+from smaflib.models.weights.files import write_weights
 tensors = {f"layer{i}": torch.arange(4.0) + i for i in range(9)}
 write_weights(Path(sys.argv[1]), tensors, history=[1, 2], iteration=7, seed=0, kind="teacher", rounds=1)
 """

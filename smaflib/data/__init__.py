@@ -10,8 +10,9 @@ from smaflib.data.coco import coco_masks_folder, load_coco
 from smaflib.data.folder import load_folder
 from smaflib.data.masks import MaskFiles, save_mask, truth_of
 from smaflib.data.prepare import make_data, summarize
-from smaflib.data.sample import DataError, Sample, SampleFiles, Samples
+from smaflib.data.sample import Sample, SampleFiles, Samples
 from smaflib.data.voc import load_voc
+from smaflib.errors import DataError
 
 __all__ = [
     "DataError",
@@ -52,7 +53,7 @@ def load_samples(config: Config, split: Literal["train", "val"], run_folder: Pat
 def _mini_as_voc(data: DataConfig, run_folder: Path | None) -> DataConfig:
     """The settings that make the VOC loader read the mini set."""
     # Imported late: mini.py uses this package's modules, and only this data set needs the drawing code.
-    from smaflib.data.mini import CLASS_NAMES
+    from smaflib.data.mini.dataset import CLASS_NAMES
 
     root = data.root or (run_folder / "data" if run_folder else None)
     if root is None:

@@ -14,8 +14,9 @@ from smaflib.data.labels import (
     nearest,
     read_label_rows,
 )
-from smaflib.data.sample import DataError, SampleFiles, Samples
+from smaflib.data.sample import SampleFiles, Samples
 from smaflib.data.voc import Split, list_files, list_pngs, read_sample, require_saliency
+from smaflib.errors import DataError
 
 
 def load_folder(data: DataConfig, split: Split) -> Samples:

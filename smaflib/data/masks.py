@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from smaflib.config import VOID_LABEL
-from smaflib.data.sample import DataError, Samples
+from smaflib.data.classes import VOID_LABEL
+from smaflib.data.sample import Samples
+from smaflib.errors import DataError
 from smaflib.files import save_image
 
 # What Pillow raises on damaged files, found by cutting and flipping bytes of real ones.

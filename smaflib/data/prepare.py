@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from smaflib.config import VOID_LABEL, Config, EvaluationConfig
+from smaflib.config import Config, EvaluationConfig
+from smaflib.data.classes import VOID_LABEL
 from smaflib.data.coco import coco_masks_folder, write_coco_masks
-from smaflib.data.mini import make_mini
+from smaflib.data.mini.dataset import make_mini
 from smaflib.data.sample import Samples
 from smaflib.data.voc import SPLITS
 from smaflib.runtime import num_cores, progress

@@ -11,11 +11,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from smaflib.config import InputError
-
-
-class DataError(InputError):
-    """Data that cannot be used; the message names the file, what is wrong and the cure."""
+from smaflib.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from smaflib.config import VOC_CLASSES, VOID_LABEL, DataConfig
+from smaflib.config import DataConfig
+from smaflib.data.classes import VOC_CLASSES, VOID_LABEL
 from smaflib.data.labels import (
     LabelRow,
     check_class_names,
@@ -28,7 +29,8 @@ from smaflib.data.labels import (
     read_label_rows,
 )
 from smaflib.data.masks import check_mask_values, decoding, mask_values, read_mask
-from smaflib.data.sample import DataError, Sample, SampleFiles, Samples
+from smaflib.data.sample import Sample, SampleFiles, Samples
+from smaflib.errors import DataError
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = get_args(Split)

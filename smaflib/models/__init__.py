@@ -1,7 +1,8 @@
 """Backbones, the networks of the method, and weights from files."""
 
+from smaflib.errors import WeightsError
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, load_attention_network, with_background
-from smaflib.models.weights import WeightsError, read_weights
+from smaflib.models.weights.files import read_weights
 
 __all__ = [
     "AttentionNetwork",

@@ -8,10 +8,11 @@ import torch
 import torchvision.models
 from torch import Tensor, nn
 
-from smaflib.config import ConfigError, ModelConfig
+from smaflib.config import ModelConfig
+from smaflib.errors import ConfigError
 from smaflib.models.resnet38 import ResNet38
 from smaflib.models.slim import SlimResNet
-from smaflib.models.weights import load_backbone_weights
+from smaflib.models.weights.files import load_backbone_weights
 
 
 class TorchvisionBackbone(nn.Module):

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
-from smaflib.config import ConfigError, ModelConfig, SegmentationConfig
+from smaflib.config import ModelConfig, SegmentationConfig
+from smaflib.errors import ConfigError, WeightsError
 from smaflib.models.backbones import Backbone, build_backbone
-from smaflib.models.weights import WeightsError, attention_state, fill, read_weights
+from smaflib.models.weights.files import attention_state, fill, read_weights
 
 
 class AttentionNetwork(nn.Module):

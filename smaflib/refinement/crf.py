@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from smaflib.config import ConfigError, CrfBackend, CrfConfig
+from smaflib.config import CrfBackend, CrfConfig
+from smaflib.errors import ConfigError
 from smaflib.refinement import mean_field, pydensecrf_backend
 from smaflib.refinement.unary import Unary, hard_unary, soft_unary
 

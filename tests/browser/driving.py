@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Locator, Page
 
-from smaflib.exploration import Exploration, Reading
+from smaflib.explorer.state import Exploration, Reading
 
 START_SECONDS = 180  # a machine with other work
 

@@ -16,7 +16,7 @@ from driving import BoardPage, Watched, agrees, expected_iou, keep_screenshot, r
 from PIL import Image
 from playwright.sync_api import Browser, Locator
 
-from smaflib.exploration import Exploration, Gallery, Role
+from smaflib.explorer.state import Exploration, Gallery, Role
 
 FIRST = 2  # the image that the notebook begins with
 AWAIT_SECONDS = 20.0

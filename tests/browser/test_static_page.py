@@ -17,8 +17,8 @@ from driving import BoardPage, Watched, agrees, expected_iou, keep_screenshot, s
 from playwright.sync_api import Browser, Locator
 
 from smaflib.cams import FUSION_RULES
-from smaflib.exploration import Exploration, Gallery, Role
-from smaflib.explorer_page import dequantize, explorer_page, quantize
+from smaflib.explorer.page import dequantize, explorer_page, quantize
+from smaflib.explorer.state import Exploration, Gallery, Role
 
 SAME_MAPS = 0.1
 FULL_MAPS = 1.0

@@ -1,0 +1,292 @@
+"""The command ``smaf``: run the chain, look at runs, compare them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from smaflib.runs import Run
+
+app = typer.Typer(
+    help="Weakly supervised semantic segmentation by self-training on multi-scale attention (SMAF).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+data_app = typer.Typer(help="Data sets: check, fetch, convert labels.", no_args_is_help=True)
+weights_app = typer.Typer(help="Weights files.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(weights_app, name="weights")
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting on top of the file, such as seed=1; repeatable."),
+]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="Name of a run in papermill_runs/, or path of a run folder.")
+]
+RunsFolder = Annotated[
+    Path | None, typer.Option("--runs", metavar="DIR", help="Folder of the run folders; papermill_runs/ by default.")
+]
+
+# Modules are imported by the commands that use them, so that --help and a typo do not wait for pandas and papermill.
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="A file of settings, such as configs/mini.yaml.")],
+    name: Annotated[
+        str | None, typer.Option(metavar="N", help="Name of the run folder; the config file's name by default.")
+    ] = None,
+    settings: Settings = None,
+    from_stage: Annotated[
+        str | None,
+        typer.Option("--from", metavar="STAGE", help="Run this stage and all later ones anew, even if complete."),
+    ] = None,
+    until_stage: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")] = None,
+    runs: RunsFolder = None,
+    notebooks: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the notebooks; notebooks/ by default.")
+    ] = None,
+) -> None:
+    """Execute the notebooks in order into a run folder; skip what is complete, go on where a run stopped.
+
+    A STAGE is a notebook's number or name: 3, 03, multi_scale_attention.
+    """
+    with _plain_errors():
+        from smaflib.files import PROJECT_ROOT, RUNS_FOLDER
+        from smaflib.runs.runner import run_notebooks
+
+        run_notebooks(
+            config.absolute() if config.exists() else config,
+            name,
+            settings or [],
+            from_stage,
+            until_stage,
+            notebooks.absolute() if notebooks else PROJECT_ROOT / "notebooks",
+            runs.absolute() if runs else RUNS_FOLDER,
+        )
+
+
+@app.command()
+def ablate(
+    config: Annotated[Path, typer.Argument(help="A file of settings, such as configs/mini.yaml.")],
+    seeds: Annotated[str, typer.Option(metavar="N,N,...", help="Seeds; the spread is taken over them.")] = "0,1,2",
+    name: Annotated[
+        str | None, typer.Option(metavar="N", help="Name of the run folder; the config file's name by default.")
+    ] = None,
+    settings: Settings = None,
+    runs: RunsFolder = None,
+) -> None:
+    """Run the chain without one step at a time, over several seeds; goes on where it stopped. Notebook 08 shows it."""
+    with _plain_errors():
+        from smaflib.apps.ablation import ablate, ablation_table, read_ablation
+        from smaflib.files import RUNS_FOLDER, display_path
+        from smaflib.runs import open_run
+
+        try:
+            numbers = [int(seed) for seed in seeds.split(",")]
+        except ValueError:
+            raise typer.BadParameter(
+                f"--seeds must be numbers joined by commas, such as 0,1,2, got {seeds!r}"
+            ) from None
+        folder = (runs.absolute() if runs else RUNS_FOLDER) / (name or config.stem)
+        opened = open_run(folder, config.absolute() if config.exists() else config, settings or [])
+        path = ablate(opened, numbers)
+        typer.echo(ablation_table((read_ablation(opened) or {})["records"]).to_string())
+        typer.echo(f"ablation: {display_path(path)}")
+
+
+@app.command()
+def compare(
+    names: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Names or paths of two or more runs.")],
+    measure: Annotated[
+        str, typer.Option(metavar="M", help="mIoU, small, medium, large (IoU by object size), precision or recall.")
+    ] = "mIoU",
+) -> None:
+    """Print runs side by side, with differences to the first and the settings that differ."""
+    with _plain_errors():
+        from smaflib.report.tables import MEASURES, comparison_text
+
+        if len(names) < 2:
+            raise typer.BadParameter("give two runs or more")
+        if measure not in MEASURES:
+            raise typer.BadParameter(f"--measure must be one of {', '.join(MEASURES)}, got {measure!r}")
+        typer.echo(comparison_text(names, measure))
+
+
+@app.command()
+def report(name: RunName, runs: RunsFolder = None) -> None:
+    """Write a run's index.html anew and print its results."""
+    with _plain_errors():
+        from smaflib.report.html import write_index
+        from smaflib.report.tables import results_text
+
+        found = _find(name, runs)
+        typer.echo(results_text(found))
+        typer.echo(f"report: {write_index(found)}")
+
+
+@app.command()
+def status(name: RunName, runs: RunsFolder = None) -> None:
+    """List a run's stages with their state and time."""
+    with _plain_errors():
+        from smaflib.report.tables import duration
+        from smaflib.runs.manifest import read_manifest
+
+        found = _find(name, runs)
+        entries = read_manifest(found)["stages"]
+        for stage in found.stages:
+            entry = entries.get(stage.name, {})
+            typer.echo(f"{stage.name:26} {entry.get('status', 'not run'):10} {duration(entry.get('seconds')):>12}")
+
+
+@app.command()
+def masks(
+    images: Annotated[Path, typer.Option(metavar="DIR", help="The folder of photos.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Takes masks/, overlays/ and index.html.")],
+    labels: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="Table image,labels: what each photo shows, joined by ';'.")
+    ] = None,
+    learned: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Instead of --labels: the --out of an earlier call."),
+    ] = None,
+    backbone: Annotated[str | None, typer.Option(metavar="NAME", help="Of torchvision; resnet50 by default.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its weights; by default torchvision downloads them.")
+    ] = None,
+    settings: Settings = None,
+) -> None:
+    """Make pixel masks for photos of your own, from a list of what each shows. Goes on where it stopped."""
+    with _plain_errors():
+        from smaflib.apps.custom_images import label_photos, make_masks
+        from smaflib.config import load_config
+        from smaflib.files import PROJECT_ROOT
+
+        if (labels is None) == (learned is None):
+            raise typer.BadParameter("give either --labels, a table, or --learned, the folder of an earlier call")
+        if learned is not None and (settings or backbone or weights):
+            raise typer.BadParameter(
+                "--learned keeps the settings of the earlier call; leave out --set, --backbone and --weights"
+            )
+        if learned is not None:
+            sheet = label_photos(learned.absolute(), images.absolute(), out.absolute())
+        else:
+            assert labels is not None
+            paths = {"data.images": images.absolute(), "data.labels": labels.absolute()}
+            paths |= {"model.weights": weights.absolute()} if weights else {}
+            named = [f"{key}={json.dumps(str(path))}" for key, path in paths.items()]  # a path may look like YAML
+            named += [f"model.backbone={backbone}"] if backbone else []
+            config = load_config(PROJECT_ROOT / "configs" / "custom.yaml", [*named, *(settings or [])])
+            sheet = make_masks(config, out.absolute())
+        typer.echo(f"masks: {sheet.parent / 'masks'}\ncontact sheet: {sheet}")
+
+
+@data_app.command("check")
+def data_check(
+    config: Annotated[Path, typer.Argument(help="A file of settings, such as configs/voc12.yaml.")],
+    settings: Settings = None,
+) -> None:
+    """Read every file of a data set: counts, sizes, class balance, what is missing or damaged. Exits with 1 if so."""
+    with _plain_errors():
+        from smaflib.config import load_config
+        from smaflib.data.tools.check import check_data
+        from smaflib.files import RUNS_FOLDER
+
+        found = check_data(load_config(config, settings or []), RUNS_FOLDER / config.stem)
+        typer.echo(found.text())
+        if found.problems:
+            raise typer.Exit(1)
+
+
+@data_app.command("fetch")
+def data_fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="voc12: PASCAL VOC 2012, 2 GB.")],
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Takes VOCdevkit/VOC2012.")] = Path("data"),
+) -> None:
+    """Download a data set from its official place; goes on where it stopped."""
+    with _plain_errors():
+        from smaflib.data.tools.fetch import fetch_voc12
+
+        if name != "voc12":
+            raise typer.BadParameter(f"there is voc12, got {name!r}; for COCO see cocodataset.org")
+        typer.echo(f"data.root: {fetch_voc12(folder)}")
+
+
+@data_app.command("labels")
+def data_labels(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A cls_labels.npy.")],
+    target: Annotated[Path, typer.Option("--out", metavar="CSV", help="The table image,labels to write.")],
+    classes: Annotated[str, typer.Option(metavar="NAMES", help="voc, coco, or names joined by commas.")] = "voc",
+) -> None:
+    """Convert the field's cls_labels.npy, a pickle, to a CSV without executing what is in it."""
+    with _plain_errors():
+        from smaflib.data.classes import COCO_CLASSES, VOC_CLASSES
+        from smaflib.data.tools.cls_labels import cls_labels_to_csv
+
+        names = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}.get(classes) or classes.split(",")
+        written, empty = cls_labels_to_csv(path, target, names)
+        typer.echo(f"{target}: {written} images" + (f"; {empty} without any label left out" if empty else ""))
+
+
+@weights_app.command("inspect")
+def weights_inspect(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="safetensors, PyTorch or MXNet .params.")],
+    backbone: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Compare with this backbone; by default the one that fits best.")
+    ] = None,
+) -> None:
+    """Say what a weights file is, what fits and what is missing."""
+    with _plain_errors():
+        from smaflib.models.weights.inspect import describe_weights
+
+        typer.echo(describe_weights(path, backbone))
+
+
+@app.command()
+def submit(
+    name: RunName,
+    images: Annotated[Path, typer.Option(metavar="DIR", help="The folder of test images, JPEGImages.")],
+    split: Annotated[Path, typer.Option("--list", metavar="TXT", help="ImageSets/Segmentation/test.txt.")],
+    target: Annotated[Path, typer.Option("--out", metavar="ZIP", help="The file for VOC's evaluation server.")],
+    runs: RunsFolder = None,
+) -> None:
+    """Segment VOC's test images and write the zip that its evaluation server takes."""
+    with _plain_errors():
+        from smaflib.apps.voc_submission import write_submission
+
+        count = write_submission(_find(name, runs), split.read_text().split(), images, target)
+        typer.echo(f"{target}: {count} masks")
+
+
+def _find(name: str, runs: Path | None) -> Run:
+    from smaflib.files import RUNS_FOLDER
+    from smaflib.runs import find_run
+
+    return find_run(name, runs.absolute() if runs else RUNS_FOLDER)
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Known errors become one message without a traceback: exit code 2 for bad input, 1 for a failed stage."""
+    from smaflib.errors import InputError, RunError
+
+    try:
+        yield
+    except (InputError, FileNotFoundError, RunError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(getattr(error, "exit_code", 2)) from None
+    except KeyboardInterrupt:  # between two stages; within one the runner catches it
+        raise typer.Exit(130) from None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,160 @@
+"""Reading settings: a YAML file, overrides on top, everything checked before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from smaflib.config.presets import PRESET_GROUPS
+from smaflib.config.schema import Config, CrfConfig, DataConfig, ModelConfig
+from smaflib.errors import ConfigError
+from smaflib.files import PROJECT_ROOT
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply ``key=value`` overrides, check everything.
+
+    Args:
+        path: a YAML file of nested settings.
+        overrides: such as ``"classifier.iterations=100"``; values are YAML, so ``null``, ``true`` and lists work.
+
+    Returns:
+        The settings; relative paths of data and weights are taken from the checkout, wherever the caller stands.
+
+    Raises:
+        ConfigError: if the file is no YAML mapping, a key does not exist (the nearest one is named) or a value does
+            not fit.
+        FileNotFoundError: if there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no config file {path}; the ready ones are in configs/")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} must hold settings such as 'seed: 0', got a {type(settings).__name__}")
+    for override in overrides:
+        _apply_override(settings, override)
+    return _anchor_paths(check_settings(settings, source=str(path)))
+
+
+def check_settings(settings: dict[str, Any], source: str = "the settings") -> Config:
+    """Nested settings to a checked :class:`Config`; errors as in :func:`load_config`."""
+    _refuse_unknown_keys(settings, Config, "", source)
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            # Where there is a choice of types, pydantic adds their names, such as literal['auto'].
+            where = ".".join(str(part) for part in problem["loc"] if isinstance(part, int) or part.isidentifier())
+            message = problem["msg"].removeprefix("Value error, ")
+            given = f", got {problem['input']!r}" if where and not isinstance(problem["input"], dict) else ""
+            lines.append(f"  {where + ': ' if where else ''}{message}{given}")
+        raise ConfigError(f"{source} does not fit:\n" + "\n".join(lines)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration as YAML, defaults included; :func:`load_config` reads it back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def config_differences(ours: Config, theirs: Config) -> list[str]:
+    """Each setting that differs, as ``key: ours | theirs``, in the order of the config."""
+    left, right = flat_settings(ours), flat_settings(theirs)
+    return [
+        f"{key}: {left.get(key)} | {right.get(key)}"
+        for key in {**left, **right}
+        if left.get(key, "-") != right.get(key, "-")
+    ]
+
+
+def flat_settings(config: Config) -> dict[str, Any]:
+    """``{"classifier.iterations": 20000, ...}``."""
+
+    def walk(settings: dict[str, Any], prefix: str) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in settings.items():
+            flat |= walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        return flat
+
+    return walk(config.model_dump(mode="json"), "")
+
+
+def _anchored_model(model: ModelConfig | None) -> ModelConfig | None:
+    if model is None or model.weights in (None, "torchvision"):
+        return model
+    return model.model_copy(update={"weights": str(PROJECT_ROOT / model.weights)})
+
+
+def _anchor_paths(config: Config) -> Config:
+    # A command and the kernels that it starts stand in different folders, and must mean the same file.
+    names = ("root", "images", "labels", "saliency", "masks")
+    anchored = {name: PROJECT_ROOT / path for name in names if (path := getattr(config.data, name)) is not None}
+    segmentation_model = _anchored_model(config.segmentation.model)
+    checkpoint = config.classifier.checkpoint
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update=anchored),
+            "model": _anchored_model(config.model),
+            "segmentation": config.segmentation.model_copy(update={"model": segmentation_model}),
+            "classifier": config.classifier.model_copy(update={"checkpoint": checkpoint and PROJECT_ROOT / checkpoint}),
+        }
+    )
+
+
+def _apply_override(settings: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"an override must look like key=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {override!r} is not valid YAML: {error}") from error
+    *parents, last = key.strip().split(".")
+    node = settings
+    for parent in parents:
+        if parent in PRESET_GROUPS and isinstance(node.get(parent), str):
+            node[parent] = {"preset": node[parent]}  # a preset's name, and now one change to it
+        if node.get(parent) is None:  # a group that is switched off with null, as in every stored config.yaml
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise ConfigError(f"{key!r} cannot be set: {parent!r} is not a group of settings")
+    node[last] = value
+
+
+def _refuse_unknown_keys(settings: dict[str, Any], model: type[BaseModel], prefix: str, source: str) -> None:
+    # pydantic would only say "extra inputs are not permitted"; a typo deserves the name it was meant to be.
+    for key, value in settings.items():
+        if model is CrfConfig and key == "preset":
+            continue
+        if key not in model.model_fields:
+            hint = _nearest_setting(str(key), prefix, list(model.model_fields))
+            raise ConfigError(f"{source}: there is no setting {prefix}{key}; did you mean {hint}?")
+        child = _child_model(model.model_fields[key].annotation)
+        if child is not None and isinstance(value, dict):
+            _refuse_unknown_keys(value, child, f"{prefix}{key}.", source)
+
+
+def _child_model(annotation: Any) -> type[BaseModel] | None:
+    """The settings model behind an annotation such as ``CrfConfig | None``."""
+    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
+
+
+def _nearest_setting(key: str, prefix: str, siblings: list[str]) -> str:
+    """A sibling with nearly that name, else the same name in another group, else the nearest sibling."""
+    if close := difflib.get_close_matches(key, siblings, n=1, cutoff=0.7):
+        return prefix + close[0]
+    everywhere = flat_settings(Config(data=DataConfig(kind="mini")))
+    if namesake := next((full for full in everywhere if full.split(".")[-1] == key), None):
+        return namesake
+    return prefix + difflib.get_close_matches(key, siblings, n=1, cutoff=0.0)[0]

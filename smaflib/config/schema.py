@@ -1,0 +1,291 @@
+"""Every constant of the method: one frozen model per stage, checked before anything starts.
+
+The defaults are the paper's setting on PASCAL VOC 2012 (source: the reference implementation, unless a comment says
+otherwise). A YAML file in ``configs/`` overrides them for a data set, ``--set key=value`` for one run.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from smaflib.config.presets import CRF_PRESETS
+from smaflib.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class StageConfig(BaseModel):
+    """Base of all settings: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class DataConfig(StageConfig):
+    """Where images and image labels come from. Masks are for judging only (see ``label_source``)."""
+
+    kind: Literal["mini", "voc", "coco", "folder"] = "voc"
+    # voc: the folder that holds JPEGImages; coco: that holds annotations/ and train2014/; mini: None makes the set in
+    # the run folder
+    root: Path | None = None
+    images: Path | None = None  # folder: the folder of images
+    labels: Path | None = None  # CSV with the columns image,labels (labels joined by ;)
+    label_source: Literal["csv", "xml", "masks"] = "xml"  # masks: breaks the image-level setting, says so in the run
+    class_names: tuple[str, ...] = ()  # () : VOC's 20, COCO's 80, the CSV's names in alphabetical order (folder)
+    train_split: str = "train"  # voc: ImageSets/Segmentation/<name>.txt; coco: train2014
+    val_split: str = "val"
+    saliency: Path | None = None  # folder of grey PNGs named like the images; needed by EPS
+    masks: Path | None = None  # folder of palette PNGs, for judging; None: SegmentationClass (voc), no judging (folder)
+    max_images: Positive | None = None  # only the first so many of each split (a quick look)
+    cache: bool = False  # keep decoded images in memory; for small sets
+    num_workers: Annotated[int, Field(ge=0)] = 0  # loader processes
+    num_train: Positive = 400  # mini: images to make
+    num_val: Positive = 200
+    image_size: Annotated[int, Field(ge=64)] = 128  # mini: side in pixels
+
+
+class ModelConfig(StageConfig):
+    """The network that turns an image into class logit maps."""
+
+    backbone: str = "resnet50"  # "slim" (for CPUs), "resnet38" or the name of a torchvision classification model
+    weights: str | None = None  # None: random; "torchvision": ImageNet; else a .safetensors, .pth or MXNet .params file
+    # Weights that were trained on pixel masks (of COCO, as in many DeepLab recipes) are no image-level supervision and
+    # are refused unless this is true.
+    allow_mask_weights: bool = False
+    output_stride: Literal[8, 16, 32] = 8  # pixels per cell of the logit maps, where the backbone allows it
+    head_channels: Annotated[int, Field(ge=0)] = 0  # width of an extra 1x1 conv + BatchNorm + ReLU; SMAF uses 128
+    freeze_backbone: bool = False  # train the head only, on standardised features: for a few dozen photos
+    freeze_early: bool = False  # the first layers; resnet38: conv1a, b2, b2_1, b2_2, as in the reference
+    freeze_batch_norm: bool = True  # statistics and affine parameters; pointless without pretrained weights
+
+
+class TrainingConfig(StageConfig):
+    """One optimisation: what is drawn, how far each step goes, for how long."""
+
+    iterations: Positive = 20_000
+    batch_size: Positive = 8
+    crop_size: Positive = 448  # side of the square crop, in pixels
+    resize_range: tuple[Positive, Positive] = (256, 512)  # the long side is drawn from this range, in pixels
+    # True: no crops; the whole image, squashed to a square whose side is drawn from resize_range for each batch. For a
+    # few dozen photos: a crop without the only object of its class is a wrong label, which a large set would forgive.
+    whole_images: bool = False
+    flip: bool = True
+    color_jitter: tuple[float, float, float, float] = (0.3, 0.3, 0.3, 0.1)  # brightness, contrast, saturation, hue
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    head_multiplier: float = 10.0  # learning rate of newly initialised layers
+    bias_multiplier: float = 2.0  # learning rate of biases, which get no weight decay
+    # The reference passes its weight decay in SGD's momentum slot, so its momentum is 5e-4 and not 0.9.
+    momentum: Fraction = 5e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    schedule: Literal["poly", "onecycle"] = "poly"
+    poly_power: float = 0.9
+    checkpoint_every: Positive = 500  # iterations between two points from which a killed run goes on
+
+    @model_validator(mode="after")
+    def _range_is_ordered(self) -> TrainingConfig:
+        if self.resize_range[0] > self.resize_range[1]:
+            raise ValueError(f"resize_range must be (smallest, largest), got {self.resize_range}")
+        return self
+
+
+class ClassifierConfig(TrainingConfig):
+    """Stage 1. ``eps`` adds the saliency loss of EPS (Lee et al., CVPR 2021) to the classification loss."""
+
+    pretraining: Literal["plain", "eps"] = "plain"
+    # A finished teacher, trained here, by the reference code or by EPS's: stage 1 then only loads it.
+    checkpoint: Path | None = None
+    # With model.freeze_backbone, plain: compute the last layer from whole images at attention.scales, a logistic
+    # regression whose penalty is weight_decay, instead of training it. For small sets: certain, and done in seconds.
+    solve_head: bool = False
+    eps_tau: Fraction = 0.4  # overlap with saliency above which a labelled class counts as foreground
+    eps_lambda: Fraction = 0.5  # weight of the foreground estimate against the background's
+
+
+FusionRule = Literal["sum", "mean", "max", "size_adaptive"]
+
+
+class AttentionConfig(StageConfig):
+    """Stages 2 and 3: multi-scale attention, fusion, denoising, reactivation."""
+
+    scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.5, 1.0, 1.5, 2.0), min_length=1)
+    flip: bool = True
+    fusion: FusionRule = "sum"
+    # A pixel whose every class stays below this is background. auto: chosen from the teacher's maps, without any truth
+    # (smaflib/thresholds.py).
+    bg_score: Fraction | Literal["auto"] = 0.2
+
+    @property
+    def settled_bg_score(self) -> float:
+        """The background's score as a number.
+
+        Raises:
+            ConfigError: if it is still ``auto``, see :func:`smaflib.thresholds.settle_bg_score`.
+        """
+        if self.bg_score == "auto":
+            raise ConfigError("attention.bg_score is 'auto': choose it from the maps with settle_bg_score first")
+        return self.bg_score
+
+    @property
+    def single_scale(self) -> float:
+        """The scale nearest to the original size: what fusion is compared with."""
+        return min(self.scales, key=lambda scale: abs(math.log(scale)))
+
+
+class SelfTrainingConfig(TrainingConfig):
+    """Stage 4: the student learns the frozen teacher's reactivated targets."""
+
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    rounds: Positive = 1  # in each further round the student of the last one is the teacher
+    loss_weight: float = 100.0  # L_mac = loss_weight * mean squared error
+    refine: Literal["none", "crf"] = "none"  # crf: learn the masks that pseudo_masks makes of the fused maps
+    fresh_head: bool = False  # the student's last layer starts from zero, not from the teacher's
+    control: bool = False  # also train a student on single-scale targets, the control of the paper's claim
+
+
+class CrfConfig(StageConfig):
+    """Dense CRF with Gaussian edge potentials (Kraehenbuehl and Koltun, NIPS 2011)."""
+
+    iterations: Annotated[int, Field(ge=0)] = 10
+    # What a pixel wants by itself. labels: the strongest class, with gt_prob. scores: every class in proportion to its
+    # score; the kernels of the reference then erase much of an object, since attention is weak on its body.
+    unary: Literal["labels", "scores"] = "labels"
+    gt_prob: Annotated[float, Field(gt=0, lt=1)] = 0.7  # how sure a hard label is
+    sharpness: Annotated[float, Field(gt=0)] = 1.0  # scores are raised to this power
+    # all: choose among all K+1 labels, as the reference; present: among background and those that the mask holds, which
+    # is faster and smooths more, because what gt_prob leaves is not spread over classes that are not there.
+    labels: Literal["all", "present"] = "all"
+    gaussian_sxy: Annotated[float, Field(gt=0)] = 3.0  # reach of the smoothness kernel, in pixels
+    gaussian_compat: float = 3.0
+    bilateral_sxy: Annotated[float, Field(gt=0)] = 50.0  # reach of the appearance kernel, in pixels
+    bilateral_srgb: Annotated[float, Field(gt=0)] = 5.0  # and in 8-bit colour steps
+    bilateral_compat: float = 10.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if not isinstance(value, str | dict):
+            return value
+        settings = {"preset": value} if isinstance(value, str) else dict(value)
+        name = settings.pop("preset", "reference")
+        if name not in CRF_PRESETS:
+            raise ValueError(f"there is no CRF preset {name!r}; there are {', '.join(CRF_PRESETS)}")
+        return CRF_PRESETS[name] | settings
+
+
+class ParConfig(StageConfig):
+    """Pixel-adaptive refinement (Ru et al., "Learning Affinity from Attention", CVPR 2022; constants of its code).
+
+    Each pixel's scores become a mean of its neighbours', by likeness of colour. It keeps soft scores soft; cheap on a
+    GPU, several times as slow as a CRF on a CPU.
+    """
+
+    iterations: Annotated[int, Field(ge=0)] = 10
+    dilations: tuple[Positive, ...] = Field((1, 2, 4, 8, 12, 24), min_length=1)  # rings of eight neighbours, in pixels
+    bandwidth: Annotated[float, Field(gt=0)] = 0.3  # of likeness, in standard deviations of the neighbourhood
+    position_weight: Annotated[float, Field(ge=0)] = 0.01  # of nearness, against likeness
+
+
+CrfBackend = Literal["auto", "pydensecrf", "torch"]
+
+
+class PseudoMaskConfig(StageConfig):
+    """Stage 5: argmax over background and fused maps, then the CRF."""
+
+    bg_score: Fraction | Literal["auto"] | None = None  # None: as for attention; auto: chosen from the student's maps
+    refine: Literal["crf", "par", "none"] = "crf"
+    crf: CrfConfig = CrfConfig()  # or the name of a preset: reference, irn, deeplab, mini, soft
+    par: ParConfig = ParConfig()
+    # Both give the same masks. auto: torch on a CUDA GPU; on the CPU pydensecrf, or torch where that is not installed.
+    backend: CrfBackend = "auto"
+    num_workers: Annotated[int, Field(ge=0)] = 0  # processes on the CPU; 0: one per core
+
+    @property
+    def refinement(self) -> CrfConfig | ParConfig | None:
+        """The settings of the refinement that ``refine`` names; None: no refinement."""
+        return {"crf": self.crf, "par": self.par, "none": None}[self.refine]
+
+
+class SegmentationConfig(TrainingConfig):
+    """Stage 6: a segmentation network learns the pseudo masks."""
+
+    enabled: bool = True
+    crop_size: Positive = 321
+    resize_range: tuple[Positive, Positive] = (250, 750)
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    learning_rate: Annotated[float, Field(gt=0)] = 2.5e-4
+    momentum: Fraction = 0.9
+    batch_size: Positive = 10
+    model: ModelConfig | None = None  # its own backbone and weights; None: the ones of the classifier (model)
+    architecture: Literal["deeplabv2", "deeplabv3"] = "deeplabv2"  # deeplabv3: torchvision's head
+    # DeepLab-V2 as published learns at (0.5, 0.75, 1.0) and from the maximum of the three.
+    loss_scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0,), min_length=1)
+    supervision: Literal["pseudo_masks", "truth"] = "pseudo_masks"  # truth: the upper bound, not image-level
+    initial_weights: Literal["backbone", "student"] = "backbone"  # model.weights, or the student's features
+    aspp_dilations: tuple[Positive, ...] = Field((6, 12, 18, 24), min_length=1)
+    skip_channels: Annotated[int, Field(ge=0)] = 0  # width of a skip from stride 4, for small objects; 0: none
+    test_scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0,), min_length=1)
+    test_flip: bool = True
+    test_crf: CrfConfig | None = None
+
+
+class EvaluationConfig(StageConfig):
+    """Stage 7. Object sizes: a class's share of an image's area."""
+
+    size_limits: tuple[Fraction, Fraction] = (0.04, 0.12)  # small below the first, large from the second on
+    # What a stage should reach: mIoU in percent by variant, such as {"fused (sum)": 69.2}; notebook 08 compares.
+    anchors: dict[str, float] = {}
+    # background scores swept
+    thresholds: tuple[Fraction, ...] = Field(tuple(round(0.05 * step, 2) for step in range(1, 17)), min_length=1)
+
+
+class Config(StageConfig):
+    """A whole run."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["float32", "bf16"] = "float32"  # bf16: autocast
+    num_threads: Annotated[int, Field(ge=0)] = 0  # torch's CPU threads; 0: one per core
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
+    attention: AttentionConfig = AttentionConfig()
+    self_training: SelfTrainingConfig = SelfTrainingConfig()
+    pseudo_masks: PseudoMaskConfig = PseudoMaskConfig()
+    segmentation: SegmentationConfig = SegmentationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _stages_fit_together(self) -> Config:
+        if self.classifier.solve_head and not (
+            self.model.freeze_backbone and self.classifier.pretraining == "plain" and not self.model.head_channels
+        ):
+            raise ValueError(
+                "classifier.solve_head computes one linear layer from image labels: it needs "
+                "model.freeze_backbone=true, model.head_channels=0 and classifier.pretraining=plain"
+            )
+        if self.segmentation.initial_weights == "student" and self.segmentation.model is not None:
+            raise ValueError(
+                "segmentation.initial_weights is 'student', but segmentation.model names a backbone of its own, which "
+                "the student's weights do not fit; set one of the two"
+            )
+        if self.segmentation.architecture == "deeplabv3" and self.segmentation.skip_channels:
+            raise ValueError("segmentation.skip_channels is for deeplabv2; set 0")
+        if self.classifier.pretraining == "eps" and self.data.kind != "mini" and self.data.saliency is None:
+            raise ValueError(
+                "classifier.pretraining is 'eps', which learns from saliency maps, but data.saliency is not set; "
+                "give the folder of saliency maps or set classifier.pretraining=plain"
+            )
+        if self.data.kind == "voc" and self.data.root is None:
+            raise ValueError("data.root is not set; give the folder that holds JPEGImages (VOCdevkit/VOC2012)")
+        if self.data.kind == "coco" and self.data.root is None:
+            raise ValueError("data.root is not set; give the folder that holds annotations/ and the folders of images")
+        if self.data.kind == "folder" and (self.data.images is None or self.data.labels is None):
+            raise ValueError("data.images and data.labels must be set: a folder of images and a CSV image,labels")
+        if self.data.label_source == "csv" and self.data.kind == "voc" and self.data.labels is None:
+            raise ValueError("data.label_source is 'csv' but data.labels is not set; give the CSV image,labels")
+        return self

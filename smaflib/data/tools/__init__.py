@@ -1,0 +1,1 @@
+"""What is done with data sets before a run: check, fetch, convert labels."""

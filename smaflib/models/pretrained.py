@@ -1,0 +1,48 @@
+"""The two small networks that come with the package: teacher and student of the mini data set's reference run.
+
+They let notebook 00 and the explorer show real attention maps right after installation. ``make assets`` makes them
+anew from a run of ``configs/mini.yaml``: half precision, weights only; with them, the picture of the chain.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from smaflib.config import Config, load_config
+from smaflib.data.mini.dataset import CLASS_NAMES
+from smaflib.models.networks import AttentionNetwork, load_attention_network
+
+ASSETS = Path(__file__).parent / "assets"
+CONFIG_FILE = ASSETS / "mini.yaml"
+
+UNSEEN_SEED = 2024
+"""Draws images that the shipped networks were not trained on."""
+
+Role = Literal["teacher", "student"]
+
+
+def shipped_config() -> Config:
+    """The settings of the run that the shipped networks come from."""
+    return load_config(CONFIG_FILE)
+
+
+def shipped_network(role: Role) -> AttentionNetwork:
+    """The shipped teacher or student, in eval mode; its classes are :data:`smaflib.data.mini.dataset.CLASS_NAMES`."""
+    return load_attention_network(ASSETS / f"mini_{role}.safetensors", shipped_config().model, len(CLASS_NAMES))
+
+
+def short_config(data_folder: Path) -> Config:
+    """The shipped settings with a few images and trainings of a few seconds, for notebook 00.
+
+    Args:
+        data_folder: where the images are drawn.
+    """
+    config = shipped_config()
+    changes = {
+        "data": {"root": data_folder, "num_train": 20, "num_val": 10},
+        "self_training": {"iterations": 40},
+        "segmentation": {"iterations": 80},
+    }
+    groups = {group: getattr(config, group).model_copy(update=change) for group, change in changes.items()}
+    return config.model_copy(update=groups | {"seed": UNSEEN_SEED})

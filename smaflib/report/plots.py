@@ -1,0 +1,383 @@
+"""Pictures: overlays of maps and masks on images, grids of them, and the curves of a run.
+
+Overlays are plain arrays, uint8 (H, W, 3), so that notebooks, reports and widgets can all use them. Colour maps rise in
+lightness, so that they read the same in grey and for colour-blind readers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from smaflib.data.classes import VOID_LABEL
+from smaflib.data.masks import VOC_PALETTE
+from smaflib.training import History
+
+Panel = np.ndarray
+"""uint8 (H, W, 3)."""
+
+SIZE_COLORS = {"small": "#0072b2", "medium": "#e69f00", "large": "#009e73"}  # Okabe and Ito's colour-blind safe set
+
+LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+
+
+def picture(image: Tensor) -> Panel:
+    """uint8 (3, H, W) as a panel."""
+    return image.permute(1, 2, 0).cpu().numpy()
+
+
+def overlay_map(image: Tensor, cam: Tensor, colormap: str = "inferno", opacity: float = 0.75) -> Panel:
+    """Lay a map over a grey image.
+
+    Args:
+        image: uint8 (3, H, W).
+        cam: (H, W) in [0, 1].
+        colormap: one of matplotlib's.
+        opacity: of the map, in [0, 1].
+    """
+    grey = picture(image).mean(axis=2, keepdims=True).repeat(3, axis=2)
+    colors = matplotlib.colormaps[colormap](cam.clamp(0, 1).cpu().numpy())[..., :3] * 255
+    return ((1 - opacity) * grey + opacity * colors).astype(np.uint8)
+
+
+def overlay_mask(image: Tensor, mask: Tensor, opacity: float = 0.6) -> Panel:
+    """Lay a mask's classes over an image in VOC's colours, each with a white outline; void stays as it is.
+
+    Args:
+        image: uint8 (3, H, W).
+        mask: uint8 (H, W).
+        opacity: of the colours, in [0, 1].
+    """
+    panel, labels = picture(image).astype(float), mask.cpu().numpy()
+    shown = (labels > 0) & (labels != VOID_LABEL)
+    panel[shown] = (1 - opacity) * panel[shown] + opacity * VOC_PALETTE[labels[shown]]
+    return draw_outline(panel.astype(np.uint8), mask)
+
+
+GAINED, LOST = (0, 114, 178), (230, 159, 0)
+"""Blue and orange of Okabe and Ito's set, which differ in lightness too."""
+
+
+def overlay_changes(image: Tensor, before: Tensor, after: Tensor, truth: Tensor, opacity: float = 0.85) -> Panel:
+    """Lay over a grey image what a second mask has right and the first wrong (blue), and the reverse (orange).
+
+    Args:
+        image: uint8 (3, H, W).
+        before: the first mask, uint8 (H, W).
+        after: the second mask, uint8 (H, W).
+        truth: uint8 (H, W); void pixels stay grey. Its outline is white.
+        opacity: of the colours, in [0, 1].
+    """
+    panel = picture(image).mean(axis=2, keepdims=True).repeat(3, axis=2)
+    counted = truth != VOID_LABEL
+    was, now = before == truth, after == truth
+    for pixels, color in ((counted & now & ~was, GAINED), (counted & was & ~now, LOST)):
+        chosen = pixels.cpu().numpy()
+        panel[chosen] = (1 - opacity) * panel[chosen] + opacity * np.array(color)
+    return draw_outline(panel.astype(np.uint8), truth)
+
+
+def draw_outline(panel: Panel, mask: Tensor, color: tuple[int, int, int] = (255, 255, 255)) -> Panel:
+    """Draw the border of a mask's objects into a panel; the truth's outline on a map shows what the map misses."""
+    objects = mask.cpu().numpy().copy()
+    objects[objects == VOID_LABEL] = 0
+    edge = np.zeros(objects.shape, dtype=bool)
+    edge[:, 1:] |= objects[:, 1:] != objects[:, :-1]
+    edge[1:] |= objects[1:] != objects[:-1]
+    outlined = panel.copy()
+    outlined[edge] = color
+    return outlined
+
+
+def mark_pixel(panel: Panel, row: int, column: int) -> Panel:
+    """Draw a white cross with a dark rim around a pixel, which itself stays visible."""
+    marked = panel.copy()
+    height, width = panel.shape[:2]
+    arm = max(3, min(height, width) // 24)
+    for thick, color in ((1, (0, 0, 0)), (0, (255, 255, 255))):
+        for start, end in ((-arm - thick, -1), (2, arm + thick + 1)):
+            for top, bottom, left, right in ((start, end, -thick, thick + 1), (-thick, thick + 1, start, end)):
+                rows = slice(max(0, row + top), max(0, row + bottom))
+                marked[rows, max(0, column + left) : max(0, column + right)] = color
+    return marked
+
+
+def window_around(mask: Tensor, margin: float = 0.6) -> tuple[slice, slice]:
+    """Rows and columns of a square around a mask's objects; the whole image where there is none.
+
+    Args:
+        mask: uint8 (H, W).
+        margin: room on each side, as a share of the objects' longer side.
+    """
+    rows, columns = (torch.nonzero((mask > 0).any(dim=dim))[:, 0] for dim in (1, 0))
+    if not len(rows):
+        return slice(None), slice(None)
+    extents = [(int(places[0]), int(places[-1]) + 1) for places in (rows, columns)]
+    side = round((1 + 2 * margin) * max(end - start for start, end in extents))
+    windows = []
+    for (start, end), length in zip(extents, mask.shape, strict=True):
+        first = max(0, min((start + end - side) // 2, length - side))
+        windows.append(slice(first, min(length, first + side)))
+    return windows[0], windows[1]
+
+
+def show_panels(
+    rows: Sequence[Sequence[Panel]],
+    columns: Sequence[str] = (),
+    names: Sequence[str] = (),
+    title: str = "",
+    side: float = 1.9,
+    captions: Sequence[Sequence[str]] = (),
+) -> Figure:
+    """A grid of panels.
+
+    Args:
+        rows: panels; rows may be of different length.
+        columns: titles of the columns.
+        names: names of the rows.
+        title: of the figure.
+        side: of a panel, in inches.
+        captions: a short text in each panel's upper left corner, such as its IoU; ``""`` for none.
+    """
+    width = max(len(row) for row in rows)
+    heights = [max(panel.shape[0] / panel.shape[1] for panel in row) for row in rows]
+    figure, axes = plt.subplots(
+        len(rows),
+        width,
+        figsize=(side * width, side * sum(heights) + 0.5),
+        squeeze=False,
+        layout="constrained",
+        gridspec_kw={"height_ratios": heights},
+    )
+    for row, row_axes in zip(rows, axes, strict=True):
+        for axis in row_axes:
+            axis.set_axis_off()
+        for axis, panel in zip(row_axes, row, strict=False):
+            axis.imshow(panel, interpolation="nearest")
+    for texts, row_axes in zip(captions, axes, strict=False):
+        for axis, text in zip(row_axes, texts, strict=False):
+            box = {"facecolor": "black", "alpha": 0.65, "linewidth": 0, "pad": 1.5}
+            if text:
+                axis.text(0.02, 0.98, text, transform=axis.transAxes, va="top", fontsize=8, color="white", bbox=box)
+    for axis, column in zip(axes[0], columns, strict=False):
+        axis.set_title(column, fontsize=9)
+    for row_axes, name in zip(axes, names, strict=False):
+        row_axes[0].text(
+            -0.06, 0.5, name, transform=row_axes[0].transAxes, rotation=90, ha="center", va="center", fontsize=8
+        )
+    return _finish(figure, title)
+
+
+def plot_chain(steps: Mapping[str, Sequence[Panel]], columns: int = 4) -> Figure:
+    """Steps one after the other with arrows between them, row by row, the last only to compare with.
+
+    Args:
+        steps: what a step is, in two lines, to its panels: one, or four that are shown two by two.
+        columns: steps per row.
+    """
+    rows = -(-len(steps) // columns)
+    figure = plt.figure(figsize=(2.55 * columns, 2.75 * rows))
+    width, height = 0.8 / columns, 0.72 / rows
+    for number, (title, panels) in enumerate(steps.items()):
+        left, bottom = number % columns / columns, 1 - (number // columns + 1) / rows
+        side = 2 if len(panels) > 1 else 1
+        figure.text(left + width / 2, bottom + height + 0.02 / rows, title, ha="center", va="bottom", fontsize=9)
+        for place, panel in enumerate(panels[: side * side]):
+            box = (left + place % side * width / side, bottom + (side - 1 - place // side) * height / side)
+            axis = figure.add_axes((*box, width / side * 0.98, height / side * 0.98))
+            axis.imshow(panel, interpolation="nearest")
+            axis.set_axis_off()
+        if number % columns < columns - 1 and number < len(steps) - 2:
+            figure.text(left + 0.9 / columns, bottom + height / 2, "→", ha="center", va="center", fontsize=20)
+    return _finish(figure, "")
+
+
+def plot_history(histories: Mapping[str, History], title: str = "learning curves") -> Figure:
+    """A curve per loss, an axis per loss's name; several trainings side by side in colour."""
+    losses = sorted({name for history in histories.values() for point in history for name in point} - {"iteration"})
+    figure, axes = plt.subplots(
+        1, max(1, len(losses)), figsize=(4.2 * max(1, len(losses)), 2.8), squeeze=False, layout="constrained"
+    )
+    for axis, loss in zip(axes[0], losses, strict=False):
+        for name, history in histories.items():
+            points = [point for point in history if loss in point]
+            axis.plot([point["iteration"] for point in points], [point[loss] for point in points], label=name)
+        axis.set(title=loss.replace("_", " "), xlabel="iteration", ylim=(0, None))
+        axis.grid(alpha=0.3)
+        if len(histories) > 1:
+            axis.legend(fontsize=8)
+    return _finish(figure, title)
+
+
+def plot_sweep(metrics: pd.DataFrame, bg_score: float, title: str = "mIoU over the background score") -> Figure:
+    """Draw each variant's mIoU over the background score, with the score that the run uses.
+
+    Args:
+        metrics: records whose metric is ``iou_sweep``, of one split.
+        bg_score: that the run uses.
+        title: of the figure.
+    """
+    figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    for variant, records in metrics.groupby("variant", sort=False):
+        records = records.sort_values("bg_score")
+        axis.plot(records["bg_score"], 100 * records["value"], marker=".", label=str(variant))
+    axis.axvline(bg_score, color="grey", linestyle=":", label="used by this run")
+    axis.set(xlabel="background score", ylabel="mIoU in %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, ncols=2)
+    return _finish(figure, title)
+
+
+def plot_sizes(table: pd.DataFrame, title: str = "IoU by object size") -> Figure:
+    """Bars per variant for small, medium and large objects.
+
+    Args:
+        table: index: variants; columns: among them ``small``, ``medium``, ``large``, in percent.
+        title: of the figure.
+    """
+    figure, axis = plt.subplots(figsize=(max(5.0, 0.9 * len(table) + 1.5), 3.2), layout="constrained")
+    positions = np.arange(len(table))
+    for offset, (size, color) in enumerate(SIZE_COLORS.items()):
+        bars = axis.bar(positions + 0.27 * (offset - 1), table[size].fillna(0), 0.25, label=size, color=color)
+        axis.bar_label(bars, fmt="%.0f", fontsize=7)
+    axis.set_xticks(positions, [str(name) for name in table.index], rotation=20, ha="right", fontsize=8)
+    highest = max(float(table[list(SIZE_COLORS)].max().max()), 1.0)
+    axis.set(ylabel="mean IoU in %", ylim=(0, 1.25 * highest))  # room for the legend above the bars
+    axis.legend(fontsize=8, ncols=3, loc="upper left")
+    axis.grid(axis="y", alpha=0.3)
+    return _finish(figure, title)
+
+
+def plot_objects(ious: pd.DataFrame, shares: pd.Series, title: str = "IoU over object size", bins: int = 8) -> Figure:
+    """A line per way of looking: mean IoU of the objects of about one size.
+
+    Args:
+        ious: a row per object, a column per way of looking, in [0, 1].
+        shares: of each object, the part of its image's area that it covers, in (0, 1].
+        title: of the figure.
+        bins: as many groups of equally many objects.
+    """
+    figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    groups = pd.qcut(shares, min(bins, len(shares)), duplicates="drop")
+    middles = 100 * shares.groupby(groups, observed=True).median()
+    for (name, column), color in zip(ious.items(), LINE_COLORS * len(ious.columns), strict=False):
+        means = 100 * column.groupby(groups, observed=True).mean()
+        axis.plot(middles, means, marker=".", label=str(name), color=color)
+    axis.set(
+        xscale="log", xlabel="share of the image's area in %", ylabel="mean IoU of the objects in %", ylim=(0, None)
+    )
+    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if middles.min() / 2 < tick < 2 * middles.max()]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.xaxis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return _finish(figure, title)
+
+
+def plot_pixel_row(
+    steps: Mapping[str, Tensor], names: Sequence[str], present: Sequence[bool], truth: Tensor | None = None
+) -> Figure:
+    """The scores of one row of pixels, an axis per step: labelled classes in colour, absent ones in grey.
+
+    Args:
+        steps: name of the step to scores (K, W), or (K+1, W) with the background first, in [0, 1].
+        names: of the K classes.
+        present: which of them the image label names.
+        truth: uint8 (W,) of the row; where it holds an object, a bar of the class's colour lies below the curves.
+    """
+    figure, axes = plt.subplots(
+        len(steps), 1, figsize=(8, 1.55 * len(steps) + 0.4), sharex=True, squeeze=False, layout="constrained"
+    )
+    palette = iter(LINE_COLORS * len(names))
+    colors = [next(palette) if there else "0.7" for there in present]
+    for axis, (step, scores) in zip(axes[:, 0], steps.items(), strict=True):
+        if len(scores) > len(names):
+            axis.plot(scores[0], color="black", linestyle="--", linewidth=1.2, label="background")
+        for k in sorted(range(len(names)), key=lambda k: present[k]):  # labelled classes above the absent ones
+            label = names[k] if present[k] else None
+            if present[k] or scores[k - len(names)].any():
+                axis.plot(scores[k - len(names)], color=colors[k], linewidth=1.8 if present[k] else 1.0, label=label)
+            if truth is not None and present[k]:
+                there = (truth == k + 1).numpy()
+                axis.fill_between(range(len(there)), -0.1, -0.03, where=there, color=colors[k], step="mid")
+        axis.set(ylim=(-0.12, 1.08), yticks=(0, 0.5, 1))
+        axis.set_title(step, fontsize=9, loc="left")
+        axis.grid(alpha=0.3)
+    axes[-1, 0].legend(fontsize=8, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.3))
+    axes[-1, 0].set_xlabel("pixel")
+    return _finish(figure, "")
+
+
+def plot_ablation(records: Sequence[Mapping[str, Any]], title: str = "ablation") -> Figure:
+    """A panel for all objects and one per size; per variant a dot for each seed, and a bar at their mean.
+
+    Args:
+        records: of :func:`smaflib.apps.ablation.ablate`; those at the run's own background score are drawn.
+        title: of the figure.
+    """
+    table = pd.DataFrame(list(records)).query("bg_choice == 'own'")
+    names, panels = list(dict.fromkeys(table["variant"])), ("all", *SIZE_COLORS)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(2.9 * len(panels), 0.34 * len(names) + 1.3), sharey=True, layout="constrained"
+    )
+    for axis, size in zip(axes, panels, strict=True):
+        values = 100 * table[table["object_size"] == size].set_index("variant")["value"].astype(float)
+        color = SIZE_COLORS.get(size, "0.35")
+        for row, name in enumerate(names):
+            of_seeds = values.loc[[name]].dropna()
+            axis.plot(of_seeds, [row] * len(of_seeds), "o", color=color, markersize=4.5, alpha=0.75)
+            axis.plot([of_seeds.mean()] * 2, [row - 0.3, row + 0.3], color=color, linewidth=2.5)
+        axis.axvline(values.loc[[names[0]]].mean(), color="black", linestyle=":", linewidth=1)
+        axis.set_title("mIoU, all pixels" if size == "all" else f"{size} objects", fontsize=9)
+        axis.set_xlabel("IoU in %", fontsize=8)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0].invert_yaxis()
+    return _finish(figure, title)
+
+
+def plot_counts(counts: Mapping[str, int], title: str = "images per class") -> Figure:
+    """Horizontal bars of how many images show each class."""
+    figure, axis = plt.subplots(figsize=(5, 0.28 * len(counts) + 0.9), layout="constrained")
+    bars = axis.barh(list(counts), list(counts.values()), color="#56b4e9")
+    axis.bar_label(bars, fontsize=8, padding=2)
+    axis.invert_yaxis()
+    axis.set(xlabel="images")
+    return _finish(figure, title)
+
+
+def plot_shares(shares: Sequence[float], limits: tuple[float, float], title: str = "object sizes") -> Figure:
+    """Histogram of the share of an image's area that each object covers, with the limits of small and large."""
+    figure, axis = plt.subplots(figsize=(5, 2.8), layout="constrained")
+    axis.hist(100 * np.asarray(shares), bins=30, color="#56b4e9")
+    for limit in limits:
+        axis.axvline(100 * limit, color="black", linestyle=":")
+    axis.set(xlabel="share of the image's area in %", ylabel="objects")
+    return _finish(figure, title)
+
+
+def strongest_map(clean: Tensor) -> Tensor:
+    """(K, H, W) to (H, W): the strongest class of each pixel, to show all labelled classes in one picture."""
+    return clean.amax(dim=0)
+
+
+def at_size(cam: Tensor, size: tuple[int, int]) -> Tensor:
+    """One raw map (h, w) at image size (H, W), with its peak at 1, to be laid over the image."""
+    large = torch.nn.functional.interpolate(cam[None, None].float(), size=size, mode="bilinear", align_corners=False)
+    return large[0, 0] / large.max().clamp(min=1e-5)
+
+
+def _finish(figure: Figure, title: str) -> Figure:
+    """Title a figure and close it in pyplot, which otherwise shows it a second time below the notebook's cell."""
+    if title:
+        figure.suptitle(title, fontsize=11)
+    plt.close(figure)
+    return figure

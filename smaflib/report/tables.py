@@ -1,0 +1,165 @@
+"""Tables of results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from smaflib.config import config_differences
+from smaflib.runs import Run, find_run
+
+ROW = ["stage", "variant", "split", "scale"]
+"""What names a row of the results."""
+
+MEASURES = {  # column: (metric, object size)
+    "mIoU": ("iou", "all"),
+    "small": ("iou", "small"),
+    "medium": ("iou", "medium"),
+    "large": ("iou", "large"),
+    "precision": ("precision", "all"),
+    "recall": ("recall", "all"),
+}
+
+ANCHOR_TOLERANCE = 1.0
+"""Points of mIoU by which a stage may stay below the paper before it is marked."""
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def results_table(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Results of a run in percent: a row per stage, variant, split and scale, in pipeline order.
+
+    Args:
+        metrics: tidy records as in ``metrics.json``.
+
+    Returns:
+        Columns ``mIoU`` over all objects, the same over small, medium and large ones, ``precision``, ``recall``; NaN
+        where nothing was measured. Sweeps over thresholds are left out, and rows without any IoU: a classifier's
+        precision is one of labels, not of pixels.
+    """
+    means = metrics[metrics["class_name"] == "mean"]
+    columns = {}
+    for column, (metric, size) in MEASURES.items():
+        columns[column] = _by_row(means[(means["metric"] == metric) & (means["object_size"] == size)])
+    table = pd.DataFrame(columns).dropna(how="all", subset=["mIoU", "small", "medium", "large"])
+    return _in_pipeline_order(table, metrics)
+
+
+def class_table(metrics: pd.DataFrame) -> pd.DataFrame:
+    """IoU in percent: rows as in :func:`results_table`, a column per class."""
+    ious = metrics[(metrics["metric"] == "iou") & (metrics["object_size"] == "all") & (metrics["class_name"] != "mean")]
+    columns = {name: _by_row(ious[ious["class_name"] == name]) for name in ious["class_name"].unique()}
+    return _in_pipeline_order(pd.DataFrame(columns), metrics)
+
+
+def paper_table(metrics: pd.DataFrame, anchors: Mapping[str, float]) -> pd.DataFrame:
+    """A run's mIoU beside what the paper, or whatever the config's anchors come from, reports.
+
+    Args:
+        metrics: tidy records as in ``metrics.json``.
+        anchors: variant to mIoU in percent; variants that the run did not measure are left out.
+
+    Returns:
+        By variant: ``run``, ``paper``, ``difference`` in points, and ``note``: "below" where the run is more than
+        :data:`ANCHOR_TOLERANCE` below.
+    """
+    measured = results_table(metrics).reset_index()
+    rows = {}
+    for variant, paper in anchors.items():
+        # The first row of a variant is that of the training split; the segmentation network has one row only.
+        values = measured.loc[measured["variant"] == variant, "mIoU"]
+        if len(values):
+            difference = float(values.iloc[0]) - paper
+            note = "below" if difference < -ANCHOR_TOLERANCE else ""
+            rows[variant] = {"run": float(values.iloc[0]), "paper": paper, "difference": difference, "note": note}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["run", "paper", "difference", "note"]).round(1)
+
+
+def compare_runs(folders: Sequence[str | Path], measure: str = "mIoU") -> pd.DataFrame:
+    """One measure of several runs side by side, in percent, with the differences to the first run.
+
+    Args:
+        folders: names of runs or paths of run folders.
+        measure: a column of :func:`results_table`.
+
+    Returns:
+        Rows as in :func:`results_table`; a column per run, then ``<run> - <first run>`` in percentage points.
+
+    Raises:
+        RunError: if one of them is no run.
+        ValueError: if there is no such measure.
+    """
+    if measure not in MEASURES:
+        raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {measure!r}")
+    runs = [find_run(str(folder)) for folder in folders]
+    labels = _labels(runs)
+    metrics = [run.metrics() for run in runs]
+    table = pd.DataFrame({label: results_table(part)[measure] for label, part in zip(labels, metrics, strict=True)})
+    for label in labels[1:]:
+        table[f"{label} - {labels[0]}"] = table[label] - table[labels[0]]
+    return _in_pipeline_order(table, pd.concat(metrics)).dropna(how="all")
+
+
+def comparison_text(folders: Sequence[str | Path], measure: str = "mIoU") -> str:
+    """:func:`compare_runs` for a terminal, then the settings in which the runs differ."""
+    runs = [find_run(str(folder)) for folder in folders]
+    table = compare_runs(folders, measure)
+    signed = {column: "{:+.1f}".format for column in table.columns[len(runs) :]}
+    lines = [f"{measure}, percent; differences in percentage points", table_text(table, signed)]
+    for run, label in zip(runs[1:], _labels(runs)[1:], strict=True):
+        differences = config_differences(runs[0].config, run.config)
+        lines += [f"\nsettings of {runs[0].name} | {label}:" + ("" if differences else " the same")]
+        lines += [f"  {line}" for line in differences]
+    return "\n".join(lines)
+
+
+def results_text(run: Run) -> str:
+    """The results table for a terminal."""
+    table = results_table(run.metrics())
+    return f"{run.name}: IoU in percent\n{table_text(table)}" if len(table) else f"{run.name}: no results yet"
+
+
+def table_text(table: pd.DataFrame, formats: dict[str, Any] | None = None) -> str:
+    """A table of percentages for a terminal: one decimal, a dash where nothing was measured."""
+    flat = table.reset_index()
+    formatted = {column: (formats or {}).get(column, "{:.1f}".format) for column in table.columns}
+    return flat.to_string(index=False, na_rep="-", formatters=formatted, justify="right")
+
+
+def duration(seconds: float | None) -> str:
+    """``"58 s"``, ``"3 min 05 s"`` or ``"2 h 14 min"``."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {left:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _by_row(records: pd.DataFrame) -> pd.Series:
+    """Values in percent, indexed by :data:`ROW`."""
+    named = records.assign(scale=[_scale_text(scale) for scale in records["scale"]])
+    rows = named.drop_duplicates(ROW, keep="last")
+    return rows.set_index(ROW)["value"].astype(float) * 100
+
+
+def _in_pipeline_order(table: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
+    """Stages by number, within a stage as its notebook recorded them."""
+    keys = zip(metrics["stage"], metrics["variant"], metrics["split"], map(_scale_text, metrics["scale"]), strict=True)
+    position = {key: number for number, key in reversed(list(enumerate(keys)))}
+    order = sorted(range(len(table)), key=lambda row: (table.index[row][0], position[table.index[row]]))
+    return table.iloc[order]
+
+
+def _scale_text(scale: float | None) -> str:
+    return "" if scale is None or pd.isna(scale) else f"{scale:g}"
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """Names of runs; where two share one, the folder's path."""
+    names = [run.name for run in runs]
+    return [run.name if names.count(run.name) == 1 else str(run.folder) for run in runs]

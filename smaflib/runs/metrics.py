@@ -1,0 +1,46 @@
+"""A run's measurements: tidy records in ``metrics.json``."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from smaflib import files
+
+RECORD_DEFAULTS: dict[str, Any] = {
+    "stage": "",
+    "variant": "",
+    "split": "train",
+    "scale": None,
+    "object_size": "all",
+    "class_name": "mean",
+    "bg_score": None,
+    "metric": None,
+    "value": None,
+}
+OBJECT_SIZES = ("all", "small", "medium", "large")
+FRACTIONS = ("iou", "iou_sweep", "precision", "recall", "accuracy")
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The records of ``metrics.json``; none if there is no such file."""
+    records: list[dict[str, Any]] = files.read_json(folder / "metrics.json", [])
+    return records
+
+
+def checked_record(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with its defaults filled in; :meth:`smaflib.runs.run.Run.record` says what is refused."""
+    if unknown := sorted(set(record) - set(RECORD_DEFAULTS)):
+        raise ValueError(f"a record has no {', '.join(unknown)}; its keys are {', '.join(RECORD_DEFAULTS)}")
+    if absent := sorted({"metric", "value"} - set(record)):
+        raise ValueError(f"a record needs {' and '.join(absent)}, got {record}")
+    full = RECORD_DEFAULTS | record
+    if full["object_size"] not in OBJECT_SIZES:
+        raise ValueError(f"object_size must be one of {', '.join(OBJECT_SIZES)}, got {full['object_size']!r}")
+    for key in ("scale", "bg_score", "value"):
+        number = math.nan if full[key] is None else float(full[key])
+        full[key] = number if math.isfinite(number) else None  # NaN is not JSON
+    if full["metric"] in FRACTIONS and full["value"] is not None and not 0 <= full["value"] <= 1:
+        raise ValueError(f"{full['metric']} must lie in [0, 1], got {full['value']}; percent only where printed")
+    return full

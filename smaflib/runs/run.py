@@ -1,0 +1,244 @@
+"""A run is a folder: its settings, what each stage made, and a manifest that proves which stages are complete.
+
+Notebooks open a run with :func:`open_run`; :mod:`smaflib.runs.runner` executes notebooks and keeps the manifest.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from smaflib import files
+from smaflib.config import Config, config_differences, dump_config, load_config
+from smaflib.errors import ConfigError, MissingStage, RunError, RunMismatch
+from smaflib.files import RUNS_FOLDER, absolute, display_path
+from smaflib.runs.manifest import missing_essentials, read_manifest
+from smaflib.runs.metrics import RECORD_DEFAULTS, checked_record, read_records
+from smaflib.runs.stages import STAGES, Stage, stage_named
+
+if TYPE_CHECKING:  # torch, pandas and matplotlib take seconds to import, and "smaf status" needs none
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from smaflib.data.masks import MaskFiles
+    from smaflib.data.sample import Samples
+    from smaflib.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and the settings that it belongs to.
+
+    Attributes:
+        folder: absolute path of the run folder.
+        config: all settings.
+        config_file: where they came from, for commands that are printed.
+        overrides: the ``key=value`` settings given on top of the file.
+        stages: the chain; only tests use another one.
+    """
+
+    folder: Path
+    config: Config
+    config_file: Path
+    overrides: tuple[str, ...] = ()
+    stages: tuple[Stage, ...] = STAGES
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        """Device, precision and seed; asking for it sets torch's threads."""
+        from smaflib.runtime import make_runtime
+
+        return make_runtime(self.config)
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the run folder."""
+        return self.folder.joinpath(*parts)
+
+    def samples(self, split: Literal["train", "val"]) -> Samples:
+        """The images and image labels of a split, without masks.
+
+        Raises:
+            DataError: if the data cannot be used.
+        """
+        from smaflib.data import load_samples
+
+        return load_samples(self.config, split, self.folder)
+
+    def mask_files(self, samples: Samples, folder: str = "masks") -> MaskFiles:
+        """The masks that the run made of some samples, in their order: of ``masks`` or ``masks_segmenter``.
+
+        Raises:
+            DataError: if one is missing.
+        """
+        from smaflib.data import MaskFiles
+
+        return MaskFiles([self.path(folder, f"{image_id}.png") for image_id in samples.image_ids])
+
+    def record(self, stage: str, records: Iterable[dict[str, Any]]) -> None:
+        """Write a stage's measurements to ``metrics.json``, in place of those it wrote before.
+
+        Args:
+            stage: the stage's name.
+            records: each has ``metric`` and ``value`` (a float; IoU and its kin in [0, 1]; NaN becomes null) and any of
+                ``variant``, ``split``, ``scale``, ``object_size``, ``class_name``, ``bg_score``.
+
+        Raises:
+            ValueError: if a record has an unknown key, lacks one, or holds a value out of range.
+        """
+        name = stage_named(stage, self.stages).name
+        checked = [checked_record({**record, "stage": name}) for record in records]
+        others = [record for record in read_records(self.folder) if record["stage"] != name]
+        # Pipeline order, whatever the order in which stages ran.
+        files.write_json(self.path("metrics.json"), sorted(others + checked, key=lambda record: record["stage"]))
+
+    def metrics(self) -> pd.DataFrame:
+        """All measurements so far, a row per record; ``pandas.read_json("metrics.json")`` gives the same."""
+        import pandas as pd
+
+        table = pd.DataFrame(read_records(self.folder), columns=list(RECORD_DEFAULTS))
+        return table.astype({"scale": float, "bg_score": float, "value": float})
+
+    def save_figure(self, figure: Figure, name: str) -> Path:
+        """Save a figure as ``figures/<name>.png`` for the report; its title becomes the picture's description."""
+        path = self.path("figures", f"{name}.png")
+        description = figure.get_suptitle() or "; ".join(axes.get_title() for axes in figure.axes if axes.get_title())
+        with files.replacing(path) as temporary:
+            figure.savefig(temporary, dpi=110, bbox_inches="tight", metadata={"Description": description})
+        return path
+
+    def require(self, stage: str) -> None:
+        """Check that the stages that ``stage`` needs have run.
+
+        Raises:
+            MissingStage: names the missing file and the command that makes it.
+        """
+        manifest = read_manifest(self)
+        for name in stage_named(stage, self.stages).needs:
+            needed = stage_named(name, self.stages)
+            # A stage run by hand in JupyterLab has no entry; then its files have to speak for it.
+            status = manifest["stages"].get(name, {}).get("status", "complete")
+            absent = missing_essentials(self, needed)
+            if status == "complete" and not absent:
+                continue
+            what = f"{absent[0]} is missing" if absent else f"{name} has not finished"
+            raise MissingStage(
+                f"{stage_named(stage, self.stages).name} needs {name}, but in {display_path(self.folder)} {what}. "
+                f"This command makes it:\n  {self.command('--until', name.partition('_')[2])}"
+            )
+
+    def command(self, *arguments: str) -> str:
+        """The ``smaf run`` command of this run."""
+        words = ["smaf", "run", display_path(self.config_file), "--name", self.name]
+        if self.folder.parent != RUNS_FOLDER:
+            words += ["--runs", display_path(self.folder.parent)]
+        for override in self.overrides:
+            words += ["--set", override]
+        return shlex.join([*words, *arguments])
+
+
+def open_run(
+    run_dir: str | Path,
+    config_file: str | Path,
+    overrides: Sequence[str] = (),
+    stage: str | None = None,
+    stages: tuple[Stage, ...] = STAGES,
+) -> Run:
+    """Open a run folder, or begin it. Relative paths are relative to the checkout.
+
+    Args:
+        run_dir: the run folder.
+        config_file: a YAML file of settings.
+        overrides: ``key=value`` settings on top of it.
+        stage: the stage about to run; what it needs must be there.
+        stages: the chain; only tests use another one.
+
+    Raises:
+        ConfigError: if a setting does not exist or fit.
+        FileNotFoundError: if there is no such config file.
+        RunMismatch: if the folder belongs to other settings; the message lists them.
+        MissingStage: if ``stage`` needs something that is not there.
+        RunError: if the folder cannot be written.
+    """
+    config_file = absolute(config_file)
+    config = load_config(config_file, list(overrides))
+    run = Run(absolute(run_dir), config, config_file, tuple(overrides), stages)
+    stored = run.path("config.yaml")
+    if stored.is_file():
+        _refuse_other_settings(run, _load_stored(stored))
+    else:
+        _begin(run)
+    if not os.access(run.folder, os.W_OK):
+        raise RunError(
+            f"the run folder {display_path(run.folder)} is not writable; change its rights or give another --name"
+        )
+    if stage is not None:
+        run.require(stage)
+    return run
+
+
+def read_run(folder: str | Path, stages: tuple[Stage, ...] = STAGES) -> Run:
+    """Open an existing run folder with the settings that it holds.
+
+    Raises:
+        RunError: if it is no run folder.
+    """
+    folder = absolute(folder)
+    stored = folder / "config.yaml"
+    if not stored.is_file():
+        raise RunError(f"{display_path(folder)} is not a run folder: it holds no config.yaml")
+    manifest = files.read_json(folder / "manifest.json", {})
+    config_file = absolute(manifest.get("config_file", stored))
+    return Run(folder, _load_stored(stored), config_file, tuple(manifest.get("overrides", ())), stages)
+
+
+def find_run(name: str, runs: Path = RUNS_FOLDER, stages: tuple[Stage, ...] = STAGES) -> Run:
+    """A run by name or by path.
+
+    Raises:
+        RunError: if there is none; the message names those that exist.
+    """
+    for folder in (runs / name, Path(name).absolute()):
+        if (folder / "config.yaml").is_file():
+            return read_run(folder, stages)
+    names = sorted(stored.parent.name for stored in runs.glob("*/config.yaml"))
+    raise RunError(
+        f"there is no run {name!r} in {display_path(runs)}; there {'are ' + ', '.join(names) if names else 'is none'}"
+    )
+
+
+def _begin(run: Run) -> None:
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(run.path("config.yaml"), dump_config(run.config))
+    except (FileExistsError, NotADirectoryError) as error:
+        raise RunError(
+            f"cannot make the run folder {display_path(run.folder)}: a file of that name is in the way; "
+            "move it or give another --name"
+        ) from error
+    except OSError as error:
+        raise RunError(f"cannot write the run folder {display_path(run.folder)}: {error.strerror or error}") from error
+
+
+def _load_stored(stored: Path) -> Config:
+    try:
+        return load_config(stored)
+    except ConfigError as error:
+        raise RunError(f"the settings of an existing run no longer fit; give another --name.\n{error}") from error
+
+
+def _refuse_other_settings(run: Run, stored: Config) -> None:
+    if differences := config_differences(stored, run.config):
+        listing = "\n".join(f"  {line}" for line in differences)
+        raise RunMismatch(
+            f"the run folder {display_path(run.folder)} belongs to other settings (setting: there | now):\n{listing}\n"
+            "Give another --name (in a notebook another run_dir), or delete the folder."
+        )

@@ -1,0 +1,131 @@
+"""The stages of the chain, a notebook each: what each needs, reads and makes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from smaflib.errors import RunError
+
+if TYPE_CHECKING:  # torch and matplotlib take seconds to import, and "smaf status" needs neither
+    pass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One notebook of the chain.
+
+    Attributes:
+        name: the notebook's file name without ending.
+        question: what it answers.
+        needs: the stages whose artifacts it reads.
+        settings: groups of the config that change its result.
+        makes: globs of its artifacts in the run folder; ``folder/**`` is everything below.
+        essential: the artifacts among them that every config makes, as globs; without them it has failed.
+        reads: files that another command may put into the run folder; a new one makes the stage run again.
+    """
+
+    name: str
+    question: str
+    needs: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    makes: tuple[str, ...] = ()
+    essential: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        "00_one_image_end_to_end",
+        "What happens to one image on its way from a label to a mask?",
+        makes=("example/**", "figures/00_*.png"),
+    ),
+    Stage(
+        "01_data",
+        "What do we learn from: which images, which labels, and how large are the objects?",
+        settings=("seed", "data", "evaluation"),
+        makes=("data.json", "data/**", "figures/01_*.png"),
+        essential=("data.json",),
+    ),
+    Stage(
+        "02_classifier",
+        "Can a network tell what is in an image, and what does it look at?",
+        needs=("01_data",),
+        settings=("seed", "precision", "data", "model", "classifier"),
+        makes=("checkpoints/teacher*.safetensors", "figures/02_*.png"),
+        essential=("checkpoints/teacher.safetensors",),
+    ),
+    Stage(
+        "03_multi_scale_attention",
+        "What do small and large scales see, and what does their fusion gain?",
+        needs=("01_data", "02_classifier"),
+        settings=("seed", "precision", "data", "attention", "evaluation"),
+        makes=("cams/teacher*/**", "figures/03_*.png"),
+        essential=("cams/teacher/**",),
+    ),
+    Stage(
+        "04_denoise_and_reactivate",
+        "What do denoising and reactivation repair?",
+        needs=("01_data", "03_multi_scale_attention"),
+        settings=("data", "attention", "evaluation"),
+        makes=("figures/04_*.png",),
+    ),
+    Stage(
+        "05_self_training",
+        "Does a student of the fused maps see more than its teacher?",
+        needs=("01_data", "02_classifier", "03_multi_scale_attention"),
+        settings=("seed", "precision", "data", "model", "attention", "self_training", "evaluation"),
+        makes=("checkpoints/student*.safetensors", "cams/student*/**", "figures/05_*.png"),
+        essential=("checkpoints/student*.safetensors", "cams/student*/**"),
+    ),
+    Stage(
+        "06_pseudo_masks",
+        "How good are the masks, and what does the dense CRF add?",
+        needs=("01_data", "03_multi_scale_attention", "05_self_training"),
+        settings=("data", "attention", "pseudo_masks", "evaluation"),
+        makes=("masks/**", "figures/06_*.png"),
+        essential=("masks/**",),
+    ),
+    Stage(
+        "07_segmentation",
+        "Does a segmentation network trained on the pseudo masks work on new images?",
+        needs=("01_data", "05_self_training", "06_pseudo_masks"),
+        settings=("seed", "precision", "data", "model", "segmentation", "evaluation"),
+        makes=("checkpoints/segmenter*.safetensors", "masks_segmenter/**", "figures/07_*.png"),
+    ),
+    Stage(
+        "08_results",
+        "What did each stage gain, for which objects?",
+        needs=(
+            "01_data",
+            "02_classifier",
+            "03_multi_scale_attention",
+            "04_denoise_and_reactivate",
+            "05_self_training",
+            "06_pseudo_masks",
+            "07_segmentation",
+        ),
+        settings=("data", "attention", "evaluation"),
+        makes=("figures/08_*.png", "explorer.html"),
+        reads=("ablation/ablation.json",),
+    ),
+)
+
+
+def stage_named(name: str, stages: Sequence[Stage] = STAGES) -> Stage:
+    """Find a stage by number (``2``, ``02``), by word (``classifier``) or by its full name.
+
+    Raises:
+        RunError: if there is none; the message names the nearest one and all of them.
+    """
+    wanted = name.strip().lower()
+    for stage in stages:
+        number, _, word = stage.name.partition("_")
+        if wanted in (stage.name, number, number.lstrip("0") or "0", word):
+            return stage
+    words = {spelling: stage.name for stage in stages for spelling in (stage.name, stage.name.partition("_")[2])}
+    close = difflib.get_close_matches(wanted, words, n=1)
+    hint = f"; did you mean {words[close[0]]}?" if close else "."
+    raise RunError(f"there is no stage {name!r}{hint} The stages are {', '.join(stage.name for stage in stages)}")
