@@ -1,9 +1,9 @@
-"""How far is a background score that was chosen without truth from the best one?
+"""How far is a background score that was chosen without ground truth from the best one?
 
     python benchmarks/bg_score.py papermill_runs/mini papermill_runs/mini-seed1 ...
 
-For teacher and student of each run: the best score in hindsight and its mIoU, and what each criterion loses against it.
-The criteria see attention maps; only the table sees masks.
+For teacher and student of each run: the best score at the oracle threshold and its mIoU, and what each criterion loses
+against it. The criteria see attention maps; only the table sees masks.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ from torch import Tensor
 
 from smaflib.cams import AttentionMaps
 from smaflib.config import Config
-from smaflib.data import truth_of
+from smaflib.data import ground_truth_of
 from smaflib.data.sample import Samples
 from smaflib.evaluation import sweep_thresholds
 from smaflib.reactivation import hard_labels
 from smaflib.runs import find_run
 from smaflib.runtime import progress
-from smaflib.self_training import CleanMaps
+from smaflib.self_training import DenoisedMaps
 from smaflib.thresholds import CANDIDATES, separation
 
 Criterion = Callable[[Tensor, list[Tensor]], list[float]]
 
 
-def otsu(clean: Tensor, per_scale: list[Tensor]) -> list[float]:
-    return separation(clean)
+def otsu(denoised: Tensor, per_scale: list[Tensor]) -> list[float]:
+    return separation(denoised)
 
 
-def scale_agreement(clean: Tensor, per_scale: list[Tensor]) -> list[float]:
+def scale_agreement(denoised: Tensor, per_scale: list[Tensor]) -> list[float]:
     """Cohen's kappa between the masks of single scales and of the fused maps; plain agreement would favour one mask
     that is all foreground."""
     values = []
     for threshold in CANDIDATES:
-        fused = hard_labels(clean, threshold)
+        fused = hard_labels(denoised, threshold)
         values.append(sum(kappa(hard_labels(maps, threshold), fused) for maps in per_scale) / len(per_scale))
     return values
 
 
-def stability(clean: Tensor, per_scale: list[Tensor]) -> list[float]:
+def stability(denoised: Tensor, per_scale: list[Tensor]) -> list[float]:
     """How little the foreground changes around a score: its area 0.05 above as a share of that 0.05 below (the idea of
     maximally stable regions, Matas et al., 2002)."""
-    scores, values = clean.amax(dim=0), []
+    scores, values = denoised.amax(dim=0), []
     for threshold in CANDIDATES:
         larger = float((scores > threshold - 0.05).float().mean())
         values.append(float((scores > threshold + 0.05).float().mean()) / larger if larger else 0.0)
@@ -73,8 +73,8 @@ CRITERIA: dict[str, Criterion] = {
 
 
 def choose(criterion: Criterion, maps: AttentionMaps, samples: Samples, config: Config) -> float:
-    fused = CleanMaps(maps, samples, config.attention.fusion)
-    singles = [CleanMaps(maps, samples, "sum", [scale]) for scale in maps.scales]
+    fused = DenoisedMaps(maps, samples, config.attention.fusion)
+    singles = [DenoisedMaps(maps, samples, "sum", [scale]) for scale in maps.scales]
     totals = torch.zeros(len(CANDIDATES), dtype=torch.float64)
     for index in progress(range(len(samples)), total=len(samples), desc=criterion.__name__):
         values = criterion(fused[index], [single[index] for single in singles])
@@ -84,14 +84,14 @@ def choose(criterion: Criterion, maps: AttentionMaps, samples: Samples, config: 
 
 def rows_of(name: str, max_images: int) -> list[dict[str, object]]:
     run = find_run(name)
-    config, samples = run.config, run.samples("train").judgeable
+    config, samples = run.config, run.samples("train").with_ground_truth
     some = samples.subset(range(0, len(samples), max(1, -(-len(samples) // max_images))))
     rows = []
     for role in ("teacher", "student"):
         maps = AttentionMaps(run.path("cams", role), config.attention.scales)
         limits = config.evaluation.model_copy(update={"thresholds": CANDIDATES})
-        clean = CleanMaps(maps, samples, config.attention.fusion)
-        sweep = sweep_thresholds(clean, truth_of(samples) or [], samples.class_names, limits)
+        denoised = DenoisedMaps(maps, samples, config.attention.fusion)
+        sweep = sweep_thresholds(denoised, ground_truth_of(samples) or [], samples.class_names, limits)
         miou = {threshold: 100 * scores.miou for threshold, scores in sweep.items()}
         best = max(miou, key=lambda threshold: miou[threshold])
         row: dict[str, object] = {"run": run.name, "maps": role, "best score": best, "mIoU": round(miou[best], 1)}

@@ -79,7 +79,7 @@ def _drawn(num: int) -> Iterator[tuple[Tensor, Tensor]]:
     config = load_config(PROJECT_ROOT / "configs" / "mini.yaml", settings)
     with tempfile.TemporaryDirectory() as folder:
         make_data(config, Path(folder))
-        for sample in load_samples(config, "train", Path(folder)).with_truth():
+        for sample in load_samples(config, "train", Path(folder)).with_masks():
             assert sample.mask is not None
             yield sample.image, sample.mask
 
@@ -296,14 +296,14 @@ def measure_data_set(num: int) -> list[dict[str, Any]]:
                 if workers == 1:
                     memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
             seconds[workers].append(time.perf_counter() - start)
-    settled = memory[len(memory) // 10]
+    resolved = memory[len(memory) // 10]
     return [
         {
             "images": 4 * part,
             "images/s, 1 process": 4 * part / sum(seconds[1]),
             "images/s, 2 processes": 4 * part / sum(seconds[2]),
             "ratio": ratio(seconds[1], seconds[2]),
-            "memory grows by, MB": (max(memory) - settled) / 2**20,
+            "memory grows by, MB": (max(memory) - resolved) / 2**20,
         }
     ]
 

@@ -2,7 +2,7 @@
 
     python benchmarks/soft_preset.py [--images 200]
 
-The shipped student's fused maps of the run that it comes from. Coordinate descent: one setting after the other moves
+The pretrained student's fused maps of the run that it comes from. Coordinate descent: one setting after the other moves
 along its list while the others stand, until a round changes nothing. The validation split is seen once, at the end.
 """
 
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from smaflib.cams import write_attention_maps
 from smaflib.config import CrfConfig
-from smaflib.data import load_samples, make_data, truth_of
+from smaflib.data import ground_truth_of, load_samples, make_data
 from smaflib.data.sample import Samples
 from smaflib.evaluation import evaluate
-from smaflib.models.pretrained import shipped_config, shipped_network
+from smaflib.models.pretrained import pretrained_config, pretrained_network
 from smaflib.pseudo_masks import pseudo_masks
 from smaflib.runtime import cpu_runtime, num_cores
-from smaflib.self_training import CleanMaps
+from smaflib.self_training import DenoisedMaps
 
 GRID: dict[str, tuple[float, ...] | tuple[str, ...]] = {
     "sharpness": (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0),
@@ -42,20 +42,20 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200, help="of the training split, to tune on")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    config = shipped_config()
+    config = pretrained_config()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_data(config, folder)
-        maps: dict[str, CleanMaps] = {}
+        maps: dict[str, DenoisedMaps] = {}
         splits: dict[str, Samples] = {}
         for split in ("train", "val"):
             samples = load_samples(config, split, folder)  # type: ignore[arg-type]
             samples = samples[: arguments.images] if split == "train" else samples
-            student = shipped_network("student")
+            student = pretrained_network("student")
             written = write_attention_maps(student, samples, folder / split, config.attention, cpu_runtime())
-            maps[split] = CleanMaps(written, samples, config.attention.fusion, cached=True)
+            maps[split] = DenoisedMaps(written, samples, config.attention.fusion, cached=True)
             splits[split] = samples
-        tuned = descend(splits["train"], maps["train"], config.attention.settled_bg_score)
+        tuned = descend(splits["train"], maps["train"], config.attention.resolved_bg_score)
         rows = []
         for label, params in (
             ("no refinement", None),
@@ -65,7 +65,7 @@ def main() -> None:
         ):
             row: dict[str, object] = {"settings": label}
             for split, samples in splits.items():
-                row[split] = round(100 * miou(samples, maps[split], config.attention.settled_bg_score, params), 2)
+                row[split] = round(100 * miou(samples, maps[split], config.attention.resolved_bg_score, params), 2)
             rows.append(row)
         print(pd.DataFrame(rows).to_string(index=False))
         print(tuned.model_dump(exclude_defaults=True))
@@ -88,7 +88,7 @@ def descend(samples: Samples, maps: Sequence[Tensor], bg_score: float) -> CrfCon
 
 def miou(samples: Samples, maps: Sequence[Tensor], bg_score: float, params: CrfConfig | None) -> float:
     masks = pseudo_masks(samples, maps, bg_score, params, num_workers=num_cores(), desc="masks")
-    return evaluate((mask for _, mask in masks), truth_of(samples) or [], samples.class_names).miou
+    return evaluate((mask for _, mask in masks), ground_truth_of(samples) or [], samples.class_names).miou
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stage 7: how good masks are, over all pixels, per class and per object size. The only stage that needs the truth."""
+"""Stage 7: how good masks are, over all pixels, per class and object size; the only stage that needs ground truth."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from smaflib.reactivation import hard_labels, reactivate
 SIZES = ("small", "medium", "large")
 
 
-def confusion_matrix(mask: Tensor, truth: Tensor, num_classes: int) -> Tensor:
-    """Count pixels by true and predicted label; void pixels of the truth count nowhere.
+def confusion_matrix(mask: Tensor, ground_truth: Tensor, num_classes: int) -> Tensor:
+    """Count pixels by true and predicted label; void pixels of the ground truth count nowhere.
 
     Args:
         mask: uint8 (H, W) in [0, K].
-        truth: uint8 (H, W) in [0, K] or 255.
+        ground_truth: uint8 (H, W) in [0, K] or 255.
         num_classes: K.
 
     Returns:
-        int64 (K+1, K+1), rows are the truth.
+        int64 (K+1, K+1), rows are the ground truth.
 
     Raises:
         ValueError: if the sizes differ or labels above K occur.
     """
-    if mask.shape != truth.shape:
-        raise ValueError(f"mask {tuple(mask.shape)} and truth {tuple(truth.shape)} must have one size")
+    if mask.shape != ground_truth.shape:
+        raise ValueError(f"mask {tuple(mask.shape)} and ground truth {tuple(ground_truth.shape)} must have one size")
     _refuse_labels_above(num_classes, "mask", mask, void=False)
-    _refuse_labels_above(num_classes, "truth", truth)
+    _refuse_labels_above(num_classes, "ground truth", ground_truth)
     side = num_classes + 1
     # Void pixels are counted in a row of their own, which is cheaper than to pick the others out.
-    cells = truth.int() * side + mask
+    cells = ground_truth.int() * side + mask
     counts = torch.bincount(cells.flatten(), minlength=(VOID_LABEL + 1) * side)
     return counts[: side * side].view(side, side)
 
@@ -48,7 +48,7 @@ def _refuse_labels_above(num_classes: int, what: str, labels: Tensor, void: bool
 
 
 def intersection_over_union(confusion: Tensor) -> Tensor:
-    """(K+1, K+1) counts to (K+1,) IoU in [0, 1]; nan for a class absent from truth and prediction."""
+    """(K+1, K+1) counts to (K+1,) IoU in [0, 1]; nan for a class absent from ground truth and prediction."""
     hits = confusion.diagonal().double()
     return hits / (confusion.sum(dim=0) + confusion.sum(dim=1) - hits)
 
@@ -59,11 +59,11 @@ def mean_over_classes(values: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Scores:
+class SegmentationMetrics:
     """What was counted over a split.
 
     Attributes:
-        confusion: int64 (K+1, K+1), rows are the truth, over all pixels.
+        confusion: int64 (K+1, K+1), rows are the ground truth, over all pixels.
         by_size: int64 (3, K, 3): for small, medium and large, per foreground class, hits, false alarms and misses.
             An object is what an image shows of one class; all its counts go to its size. False alarms of classes
             that an image does not show have no size and count in ``confusion`` only.
@@ -118,15 +118,15 @@ class Scores:
 
 def evaluate(
     masks: Iterable[Tensor],
-    truths: Iterable[Tensor],
+    ground_truths: Iterable[Tensor],
     class_names: Sequence[str],
     config: EvaluationConfig | None = None,
-) -> Scores:
-    """Compare masks with the truth over a whole split.
+) -> SegmentationMetrics:
+    """Compare masks with the ground truth over a whole split.
 
     Args:
         masks: per image uint8 (H, W).
-        truths: per image uint8 (H, W), 255 is void.
+        ground_truths: per image uint8 (H, W), 255 is void.
         class_names: the K foreground classes.
         config: the limits between object sizes.
     """
@@ -134,11 +134,11 @@ def evaluate(
     num_classes = len(class_names)
     confusion = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
     by_size = torch.zeros(len(SIZES), num_classes, 3, dtype=torch.int64)
-    for mask, truth in zip(masks, truths, strict=True):
-        counts = confusion_matrix(mask, truth, num_classes)
+    for mask, ground_truth in zip(masks, ground_truths, strict=True):
+        counts = confusion_matrix(mask, ground_truth, num_classes)
         confusion += counts
-        add_by_size(by_size, counts[None], truth.numel(), config)
-    return Scores(confusion, by_size, tuple(class_names))
+        add_by_size(by_size, counts[None], ground_truth.numel(), config)
+    return SegmentationMetrics(confusion, by_size, tuple(class_names))
 
 
 def add_by_size(by_size: Tensor, counts: Tensor, num_pixels: int, config: EvaluationConfig) -> None:
@@ -146,7 +146,7 @@ def add_by_size(by_size: Tensor, counts: Tensor, num_pixels: int, config: Evalua
 
     Args:
         by_size: (3, K, 3) or (T, 3, K, 3), changed in place.
-        counts: (T, K+1, K+1) confusion matrices of the image against the same truth.
+        counts: (T, K+1, K+1) confusion matrices of the image against the same ground truth.
         num_pixels: of the image, void included.
         config: the limits between object sizes.
     """
@@ -162,16 +162,16 @@ def add_by_size(by_size: Tensor, counts: Tensor, num_pixels: int, config: Evalua
 
 
 def sweep_thresholds(
-    clean: Iterable[Tensor],
-    truths: Iterable[Tensor],
+    denoised: Iterable[Tensor],
+    ground_truths: Iterable[Tensor],
     class_names: Sequence[str],
     config: EvaluationConfig | None = None,
-) -> dict[float, Scores]:
+) -> dict[float, SegmentationMetrics]:
     """Scores of attention maps for every background score in ``config.thresholds``.
 
     Args:
-        clean: per image (K, H, W) in [0, 1].
-        truths: per image uint8 (H, W), 255 is void.
+        denoised: per image (K, H, W) in [0, 1].
+        ground_truths: per image uint8 (H, W), 255 is void.
         class_names: the K foreground classes.
         config: thresholds and the limits between object sizes.
     """
@@ -180,37 +180,38 @@ def sweep_thresholds(
     num_labels, thresholds, steps = len(class_names) + 1, torch.tensor(rising), len(rising)
     confusion = torch.zeros(steps, num_labels, num_labels, dtype=torch.int64)
     by_size = torch.zeros(steps, len(SIZES), num_labels - 1, 3, dtype=torch.int64)
-    for maps, truth in zip(clean, truths, strict=True):
-        # One histogram over (truth, strongest class, how many thresholds it exceeds) holds every threshold's matrix.
-        _refuse_labels_above(num_labels - 1, "truth", truth)
+    for maps, ground_truth in zip(denoised, ground_truths, strict=True):
+        # One histogram over (ground truth, strongest class, how many thresholds it exceeds) holds every threshold's
+        # matrix.
+        _refuse_labels_above(num_labels - 1, "ground truth", ground_truth)
         score, winner = maps.max(dim=0)
         exceeded = torch.searchsorted(thresholds, score.contiguous())  # strictly below the score
-        cell = (truth.long() * num_labels + winner + 1) * (steps + 1) + exceeded
+        cell = (ground_truth.long() * num_labels + winner + 1) * (steps + 1) + exceeded
         size = num_labels * num_labels * (steps + 1)
-        cell = cell.where(truth != VOID_LABEL, size)  # void has a cell of its own, behind the others
+        cell = cell.where(ground_truth != VOID_LABEL, size)  # void has a cell of its own, behind the others
         histogram = torch.bincount(cell.flatten(), minlength=size + 1)[:size].view(num_labels, num_labels, steps + 1)
         total = histogram.sum(dim=(1, 2))  # (K+1,) pixels of each true label
-        found = histogram.flip(2).cumsum(dim=2).flip(2)[..., 1:].permute(2, 0, 1).clone()  # (T, truth, class)
+        found = histogram.flip(2).cumsum(dim=2).flip(2)[..., 1:].permute(2, 0, 1).clone()  # (T, ground truth, class)
         found[:, :, 0] = total - found.sum(dim=2)
         confusion += found
-        add_by_size(by_size, found, truth.numel(), config)
+        add_by_size(by_size, found, ground_truth.numel(), config)
     names = tuple(class_names)
-    return {t: Scores(confusion[i], by_size[i], names) for i, t in enumerate(rising)}
+    return {t: SegmentationMetrics(confusion[i], by_size[i], names) for i, t in enumerate(rising)}
 
 
-def best_threshold(sweep: dict[float, Scores]) -> float:
-    """The background score with the highest mIoU. It knows the truth: choose on one split, report on another."""
+def best_threshold(sweep: dict[float, SegmentationMetrics]) -> float:
+    """The background score with the highest mIoU. It knows the ground truth: choose on one split, report on another."""
     return max(sweep, key=lambda threshold: sweep[threshold].miou)
 
 
-def masks_of(clean: Iterable[Tensor], bg_score: float) -> Iterable[Tensor]:
+def masks_of(denoised: Iterable[Tensor], bg_score: float) -> Iterable[Tensor]:
     """Unrefined masks of attention maps: uint8 (H, W) each."""
-    return (hard_labels(maps, bg_score) for maps in clean)
+    return (hard_labels(maps, bg_score) for maps in denoised)
 
 
 def evaluate_maps(
-    clean: Iterable[Tensor],
-    truths: Iterable[Tensor] | None,
+    denoised: Iterable[Tensor],
+    ground_truths: Iterable[Tensor] | None,
     class_names: Sequence[str],
     config: EvaluationConfig,
     bg_score: float | None = None,
@@ -219,8 +220,8 @@ def evaluate_maps(
     """Judge attention maps, at a given background score or at the one that is best for them.
 
     Args:
-        clean: per image (K, H, W) in [0, 1].
-        truths: per image uint8 (H, W); None where the data has none: then nothing is judged.
+        denoised: per image (K, H, W) in [0, 1].
+        ground_truths: per image uint8 (H, W); None where the data has none: then nothing is judged.
         class_names: the K foreground classes.
         config: thresholds and the limits between object sizes.
         bg_score: None chooses the best threshold of this split; give that one to judge another split.
@@ -229,11 +230,11 @@ def evaluate_maps(
     Returns:
         Tidy records, with ``iou_sweep`` for every threshold, and the background score they were judged at.
     """
-    if truths is None:
+    if ground_truths is None:
         return [], None
     if bg_score is not None:
         config = config.model_copy(update={"thresholds": (*config.thresholds, bg_score)})
-    sweep = sweep_thresholds(clean, truths, class_names, config)
+    sweep = sweep_thresholds(denoised, ground_truths, class_names, config)
     chosen = best_threshold(sweep) if bg_score is None else bg_score
     records = sweep[chosen].records(bg_score=chosen, **where)
     for threshold, scores in sweep.items():
@@ -243,19 +244,19 @@ def evaluate_maps(
     return records, chosen
 
 
-def image_score(mask: Tensor, truth: Tensor, num_classes: int) -> float:
+def image_score(mask: Tensor, ground_truth: Tensor, num_classes: int) -> float:
     """Mean IoU of one image over the labels that occur in it, to find the best and the worst cases; in [0, 1]."""
-    return mean_over_classes(intersection_over_union(confusion_matrix(mask, truth, num_classes)))
+    return mean_over_classes(intersection_over_union(confusion_matrix(mask, ground_truth, num_classes)))
 
 
 def object_scores(
-    clean: Iterable[Tensor], truths: Iterable[Tensor], class_names: Sequence[str], bg_score: float
+    denoised: Iterable[Tensor], ground_truths: Iterable[Tensor], class_names: Sequence[str], bg_score: float
 ) -> list[dict[str, Any]]:
     """IoU of every object by itself: all that an image shows of one class.
 
     Args:
-        clean: per image (K, H, W) in [0, 1].
-        truths: per image uint8 (H, W), 255 is void.
+        denoised: per image (K, H, W) in [0, 1].
+        ground_truths: per image uint8 (H, W), 255 is void.
         class_names: the K foreground classes.
         bg_score: the background's score.
 
@@ -264,41 +265,41 @@ def object_scores(
         (0, 1], ``iou`` in [0, 1].
     """
     objects = []
-    for image, (maps, truth) in enumerate(zip(clean, truths, strict=True)):
-        confusion = confusion_matrix(hard_labels(maps, bg_score), truth, len(class_names))
+    for image, (maps, ground_truth) in enumerate(zip(denoised, ground_truths, strict=True)):
+        confusion = confusion_matrix(hard_labels(maps, bg_score), ground_truth, len(class_names))
         iou, area = intersection_over_union(confusion), confusion.sum(dim=1)
         for label in area[1:].nonzero()[:, 0].tolist():
-            share = int(area[label + 1]) / truth.numel()
+            share = int(area[label + 1]) / ground_truth.numel()
             objects.append({"image": image, "class_number": label, "share": share, "iou": float(iou[label + 1])})
     return objects
 
 
-def compare_masks(before: Tensor, after: Tensor, truth: Tensor) -> dict[str, int]:
+def compare_masks(before: Tensor, after: Tensor, ground_truth: Tensor) -> dict[str, int]:
     """Pixels that one mask has right and another wrong, void left out.
 
     Args:
         before: uint8 (H, W).
         after: uint8 (H, W).
-        truth: uint8 (H, W), 255 is void.
+        ground_truth: uint8 (H, W), 255 is void.
 
     Returns:
         Counts of pixels: ``both right``, ``gained`` (only ``after`` is right), ``lost`` (only ``before`` is right),
         ``both wrong``.
     """
-    counted = truth != VOID_LABEL
-    was, now = (before == truth)[counted], (after == truth)[counted]
+    counted = ground_truth != VOID_LABEL
+    was, now = (before == ground_truth)[counted], (after == ground_truth)[counted]
     parts = {"both right": was & now, "gained": ~was & now, "lost": was & ~now, "both wrong": ~was & ~now}
     return {name: int(part.sum()) for name, part in parts.items()}
 
 
 def score_on_objects(
-    clean: Iterable[Tensor], truths: Iterable[Tensor], bg_score: float
+    denoised: Iterable[Tensor], ground_truths: Iterable[Tensor], bg_score: float
 ) -> dict[tuple[str, str], float]:
     """How sure maps are of the right class, before and after reactivation.
 
     Args:
-        clean: per image (K, H, W) in [0, 1].
-        truths: per image uint8 (H, W), 255 is void.
+        denoised: per image (K, H, W) in [0, 1].
+        ground_truths: per image uint8 (H, W), 255 is void.
         bg_score: the background's score in the reactivation.
 
     Returns:
@@ -306,9 +307,9 @@ def score_on_objects(
         the true class, on background the mean score of the strongest class; both in [0, 1].
     """
     sums = {(step, place): [0.0, 0] for step in ("denoised", "reactivated") for place in ("objects", "background")}
-    for maps, truth in zip(clean, truths, strict=True):
-        objects, background = (truth > 0) & (truth != VOID_LABEL), truth == 0
-        index = (truth.long() - 1).clamp(0, len(maps) - 1)
+    for maps, ground_truth in zip(denoised, ground_truths, strict=True):
+        objects, background = (ground_truth > 0) & (ground_truth != VOID_LABEL), ground_truth == 0
+        index = (ground_truth.long() - 1).clamp(0, len(maps) - 1)
         for step, scores in (("denoised", maps), ("reactivated", reactivate(maps, bg_score)[1:])):
             of_truth = scores.gather(0, index[None])[0]
             for place, pixels in (("objects", of_truth[objects]), ("background", scores.amax(dim=0)[background])):

@@ -19,7 +19,7 @@ from smaflib.runtime import num_cores, progress
 
 def pseudo_mask(
     image: Tensor,
-    clean: Tensor,
+    denoised: Tensor,
     bg_score: float,
     refinement: CrfConfig | ParConfig | None,
     backend: CrfBackend = "auto",
@@ -29,7 +29,7 @@ def pseudo_mask(
 
     Args:
         image: uint8 (3, H, W).
-        clean: (K, H, W) in [0, 1], fused and denoised.
+        denoised: (K, H, W) in [0, 1], fused and denoised.
         bg_score: the background's score.
         refinement: settings of the dense CRF or of pixel-adaptive refinement; None: neither.
         backend: of the dense CRF.
@@ -41,20 +41,20 @@ def pseudo_mask(
     Source: hard labels into the CRF, over all K+1 labels, as in the reference code.
     """
     if refinement is None:
-        return hard_labels(clean, bg_score)
-    return refine([image], [_wishes(clean, bg_score, refinement)], refinement, len(clean) + 1, backend, device)[0]
+        return hard_labels(denoised, bg_score)
+    return refine([image], [_wishes(denoised, bg_score, refinement)], refinement, len(denoised) + 1, backend, device)[0]
 
 
-def _wishes(clean: Tensor, bg_score: float, refinement: CrfConfig | ParConfig) -> Tensor:
+def _wishes(denoised: Tensor, bg_score: float, refinement: CrfConfig | ParConfig) -> Tensor:
     """What the refinement starts from: hard labels (H, W), or scores (K+1, H, W)."""
     if isinstance(refinement, CrfConfig) and refinement.unary == "labels":
-        return hard_labels(clean, bg_score)
-    return with_background_score(clean, bg_score)
+        return hard_labels(denoised, bg_score)
+    return with_background_score(denoised, bg_score)
 
 
 def pseudo_masks(
     samples: Samples,
-    clean: Sequence[Tensor],
+    denoised: Sequence[Tensor],
     bg_score: float,
     refinement: CrfConfig | ParConfig | None,
     num_workers: int = 1,
@@ -66,7 +66,7 @@ def pseudo_masks(
 
     Args:
         samples: the split.
-        clean: per sample (K, H, W).
+        denoised: per sample (K, H, W).
         bg_score: the background's score.
         refinement: settings of the dense CRF or of pixel-adaptive refinement; None: neither.
         num_workers: processes on the CPU; 0: one per core.
@@ -76,9 +76,9 @@ def pseudo_masks(
     """
     masks: Iterator[Tensor]
     if refinement is None:
-        masks = (hard_labels(clean[index], bg_score) for index in range(len(samples)))
+        masks = (hard_labels(denoised[index], bg_score) for index in range(len(samples)))
     else:
-        jobs = ((samples[index].image, _wishes(clean[index], bg_score, refinement)) for index in range(len(samples)))
+        jobs = ((samples[index].image, _wishes(denoised[index], bg_score, refinement)) for index in range(len(samples)))
         workers = (num_workers or num_cores()) if len(samples) >= 8 else 1
         masks = refine_many(jobs, refinement, len(samples.class_names) + 1, workers, backend, device)
     yield from zip(samples.image_ids, progress(masks, total=len(samples), desc=desc), strict=True)
@@ -86,7 +86,7 @@ def pseudo_masks(
 
 def write_pseudo_masks(
     samples: Samples,
-    clean: Sequence[Tensor],
+    denoised: Sequence[Tensor],
     folder: Path,
     bg_score: float,
     config: PseudoMaskConfig,
@@ -96,14 +96,14 @@ def write_pseudo_masks(
 
     Args:
         samples: the split.
-        clean: per sample (K, H, W).
+        denoised: per sample (K, H, W).
         folder: takes ``<image_id>.png``.
         bg_score: the background's score.
         config: refinement, its back-end and its processes.
         device: where torch refines.
     """
     missing = [i for i, image_id in enumerate(samples.image_ids) if not (folder / f"{image_id}.png").is_file()]
-    chosen = _Chosen(clean, missing)
+    chosen = _Chosen(denoised, missing)
     masks = pseudo_masks(
         samples.subset(missing),
         chosen,

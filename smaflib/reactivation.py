@@ -31,13 +31,13 @@ def denoise(fused: Tensor, image_label: Tensor) -> Tensor:
     return fused * image_label.to(fused)[..., None, None]
 
 
-def reactivate(clean: Tensor, bg_score: float) -> Tensor:
+def reactivate(denoised: Tensor, bg_score: float) -> Tensor:
     """Divide every pixel by its strongest score, a constant background included: the winner becomes 1.
 
     What is below the background is pushed down, and the ratios inside a pixel stay. A pixel's scores need not sum to 1.
 
     Args:
-        clean: (K, H, W) or (B, K, H, W), in [0, 1], absent classes zero.
+        denoised: (K, H, W) or (B, K, H, W), in [0, 1], absent classes zero.
         bg_score: the background's score, in (0, 1].
 
     Returns:
@@ -48,25 +48,25 @@ def reactivate(clean: Tensor, bg_score: float) -> Tensor:
     """
     if not 0 < bg_score <= 1:
         raise ValueError(f"bg_score must be in (0, 1], got {bg_score}")
-    scores = with_background_score(clean, bg_score)
+    scores = with_background_score(denoised, bg_score)
     return scores / scores.amax(dim=-3, keepdim=True)
 
 
-def with_background_score(clean: Tensor, bg_score: float) -> Tensor:
+def with_background_score(denoised: Tensor, bg_score: float) -> Tensor:
     """Put a constant background map before the class maps: (..., K, H, W) to (..., K+1, H, W)."""
-    background = torch.full_like(clean[..., :1, :, :], bg_score)
-    return torch.cat([background, clean], dim=-3)
+    background = torch.full_like(denoised[..., :1, :, :], bg_score)
+    return torch.cat([background, denoised], dim=-3)
 
 
-def hard_labels(clean: Tensor, bg_score: float) -> Tensor:
+def hard_labels(denoised: Tensor, bg_score: float) -> Tensor:
     """The mask that maps make by themselves: the strongest class of each pixel, background where none exceeds it.
 
     Args:
-        clean: (K, H, W) in [0, 1], fused and denoised.
+        denoised: (K, H, W) in [0, 1], fused and denoised.
         bg_score: the background's score, in [0, 1].
 
     Returns:
         uint8 (H, W), 0 is background.
     """
     # Not argmax, which takes several times as long on the CPU; both name the first of equals.
-    return with_background_score(clean, bg_score).max(dim=0).indices.to(torch.uint8)
+    return with_background_score(denoised, bg_score).max(dim=0).indices.to(torch.uint8)

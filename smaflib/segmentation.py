@@ -34,7 +34,7 @@ def train_segmenter(
 
     Args:
         samples: the training split.
-        masks: per sample uint8 (H, W): pseudo masks, or the truth for the upper bound; 255 does not count.
+        masks: per sample uint8 (H, W): pseudo masks, or the ground truth for the upper bound; 255 does not count.
         config: of the run.
         runtime: device, precision and seed.
         checkpoint: where weights are kept; an unfinished training goes on from there.
@@ -57,8 +57,8 @@ def train_segmenter(
         standardize_features(network, batches, runtime)
 
     def loss(batch: Batch) -> dict[str, Tensor]:
-        looks = multi_scale_logits(network, batch["image"], config.segmentation.loss_scales)
-        return {"L_seg": torch.stack([segmentation_loss(logits, batch["mask"]) for logits in looks]).sum()}
+        views = multi_scale_logits(network, batch["image"], config.segmentation.loss_scales)
+        return {"L_seg": torch.stack([segmentation_loss(logits, batch["mask"]) for logits in views]).sum()}
 
     history = fit(network, batches, loss, runtime, checkpoint, desc="segmentation")
     return network, history
@@ -84,16 +84,16 @@ def multi_scale_logits(network: nn.Module, images: Tensor, scales: Sequence[floa
 
     Source: Chen et al., "DeepLab", TPAMI 2018, section 4.1.1, "multi-scale inputs".
     """
-    looks = []
+    views = []
     for scale in scales:
         size = (max(1, round(images.shape[2] * scale)), max(1, round(images.shape[3] * scale)))
         scaled = images if scale == 1 else F.interpolate(images, size=size, mode="bilinear", align_corners=False)
-        looks.append(network(scaled))
-    if len(looks) == 1:
-        return looks
-    largest = max(looks, key=lambda logits: logits.shape[2]).shape[2:]
-    same = [F.interpolate(logits, size=largest, mode="bilinear", align_corners=False) for logits in looks]
-    return [*looks, torch.stack(same).amax(dim=0)]
+        views.append(network(scaled))
+    if len(views) == 1:
+        return views
+    largest = max(views, key=lambda logits: logits.shape[2]).shape[2:]
+    same = [F.interpolate(logits, size=largest, mode="bilinear", align_corners=False) for logits in views]
+    return [*views, torch.stack(same).amax(dim=0)]
 
 
 def segmentation_loss(logits: Tensor, mask: Tensor) -> Tensor:

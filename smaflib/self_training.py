@@ -33,7 +33,7 @@ TARGET_STRIDE = 4
 def self_train(
     teacher: AttentionNetwork,
     samples: Samples,
-    clean: Sequence[Tensor],
+    denoised: Sequence[Tensor],
     config: Config,
     runtime: Runtime,
     checkpoint: Path | None = None,
@@ -46,7 +46,7 @@ def self_train(
     Args:
         teacher: stays as it is.
         samples: the training split; masks are not looked at.
-        clean: per sample (K, H, W) in [0, 1], fused and denoised; may be lazy (:class:`CleanMaps`).
+        denoised: per sample (K, H, W) in [0, 1], fused and denoised; may be lazy (:class:`DenoisedMaps`).
         config: of the run.
         runtime: device, precision and seed.
         checkpoint: where weights are kept; an unfinished training goes on from there.
@@ -55,19 +55,19 @@ def self_train(
     Returns:
         The student in eval mode and its learning curve.
     """
-    settings, bg_score = config.self_training, config.attention.settled_bg_score
+    settings, bg_score = config.self_training, config.attention.resolved_bg_score
     student = with_background(teacher).to(runtime.device)
     if settings.fresh_head:
         nn.init.zeros_(student.head.weight)
 
-    def crop_clean(sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:
-        return {"clean": crop.apply(clean[index])}
+    def crop_denoised(sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:
+        return {"denoised": crop.apply(denoised[index])}
 
-    batches = Batches(samples, settings, derive_seed(runtime.seed, "student"), crop_clean, config.data.num_workers)
+    batches = Batches(samples, settings, derive_seed(runtime.seed, "student"), crop_denoised, config.data.num_workers)
 
     def loss(batch: Batch) -> dict[str, Tensor]:
         side = batch["image"].shape[-1] // TARGET_STRIDE
-        attention = F.interpolate(batch["clean"], size=(side, side), mode="bilinear", align_corners=True)
+        attention = F.interpolate(batch["denoised"], size=(side, side), mode="bilinear", align_corners=True)
         target = make_target(attention, bg_score)
         return {"L_mac": mac_loss(student(batch["image"]), target, settings.loss_weight)}
 
@@ -90,7 +90,7 @@ def mac_loss(logits: Tensor, target: Tensor, weight: float = 100.0) -> Tensor:
     return weight * F.mse_loss(upsampled.softmax(dim=1), target)
 
 
-class CleanMaps(Sequence[Tensor]):
+class DenoisedMaps(Sequence[Tensor]):
     """Fused and denoised maps of a split, read when asked for: what the student learns from.
 
     Args:
@@ -99,7 +99,7 @@ class CleanMaps(Sequence[Tensor]):
         rule: of the fusion.
         scales: which scales take part; None: all. One scale gives the control of the paper's claim.
         cached: keep what was read, in half precision.
-        denoised: False leaves the maps of absent classes in, to show what denoising does.
+        denoise: False leaves the maps of absent classes in, to show what denoising does.
     """
 
     def __init__(
@@ -109,9 +109,9 @@ class CleanMaps(Sequence[Tensor]):
         rule: FusionRule = "sum",
         scales: Sequence[float] | None = None,
         cached: bool = False,
-        denoised: bool = True,
+        denoise: bool = True,
     ) -> None:
-        self.maps, self.rule, self.scales, self.cached, self.denoised = maps, rule, scales, cached, denoised
+        self.maps, self.rule, self.scales, self.cached, self.denoise = maps, rule, scales, cached, denoise
         self.image_ids, self.image_labels = samples.image_ids, samples.image_labels
         self._cache: dict[int, Tensor] = {}
 
@@ -122,12 +122,12 @@ class CleanMaps(Sequence[Tensor]):
         if index not in self._cache:
             label = self.image_labels[index]
             # Each class is fused by itself, so those that denoising erases need not be fused at all.
-            classes = label.nonzero()[:, 0] if self.denoised else None
+            classes = label.nonzero()[:, 0] if self.denoise else None
             fused = self.maps.fused(self.image_ids[index], self.rule, self.scales, classes)
-            clean = fused if classes is None else denoise(_in_place_of(fused, classes, len(label)), label)
+            denoised = fused if classes is None else denoise(_in_place_of(fused, classes, len(label)), label)
             if not self.cached:
-                return clean
-            self._cache[index] = clean.half()
+                return denoised
+            self._cache[index] = denoised.half()
         return self._cache[index].float()
 
 
@@ -139,7 +139,7 @@ def _in_place_of(maps: Tensor, classes: Tensor, num_classes: int) -> Tensor:
 
 
 def student_targets(
-    samples: Samples, clean: Sequence[Tensor], config: Config, device: torch.device = CPU
+    samples: Samples, denoised: Sequence[Tensor], config: Config, device: torch.device = CPU
 ) -> Sequence[Tensor]:
     """What the student learns: the clean maps, or with ``refine: crf`` the masks that the dense CRF makes of them.
 
@@ -148,7 +148,7 @@ def student_targets(
 
     Args:
         samples: the training split.
-        clean: per sample (K, H, W) in [0, 1], fused and denoised.
+        denoised: per sample (K, H, W) in [0, 1], fused and denoised.
         config: of the run.
         device: where torch refines; the CPU by default.
 
@@ -156,12 +156,12 @@ def student_targets(
         Per sample (K, H, W) in [0, 1].
     """
     if config.self_training.refine == "none":
-        return clean
+        return denoised
     settings = config.pseudo_masks
     masks = pseudo_masks(
         samples,
-        clean,
-        config.attention.settled_bg_score,
+        denoised,
+        config.attention.resolved_bg_score,
         settings.crf,
         settings.num_workers,
         "targets",

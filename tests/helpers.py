@@ -34,7 +34,11 @@ def generator(seed: int) -> torch.Generator:
 
 
 def make_samples(
-    num: int = 5, size: tuple[int, int] = (32, 40), saliency: bool = True, truth: bool = True, split: str = "train"
+    num: int = 5,
+    size: tuple[int, int] = (32, 40),
+    saliency: bool = True,
+    ground_truth: bool = True,
+    split: str = "train",
 ) -> Samples:
     """Grey noise with one rectangle of pure colour per image: class ``i % 3`` in image ``i``."""
 
@@ -60,7 +64,7 @@ def make_samples(
             Path(f"image{index}.jpg"),
             (index % len(CLASSES),),
             Path("saliency.png") if saliency else None,
-            Path("mask.png") if truth else None,
+            Path("mask.png") if ground_truth else None,
         )
         for index in range(num)
     )

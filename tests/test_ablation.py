@@ -32,7 +32,7 @@ from smaflib.apps.ablation import (
     train_student,
 )
 from smaflib.apps.cli import app
-from smaflib.data import load_samples, truth_of
+from smaflib.data import ground_truth_of, load_samples
 from smaflib.errors import ConfigError, DataError, RunError
 from smaflib.evaluation import evaluate, masks_of
 from smaflib.files import PROJECT_ROOT
@@ -42,7 +42,7 @@ from smaflib.runs import Run, open_run
 from smaflib.runs.manifest import stage_inputs, write_manifest
 from smaflib.runs.stages import stage_named
 from smaflib.runtime import make_runtime
-from smaflib.self_training import CleanMaps
+from smaflib.self_training import DenoisedMaps
 
 matplotlib.use("agg")
 
@@ -107,15 +107,15 @@ def test_every_variant_is_scored_at_both_scores_for_all_sizes(done: Run) -> None
 
 def test_hindsight_is_never_worse_than_the_runs_own_score(done: Run) -> None:
     of_all = {(r["variant"], r["bg_choice"]): r["value"] for r in records_of(done) if r["object_size"] == "all"}
-    assert all(of_all[name, "hindsight"] >= of_all[name, "own"] for name in VARIANTS)
+    assert all(of_all[name, "oracle"] >= of_all[name, "own"] for name in VARIANTS)
 
 
 def taught(run: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Sequence[Tensor], Any]:
     """The maps and the target rule that a student is trained with."""
     given: list[Any] = []
 
-    def note(teacher: Any, samples: Any, clean: Any, config: Any, runtime: Any, checkpoint: Any, rule: Any) -> Any:
-        given.extend([clean, rule])
+    def note(teacher: Any, samples: Any, denoised: Any, config: Any, runtime: Any, checkpoint: Any, rule: Any) -> Any:
+        given.extend([denoised, rule])
         return teacher, []
 
     monkeypatch.setattr(ablation, "self_train", note)
@@ -124,40 +124,40 @@ def taught(run: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Sequen
 
 
 def test_without_denoising_the_targets_hold_absent_classes(copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    clean, rule = taught(copy, "student_undenoised", monkeypatch)
+    denoised, rule = taught(copy, "student_undenoised", monkeypatch)
     bench = bench_of(copy)
     fused = bench.maps("teacher").fused(bench.samples.image_ids[0], copy.config.attention.fusion)
     absent = bench.samples.image_labels[0] == 0
-    assert torch.allclose(clean[0], fused, atol=1e-3)  # kept in half precision
-    assert (clean[0][absent].amax(dim=(1, 2)) > 0.99).all()  # each of them peaks at 1
+    assert torch.allclose(denoised[0], fused, atol=1e-3)  # kept in half precision
+    assert (denoised[0][absent].amax(dim=(1, 2)) > 0.99).all()  # each of them peaks at 1
     assert rule is reactivate
 
 
 def test_without_reactivation_the_targets_are_the_scores_as_they_are(
     copy: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clean, rule = taught(copy, "student_unreactivated", monkeypatch)
+    denoised, rule = taught(copy, "student_unreactivated", monkeypatch)
     expected, _ = taught(copy, "student", monkeypatch)
-    assert torch.equal(clean[0], expected[0])
+    assert torch.equal(denoised[0], expected[0])
     assert rule is with_background_score
     assert rule(torch.full((1, 1, 1), 0.5), 0.25).flatten().tolist() == [0.25, 0.5]
 
 
 def test_the_controls_targets_come_from_one_scale(copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    clean, rule = taught(copy, "student_control", monkeypatch)
+    denoised, rule = taught(copy, "student_control", monkeypatch)
     bench = bench_of(copy)
-    expected = CleanMaps(bench.maps("teacher"), bench.samples, scales=[1.0])
-    assert torch.allclose(clean[0], expected[0], atol=1e-3)
+    expected = DenoisedMaps(bench.maps("teacher"), bench.samples, scales=[1.0])
+    assert torch.allclose(denoised[0], expected[0], atol=1e-3)
     assert rule is reactivate
 
 
 def test_without_crf_is_the_full_variant_before_the_crf(done: Run) -> None:
     bench = bench_of(done)
-    student = CleanMaps(bench.maps("student"), bench.samples, done.config.attention.fusion)
+    student = DenoisedMaps(bench.maps("student"), bench.samples, done.config.attention.fusion)
     masks = masks_of(student, done.config.attention.bg_score)
-    truth = truth_of(bench.samples)
-    assert truth is not None
-    expected = evaluate(masks, truth, bench.samples.class_names, done.config.evaluation)
+    ground_truth = ground_truth_of(bench.samples)
+    assert ground_truth is not None
+    expected = evaluate(masks, ground_truth, bench.samples.class_names, done.config.evaluation)
     (value,) = [
         r["value"]
         for r in records_of(done)
@@ -254,7 +254,7 @@ def test_another_seed_has_data_of_its_own(done: Run, tmp_path: Path, monkeypatch
     run = tiny_run(tmp_path / "seeds")
     benches: list[Bench] = []
 
-    def note(bench: Bench, say: Any) -> list[dict[str, Any]]:
+    def note(bench: Bench, log: Any) -> list[dict[str, Any]]:
         benches.append(bench)
         return []
 
@@ -304,7 +304,7 @@ def by_hand(*values: tuple[str, int, float]) -> list[dict[str, Any]]:
             "value": value + more,
         }
         for name, seed, value in values
-        for choice, more in (("own", 0.0), ("hindsight", 0.1))
+        for choice, more in (("own", 0.0), ("oracle", 0.1))
         for size in ("all", "small", "medium", "large")
     ]
 

@@ -48,13 +48,13 @@ def test_classification_loss_by_hand() -> None:
 # --- L_sal ------------------------------------------------------------------------------------------------------------
 
 
-def certain_logits(winners: list[list[int]], channels: int = 3) -> Tensor:
+def certain_logits(argmax_labels: list[list[int]], channels: int = 3) -> Tensor:
     """(1, channels, h, w) logits whose softmax is 1 for the given channel of each pixel, background first."""
-    return torch.nn.functional.one_hot(torch.tensor([winners]), channels).permute(0, 3, 1, 2).float() * 100
+    return torch.nn.functional.one_hot(torch.tensor([argmax_labels]), channels).permute(0, 3, 1, 2).float() * 100
 
 
 @pytest.mark.parametrize(
-    ("winners", "label", "saliency", "weight", "expected"),
+    ("argmax_labels", "label", "saliency", "weight", "expected"),
     [
         # Class 1 covers the salient pixel, background the other: explained.
         ([[1, 0]], [1, 0], [[1, 0]], 0.5, 0),
@@ -70,11 +70,11 @@ def certain_logits(winners: list[list[int]], channels: int = 3) -> Tensor:
     ],
 )
 def test_saliency_loss_by_hand(
-    winners: list[list[int]], label: list[int], saliency: list[list[int]], weight: float, expected: float
+    argmax_labels: list[list[int]], label: list[int], saliency: list[list[int]], weight: float, expected: float
 ) -> None:
     config = eps_config(tau=0.5, weight=weight)
     given_saliency = torch.tensor([saliency]).float()
-    loss = saliency_loss(certain_logits(winners), given_saliency, torch.tensor([label]).float(), config)
+    loss = saliency_loss(certain_logits(argmax_labels), given_saliency, torch.tensor([label]).float(), config)
     assert float(loss) == pytest.approx(expected, abs=1e-6)
 
 
@@ -119,7 +119,7 @@ def test_saliency_loss_is_bounded_and_ignores_the_order_of_classes(seed: int, ta
 @pytest.mark.parametrize(("pretraining", "losses"), [("plain", {"L_cls"}), ("eps", {"L_cls", "L_sal"})])
 def test_classifier_trains_with_the_losses_of_its_kind(pretraining: str, losses: set[str], tmp_path: Path) -> None:
     config = tiny_config(classifier={"pretraining": pretraining})
-    samples = make_samples(saliency=pretraining == "eps", truth=False)
+    samples = make_samples(saliency=pretraining == "eps", ground_truth=False)
     path = tmp_path / "teacher.safetensors"
     network, history = train_classifier(samples, config, CPU, path)
     assert network.background == (pretraining == "eps") and not network.training
@@ -140,8 +140,8 @@ def test_classifier_learns_three_colours() -> None:
 
 def test_masks_play_no_part_in_training() -> None:
     config = tiny_config(classifier={"iterations": 2})
-    with_truth, without = (make_samples(truth=truth, saliency=False) for truth in (True, False))
-    assert same_weights(train_classifier(with_truth, config, CPU)[0], train_classifier(without, config, CPU)[0])
+    with_masks, without = (make_samples(ground_truth=ground_truth, saliency=False) for ground_truth in (True, False))
+    assert same_weights(train_classifier(with_masks, config, CPU)[0], train_classifier(without, config, CPU)[0])
 
 
 def test_eps_without_saliency_maps_is_refused() -> None:

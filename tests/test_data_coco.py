@@ -101,17 +101,17 @@ def test_some_classes_only(root: Path) -> None:
 
 
 def test_masks_are_painted_large_instances_first(root: Path, tmp_path: Path) -> None:
-    assert not load(root).has_truth
+    assert not load(root).has_ground_truth
     make_data(config(root), tmp_path / "run")
     samples = load_samples(config(root), "train", tmp_path / "run")
-    crowd, table = [sample.mask for sample in samples.with_truth()]
+    crowd, table = [sample.mask for sample in samples.with_masks()]
     assert crowd is not None and table is not None
     expected = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
     expected[1:7, 1:9] = COCO_CLASSES.index("dining table") + 1
     expected[2:5, 3:6] = COCO_CLASSES.index("dog") + 1  # on the table, though it comes first in the file
     assert np.array_equal(table.numpy(), expected)
     assert int((crowd == 1).sum()) == 9 and bool((crowd[2:5, 1:4] == 1).all())
-    assert load_samples(config(root), "val", tmp_path / "run").has_truth
+    assert load_samples(config(root), "val", tmp_path / "run").has_ground_truth
 
 
 def test_masks_of_ones_own_are_used_instead(root: Path, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_masks_of_ones_own_are_used_instead(root: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "data" / "train2014"
     make_data(config(root, masks=folder), tmp_path / "other")
     assert not (tmp_path / "other").exists()
-    assert load(root, masks=folder).has_truth
+    assert load(root, masks=folder).has_ground_truth
     with pytest.raises(DataError, match="data.masks"):
         load(root, masks=tmp_path / "no_such_folder")
 

@@ -47,12 +47,12 @@ def test_images_of_all_kinds_load_with_their_labels(photos: Path) -> None:
     assert samples.image_labels.tolist() == [[0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 0]]
     assert all(sample.image.shape == (3, HEIGHT, WIDTH) for sample in samples)
     assert samples[3].image_label.tolist() == [1, 0, 0]
-    assert not samples.has_truth and not samples.has_saliency
+    assert not samples.has_ground_truth and not samples.has_saliency
 
 
 def test_val_is_empty(photos: Path) -> None:
     samples = load(photos, split="val")
-    assert len(samples) == 0 and samples.class_names == ("ape", "cat", "dog") and not samples.has_truth
+    assert len(samples) == 0 and samples.class_names == ("ape", "cat", "dog") and not samples.has_ground_truth
 
 
 def test_classes_can_be_named_in_an_order_of_one_s_own(photos: Path) -> None:
@@ -100,7 +100,7 @@ def test_photo_is_turned_as_its_orientation_flag_says_and_the_mask_must_fit_that
     Image.fromarray(pixels).save(photos / "c.png", exif=exif)
     masks = photos.parent / "masks"
     save_mask(masks / "c.png", np.zeros((WIDTH, HEIGHT), np.uint8))
-    samples = load(photos, "image,labels\nc,cat\n", masks=masks, class_names=("cat",)).with_truth()
+    samples = load(photos, "image,labels\nc,cat\n", masks=masks, class_names=("cat",)).with_masks()
     assert samples[0].image.shape == (3, WIDTH, HEIGHT)
     assert (samples[0].image[:, :, -1] == 255).all() and (samples[0].image[:, :, :-1] == 0).all()
     save_mask(masks / "c.png", np.zeros((HEIGHT, WIDTH), np.uint8))
@@ -121,8 +121,8 @@ def test_masks_and_saliency_are_found_by_name(photos: Path) -> None:
         Image.new("L", (WIDTH, HEIGHT), 255).save(photos.parent / f"{stem}.png")
     names = ("cat", "dog", "ape")
     samples = load(photos, masks=photos.parent / "masks", saliency=photos.parent, class_names=names)
-    assert samples.has_truth and samples.has_saliency
-    sample = samples.with_truth()[3]
+    assert samples.has_ground_truth and samples.has_saliency
+    sample = samples.with_masks()[3]
     assert sample.mask is not None and sample.mask.unique().tolist() == [2]
     assert sample.saliency is not None and sample.saliency.unique().tolist() == [1]
     (photos.parent / "d.e.png").unlink()
@@ -244,7 +244,7 @@ def test_real_photos_load_as_a_folder() -> None:
     ]
     samples = load_samples(load_config(TEMPLATE, overrides), "train")
     assert len(samples) == 40
-    for sample in samples.with_truth():
+    for sample in samples.with_masks():
         assert sample.image.dtype == torch.uint8 and sample.mask is not None
         assert sample.mask.shape == sample.image.shape[1:]
         shown = sorted(set(mask_values(sample.mask)) - {0, 255})

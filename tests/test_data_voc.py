@@ -79,7 +79,7 @@ def test_lists_of_paths_are_lists_of_names(root: Path) -> None:
 
 
 def test_sample_has_the_documented_shapes_and_ranges(root: Path) -> None:
-    sample = load(root, saliency="Saliency").with_truth()[1]
+    sample = load(root, saliency="Saliency").with_masks()[1]
     assert sample.image_id == "b"
     assert sample.image.shape == (3, HEIGHT, WIDTH) and sample.image.dtype == torch.uint8
     assert sample.image_label.tolist() == [0, 1, 1] and sample.image_label.dtype == torch.float32
@@ -121,22 +121,22 @@ def test_no_mask_is_opened_unless_the_truth_is_asked_for(root: Path) -> None:
     samples = load(root)
     assert [sample.mask for sample in samples] == [None, None, None]
     with pytest.raises(DataError, match=r"SegmentationClass.a\.png cannot be decoded"):
-        samples.with_truth()[0]
+        samples.with_masks()[0]
 
 
 def test_missing_masks_mean_that_there_is_no_truth(root: Path) -> None:
     (root / "SegmentationClass/b.png").unlink()
     samples = load(root)
-    assert not samples.has_truth
+    assert not samples.has_ground_truth
     with pytest.raises(DataError, match="no mask for b"):
-        samples.with_truth()
+        samples.with_masks()
 
 
 def test_masks_folder_can_be_chosen(root: Path) -> None:
     (root / "SegmentationClass").rename(root / "SegmentationClassAug")
-    assert load(root, masks="SegmentationClassAug").has_truth
-    assert load(root, masks=root / "SegmentationClassAug").has_truth
-    assert not load(root).has_truth
+    assert load(root, masks="SegmentationClassAug").has_ground_truth
+    assert load(root, masks=root / "SegmentationClassAug").has_ground_truth
+    assert not load(root).has_ground_truth
     with pytest.raises(DataError, match=r"there is no folder .*Other; set data\.masks"):
         load(root, masks="Other")
 
@@ -161,7 +161,7 @@ def test_orientation_flag_does_not_turn_voc_images(root: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # a viewer turns the picture by a quarter
     Image.new("RGB", (WIDTH, HEIGHT)).save(root / "JPEGImages/a.jpg", exif=exif)
-    assert load(root).with_truth()[0].image.shape == (3, HEIGHT, WIDTH)
+    assert load(root).with_masks()[0].image.shape == (3, HEIGHT, WIDTH)
 
 
 # Structure: checked for the whole split before anything is decoded.
@@ -301,7 +301,7 @@ def test_mask_of_another_size_is_an_error_with_both_sizes(root: Path) -> None:
     samples = load(root)
     assert samples[0].image.shape == (3, HEIGHT, WIDTH)
     with pytest.raises(DataError, match=r"the mask .*a\.png is 6 x 5 pixels, but its image .*a\.jpg is 12 x 8"):
-        samples.with_truth()[0]
+        samples.with_masks()[0]
 
 
 def test_saliency_of_another_size_is_an_error_with_both_sizes(root: Path) -> None:
@@ -313,7 +313,7 @@ def test_saliency_of_another_size_is_an_error_with_both_sizes(root: Path) -> Non
 def test_mask_value_beyond_the_classes_is_an_error(root: Path) -> None:
     save_mask(root / "SegmentationClass/a.png", np.full((HEIGHT, WIDTH), 4, np.uint8))
     with pytest.raises(DataError, match=r"a\.png holds the value 4, but there are 3 classes"):
-        load(root).with_truth()[0]
+        load(root).with_masks()[0]
     with pytest.raises(DataError, match="holds the value 4"):
         load(root, label_source="masks")
 
@@ -347,7 +347,7 @@ def test_mini_lies_in_the_run_folder_with_labels_and_saliency(mini_root: Path) -
     samples = load_samples(settings, "train", mini_root.parent)
     assert samples.class_names == CLASSES
     assert samples.image_labels.tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 1]]
-    assert samples.has_truth and samples.has_saliency
+    assert samples.has_ground_truth and samples.has_saliency
     (mini_root / "Annotations").rename(mini_root / "unused")
     elsewhere = settings.model_copy(update={"data": replace_data(settings, root=mini_root)})
     assert load_samples(elsewhere, "val").image_ids == ["d"]
@@ -372,7 +372,7 @@ def test_real_photos_load_in_voc_layout() -> None:
     settings = config(photos, class_names=(), label_source="csv", labels="labels.csv")
     splits = [load_samples(settings, "train"), load_samples(settings, "val")]
     assert [len(samples) for samples in splits] == [30, 10]
-    for sample in (sample for samples in splits for sample in samples.with_truth()):
+    for sample in (sample for samples in splits for sample in samples.with_masks()):
         assert sample.image.dtype == torch.uint8 and sample.mask is not None
         assert sample.mask.shape == sample.image.shape[1:]
         shown = sorted(set(mask_values(sample.mask)) - {0, 255})

@@ -14,7 +14,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from smaflib.config import EvaluationConfig
 from smaflib.evaluation import (
-    Scores,
+    SegmentationMetrics,
     best_threshold,
     compare_masks,
     confusion_matrix,
@@ -36,14 +36,14 @@ def labels(*rows: list[int]) -> Tensor:
 
 
 def random_pair(seed: int, num_classes: int = 3, void: bool = True) -> tuple[Tensor, Tensor]:
-    """A mask and a truth (6, 7) that agree in about half of the pixels."""
+    """A mask and a ground truth (6, 7) that agree in about half of the pixels."""
     source = generator(seed)
-    truth = torch.randint(0, num_classes + 1, (6, 7), dtype=torch.uint8, generator=source)
+    ground_truth = torch.randint(0, num_classes + 1, (6, 7), dtype=torch.uint8, generator=source)
     other = torch.randint(0, num_classes + 1, (6, 7), dtype=torch.uint8, generator=source)
-    mask = torch.where(torch.rand(6, 7, generator=source) < 0.5, truth, other)
+    mask = torch.where(torch.rand(6, 7, generator=source) < 0.5, ground_truth, other)
     if void:
-        truth[torch.rand(6, 7, generator=source) < 0.2] = 255
-    return mask, truth
+        ground_truth[torch.rand(6, 7, generator=source) < 0.2] = 255
+    return mask, ground_truth
 
 
 # --- confusion matrix and IoU -----------------------------------------------------------------------------------------
@@ -73,36 +73,36 @@ def test_class_that_is_only_predicted_scores_0() -> None:
 
 @given(seed=SEEDS)
 def test_counts_sum_to_the_pixels_that_are_not_void(seed: int) -> None:
-    mask, truth = random_pair(seed)
-    counts = confusion_matrix(mask, truth, 3)
-    assert int(counts.sum()) == int((truth != 255).sum())
+    mask, ground_truth = random_pair(seed)
+    counts = confusion_matrix(mask, ground_truth, 3)
+    assert int(counts.sum()) == int((ground_truth != 255).sum())
     for label in range(4):
-        assert int(counts[label].sum()) == int((truth == label).sum())
-        assert int(counts[:, label].sum()) == int(((mask == label) & (truth != 255)).sum())
+        assert int(counts[label].sum()) == int((ground_truth == label).sum())
+        assert int(counts[:, label].sum()) == int(((mask == label) & (ground_truth != 255)).sum())
     iou = intersection_over_union(counts)
     assert bool(((iou >= 0) & (iou <= 1) | iou.isnan()).all())
 
 
 @given(seed=SEEDS, order=st.permutations([0, 1, 2, 3]))
 def test_renaming_classes_renames_scores(seed: int, order: list[int]) -> None:
-    mask, truth = random_pair(seed)
+    mask, ground_truth = random_pair(seed)
     table = torch.arange(256, dtype=torch.uint8)
     table[:4] = torch.tensor(order, dtype=torch.uint8)
-    renamed = confusion_matrix(table[mask.long()], table[truth.long()], 3)
-    assert torch.equal(renamed[order][:, order], confusion_matrix(mask, truth, 3))
+    renamed = confusion_matrix(table[mask.long()], table[ground_truth.long()], 3)
+    assert torch.equal(renamed[order][:, order], confusion_matrix(mask, ground_truth, 3))
 
 
 @given(seed=SEEDS)
 def test_perfect_mask_scores_1(seed: int) -> None:
-    _, truth = random_pair(seed)
-    mask = torch.where(truth == 255, 1, truth)
-    iou = intersection_over_union(confusion_matrix(mask, truth, 3))
+    _, ground_truth = random_pair(seed)
+    mask = torch.where(ground_truth == 255, 1, ground_truth)
+    iou = intersection_over_union(confusion_matrix(mask, ground_truth, 3))
     assert bool(((iou == 1) | iou.isnan()).all())
-    assert image_score(mask, truth, 3) == 1
+    assert image_score(mask, ground_truth, 3) == 1
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"mask \(1, 2\) and truth \(1, 3\) must have one size"):
+    with pytest.raises(ValueError, match=r"mask \(1, 2\) and ground truth \(1, 3\) must have one size"):
         confusion_matrix(labels([0, 1]), labels([0, 1, 1]), 1)
     with pytest.raises(ValueError, match="mask holds label 5, but there are 4 classes"):
         confusion_matrix(labels([0, 5]), labels([0, 1]), 4)
@@ -116,8 +116,8 @@ def test_masks_that_do_not_fit_are_refused() -> None:
 
 
 def test_split_is_counted_as_one_histogram_and_not_as_a_mean_of_images() -> None:
-    masks, truths = [labels([1, 1, 1, 1]), labels([0, 0])], [labels([1, 1, 1, 0]), labels([1, 0])]
-    scores = evaluate(masks, truths, ["cat"])
+    masks, ground_truths = [labels([1, 1, 1, 1]), labels([0, 0])], [labels([1, 1, 1, 0]), labels([1, 0])]
+    scores = evaluate(masks, ground_truths, ["cat"])
     assert scores.confusion.tolist() == [[1, 1], [1, 3]]
     assert scores.iou.tolist() == pytest.approx([1 / 3, 3 / 5]) and scores.miou == pytest.approx(7 / 15)
     assert scores.precision.tolist() == pytest.approx([1 / 2, 3 / 4])
@@ -147,9 +147,9 @@ def test_image_score_counts_the_labels_that_occur() -> None:
     ("pixels", "size"), [(1, "small"), (3, "small"), (4, "medium"), (11, "medium"), (12, "large"), (100, "large")]
 )
 def test_objects_go_by_their_share_of_the_image(pixels: int, size: str) -> None:
-    truth = torch.zeros(10, 10, dtype=torch.uint8)
-    truth.view(-1)[:pixels] = 1
-    scores = evaluate([truth], [truth], ["cat", "dog"])
+    ground_truth = torch.zeros(10, 10, dtype=torch.uint8)
+    ground_truth.view(-1)[:pixels] = 1
+    scores = evaluate([ground_truth], [ground_truth], ["cat", "dog"])
     for name in ("small", "medium", "large"):
         iou = scores.iou_of_size(name)
         assert (float(iou[0]) == 1) if name == size else math.isnan(iou[0])
@@ -158,10 +158,10 @@ def test_objects_go_by_their_share_of_the_image(pixels: int, size: str) -> None:
 
 def test_sizes_by_hand_with_void_and_false_alarms() -> None:
     # 20 pixels, 2 of them void; cat has 2 (a tenth), dog 10 (half).
-    truth, mask = torch.zeros(20, dtype=torch.uint8), torch.zeros(20, dtype=torch.uint8)
-    truth[0:2], truth[2:12], truth[18:] = 1, 2, 255
+    ground_truth, mask = torch.zeros(20, dtype=torch.uint8), torch.zeros(20, dtype=torch.uint8)
+    ground_truth[0:2], ground_truth[2:12], ground_truth[18:] = 1, 2, 255
     mask[1:4], mask[4:9], mask[17], mask[18:] = 1, 2, 3, 1  # cat: a hit, 2 alarms; dog: 5 hits; cow is not there
-    scores = evaluate([mask.view(4, 5)], [truth.view(4, 5)], ["cat", "dog", "cow"])
+    scores = evaluate([mask.view(4, 5)], [ground_truth.view(4, 5)], ["cat", "dog", "cow"])
     assert scores.by_size[1, 0].tolist() == [1, 2, 1]  # medium: hits, false alarms, misses
     assert scores.by_size[2, 1].tolist() == [5, 0, 5]  # large
     assert int(scores.by_size.sum()) == 14  # cow's alarm has no size
@@ -170,9 +170,9 @@ def test_sizes_by_hand_with_void_and_false_alarms() -> None:
 
 
 def test_limits_between_sizes_come_from_the_config() -> None:
-    truth = labels([1, 1, 0, 0])
+    ground_truth = labels([1, 1, 0, 0])
     config = EvaluationConfig(size_limits=(0.6, 0.9))
-    assert not math.isnan(evaluate([truth], [truth], ["cat"], config).iou_of_size("small")[0])
+    assert not math.isnan(evaluate([ground_truth], [ground_truth], ["cat"], config).iou_of_size("small")[0])
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -195,16 +195,16 @@ def test_records_are_tidy_and_complete() -> None:
 def random_maps(seed: int, num_classes: int, num_images: int = 2) -> tuple[list[Tensor], list[Tensor]]:
     """Maps with values in steps of 0.05, so that thresholds are met exactly, and absent classes."""
     source = generator(seed)
-    clean, truths = [], []
+    denoised, ground_truths = [], []
     for index in range(num_images):
         maps = torch.randint(0, 21, (num_classes, 6, 7), generator=source) / 20
         maps[int(torch.randint(0, num_classes, (), generator=source))] = 0
-        clean.append(maps)
-        truths.append(random_pair(seed + index, num_classes)[1])
-    return clean, truths
+        denoised.append(maps)
+        ground_truths.append(random_pair(seed + index, num_classes)[1])
+    return denoised, ground_truths
 
 
-def equal_scores(one: Scores, other: Scores) -> bool:
+def equal_scores(one: SegmentationMetrics, other: SegmentationMetrics) -> bool:
     same = torch.equal(one.confusion, other.confusion) and torch.equal(one.by_size, other.by_size)
     return same and one.class_names == other.class_names
 
@@ -216,13 +216,13 @@ def equal_scores(one: Scores, other: Scores) -> bool:
     thresholds=st.lists(st.integers(0, 20).map(lambda step: step / 20), min_size=1, max_size=5),
 )
 def test_sweep_is_evaluation_at_every_threshold(seed: int, num_classes: int, thresholds: list[float]) -> None:
-    clean, truths = random_maps(seed, num_classes)
+    denoised, ground_truths = random_maps(seed, num_classes)
     names = "abcd"[:num_classes]
     config = EvaluationConfig(thresholds=tuple(thresholds), size_limits=(0.1, 0.2))
-    sweep = sweep_thresholds(clean, truths, names, config)
+    sweep = sweep_thresholds(denoised, ground_truths, names, config)
     assert set(sweep) == set(thresholds)
     for threshold, scores in sweep.items():
-        assert equal_scores(scores, evaluate(masks_of(clean, threshold), truths, names, config))
+        assert equal_scores(scores, evaluate(masks_of(denoised, threshold), ground_truths, names, config))
 
 
 @settings(max_examples=30, deadline=None)
@@ -230,10 +230,10 @@ def test_sweep_is_evaluation_at_every_threshold(seed: int, num_classes: int, thr
 def test_confusion_matrix_is_torchmetrics(num_classes: int, seed: int) -> None:
     source = generator(seed)
     mask = torch.randint(0, num_classes + 1, (9, 7), dtype=torch.uint8, generator=source)
-    truth = torch.randint(0, num_classes + 1, (9, 7), dtype=torch.uint8, generator=source)
-    truth[torch.rand(9, 7, generator=source) < 0.2] = 255
-    expected = multiclass_confusion_matrix(mask.long(), truth.long(), num_classes + 1, ignore_index=255)
-    assert torch.equal(confusion_matrix(mask, truth, num_classes), expected)
+    ground_truth = torch.randint(0, num_classes + 1, (9, 7), dtype=torch.uint8, generator=source)
+    ground_truth[torch.rand(9, 7, generator=source) < 0.2] = 255
+    expected = multiclass_confusion_matrix(mask.long(), ground_truth.long(), num_classes + 1, ignore_index=255)
+    assert torch.equal(confusion_matrix(mask, ground_truth, num_classes), expected)
 
 
 def test_masks_of_by_hand() -> None:
@@ -243,39 +243,42 @@ def test_masks_of_by_hand() -> None:
 
 def test_best_threshold_by_hand() -> None:
     # The object's score is 0.6 and the ground's 0.3: thresholds from 0.3 to below 0.6 part them.
-    clean, truth = torch.tensor([[[0.6, 0.6, 0.3, 0.3]]]), labels([1, 1, 0, 0])
-    sweep = sweep_thresholds([clean], [truth], ["cat"], EvaluationConfig(thresholds=(0.1, 0.25, 0.4, 0.8)))
+    denoised, ground_truth = torch.tensor([[[0.6, 0.6, 0.3, 0.3]]]), labels([1, 1, 0, 0])
+    sweep = sweep_thresholds([denoised], [ground_truth], ["cat"], EvaluationConfig(thresholds=(0.1, 0.25, 0.4, 0.8)))
     assert [scores.miou for scores in sweep.values()] == pytest.approx([0.25, 0.25, 1, 0.25])
     assert best_threshold(sweep) == 0.4
 
 
 def test_maps_are_judged_at_the_best_threshold_or_at_a_given_one() -> None:
-    clean, truth = torch.tensor([[[0.6, 0.6, 0.3, 0.3]]]), labels([1, 1, 0, 0])
+    denoised, ground_truth = torch.tensor([[[0.6, 0.6, 0.3, 0.3]]]), labels([1, 1, 0, 0])
     config = EvaluationConfig(thresholds=(0.25, 0.4))
-    records, chosen = evaluate_maps([clean], [truth], ["cat"], config, variant="student")
+    records, chosen = evaluate_maps([denoised], [ground_truth], ["cat"], config, variant="student")
     assert chosen == 0.4
     mean = [r for r in records if r["metric"] == "iou" and r["class_name"] == "mean" and "object_size" not in r]
     assert [(r["value"], r["bg_score"], r["variant"]) for r in mean] == [(1, 0.4, "student")]
     swept = [r for r in records if r["metric"] == "iou_sweep"]
     assert [(r["bg_score"], r["value"]) for r in swept] == [(0.25, 0.25), (0.4, 1)]
     for given_score, value in ((0.25, 0.25), (0.33, 1)):  # the second is not among the thresholds
-        records, chosen = evaluate_maps([clean], [truth], ["cat"], config, bg_score=given_score)
+        records, chosen = evaluate_maps([denoised], [ground_truth], ["cat"], config, bg_score=given_score)
         assert chosen == given_score and records[0]["value"] == pytest.approx(value)
-    assert evaluate_maps([clean], None, ["cat"], config) == ([], None)
+    assert evaluate_maps([denoised], None, ["cat"], config) == ([], None)
 
 
 def test_objects_one_by_one_by_hand() -> None:
     # Image 0: class 1 on two of four pixels, one of them found, and one false alarm. Image 1: class 2 found, one void.
-    clean = [torch.tensor([[[0.9, 0.0, 0.9, 0.0]], [[0.0] * 4]]), torch.tensor([[[0.0] * 4], [[0.8, 0.8, 0.0, 0.0]]])]
-    truths = [torch.tensor([[1, 1, 0, 0]], dtype=torch.uint8), torch.tensor([[2, 255, 0, 0]], dtype=torch.uint8)]
-    assert object_scores(clean, truths, ("a", "b"), bg_score=0.5) == [
+    denoised = [
+        torch.tensor([[[0.9, 0.0, 0.9, 0.0]], [[0.0] * 4]]),
+        torch.tensor([[[0.0] * 4], [[0.8, 0.8, 0.0, 0.0]]]),
+    ]
+    ground_truths = [torch.tensor([[1, 1, 0, 0]], dtype=torch.uint8), torch.tensor([[2, 255, 0, 0]], dtype=torch.uint8)]
+    assert object_scores(denoised, ground_truths, ("a", "b"), bg_score=0.5) == [
         {"image": 0, "class_number": 0, "share": 0.5, "iou": pytest.approx(1 / 3)},
         {"image": 1, "class_number": 1, "share": 0.25, "iou": 1.0},
     ]
 
 
 def test_masks_are_compared_pixel_by_pixel_without_void() -> None:
-    truth = torch.tensor([[1, 1, 0, 0, 255]], dtype=torch.uint8)
+    ground_truth = torch.tensor([[1, 1, 0, 0, 255]], dtype=torch.uint8)
     before = torch.tensor([[1, 0, 0, 1, 1]], dtype=torch.uint8)
     after = torch.tensor([[1, 1, 2, 2, 0]], dtype=torch.uint8)
-    assert compare_masks(before, after, truth) == {"both right": 1, "gained": 1, "lost": 1, "both wrong": 1}
+    assert compare_masks(before, after, ground_truth) == {"both right": 1, "gained": 1, "lost": 1, "both wrong": 1}

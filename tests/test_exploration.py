@@ -33,7 +33,7 @@ from smaflib.explorer.state import (
     to_bytes,
 )
 from smaflib.models.networks import load_attention_network
-from smaflib.models.pretrained import ASSETS, shipped_config, shipped_network
+from smaflib.models.pretrained import ASSETS, pretrained_config, pretrained_network
 from smaflib.pseudo_masks import pseudo_mask
 from smaflib.runs import open_run
 
@@ -45,8 +45,8 @@ SCALES = (1.0, 2.0)
 BOTH = Settings(class_number=0, image_label=(0, 1), weights=(1.0, 1.0), fusion="sum", bg_score=0.3)
 
 
-def row_sample(truth: list[int] | None = None) -> Sample:
-    mask = None if truth is None else torch.tensor([truth], dtype=torch.uint8)
+def row_sample(ground_truth: list[int] | None = None) -> Sample:
+    mask = None if ground_truth is None else torch.tensor([ground_truth], dtype=torch.uint8)
     return Sample("row", torch.zeros(3, 1, 4, dtype=torch.uint8), torch.tensor([1.0, 1.0]), None, mask)
 
 
@@ -58,10 +58,10 @@ def test_from_scale_to_mask_by_hand() -> None:
     result = explore(row_sample([1, 1, 2, 0]), CAMS, SCALES, BOTH)
     assert near(result.scale_maps[0], [1, 0.5, 0, 0]) and near(result.scale_maps[1], [0, 1, 0, 0])
     # Sums: class 0 is .8 .8 0 0, class 1 is 0 0 .2 .4; each brought to a peak of 1.
-    assert near(result.fused, [1, 1, 0, 0]) and near(result.clean[1], [0, 0, 0.5, 1])
+    assert near(result.fused, [1, 1, 0, 0]) and near(result.denoised[1], [0, 0, 0.5, 1])
     assert near(result.target, [1, 1, 0, 0])
     assert result.mask.tolist() == [[1, 1, 2, 2]]
-    # The truth says background for the last pixel: class 1 has one hit of two, the background none of one.
+    # The ground truth says background for the last pixel: class 1 has one hit of two, the background none of one.
     assert result.iou is not None
     assert result.iou.tolist() == pytest.approx([0, 1, 0.5]) and result.miou == pytest.approx(0.5)
 
@@ -69,9 +69,9 @@ def test_from_scale_to_mask_by_hand() -> None:
 def test_weights_tell_how_much_a_scale_counts() -> None:
     # Class 0: .8 * 1 and .4 * 1 + .4 * .5 = .6, so .75 of the peak. Class 1: .2 and .1 + .15 = .25.
     result = explore(row_sample(), CAMS, SCALES, replace(BOTH, weights=(1.0, 0.5)))
-    assert near(result.fused, [1, 0.75, 0, 0]) and near(result.clean[1], [0, 0, 0.8, 1])
+    assert near(result.fused, [1, 0.75, 0, 0]) and near(result.denoised[1], [0, 0, 0.8, 1])
     alone = explore(row_sample(), CAMS, SCALES, replace(BOTH, weights=(0.0, 1.0)))
-    assert near(alone.fused, [0, 1, 0, 0]) and near(alone.clean[1], [0, 0, 0, 1])
+    assert near(alone.fused, [0, 1, 0, 0]) and near(alone.denoised[1], [0, 0, 0, 1])
     assert near(alone.scale_maps[0], [1, 0.5, 0, 0])  # a scale that takes no part can still be looked at
     with pytest.raises(ValueError, match="no scale takes part"):
         explore(row_sample(), CAMS, SCALES, replace(BOTH, weights=(0.0, 0.0)))
@@ -96,7 +96,7 @@ def test_reactivation_changes_the_target_and_never_the_mask() -> None:
 def test_void_pixels_count_nowhere_and_without_truth_there_is_no_iou() -> None:
     result = explore(row_sample([1, 255, 2, 2]), CAMS, SCALES, BOTH)
     assert result.iou is not None and result.miou == 1
-    assert torch.isnan(result.iou[0])  # neither in the truth nor in the mask
+    assert torch.isnan(result.iou[0])  # neither in the ground truth nor in the mask
     unknown = explore(row_sample(), CAMS, SCALES, BOTH)
     assert unknown.iou is None and np.isnan(unknown.miou) and iou_curve(unknown) is None
 
@@ -119,19 +119,19 @@ def test_pixel_tells_each_scale_and_its_label() -> None:
     reading = result.read(0, 1)
     expected = {"scale 1": 0.5, "scale 2": 1.0, "fused": 0.75, "target": 1.0}
     assert reading.values == pytest.approx(expected, abs=1e-4)
-    assert (reading.label, reading.truth) == (1, 1) and result.read(0, 3).truth == 0
-    assert explore(row_sample(), CAMS, SCALES, BOTH).read(0, 0).truth is None
+    assert (reading.label, reading.ground_truth) == (1, 1) and result.read(0, 3).ground_truth == 0
+    assert explore(row_sample(), CAMS, SCALES, BOTH).read(0, 0).ground_truth is None
     for row, col in ((1, 0), (0, 4), (-1, 0)):
         with pytest.raises(IndexError, match="1 x 4 pixels"):
             result.read(row, col)
 
 
 def test_crf_is_the_one_of_the_pseudo_masks() -> None:
-    gallery = Gallery.shipped(1)
+    gallery = Gallery.pretrained(1)
     crf = CrfConfig(iterations=2, bilateral_sxy=10)
     settings = gallery.first_settings(0)
     plain, refined = (gallery.explore(0, "teacher", replace(settings, crf=choice)) for choice in (None, crf))
-    expected = pseudo_mask(gallery.samples[0].image, plain.clean, settings.bg_score, crf)
+    expected = pseudo_mask(gallery.samples[0].image, plain.denoised, settings.bg_score, crf)
     assert torch.equal(refined.mask, expected) and not torch.equal(refined.mask, plain.mask)
     assert torch.equal(refined.labels, plain.mask) and plain.iou is not None and refined.iou_before_crf is not None
     assert refined.iou_before_crf.nan_to_num(-1).tolist() == plain.iou.nan_to_num(-1).tolist()
@@ -142,15 +142,15 @@ def test_crf_is_the_one_of_the_pseudo_masks() -> None:
 
 
 def test_shipped_gallery_is_the_same_every_time_and_unseen() -> None:
-    one, other = Gallery.shipped(2), Gallery.shipped(2)
+    one, other = Gallery.pretrained(2), Gallery.pretrained(2)
     assert [s.image_id for s in one.samples] == [s.image_id for s in other.samples] and len(one.samples) == 2
     assert all(torch.equal(a.image, b.image) for a, b in zip(one.samples, other.samples, strict=True))
     assert one.roles == ("teacher", "student") and one.samples[0].mask is not None
-    assert not torch.equal(Gallery.shipped(1, seed=1).samples[0].image, one.samples[0].image)
+    assert not torch.equal(Gallery.pretrained(1, seed=1).samples[0].image, one.samples[0].image)
 
 
 def test_what_the_notebook_tells_to_try_is_so() -> None:
-    gallery, index = Gallery.shipped(8), 2
+    gallery, index = Gallery.pretrained(8), 2
     names, first = gallery.class_names, gallery.first_settings(2)
     llama, crane = names.index("llama"), names.index("crane")
     assert first.image_label == (llama, crane) and gallery.scales == (0.5, 1.0, 1.5, 2.0)
@@ -183,7 +183,7 @@ def test_what_the_notebook_tells_to_try_is_so() -> None:
 
 
 def test_flip_is_the_mean_with_the_mirror_image() -> None:
-    gallery = Gallery.shipped(1)
+    gallery = Gallery.pretrained(1)
     network, image = gallery.networks["teacher"], gallery.samples[0].image
     for flip in (True, False):
         expected = multi_scale_cams(network, image, gallery.scales, flip)
@@ -195,7 +195,7 @@ def test_flip_is_the_mean_with_the_mirror_image() -> None:
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     """A run of a classifier on four mini images, without attention maps."""
-    config = shipped_config()
+    config = pretrained_config()
     data = config.data.model_copy(update={"num_train": 4, "num_val": 1, "image_size": 64})
     file = tmp_path / "small.yaml"
     file.write_text(dump_config(config.model_copy(update={"data": data})))
@@ -214,7 +214,7 @@ def test_run_without_maps_and_networks_is_refused_with_the_command(run_folder: P
 
 
 def test_run_is_explored_with_its_stored_maps_first(run_folder: Path) -> None:
-    run_samples = Gallery.shipped(1)
+    run_samples = Gallery.pretrained(1)
     stored = AttentionMaps(run_folder / "cams" / "teacher", run_samples.scales)
     from smaflib.runs import read_run
 
@@ -247,7 +247,7 @@ def test_run_is_explored_with_its_stored_maps_first(run_folder: Path) -> None:
 
 
 def test_background_score_that_is_chosen_from_maps_begins_with_the_papers() -> None:
-    gallery = Gallery.shipped(1)
+    gallery = Gallery.pretrained(1)
     attention = gallery.config.attention.model_copy(update={"bg_score": "auto"})
     gallery.config = gallery.config.model_copy(update={"attention": attention})
     assert gallery.first_settings(0).bg_score == 0.2
@@ -263,7 +263,7 @@ def png(pixels: np.ndarray, **options: object) -> bytes:
 
 
 def test_photo_gets_the_label_that_the_network_sees_and_no_truth() -> None:
-    gallery = Gallery.shipped(1)
+    gallery = Gallery.pretrained(1)
     own = gallery.samples[0].image
     index = gallery.add_photo("holiday.png", png(own.permute(1, 2, 0).numpy()))
     photo = gallery.samples[index]
@@ -330,9 +330,9 @@ def test_bytes_of_maps_and_masks() -> None:
 
 
 def test_fusion_of_shipped_maps_is_fuse_cams() -> None:
-    gallery = Gallery.shipped(1)
+    gallery = Gallery.pretrained(1)
     settings = replace(gallery.first_settings(0), denoise=False)
     for rule in ("sum", "mean", "max", "size_adaptive"):
         result = gallery.explore(0, "student", replace(settings, fusion=rule))
-        cams = multi_scale_cams(shipped_network("student"), gallery.samples[0].image, gallery.scales)
-        assert torch.equal(result.clean, fuse_cams(cams, (128, 128), rule, gallery.scales))
+        cams = multi_scale_cams(pretrained_network("student"), gallery.samples[0].image, gallery.scales)
+        assert torch.equal(result.denoised, fuse_cams(cams, (128, 128), rule, gallery.scales))

@@ -18,14 +18,14 @@ from smaflib.explorer.widget import Explorer
 
 
 @pytest.fixture(scope="module")
-def shipped() -> Gallery:
-    return Gallery.shipped(3)
+def pretrained() -> Gallery:
+    return Gallery.pretrained(3)
 
 
 @pytest.fixture
-def explorer(shipped: Gallery) -> Explorer:
+def explorer(pretrained: Gallery) -> Explorer:
     # Maps once for all tests; each has a list of images of its own to add to.
-    return Explorer(replace(shipped, samples=list(shipped.samples), _cams=dict(shipped._cams)), index=2)
+    return Explorer(replace(pretrained, samples=list(pretrained.samples), _cams=dict(pretrained._cams)), index=2)
 
 
 def expected(explorer: Explorer) -> torch.Tensor:
@@ -81,7 +81,7 @@ def test_iou_and_curve_on_the_board_are_those_of_the_exploration(explorer: Explo
     assert [label for label, _ in known] == [0, 1, 3]  # background, llama, crane
     curve = explorer.board.view["curve"]
     assert curve["at"] == [explorer.settings.bg_score, iou[1].item(), explorer.exploration.miou]
-    explorer.controls["class_number"].value = 5  # neither in the truth nor in the mask: nothing, not NaN
+    explorer.controls["class_number"].value = 5  # neither in the ground truth nor in the mask: nothing, not NaN
     assert explorer.board.view["curve"]["at"][1] is None
 
 
@@ -206,7 +206,7 @@ def test_in_a_kernel_the_crf_waits_for_rest_and_runs_once(explorer: Explorer, mo
 
 
 def test_gallery_without_a_network_of_a_role_offers_what_there_is() -> None:
-    gallery = Gallery.shipped(1)
+    gallery = Gallery.pretrained(1)
     del gallery.networks["student"]
     explorer = Explorer(gallery)
     assert explorer.controls["role"].options == (("classifier (teacher)", "teacher"),)
@@ -218,7 +218,7 @@ def test_it_shows_itself_as_a_widget(explorer: Explorer) -> None:
 
 
 def test_settings_beyond_the_usual_range_stay_what_they_are() -> None:
-    gallery = Gallery.shipped(1)
+    gallery = Gallery.pretrained(1)
     crf = gallery.config.pseudo_masks.crf.model_copy(update={"bilateral_sxy": 250.0, "iterations": 40})
     masks = gallery.config.pseudo_masks.model_copy(update={"crf": crf})
     gallery.config = gallery.config.model_copy(update={"pseudo_masks": masks})

@@ -30,14 +30,14 @@ from smaflib.explorer.page import (
     write_explorer,
 )
 from smaflib.explorer.state import Gallery
-from smaflib.models.pretrained import shipped_config
+from smaflib.models.pretrained import pretrained_config
 from smaflib.report.html import network_references, write_index
 from smaflib.runs import open_run
 
 
 @pytest.fixture(scope="module")
 def gallery() -> Gallery:
-    return Gallery.shipped(3)
+    return Gallery.pretrained(3)
 
 
 def data_of(page: str) -> dict[str, Any]:
@@ -90,14 +90,14 @@ def test_quantized_maps_lose_half_a_step_at_most() -> None:
 
 
 def many_classes(num_classes: int, size: tuple[int, int], num: int = 1) -> Gallery:
-    """Images without truth or network, maps given: class k peaks at k."""
-    shipped = Gallery.shipped(1)
+    """Images without ground truth or network, maps given: class k peaks at k."""
+    pretrained = Gallery.pretrained(1)
     image_label = torch.zeros(num_classes)
     image_label[0] = 1
     image = torch.zeros(3, *size, dtype=torch.uint8)
-    samples = [replace(shipped.samples[0], image=image, image_label=image_label, mask=None) for _ in range(num)]
+    samples = [replace(pretrained.samples[0], image=image, image_label=image_label, mask=None) for _ in range(num)]
     names = tuple(f"class {k}" for k in range(num_classes))
-    made = Gallery(samples, names, shipped.config, shipped.networks)
+    made = Gallery(samples, names, pretrained.config, pretrained.networks)
     peaks = torch.arange(num_classes).float()[:, None, None]
     for index in range(num):
         for role in made.roles:
@@ -139,7 +139,7 @@ def test_frame_in_a_notebook_holds_the_whole_page(gallery: Gallery) -> None:
 
 
 def test_report_of_a_run_holds_its_explorer(tmp_path: Path) -> None:
-    config = shipped_config()
+    config = pretrained_config()
     data = config.data.model_copy(update={"num_train": 3, "num_val": 1, "image_size": 64})
     file = tmp_path / "small.yaml"
     file.write_text(dump_config(config.model_copy(update={"data": data})))

@@ -97,11 +97,11 @@ def test_saliency_is_as_good_as_a_detector_and_no_better(scenes: list[Scene]) ->
     hit = false = missed = 0
     for scene in scenes:
         known = scene.mask != VOID
-        truth, guess = (scene.mask > 0) & known, (scene.saliency > 127) & known
+        ground_truth, guess = (scene.mask > 0) & known, (scene.saliency > 127) & known
         hit, false, missed = (
-            hit + (truth & guess).sum(),
-            false + (guess & ~truth).sum(),
-            missed + (truth & ~guess).sum(),
+            hit + (ground_truth & guess).sum(),
+            false + (guess & ~ground_truth).sum(),
+            missed + (ground_truth & ~guess).sum(),
         )
     assert hit / (hit + false + missed) == pytest.approx(0.76, abs=0.035)
     assert hit / (hit + false) == pytest.approx(0.89, abs=0.04)

@@ -18,7 +18,7 @@ from smaflib.explorer.widget import Explorer
 from smaflib.files import PROJECT_ROOT
 from smaflib.report.html import network_references
 from smaflib.runs.manifest import read_manifest
-from smaflib.runs.runner import Watch, run_notebooks
+from smaflib.runs.runner import NotebookMonitor, run_notebooks
 from smaflib.runs.stages import STAGES
 
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
@@ -139,8 +139,8 @@ def test_without_an_ablation_notebook_08_says_which_command_makes_it(run):
 
 def test_metrics_have_every_row_of_the_chain_and_read_in_one_line(run):
     metrics = pd.read_json(run.path("metrics.json"))
-    judged = metrics[(metrics.metric == "iou") & (metrics.object_size == "all") & (metrics.class_name == "mean")]
-    rows = set(zip(judged.stage, judged.variant, judged.split, strict=True))
+    evaluated = metrics[(metrics.metric == "iou") & (metrics.object_size == "all") & (metrics.class_name == "mean")]
+    rows = set(zip(evaluated.stage, evaluated.variant, evaluated.split, strict=True))
     for row in (
         ("03_multi_scale_attention", "scale 0.5", "train"),
         ("03_multi_scale_attention", "fused (size_adaptive)", "val"),
@@ -152,7 +152,7 @@ def test_metrics_have_every_row_of_the_chain_and_read_in_one_line(run):
         ("07_segmentation", "segmentation network", "val"),
     ):
         assert row in rows
-    assert judged.value.between(0, 1).all()
+    assert evaluated.value.between(0, 1).all()
     assert set(metrics[metrics.metric == "iou"].object_size) == {"all", "small", "medium", "large"}
 
 
@@ -181,7 +181,7 @@ def test_the_report_needs_no_network(run):
 
 def test_explore_runs_headless_and_keeps_a_page_that_needs_no_kernel(tmp_path):
     executed = tmp_path / "explore.ipynb"
-    with Watch("explore", 1, lambda pid: None) as watch:
+    with NotebookMonitor("explore", 1, lambda pid: None) as watch:
         papermill.execute_notebook(
             EXPLORE,
             executed,

@@ -23,12 +23,12 @@ matplotlib.use("agg")
 
 def test_changes_are_blue_where_gained_and_orange_where_lost() -> None:
     image = torch.full((3, 4, 4), 100, dtype=torch.uint8)
-    truth = torch.zeros(4, 4, dtype=torch.uint8)
-    before, after = truth.clone(), truth.clone()
+    ground_truth = torch.zeros(4, 4, dtype=torch.uint8)
+    before, after = ground_truth.clone(), ground_truth.clone()
     before[0, 0], after[3, 3] = 1, 1
-    truth[0, 3] = 255
+    ground_truth[0, 3] = 255
     before[0, 3] = 1
-    panel = overlay_changes(image, before, after, truth, opacity=1)
+    panel = overlay_changes(image, before, after, ground_truth, opacity=1)
     assert tuple(panel[0, 0]) == GAINED and tuple(panel[3, 3]) == LOST
     assert tuple(panel[1, 1]) == (100, 100, 100) and tuple(panel[0, 3]) == (100, 100, 100)
 

@@ -44,16 +44,16 @@ class RandomMaps(Sequence[Tensor]):
 
 def test_labels_by_hand() -> None:
     image = torch.zeros(3, 1, 4, dtype=torch.uint8)
-    clean = torch.tensor([[[0.9, 0.1, 0.3, 0.2]], [[0.0, 0.1, 0.4, 0.0]]])
-    mask = pseudo_mask(image, clean, bg_score=0.2, refinement=None)
+    denoised = torch.tensor([[[0.9, 0.1, 0.3, 0.2]], [[0.0, 0.1, 0.4, 0.0]]])
+    mask = pseudo_mask(image, denoised, bg_score=0.2, refinement=None)
     # A class that just ties with the background loses to it.
     assert mask.dtype == torch.uint8 and mask.tolist() == [[1, 0, 2, 0]]
 
 
 def test_crf_refines_the_hard_labels_over_all_classes() -> None:
-    sample, clean = make_samples(1, SIZE)[0], RandomMaps(1)[0]
-    hard = pseudo_mask(sample.image, clean, 0.5, None)
-    refined = pseudo_mask(sample.image, clean, 0.5, CRF)
+    sample, denoised = make_samples(1, SIZE)[0], RandomMaps(1)[0]
+    hard = pseudo_mask(sample.image, denoised, 0.5, None)
+    refined = pseudo_mask(sample.image, denoised, 0.5, CRF)
     assert torch.equal(refined, dense_crf(sample.image, hard, CRF, num_labels=4))
     assert not torch.equal(refined, hard)
 
@@ -143,13 +143,13 @@ def test_complete_folder_asks_for_nothing(tmp_path: Path) -> None:
 
 
 def test_scores_and_pixel_adaptive_refinement_start_from_the_maps() -> None:
-    sample, clean = make_samples(1, SIZE)[0], RandomMaps(1)[0]
-    scores = torch.cat([torch.full((1, *SIZE), 0.5), clean])
+    sample, denoised = make_samples(1, SIZE)[0], RandomMaps(1)[0]
+    scores = torch.cat([torch.full((1, *SIZE), 0.5), denoised])
     soft = CRF.model_copy(update={"unary": "scores", "sharpness": 3.0})
-    assert torch.equal(pseudo_mask(sample.image, clean, 0.5, soft), dense_crf(sample.image, scores, soft))
+    assert torch.equal(pseudo_mask(sample.image, denoised, 0.5, soft), dense_crf(sample.image, scores, soft))
     par = ParConfig(iterations=2, dilations=(1, 3))
     smoothed = pixel_adaptive_refinement(sample.image, scores, par)
-    assert torch.equal(pseudo_mask(sample.image, clean, 0.5, par), smoothed.argmax(dim=0).to(torch.uint8))
+    assert torch.equal(pseudo_mask(sample.image, denoised, 0.5, par), smoothed.argmax(dim=0).to(torch.uint8))
 
 
 @pytest.mark.parametrize("refine", ["crf", "par"])

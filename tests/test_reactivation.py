@@ -35,10 +35,10 @@ def test_denoise_by_hand() -> None:
 @given(data=st.data(), maps=MAPS)
 def test_denoise_is_idempotent_and_touches_absent_classes_only(data: st.DataObject, maps: Tensor) -> None:
     label = data.draw(labels_for(maps))
-    clean = denoise(maps, label)
-    assert torch.equal(denoise(clean, label), clean)
-    assert torch.equal(clean[label > 0], maps[label > 0])
-    assert not clean[label == 0].any()
+    denoised = denoise(maps, label)
+    assert torch.equal(denoise(denoised, label), denoised)
+    assert torch.equal(denoised[label > 0], maps[label > 0])
+    assert not denoised[label == 0].any()
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 2), (1,), (2, 1, 1)])
@@ -54,9 +54,9 @@ def test_label_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
 
 def test_reactivate_by_hand() -> None:
     # Three pixels: a sure class, a class below the background, two classes that compete.
-    clean = torch.tensor([[[0.8, 0.1, 0.4]], [[0.0, 0.0, 0.5]]])
+    denoised = torch.tensor([[[0.8, 0.1, 0.4]], [[0.0, 0.0, 0.5]]])
     expected = torch.tensor([[[0.25, 1.0, 0.4]], [[1.0, 0.5, 0.8]], [[0.0, 0.0, 1.0]]])
-    torch.testing.assert_close(reactivate(clean, bg_score=0.2), expected)
+    torch.testing.assert_close(reactivate(denoised, bg_score=0.2), expected)
 
 
 def test_pixel_below_background_score_becomes_background() -> None:

@@ -117,7 +117,7 @@ def test_merged_channel_by_hand() -> None:
     expected = torch.tensor([[0.6, 0.1], [0.3, 0.3], [0.1, 0.6]])  # probabilities, (channel, pixel)
     torch.testing.assert_close((-unary.energies).exp()[:, 0], expected)
     # A channel of three labels is no likelier than each of them.
-    assert unary.winners(torch.tensor([[[0.3, 0.2]], [[0.5, 0.8]], [[0.2, 0.0]]])).tolist() == [[0, 1]]
+    assert unary.argmax_labels(torch.tensor([[[0.3, 0.2]], [[0.5, 0.8]], [[0.2, 0.0]]])).tolist() == [[0, 1]]
 
 
 @needs_pydensecrf

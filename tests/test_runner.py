@@ -26,8 +26,8 @@ from smaflib.runs.runner import PARAMETERS, run_notebooks
 from smaflib.runs.stages import Stage
 
 CHAIN = (
-    Stage("01_make", "?", makes=("data.json", "cams/**"), essential=("data.json",)),
-    Stage("02_use", "?", needs=("01_make",), makes=("result.txt", "figures/02_*.png")),
+    Stage("01_make", "?", outputs=("data.json", "cams/**"), required_outputs=("data.json",)),
+    Stage("02_use", "?", depends_on=("01_make",), outputs=("result.txt", "figures/02_*.png")),
 )
 PARAMETERS_CELL = """config_file: str = "configs/mini.yaml"  # settings
 overrides: list = []  # key=value on top
@@ -268,7 +268,7 @@ def test_killed_run_goes_on_where_it_stopped(chain):
     process.wait()
     assert entry(chain, name)["status"] == "running"
 
-    chain.run(stages=(Stage(name, "?", makes=("cams/**",)),))
+    chain.run(stages=(Stage(name, "?", outputs=("cams/**",)),))
     assert not exists(kernel)
     assert entry(chain, name)["status"] == "complete" and entry(chain, name)["resumed"]
     assert {"0.npz", "1.npz"} <= {path.name for path in chain.file("cams").iterdir()}

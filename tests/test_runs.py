@@ -12,7 +12,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
 
 from smaflib.errors import ConfigError, MissingStage, RunError, RunMismatch
-from smaflib.files import PARTIAL, PROJECT_ROOT, replacing
+from smaflib.files import PARTIAL, PROJECT_ROOT, absolute, replacing
 from smaflib.runs import Run, find_run, manifest, open_run, read_run
 from smaflib.runs.manifest import (
     clear_stage,
@@ -25,13 +25,20 @@ from smaflib.runs.manifest import (
     why_not_complete,
     write_manifest,
 )
+from smaflib.runs.metrics import RECORD_DEFAULTS
 from smaflib.runs.stages import STAGES, Stage, stage_named
 
 matplotlib.use("agg")
 
 CHAIN = (
-    Stage("01_make", "?", settings=("data",), makes=("data.json", "cams/*/**"), essential=("data.json", "cams/*/**")),
-    Stage("02_use", "?", needs=("01_make",), makes=("result.txt",)),
+    Stage(
+        "01_make",
+        "?",
+        settings=("data",),
+        outputs=("data.json", "cams/*/**"),
+        required_outputs=("data.json", "cams/*/**"),
+    ),
+    Stage("02_use", "?", depends_on=("01_make",), outputs=("result.txt",)),
 )
 
 
@@ -88,7 +95,7 @@ def test_stages_need_only_earlier_ones_and_settings_that_exist():
     from smaflib.config import Config
 
     for number, stage in enumerate(STAGES):
-        assert set(stage.needs) <= {earlier.name for earlier in STAGES[:number]}
+        assert set(stage.depends_on) <= {earlier.name for earlier in STAGES[:number]}
         assert set(stage.settings) <= set(Config.model_fields)
 
 

@@ -21,8 +21,8 @@ class Reader:
     def __init__(self) -> None:
         self.calls: list[tuple[str, int, bool]] = []
 
-    def __call__(self, files: SampleFiles, num_classes: int, truth: bool) -> Sample:
-        self.calls.append((files.image_id, num_classes, truth))
+    def __call__(self, files: SampleFiles, num_classes: int, ground_truth: bool) -> Sample:
+        self.calls.append((files.image_id, num_classes, ground_truth))
         return Sample(files.image_id, torch.zeros(3, 2, 2, dtype=torch.uint8), torch.zeros(num_classes))
 
 
@@ -36,7 +36,7 @@ def test_nothing_is_read_before_it_is_asked_for() -> None:
     samples, reader = recorded()
     assert len(samples) == 4 and samples.image_ids == ["i0", "i1", "i2", "i3"]
     assert samples.image_labels.tolist() == [[1, 0], [0, 1], [1, 0], [0, 1]]
-    assert samples[1:].subset([0]).with_truth().has_truth
+    assert samples[1:].subset([0]).with_masks().has_ground_truth
     assert reader.calls == []
     assert samples[-1].image_id == "i3"
     assert reader.calls == [("i3", 2, False)]
@@ -44,9 +44,9 @@ def test_nothing_is_read_before_it_is_asked_for() -> None:
 
 def test_masks_are_asked_for_by_with_truth_only() -> None:
     samples, reader = recorded()
-    judged = samples.with_truth()
-    assert not samples.truth and judged.truth
-    judged[0], judged[1:][0], judged.subset([2])[0], samples[3]
+    evaluated = samples.with_masks()
+    assert not samples.ground_truth and evaluated.ground_truth
+    evaluated[0], evaluated[1:][0], evaluated.subset([2])[0], samples[3]
     assert reader.calls == [("i0", 2, True), ("i1", 2, True), ("i2", 2, True), ("i3", 2, False)]
 
 
@@ -56,7 +56,7 @@ def test_cache_reads_once_and_never_gives_one_samples_picture_for_another() -> N
     assert [call[0] for call in reader.calls] == ["i1"]
     rest = samples[2:]
     assert rest.cached and [sample.image_id for sample in rest] == ["i2", "i3"]
-    assert samples.with_truth()[1] is not samples[1]
+    assert samples.with_masks()[1] is not samples[1]
 
 
 def test_without_cache_every_look_reads() -> None:
@@ -91,17 +91,17 @@ def test_split_without_masks_cannot_be_judged() -> None:
     samples = make_samples(3)
     one_missing = dataclasses.replace(samples.files[1], mask=None)
     samples = dataclasses.replace(samples, files=(samples.files[0], one_missing, samples.files[2]))
-    assert not samples.has_truth and samples[2:].has_truth
+    assert not samples.has_ground_truth and samples[2:].has_ground_truth
     with pytest.raises(DataError, match="there is no mask for image1; set data.masks"):
-        samples.with_truth()
+        samples.with_masks()
 
 
 def test_empty_split_has_neither_truth_nor_saliency() -> None:
     empty = make_samples(0)
-    assert not empty.has_truth and not empty.has_saliency
+    assert not empty.has_ground_truth and not empty.has_saliency
     assert empty.image_labels.shape == (0, len(CLASSES)) and list(empty) == []
     with pytest.raises(DataError, match="cannot be judged"):
-        empty.with_truth()
+        empty.with_masks()
 
 
 def test_has_saliency_needs_every_image() -> None:

@@ -25,7 +25,7 @@ CPU = cpu_runtime(0)
 
 
 def true_masks(num: int = 5) -> list[Tensor]:
-    return [sample.mask for sample in make_samples(num).with_truth() if sample.mask is not None]
+    return [sample.mask for sample in make_samples(num).with_masks() if sample.mask is not None]
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -68,10 +68,10 @@ def test_segmenter_learns_three_colours() -> None:
 
 def test_masks_given_are_what_is_learnt_and_not_the_truth() -> None:
     config = tiny_config(segmentation={"iterations": 2})
-    network, _ = train_segmenter(make_samples(truth=True), true_masks(), config, CPU)
-    assert same_weights(network, train_segmenter(make_samples(truth=False), true_masks(), config, CPU)[0])
+    network, _ = train_segmenter(make_samples(ground_truth=True), true_masks(), config, CPU)
+    assert same_weights(network, train_segmenter(make_samples(ground_truth=False), true_masks(), config, CPU)[0])
     inverted = [(mask == 0).byte() for mask in true_masks()]
-    assert not same_weights(network, train_segmenter(make_samples(truth=True), inverted, config, CPU)[0])
+    assert not same_weights(network, train_segmenter(make_samples(ground_truth=True), inverted, config, CPU)[0])
 
 
 def test_outside_of_the_image_is_void(monkeypatch: pytest.MonkeyPatch) -> None:

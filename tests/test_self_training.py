@@ -17,14 +17,14 @@ from smaflib.models import with_background
 from smaflib.pseudo_masks import pseudo_masks
 from smaflib.reactivation import denoise, reactivate, with_background_score
 from smaflib.runtime import Runtime, cpu_runtime
-from smaflib.self_training import CleanMaps, mac_loss, self_train, student_targets
+from smaflib.self_training import DenoisedMaps, mac_loss, self_train, student_targets
 
 CPU = cpu_runtime(0)
 
 
 def masks_as_maps(num: int = 5) -> list[Tensor]:
-    """(K, H, W) per sample of ``make_samples``: the truth, as if the teacher knew it."""
-    samples = make_samples(num).with_truth()
+    """(K, H, W) per sample of ``make_samples``: the ground truth, as if the teacher knew it."""
+    samples = make_samples(num).with_masks()
     return [torch.nn.functional.one_hot(sample.mask.long(), 4).permute(2, 0, 1)[1:].float() for sample in samples]  # type: ignore[union-attr]
 
 
@@ -55,7 +55,7 @@ def test_mac_loss_is_computed_in_float32() -> None:
 
 
 def test_student_learns_what_make_target_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, samples = tiny_config(self_training={"iterations": 1}), make_samples(truth=False)
+    config, samples = tiny_config(self_training={"iterations": 1}), make_samples(ground_truth=False)
     targets: list[Tensor] = []
     monkeypatch.setattr(
         self_training, "mac_loss", lambda logits, target, _: targets.append(target) or logits.square().mean()
@@ -64,14 +64,14 @@ def test_student_learns_what_make_target_says(monkeypatch: pytest.MonkeyPatch) -
         self_train(new_teacher(config, 3, CPU), samples, masks_as_maps(), config, CPU, make_target=rule)
     divided, as_is = targets
     assert float(divided.amax(dim=1).min()) == 1  # every pixel has a winner at 1
-    assert as_is[:, 0].unique().tolist() == [pytest.approx(config.attention.settled_bg_score)]
+    assert as_is[:, 0].unique().tolist() == [pytest.approx(config.attention.resolved_bg_score)]
     assert torch.allclose(as_is / as_is.amax(dim=1, keepdim=True), divided)
 
 
 @pytest.mark.parametrize("pretraining", ["plain", "eps"])
 def test_student_trains_while_the_teacher_stays(pretraining: str, tmp_path: Path) -> None:
     config = tiny_config(classifier={"pretraining": pretraining})
-    teacher, samples = new_teacher(config, 3, CPU), make_samples(truth=False)
+    teacher, samples = new_teacher(config, 3, CPU), make_samples(ground_truth=False)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     path = tmp_path / "student.safetensors"
     student, history = self_train(teacher, samples, masks_as_maps(), config, CPU, path)
@@ -121,7 +121,7 @@ def test_image_and_target_are_cut_alike(monkeypatch: pytest.MonkeyPatch) -> None
 
     def spy(batches: object, iteration: int) -> dict[str, Tensor]:
         batch = original(batches, iteration)  # type: ignore[arg-type]
-        pairs.append((batch["image"], batch["clean"]))
+        pairs.append((batch["image"], batch["denoised"]))
         return batch
 
     monkeypatch.setattr(self_training.Batches, "__getitem__", spy)
@@ -129,9 +129,9 @@ def test_image_and_target_are_cut_alike(monkeypatch: pytest.MonkeyPatch) -> None
     self_train(new_teacher(config, 3, CPU), make_samples(), masks_as_maps(), config, CPU)
     checked = 0
     for images, cleans in pairs:
-        for image, clean in zip(images, cleans, strict=True):
+        for image, denoised in zip(images, cleans, strict=True):
             for number in range(3):
-                core = clean[number] > 0.99
+                core = denoised[number] > 0.99
                 others = [channel for channel in range(3) if channel != number]
                 assert bool((image[number][core] > 1).all()) and bool((image[others][:, core] < -1).all())
                 checked += int(core.sum())
@@ -140,16 +140,17 @@ def test_image_and_target_are_cut_alike(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_seed_and_precision_of_the_runtime_are_used() -> None:
     config = tiny_config(self_training={"iterations": 2})
-    teacher, samples, clean = new_teacher(config, 3, CPU), make_samples(), masks_as_maps()
+    teacher, samples, denoised = new_teacher(config, 3, CPU), make_samples(), masks_as_maps()
     students = [
-        self_train(teacher, samples, clean, config, runtime)[0]
+        self_train(teacher, samples, denoised, config, runtime)[0]
         for runtime in (CPU, CPU, cpu_runtime(1), Runtime(torch.device("cpu"), "bf16"))
     ]
     assert same_weights(students[0], students[1])
     assert not same_weights(students[0], students[2]) and not same_weights(students[0], students[3])
 
 
-# --- CleanMaps --------------------------------------------------------------------------------------------------------
+# --- DenoisedMaps
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -163,17 +164,17 @@ def maps(tmp_path: Path) -> AttentionMaps:
 
 def test_clean_maps_are_fused_and_denoised_in_the_order_of_the_split(maps: AttentionMaps) -> None:
     samples = make_samples(3).subset([2, 0])
-    clean = CleanMaps(maps, samples, rule="max", scales=[1.0])
-    assert len(clean) == 2
+    denoised = DenoisedMaps(maps, samples, rule="max", scales=[1.0])
+    assert len(denoised) == 2
     for index, sample in enumerate(samples):
         expected = denoise(maps.fused(sample.image_id, "max", [1.0]), sample.image_label)
-        assert torch.equal(clean[index], expected)
-        assert clean[index].amax(dim=(1, 2)).round().tolist() == sample.image_label.tolist()
+        assert torch.equal(denoised[index], expected)
+        assert denoised[index].amax(dim=(1, 2)).round().tolist() == sample.image_label.tolist()
 
 
 def test_clean_maps_can_be_kept_in_half_precision(maps: AttentionMaps) -> None:
     samples = make_samples(3)
-    lazy, cached = CleanMaps(maps, samples), CleanMaps(maps, samples, cached=True)
+    lazy, cached = DenoisedMaps(maps, samples), DenoisedMaps(maps, samples, cached=True)
     first = cached[1]
     torch.testing.assert_close(first, lazy[1], rtol=1e-3, atol=1e-4)
     maps.path("image1").unlink()
@@ -183,15 +184,15 @@ def test_clean_maps_can_be_kept_in_half_precision(maps: AttentionMaps) -> None:
 
 
 def test_whole_split_can_be_walked_through(maps: AttentionMaps) -> None:
-    assert [tuple(clean.shape) for clean in CleanMaps(maps, make_samples(3))] == [(3, 32, 40)] * 3
+    assert [tuple(denoised.shape) for denoised in DenoisedMaps(maps, make_samples(3))] == [(3, 32, 40)] * 3
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------
 
 
 def test_targets_are_the_clean_maps_unless_they_are_refined() -> None:
-    clean = masks_as_maps(2)
-    assert student_targets(make_samples(2), clean, tiny_config()) is clean
+    denoised = masks_as_maps(2)
+    assert student_targets(make_samples(2), denoised, tiny_config()) is denoised
 
 
 def test_refined_targets_are_the_masks_of_the_crf_seen_as_maps() -> None:

@@ -1,4 +1,4 @@
-"""Choosing the background score without truth."""
+"""Choosing the background score without ground truth."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from smaflib.thresholds import (
     choose_bg_score,
     evenly,
     mask_bg_score,
+    resolve_bg_score,
     separation,
-    settle_bg_score,
 )
 
 
@@ -54,11 +54,11 @@ def test_choice_lies_between_the_groups(low: float, gap: float) -> None:
 def test_settings_are_settled_only_where_they_say_auto() -> None:
     maps = [two_levels(0.2, 0.6)]
     fixed = tiny_config(attention={"bg_score": 0.4})
-    assert settle_bg_score(fixed, maps) is fixed and mask_bg_score(fixed, maps) == 0.4
+    assert resolve_bg_score(fixed, maps) is fixed and mask_bg_score(fixed, maps) == 0.4
     auto = tiny_config(attention={"bg_score": "auto"})
     with pytest.raises(ConfigError, match="choose it from the maps"):
-        auto.attention.settled_bg_score  # noqa: B018
-    chosen = settle_bg_score(auto, maps).attention.settled_bg_score
+        auto.attention.resolved_bg_score  # noqa: B018
+    chosen = resolve_bg_score(auto, maps).attention.resolved_bg_score
     assert 0.2 <= chosen < 0.6 and mask_bg_score(auto, maps) == chosen
     masks = tiny_config(attention={"bg_score": "auto"}, pseudo_masks={"bg_score": 0.5})
     assert mask_bg_score(masks, maps) == 0.5

@@ -11,7 +11,7 @@ import torch
 from smaflib.cams import fuse_cams, multi_scale_cams
 from smaflib.data import load_samples, make_data
 from smaflib.files import replacing
-from smaflib.models.pretrained import ASSETS, CONFIG_FILE, shipped_network, short_config
+from smaflib.models.pretrained import ASSETS, CONFIG_FILE, pretrained_network, short_config
 from smaflib.models.weights.files import read_weights, write_weights
 from smaflib.pseudo_masks import pseudo_mask
 from smaflib.reactivation import denoise, reactivate
@@ -28,7 +28,7 @@ def export_networks(run_folder: Path, assets: Path = ASSETS) -> None:
 
 
 def draw_chain(target: Path, image_index: int = 4) -> None:
-    """Draw the README's picture of the chain: one image from its label to a mask, by the shipped networks.
+    """Draw the README's picture of the chain: one image from its label to a mask, by the pretrained networks.
 
     Args:
         target: a PNG file.
@@ -39,20 +39,23 @@ def draw_chain(target: Path, image_index: int = 4) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = short_config(Path(folder) / "data")
         make_data(config, Path(folder))
-        samples = load_samples(config, "train").with_truth()
+        samples = load_samples(config, "train").with_masks()
         sample = samples[image_index]
     attention, label = config.attention, sample.image_label
     size = (sample.image.shape[1], sample.image.shape[2])
     assert sample.mask is not None
-    cams = multi_scale_cams(shipped_network("teacher"), sample.image, attention.scales)
+    cams = multi_scale_cams(pretrained_network("teacher"), sample.image, attention.scales)
     fused = fuse_cams(cams, size, attention.fusion, attention.scales)
-    clean = denoise(fused, label)
-    of_student = multi_scale_cams(shipped_network("student"), sample.image, attention.scales)
-    clean_student = denoise(fuse_cams(of_student, size, attention.fusion, attention.scales), label)
-    mask = pseudo_mask(sample.image, clean_student, attention.settled_bg_score, config.pseudo_masks.crf)
+    denoised = denoise(fused, label)
+    of_student = multi_scale_cams(pretrained_network("student"), sample.image, attention.scales)
+    denoised_student = denoise(fuse_cams(of_student, size, attention.fusion, attention.scales), label)
+    mask = pseudo_mask(sample.image, denoised_student, attention.resolved_bg_score, config.pseudo_masks.crf)
     labels = [name for name, there in zip(samples.class_names, label, strict=True) if there]
     scales = [torch.stack([at_size(cam[k], size) for k in label.nonzero()[:, 0]]).amax(dim=0) for cam in cams]
-    maps = [strongest_map(m) for m in (fused, clean, reactivate(clean, attention.settled_bg_score)[1:], clean_student)]
+    maps = [
+        strongest_map(m)
+        for m in (fused, denoised, reactivate(denoised, attention.resolved_bg_score)[1:], denoised_student)
+    ]
     shown = [overlay_map(sample.image, m) for m in [*scales, *maps]]
     steps = {
         f"an image and its label\n“{', '.join(labels)}”": [picture(sample.image)],
@@ -62,7 +65,7 @@ def draw_chain(target: Path, image_index: int = 4) -> None:
         "reactivated\nthe winner of each pixel is 1": [shown[-2]],
         "the student, which has\nlearned such targets, fused": [shown[-1]],
         "pseudo mask\nstrongest class, dense CRF": [overlay_mask(sample.image, mask)],
-        "(the truth, which\nno step has seen)": [overlay_mask(sample.image, sample.mask)],
+        "(the ground truth, which\nno step has seen)": [overlay_mask(sample.image, sample.mask)],
     }
     figure = plot_chain(steps)
     with replacing(target) as temporary:

@@ -28,10 +28,10 @@ from smaflib import files
 from smaflib.cams import AttentionMaps, write_attention_maps
 from smaflib.classifier import train_classifier
 from smaflib.config import Config
-from smaflib.data import load_samples, make_data, truth_of
+from smaflib.data import ground_truth_of, load_samples, make_data
 from smaflib.data.sample import Samples
 from smaflib.errors import ConfigError, DataError, RunError
-from smaflib.evaluation import SIZES, Scores, evaluate, mean_over_classes, sweep_thresholds
+from smaflib.evaluation import SIZES, SegmentationMetrics, evaluate, mean_over_classes, sweep_thresholds
 from smaflib.files import display_path
 from smaflib.models import load_attention_network
 from smaflib.pseudo_masks import pseudo_masks
@@ -39,8 +39,8 @@ from smaflib.reactivation import reactivate, with_background_score
 from smaflib.runs import Run
 from smaflib.runs.manifest import read_manifest
 from smaflib.runtime import Runtime, make_runtime
-from smaflib.self_training import CleanMaps, TargetRule, self_train, student_targets
-from smaflib.thresholds import mask_bg_score, settle_bg_score
+from smaflib.self_training import DenoisedMaps, TargetRule, self_train, student_targets
+from smaflib.thresholds import mask_bg_score, resolve_bg_score
 
 FULL = "full"
 """The variant that the others are compared with."""
@@ -48,9 +48,9 @@ FULL = "full"
 RESULT = "ablation/ablation.json"
 """Where a run folder holds the result; notebook 08 reads it."""
 
-HINDSIGHT_CANDIDATES = 5
-"""The background score that is best in hindsight is looked for among this many, the best before the CRF, and the
-run's own: refining the masks of every score would take ten times as long."""
+ORACLE_CANDIDATES = 5
+"""The background score that is best at the oracle threshold is looked for among this many, the best before the CRF,
+and the run's own: refining the masks of every score would take ten times as long."""
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,21 @@ class Targets:
 
     Attributes:
         fused: over all scales; else the maps of ``attention.single_scale`` alone.
-        denoised: absent classes are zero; else each of them has a map that peaks at 1, like the others.
+        denoise: absent classes are zero; else each of them has a map that peaks at 1, like the others.
         make_target: what joins the background and settles the winner; :func:`~smaflib.reactivation.reactivate`
             divides by the strongest score, :func:`~smaflib.reactivation.with_background_score` leaves scores as they
             are.
     """
 
     fused: bool = True
-    denoised: bool = True
+    denoise: bool = True
     make_target: TargetRule = reactivate
 
 
 STUDENTS: dict[str, Targets] = {
     "student": Targets(),
     "student_control": Targets(fused=False),
-    "student_undenoised": Targets(denoised=False),
+    "student_undenoised": Targets(denoise=False),
     "student_unreactivated": Targets(make_target=with_background_score),
 }
 """By the name of its checkpoint. The first two are those of notebook 05."""
@@ -144,12 +144,12 @@ class Bench:
     def maps(self, network: str) -> AttentionMaps:
         return AttentionMaps(self.borrowed.get(network, self.folder) / "cams" / network, self.config.attention.scales)
 
-    def clean_maps(self, network: str, samples: Samples, fused: bool = True, denoised: bool = True) -> CleanMaps:
+    def denoised_maps(self, network: str, samples: Samples, fused: bool = True, denoise: bool = True) -> DenoisedMaps:
         """A network's maps of some samples: of all scales by the run's rule, or of the single scale."""
         attention = self.config.attention
         if not fused:
-            return CleanMaps(self.maps(network), samples, scales=[attention.single_scale], denoised=denoised)
-        return CleanMaps(self.maps(network), samples, attention.fusion, denoised=denoised)
+            return DenoisedMaps(self.maps(network), samples, scales=[attention.single_scale], denoise=denoise)
+        return DenoisedMaps(self.maps(network), samples, attention.fusion, denoise=denoise)
 
 
 def train_teacher(bench: Bench) -> None:
@@ -161,10 +161,10 @@ def train_teacher(bench: Bench) -> None:
 def train_student(bench: Bench, name: str) -> None:
     """Train one of :data:`STUDENTS` and make its maps, as notebook 05 does, if they are not there."""
     how = STUDENTS[name]
-    config = settle_bg_score(bench.config, bench.clean_maps("teacher", bench.samples))
-    clean = bench.clean_maps("teacher", bench.samples, how.fused, how.denoised)
-    clean.cached = config.data.cache
-    targets = student_targets(bench.samples, clean, config, bench.runtime.device)
+    config = resolve_bg_score(bench.config, bench.denoised_maps("teacher", bench.samples))
+    denoised = bench.denoised_maps("teacher", bench.samples, how.fused, how.denoise)
+    denoised.cached = config.data.cache
+    targets = student_targets(bench.samples, denoised, config, bench.runtime.device)
     teacher = load_attention_network(bench.checkpoint("teacher"), config.model, len(bench.samples.class_names))
     student, _ = self_train(
         teacher, bench.samples, targets, config, bench.runtime, bench.checkpoint(name), how.make_target
@@ -176,30 +176,30 @@ def score_variant(bench: Bench, name: str) -> list[dict[str, Any]]:
     """Judge a variant's pseudo masks of the training split, at two background scores.
 
     ``own`` is the run's (``pseudo_masks.bg_score``, or else ``attention.bg_score``). A variant whose scores lie higher
-    or lower than the full chain's would be judged by that alone; so ``hindsight`` is the score that the truth likes
-    best, for each variant its own.
+    or lower than the full chain's would be judged by that alone; so ``oracle threshold`` is the score that the ground
+    truth likes best, for each variant its own.
 
     Returns:
         Tidy records: variant, bg_choice, bg_score, object_size (``all``: mean IoU over background and classes; a size:
         over the classes' objects of that size), value in [0, 1].
     """
-    variant, config, judged = VARIANTS[name], bench.config, bench.samples.judgeable
-    truth = truth_of(judged)
-    if truth is None:
+    variant, config, evaluated = VARIANTS[name], bench.config, bench.samples.with_ground_truth
+    ground_truth = ground_truth_of(evaluated)
+    if ground_truth is None:
         raise DataError("an ablation is judged by masks, but the training split has none; set data.masks")
-    own = mask_bg_score(config, bench.clean_maps(variant.network, bench.samples, variant.fused))
-    clean = bench.clean_maps(variant.network, judged, variant.fused)
-    settings, names, limits = config.pseudo_masks, judged.class_names, config.evaluation
+    own = mask_bg_score(config, bench.denoised_maps(variant.network, bench.samples, variant.fused))
+    denoised = bench.denoised_maps(variant.network, evaluated, variant.fused)
+    settings, names, limits = config.pseudo_masks, evaluated.class_names, config.evaluation
     limits = limits.model_copy(update={"thresholds": (*limits.thresholds, own)})
-    scores: dict[float, Scores] = sweep_thresholds(clean, truth, names, limits)
+    scores: dict[float, SegmentationMetrics] = sweep_thresholds(denoised, ground_truth, names, limits)
     if variant.refined and settings.refinement is not None:
-        promising = sorted(scores, key=lambda bg_score: scores[bg_score].miou)[-HINDSIGHT_CANDIDATES:]
+        promising = sorted(scores, key=lambda bg_score: scores[bg_score].miou)[-ORACLE_CANDIDATES:]
         scores = {}
         for bg_score in sorted({own, *promising}):
             desc = f"{name}, background {bg_score:g}"
             masks = pseudo_masks(
-                judged,
-                clean,
+                evaluated,
+                denoised,
                 bg_score,
                 settings.refinement,
                 settings.num_workers,
@@ -207,12 +207,12 @@ def score_variant(bench: Bench, name: str) -> list[dict[str, Any]]:
                 settings.backend,
                 bench.runtime.device,
             )
-            scores[bg_score] = evaluate((mask for _, mask in masks), truth, names, limits)
+            scores[bg_score] = evaluate((mask for _, mask in masks), ground_truth, names, limits)
     best = max(scores, key=lambda bg_score: scores[bg_score].miou)
     records = []
-    for choice, bg_score in (("own", own), ("hindsight", best)):
-        judged_at = scores[bg_score]
-        values = {"all": judged_at.miou} | {size: mean_over_classes(judged_at.iou_of_size(size)) for size in SIZES}
+    for choice, bg_score in (("own", own), ("oracle", best)):
+        metrics_at = scores[bg_score]
+        values = {"all": metrics_at.miou} | {size: mean_over_classes(metrics_at.iou_of_size(size)) for size in SIZES}
         for size, value in values.items():
             known = None if value != value else value  # NaN is not JSON
             where = {"variant": name, "bg_choice": choice, "bg_score": bg_score, "object_size": size}
@@ -220,17 +220,17 @@ def score_variant(bench: Bench, name: str) -> list[dict[str, Any]]:
     return records
 
 
-def ablate_seed(bench: Bench, say: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
+def ablate_seed(bench: Bench, log: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
     """Train what is missing and score what has no score yet; records of all variants, each with its seed.
 
     Scores are kept in ``scores/``, with the hash of the network that they judge: of another network they are not used.
     """
     seed = bench.config.seed
-    say(f"seed {seed}: teacher")
+    log(f"seed {seed}: teacher")
     train_teacher(bench)
     _drop_what_another_teacher_taught(bench)
     for name in STUDENTS:
-        say(f"seed {seed}: {name}")
+        log(f"seed {seed}: {name}")
         train_student(bench, name)
     records = []
     for name, variant in VARIANTS.items():
@@ -238,7 +238,7 @@ def ablate_seed(bench: Bench, say: Callable[[str], None] = lambda line: None) ->
         network = files.file_hash(bench.checkpoint(variant.network))
         kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if kept.get("network") != network:
-            say(f"seed {seed}: {name}")
+            log(f"seed {seed}: {name}")
             kept = {"network": network, "records": score_variant(bench, name)}
             files.write_json(path, kept)
         records += [{"seed": seed, **record} for record in kept["records"]]
@@ -305,7 +305,7 @@ def _bench(run: Run, seed: int) -> Bench:
         borrowed, data = dict.fromkeys(names, run.folder), run.folder
     make_data(config, data)
     samples = load_samples(config, "train", data)
-    if not len(samples.judgeable):
+    if not len(samples.with_ground_truth):
         raise DataError("an ablation is judged by masks, but the training split has none; set data.masks")
     return Bench(samples, config, make_runtime(config), folder, borrowed)
 
@@ -363,12 +363,12 @@ def ablation_table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     Returns:
         Index: variants. Columns: ``mIoU``, ``small``, ``medium``, ``large`` at the run's own background score; ``to
         full``, the difference to the full chain with the same seed, in points; ``mIoU, best score`` and ``to full, best
-        score``: the same at the score that is best for each in hindsight. A dash: no such objects.
+        score``: the same at the score that is best for each at the oracle threshold. A dash: no such objects.
     """
     table = pd.DataFrame(list(records))
     table["value"] = 100 * table["value"].astype(float)
     columns = {}
-    for choice, label in (("own", ""), ("hindsight", ", best score")):
+    for choice, label in (("own", ""), ("oracle", ", best score")):
         of_choice = table[table["bg_choice"] == choice]
         wide = of_choice.pivot(index="variant", columns=["object_size", "seed"], values="value")
         columns[f"mIoU{label}"] = wide["all"].apply(_mean_and_spread, axis=1)

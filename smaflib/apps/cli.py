@@ -167,7 +167,7 @@ def masks(
 ) -> None:
     """Make pixel masks for photos of your own, from a list of what each shows. Goes on where it stopped."""
     with _plain_errors():
-        from smaflib.apps.custom_images import label_photos, make_masks
+        from smaflib.apps.custom_images import label_images, make_masks
         from smaflib.config import load_config
         from smaflib.files import PROJECT_ROOT
 
@@ -178,7 +178,7 @@ def masks(
                 "--learned keeps the settings of the earlier call; leave out --set, --backbone and --weights"
             )
         if learned is not None:
-            sheet = label_photos(learned.absolute(), images.absolute(), out.absolute())
+            sheet = label_images(learned.absolute(), images.absolute(), out.absolute())
         else:
             assert labels is not None
             paths = {"data.images": images.absolute(), "data.labels": labels.absolute()}

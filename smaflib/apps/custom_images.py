@@ -1,6 +1,6 @@
-"""Masks for photos of one's own, from a list of what each shows: the chain without notebooks, measurements and truth.
+"""Masks for custom images, from a list of what each shows: the chain without notebooks, metrics and ground truth.
 
-:func:`make_masks` learns from the photos and their labels and makes the masks; :func:`label_photos` uses what was
+:func:`make_masks` learns from the photos and their labels and makes the masks; :func:`label_images` uses what was
 learned on photos without labels. Both write palette PNGs, an overlay per photo and a contact sheet, and go on where
 they stopped.
 """
@@ -33,8 +33,8 @@ from smaflib.pseudo_masks import write_pseudo_masks
 from smaflib.report.html import write_page
 from smaflib.report.plots import overlay_mask
 from smaflib.runtime import Runtime, make_runtime, progress
-from smaflib.self_training import CleanMaps, self_train, student_targets
-from smaflib.thresholds import mask_bg_score, settle_bg_score
+from smaflib.self_training import DenoisedMaps, self_train, student_targets
+from smaflib.thresholds import mask_bg_score, resolve_bg_score
 
 OVERLAY_SIDE = 480
 """Longest side of an overlay, in pixels."""
@@ -59,20 +59,20 @@ def make_masks(config: Config, out: Path) -> Path:
     runtime, work = make_runtime(config), out / "work"
     teacher, _ = train_classifier(samples, config, runtime, work / "teacher.safetensors")
     maps = write_attention_maps(teacher, samples, work / "cams_teacher", config.attention, runtime)
-    settled = settle_bg_score(config, CleanMaps(maps, samples, config.attention.fusion))
+    resolved = resolve_bg_score(config, DenoisedMaps(maps, samples, config.attention.fusion))
     student, rounds = teacher, config.self_training.rounds
     for number in range(1, rounds + 1):
         name = "student" if number == rounds else f"student_round{number}"
-        clean = CleanMaps(maps, samples, config.attention.fusion, cached=config.data.cache)
-        targets = student_targets(samples, clean, settled, runtime.device)
-        student, _ = self_train(student, samples, targets, settled, runtime, work / f"{name}.safetensors")
+        denoised = DenoisedMaps(maps, samples, config.attention.fusion, cached=config.data.cache)
+        targets = student_targets(samples, denoised, resolved, runtime.device)
+        student, _ = self_train(student, samples, targets, resolved, runtime, work / f"{name}.safetensors")
         maps = write_attention_maps(student, samples, work / f"cams_{name}", config.attention, runtime)
     bg_score = _write_masks(student, samples, config, out, runtime)
     files.write_json(work / "facts.json", {"class_names": samples.class_names, "bg_score": bg_score})
     return _write_contact_sheet(samples, out)
 
 
-def label_photos(learned: Path, images: Path, out: Path) -> Path:
+def label_images(learned: Path, images: Path, out: Path) -> Path:
     """Label photos that have no table with what :func:`make_masks` has learned from others.
 
     A photo's labels are the classes whose logit is above 0, or the likeliest one where none is. They are written to
@@ -151,9 +151,9 @@ def _claim(out: Path, config: Config, samples: Samples) -> None:
 
 def _write_masks(student: AttentionNetwork, samples: Samples, config: Config, out: Path, runtime: Runtime) -> float:
     maps = write_attention_maps(student, samples, out / "work" / "cams_student", config.attention, runtime)
-    clean = CleanMaps(maps, samples, config.attention.fusion)
-    bg_score = mask_bg_score(config, clean)
-    write_pseudo_masks(samples, clean, out / "masks", bg_score, config.pseudo_masks, runtime.device)
+    denoised = DenoisedMaps(maps, samples, config.attention.fusion)
+    bg_score = mask_bg_score(config, denoised)
+    write_pseudo_masks(samples, denoised, out / "masks", bg_score, config.pseudo_masks, runtime.device)
     return bg_score
 
 

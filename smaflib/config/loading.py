@@ -42,7 +42,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"{path} must hold settings such as 'seed: 0', got a {type(settings).__name__}")
     for override in overrides:
         _apply_override(settings, override)
-    return _anchor_paths(check_settings(settings, source=str(path)))
+    return _resolve_paths(check_settings(settings, source=str(path)))
 
 
 def check_settings(settings: dict[str, Any], source: str = "the settings") -> Config:
@@ -88,22 +88,22 @@ def flat_settings(config: Config) -> dict[str, Any]:
     return walk(config.model_dump(mode="json"), "")
 
 
-def _anchored_model(model: ModelConfig | None) -> ModelConfig | None:
+def _resolve_model(model: ModelConfig | None) -> ModelConfig | None:
     if model is None or model.weights in (None, "torchvision"):
         return model
     return model.model_copy(update={"weights": str(PROJECT_ROOT / model.weights)})
 
 
-def _anchor_paths(config: Config) -> Config:
+def _resolve_paths(config: Config) -> Config:
     # A command and the kernels that it starts stand in different folders, and must mean the same file.
     names = ("root", "images", "labels", "saliency", "masks")
-    anchored = {name: PROJECT_ROOT / path for name in names if (path := getattr(config.data, name)) is not None}
-    segmentation_model = _anchored_model(config.segmentation.model)
+    beside_paper = {name: PROJECT_ROOT / path for name in names if (path := getattr(config.data, name)) is not None}
+    segmentation_model = _resolve_model(config.segmentation.model)
     checkpoint = config.classifier.checkpoint
     return config.model_copy(
         update={
-            "data": config.data.model_copy(update=anchored),
-            "model": _anchored_model(config.model),
+            "data": config.data.model_copy(update=beside_paper),
+            "model": _resolve_model(config.model),
             "segmentation": config.segmentation.model_copy(update={"model": segmentation_model}),
             "classifier": config.classifier.model_copy(update={"checkpoint": checkpoint and PROJECT_ROOT / checkpoint}),
         }

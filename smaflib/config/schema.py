@@ -115,19 +115,19 @@ class AttentionConfig(StageConfig):
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.5, 1.0, 1.5, 2.0), min_length=1)
     flip: bool = True
     fusion: FusionRule = "sum"
-    # A pixel whose every class stays below this is background. auto: chosen from the teacher's maps, without any truth
-    # (smaflib/thresholds.py).
+    # A pixel whose every class stays below this is background. auto: chosen from the teacher's maps, without any
+    # ground truth (smaflib/thresholds.py).
     bg_score: Fraction | Literal["auto"] = 0.2
 
     @property
-    def settled_bg_score(self) -> float:
+    def resolved_bg_score(self) -> float:
         """The background's score as a number.
 
         Raises:
-            ConfigError: if it is still ``auto``, see :func:`smaflib.thresholds.settle_bg_score`.
+            ConfigError: if it is still ``auto``, see :func:`smaflib.thresholds.resolve_bg_score`.
         """
         if self.bg_score == "auto":
-            raise ConfigError("attention.bg_score is 'auto': choose it from the maps with settle_bg_score first")
+            raise ConfigError("attention.bg_score is 'auto': choose it from the maps with resolve_bg_score first")
         return self.bg_score
 
     @property
@@ -224,7 +224,8 @@ class SegmentationConfig(TrainingConfig):
     architecture: Literal["deeplabv2", "deeplabv3"] = "deeplabv2"  # deeplabv3: torchvision's head
     # DeepLab-V2 as published learns at (0.5, 0.75, 1.0) and from the maximum of the three.
     loss_scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0,), min_length=1)
-    supervision: Literal["pseudo_masks", "truth"] = "pseudo_masks"  # truth: the upper bound, not image-level
+    # ground_truth: the upper bound, not image-level
+    supervision: Literal["pseudo_masks", "ground_truth"] = "pseudo_masks"
     initial_weights: Literal["backbone", "student"] = "backbone"  # model.weights, or the student's features
     aspp_dilations: tuple[Positive, ...] = Field((6, 12, 18, 24), min_length=1)
     skip_channels: Annotated[int, Field(ge=0)] = 0  # width of a skip from stride 4, for small objects; 0: none
@@ -238,7 +239,7 @@ class EvaluationConfig(StageConfig):
 
     size_limits: tuple[Fraction, Fraction] = (0.04, 0.12)  # small below the first, large from the second on
     # What a stage should reach: mIoU in percent by variant, such as {"fused (sum)": 69.2}; notebook 08 compares.
-    anchors: dict[str, float] = {}
+    paper_results: dict[str, float] = {}
     # background scores swept
     thresholds: tuple[Fraction, ...] = Field(tuple(round(0.05 * step, 2) for step in range(1, 17)), min_length=1)
 

@@ -8,7 +8,7 @@ from typing import Literal
 from smaflib.config import Config, DataConfig
 from smaflib.data.coco import coco_masks_folder, load_coco
 from smaflib.data.folder import load_folder
-from smaflib.data.masks import MaskFiles, save_mask, truth_of
+from smaflib.data.masks import MaskFiles, ground_truth_of, save_mask
 from smaflib.data.prepare import make_data, summarize
 from smaflib.data.sample import Sample, SampleFiles, Samples
 from smaflib.data.voc import load_voc
@@ -24,7 +24,7 @@ __all__ = [
     "make_data",
     "save_mask",
     "summarize",
-    "truth_of",
+    "ground_truth_of",
 ]
 
 

@@ -145,6 +145,6 @@ class MaskFiles(Sequence[Tensor]):
         return read_mask(self.paths[index])
 
 
-def truth_of(samples: Samples) -> MaskFiles | None:
+def ground_truth_of(samples: Samples) -> MaskFiles | None:
     """The true masks of a split, for judging; None where the data has none."""
-    return MaskFiles([files.mask for files in samples.files if files.mask]) if samples.has_truth else None
+    return MaskFiles([files.mask for files in samples.files if files.mask]) if samples.has_ground_truth else None

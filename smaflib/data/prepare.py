@@ -42,14 +42,15 @@ def make_data(config: Config, run_folder: Path) -> None:
 
 
 def summarize(samples: Samples, config: EvaluationConfig) -> dict[str, Any]:
-    """Count images and labels; with truth also object sizes, and how good the saliency maps are.
+    """Count images and labels; with ground truth also object sizes, and how good the saliency maps are.
 
     Args:
         samples: a split.
         config: the limits between object sizes.
 
     Returns:
-        ``images``, ``labels_per_image``, ``images_per_class``, ``labels_sha256`` (of ids and labels), and with truth
+        ``images``, ``labels_per_image``, ``images_per_class``, ``labels_sha256`` (of ids and labels), and with ground
+        truth
         ``object_shares`` (share of the image's area, of all objects) and ``saliency`` (iou, precision, recall of the
         maps above 0.5 against the foreground; left out where nothing is above 0.5 or in the foreground).
     """
@@ -61,11 +62,11 @@ def summarize(samples: Samples, config: EvaluationConfig) -> dict[str, Any]:
         "images_per_class": dict(zip(samples.class_names, labels.sum(dim=0).int().tolist(), strict=True)),
         "labels_sha256": hashlib.sha256(listing.encode()).hexdigest(),
     }
-    if not samples.has_truth:
+    if not samples.has_ground_truth:
         return facts
     shares: list[float] = []
-    overlap = torch.zeros(3)  # saliency and truth both, saliency, truth
-    for sample in progress(samples.with_truth(), total=len(samples), desc=f"summary of {samples.split}"):
+    overlap = torch.zeros(3)  # saliency and ground truth both, saliency, ground truth
+    for sample in progress(samples.with_masks(), total=len(samples), desc=f"summary of {samples.split}"):
         assert sample.mask is not None
         counted = sample.mask != VOID_LABEL
         areas = torch.bincount(sample.mask[counted].flatten().long(), minlength=1)[1:]

@@ -16,14 +16,14 @@ from smaflib.errors import DataError
 
 @dataclass(frozen=True)
 class Sample:
-    """An image, what is in it, and where they exist its saliency map and truth.
+    """An image, what is in it, and where they exist its saliency map and ground truth.
 
     Attributes:
         image_id: file name without its ending.
         image: uint8 (3, H, W), RGB.
         image_label: float32 (K,) in {0, 1}; the background has no image label.
         saliency: float32 (H, W) in [0, 1], or None.
-        mask: uint8 (H, W), 0 background, 1 to K the classes, 255 void; None unless the truth was asked for.
+        mask: uint8 (H, W), 0 background, 1 to K the classes, 255 void; None unless the ground truth was asked for.
     """
 
     image_id: str
@@ -48,7 +48,7 @@ class SampleFiles:
 class Samples(Sequence[Sample]):
     """A split of a data set: a sequence that decodes a sample when it is asked for.
 
-    Masks are loaded only by :meth:`with_truth`, so that no training code meets one by accident.
+    Masks are loaded only by :meth:`with_masks`, so that no training code meets one by accident.
     """
 
     files: tuple[SampleFiles, ...]
@@ -56,7 +56,7 @@ class Samples(Sequence[Sample]):
     split: str
     read: Callable[[SampleFiles, int, bool], Sample]
     cached: bool = False
-    truth: bool = False
+    ground_truth: bool = False
     _cache: dict[int, Sample] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -73,7 +73,7 @@ class Samples(Sequence[Sample]):
         index = range(len(self.files))[index]  # negative numbers, IndexError
         if index in self._cache:
             return self._cache[index]
-        sample = self.read(self.files[index], len(self.class_names), self.truth)
+        sample = self.read(self.files[index], len(self.class_names), self.ground_truth)
         if self.cached:
             self._cache[index] = sample
         return sample
@@ -94,36 +94,36 @@ class Samples(Sequence[Sample]):
         return labels
 
     @property
-    def has_truth(self) -> bool:
+    def has_ground_truth(self) -> bool:
         return bool(self.files) and all(files.mask is not None for files in self.files)
 
     @property
     def has_saliency(self) -> bool:
         return bool(self.files) and all(files.saliency is not None for files in self.files)
 
-    def with_truth(self) -> Samples:
+    def with_masks(self) -> Samples:
         """The same samples with their masks, for judging."""
-        if not self.has_truth:
+        if not self.has_ground_truth:
             missing = next((files.image_id for files in self.files if files.mask is None), "all of them")
             raise DataError(
                 f"the split {self.split!r} cannot be judged: there is no mask for {missing}; set data.masks"
             )
-        return self._copy(self.files, truth=True)
+        return self._copy(self.files, ground_truth=True)
 
     @property
-    def judgeable(self) -> Samples:
+    def with_ground_truth(self) -> Samples:
         """The samples that have a mask: of VOC's 10,582 images of train_aug the 1,464 that the field judges on."""
-        if self.has_truth:
+        if self.has_ground_truth:
             return self
         return self.subset([index for index, files in enumerate(self.files) if files.mask is not None])
 
     def shown(self, num: int) -> Samples:
-        """The first few to look at, with their truth where there is any."""
-        judgeable = self.judgeable
-        return judgeable[:num].with_truth() if len(judgeable) else self[:num]
+        """The first few to look at, with their ground truth where there is any."""
+        with_ground_truth = self.with_ground_truth
+        return with_ground_truth[:num].with_masks() if len(with_ground_truth) else self[:num]
 
     def subset(self, indices: Sequence[int]) -> Samples:
-        return self._copy(tuple(self.files[index] for index in indices), truth=self.truth)
+        return self._copy(tuple(self.files[index] for index in indices), ground_truth=self.ground_truth)
 
     def find(self, image_id: str) -> Sample:
         """The sample of that name.
@@ -136,7 +136,7 @@ class Samples(Sequence[Sample]):
             raise KeyError(f"there is no image {image_id!r} in the split {self.split!r}; {first}")
         return self[self.image_ids.index(image_id)]
 
-    def _copy(self, files: tuple[SampleFiles, ...], truth: bool) -> Samples:
+    def _copy(self, files: tuple[SampleFiles, ...], ground_truth: bool) -> Samples:
         other = copy.copy(self)
-        other.files, other.truth, other._cache = files, truth, {}
+        other.files, other.ground_truth, other._cache = files, ground_truth, {}
         return other

@@ -44,7 +44,8 @@ def load_voc(data: DataConfig, split: Split) -> Samples:
     ``data.class_names`` may be a part of VOC's 20. Only ``masks`` opens masks here, and only then.
 
     ``data.labels``, ``data.masks`` and ``data.saliency`` may be relative to ``data.root``. An image without a mask is
-    fine (``has_truth`` is then False); a training image without a saliency map is not, once ``data.saliency`` is set.
+    fine (``has_ground_truth`` is then False); a training image without a saliency map is not, once ``data.saliency``
+    is set.
     With ``data.max_images`` only the first images of the list are looked at. The field's list ``train_aug`` may be
     missing where its masks are there: then it is the images of ``SegmentationClassAug`` without those of
     ``data.val_split``. The masks themselves are not opened for that.
@@ -91,13 +92,13 @@ def load_voc(data: DataConfig, split: Split) -> Samples:
     return Samples(files, class_names, split, read, cached=data.cache)
 
 
-def read_sample(files: SampleFiles, num_classes: int, truth: bool, oriented: bool) -> Sample:
+def read_sample(files: SampleFiles, num_classes: int, ground_truth: bool, oriented: bool) -> Sample:
     """Decode one sample.
 
     Args:
         files: where its parts are.
         num_classes: K.
-        truth: also read the mask.
+        ground_truth: also read the mask.
         oriented: turn the image as its EXIF orientation says, the way picture viewers show it.
 
     Raises:
@@ -111,7 +112,7 @@ def read_sample(files: SampleFiles, num_classes: int, truth: bool, oriented: boo
     if files.saliency is not None:
         saliency = read_saliency(files.saliency)
         _refuse_other_size("the saliency map", files.saliency, saliency, files.image, image)
-    if truth and files.mask is not None:
+    if ground_truth and files.mask is not None:
         mask = read_mask(files.mask)
         _refuse_other_size("the mask", files.mask, mask, files.image, image)
         check_mask_values(mask, num_classes, files.mask)

@@ -120,7 +120,7 @@ def _fill(facts: dict[str, Any], title: str) -> str:
 
 
 def page_image(gallery: Gallery, index: int) -> dict[str, Any]:
-    """One image as ``static/explorer_page.js`` reads it: picture, truth as run lengths, maps in 8 bits.
+    """One image as ``static/explorer_page.js`` reads it: picture, ground truth as run lengths, maps in 8 bits.
 
     Maps: per role ``data``, a byte per cell, scale by scale, class by class; a byte of 255 stands for the map's peak,
     which is in ``peaks`` (S, C).
@@ -190,7 +190,7 @@ def _kept_classes(label: list[int], by_role: list[list[Tensor]]) -> list[int]:
 def _shrunk(
     sample: Sample, by_role: dict[Any, list[Tensor]]
 ) -> tuple[tuple[int, int], Sample, dict[Any, list[Tensor]]]:
-    """Image, truth and maps at a size that fits into the page."""
+    """Image, ground truth and maps at a size that fits into the page."""
     height, width = sample.image.shape[-2:]
     factor = PAGE_SIDE / max(height, width)
     if factor >= 1:

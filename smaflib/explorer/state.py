@@ -32,7 +32,7 @@ from smaflib.errors import DataError, RunError
 from smaflib.evaluation import confusion_matrix, intersection_over_union, mean_over_classes, sweep_thresholds
 from smaflib.files import display_path
 from smaflib.models.networks import AttentionNetwork, load_attention_network
-from smaflib.models.pretrained import UNSEEN_SEED, shipped_config, shipped_network
+from smaflib.models.pretrained import UNSEEN_SEED, pretrained_config, pretrained_network
 from smaflib.pseudo_masks import pseudo_mask
 from smaflib.reactivation import denoise, hard_labels, reactivate
 from smaflib.report.plots import at_size
@@ -128,8 +128,8 @@ class Curve:
 
     Attributes:
         scores: background scores.
-        shown: IoU of the class shown, per score; nan where neither truth nor mask holds it.
-        mean: mean IoU over the labels of truth and mask, per score.
+        shown: IoU of the class shown, per score; nan where neither ground truth nor mask holds it.
+        mean: mean IoU over the labels of ground truth and mask, per score.
     """
 
     scores: tuple[float, ...]
@@ -144,12 +144,12 @@ class Reading:
     Attributes:
         values: by name, in [0, 1]: each scale (as a share of that scale's peak), the fused map, the target.
         label: of the mask, 0 is background.
-        truth: the true label, 255 is void; None if there is no truth.
+        ground_truth: the true label, 255 is void; None if there is no ground truth.
     """
 
     values: dict[str, float]
     label: int
-    truth: int | None
+    ground_truth: int | None
 
 
 @dataclass(frozen=True)
@@ -160,42 +160,42 @@ class Exploration:
         settings: that it was made with.
         scales: of ``scale_maps``.
         scale_maps: (S, H, W) in [0, 1], the class shown at each scale, each with its peak at 1.
-        clean: (K, H, W) in [0, 1], fused and, if so set, denoised.
-        target: (H, W) in [0, 1], the class shown after reactivation, or ``clean`` of it without.
+        denoised: (K, H, W) in [0, 1], fused and, if so set, denoised.
+        target: (H, W) in [0, 1], the class shown after reactivation, or ``denoised`` of it without.
         labels: uint8 (H, W), the mask before the CRF.
         mask: uint8 (H, W), the mask: after the CRF, if so set.
-        truth: uint8 (H, W), 255 is void; None: unknown.
+        ground_truth: uint8 (H, W), 255 is void; None: unknown.
     """
 
     settings: Settings
     scales: tuple[float, ...]
     scale_maps: Tensor
-    clean: Tensor
+    denoised: Tensor
     target: Tensor
     labels: Tensor
     mask: Tensor
-    truth: Tensor | None
+    ground_truth: Tensor | None
 
     @property
     def fused(self) -> Tensor:
         """(H, W): the fused map of the class shown."""
-        return self.clean[self.settings.class_number]
+        return self.denoised[self.settings.class_number]
 
     @cached_property
     def iou(self) -> Tensor | None:
-        """(K+1,) IoU of the mask in [0, 1], background first; nan for what is in neither mask nor truth."""
-        return None if self.truth is None else _iou(self.mask, self.truth, len(self.clean))
+        """(K+1,) IoU of the mask in [0, 1], background first; nan for what is in neither mask nor ground truth."""
+        return None if self.ground_truth is None else _iou(self.mask, self.ground_truth, len(self.denoised))
 
     @cached_property
     def iou_before_crf(self) -> Tensor | None:
         """As ``iou``, of ``labels``: what the curve over the background score has at this point."""
-        if self.truth is None or self.labels is self.mask:
+        if self.ground_truth is None or self.labels is self.mask:
             return self.iou
-        return _iou(self.labels, self.truth, len(self.clean))
+        return _iou(self.labels, self.ground_truth, len(self.denoised))
 
     @property
     def miou(self) -> float:
-        """Mean IoU over the labels of mask and truth; nan without truth."""
+        """Mean IoU over the labels of mask and ground truth; nan without ground truth."""
         return float("nan") if self.iou is None else mean_over_classes(self.iou)
 
     def read(self, row: int, col: int) -> Reading:
@@ -210,14 +210,16 @@ class Exploration:
         maps = dict(zip((f"scale {scale:g}" for scale in self.scales), self.scale_maps, strict=True))
         maps |= {"fused": self.fused, "target": self.target}
         values = {name: float(values[row, col]) for name, values in maps.items()}
-        return Reading(values, int(self.mask[row, col]), None if self.truth is None else int(self.truth[row, col]))
+        return Reading(
+            values, int(self.mask[row, col]), None if self.ground_truth is None else int(self.ground_truth[row, col])
+        )
 
 
 def explore(sample: Sample, cams: Sequence[Tensor], scales: Sequence[float], settings: Settings) -> Exploration:
     """One image's maps under some settings.
 
     Args:
-        sample: image and, if known, truth.
+        sample: image and, if known, ground truth.
         cams: per scale (K, h_s, w_s), non-negative, flips already undone.
         scales: of the maps.
         settings: what to do with them; ``settings.image_label`` counts, the sample's own does not.
@@ -234,12 +236,12 @@ class Fused:
 
     Attributes:
         scale_maps: (S, H, W) in [0, 1], the class shown at each scale.
-        clean: (K, H, W) in [0, 1].
-        numbers: of the classes whose maps in ``clean`` can be other than zero.
+        denoised: (K, H, W) in [0, 1].
+        numbers: of the classes whose maps in ``denoised`` can be other than zero.
     """
 
     scale_maps: Tensor
-    clean: Tensor
+    denoised: Tensor
     numbers: tuple[int, ...]
 
 
@@ -265,27 +267,27 @@ def fused_under(sample: Sample, cams: Sequence[Tensor], scales: Sequence[float],
 
 def with_mask(sample: Sample, fused: Fused, scales: Sequence[float], settings: Settings) -> Exploration:
     """Target and mask of maps that are fused already; arguments as :func:`explore`."""
-    clean, bg_score, shown_class = fused.clean, settings.bg_score, settings.class_number
-    target, numbers = clean[shown_class], list(fused.numbers)
+    denoised, bg_score, shown_class = fused.denoised, settings.bg_score, settings.class_number
+    target, numbers = denoised[shown_class], list(fused.numbers)
     # Classes without a map win nowhere and change no maximum: of eighty, one or two are left.
-    some = clean[numbers or [shown_class]]
+    some = denoised[numbers or [shown_class]]
     if settings.reactivate and shown_class in numbers:
         target = reactivate(some, bg_score)[1 + numbers.index(shown_class)]
     label_of = torch.tensor([0, *(number + 1 for number in numbers or [shown_class])], dtype=torch.uint8)
     labels = label_of[hard_labels(some, bg_score).long()]
-    mask = labels if settings.crf is None else pseudo_mask(sample.image, clean, bg_score, settings.crf)
-    return Exploration(settings, tuple(scales), fused.scale_maps, clean, target, labels, mask, sample.mask)
+    mask = labels if settings.crf is None else pseudo_mask(sample.image, denoised, bg_score, settings.crf)
+    return Exploration(settings, tuple(scales), fused.scale_maps, denoised, target, labels, mask, sample.mask)
 
 
 def iou_curve(result: Exploration) -> Curve | None:
-    """IoU over the background score, of the masks before the CRF; None without truth.
+    """IoU over the background score, of the masks before the CRF; None without ground truth.
 
     It does not depend on the background score, reactivation or CRF of the settings.
     """
-    if result.truth is None:
+    if result.ground_truth is None:
         return None
-    index, names = result.settings.class_number + 1, [str(number) for number in range(len(result.clean))]
-    swept = sweep_thresholds([result.clean], [result.truth], names, EvaluationConfig(thresholds=CURVE_SCORES))
+    index, names = result.settings.class_number + 1, [str(number) for number in range(len(result.denoised))]
+    swept = sweep_thresholds([result.denoised], [result.ground_truth], names, EvaluationConfig(thresholds=CURVE_SCORES))
     ious = [scores.iou for scores in swept.values()]
     return Curve(
         CURVE_SCORES,
@@ -294,8 +296,8 @@ def iou_curve(result: Exploration) -> Curve | None:
     )
 
 
-def _iou(mask: Tensor, truth: Tensor, num_classes: int) -> Tensor:
-    return intersection_over_union(confusion_matrix(mask, truth, num_classes))
+def _iou(mask: Tensor, ground_truth: Tensor, num_classes: int) -> Tensor:
+    return intersection_over_union(confusion_matrix(mask, ground_truth, num_classes))
 
 
 def _size(sample: Sample) -> tuple[int, int]:
@@ -310,7 +312,7 @@ class Gallery:
     """Images, and their attention maps by teacher and student, each computed or read once.
 
     Attributes:
-        samples: the images, with their truth where it is known.
+        samples: the images, with their ground truth where it is known.
         class_names: the K classes.
         config: scales, fusion rule, background score and CRF to begin with.
         networks: that compute maps; may lack one or both.
@@ -328,21 +330,21 @@ class Gallery:
     _photos: set[int] = field(default_factory=set, repr=False)
 
     @classmethod
-    def shipped(cls, num_images: int = 8, seed: int = UNSEEN_SEED) -> Gallery:
+    def pretrained(cls, num_images: int = 8, seed: int = UNSEEN_SEED) -> Gallery:
         """The networks that come with the package, and mini images that they have never seen, drawn on the spot."""
-        config = shipped_config()
+        config = pretrained_config()
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder) / "data"
             make_mini(root, num_images, 1, size=config.data.image_size, seed=seed)
             data = config.data.model_copy(update={"root": root})
-            samples = load_samples(config.model_copy(update={"data": data}), "train").with_truth()
+            samples = load_samples(config.model_copy(update={"data": data}), "train").with_masks()
             images, class_names = list(samples), samples.class_names
-        networks = {role: shipped_network(role) for role in ROLES}
-        return cls(images, class_names, config, networks, source="shipped networks, images drawn on the spot")
+        networks = {role: pretrained_network(role) for role in ROLES}
+        return cls(images, class_names, config, networks, source="pretrained networks, images drawn on the spot")
 
     @classmethod
     def of_run(cls, run: Run | str | Path, num_images: int = 8) -> Gallery:
-        """The first images of a run (those with truth, if there are any) and the maps or networks that it made.
+        """The first images of a run (those with ground truth, if there are any) and the maps or networks that it made.
 
         Raises:
             RunError: if it is no run, or has neither attention maps nor a teacher yet.

@@ -74,7 +74,7 @@ class Explorer:
     """Controls and board over a :class:`~smaflib.explorer.state.Gallery`; the last line of a cell shows it.
 
     Args:
-        gallery: images and maps; None: the shipped networks and images drawn on the spot.
+        gallery: images and maps; None: the pretrained networks and images drawn on the spot.
         index: of the image to begin with.
 
     Attributes:
@@ -83,7 +83,7 @@ class Explorer:
     """
 
     def __init__(self, gallery: Gallery | None = None, index: int = 0) -> None:
-        self.gallery = gallery or Gallery.shipped()
+        self.gallery = gallery or Gallery.pretrained()
         self.board = Board(luts={name: color_table(name) for name in COLOR_MAPS})
         self.controls = _make_controls(self.gallery)
         self.exploration: Exploration
@@ -164,9 +164,9 @@ class Explorer:
             try:
                 handler(event)
             except (InputError, ValueError) as error:
-                self._say(str(error), "error")
+                self._log(str(error), "error")
             except Exception as error:
-                self._say(f"{type(error).__name__}: {error}", "error")
+                self._log(f"{type(error).__name__}: {error}", "error")
                 raise
 
         return handle
@@ -180,7 +180,7 @@ class Explorer:
         finally:
             self._quiet = before
 
-    def _say(self, text: str = "", kind: str = "") -> None:
+    def _log(self, text: str = "", kind: str = "") -> None:
         self.board.status = {"text": text, "kind": kind}
 
     def _go(self, index: int) -> None:
@@ -205,7 +205,7 @@ class Explorer:
         self._show_images()
         self._go(index)
         label = ", ".join(self.gallery.class_names[number] for number in self.settings.image_label)
-        self._say(f"{upload['name']}: the network sees {label}; correct the image label if it is wrong.")
+        self._log(f"{upload['name']}: the network sees {label}; correct the image label if it is wrong.")
 
     # ------------------------------------------------------------------------------------------------------ the picture
 
@@ -240,9 +240,9 @@ class Explorer:
         fused = self._fused_now(plain)
         self._show(with_mask(sample, fused, self.gallery.scales, plain), settings)
         if settings.crf is None:
-            self._say()
+            self._log()
             return
-        self._say("refining the mask with the CRF ...", "busy")
+        self._log("refining the mask with the CRF ...", "busy")
 
         def refine() -> Exploration:
             return with_mask(sample, fused, self.gallery.scales, settings)
@@ -251,7 +251,7 @@ class Explorer:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # no kernel: a script or a test
             self._show(refine(), settings)
-            self._say()
+            self._log()
         else:
             self._refining = loop.create_task(self._refine_later(refine, settings))
 
@@ -260,10 +260,10 @@ class Explorer:
         try:
             result = await asyncio.get_running_loop().run_in_executor(self._crf_thread, refine)
         except Exception as error:
-            self._say(f"the CRF failed: {error}", "error")
+            self._log(f"the CRF failed: {error}", "error")
             raise
         self._show(result, settings)
-        self._say()
+        self._log()
 
     def _fused_now(self, settings: Settings) -> Fused:
         """The fused maps, kept while only the background score, reactivation or the CRF change."""
@@ -291,7 +291,7 @@ class Explorer:
         self.board.view = {
             "size": [*result.mask.shape],
             "image": sample.image.permute(1, 2, 0).contiguous().numpy().tobytes(),
-            "truth": None if result.truth is None else to_bytes(result.truth),
+            "truth": None if result.ground_truth is None else to_bytes(result.ground_truth),
             "panels": _panels(result, settings),
             "class_names": list(class_names),
             "colors": class_colors(len(class_names)),
@@ -314,7 +314,7 @@ class Explorer:
 def _panels(result: Exploration, settings: Settings) -> list[dict[str, Any]]:
     """Image, scales, fused, target, mask: their titles and a byte per pixel."""
     panels: list[dict[str, Any]] = [{"key": "image", "title": "image", "kind": "image", "data": b""}]
-    if result.truth is not None:
+    if result.ground_truth is not None:
         panels[0]["note"] = "+ truth"
     for scale, weight, cam in zip(result.scales, settings.weights, result.scale_maps, strict=True):
         note = "off" if not weight else "" if weight == 1 else f"x {weight:g}"
@@ -345,7 +345,7 @@ def _iou_rows(result: Exploration) -> dict[str, Any] | None:
 
 def _curve_lines(curve: Curve, result: Exploration, settings: Settings, class_names: Sequence[str]) -> dict[str, Any]:
     iou = result.iou_before_crf
-    assert iou is not None  # there is no curve without truth
+    assert iou is not None  # there is no curve without ground truth
     here = [float(iou[settings.class_number + 1]), mean_over_classes(iou)]
 
     def plain(values: Sequence[float]) -> list[float | None]:
@@ -368,7 +368,7 @@ def _reading(reading: Reading, row: int, col: int, result: Exploration, gallery:
         "col": col,
         "values": [[name, value, not on] for (name, value), on in zip(reading.values.items(), weights, strict=True)],
         "label": reading.label,
-        "truth": reading.truth,
+        "truth": reading.ground_truth,
         "class_name": gallery.class_names[result.settings.class_number],
     }
 

@@ -17,28 +17,28 @@ ASSETS = Path(__file__).parent / "assets"
 CONFIG_FILE = ASSETS / "mini.yaml"
 
 UNSEEN_SEED = 2024
-"""Draws images that the shipped networks were not trained on."""
+"""Draws images that the pretrained networks were not trained on."""
 
 Role = Literal["teacher", "student"]
 
 
-def shipped_config() -> Config:
-    """The settings of the run that the shipped networks come from."""
+def pretrained_config() -> Config:
+    """The settings of the run that the pretrained networks come from."""
     return load_config(CONFIG_FILE)
 
 
-def shipped_network(role: Role) -> AttentionNetwork:
-    """The shipped teacher or student, in eval mode; its classes are :data:`smaflib.data.mini.dataset.CLASS_NAMES`."""
-    return load_attention_network(ASSETS / f"mini_{role}.safetensors", shipped_config().model, len(CLASS_NAMES))
+def pretrained_network(role: Role) -> AttentionNetwork:
+    """The pretrained teacher or student, in eval mode; its classes are those of the mini data set."""
+    return load_attention_network(ASSETS / f"mini_{role}.safetensors", pretrained_config().model, len(CLASS_NAMES))
 
 
 def short_config(data_folder: Path) -> Config:
-    """The shipped settings with a few images and trainings of a few seconds, for notebook 00.
+    """The pretrained settings with a few images and trainings of a few seconds, for notebook 00.
 
     Args:
         data_folder: where the images are drawn.
     """
-    config = shipped_config()
+    config = pretrained_config()
     changes = {
         "data": {"root": data_folder, "num_train": 20, "num_val": 10},
         "self_training": {"iterations": 40},

@@ -89,7 +89,7 @@ def dense_crf_batch(
             params,
         )
         for index, unary, each in zip(open_ones, chosen, probabilities, strict=True):
-            results[index] = unary.winners(each)
+            results[index] = unary.argmax_labels(each)
     return [result.to(home) for result in results]
 
 

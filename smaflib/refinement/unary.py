@@ -32,7 +32,7 @@ class Unary:
     labels: Tensor
     counts: Tensor
 
-    def winners(self, probabilities: Tensor) -> Tensor:
+    def argmax_labels(self, probabilities: Tensor) -> Tensor:
         """The most probable label of each pixel, the lower one where two are equal: (C, H, W) to uint8 (H, W)."""
         each = probabilities / self.counts[:, None, None]
         return self.labels[each.max(dim=0).indices].to(torch.uint8)

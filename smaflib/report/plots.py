@@ -66,27 +66,27 @@ GAINED, LOST = (0, 114, 178), (230, 159, 0)
 """Blue and orange of Okabe and Ito's set, which differ in lightness too."""
 
 
-def overlay_changes(image: Tensor, before: Tensor, after: Tensor, truth: Tensor, opacity: float = 0.85) -> Panel:
+def overlay_changes(image: Tensor, before: Tensor, after: Tensor, ground_truth: Tensor, opacity: float = 0.85) -> Panel:
     """Lay over a grey image what a second mask has right and the first wrong (blue), and the reverse (orange).
 
     Args:
         image: uint8 (3, H, W).
         before: the first mask, uint8 (H, W).
         after: the second mask, uint8 (H, W).
-        truth: uint8 (H, W); void pixels stay grey. Its outline is white.
+        ground_truth: uint8 (H, W); void pixels stay grey. Its outline is white.
         opacity: of the colours, in [0, 1].
     """
     panel = picture(image).mean(axis=2, keepdims=True).repeat(3, axis=2)
-    counted = truth != VOID_LABEL
-    was, now = before == truth, after == truth
+    counted = ground_truth != VOID_LABEL
+    was, now = before == ground_truth, after == ground_truth
     for pixels, color in ((counted & now & ~was, GAINED), (counted & was & ~now, LOST)):
         chosen = pixels.cpu().numpy()
         panel[chosen] = (1 - opacity) * panel[chosen] + opacity * np.array(color)
-    return draw_outline(panel.astype(np.uint8), truth)
+    return draw_outline(panel.astype(np.uint8), ground_truth)
 
 
 def draw_outline(panel: Panel, mask: Tensor, color: tuple[int, int, int] = (255, 255, 255)) -> Panel:
-    """Draw the border of a mask's objects into a panel; the truth's outline on a map shows what the map misses."""
+    """Draw the outline of a mask's objects into a panel; that of the ground truth shows what a map misses."""
     objects = mask.cpu().numpy().copy()
     objects[objects == VOID_LABEL] = 0
     edge = np.zeros(objects.shape, dtype=bool)
@@ -283,7 +283,7 @@ def plot_objects(ious: pd.DataFrame, shares: pd.Series, title: str = "IoU over o
 
 
 def plot_pixel_row(
-    steps: Mapping[str, Tensor], names: Sequence[str], present: Sequence[bool], truth: Tensor | None = None
+    steps: Mapping[str, Tensor], names: Sequence[str], present: Sequence[bool], ground_truth: Tensor | None = None
 ) -> Figure:
     """The scores of one row of pixels, an axis per step: labelled classes in colour, absent ones in grey.
 
@@ -291,7 +291,8 @@ def plot_pixel_row(
         steps: name of the step to scores (K, W), or (K+1, W) with the background first, in [0, 1].
         names: of the K classes.
         present: which of them the image label names.
-        truth: uint8 (W,) of the row; where it holds an object, a bar of the class's colour lies below the curves.
+        ground_truth: uint8 (W,) of the row; where it holds an object, a bar of the class's colour lies below the
+            curves.
     """
     figure, axes = plt.subplots(
         len(steps), 1, figsize=(8, 1.55 * len(steps) + 0.4), sharex=True, squeeze=False, layout="constrained"
@@ -305,8 +306,8 @@ def plot_pixel_row(
             label = names[k] if present[k] else None
             if present[k] or scores[k - len(names)].any():
                 axis.plot(scores[k - len(names)], color=colors[k], linewidth=1.8 if present[k] else 1.0, label=label)
-            if truth is not None and present[k]:
-                there = (truth == k + 1).numpy()
+            if ground_truth is not None and present[k]:
+                there = (ground_truth == k + 1).numpy()
                 axis.fill_between(range(len(there)), -0.1, -0.03, where=there, color=colors[k], step="mid")
         axis.set(ylim=(-0.12, 1.08), yticks=(0, 0.5, 1))
         axis.set_title(step, fontsize=9, loc="left")
@@ -364,9 +365,9 @@ def plot_shares(shares: Sequence[float], limits: tuple[float, float], title: str
     return _finish(figure, title)
 
 
-def strongest_map(clean: Tensor) -> Tensor:
+def strongest_map(denoised: Tensor) -> Tensor:
     """(K, H, W) to (H, W): the strongest class of each pixel, to show all labelled classes in one picture."""
-    return clean.amax(dim=0)
+    return denoised.amax(dim=0)
 
 
 def at_size(cam: Tensor, size: tuple[int, int]) -> Tensor:

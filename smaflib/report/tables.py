@@ -23,7 +23,7 @@ MEASURES = {  # column: (metric, object size)
     "recall": ("recall", "all"),
 }
 
-ANCHOR_TOLERANCE = 1.0
+PAPER_TOLERANCE = 1.0
 """Points of mIoU by which a stage may stay below the paper before it is marked."""
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -55,7 +55,7 @@ def class_table(metrics: pd.DataFrame) -> pd.DataFrame:
     return _in_pipeline_order(pd.DataFrame(columns), metrics)
 
 
-def paper_table(metrics: pd.DataFrame, anchors: Mapping[str, float]) -> pd.DataFrame:
+def paper_table(metrics: pd.DataFrame, paper_results: Mapping[str, float]) -> pd.DataFrame:
     """A run's mIoU beside what the paper, or whatever the config's anchors come from, reports.
 
     Args:
@@ -64,16 +64,16 @@ def paper_table(metrics: pd.DataFrame, anchors: Mapping[str, float]) -> pd.DataF
 
     Returns:
         By variant: ``run``, ``paper``, ``difference`` in points, and ``note``: "below" where the run is more than
-        :data:`ANCHOR_TOLERANCE` below.
+        :data:`PAPER_TOLERANCE` below.
     """
     measured = results_table(metrics).reset_index()
     rows = {}
-    for variant, paper in anchors.items():
+    for variant, paper in paper_results.items():
         # The first row of a variant is that of the training split; the segmentation network has one row only.
         values = measured.loc[measured["variant"] == variant, "mIoU"]
         if len(values):
             difference = float(values.iloc[0]) - paper
-            note = "below" if difference < -ANCHOR_TOLERANCE else ""
+            note = "below" if difference < -PAPER_TOLERANCE else ""
             rows[variant] = {"run": float(values.iloc[0]), "paper": paper, "difference": difference, "note": note}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["run", "paper", "difference", "note"]).round(1)
 

@@ -48,7 +48,7 @@ def stage_inputs(run: Run, stage: Stage, notebook: Path) -> dict[str, str]:
     """
     settings = run.config.model_dump(mode="json")
     made = read_manifest(run)["stages"]
-    needed = {name: _passed_on(made.get(name, {})) for name in stage.needs}
+    needed = {name: _passed_on(made.get(name, {})) for name in stage.depends_on}
     hashes = {
         "code": notebook_hash(notebook),
         "settings": _hash({key: settings[key] for key in stage.settings}),
@@ -56,8 +56,8 @@ def stage_inputs(run: Run, stage: Stage, notebook: Path) -> dict[str, str]:
     }
     if "data" in stage.settings and (table := run.config.data.labels) is not None and table.is_file():
         hashes["labels"] = files.file_hash(table)
-    if stage.reads:
-        there = [name for name in stage.reads if run.path(name).is_file()]
+    if stage.extra_inputs:
+        there = [name for name in stage.extra_inputs if run.path(name).is_file()]
         hashes["reads"] = _hash({name: files.file_hash(run.path(name)) for name in there})
     return hashes | {"inputs": _hash(hashes)}
 
@@ -108,10 +108,12 @@ def record_hash(run: Run, stage: Stage) -> str:
     return _hash([record for record in read_records(run.folder) if record["stage"] == stage.name])
 
 
-def missing_essentials(run: Run, stage: Stage) -> list[str]:
+def missing_outputs(run: Run, stage: Stage) -> list[str]:
     """The globs of a stage's essential artifacts that match no file."""
     return [
-        pattern for pattern in stage.essential if not any(path.is_file() for path in run.folder.glob(_all_of(pattern)))
+        pattern
+        for pattern in stage.required_outputs
+        if not any(path.is_file() for path in run.folder.glob(_all_of(pattern)))
     ]
 
 
@@ -129,7 +131,7 @@ def why_not_complete(run: Run, stage: Stage, inputs: dict[str, str]) -> str | No
         return NEVER_RAN
     reasons = {"code": "its notebook changed", "settings": "its settings changed", "needs": "a stage it needs changed"}
     reasons |= {"labels": f"{run.config.data.labels} changed"} if "labels" in inputs else {}
-    reasons |= {"reads": f"{', '.join(stage.reads)} is new"} if stage.reads else {}
+    reasons |= {"reads": f"{', '.join(stage.extra_inputs)} is new"} if stage.extra_inputs else {}
     for key, reason in reasons.items():
         if entry.get(key) != inputs[key]:
             return reason
@@ -182,7 +184,7 @@ def _left_by_killed(run: Run, stage: Stage) -> list[Path]:
 
 def _patterns(stage: Stage) -> list[str]:
     """Globs of all that a stage writes, its notebook and the notebook's page included."""
-    return [f"{stage.name}.ipynb", f"{stage.name}.html", *stage.makes]
+    return [f"{stage.name}.ipynb", f"{stage.name}.html", *stage.outputs]
 
 
 def _passed_on(entry: Entry) -> Entry:

@@ -17,7 +17,7 @@ from smaflib import files
 from smaflib.config import Config, config_differences, dump_config, load_config
 from smaflib.errors import ConfigError, MissingStage, RunError, RunMismatch
 from smaflib.files import RUNS_FOLDER, absolute, display_path
-from smaflib.runs.manifest import missing_essentials, read_manifest
+from smaflib.runs.manifest import missing_outputs, read_manifest
 from smaflib.runs.metrics import RECORD_DEFAULTS, checked_record, read_records
 from smaflib.runs.stages import STAGES, Stage, stage_named
 
@@ -122,11 +122,11 @@ class Run:
             MissingStage: names the missing file and the command that makes it.
         """
         manifest = read_manifest(self)
-        for name in stage_named(stage, self.stages).needs:
+        for name in stage_named(stage, self.stages).depends_on:
             needed = stage_named(name, self.stages)
             # A stage run by hand in JupyterLab has no entry; then its files have to speak for it.
             status = manifest["stages"].get(name, {}).get("status", "complete")
-            absent = missing_essentials(self, needed)
+            absent = missing_outputs(self, needed)
             if status == "complete" and not absent:
                 continue
             what = f"{absent[0]} is missing" if absent else f"{name} has not finished"

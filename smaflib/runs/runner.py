@@ -41,7 +41,7 @@ from smaflib.runs.manifest import (
     clear_stage,
     library_hash,
     list_artifacts,
-    missing_essentials,
+    missing_outputs,
     notebook_cells,
     read_manifest,
     record_hash,
@@ -114,20 +114,20 @@ def run_notebooks(
         RunStopped: if Ctrl-C or a signal ends the run.
     """
     chosen = _choose(stages, until_stage)
-    anew = _anew(stages, from_stage, chosen)
+    anew = _stages_to_rerun(stages, from_stage, chosen)
     config_file = absolute(config_file)
     load_config(config_file, list(overrides))
     _check_notebooks(notebooks, chosen)
     run = open_run(_run_folder(runs, name or config_file.stem), config_file, overrides, stages=stages)
     with _locked(run):
-        _forget(run, anew)
+        _invalidate(run, anew)
         # A spare kernel has imported what the chain's notebooks import; other chains are tests'.
         spare = SpareKernel(KERNEL_ENVIRONMENT) if stages == STAGES and os.name == "posix" else None
         with spare or contextlib.nullcontext():
             library_changed = [stage.name for stage in chosen if _run_stage(run, stage, notebooks, spare)]
         if library_changed:
             first = library_changed[0].partition("_")[0]
-            _say(f"smaflib has changed since {first} ran; --from {first} runs it again")
+            _log(f"smaflib has changed since {first} ran; --from {first} runs it again")
         index = write_index(run)
     print(f"{results_text(run)}\n\nreport: {display_path(index)}", flush=True)
     return run
@@ -141,7 +141,7 @@ def _choose(stages: tuple[Stage, ...], until_stage: str | None) -> tuple[Stage, 
     return stages[: last + 1]
 
 
-def _anew(stages: tuple[Stage, ...], from_stage: str | None, chosen: tuple[Stage, ...]) -> tuple[Stage, ...]:
+def _stages_to_rerun(stages: tuple[Stage, ...], from_stage: str | None, chosen: tuple[Stage, ...]) -> tuple[Stage, ...]:
     if from_stage is None:
         return ()
     first = stage_named(from_stage, stages)
@@ -222,7 +222,7 @@ def _is_kernel(pid: int) -> bool:
 # --------------------------------------------------------------------------------------------------------- one stage
 
 
-def _forget(run: Run, anew: Sequence[Stage]) -> None:
+def _invalidate(run: Run, anew: Sequence[Stage]) -> None:
     """Drop entries of stages from the manifest: without one, a stage starts from nothing."""
     manifest = read_manifest(run)
     if [stage for stage in anew if manifest["stages"].pop(stage.name, None)]:
@@ -241,7 +241,7 @@ def _run_stage(run: Run, stage: Stage, notebooks: Path, spare: SpareKernel | Non
     reason = why_not_complete(run, stage, inputs)
     if reason is None:
         entry = read_manifest(run)["stages"][stage.name]
-        _say(f"{stage.name}  complete, skipped (took {duration(entry['seconds'])})")
+        _log(f"{stage.name}  complete, skipped (took {duration(entry['seconds'])})")
         return bool(entry["library"] != library)
     _describe_run(run)
     entry = {
@@ -260,13 +260,13 @@ def _run_stage(run: Run, stage: Stage, notebooks: Path, spare: SpareKernel | Non
         "library": library,
     }
     _put_entry(run, stage, entry)
-    _work(run, stage, notebook, entry, reason, spare)
+    _execute_stage(run, stage, notebook, entry, reason, spare)
     _put_entry(run, stage, entry, status="complete", exit_code=0, artifacts=list_artifacts(run, stage))
-    _say(f"{stage.name}  done in {duration(entry['seconds'])}")
+    _log(f"{stage.name}  done in {duration(entry['seconds'])}")
     return False
 
 
-def _work(
+def _execute_stage(
     run: Run, stage: Stage, notebook: Path, entry: dict[str, Any], reason: str, spare: SpareKernel | None
 ) -> None:
     """Execute a stage and note in its entry how long it took and, if it failed, with which exit code."""
@@ -279,16 +279,16 @@ def _work(
         if spare is not None and not is_last:
             spare.prepare(entry["library"])
 
-    watch = Watch(stage.name, num_cells, note_kernel, spare, entry["library"])
+    monitor = NotebookMonitor(stage.name, num_cells, note_kernel, spare, entry["library"])
 
     def measured() -> dict[str, Any]:
-        return {"seconds": round(time.monotonic() - begun, 1), "peak_memory_mb": watch.peak_memory_mb}
+        return {"seconds": round(time.monotonic() - begun, 1), "peak_memory_mb": monitor.peak_memory_mb}
 
     try:
-        with watch, _stopping(watch.kill_kernel):
-            watch.say_start(reason)
-            _execute(run, stage, notebook, entry["parameters"], watch)
-        if absent := missing_essentials(run, stage):
+        with monitor, _stopping(monitor.kill_kernel):
+            monitor.log_start(reason)
+            _execute_notebook(run, stage, notebook, entry["parameters"], monitor)
+        if absent := missing_outputs(run, stage):
             raise StageFailed(f"{stage.name} ended without making {', '.join(absent)}. {_how_to_resume(run, notebook)}")
     except _Stop as stop:
         code = 128 + stop.signum
@@ -302,7 +302,9 @@ def _work(
     entry.update(measured(), records=record_hash(run, stage))
 
 
-def _execute(run: Run, stage: Stage, notebook: Path, parameters: dict[str, Any], watch: Watch) -> None:
+def _execute_notebook(
+    run: Run, stage: Stage, notebook: Path, parameters: dict[str, Any], monitor: NotebookMonitor
+) -> None:
     """Execute one notebook into the run folder; a failed one is kept as ``<name>.failed.ipynb``."""
     import nbformat
     import papermill
@@ -319,8 +321,8 @@ def _execute(run: Run, stage: Stage, notebook: Path, parameters: dict[str, Any],
                 language="python",
                 cwd=notebook.parent,
                 progress_bar=False,
-                kernel_manager_class=watch.kernel_manager_class(),
-                on_cell_start=watch.start_cell,
+                kernel_manager_class=monitor.kernel_manager_class(),
+                on_cell_start=monitor.start_cell,
                 store_widget_state=False,
                 coalesce_streams=True,
                 shutdown_kernel="immediate",  # everything is written by then; tearing a kernel down takes two seconds
@@ -343,8 +345,8 @@ def _execute(run: Run, stage: Stage, notebook: Path, parameters: dict[str, Any],
         what, trace = f"{type(error).__name__}: {error}", []
         if type(error).__name__ == "DeadKernelError":
             what = "the kernel died; if dmesg tells of 'out of memory', take smaller batches or fewer workers"
-            trace = watch.last_words()
-        raise StageFailed(_failure(run, stage, notebook, watch.cell, what, trace)) from error
+            trace = monitor.last_words()
+        raise StageFailed(_failure(run, stage, notebook, monitor.cell, what, trace)) from error
     finally:
         running.unlink(missing_ok=True)
 
@@ -443,7 +445,7 @@ def _package_versions() -> dict[str, str]:
 # ------------------------------------------------------------------------------------- kernel, progress, interruptions
 
 
-class Watch:
+class NotebookMonitor:
     """Follows one notebook from a thread of its own: draws the progress bar, notes the kernel's peak memory.
 
     On a terminal there is one bar over the notebook's cells; behind it stands the bar of the loop that runs inside the
@@ -473,7 +475,7 @@ class Watch:
         self._progress = Path(self._folder.name) / "progress"
         self._log = Path(self._folder.name) / "log"
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> NotebookMonitor:
         self._thread.start()
         return self
 
@@ -483,9 +485,9 @@ class Watch:
         self.kill_kernel()
         self._folder.cleanup()
 
-    def say_start(self, reason: str) -> None:
+    def log_start(self, reason: str) -> None:
         if not sys.stderr.isatty():
-            _say(f"{self._title}  starts" + (f" ({reason})" if reason != NEVER_RAN else ""))
+            _log(f"{self._title}  starts" + (f" ({reason})" if reason != NEVER_RAN else ""))
 
     def start_cell(self, cell_index: int, **_: object) -> None:
         """Hook of nbclient."""
@@ -620,5 +622,5 @@ def _quiet_papermill() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

@@ -29,76 +29,76 @@ class Stage:
 
     name: str
     question: str
-    needs: tuple[str, ...] = ()
+    depends_on: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
-    makes: tuple[str, ...] = ()
-    essential: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    required_outputs: tuple[str, ...] = ()
+    extra_inputs: tuple[str, ...] = ()
 
 
 STAGES: tuple[Stage, ...] = (
     Stage(
         "00_one_image_end_to_end",
         "What happens to one image on its way from a label to a mask?",
-        makes=("example/**", "figures/00_*.png"),
+        outputs=("example/**", "figures/00_*.png"),
     ),
     Stage(
         "01_data",
         "What do we learn from: which images, which labels, and how large are the objects?",
         settings=("seed", "data", "evaluation"),
-        makes=("data.json", "data/**", "figures/01_*.png"),
-        essential=("data.json",),
+        outputs=("data.json", "data/**", "figures/01_*.png"),
+        required_outputs=("data.json",),
     ),
     Stage(
         "02_classifier",
         "Can a network tell what is in an image, and what does it look at?",
-        needs=("01_data",),
+        depends_on=("01_data",),
         settings=("seed", "precision", "data", "model", "classifier"),
-        makes=("checkpoints/teacher*.safetensors", "figures/02_*.png"),
-        essential=("checkpoints/teacher.safetensors",),
+        outputs=("checkpoints/teacher*.safetensors", "figures/02_*.png"),
+        required_outputs=("checkpoints/teacher.safetensors",),
     ),
     Stage(
         "03_multi_scale_attention",
         "What do small and large scales see, and what does their fusion gain?",
-        needs=("01_data", "02_classifier"),
+        depends_on=("01_data", "02_classifier"),
         settings=("seed", "precision", "data", "attention", "evaluation"),
-        makes=("cams/teacher*/**", "figures/03_*.png"),
-        essential=("cams/teacher/**",),
+        outputs=("cams/teacher*/**", "figures/03_*.png"),
+        required_outputs=("cams/teacher/**",),
     ),
     Stage(
         "04_denoise_and_reactivate",
         "What do denoising and reactivation repair?",
-        needs=("01_data", "03_multi_scale_attention"),
+        depends_on=("01_data", "03_multi_scale_attention"),
         settings=("data", "attention", "evaluation"),
-        makes=("figures/04_*.png",),
+        outputs=("figures/04_*.png",),
     ),
     Stage(
         "05_self_training",
         "Does a student of the fused maps see more than its teacher?",
-        needs=("01_data", "02_classifier", "03_multi_scale_attention"),
+        depends_on=("01_data", "02_classifier", "03_multi_scale_attention"),
         settings=("seed", "precision", "data", "model", "attention", "self_training", "evaluation"),
-        makes=("checkpoints/student*.safetensors", "cams/student*/**", "figures/05_*.png"),
-        essential=("checkpoints/student*.safetensors", "cams/student*/**"),
+        outputs=("checkpoints/student*.safetensors", "cams/student*/**", "figures/05_*.png"),
+        required_outputs=("checkpoints/student*.safetensors", "cams/student*/**"),
     ),
     Stage(
         "06_pseudo_masks",
         "How good are the masks, and what does the dense CRF add?",
-        needs=("01_data", "03_multi_scale_attention", "05_self_training"),
+        depends_on=("01_data", "03_multi_scale_attention", "05_self_training"),
         settings=("data", "attention", "pseudo_masks", "evaluation"),
-        makes=("masks/**", "figures/06_*.png"),
-        essential=("masks/**",),
+        outputs=("masks/**", "figures/06_*.png"),
+        required_outputs=("masks/**",),
     ),
     Stage(
         "07_segmentation",
         "Does a segmentation network trained on the pseudo masks work on new images?",
-        needs=("01_data", "05_self_training", "06_pseudo_masks"),
+        depends_on=("01_data", "05_self_training", "06_pseudo_masks"),
         settings=("seed", "precision", "data", "model", "segmentation", "evaluation"),
-        makes=("checkpoints/segmenter*.safetensors", "masks_segmenter/**", "figures/07_*.png"),
+        outputs=("checkpoints/segmenter*.safetensors", "masks_segmenter/**", "figures/07_*.png"),
     ),
     Stage(
         "08_results",
         "What did each stage gain, for which objects?",
-        needs=(
+        depends_on=(
             "01_data",
             "02_classifier",
             "03_multi_scale_attention",
@@ -108,8 +108,8 @@ STAGES: tuple[Stage, ...] = (
             "07_segmentation",
         ),
         settings=("data", "attention", "evaluation"),
-        makes=("figures/08_*.png", "explorer.html"),
-        reads=("ablation/ablation.json",),
+        outputs=("figures/08_*.png", "explorer.html"),
+        extra_inputs=("ablation/ablation.json",),
     ),
 )
 

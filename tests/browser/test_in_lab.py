@@ -30,7 +30,7 @@ class Lab:
         self.watched, self.page = watched, watched.page
         self.root = self.page.locator(".smaf-explorer")
         self.board = BoardPage(self.root.locator(".smaf-board"))
-        self.gallery = Gallery.shipped(8)
+        self.gallery = Gallery.pretrained(8)
         self.index, self.role, self.flip = FIRST, "teacher", True
         self.settings = self.gallery.first_settings(FIRST)
 
@@ -154,7 +154,7 @@ def test_clicked_pixel_is_marked_in_every_panel_and_read_at_every_scale(lab_page
     reading, names = lab.expected().read(row, col), ("background", *lab.gallery.class_names)
     assert list(reading.values) == ["scale 0.5", "scale 1", "scale 1.5", "scale 2", "fused", "target"]
     assert lab.board.root.locator("[data-mask]").inner_text() == names[reading.label]
-    assert lab.board.root.locator("[data-truth]").inner_text() == names[reading.truth or 0]
+    assert lab.board.root.locator("[data-ground truth]").inner_text() == names[reading.ground_truth or 0]
     lab.board.after(
         lambda: lab.board.click_pixel(80, 60, (128, 128))
     )  # the same once more: there is no news to wait for

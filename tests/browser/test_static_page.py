@@ -67,7 +67,7 @@ class Static:
 
 @pytest.fixture(scope="module")
 def static(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Static]:
-    gallery = Gallery.shipped(4)
+    gallery = Gallery.pretrained(4)
     path = tmp_path_factory.mktemp("page") / "explorer.html"
     path.write_text(explorer_page(gallery, "Attention explorer", FIRST), encoding="utf-8")
     context = browser.new_context(viewport={"width": 1500, "height": 760}, offline=True)
@@ -124,7 +124,7 @@ def test_pixel_and_keyboard(static: Static) -> None:
         assert static.board.values() == pytest.approx(shown_values(reading), abs=0.0011)
     assert static.board.num_markers() == 8
     names = ("background", *static.gallery.class_names)
-    assert static.board.root.locator("[data-truth]").inner_text() == names[reading.truth or 0]
+    assert static.board.root.locator("[data-ground truth]").inner_text() == names[reading.ground_truth or 0]
     static.board.after(lambda: panels.press("Escape"))
     assert static.board.num_markers() == 0
 
@@ -169,7 +169,7 @@ def test_moves_are_fast_and_nothing_was_asked_of_a_network(static: Static, recor
 
 
 def test_void_pixels_images_without_truth_and_a_teacher_alone(browser: Browser, tmp_path: Path) -> None:
-    gallery = Gallery.shipped(3)
+    gallery = Gallery.pretrained(3)
     del gallery.networks["student"]
     mask = gallery.samples[2].mask
     assert mask is not None
@@ -187,13 +187,13 @@ def test_void_pixels_images_without_truth_and_a_teacher_alone(browser: Browser, 
     static.assert_right()
     static.change("mask", lambda: static.slide("bg", 0.15), bg_score=0.15)
     static.board.after(lambda: static.board.click_pixel(75, 55, (128, 128)))
-    assert static.board.root.locator("[data-truth]").inner_text() == "void"
+    assert static.board.root.locator("[data-ground truth]").inner_text() == "void"
     assert static.watched.errors == []
     context.close()
 
 
 def test_background_score_between_the_steps_of_the_slider_is_kept(browser: Browser, tmp_path: Path) -> None:
-    gallery = Gallery.shipped(1)
+    gallery = Gallery.pretrained(1)
     attention = gallery.config.attention.model_copy(update={"bg_score": 0.345})
     gallery.config = gallery.config.model_copy(update={"attention": attention})
     path = tmp_path / "page.html"

@@ -67,17 +67,17 @@ def _check_samples(samples: Samples, found: Findings) -> None:
     name, sizes = samples.split, []
     unseen: list[str] = []
     unlabelled: list[str] = []
-    truth = samples if samples.truth else _with_masks(samples)
-    for index in progress(range(len(truth)), total=len(truth), desc=f"check {name}"):
+    ground_truth = samples if samples.ground_truth else _with_masks(samples)
+    for index in progress(range(len(ground_truth)), total=len(ground_truth), desc=f"check {name}"):
         try:
-            sample = truth[index]
+            sample = ground_truth[index]
         except DataError as error:
             found.problems.append(f"{name}: {error}")
             continue
         sizes.append((sample.image.shape[2], sample.image.shape[1]))
         if sample.mask is not None:
             there = set(mask_values(sample.mask)) - {0, VOID_LABEL}
-            labelled = {number + 1 for number in truth.files[index].labels}
+            labelled = {number + 1 for number in ground_truth.files[index].labels}
             unseen += [f"{sample.image_id} ({samples.class_names[v - 1]})" for v in sorted(labelled - there)]
             unlabelled += [f"{sample.image_id} ({samples.class_names[v - 1]})" for v in sorted(there - labelled)]
     counts = samples.image_labels.sum(dim=0).int().tolist()
@@ -105,7 +105,7 @@ def _check_samples(samples: Samples, found: Findings) -> None:
 def _with_masks(samples: Samples) -> Samples:
     """The same samples, masks read where there are some."""
 
-    def read(files: SampleFiles, num_classes: int, truth: bool) -> object:
+    def read(files: SampleFiles, num_classes: int, ground_truth: bool) -> object:
         return samples.read(files, num_classes, True)
 
     return Samples(samples.files, samples.class_names, samples.split, read)  # type: ignore[arg-type]

@@ -4,10 +4,10 @@ import torch
 
 from smaflib.cams import fuse_cams, multi_scale_cams
 from smaflib.config import load_config
-from smaflib.data import load_samples, truth_of
+from smaflib.data import ground_truth_of, load_samples
 from smaflib.data.mini.dataset import CLASS_NAMES, make_mini
 from smaflib.evaluation import evaluate, masks_of
-from smaflib.models.pretrained import ASSETS, shipped_config, shipped_network, short_config
+from smaflib.models.pretrained import ASSETS, pretrained_config, pretrained_network, short_config
 from smaflib.models.weights.files import read_weights, write_weights
 from smaflib.reactivation import denoise
 from tools.make_assets import export_networks
@@ -24,12 +24,12 @@ def test_their_maps_lie_on_the_objects_of_images_they_have_never_seen(tmp_path):
     config = short_config(tmp_path / "data")
     samples, attention = load_samples(config, "train"), config.attention
     for role in ("teacher", "student"):
-        network = shipped_network(role)
-        clean = [
+        network = pretrained_network(role)
+        denoised = [
             denoise(fuse_cams(multi_scale_cams(network, s.image, attention.scales), (128, 128), "sum"), s.image_label)
             for s in samples
         ]
-        scores = evaluate(masks_of(clean, attention.bg_score), truth_of(samples), CLASS_NAMES)
+        scores = evaluate(masks_of(denoised, attention.bg_score), ground_truth_of(samples), CLASS_NAMES)
         # Background everywhere would score 0.13, and maps at chance stay below 0.2.
         assert scores.miou > 0.4, role
 
@@ -38,12 +38,12 @@ def test_the_shipped_settings_are_those_of_the_mini_config_but_for_the_data():
     mini = load_config(
         "configs/mini.yaml" if ASSETS.parent.parent.joinpath("configs").is_dir() else ASSETS / "mini.yaml"
     )
-    assert shipped_config().model == mini.model
+    assert pretrained_config().model == mini.model
 
 
 def test_export_halves_the_floats_and_keeps_the_settings(tmp_path):
     run = tmp_path / "run"
-    state = shipped_network("teacher").state_dict()
+    state = pretrained_network("teacher").state_dict()
     for role in ("teacher", "student"):
         write_weights(run / "checkpoints" / f"{role}.safetensors", state)
     (run / "config.yaml").write_text((ASSETS / "mini.yaml").read_text())

@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from smaflib.apps.cli import app
-from smaflib.apps.custom_images import label_photos, make_masks
+from smaflib.apps.custom_images import label_images, make_masks
 from smaflib.config import Config, check_settings
 from smaflib.data.masks import read_mask
 from smaflib.errors import ConfigError, DataError
@@ -106,21 +106,21 @@ def test_bad_photos_leave_nothing_behind(config: Config, tmp_path: Path) -> None
 
 def test_photos_without_a_table_are_labelled_by_what_was_learned(config: Config, tmp_path: Path) -> None:
     make_masks(config, tmp_path / "out")
-    truth = dict(draw_photos(tmp_path / "new", 4, first=20))
-    label_photos(tmp_path / "out", tmp_path / "new", tmp_path / "labelled")
+    ground_truth = dict(draw_photos(tmp_path / "new", 4, first=20))
+    label_images(tmp_path / "out", tmp_path / "new", tmp_path / "labelled")
     with (tmp_path / "labelled/labels.csv").open(newline="") as file:
         given = {row["image"]: row["labels"] for row in csv.DictReader(file)}
-    assert given == truth
+    assert given == ground_truth
     assert len(list((tmp_path / "labelled/masks").iterdir())) == 4
-    label_photos(tmp_path / "out", tmp_path / "new", tmp_path / "labelled")  # complete: nothing is claimed twice
+    label_images(tmp_path / "out", tmp_path / "new", tmp_path / "labelled")  # complete: nothing is claimed twice
     shutil.copy(tmp_path / "new/20.png", tmp_path / "new/30.png")
     with pytest.raises(ConfigError, match=r"30\.png is not in .*labels\.csv; choose another --out"):
-        label_photos(tmp_path / "out", tmp_path / "new", tmp_path / "labelled")
+        label_images(tmp_path / "out", tmp_path / "new", tmp_path / "labelled")
     with pytest.raises(ConfigError, match="holds no finished"):
-        label_photos(tmp_path / "new", tmp_path / "new", tmp_path / "other")
+        label_images(tmp_path / "new", tmp_path / "new", tmp_path / "other")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="there is no photo in"):
-        label_photos(tmp_path / "out", tmp_path / "empty", tmp_path / "other")
+        label_images(tmp_path / "out", tmp_path / "empty", tmp_path / "other")
 
 
 def test_rounds_names_and_limits(config: Config, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_rounds_names_and_limits(config: Config, tmp_path: Path) -> None:
     assert {path.stem for path in (tmp_path / "out/work").glob("student*.safetensors")} == {"student", "student_round1"}
     assert "masks/no%231.png" in sheet.read_text()
     draw_photos(tmp_path / "new", 4, first=20)  # more than the two that were learned from
-    label_photos(tmp_path / "out", tmp_path / "new", tmp_path / "labelled")
+    label_images(tmp_path / "out", tmp_path / "new", tmp_path / "labelled")
     assert len(list((tmp_path / "labelled/masks").iterdir())) == 4
 
 
