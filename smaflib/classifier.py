@@ -15,26 +15,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smaflib.config import ClassifierConfig, Config
+from smaflib.config import AttentionConfig, ClassifierConfig, HeadSolverConfig, ModelConfig
 from smaflib.data.sample import Sample, Samples
-from smaflib.data.transforms import Crop, normalize, resize_image
+from smaflib.data.transforms import Crop, normalize, resize_image, scaled_size
 from smaflib.errors import ConfigError
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, load_attention_network
 from smaflib.models.weights.files import write_weights
-from smaflib.runtime import Runtime, derive_seed, progress
-from smaflib.training import Batch, Batches, History, fit
+from smaflib.runtime import Runtime, derive_seed, progress, seeded
+from smaflib.training import Batch, Batches, History, fit, load_history
 
 
 def train_classifier(
-    samples: Samples, config: Config, runtime: Runtime, checkpoint: Path | None = None
+    samples: Samples,
+    model: ModelConfig,
+    settings: ClassifierConfig,
+    runtime: Runtime,
+    *,
+    attention: AttentionConfig = AttentionConfig(),
+    checkpoint: Path | None = None,
+    num_workers: int = 0,
 ) -> tuple[AttentionNetwork, History]:
     """Train the teacher from image labels, and with ``pretraining: eps`` from saliency maps too.
 
     Args:
-        samples: the training split; masks are not looked at.
-        config: of the run.
+        samples: the training split; masks are not read.
+        model: the network.
+        settings: of stage 1.
         runtime: device, precision and seed.
-        checkpoint: where weights are kept; an unfinished training goes on from there.
+        attention: the scales and flip at which ``settings.solve_head`` sees the images.
+        checkpoint: where weights are kept; an unfinished training resumes from there.
+        num_workers: loader processes.
 
     Returns:
         The network in eval mode and its learning curve.
@@ -42,9 +52,9 @@ def train_classifier(
     Raises:
         ConfigError: if EPS is asked for and the samples have no saliency maps.
     """
-    settings = config.classifier
+    num_classes = len(samples.class_names)
     if settings.checkpoint is not None:
-        network = load_attention_network(settings.checkpoint, config.model, len(samples.class_names))
+        network = load_attention_network(settings.checkpoint, model, num_classes)
         if checkpoint:
             write_weights(checkpoint, network.state_dict(), iteration=settings.iterations, history=[])
         return network.to(runtime.device), []
@@ -53,20 +63,19 @@ def train_classifier(
         raise ConfigError(
             "classifier.pretraining is 'eps', but not every image has a saliency map; set data.saliency or use plain"
         )
-    network = new_teacher(config, len(samples.class_names), runtime)
-    if settings.solve_head:
-        history = solve_head(network, samples, config, runtime)
+    # Seeded, so that the untrained network is the same for the same seed. EPS needs a background map.
+    with seeded(derive_seed(runtime.seed, "initial weights")):
+        network = AttentionNetwork(model, num_classes, background=eps).to(runtime.device)
+    if settings.solve_head is not None:
+        if checkpoint and checkpoint.is_file():
+            return load_attention_network(checkpoint, model, num_classes), load_history(checkpoint)
+        history = solve_head(network, samples, settings.solve_head, attention, runtime)
         if checkpoint:
             write_weights(checkpoint, network.state_dict(), iteration=settings.iterations, history=history)
         return network, history
-    batches = Batches(
-        samples,
-        settings,
-        derive_seed(runtime.seed, "classifier"),
-        _crop_saliency if eps else None,
-        config.data.num_workers,
-    )
-    if config.model.freeze_backbone and not (checkpoint and checkpoint.is_file()):
+    seed = derive_seed(runtime.seed, "classifier")
+    batches = Batches(samples, settings, seed, crop_saliency if eps else None, num_workers)
+    if model.freeze_backbone and not (checkpoint and checkpoint.is_file()):
         standardize_features(network, batches, runtime)
 
     def loss(batch: Batch) -> dict[str, Tensor]:
@@ -78,13 +87,6 @@ def train_classifier(
 
     history = fit(network, batches, loss, runtime, checkpoint, desc="classifier")
     return network, history
-
-
-def new_teacher(config: Config, num_classes: int, runtime: Runtime) -> AttentionNetwork:
-    """The untrained network of stage 1, the same for the same seed; EPS needs a background map."""
-    torch.manual_seed(derive_seed(runtime.seed, "initial weights"))
-    background = config.classifier.pretraining == "eps"
-    return AttentionNetwork(config.model, num_classes, background).to(runtime.device)
 
 
 def classification_loss(image_logits: Tensor, image_label: Tensor) -> Tensor:
@@ -133,6 +135,31 @@ def saliency_loss(logits: Tensor, saliency: Tensor, image_label: Tensor, config:
     return F.mse_loss(estimate, saliency)
 
 
+class ChannelStatistics:
+    """Mean and variance of features per channel, summed up in float64 over cells of any number of batches."""
+
+    def __init__(self, network: AttentionNetwork | SegmentationNetwork) -> None:
+        layer = network.standardize
+        if not isinstance(layer, nn.BatchNorm2d):
+            raise ValueError("features are only standardised where model.freeze_backbone is true")
+        self.layer, self.count = layer, 0
+        self.total = torch.zeros(layer.num_features, dtype=torch.float64)
+        self.squares = torch.zeros_like(self.total)
+
+    def add(self, features: Tensor) -> None:  # (B, C, h, w), float64 on the CPU
+        self.count += features.numel() // features.shape[1]
+        self.total += features.sum(dim=(0, 2, 3))
+        self.squares += features.square().sum(dim=(0, 2, 3))
+
+    def fill_layer(self) -> tuple[Tensor, Tensor]:
+        """Put mean and variance, (C,) each, into the network's ``standardize`` layer; return them in float64."""
+        mean = self.total / self.count
+        variance = (self.squares / self.count - mean.square()).clamp(min=0)
+        device = self.layer.running_mean.device  # type: ignore[union-attr]
+        self.layer.running_mean, self.layer.running_var = mean.float().to(device), variance.float().to(device)
+        return mean, variance
+
+
 @torch.no_grad()
 def standardize_features(
     network: AttentionNetwork | SegmentationNetwork, batches: Batches, runtime: Runtime, passes: int = 2
@@ -149,47 +176,47 @@ def standardize_features(
         passes: over the samples.
     """
     network.to(runtime.device).eval()
-    layer = network.standardize
-    if not isinstance(layer, nn.BatchNorm2d):
-        raise ValueError("standardize_features is for networks whose model.freeze_backbone is true")
-    count, total, squares = 0, torch.zeros_like(layer.running_mean), torch.zeros_like(layer.running_var)  # type: ignore[arg-type]
+    statistics = ChannelStatistics(network)
     num_batches = min(len(batches), math.ceil(passes * len(batches.samples) / batches.config.batch_size))
     for index in progress(range(num_batches), total=num_batches, desc="feature statistics"):
-        features = network.backbone(batches[index]["image"].to(runtime.device)).double()
-        count += features.shape[0] * features.shape[2] * features.shape[3]
-        total += features.sum(dim=(0, 2, 3))
-        squares += features.square().sum(dim=(0, 2, 3))
-    mean = total / count
-    layer.running_mean, layer.running_var = mean.float(), (squares / count - mean.square()).clamp(min=0).float()
+        statistics.add(network.backbone(batches[index]["image"].to(runtime.device)).double().cpu())
+    statistics.fill_layer()
 
 
-def solve_head(network: AttentionNetwork, samples: Samples, config: Config, runtime: Runtime) -> History:
+def solve_head(
+    network: AttentionNetwork,
+    samples: Samples,
+    settings: HeadSolverConfig,
+    attention: AttentionConfig,
+    runtime: Runtime,
+) -> History:
     """Compute the last layer on a frozen backbone: a logistic regression on each image's mean feature.
 
     A linear layer may trade places with the spatial mean, so an image at one scale is one vector, and the loss is
     convex in the layer's weights: L-BFGS finds the one minimum, where training could stop short of it. Every image is
-    seen whole, at every scale of ``config.attention`` and mirrored, as :func:`~smaflib.cams.multi_scale_cams` will see
-    it. The loss is L_cls plus ``weight_decay`` times the squared weights of a class, mean over the classes.
+    seen whole, at every scale of ``attention`` and mirrored, as :func:`~smaflib.cams.multi_scale_cams` will see it.
+    The loss is L_cls plus ``weight_decay`` times the squared weights of a class, mean over the classes.
 
     Args:
         network: a plain teacher; its ``standardize`` layer and its head are filled in place; ends in eval mode.
         samples: the training split.
-        config: of the run; ``classifier.iterations`` limits the steps.
+        settings: the most steps, and the penalty.
+        attention: scales and flip.
         runtime: device and precision.
 
     Returns:
         The losses of each evaluation, as a learning curve.
     """
     runtime.place(network).eval()
-    pooled, labels = _mean_features(network, samples, config, runtime)  # (N, C), (N, K)
+    pooled, labels = _mean_features(network, samples, attention, runtime)  # (N, C), (N, K)
     weights = torch.zeros(labels.shape[1], pooled.shape[1], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=config.classifier.iterations, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weights], max_iter=settings.iterations, line_search_fn="strong_wolfe")
     history: History = []
 
     def closure() -> float:
         optimizer.zero_grad()
         loss = classification_loss(pooled @ weights.T, labels)
-        penalty = config.classifier.weight_decay * weights.square().sum(dim=1).mean()
+        penalty = settings.weight_decay * weights.square().sum(dim=1).mean()
         (loss + penalty).backward()
         history.append({"iteration": float(len(history) + 1), "L_cls": loss.item(), "penalty": penalty.item()})
         return (loss + penalty).item()
@@ -202,33 +229,25 @@ def solve_head(network: AttentionNetwork, samples: Samples, config: Config, runt
 
 @torch.no_grad()
 def _mean_features(
-    network: AttentionNetwork, samples: Samples, config: Config, runtime: Runtime
+    network: AttentionNetwork, samples: Samples, attention: AttentionConfig, runtime: Runtime
 ) -> tuple[Tensor, Tensor]:
     """Standardised features, float64: means over each image at each scale and mirrored (N, C), labels (N, K)."""
-    layer = network.standardize
-    if not isinstance(layer, nn.BatchNorm2d):
-        raise ValueError("solve_head is for networks whose model.freeze_backbone is true")
-    means, labels, count = [], [], 0
-    total = torch.zeros(layer.num_features, dtype=torch.float64)
-    squares = torch.zeros_like(total)
+    statistics = ChannelStatistics(network)
+    means: list[Tensor] = []
+    labels: list[Tensor] = []
     for sample in progress(samples, total=len(samples), desc="features"):
-        height, width = sample.image.shape[-2:]
-        for scale in config.attention.scales:
-            size = (max(1, round(height * scale)), max(1, round(width * scale)))
+        for scale in attention.scales:
+            size = scaled_size(sample.image.shape[-2:], scale)
             inputs = normalize(resize_image(sample.image, size))[None].to(runtime.device)
-            inputs = torch.cat([inputs, inputs.flip(-1)]) if config.attention.flip else inputs
+            inputs = torch.cat([inputs, inputs.flip(-1)]) if attention.flip else inputs
             with runtime.autocast():
                 features = network.backbone(inputs)
-            features = features.flatten(2).double().cpu()  # (1 or 2, C, cells)
-            means += list(features.mean(dim=2))
+            features = features.double().cpu()  # (1 or 2, C, h, w)
+            means += list(features.mean(dim=(2, 3)))
             labels += [sample.image_label.double()] * len(features)
-            count += features.shape[0] * features.shape[2]
-            total += features.sum(dim=(0, 2))
-            squares += features.square().sum(dim=(0, 2))
-    mean = total / count
-    variance = (squares / count - mean.square()).clamp(min=0)
-    layer.running_mean, layer.running_var = mean.float().to(runtime.device), variance.float().to(runtime.device)
-    return (torch.stack(means) - mean) / (variance + layer.eps).sqrt(), torch.stack(labels)
+            statistics.add(features)
+    mean, variance = statistics.fill_layer()
+    return (torch.stack(means) - mean) / (variance + statistics.layer.eps).sqrt(), torch.stack(labels)
 
 
 @torch.no_grad()
@@ -243,9 +262,17 @@ def classify(network: AttentionNetwork, samples: Samples, runtime: Runtime) -> T
     return torch.stack(rows)
 
 
-def _crop_saliency(sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:
+def crop_saliency(sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:
+    """The saliency map as a field of the batch."""
     assert sample.saliency is not None  # train_classifier has checked the whole split
     return {"saliency": crop.apply(sample.saliency)}
+
+
+def predict_labels(image_logits: Tensor) -> Tensor:
+    """The classes whose logit is above 0, or the likeliest one where none is: (N, K) to float32 (N, K) in {0, 1}."""
+    labels = (image_logits > 0).float()
+    labels[torch.arange(len(labels)), image_logits.argmax(dim=1)] = 1  # above 0 already, where any is
+    return labels
 
 
 def classification_scores(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from tqdm import tqdm
 
@@ -24,6 +23,9 @@ Item = TypeVar("Item")
 Network = TypeVar("Network", bound=nn.Module)
 PROGRESS_FILE = "SMAF_PROGRESS_FILE"
 """Environment variable: a file that takes the state of the running progress bar, for the runner's terminal."""
+
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,13 @@ def make_runtime(config: Config) -> Runtime:
     Raises:
         ConfigError: if the config names a device that this machine does not have.
     """
-    device = PartialState().default_device if config.device == "auto" else torch.device(config.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda' but torch finds no CUDA GPU here; set device=auto or device=cpu")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("device is 'mps' but torch finds no Apple GPU here; set device=auto or device=cpu")
+    found = torch.accelerator.current_accelerator(check_available=True)
+    device = (found or CPU) if config.device == "auto" else torch.device(config.device)
+    if device.type not in ("cpu", found.type if found else "cpu"):
+        raise ConfigError(
+            f"device is {device.type!r}, but torch finds {'only ' + found.type if found else 'no accelerator'} here; "
+            "set device=auto or device=cpu"
+        )
     # torch's own default counts hyper-threads and ignores CPU limits of containers.
     torch.set_num_threads(config.num_threads or num_cores())
     torch.backends.cudnn.benchmark = False
@@ -66,7 +70,7 @@ def make_runtime(config: Config) -> Runtime:
 
 def cpu_runtime(seed: int = 0) -> Runtime:
     """A runtime that needs no config: float32 on the CPU."""
-    return Runtime(torch.device("cpu"), seed=seed)
+    return Runtime(CPU, seed=seed)
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -86,6 +90,17 @@ def derive_seed(*parts: object) -> int:
     """
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
+    """Random numbers that depend on ``seed`` alone inside the block; global random state is untouched outside.
+
+    Initial weights and dropout take no generator of their own in torch: they read the global one.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def progress(items: Iterable[Item], total: int | None = None, desc: str = "", initial: int = 0) -> Iterator[Item]:

@@ -11,64 +11,58 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor, nn
 
 from smaflib.classifier import standardize_features
-from smaflib.config import Config, CrfConfig, SegmentationConfig
+from smaflib.config import CrfConfig, ModelConfig, SegmentationConfig
 from smaflib.data.classes import VOID_LABEL
-from smaflib.data.masks import MaskFiles, save_mask
-from smaflib.data.sample import Sample, Samples
-from smaflib.data.transforms import Crop, normalize
+from smaflib.data.masks import save_mask
+from smaflib.data.sample import Samples
+from smaflib.data.transforms import normalize, scaled_size
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
 from smaflib.refinement import dense_crf, refine_many
-from smaflib.runtime import Runtime, derive_seed, device_of, num_cores, progress
-from smaflib.training import Batch, Batches, History, fit
+from smaflib.runtime import Runtime, derive_seed, device_of, num_cores, progress, seeded
+from smaflib.training import Batch, Batches, CropField, History, fit
 
 
 def train_segmenter(
     samples: Samples,
     masks: Sequence[Tensor],
-    config: Config,
+    model: ModelConfig,
+    settings: SegmentationConfig,
     runtime: Runtime,
-    checkpoint: Path | None = None,
+    *,
     student: AttentionNetwork | None = None,
+    checkpoint: Path | None = None,
+    num_workers: int = 0,
 ) -> tuple[SegmentationNetwork, History]:
     """Train a segmentation network.
 
     Args:
         samples: the training split.
         masks: per sample uint8 (H, W): pseudo masks, or the ground truth for the upper bound; 255 does not count.
-        config: of the run.
+        model: backbone and weights, where ``settings.model`` names none of its own.
+        settings: of stage 6.
         runtime: device, precision and seed.
-        checkpoint: where weights are kept; an unfinished training goes on from there.
         student: where given, the network starts from its features, which have seen image labels only.
+        checkpoint: where weights are kept; an unfinished training resumes from there.
+        num_workers: loader processes.
 
     Returns:
         The network in eval mode and its learning curve.
     """
-    network = new_segmenter(config, len(samples.class_names), runtime)
+    with seeded(derive_seed(runtime.seed, "segmenter's initial weights")):
+        network = SegmentationNetwork(settings.model or model, settings, len(samples.class_names)).to(runtime.device)
     if student is not None:
         network.backbone.load_state_dict(student.backbone.state_dict())
-
-    def crop_mask(sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:
-        return {"mask": crop.apply(masks[index], "nearest", fill=VOID_LABEL)}
-
-    batches = Batches(
-        samples, config.segmentation, derive_seed(runtime.seed, "segmenter"), crop_mask, config.data.num_workers
-    )
+    masks_field = CropField("mask", masks, "nearest", fill=VOID_LABEL)
+    batches = Batches(samples, settings, derive_seed(runtime.seed, "segmenter"), masks_field, num_workers)
     if network.config.freeze_backbone and not (checkpoint and checkpoint.is_file()):
         standardize_features(network, batches, runtime)
 
     def loss(batch: Batch) -> dict[str, Tensor]:
-        views = multi_scale_logits(network, batch["image"], config.segmentation.loss_scales)
+        views = multi_scale_logits(network, batch["image"], settings.loss_scales)
         return {"L_seg": torch.stack([segmentation_loss(logits, batch["mask"]) for logits in views]).sum()}
 
     history = fit(network, batches, loss, runtime, checkpoint, desc="segmentation")
     return network, history
-
-
-def new_segmenter(config: Config, num_classes: int, runtime: Runtime) -> SegmentationNetwork:
-    """The untrained network of stage 6, the same for the same seed."""
-    torch.manual_seed(derive_seed(runtime.seed, "segmenter's initial weights"))
-    model = config.segmentation.model or config.model
-    return SegmentationNetwork(model, config.segmentation, num_classes).to(runtime.device)
 
 
 def multi_scale_logits(network: nn.Module, images: Tensor, scales: Sequence[float]) -> list[Tensor]:
@@ -86,7 +80,7 @@ def multi_scale_logits(network: nn.Module, images: Tensor, scales: Sequence[floa
     """
     views = []
     for scale in scales:
-        size = (max(1, round(images.shape[2] * scale)), max(1, round(images.shape[3] * scale)))
+        size = scaled_size(images.shape[2:], scale)
         scaled = images if scale == 1 else F.interpolate(images, size=size, mode="bilinear", align_corners=False)
         views.append(network(scaled))
     if len(views) == 1:
@@ -144,8 +138,8 @@ def class_probabilities(
     height, width = image.shape[-2:]
     total = torch.zeros(())
     for scale in config.test_scales:
-        size = [max(1, round(height * scale)), max(1, round(width * scale))]
-        inputs = normalize(TF.resize(image, size, TF.InterpolationMode.BICUBIC))[None].to(device_of(network))
+        size = scaled_size(image.shape[-2:], scale)
+        inputs = normalize(TF.resize(image, list(size), TF.InterpolationMode.BICUBIC))[None].to(device_of(network))
         inputs = torch.cat([inputs, inputs.flip(-1)]) if config.test_flip else inputs
         with runtime.autocast() if runtime else torch.autocast("cpu", enabled=False):
             logits = network(inputs).float()
@@ -158,7 +152,11 @@ def class_probabilities(
 
 
 def segment_many(
-    network: SegmentationNetwork, images: Iterable[Tensor], num_images: int, config: Config, runtime: Runtime
+    network: SegmentationNetwork,
+    images: Iterable[Tensor],
+    num_images: int,
+    settings: SegmentationConfig,
+    runtime: Runtime,
 ) -> Iterator[Tensor]:
     """:func:`segment` of many images, in their order; the CRF, if there is one, on the other cores or on the GPU.
 
@@ -166,37 +164,35 @@ def segment_many(
         network: gives (B, K+1, h, w) logits.
         images: uint8 (3, H, W) each, taken as there is room.
         num_images: of them; a few do not pay for starting processes.
-        config: of the run.
+        settings: ``test_scales``, ``test_flip``, ``test_crf``, and the CRF's back-end and processes.
         runtime: device and precision.
 
     Yields:
         uint8 (H, W) per image.
     """
-    settings = config.segmentation
-    if settings.test_crf is None:
+    crf = settings.test_crf
+    if crf is None:
         yield from (segment(network, image, settings, runtime) for image in images)
         return
-    crf = settings.test_crf
     jobs = ((image, _crf_start(class_probabilities(network, image, settings, runtime), crf)) for image in images)
-    masks, workers = config.pseudo_masks, 1 if num_images < 8 else config.pseudo_masks.num_workers or num_cores()
-    yield from refine_many(jobs, crf, network.num_classes + 1, workers, masks.backend, runtime.device)
+    workers = 1 if num_images < 8 else settings.test_crf_workers or num_cores()
+    yield from refine_many(jobs, crf, network.num_classes + 1, workers, settings.test_crf_backend, runtime.device)
 
 
 def write_segmentation(
-    network: SegmentationNetwork, samples: Samples, folder: Path, config: Config, runtime: Runtime
-) -> MaskFiles:
-    """Segment a split into palette PNGs; images that have theirs already are skipped.
+    network: SegmentationNetwork, samples: Samples, folder: Path, settings: SegmentationConfig, runtime: Runtime
+) -> None:
+    """Segment a split into palette PNGs, ``<image_id>.png``; images that have theirs already are skipped.
 
     Args:
         network: trained.
         samples: the split.
-        folder: takes ``<image_id>.png``.
-        config: of the run.
+        folder: takes the masks.
+        settings: as of :func:`segment_many`.
         runtime: device and precision.
     """
     paths = [folder / f"{image_id}.png" for image_id in samples.image_ids]
     missing = [index for index, path in enumerate(paths) if not path.is_file()]
-    masks = segment_many(network, (samples[index].image for index in missing), len(missing), config, runtime)
+    masks = segment_many(network, (samples[index].image for index in missing), len(missing), settings, runtime)
     for index, mask in zip(missing, progress(masks, len(missing), f"segment {samples.split}"), strict=True):
         save_mask(paths[index], mask)
-    return MaskFiles(paths)

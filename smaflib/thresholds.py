@@ -7,56 +7,25 @@ threshold.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from smaflib.config import Config
 
 CANDIDATES: tuple[float, ...] = tuple(round(0.05 * step, 2) for step in range(2, 15))
 """Background scores among which the choice is made: 0.1 to 0.7."""
 
 
 MAX_IMAGES = 1000
-"""As many images, evenly over the split, are looked at; the choice does not move with more."""
+"""As many images are read, evenly over the split; the choice does not move with more."""
 
 
-def resolve_bg_score(config: Config, denoised: Sequence[Tensor]) -> Config:
-    """The same settings with a number for ``attention.bg_score``, chosen if it is ``auto``.
-
-    Args:
-        config: of the run.
-        denoised: the teacher's maps, per image (K, H, W) in [0, 1], fused and denoised; may be lazy.
-    """
-    if config.attention.bg_score != "auto":
-        return config
-    chosen = choose_bg_score(evenly(denoised))
-    return config.model_copy(update={"attention": config.attention.model_copy(update={"bg_score": chosen})})
-
-
-def mask_bg_score(config: Config, denoised: Sequence[Tensor]) -> float:
-    """The background score of the pseudo masks: what ``pseudo_masks.bg_score`` says, or else ``attention.bg_score``.
-
-    Args:
-        config: of the run.
-        denoised: the student's maps, per image (K, H, W), from which ``auto`` chooses.
-    """
-    wanted = config.pseudo_masks.bg_score
-    wanted = config.attention.bg_score if wanted is None else wanted
-    return choose_bg_score(evenly(denoised)) if wanted == "auto" else wanted
-
-
-def evenly(items: Sequence[Tensor]) -> Iterable[Tensor]:
-    """At most :data:`MAX_IMAGES` of them, taken evenly."""
-    return (items[index] for index in range(0, len(items), -(-len(items) // MAX_IMAGES)))
-
-
-def choose_bg_score(denoised: Iterable[Tensor]) -> float:
+def choose_bg_score(denoised: Sequence[Tensor]) -> float:
     """The background score that separates foreground from background best, mean over the images.
 
     Args:
-        denoised: per image (K, H, W) in [0, 1], fused and denoised; at least one.
+        denoised: per image (K, H, W) in [0, 1], fused and denoised; at least one; may be lazy. At most
+            :data:`MAX_IMAGES` are read, evenly over the split.
 
     Returns:
         One of :data:`CANDIDATES`.
@@ -64,9 +33,9 @@ def choose_bg_score(denoised: Iterable[Tensor]) -> float:
     Raises:
         ValueError: if there is no image.
     """
-    values = [separation(maps) for maps in denoised]
-    if not values:
+    if not len(denoised):
         raise ValueError("a background score can only be chosen from at least one image")
+    values = [separation(denoised[index]) for index in range(0, len(denoised), -(-len(denoised) // MAX_IMAGES))]
     means = torch.tensor(values, dtype=torch.float64).mean(dim=0)
     return CANDIDATES[int(means.argmax())]
 

@@ -7,23 +7,22 @@ its checkpoint ends with the same weights as one that was never killed.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, PolynomialLR
 from torch.utils.data import DataLoader, Dataset
 
 from smaflib.config import TrainingConfig
 from smaflib.data.sample import Sample
 from smaflib.data.transforms import Crop, draw_crop, jitter_colors, normalize, whole_image
-from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
-from smaflib.models.weights.files import fill, read_metadata, read_weights, write_weights
-from smaflib.runtime import Runtime, derive_seed, progress
+from smaflib.models.weights.files import OPTIMIZER, fill, read_metadata, read_weights, write_weights
+from smaflib.runtime import Runtime, derive_seed, progress, seeded
 
-Network = AttentionNetwork | SegmentationNetwork
 Batch = dict[str, Tensor]
 History = list[dict[str, float]]
 """One record per logged stretch: ``iteration`` and the mean of every loss since the record before."""
@@ -32,6 +31,28 @@ CropFields = Callable[[Sample, int, Crop], dict[str, Tensor]]
 """What a loss needs beside image and image label, cut with the same crop: (sample, its index, crop) -> fields."""
 
 LOG_POINTS = 50
+
+
+@dataclass(frozen=True)
+class CropField:
+    """A field of the batch that is cut out of one item per sample: a mask, or denoised maps.
+
+    A class and not a closure, so that loader processes can be started where nothing is forked.
+
+    Attributes:
+        name: of the field.
+        items: per sample (H, W) or (C, H, W); may be lazy.
+        interpolation: of the resize.
+        fill: value outside the image.
+    """
+
+    name: str
+    items: Sequence[Tensor]
+    interpolation: str = "bilinear"
+    fill: float = 0
+
+    def __call__(self, sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:
+        return {self.name: crop.apply(self.items[index], self.interpolation, self.fill)}
 
 
 class Batches(Dataset[Batch]):
@@ -81,7 +102,7 @@ class Batches(Dataset[Batch]):
 
 
 def fit(
-    network: Network,
+    network: nn.Module,
     batches: Batches,
     loss: Callable[[Batch], dict[str, Tensor]],
     runtime: Runtime,
@@ -91,7 +112,8 @@ def fit(
     """Optimise a network in place; ends in eval mode.
 
     Args:
-        network: what learns; ``new_layers()`` learn at ``head_multiplier`` times the rate.
+        network: what learns; its ``new_layers()``, where it has such a method, learn at ``head_multiplier`` times the
+            rate.
         batches: what it learns from, and the settings of the optimisation.
         loss: from a batch on the runtime's device to named losses, which are summed.
         runtime: device and precision.
@@ -112,16 +134,21 @@ def fit(
     if start >= config.iterations:
         network.eval()
         return history
-    scheduler = make_scheduler(optimizer, config, start)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     loader: DataLoader[Batch] = DataLoader(
-        batches, batch_size=None, sampler=range(start, config.iterations), num_workers=batches.num_workers
+        batches,
+        batch_size=None,
+        sampler=range(start, config.iterations),
+        num_workers=batches.num_workers,
+        generator=torch.Generator(),  # otherwise it draws its workers' seeds from the global one
     )
     sums: dict[str, float] = {}
     log_every = max(1, config.iterations // LOG_POINTS)
     for iteration, batch in enumerate(progress(loader, total=len(loader), desc=desc), start=start):
-        torch.manual_seed(derive_seed(batches.seed, "dropout", iteration))
-        losses = _step(network, optimizer, batch, loss, runtime)
-        scheduler.step()
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = learning_rate(config, peak, iteration)
+        with seeded(derive_seed(batches.seed, "dropout", iteration), runtime.device):
+            losses = _step(network, optimizer, batch, loss, runtime)
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value
         done = iteration + 1
@@ -138,12 +165,13 @@ def fit(
     return history
 
 
-def make_optimizer(network: Network, config: TrainingConfig) -> torch.optim.Optimizer:
+def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """SGD or AdamW over four groups: backbone and new layers, each weights and biases.
 
     Source: rates x1, x2, x10, x20 and biases without weight decay, as in the reference code.
     """
-    new = {id(parameter) for layer in network.new_layers() for parameter in layer.parameters()}
+    layers = network.new_layers() if callable(getattr(network, "new_layers", None)) else []  # type: ignore[operator]
+    new = {id(parameter) for layer in layers for parameter in layer.parameters()}
     groups: list[dict[str, Any]] = []
     for is_new, layer_rate in ((False, 1.0), (True, config.head_multiplier)):
         for is_bias, rate in ((False, 1.0), (True, config.bias_multiplier)):
@@ -161,20 +189,27 @@ def make_optimizer(network: Network, config: TrainingConfig) -> torch.optim.Opti
     return torch.optim.SGD(groups, momentum=config.momentum)
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, start: int) -> LRScheduler:
-    """The learning rate over iterations, moved on to ``start``."""
-    scheduler: LRScheduler
+def learning_rate(config: TrainingConfig, peak: float, iteration: int) -> float:
+    """The learning rate of an iteration in closed form, so that a resumed training needs no stored schedule.
+
+    Args:
+        config: ``schedule``, ``iterations`` and ``poly_power``.
+        peak: the highest rate of the schedule.
+        iteration: from 0 on.
+
+    Source: ``poly`` as in DeepLab; ``onecycle`` as torch's OneCycleLR with its defaults (cosine from a 25th of the peak
+    up over the first 30 %, then down to a 10,000th of where it began).
+    """
     if config.schedule == "poly":
-        scheduler = PolynomialLR(optimizer, total_iters=config.iterations, power=config.poly_power)
-    else:
-        rates = [group["lr"] for group in optimizer.param_groups]
-        # One step more than there are iterations: the scheduler steps once after the last one too.
-        scheduler = OneCycleLR(optimizer, rates, total_steps=config.iterations + 1, cycle_momentum=False)
-    for _ in range(start):
-        # Both schedules depend on the number of steps alone, so stepping is as good as a stored state.
-        optimizer._opt_called = True  # type: ignore[attr-defined]
-        scheduler.step()
-    return scheduler
+        return peak * (1 - iteration / config.iterations) ** config.poly_power
+    first, turn = peak / 25, 0.3 * (config.iterations + 1) - 1
+    if iteration <= turn:
+        return _cosine(first, peak, iteration / turn)
+    return _cosine(peak, first / 1e4, (iteration - turn) / (config.iterations - turn))
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) / 2.0 * (math.cos(math.pi * share) + 1)
 
 
 def load_history(path: Path) -> History:
@@ -183,7 +218,7 @@ def load_history(path: Path) -> History:
 
 
 def _step(
-    network: Network,
+    network: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     loss: Callable[[Batch], dict[str, Tensor]],
@@ -209,19 +244,19 @@ def _save(
     if optimizer is not None:
         # The optimizer's state as plain tensors: a torch checkpoint would be a pickle.
         for index, slots in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items() if value is not None}
+            tensors |= {f"{OPTIMIZER}{index}.{name}": value for name, value in slots.items() if value is not None}
     write_weights(path, tensors, iteration=iteration, history=history)
 
 
-def _resume(network: Network, optimizer: torch.optim.Optimizer, checkpoint: Path | None) -> tuple[History, int]:
+def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path | None) -> tuple[History, int]:
     if checkpoint is None or not checkpoint.is_file():
         return [], 0
     tensors = read_weights(checkpoint)
     iteration = int(json.loads(read_metadata(checkpoint).get("iteration", "0")))
-    fill(network, {k: v for k, v in tensors.items() if not k.startswith("optimizer.")}, source=str(checkpoint))
+    fill(network, {k: v for k, v in tensors.items() if not k.startswith(OPTIMIZER)}, source=str(checkpoint))
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        if name.startswith("optimizer."):
+        if name.startswith(OPTIMIZER):
             _, index, slot = name.split(".", 2)
             state.setdefault(int(index), {})[slot] = value
     if state:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from smaflib.classifier import train_classifier
 from smaflib.config import Config, check_settings
 from smaflib.data.sample import Sample, SampleFiles, Samples
+from smaflib.models.networks import AttentionNetwork, Network, SegmentationNetwork
+from smaflib.reactivation import reactivate
+from smaflib.runtime import Runtime, derive_seed, seeded
+from smaflib.segmentation import train_segmenter
+from smaflib.self_training import TargetRule, self_train
+from smaflib.training import History
 
 CLASSES = ("red", "green", "blue")
 
@@ -113,3 +121,52 @@ class PixelNetwork(nn.Module):
 
     def attention(self, logits: Tensor) -> Tensor:
         return logits.relu()
+
+
+def new_teacher(config: Config, num_classes: int, runtime: Runtime) -> AttentionNetwork:
+    """The untrained network that stage 1 begins with."""
+    with seeded(derive_seed(runtime.seed, "initial weights")):
+        return AttentionNetwork(config.model, num_classes, config.classifier.pretraining == "eps").to(runtime.device)
+
+
+def new_segmenter(config: Config, num_classes: int, runtime: Runtime) -> SegmentationNetwork:
+    """The untrained network that stage 6 begins with."""
+    model = config.segmentation.model or config.model
+    with seeded(derive_seed(runtime.seed, "segmenter's initial weights")):
+        return SegmentationNetwork(model, config.segmentation, num_classes).to(runtime.device)
+
+
+def train_teacher(
+    samples: Samples, config: Config, runtime: Runtime, checkpoint: Path | None = None
+) -> tuple[AttentionNetwork, History]:
+    """Stage 1 with the settings of a config."""
+    options: dict[str, Any] = {"attention": config.attention, "checkpoint": checkpoint}
+    return train_classifier(samples, config.model, config.classifier, runtime, **options)
+
+
+def train_student(
+    teacher: Network,
+    samples: Samples,
+    denoised: Sequence[Tensor],
+    config: Config,
+    runtime: Runtime,
+    checkpoint: Path | None = None,
+    make_target: TargetRule = reactivate,
+) -> tuple[Network, History]:
+    """Stage 4 with the settings of a config."""
+    assert config.attention.bg_score != "auto"
+    options: dict[str, Any] = {"checkpoint": checkpoint, "make_target": make_target}
+    return self_train(teacher, samples, denoised, config.self_training, config.attention.bg_score, runtime, **options)
+
+
+def train_segmentation(
+    samples: Samples,
+    masks: Sequence[Tensor],
+    config: Config,
+    runtime: Runtime,
+    checkpoint: Path | None = None,
+    student: AttentionNetwork | None = None,
+) -> tuple[SegmentationNetwork, History]:
+    """Stage 6 with the settings of a config."""
+    options: dict[str, Any] = {"checkpoint": checkpoint, "student": student}
+    return train_segmenter(samples, masks, config.model, config.segmentation, runtime, **options)

@@ -19,30 +19,29 @@ from typer.testing import CliRunner
 from smaflib.apps import ablation
 from smaflib.apps.ablation import (
     FULL,
+    LABELS,
     RESULT,
+    ROWS,
     STUDENTS,
-    VARIANTS,
-    Bench,
+    SeedWorkspace,
     ablate,
     ablate_seed,
     ablation_table,
     command,
     read_ablation,
-    score_variant,
-    train_student,
+    score_row,
 )
 from smaflib.apps.cli import app
-from smaflib.data import ground_truth_of, load_samples
+from smaflib.data.masks import ground_truth_of
 from smaflib.errors import ConfigError, DataError, RunError
 from smaflib.evaluation import evaluate, masks_of
 from smaflib.files import PROJECT_ROOT
+from smaflib.pipeline import Targets, train_student
 from smaflib.reactivation import reactivate, with_background_score
 from smaflib.report.plots import plot_ablation
 from smaflib.runs import Run, open_run
 from smaflib.runs.manifest import stage_inputs, write_manifest
 from smaflib.runs.stages import stage_named
-from smaflib.runtime import make_runtime
-from smaflib.self_training import DenoisedMaps
 
 matplotlib.use("agg")
 
@@ -67,9 +66,9 @@ def tiny_run(folder: Path, *more: str) -> Run:
     return open_run(folder, PROJECT_ROOT / "configs" / "mini.yaml", [*TINY, *more])
 
 
-def bench_of(run: Run) -> Bench:
+def work_of(run: Run) -> SeedWorkspace:
     folder = run.path("ablation", "seed0")
-    return Bench(load_samples(run.config, "train", folder), run.config, make_runtime(run.config), folder, {})
+    return SeedWorkspace(folder, run.config, folder)
 
 
 @pytest.fixture(scope="module")
@@ -99,35 +98,35 @@ def records_of(run: Run) -> list[dict[str, Any]]:
 def test_every_variant_is_scored_at_both_scores_for_all_sizes(done: Run) -> None:
     records = records_of(done)
     rows = {(r["variant"], r["bg_choice"], r["object_size"]) for r in records}
-    assert len(records) == len(rows) == len(VARIANTS) * 2 * 4
+    assert len(records) == len(rows) == len(ROWS) * 2 * 4
     assert {r["seed"] for r in records} == {0}
     assert all(0 <= r["value"] <= 1 for r in records if r["value"] is not None)
     assert {r["bg_score"] for r in records if r["bg_choice"] == "own"} == {done.config.attention.bg_score}
 
 
-def test_hindsight_is_never_worse_than_the_runs_own_score(done: Run) -> None:
+def test_oracle_threshold_is_never_worse_than_the_runs_own_score(done: Run) -> None:
     of_all = {(r["variant"], r["bg_choice"]): r["value"] for r in records_of(done) if r["object_size"] == "all"}
-    assert all(of_all[name, "oracle"] >= of_all[name, "own"] for name in VARIANTS)
+    assert all(of_all[name, "oracle"] >= of_all[name, "own"] for name in ROWS)
 
 
 def taught(run: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Sequence[Tensor], Any]:
     """The maps and the target rule that a student is trained with."""
     given: list[Any] = []
 
-    def note(teacher: Any, samples: Any, denoised: Any, config: Any, runtime: Any, checkpoint: Any, rule: Any) -> Any:
-        given.extend([denoised, rule])
+    def note(teacher: Any, samples: Any, denoised: Any, *_: Any, make_target: Any, **options: Any) -> Any:
+        given.extend([denoised, make_target])
         return teacher, []
 
-    monkeypatch.setattr(ablation, "self_train", note)
-    train_student(bench_of(run), name)
+    monkeypatch.setattr("smaflib.self_training.self_train", note)
+    train_student(work_of(run), name, targets=STUDENTS[name])
     return given[0], given[1]
 
 
 def test_without_denoising_the_targets_hold_absent_classes(copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     denoised, rule = taught(copy, "student_undenoised", monkeypatch)
-    bench = bench_of(copy)
-    fused = bench.maps("teacher").fused(bench.samples.image_ids[0], copy.config.attention.fusion)
-    absent = bench.samples.image_labels[0] == 0
+    work = work_of(copy)
+    fused = work.maps("teacher").fused(work.samples().image_ids[0], copy.config.attention.fusion)
+    absent = work.samples().image_labels[0] == 0
     assert torch.allclose(denoised[0], fused, atol=1e-3)  # kept in half precision
     assert (denoised[0][absent].amax(dim=(1, 2)) > 0.99).all()  # each of them peaks at 1
     assert rule is reactivate
@@ -145,33 +144,33 @@ def test_without_reactivation_the_targets_are_the_scores_as_they_are(
 
 def test_the_controls_targets_come_from_one_scale(copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     denoised, rule = taught(copy, "student_control", monkeypatch)
-    bench = bench_of(copy)
-    expected = DenoisedMaps(bench.maps("teacher"), bench.samples, scales=[1.0])
+    work = work_of(copy)
+    expected = work.denoised("teacher", work.samples(), [1.0])
     assert torch.allclose(denoised[0], expected[0], atol=1e-3)
     assert rule is reactivate
 
 
 def test_without_crf_is_the_full_variant_before_the_crf(done: Run) -> None:
-    bench = bench_of(done)
-    student = DenoisedMaps(bench.maps("student"), bench.samples, done.config.attention.fusion)
-    masks = masks_of(student, done.config.attention.bg_score)
-    ground_truth = ground_truth_of(bench.samples)
+    work = work_of(done)
+    samples = work.samples()
+    masks = masks_of(work.denoised("student", samples), work.bg_score)
+    ground_truth = ground_truth_of(samples)
     assert ground_truth is not None
-    expected = evaluate(masks, ground_truth, bench.samples.class_names, done.config.evaluation)
+    expected = evaluate(masks, ground_truth, samples.class_names, done.config.evaluation)
     (value,) = [
         r["value"]
         for r in records_of(done)
-        if r["variant"] == "without CRF" and r["bg_choice"] == "own" and r["object_size"] == "all"
+        if r["variant"] == "no_crf" and r["bg_choice"] == "own" and r["object_size"] == "all"
     ]
     assert value == expected.miou
 
 
-def test_variants_differ_in_what_they_name() -> None:
-    full = VARIANTS[FULL]
-    assert dataclasses.replace(VARIANTS["without CRF"], how=full.how, refined=True) == full
-    assert VARIANTS["without self-training"].network == "teacher"
-    assert not VARIANTS["without fusion"].fused and VARIANTS["control: single-scale targets"].fused
-    assert {variant.network for variant in VARIANTS.values()} == {"teacher", *STUDENTS}
+def test_rows_differ_in_what_they_name() -> None:
+    full = ROWS[FULL]
+    assert dataclasses.replace(ROWS["no_crf"], label=full.label, how=full.how, refined=True) == full
+    assert ROWS["no_self_training"].network == "teacher"
+    assert not ROWS["no_fusion"].fused and ROWS["control"].fused
+    assert {row.network for row in ROWS.values()} == {"teacher", *STUDENTS}
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------
@@ -182,10 +181,10 @@ def test_killed_ablation_goes_on_and_ends_with_the_same_numbers(
 ) -> None:
     run = tiny_run(tmp_path / "killed")
 
-    def train_and_die(bench: Bench, name: str) -> None:
+    def train_and_die(work: SeedWorkspace, name: str, targets: Targets) -> None:
         if name == "student_undenoised":
             raise KeyboardInterrupt
-        train_student(bench, name)
+        train_student(work, name, targets=targets)
 
     monkeypatch.setattr(ablation, "train_student", train_and_die)
     with pytest.raises(KeyboardInterrupt):
@@ -202,7 +201,7 @@ def test_killed_ablation_goes_on_and_ends_with_the_same_numbers(
 
 def test_complete_seeds_are_not_scored_again(copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = copy.path(RESULT).read_bytes()
-    monkeypatch.setattr(ablation, "score_variant", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(ablation, "score_row", lambda *_: pytest.fail("scored again"))
     ablate(copy, [0])
     assert copy.path(RESULT).read_bytes() == before  # and so notebook 08 does not run again
 
@@ -211,29 +210,31 @@ def test_scores_of_another_network_are_not_used(copy: Run) -> None:
     path = copy.path("ablation/seed0/scores/full.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"network": "another", "records": []}))
     ablate(copy, [0])
-    assert len(records_of(copy)) == len(VARIANTS) * 8
+    assert len(records_of(copy)) == len(ROWS) * 8
 
 
-def test_networks_of_a_complete_run_are_borrowed(done: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_of_a_complete_run_are_taken_over(done: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tiny_run(tmp_path / "finished")
     shutil.copytree(done.path("ablation/seed0"), run.folder, dirs_exist_ok=True)
     names = ("01_data", "02_classifier", "03_multi_scale_attention", "05_self_training")
     write_manifest(run, {"stages": {name: {"status": "complete"} for name in names}})
     ablate(run, [0])
-    made = {path.stem for path in run.path("ablation/seed0/checkpoints").glob("*.safetensors")}
-    assert made == {"student_undenoised", "student_unreactivated"}
-    assert not run.path("ablation/seed0/data").exists()
+    work = work_of(run)
+    for network in ("teacher", "student", "student_control"):
+        assert work.checkpoint(network).stat().st_ino == run.checkpoint(network).stat().st_ino  # links, not copies
+    assert not work.path("data").exists()
     assert records_of(run) == records_of(done)
 
-    # A teacher that was trained anew since: its old students go.
-    teacher = run.path("checkpoints/teacher.safetensors")
-    shutil.copy(run.path("checkpoints/student.safetensors"), teacher)
+    # A teacher that was trained anew since: all that the old one taught goes.
+    shutil.copy(run.checkpoint("student_control"), tmp_path / "another")
+    (tmp_path / "another").replace(run.checkpoint("teacher"))
     trained: list[str] = []
-    monkeypatch.setattr(ablation, "train_student", lambda bench, name: trained.append(name))
-    monkeypatch.setattr(ablation, "score_variant", lambda bench, name: [])
-    with pytest.raises(FileNotFoundError):  # the students that were not really trained
+    monkeypatch.setattr(ablation, "train_student", lambda work, name, targets: trained.append(name))
+    monkeypatch.setattr(ablation, "score_row", lambda work, name: [])
+    with pytest.raises((FileNotFoundError, ConfigError)):  # the students that were not really trained
         ablate(run, [0])
-    assert trained == list(STUDENTS) and not any(run.path("ablation/seed0/checkpoints").iterdir())
+    assert trained == ["student", "student_control", "student_undenoised"]
+    assert not work.checkpoint("student_undenoised").exists()
 
 
 def test_students_of_a_borrowed_teacher_are_not_mixed_with_those_of_another(
@@ -252,17 +253,18 @@ def test_students_of_a_borrowed_teacher_are_not_mixed_with_those_of_another(
 
 def test_another_seed_has_data_of_its_own(done: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tiny_run(tmp_path / "seeds")
-    benches: list[Bench] = []
+    works: list[SeedWorkspace] = []
 
-    def note(bench: Bench, log: Any) -> list[dict[str, Any]]:
-        benches.append(bench)
+    def note(work: SeedWorkspace, log: Any) -> list[dict[str, Any]]:
+        works.append(work)
         return []
 
     monkeypatch.setattr(ablation, "ablate_seed", note)
     ablate(run, [0, 3])
-    assert [bench.config.seed for bench in benches] == [0, 3] == [bench.runtime.seed for bench in benches]
-    assert not torch.equal(benches[0].samples[0].image, benches[1].samples[0].image)
-    assert torch.equal(benches[0].samples[0].image, bench_of(done).samples[0].image)
+    assert [work.config.seed for work in works] == [0, 3] == [work.make_runtime().seed for work in works]
+    first, second = (work.samples()[0].image for work in works)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, work_of(done).samples()[0].image)
 
 
 # --- what cannot be ---------------------------------------------------------------------------------------------------
@@ -281,13 +283,11 @@ def test_what_an_ablation_cannot_do_is_said(tmp_path: Path) -> None:
             ablate(run, [0])
 
 
-def test_without_truth_there_is_nothing_to_judge(done: Run) -> None:
-    bench = bench_of(done)
-    blind = dataclasses.replace(
-        bench, samples=dataclasses.replace(bench.samples, files=tuple(f for f in bench.samples.files if not f.mask))
-    )
+def test_without_ground_truth_there_is_nothing_to_evaluate(done: Run) -> None:
+    blind = work_of(done)
+    blind._samples["train"] = blind.samples().subset([])
     with pytest.raises(DataError, match=r"data\.masks"):
-        score_variant(blind, FULL)
+        score_row(blind, FULL)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -310,19 +310,27 @@ def by_hand(*values: tuple[str, int, float]) -> list[dict[str, Any]]:
 
 
 def test_table_by_hand() -> None:
-    records = by_hand((FULL, 0, 0.5), (FULL, 1, 0.7), ("without CRF", 0, 0.4), ("without CRF", 1, 0.5))
+    records = by_hand((FULL, 0, 0.5), (FULL, 1, 0.7), ("no_crf", 0, 0.4), ("no_crf", 1, 0.5))
     records = [r | {"value": None} if r["object_size"] == "small" else r for r in records]
     table = ablation_table(records)
-    assert table.index.tolist() == [FULL, "without CRF"]
-    assert table.loc[FULL].tolist() == ["60.0 ± 14.1", "–", "60.0 ± 14.1", "60.0 ± 14.1", "–", "70.0 ± 14.1", "–"]
+    assert table.index.tolist() == ["the whole chain", "without CRF"]
+    assert table.loc["the whole chain"].tolist() == [
+        "60.0 ± 14.1",
+        "–",
+        "60.0 ± 14.1",
+        "60.0 ± 14.1",
+        "–",
+        "70.0 ± 14.1",
+        "–",
+    ]
     assert table.loc["without CRF", "mIoU"] == "45.0 ± 7.1"
     assert table.loc["without CRF", "to full"] == "-15.0 ± 7.1"  # -10 and -20: by seed, not of the means
-    one_seed = ablation_table(by_hand((FULL, 0, 0.5), ("without CRF", 0, 0.4)))
+    one_seed = ablation_table(by_hand((FULL, 0, 0.5), ("no_crf", 0, 0.4)))
     assert one_seed.loc["without CRF", "to full"] == "-10.0"
 
 
 def test_figure_has_a_dot_for_each_seed() -> None:
-    figure = plot_ablation(by_hand((FULL, 0, 0.5), (FULL, 1, 0.7), ("without CRF", 0, 0.4), ("without CRF", 1, 0.5)))
+    figure = plot_ablation(by_hand((FULL, 0, 0.5), (FULL, 1, 0.7), ("no_crf", 0, 0.4), ("no_crf", 1, 0.5)), LABELS)
     assert [axis.get_title() for axis in figure.axes] == [
         "mIoU, all pixels",
         "small objects",
@@ -371,6 +379,6 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ablate_seed_tells_what_it_does(copy: Run) -> None:
     said: list[str] = []
-    assert len(ablate_seed(bench_of(copy), said.append)) == len(VARIANTS) * 8
+    assert len(ablate_seed(work_of(copy), said.append)) == len(ROWS) * 8
     assert said[0] == "seed 0: teacher"
     assert command(copy, [0, 1]).endswith("--seeds 0,1")

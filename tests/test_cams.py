@@ -12,17 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smaflib.cams import (
-    FUSION_RULES,
-    REFERENCE_EXTENT,
-    AttentionMaps,
-    fuse_cams,
-    multi_scale_cams,
-    size_adaptive_weights,
-    write_attention_maps,
-)
+from smaflib.cams import FUSION_RULES, REFERENCE_EXTENT, fuse_cams, multi_scale_cams, size_adaptive_weights
 from smaflib.config import AttentionConfig, FusionRule
 from smaflib.errors import DataError
+from smaflib.maps import AttentionMaps, write_attention_maps
 from smaflib.models import AttentionNetwork
 from smaflib.runtime import Runtime, cpu_runtime
 

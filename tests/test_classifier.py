@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import generator, make_samples, same_weights, tiny_config
+from helpers import generator, make_samples, new_teacher, same_weights, tiny_config, train_teacher
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -16,10 +16,8 @@ from smaflib.classifier import (
     classification_loss,
     classification_scores,
     classify,
-    new_teacher,
     saliency_loss,
     standardize_features,
-    train_classifier,
 )
 from smaflib.config import ClassifierConfig, Config
 from smaflib.data.transforms import normalize, resize_image
@@ -121,18 +119,18 @@ def test_classifier_trains_with_the_losses_of_its_kind(pretraining: str, losses:
     config = tiny_config(classifier={"pretraining": pretraining})
     samples = make_samples(saliency=pretraining == "eps", ground_truth=False)
     path = tmp_path / "teacher.safetensors"
-    network, history = train_classifier(samples, config, CPU, path)
+    network, history = train_teacher(samples, config, CPU, path)
     assert network.background == (pretraining == "eps") and not network.training
     assert history[0].keys() == losses | {"iteration"} and len(history) == 4
-    again, same_history = train_classifier(samples, config, CPU, path)
+    again, same_history = train_teacher(samples, config, CPU, path)
     assert same_weights(again, network) and same_history == history
-    assert not same_weights(train_classifier(samples, config, cpu_runtime(1))[0], network)
+    assert not same_weights(train_teacher(samples, config, cpu_runtime(1))[0], network)
 
 
 def test_classifier_learns_three_colours() -> None:
     samples = make_samples(6, saliency=False)
     config = tiny_config(classifier={"iterations": 40, "batch_size": 6, "learning_rate": 0.02})
-    network, _ = train_classifier(samples, config, CPU)
+    network, _ = train_teacher(samples, config, CPU)
     logits = classify(network, samples, CPU)
     assert logits.shape == (6, 3)
     assert torch.equal(logits.argmax(dim=1), samples.image_labels.argmax(dim=1))
@@ -141,7 +139,7 @@ def test_classifier_learns_three_colours() -> None:
 def test_masks_play_no_part_in_training() -> None:
     config = tiny_config(classifier={"iterations": 2})
     with_masks, without = (make_samples(ground_truth=ground_truth, saliency=False) for ground_truth in (True, False))
-    assert same_weights(train_classifier(with_masks, config, CPU)[0], train_classifier(without, config, CPU)[0])
+    assert same_weights(train_teacher(with_masks, config, CPU)[0], train_teacher(without, config, CPU)[0])
 
 
 def test_eps_without_saliency_maps_is_refused() -> None:
@@ -149,7 +147,7 @@ def test_eps_without_saliency_maps_is_refused() -> None:
     with pytest.raises(
         ConfigError, match="'eps', but not every image has a saliency map; set data.saliency or use plain"
     ):
-        train_classifier(make_samples(saliency=False), config, CPU)
+        train_teacher(make_samples(saliency=False), config, CPU)
 
 
 def test_first_weights_follow_from_the_seed() -> None:
@@ -179,13 +177,13 @@ def test_standardised_features_have_mean_0_and_variance_1() -> None:
 def test_training_with_a_frozen_backbone_measures_once_and_learns_the_head_alone(tmp_path: Path) -> None:
     config = tiny_config(model={"freeze_backbone": True})
     samples, path = make_samples(3, saliency=False), tmp_path / "teacher.safetensors"
-    network, _ = train_classifier(samples, config, CPU, path)
+    network, _ = train_teacher(samples, config, CPU, path)
     start = new_teacher(config, 3, CPU)
     assert same_weights(network.backbone, start.backbone) and not same_weights(network.head, start.head)
     standardize_features(start, Batches(samples, config.classifier, derive_seed(CPU.seed, "classifier")), CPU)
     assert same_weights(network.standardize, start.standardize)
     assert float(network.standardize.running_mean.abs().max()) > 0  # type: ignore[union-attr, operator]
-    assert same_weights(train_classifier(samples, config, CPU, path)[0], network)
+    assert same_weights(train_teacher(samples, config, CPU, path)[0], network)
 
 
 def test_standardize_features_is_for_frozen_backbones() -> None:
@@ -194,16 +192,14 @@ def test_standardize_features_is_for_frozen_backbones() -> None:
         standardize_features(new_teacher(config, 3, CPU), Batches(make_samples(1), config.classifier, seed=0), CPU)
 
 
-def solved_config(**classifier: object) -> Config:
-    return tiny_config(
-        model={"freeze_backbone": True},
-        classifier={"solve_head": True, "iterations": 200, "weight_decay": 1e-3} | classifier,
-    )
+def solved_config() -> Config:
+    solver = {"iterations": 200, "weight_decay": 1e-3}
+    return tiny_config(model={"freeze_backbone": True}, classifier={"solve_head": solver})
 
 
 def test_solved_head_is_the_minimum_of_the_loss_over_whole_images() -> None:
     config, samples = solved_config(), make_samples(6, saliency=False)
-    network, history = train_classifier(samples, config, CPU)
+    network, history = train_teacher(samples, config, CPU)
     network.head.weight.requires_grad_(True).grad = None
     # The loss, built anew from the network's own logit maps: L_cls over images, scales and flips, and the penalty.
     losses = []
@@ -226,11 +222,14 @@ def test_solved_head_is_the_minimum_of_the_loss_over_whole_images() -> None:
 def test_solved_head_leaves_the_backbone_alone_and_is_stored(tmp_path: Path) -> None:
     config, samples = solved_config(), make_samples(4, saliency=False)
     path = tmp_path / "teacher.safetensors"
-    network, history = train_classifier(samples, config, CPU, path)
+    network, history = train_teacher(samples, config, CPU, path)
     assert same_weights(network.backbone, new_teacher(config, 3, CPU).backbone)
     assert same_weights(load_attention_network(path, config.model, 3), network)
     assert load_history(path) == history and history[0]["penalty"] == 0
-    assert same_weights(train_classifier(samples, config, CPU)[0], network)
+    assert same_weights(train_teacher(samples, config, CPU)[0], network)
+    # What is complete is loaded: other images would give another head.
+    again, same_history = train_teacher(make_samples(2, saliency=False), config, CPU, path)
+    assert same_weights(again, network) and same_history == history
 
 
 @pytest.mark.parametrize("wrong", [{"model": {"freeze_backbone": False}}, {"classifier": {"pretraining": "eps"}}])
@@ -238,7 +237,7 @@ def test_solved_head_needs_a_frozen_plain_classifier(wrong: dict[str, dict[str, 
     with pytest.raises(ConfigError, match="classifier.solve_head computes one linear layer from image labels"):
         tiny_config(
             model={"freeze_backbone": True} | wrong.get("model", {}),
-            classifier={"solve_head": True} | wrong.get("classifier", {}),
+            classifier={"solve_head": {}} | wrong.get("classifier", {}),
         )
 
 
@@ -246,9 +245,9 @@ def test_solved_head_needs_a_frozen_plain_classifier(wrong: dict[str, dict[str, 
 
 
 def test_finished_teacher_is_loaded_and_not_trained(tmp_path: Path) -> None:
-    trained, _ = train_classifier(make_samples(3), tiny_config(), CPU, tmp_path / "other.safetensors")
+    trained, _ = train_teacher(make_samples(3), tiny_config(), CPU, tmp_path / "other.safetensors")
     config = tiny_config(classifier={"checkpoint": tmp_path / "other.safetensors", "pretraining": "eps"})
-    network, history = train_classifier(make_samples(3), config, CPU, tmp_path / "teacher.safetensors")
+    network, history = train_teacher(make_samples(3), config, CPU, tmp_path / "teacher.safetensors")
     assert same_weights(network, trained) and history == []
     assert same_weights(load_attention_network(tmp_path / "teacher.safetensors", config.model, 3), trained)
 

@@ -22,7 +22,7 @@ from smaflib.report.html import network_references
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 SETTINGS = {
     "model": {"backbone": "slim", "freeze_backbone": True, "weights": None},
-    "classifier": {"solve_head": True, "iterations": 50, "weight_decay": 1e-3},
+    "classifier": {"solve_head": {"iterations": 50}},
     "attention": {"scales": [0.5, 1.0], "bg_score": "auto"},
     "self_training": TRAINING | {"whole_images": True, "iterations": 20},
     "pseudo_masks": {"num_workers": 1},

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_config
+from helpers import new_segmenter, tiny_config
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -34,7 +34,7 @@ from smaflib.models.weights.files import write_weights
 from smaflib.models.weights.inspect import describe_weights
 from smaflib.runs import Run
 from smaflib.runtime import cpu_runtime
-from smaflib.segmentation import new_segmenter, segment
+from smaflib.segmentation import segment
 
 # --- cls_labels.npy ---------------------------------------------------------------------------------------------------
 

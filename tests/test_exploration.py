@@ -13,8 +13,8 @@ from helpers import PixelNetwork, make_samples
 from PIL import Image
 from torch import Tensor
 
-from smaflib.cams import AttentionMaps, fuse_cams, multi_scale_cams
-from smaflib.config import CrfConfig, dump_config
+from smaflib.cams import fuse_cams, multi_scale_cams
+from smaflib.config import CrfConfig, PseudoMaskConfig, dump_config
 from smaflib.data import Sample
 from smaflib.errors import DataError, RunError
 from smaflib.explorer.state import (
@@ -32,6 +32,7 @@ from smaflib.explorer.state import (
     read_photo,
     to_bytes,
 )
+from smaflib.maps import AttentionMaps
 from smaflib.models.networks import load_attention_network
 from smaflib.models.pretrained import ASSETS, pretrained_config, pretrained_network
 from smaflib.pseudo_masks import pseudo_mask
@@ -131,7 +132,7 @@ def test_crf_is_the_one_of_the_pseudo_masks() -> None:
     crf = CrfConfig(iterations=2, bilateral_sxy=10)
     settings = gallery.first_settings(0)
     plain, refined = (gallery.explore(0, "teacher", replace(settings, crf=choice)) for choice in (None, crf))
-    expected = pseudo_mask(gallery.samples[0].image, plain.denoised, settings.bg_score, crf)
+    expected = pseudo_mask(gallery.samples[0].image, plain.denoised, settings.bg_score, PseudoMaskConfig(crf=crf))
     assert torch.equal(refined.mask, expected) and not torch.equal(refined.mask, plain.mask)
     assert torch.equal(refined.labels, plain.mask) and plain.iou is not None and refined.iou_before_crf is not None
     assert refined.iou_before_crf.nan_to_num(-1).tolist() == plain.iou.nan_to_num(-1).tolist()

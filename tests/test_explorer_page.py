@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from smaflib.cams import AttentionMaps
 from smaflib.config import dump_config
 from smaflib.data import make_data
 from smaflib.errors import RunError
@@ -30,6 +29,7 @@ from smaflib.explorer.page import (
     write_explorer,
 )
 from smaflib.explorer.state import Gallery
+from smaflib.maps import AttentionMaps
 from smaflib.models.pretrained import pretrained_config
 from smaflib.report.html import network_references, write_index
 from smaflib.runs import open_run

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from smaflib.apps.ablation import RESULT, ablate
-from smaflib.cams import AttentionMaps
 from smaflib.config import flat_settings, load_config
 from smaflib.explorer.widget import Explorer
 from smaflib.files import PROJECT_ROOT
+from smaflib.maps import AttentionMaps
 from smaflib.report.html import network_references
 from smaflib.runs.manifest import read_manifest
 from smaflib.runs.runner import NotebookMonitor, run_notebooks
@@ -140,16 +140,17 @@ def test_without_an_ablation_notebook_08_says_which_command_makes_it(run):
 def test_metrics_have_every_row_of_the_chain_and_read_in_one_line(run):
     metrics = pd.read_json(run.path("metrics.json"))
     evaluated = metrics[(metrics.metric == "iou") & (metrics.object_size == "all") & (metrics.class_name == "mean")]
-    rows = set(zip(evaluated.stage, evaluated.variant, evaluated.split, strict=True))
+    evaluated = evaluated.fillna({"fusion": "", "scale": 0})
+    rows = set(zip(evaluated.stage, evaluated.variant, evaluated.fusion, evaluated.scale, evaluated.split, strict=True))
     for row in (
-        ("03_multi_scale_attention", "scale 0.5", "train"),
-        ("03_multi_scale_attention", "fused (size_adaptive)", "val"),
-        ("04_denoise_and_reactivate", f"fused ({run.config.attention.fusion}) + denoised", "train"),
-        ("05_self_training", "student", "val"),
-        ("05_self_training", "control student fused", "train"),
-        ("06_pseudo_masks", "student fused, before CRF", "train"),
-        ("06_pseudo_masks", "student fused, pseudo masks", "train"),
-        ("07_segmentation", "segmentation network", "val"),
+        ("03_multi_scale_attention", "teacher", "", 0.5, "train"),
+        ("03_multi_scale_attention", "teacher_fused", "size_adaptive", 0, "val"),
+        ("04_denoise_and_reactivate", "teacher_undenoised", run.config.attention.fusion, 0, "train"),
+        ("05_self_training", "student", "", 1, "val"),
+        ("05_self_training", "control_fused", "size_adaptive", 0, "train"),
+        ("06_pseudo_masks", "unrefined_masks", "", 0, "train"),
+        ("06_pseudo_masks", "pseudo_masks", "", 0, "train"),
+        ("07_segmentation", "segmentation", "", 0, "val"),
     ):
         assert row in rows
     assert evaluated.value.between(0, 1).all()
@@ -223,13 +224,14 @@ def test_ablation_of_the_run_agrees_with_its_notebooks(run):
     records = records.query("bg_choice == 'own' and object_size == 'all'")
     by_ablation = dict(zip(records["variant"], records["value"], strict=True))
     for variant, row in {
-        "full": "student fused, pseudo masks",
-        "without CRF": "student fused, before CRF",
-        "without self-training": "fused + CRF",
-        "control: single-scale targets": "control student fused + CRF",
+        "full": "pseudo_masks",
+        "no_crf": "unrefined_masks",
+        "no_self_training": "teacher_fused_refined",
+        "control": "control_fused_refined",
     }.items():
         assert by_ablation[variant] == pytest.approx(by_notebook[row]), variant
-    assert not run.path("ablation/seed0/checkpoints/student.safetensors").exists()  # taken from the run
+    taken, made = run.path("ablation/seed0/checkpoints/student.safetensors"), run.checkpoint("student")
+    assert taken.stat().st_ino == made.stat().st_ino  # a link to the run's
 
     again = run_notebooks(run.config_file, run.name, run.overrides, runs=run.folder.parent)
     assert "without reactivation" in again.path("08_results.html").read_text()

@@ -173,9 +173,7 @@ def test_preset_runs_through_all_notebooks(preset: str, runs: Runs) -> None:
 def test_voc_is_judged_on_the_images_that_have_masks(runs: Runs) -> None:
     metrics = pd.read_json(runs[0] / "voc12" / "metrics.json")
     evaluated = metrics[(metrics.metric == "iou") & (metrics.class_name == "mean") & (metrics.object_size == "all")]
-    assert {"fused (sum)", "fused + CRF", "student fused, pseudo masks", "segmentation network"} <= set(
-        evaluated.variant
-    )
+    assert {"teacher_fused", "teacher_fused_refined", "pseudo_masks", "segmentation"} <= set(evaluated.variant)
     assert evaluated.value.between(0, 1).all()
     notebook = (runs[0] / "voc12" / "08_results.html").read_text()
     assert "72.4" in notebook and "below" in notebook  # two iterations do not reach the paper

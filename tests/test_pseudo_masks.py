@@ -25,6 +25,11 @@ from smaflib.refinement import dense_crf, pixel_adaptive_refinement
 
 CRF = CrfConfig(iterations=3, bilateral_sxy=10, bilateral_srgb=8, bilateral_compat=6)
 SIZE = (16, 20)
+UNREFINED = PseudoMaskConfig(refine="none")
+
+
+def with_crf(num_workers: int = 1) -> PseudoMaskConfig:
+    return PseudoMaskConfig(crf=CRF, num_workers=num_workers)
 
 
 class RandomMaps(Sequence[Tensor]):
@@ -45,41 +50,40 @@ class RandomMaps(Sequence[Tensor]):
 def test_labels_by_hand() -> None:
     image = torch.zeros(3, 1, 4, dtype=torch.uint8)
     denoised = torch.tensor([[[0.9, 0.1, 0.3, 0.2]], [[0.0, 0.1, 0.4, 0.0]]])
-    mask = pseudo_mask(image, denoised, bg_score=0.2, refinement=None)
+    mask = pseudo_mask(image, denoised, 0.2, UNREFINED)
     # A class that just ties with the background loses to it.
     assert mask.dtype == torch.uint8 and mask.tolist() == [[1, 0, 2, 0]]
 
 
 def test_crf_refines_the_hard_labels_over_all_classes() -> None:
     sample, denoised = make_samples(1, SIZE)[0], RandomMaps(1)[0]
-    hard = pseudo_mask(sample.image, denoised, 0.5, None)
-    refined = pseudo_mask(sample.image, denoised, 0.5, CRF)
+    hard = pseudo_mask(sample.image, denoised, 0.5, UNREFINED)
+    refined = pseudo_mask(sample.image, denoised, 0.5, with_crf())
     assert torch.equal(refined, dense_crf(sample.image, hard, CRF, num_labels=4))
     assert not torch.equal(refined, hard)
 
 
 def test_processes_give_what_one_process_gives_in_the_same_order() -> None:
     samples, maps = make_samples(9, SIZE), RandomMaps(9)
-    serial = list(pseudo_masks(samples, maps, 0.5, CRF, num_workers=1))
-    parallel = list(pseudo_masks(samples, maps, 0.5, CRF, num_workers=2))
-    assert [image_id for image_id, _ in serial] == [image_id for image_id, _ in parallel] == samples.image_ids
-    assert all(torch.equal(one, other) for (_, one), (_, other) in zip(serial, parallel, strict=True))
-    assert not torch.equal(serial[0][1], serial[1][1])
+    serial = list(pseudo_masks(samples, maps, 0.5, with_crf(1)))
+    parallel = list(pseudo_masks(samples, maps, 0.5, with_crf(2)))
+    assert all(torch.equal(one, other) for one, other in zip(serial, parallel, strict=True))
+    assert not torch.equal(serial[0], serial[1])
     # Shared memory is small in containers (64 MB) and maps are large.
     assert not any(given.is_shared() for given in maps.given)
 
 
-def test_who_stops_early_can_start_again() -> None:
+def test_stopping_early_leaves_nothing_in_the_way_of_a_new_start() -> None:
     samples, maps = make_samples(40, SIZE), RandomMaps(40)
-    first = next(pseudo_masks(samples, maps, 0.5, CRF, num_workers=2))  # the rest is dropped
+    first = next(pseudo_masks(samples, maps, 0.5, with_crf(2)))  # the rest is dropped
     assert len(maps.asked) <= 8  # four images per process are under way, not the data set
-    again = list(pseudo_masks(samples, RandomMaps(40), 0.5, CRF, num_workers=2))
-    assert len(again) == 40 and torch.equal(again[0][1], first[1])
+    again = list(pseudo_masks(samples, RandomMaps(40), 0.5, with_crf(2)))
+    assert len(again) == 40 and torch.equal(again[0], first)
 
 
 def test_masks_come_one_by_one() -> None:
     maps = RandomMaps(20)
-    masks = pseudo_masks(make_samples(20, SIZE), maps, 0.5, None)
+    masks = pseudo_masks(make_samples(20, SIZE), maps, 0.5, UNREFINED)
     next(masks)
     next(masks)
     assert maps.asked == [0, 1]
@@ -87,10 +91,10 @@ def test_masks_come_one_by_one() -> None:
 
 def test_masks_are_written_as_palette_pngs(tmp_path: Path) -> None:
     samples, maps = make_samples(3, SIZE), RandomMaps(3)
-    write_pseudo_masks(samples, maps, tmp_path / "masks", 0.5, PseudoMaskConfig(crf=CRF, num_workers=1))
+    write_pseudo_masks(samples, maps, tmp_path / "masks", 0.5, with_crf(1))
     assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["image0.png", "image1.png", "image2.png"]
     for index, sample in enumerate(samples):
-        expected = pseudo_mask(sample.image, maps[index], 0.5, CRF)
+        expected = pseudo_mask(sample.image, maps[index], 0.5, with_crf())
         assert torch.equal(read_mask(tmp_path / "masks" / f"{sample.image_id}.png"), expected)
 
 
@@ -100,14 +104,16 @@ def test_refine_none_leaves_the_crf_out(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(module, "refine_many", never)
     monkeypatch.setattr(module, "refine", never)
-    write_pseudo_masks(make_samples(2, SIZE), RandomMaps(2), tmp_path, 0.5, PseudoMaskConfig(refine="none"))
-    assert torch.equal(read_mask(tmp_path / "image1.png"), pseudo_mask(torch.empty(0), RandomMaps(2)[1], 0.5, None))
+    write_pseudo_masks(make_samples(2, SIZE), RandomMaps(2), tmp_path, 0.5, UNREFINED)
+    assert torch.equal(
+        read_mask(tmp_path / "image1.png"), pseudo_mask(torch.empty(0), RandomMaps(2)[1], 0.5, UNREFINED)
+    )
 
 
-def test_killed_writing_goes_on_with_what_is_missing_one_map_at_a_time(
+def test_killed_writing_resumes_with_what_is_missing_one_map_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    samples, config = make_samples(6, SIZE), PseudoMaskConfig(refine="none")
+    samples, config = make_samples(6, SIZE), UNREFINED
     whole = tmp_path / "whole"
     write_pseudo_masks(samples, RandomMaps(6), whole, 0.5, config)
 
@@ -135,7 +141,7 @@ def test_killed_writing_goes_on_with_what_is_missing_one_map_at_a_time(
 
 
 def test_complete_folder_asks_for_nothing(tmp_path: Path) -> None:
-    samples, config = make_samples(2, SIZE), PseudoMaskConfig(refine="none")
+    samples, config = make_samples(2, SIZE), UNREFINED
     write_pseudo_masks(samples, RandomMaps(2), tmp_path, 0.5, config)
     maps = RandomMaps(2)
     write_pseudo_masks(samples, maps, tmp_path, 0.5, config)
@@ -146,10 +152,15 @@ def test_scores_and_pixel_adaptive_refinement_start_from_the_maps() -> None:
     sample, denoised = make_samples(1, SIZE)[0], RandomMaps(1)[0]
     scores = torch.cat([torch.full((1, *SIZE), 0.5), denoised])
     soft = CRF.model_copy(update={"unary": "scores", "sharpness": 3.0})
-    assert torch.equal(pseudo_mask(sample.image, denoised, 0.5, soft), dense_crf(sample.image, scores, soft))
+    assert torch.equal(
+        pseudo_mask(sample.image, denoised, 0.5, PseudoMaskConfig(crf=soft)), dense_crf(sample.image, scores, soft)
+    )
     par = ParConfig(iterations=2, dilations=(1, 3))
     smoothed = pixel_adaptive_refinement(sample.image, scores, par)
-    assert torch.equal(pseudo_mask(sample.image, denoised, 0.5, par), smoothed.argmax(dim=0).to(torch.uint8))
+    assert torch.equal(
+        pseudo_mask(sample.image, denoised, 0.5, PseudoMaskConfig(refine="par", par=par)),
+        smoothed.argmax(dim=0).to(torch.uint8),
+    )
 
 
 @pytest.mark.parametrize("refine", ["crf", "par"])
@@ -157,9 +168,9 @@ def test_config_names_the_refinement(tmp_path: Path, refine: Literal["crf", "par
     samples, maps = make_samples(2, SIZE), RandomMaps(2)
     config = PseudoMaskConfig(refine=refine, crf=CRF, par=ParConfig(dilations=(1, 2)), num_workers=1, backend="torch")
     write_pseudo_masks(samples, maps, tmp_path, 0.5, config)
-    expected = pseudo_mask(samples[1].image, maps[1], 0.5, config.refinement, "torch")
+    expected = pseudo_mask(samples[1].image, maps[1], 0.5, config)
     assert torch.equal(read_mask(tmp_path / "image1.png"), expected)
-    assert not torch.equal(expected, pseudo_mask(samples[1].image, maps[1], 0.5, None))
+    assert not torch.equal(expected, pseudo_mask(samples[1].image, maps[1], 0.5, UNREFINED))
 
 
 KILLED = """
@@ -209,7 +220,7 @@ def test_a_killed_process_and_its_successor_write_what_one_writes(tmp_path: Path
         time.sleep(0.05)
     written = {path: path.read_bytes() for path in whole_masks(tmp_path / "killed")}
     assert 20 <= len(written) < 400
-    samples, maps, config = make_samples(400, SIZE), RandomMaps(400), PseudoMaskConfig(crf=CRF, num_workers=1)
+    samples, maps, config = make_samples(400, SIZE), RandomMaps(400), with_crf(1)
     write_pseudo_masks(samples, maps, tmp_path / "killed", 0.5, config)
     write_pseudo_masks(samples, RandomMaps(400), tmp_path / "whole", 0.5, config)
     assert len(maps.asked) == 400 - len(written)  # nothing was made twice

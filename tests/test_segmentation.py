@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CLASSES, PixelNetwork, generator, make_samples, same_weights, tiny_config
+from helpers import (
+    CLASSES,
+    PixelNetwork,
+    generator,
+    make_samples,
+    new_segmenter,
+    same_weights,
+    tiny_config,
+    train_segmentation,
+)
 from torch import Tensor
 
 from smaflib import segmentation
@@ -19,7 +28,7 @@ from smaflib.evaluation import evaluate
 from smaflib.models.backbones import TorchvisionBackbone
 from smaflib.refinement import dense_crf
 from smaflib.runtime import Runtime, cpu_runtime
-from smaflib.segmentation import multi_scale_logits, new_segmenter, segment, segmentation_loss, train_segmenter
+from smaflib.segmentation import multi_scale_logits, segment, segmentation_loss
 
 CPU = cpu_runtime(0)
 
@@ -60,7 +69,7 @@ def test_loss_is_taken_at_the_masks_size() -> None:
 def test_segmenter_learns_three_colours() -> None:
     config = tiny_config(segmentation={"iterations": 60, "learning_rate": 0.01, "batch_size": 3, "skip_channels": 8})
     samples, masks = make_samples(3), true_masks(3)
-    network, history = train_segmenter(samples, masks, config, CPU)
+    network, history = train_segmentation(samples, masks, config, CPU)
     assert [set(record) for record in history] == [{"iteration", "L_seg"}] * 60
     predicted = [segment(network, sample.image, config.segmentation) for sample in samples]
     assert evaluate(predicted, masks, CLASSES).miou > 0.5
@@ -68,10 +77,10 @@ def test_segmenter_learns_three_colours() -> None:
 
 def test_masks_given_are_what_is_learnt_and_not_the_truth() -> None:
     config = tiny_config(segmentation={"iterations": 2})
-    network, _ = train_segmenter(make_samples(ground_truth=True), true_masks(), config, CPU)
-    assert same_weights(network, train_segmenter(make_samples(ground_truth=False), true_masks(), config, CPU)[0])
+    network, _ = train_segmentation(make_samples(ground_truth=True), true_masks(), config, CPU)
+    assert same_weights(network, train_segmentation(make_samples(ground_truth=False), true_masks(), config, CPU)[0])
     inverted = [(mask == 0).byte() for mask in true_masks()]
-    assert not same_weights(network, train_segmenter(make_samples(ground_truth=True), inverted, config, CPU)[0])
+    assert not same_weights(network, train_segmentation(make_samples(ground_truth=True), inverted, config, CPU)[0])
 
 
 def test_outside_of_the_image_is_void(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +92,7 @@ def test_outside_of_the_image_is_void(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(segmentation, "segmentation_loss", spy)
     config = tiny_config(segmentation={"iterations": 1, "crop_size": 64, "resize_range": [32, 32]})
-    train_segmenter(make_samples(), true_masks(), config, CPU)
+    train_segmentation(make_samples(), true_masks(), config, CPU)
     ((logits, mask),) = seen
     assert logits.shape[:2] == (2, 4) and mask.shape == (2, 64, 64) and mask.dtype == torch.uint8
     inside = mask != 255
@@ -93,20 +102,20 @@ def test_outside_of_the_image_is_void(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_training_is_kept_and_follows_the_seed(tmp_path: Path) -> None:
     config, samples, path = tiny_config(), make_samples(), tmp_path / "segmenter.safetensors"
-    network, history = train_segmenter(samples, true_masks(), config, CPU, path)
-    again, same_history = train_segmenter(samples, true_masks(), config, CPU, path)
+    network, history = train_segmentation(samples, true_masks(), config, CPU, path)
+    again, same_history = train_segmentation(samples, true_masks(), config, CPU, path)
     assert same_weights(network, again) and same_history == history and not again.training
-    assert not same_weights(network, train_segmenter(samples, true_masks(), config, cpu_runtime(1))[0])
+    assert not same_weights(network, train_segmentation(samples, true_masks(), config, cpu_runtime(1))[0])
     assert same_weights(new_segmenter(config, 3, CPU), new_segmenter(config, 3, CPU))
 
 
 def test_features_of_a_frozen_backbone_are_standardised(tmp_path: Path) -> None:
     config = tiny_config(model={"freeze_backbone": True})
     samples, path = make_samples(3), tmp_path / "segmenter.safetensors"
-    network, _ = train_segmenter(samples, true_masks(3), config, CPU, path)
+    network, _ = train_segmentation(samples, true_masks(3), config, CPU, path)
     assert same_weights(network.backbone, new_segmenter(config, 3, CPU).backbone)
     assert float(network.standardize.running_mean.abs().max()) > 0  # type: ignore[union-attr, operator]
-    assert same_weights(train_segmenter(samples, true_masks(3), config, CPU, path)[0], network)
+    assert same_weights(train_segmentation(samples, true_masks(3), config, CPU, path)[0], network)
 
 
 # --- labelling --------------------------------------------------------------------------------------------------------

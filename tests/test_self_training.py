@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_samples, same_weights, tiny_config
-from torch import Tensor
+from helpers import make_samples, new_teacher, same_weights, tiny_config, train_student
+from torch import Tensor, nn
 
 from smaflib import self_training
-from smaflib.cams import AttentionMaps
-from smaflib.classifier import new_teacher
+from smaflib.errors import ConfigError
+from smaflib.maps import write_attention_maps
 from smaflib.models import with_background
-from smaflib.pseudo_masks import pseudo_masks
-from smaflib.reactivation import denoise, reactivate, with_background_score
+from smaflib.models.networks import attention_of
+from smaflib.reactivation import reactivate, with_background_score
 from smaflib.runtime import Runtime, cpu_runtime
-from smaflib.self_training import DenoisedMaps, mac_loss, self_train, student_targets
+from smaflib.self_training import mac_loss
 
 CPU = cpu_runtime(0)
 
@@ -61,10 +61,10 @@ def test_student_learns_what_make_target_says(monkeypatch: pytest.MonkeyPatch) -
         self_training, "mac_loss", lambda logits, target, _: targets.append(target) or logits.square().mean()
     )
     for rule in (reactivate, with_background_score):
-        self_train(new_teacher(config, 3, CPU), samples, masks_as_maps(), config, CPU, make_target=rule)
+        train_student(new_teacher(config, 3, CPU), samples, masks_as_maps(), config, CPU, make_target=rule)
     divided, as_is = targets
     assert float(divided.amax(dim=1).min()) == 1  # every pixel has a winner at 1
-    assert as_is[:, 0].unique().tolist() == [pytest.approx(config.attention.resolved_bg_score)]
+    assert as_is[:, 0].unique().tolist() == [pytest.approx(config.attention.bg_score)]
     assert torch.allclose(as_is / as_is.amax(dim=1, keepdim=True), divided)
 
 
@@ -74,18 +74,18 @@ def test_student_trains_while_the_teacher_stays(pretraining: str, tmp_path: Path
     teacher, samples = new_teacher(config, 3, CPU), make_samples(ground_truth=False)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     path = tmp_path / "student.safetensors"
-    student, history = self_train(teacher, samples, masks_as_maps(), config, CPU, path)
+    student, history = train_student(teacher, samples, masks_as_maps(), config, CPU, path)
     assert student.background and not student.training
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert not same_weights(student, with_background(teacher))
     assert [set(record) for record in history] == [{"iteration", "L_mac"}] * 4
-    again, same_history = self_train(teacher, samples, masks_as_maps(), config, CPU, path)
+    again, same_history = train_student(teacher, samples, masks_as_maps(), config, CPU, path)
     assert same_weights(again, student) and same_history == history
 
 
 def test_student_learns_its_targets() -> None:
     config = tiny_config(self_training={"iterations": 30, "learning_rate": 0.01, "batch_size": 3})
-    _, history = self_train(new_teacher(config, 3, CPU), make_samples(3), masks_as_maps(3), config, CPU)
+    _, history = train_student(new_teacher(config, 3, CPU), make_samples(3), masks_as_maps(3), config, CPU)
     assert history[-1]["L_mac"] < 0.5 * history[0]["L_mac"]
 
 
@@ -102,7 +102,7 @@ def test_targets_are_reactivated_crops_at_a_quarter_of_the_side(monkeypatch: pyt
         # The image is half as large as the crop: at least half of the crop is padding.
         self_training={"iterations": 2, "crop_size": 64, "resize_range": [32, 32], "loss_weight": 7.0},
     )
-    self_train(new_teacher(config, 3, CPU), make_samples(), masks_as_maps(), config, CPU)
+    train_student(new_teacher(config, 3, CPU), make_samples(), masks_as_maps(), config, CPU)
     for target, weight in seen:
         assert target.shape == (2, 4, 16, 16) and weight == 7.0
         assert bool((target.amax(dim=1) == 1).all())
@@ -126,7 +126,7 @@ def test_image_and_target_are_cut_alike(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(self_training.Batches, "__getitem__", spy)
     config = tiny_config(self_training={"iterations": 6, "batch_size": 4})
-    self_train(new_teacher(config, 3, CPU), make_samples(), masks_as_maps(), config, CPU)
+    train_student(new_teacher(config, 3, CPU), make_samples(), masks_as_maps(), config, CPU)
     checked = 0
     for images, cleans in pairs:
         for image, denoised in zip(images, cleans, strict=True):
@@ -142,74 +142,55 @@ def test_seed_and_precision_of_the_runtime_are_used() -> None:
     config = tiny_config(self_training={"iterations": 2})
     teacher, samples, denoised = new_teacher(config, 3, CPU), make_samples(), masks_as_maps()
     students = [
-        self_train(teacher, samples, denoised, config, runtime)[0]
+        train_student(teacher, samples, denoised, config, runtime)[0]
         for runtime in (CPU, CPU, cpu_runtime(1), Runtime(torch.device("cpu"), "bf16"))
     ]
     assert same_weights(students[0], students[1])
     assert not same_weights(students[0], students[2]) and not same_weights(students[0], students[3])
 
 
-# --- DenoisedMaps
-# --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def maps(tmp_path: Path) -> AttentionMaps:
-    maps = AttentionMaps(tmp_path, (0.5, 1.0))
-    for seed, image_id in enumerate(make_samples(3).image_ids):
-        torch.manual_seed(seed)
-        maps.write(image_id, [torch.rand(3, 2, 3), torch.rand(3, 4, 5)], (32, 40))
-    return maps
-
-
-def test_clean_maps_are_fused_and_denoised_in_the_order_of_the_split(maps: AttentionMaps) -> None:
-    samples = make_samples(3).subset([2, 0])
-    denoised = DenoisedMaps(maps, samples, rule="max", scales=[1.0])
-    assert len(denoised) == 2
-    for index, sample in enumerate(samples):
-        expected = denoise(maps.fused(sample.image_id, "max", [1.0]), sample.image_label)
-        assert torch.equal(denoised[index], expected)
-        assert denoised[index].amax(dim=(1, 2)).round().tolist() == sample.image_label.tolist()
-
-
-def test_clean_maps_can_be_kept_in_half_precision(maps: AttentionMaps) -> None:
-    samples = make_samples(3)
-    lazy, cached = DenoisedMaps(maps, samples), DenoisedMaps(maps, samples, cached=True)
-    first = cached[1]
-    torch.testing.assert_close(first, lazy[1], rtol=1e-3, atol=1e-4)
-    maps.path("image1").unlink()
-    assert torch.equal(cached[1], first) and first.dtype == torch.float32
-    with pytest.raises(ValueError, match="no attention maps"):
-        lazy[1]
-
-
-def test_whole_split_can_be_walked_through(maps: AttentionMaps) -> None:
-    assert [tuple(denoised.shape) for denoised in DenoisedMaps(maps, make_samples(3))] == [(3, 32, 40)] * 3
-
-
-# --- targets ----------------------------------------------------------------------------------------------------------
-
-
-def test_targets_are_the_clean_maps_unless_they_are_refined() -> None:
-    denoised = masks_as_maps(2)
-    assert student_targets(make_samples(2), denoised, tiny_config()) is denoised
-
-
-def test_refined_targets_are_the_masks_of_the_crf_seen_as_maps() -> None:
-    samples = make_samples(2)
-    blurred = [torch.nn.functional.avg_pool2d(maps, 5, 1, 2) for maps in masks_as_maps(2)]  # wrong at the edges
-    config = tiny_config(self_training={"refine": "crf"}, pseudo_masks={"num_workers": 1})
-    targets = student_targets(samples, blurred, config)
-    assert len(targets) == 2
-    for index, (_, mask) in enumerate(
-        pseudo_masks(samples, blurred, config.attention.bg_score, config.pseudo_masks.crf, num_workers=1)
-    ):
-        for number in range(3):
-            assert torch.equal(targets[index][number], (mask == number + 1).float())
-
-
 def test_a_fresh_head_starts_undecided() -> None:
     config = tiny_config(self_training={"fresh_head": True, "learning_rate": 1e-12, "iterations": 1})
     teacher, samples = new_teacher(config, 3, CPU), make_samples(2)
-    student, _ = self_train(teacher, samples, masks_as_maps(2), config, CPU)
+    student, _ = train_student(teacher, samples, masks_as_maps(2), config, CPU)
     assert float(student.head.weight.detach().abs().max()) < 1e-6 < float(teacher.head.weight.detach().abs().max())
+
+
+class ColourNetwork(nn.Module):
+    """A network that smaflib did not make: a linear function of the pixel, background first, and its attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 4, stride=4)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 4, H/4, W/4)
+        return self.layer(images)
+
+    def attention(self, logits: Tensor) -> Tensor:
+        return logits.softmax(dim=1)[:, 1:]
+
+
+def test_networks_of_ones_own_are_taught_and_give_maps(tmp_path: Path) -> None:
+    config = tiny_config(self_training={"iterations": 30, "learning_rate": 0.05, "batch_size": 3})
+    teacher, samples = ColourNetwork(), make_samples(3)
+    student, history = train_student(teacher, samples, masks_as_maps(3), config, CPU, tmp_path / "own.safetensors")
+    assert isinstance(student, ColourNetwork) and student is not teacher and not same_weights(student, teacher)
+    assert history[-1]["L_mac"] < 0.5 * history[0]["L_mac"]
+    maps = write_attention_maps(student, samples, tmp_path / "cams", config.attention, CPU)
+    # Red, green and blue rectangles: the student has learned which is which.
+    for sample in samples:
+        strongest = maps.fused(sample.image_id).amax(dim=(1, 2)) * sample.image_label
+        assert int(strongest.argmax()) == int(sample.image_label.argmax())
+
+
+def test_networks_that_cannot_be_students_say_why() -> None:
+    config, samples = tiny_config(self_training={"iterations": 1}), make_samples(2)
+    plain = ColourNetwork()
+    plain.layer = nn.Conv2d(3, 3, 4, stride=4)
+    with pytest.raises(ValueError, match="3 logit maps where the target has 4: one for the background"):
+        train_student(plain, samples, masks_as_maps(2), config, CPU)
+    fresh = tiny_config(self_training={"iterations": 1, "fresh_head": True})
+    with pytest.raises(ConfigError, match="fresh_head needs a network with a head; ColourNetwork has none"):
+        train_student(ColourNetwork(), samples, masks_as_maps(2), fresh, CPU)
+    with pytest.raises(TypeError, match=r"Conv2d has no method attention"):
+        attention_of(nn.Conv2d(3, 4, 1), torch.zeros(1, 4, 2, 2))

@@ -9,15 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smaflib.errors import ConfigError
-from smaflib.thresholds import (
-    CANDIDATES,
-    MAX_IMAGES,
-    choose_bg_score,
-    evenly,
-    mask_bg_score,
-    resolve_bg_score,
-    separation,
-)
+from smaflib.thresholds import CANDIDATES, MAX_IMAGES, choose_bg_score, separation
 
 
 def two_levels(low: float, high: float, share: float = 0.3) -> torch.Tensor:
@@ -51,25 +43,21 @@ def test_choice_lies_between_the_groups(low: float, gap: float) -> None:
     assert low - 0.02 <= chosen < low + gap
 
 
-def test_settings_are_settled_only_where_they_say_auto() -> None:
-    maps = [two_levels(0.2, 0.6)]
-    fixed = tiny_config(attention={"bg_score": 0.4})
-    assert resolve_bg_score(fixed, maps) is fixed and mask_bg_score(fixed, maps) == 0.4
-    auto = tiny_config(attention={"bg_score": "auto"})
-    with pytest.raises(ConfigError, match="choose it from the maps"):
-        auto.attention.resolved_bg_score  # noqa: B018
-    chosen = resolve_bg_score(auto, maps).attention.resolved_bg_score
-    assert 0.2 <= chosen < 0.6 and mask_bg_score(auto, maps) == chosen
-    masks = tiny_config(attention={"bg_score": "auto"}, pseudo_masks={"bg_score": 0.5})
-    assert mask_bg_score(masks, maps) == 0.5
-    assert mask_bg_score(tiny_config(pseudo_masks={"bg_score": "auto"}), [two_levels(0.42, 0.9)]) == 0.45
+def test_without_an_image_there_is_no_choice() -> None:
     with pytest.raises(ValueError, match="at least one image"):
         choose_bg_score([])
     with pytest.raises(ConfigError, match="attention.bg_score"):
         tiny_config(attention={"bg_score": "otsu"})
 
 
-def test_large_splits_are_looked_at_evenly() -> None:
-    items = [torch.tensor(number) for number in range(2 * MAX_IMAGES + 1)]
-    assert [int(item) for item in evenly(items)] == list(range(0, 2 * MAX_IMAGES + 1, 3))
-    assert len(list(evenly(items[:5]))) == 5
+def test_large_splits_are_read_evenly() -> None:
+    class Noted(list[torch.Tensor]):
+        asked: list[int] = []
+
+        def __getitem__(self, index: int) -> torch.Tensor:  # type: ignore[override]
+            self.asked.append(index)
+            return super().__getitem__(index)
+
+    items = Noted([two_levels(0.2, 0.6)] * (2 * MAX_IMAGES + 1))
+    choose_bg_score(items)
+    assert items.asked == list(range(0, 2 * MAX_IMAGES + 1, 3))

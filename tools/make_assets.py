@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from smaflib.cams import fuse_cams, multi_scale_cams
+from smaflib.cams import at_size
 from smaflib.data import load_samples, make_data
 from smaflib.files import replacing
-from smaflib.models.pretrained import ASSETS, CONFIG_FILE, pretrained_network, short_config
+from smaflib.models.pretrained import ASSETS, CONFIG_FILE, ROLES, pretrained_network, short_config
 from smaflib.models.weights.files import read_weights, write_weights
+from smaflib.pipeline import Workspace, attend
 from smaflib.pseudo_masks import pseudo_mask
-from smaflib.reactivation import denoise, reactivate
 
 
 def export_networks(run_folder: Path, assets: Path = ASSETS) -> None:
@@ -34,30 +34,26 @@ def draw_chain(target: Path, image_index: int = 4) -> None:
         target: a PNG file.
         image_index: which of the images that notebook 00 draws.
     """
-    from smaflib.report.plots import at_size, overlay_map, overlay_mask, picture, plot_chain, strongest_map
+    from smaflib.report.plots import overlay_map, overlay_mask, picture, plot_chain, strongest_map
 
     with tempfile.TemporaryDirectory() as folder:
         config = short_config(Path(folder) / "data")
         make_data(config, Path(folder))
         samples = load_samples(config, "train").with_masks()
         sample = samples[image_index]
-    attention, label = config.attention, sample.image_label
-    size = (sample.image.shape[1], sample.image.shape[2])
+    label, size = sample.image_label, (sample.image.shape[1], sample.image.shape[2])
+    bg_score = Workspace(Path(), config).bg_score
     assert sample.mask is not None
-    cams = multi_scale_cams(pretrained_network("teacher"), sample.image, attention.scales)
-    fused = fuse_cams(cams, size, attention.fusion, attention.scales)
-    denoised = denoise(fused, label)
-    of_student = multi_scale_cams(pretrained_network("student"), sample.image, attention.scales)
-    denoised_student = denoise(fuse_cams(of_student, size, attention.fusion, attention.scales), label)
-    mask = pseudo_mask(sample.image, denoised_student, attention.resolved_bg_score, config.pseudo_masks.crf)
+    teacher, student = (
+        attend(pretrained_network(role), sample.image, label, config.attention, bg_score) for role in ROLES
+    )
+    mask = pseudo_mask(sample.image, student.denoised, bg_score, config.pseudo_masks)
     labels = [name for name, there in zip(samples.class_names, label, strict=True) if there]
-    scales = [torch.stack([at_size(cam[k], size) for k in label.nonzero()[:, 0]]).amax(dim=0) for cam in cams]
-    maps = [
-        strongest_map(m)
-        for m in (fused, denoised, reactivate(denoised, attention.resolved_bg_score)[1:], denoised_student)
-    ]
+    scales = [torch.stack([at_size(cam[k], size) for k in label.nonzero()[:, 0]]).amax(dim=0) for cam in teacher.cams]
+    steps = (teacher.fused, teacher.denoised, teacher.target[1:], student.denoised)
+    maps = [strongest_map(step) for step in steps]
     shown = [overlay_map(sample.image, m) for m in [*scales, *maps]]
-    steps = {
+    titled = {
         f"an image and its label\n“{', '.join(labels)}”": [picture(sample.image)],
         "the teacher's attention\nat several scales": shown[: len(scales)],
         "fused\nall classes, each peaks at 1": [shown[-4]],
@@ -67,7 +63,7 @@ def draw_chain(target: Path, image_index: int = 4) -> None:
         "pseudo mask\nstrongest class, dense CRF": [overlay_mask(sample.image, mask)],
         "(the ground truth, which\nno step has seen)": [overlay_mask(sample.image, sample.mask)],
     }
-    figure = plot_chain(steps)
+    figure = plot_chain(titled)
     with replacing(target) as temporary:
         figure.savefig(temporary, dpi=110, bbox_inches="tight")
 

@@ -11,31 +11,13 @@ from PIL import Image
 from smaflib.data.masks import VOC_PALETTE
 from smaflib.data.voc import read_image
 from smaflib.errors import ConfigError, DataError
-from smaflib.files import replacing
-from smaflib.models.networks import SegmentationNetwork
-from smaflib.models.weights.files import fill, read_weights
+from smaflib.files import display_path, replacing
 from smaflib.runs import Run
 from smaflib.runtime import progress
 from smaflib.segmentation import segment_many
 
 SERVER_FOLDER = "results/VOC2012/Segmentation/{competition}_test_cls"
 """Where the server looks. comp6: methods that have learned from anything but the test images, such as ImageNet."""
-
-
-def load_segmenter(run: Run) -> SegmentationNetwork:
-    """The segmentation network of a finished run, in eval mode on the CPU.
-
-    Raises:
-        ConfigError: if the run has none.
-    """
-    path = run.path("checkpoints/segmenter.safetensors")
-    if not path.is_file():
-        raise ConfigError(f"the run {run.folder} has no segmentation network ({path.name}); run it to stage 07")
-    model = (run.config.segmentation.model or run.config.model).model_copy(update={"weights": None})
-    network = SegmentationNetwork(model, run.config.segmentation, len(run.samples("train").class_names))
-    state = {name: value for name, value in read_weights(path).items() if not name.startswith("optimizer.")}
-    fill(network, state, source=str(path))
-    return network.eval()
 
 
 def write_submission(run: Run, image_ids: list[str], images: Path, target: Path, competition: str = "comp6") -> int:
@@ -59,11 +41,14 @@ def write_submission(run: Run, image_ids: list[str], images: Path, target: Path,
     if missing or not image_ids:
         first = f", the first is {missing[0]}.jpg" if missing else ", for the list is empty"
         raise DataError(f"{len(missing)} images are missing in {images}{first}; unpack VOC 2012's test archive there")
-    network = run.runtime.place(load_segmenter(run))
+    if not run.checkpoint("segmenter").is_file():
+        raise ConfigError(f"the run {display_path(run.folder)} has no segmentation network; run it to stage 07")
+    runtime = run.make_runtime()
+    network = runtime.place(run.segmenter())
     folder = SERVER_FOLDER.format(competition=competition)
     with replacing(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         decoded = (read_image(images / f"{image_id}.jpg") for image_id in image_ids)
-        masks = segment_many(network, decoded, len(image_ids), run.config, run.runtime)
+        masks = segment_many(network, decoded, len(image_ids), run.config.segmentation, runtime)
         bar = progress(masks, total=len(image_ids), desc="segment the test images")
         for image_id, mask in zip(image_ids, bar, strict=True):
             picture = Image.fromarray(mask.numpy())

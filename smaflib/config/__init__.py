@@ -11,6 +11,7 @@ from smaflib.config.schema import (
     DataConfig,
     EvaluationConfig,
     FusionRule,
+    HeadSolverConfig,
     ModelConfig,
     ParConfig,
     PseudoMaskConfig,
@@ -19,6 +20,7 @@ from smaflib.config.schema import (
     StageConfig,
     TrainingConfig,
 )
+from smaflib.config.variants import Variant, variant_label
 
 __all__ = [
     "CRF_PRESETS",
@@ -30,6 +32,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "FusionRule",
+    "HeadSolverConfig",
     "ModelConfig",
     "ParConfig",
     "PseudoMaskConfig",
@@ -37,9 +40,11 @@ __all__ = [
     "SelfTrainingConfig",
     "StageConfig",
     "TrainingConfig",
+    "Variant",
     "check_settings",
     "config_differences",
     "dump_config",
     "flat_settings",
     "load_config",
+    "variant_label",
 ]

@@ -15,6 +15,9 @@ from smaflib.config.schema import Config, CrfConfig, DataConfig, ModelConfig
 from smaflib.errors import ConfigError
 from smaflib.files import PROJECT_ROOT
 
+RENAMED = {"evaluation.anchors": "evaluation.paper_results"}
+"""Settings of earlier versions, and what they are called now."""
+
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a YAML file, apply ``key=value`` overrides, check everything.
@@ -136,6 +139,8 @@ def _refuse_unknown_keys(settings: dict[str, Any], model: type[BaseModel], prefi
     for key, value in settings.items():
         if model is CrfConfig and key == "preset":
             continue
+        if (new := RENAMED.get(f"{prefix}{key}")) is not None:
+            raise ConfigError(f"{source}: {prefix}{key} is called {new} now")
         if key not in model.model_fields:
             hint = _nearest_setting(str(key), prefix, list(model.model_fields))
             raise ConfigError(f"{source}: there is no setting {prefix}{key}; did you mean {hint}?")

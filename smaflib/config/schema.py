@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from smaflib.config.presets import CRF_PRESETS
-from smaflib.errors import ConfigError
+from smaflib.config.variants import Variant
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -93,15 +93,29 @@ class TrainingConfig(StageConfig):
         return self
 
 
+class HeadSolverConfig(StageConfig):
+    """The last layer computed instead of trained: a logistic regression on a frozen backbone's features."""
+
+    iterations: Positive = 100  # L-BFGS steps at most; it is usually done after half of them
+    weight_decay: Annotated[float, Field(ge=0)] = 0.001  # penalty on the squared weights, per class
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_group(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("it is a group of settings now: {iterations: 100, weight_decay: 0.001}, or null for none")
+        return value
+
+
 class ClassifierConfig(TrainingConfig):
     """Stage 1. ``eps`` adds the saliency loss of EPS (Lee et al., CVPR 2021) to the classification loss."""
 
     pretraining: Literal["plain", "eps"] = "plain"
     # A finished teacher, trained here, by the reference code or by EPS's: stage 1 then only loads it.
     checkpoint: Path | None = None
-    # With model.freeze_backbone, plain: compute the last layer from whole images at attention.scales, a logistic
-    # regression whose penalty is weight_decay, instead of training it. For small sets: certain, and done in seconds.
-    solve_head: bool = False
+    # With model.freeze_backbone, plain: compute the last layer from whole images at attention.scales instead of
+    # training it. For small sets: certain, and done in seconds.
+    solve_head: HeadSolverConfig | None = None
     eps_tau: Fraction = 0.4  # overlap with saliency above which a labelled class counts as foreground
     eps_lambda: Fraction = 0.5  # weight of the foreground estimate against the background's
 
@@ -118,17 +132,6 @@ class AttentionConfig(StageConfig):
     # A pixel whose every class stays below this is background. auto: chosen from the teacher's maps, without any
     # ground truth (smaflib/thresholds.py).
     bg_score: Fraction | Literal["auto"] = 0.2
-
-    @property
-    def resolved_bg_score(self) -> float:
-        """The background's score as a number.
-
-        Raises:
-            ConfigError: if it is still ``auto``, see :func:`smaflib.thresholds.resolve_bg_score`.
-        """
-        if self.bg_score == "auto":
-            raise ConfigError("attention.bg_score is 'auto': choose it from the maps with resolve_bg_score first")
-        return self.bg_score
 
     @property
     def single_scale(self) -> float:
@@ -232,14 +235,16 @@ class SegmentationConfig(TrainingConfig):
     test_scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0,), min_length=1)
     test_flip: bool = True
     test_crf: CrfConfig | None = None
+    test_crf_backend: CrfBackend = "auto"
+    test_crf_workers: Annotated[int, Field(ge=0)] = 0  # processes on the CPU; 0: one per core
 
 
 class EvaluationConfig(StageConfig):
     """Stage 7. Object sizes: a class's share of an image's area."""
 
     size_limits: tuple[Fraction, Fraction] = (0.04, 0.12)  # small below the first, large from the second on
-    # What a stage should reach: mIoU in percent by variant, such as {"fused (sum)": 69.2}; notebook 08 compares.
-    paper_results: dict[str, float] = {}
+    # What a stage should reach: mIoU in percent by variant, such as {pseudo_masks: 73.9}; notebook 08 compares.
+    paper_results: dict[Variant, float] = {}
     # background scores swept
     thresholds: tuple[Fraction, ...] = Field(tuple(round(0.05 * step, 2) for step in range(1, 17)), min_length=1)
 
@@ -262,7 +267,7 @@ class Config(StageConfig):
 
     @model_validator(mode="after")
     def _stages_fit_together(self) -> Config:
-        if self.classifier.solve_head and not (
+        if self.classifier.solve_head is not None and not (
             self.model.freeze_backbone and self.classifier.pretraining == "plain" and not self.model.head_channels
         ):
             raise ValueError(

@@ -64,6 +64,19 @@ def load_folder(data: DataConfig, split: Split) -> Samples:
     return Samples(chosen, class_names, split, functools.partial(read_sample, oriented=True), cached=data.cache)
 
 
+def unlabelled_samples(images: Path, class_names: tuple[str, ...]) -> Samples:
+    """All images of a folder, without any label: to be classified.
+
+    Raises:
+        DataError: if there is no image in the folder.
+    """
+    paths = list_files(images, IMAGE_ENDINGS, "name the folder of images")
+    if not paths:
+        raise DataError(f"there is no image in {images}; {', '.join(IMAGE_ENDINGS)} files are read")
+    files = tuple(SampleFiles(path.stem, path, ()) for path in paths)
+    return Samples(files, class_names, "train", functools.partial(read_sample, oriented=True))
+
+
 def _by_name(paths: list[Path]) -> dict[str, list[Path]]:
     """The one file of a full name, and all files of a name without ending."""
     by_name: dict[str, list[Path]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,12 @@ def normalize(image: Tensor) -> Tensor:
     if image.dtype != torch.uint8:
         raise TypeError(f"an image at the boundary is uint8, got {image.dtype}; convert it with (image * 255).byte()")
     return F.normalize(F.to_dtype(image, torch.float32, scale=True), list(IMAGENET_MEAN), list(IMAGENET_STD))
+
+
+def scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:
+    """(H, W) times a factor, in whole pixels and at least one."""
+    height, width = size
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -81,11 +88,9 @@ class Crop:
 
 def draw_crop(size: tuple[int, int], config: TrainingConfig, generator: torch.Generator) -> Crop:
     """Draw long side, window and flip; a side shorter than the window is placed inside it at random."""
-    height, width = size
     smallest, largest = config.resize_range
     long_side = int(torch.randint(smallest, largest + 1, (), generator=generator))
-    scale = long_side / max(height, width)
-    resized = (max(1, round(height * scale)), max(1, round(width * scale)))
+    resized = scaled_size(size, long_side / max(size))
 
     def start(length: int) -> int:
         slack = length - config.crop_size

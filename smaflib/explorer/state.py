@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -22,8 +21,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from smaflib.cams import AttentionMaps, fuse_cams, multi_scale_cams
-from smaflib.config import Config, CrfConfig, EvaluationConfig, FusionRule
+from smaflib.cams import at_size, fuse_cams, multi_scale_cams
+from smaflib.classifier import predict_labels
+from smaflib.config import Config, CrfConfig, EvaluationConfig, FusionRule, PseudoMaskConfig
 from smaflib.data import Sample, load_samples
 from smaflib.data.masks import VOC_PALETTE
 from smaflib.data.mini.dataset import make_mini
@@ -31,16 +31,13 @@ from smaflib.data.transforms import normalize
 from smaflib.errors import DataError, RunError
 from smaflib.evaluation import confusion_matrix, intersection_over_union, mean_over_classes, sweep_thresholds
 from smaflib.files import display_path
-from smaflib.models.networks import AttentionNetwork, load_attention_network
-from smaflib.models.pretrained import UNSEEN_SEED, pretrained_config, pretrained_network
+from smaflib.maps import AttentionMaps, fuse_and_denoise
+from smaflib.models.networks import AttentionNetwork
+from smaflib.models.pretrained import ROLES, UNSEEN_SEED, Role, pretrained_config, pretrained_network
 from smaflib.pseudo_masks import pseudo_mask
-from smaflib.reactivation import denoise, hard_labels, reactivate
-from smaflib.report.plots import at_size
+from smaflib.reactivation import hard_labels, reactivate
 from smaflib.runs import Run, find_run
 from smaflib.runtime import device_of
-
-Role = Literal["teacher", "student"]
-ROLES: tuple[Role, ...] = ("teacher", "student")
 
 CURVE_SCORES: tuple[float, ...] = tuple(round(0.02 * step, 2) for step in range(1, 50))
 """Background scores at which the curve of the IoU is drawn."""
@@ -252,17 +249,14 @@ def fused_under(sample: Sample, cams: Sequence[Tensor], scales: Sequence[float],
     chosen = [(cam, scale, weight) for cam, scale, weight in zip(cams, scales, settings.weights, strict=True) if weight]
     if not chosen:
         raise ValueError("no scale takes part in the fusion; switch at least one on")
-    # Denoising erases the others anyhow, and there may be eighty.
-    numbers = sorted(settings.image_label) if settings.denoise else list(range(num_classes))
-    fused = torch.zeros(num_classes, *size)
-    if numbers:
-        parts, kept_scales, weights = zip(*chosen, strict=True)
-        fused[numbers] = fuse_cams([cam[numbers] for cam in parts], size, settings.fusion, kept_scales, weights)
-    if settings.denoise:
-        image_label = torch.zeros(num_classes)
-        image_label[list(settings.image_label)] = 1
-        fused = denoise(fused, image_label)
-    return Fused(scale_maps, fused, tuple(numbers))
+    parts, kept_scales, weights = zip(*chosen, strict=True)
+    if not settings.denoise:
+        fused = fuse_cams(parts, size, settings.fusion, kept_scales, weights)
+        return Fused(scale_maps, fused, tuple(range(num_classes)))
+    image_label = torch.zeros(num_classes)
+    image_label[list(settings.image_label)] = 1
+    denoised = fuse_and_denoise(parts, size, image_label, settings.fusion, kept_scales, weights)
+    return Fused(scale_maps, denoised, tuple(sorted(settings.image_label)))
 
 
 def with_mask(sample: Sample, fused: Fused, scales: Sequence[float], settings: Settings) -> Exploration:
@@ -275,7 +269,11 @@ def with_mask(sample: Sample, fused: Fused, scales: Sequence[float], settings: S
         target = reactivate(some, bg_score)[1 + numbers.index(shown_class)]
     label_of = torch.tensor([0, *(number + 1 for number in numbers or [shown_class])], dtype=torch.uint8)
     labels = label_of[hard_labels(some, bg_score).long()]
-    mask = labels if settings.crf is None else pseudo_mask(sample.image, denoised, bg_score, settings.crf)
+    mask = (
+        labels
+        if settings.crf is None
+        else pseudo_mask(sample.image, denoised, bg_score, PseudoMaskConfig(crf=settings.crf))
+    )
     return Exploration(settings, tuple(scales), fused.scale_maps, denoised, target, labels, mask, sample.mask)
 
 
@@ -356,10 +354,9 @@ class Gallery:
         stored: dict[Role, AttentionMaps] = {}
         samples = list(split.shown(num_images))
         for role in ROLES:
-            checkpoint = run.path("checkpoints", f"{role}.safetensors")
-            maps = AttentionMaps(run.path("cams", role), run.config.attention.scales)
-            if checkpoint.is_file():
-                networks[role] = load_attention_network(checkpoint, run.config.model, len(split.class_names))
+            maps = run.maps(role)
+            if run.checkpoint(role).is_file():
+                networks[role] = run.network(role)
             if all(maps.path(sample.image_id).is_file() for sample in samples):
                 stored[role] = maps
         if not networks and not stored:
@@ -481,8 +478,5 @@ def predict_label(network: AttentionNetwork, image: Tensor) -> Tensor:
         float32 (K,) in {0, 1}.
     """
     network.eval()
-    logits = network.image_logits(network(normalize(image)[None].to(device_of(network))))[0].float().cpu()
-    label = (logits > 0).float()
-    if not label.any():
-        label[int(logits.argmax())] = 1
-    return label
+    logits = network.image_logits(network(normalize(image)[None].to(device_of(network))))
+    return predict_labels(logits.float().cpu())[0]

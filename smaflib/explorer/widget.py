@@ -33,7 +33,6 @@ from smaflib.explorer.state import (
     Fused,
     Gallery,
     Reading,
-    Role,
     Settings,
     class_colors,
     color_table,
@@ -43,6 +42,7 @@ from smaflib.explorer.state import (
     to_bytes,
     with_mask,
 )
+from smaflib.models.pretrained import Role
 from smaflib.runs import Run
 
 STATIC = Path(__file__).parent / "static"

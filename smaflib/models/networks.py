@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,9 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from smaflib.config import ModelConfig, SegmentationConfig
 from smaflib.errors import ConfigError, WeightsError
 from smaflib.models.backbones import Backbone, build_backbone
-from smaflib.models.weights.files import attention_state, fill, read_weights
+from smaflib.models.weights.files import attention_state, fill, network_state
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class AttentionNetwork(nn.Module):
@@ -153,20 +157,35 @@ def _freeze_batch_norm(layers: nn.Module) -> None:
             module.eval().requires_grad_(False)
 
 
-def with_background(teacher: AttentionNetwork) -> AttentionNetwork:
+def attention_of(network: nn.Module, logits: Tensor) -> Tensor:
+    """Class attention maps by the network's own ``attention``: any module that has such a method will do.
+
+    Raises:
+        TypeError: if it has none.
+    """
+    attention = getattr(network, "attention", None)
+    if not callable(attention):
+        raise TypeError(
+            f"{type(network).__name__} has no method attention(logits) that makes class attention maps (B, K, h, w) of "
+            "its logit maps; give it one"
+        )
+    maps: Tensor = attention(logits)
+    return maps
+
+
+def with_background(teacher: Network) -> Network:
     """A copy that starts from the teacher's weights and has a background map: the student before it learns.
 
     A plain teacher has no background map; the student's starts at a logit of 0, so that a pixel where all class
-    logits are negative begins as background.
+    logits are negative begins as background. A network of another class is copied as it is, and must have one.
     """
-    student = AttentionNetwork(
-        teacher.config.model_copy(update={"weights": None}), teacher.num_classes, background=True
-    )
-    state = dict(teacher.state_dict())
-    if not teacher.background:
-        state["head.weight"] = torch.cat([torch.zeros_like(state["head.weight"][:1]), state["head.weight"]])
-    student.load_state_dict(state)
-    return student.to(next(teacher.parameters()).device)
+    student = copy.deepcopy(teacher)
+    if isinstance(student, AttentionNetwork) and not student.background:
+        weight = student.head.weight.detach()
+        student.head = nn.Conv2d(weight.shape[1], len(weight) + 1, 1, bias=False, device="meta")
+        student.head.weight = nn.Parameter(torch.cat([torch.zeros_like(weight[:1]), weight]))
+        student.background = True
+    return student
 
 
 def load_attention_network(path: Path, config: ModelConfig, num_classes: int) -> AttentionNetwork:
@@ -176,12 +195,25 @@ def load_attention_network(path: Path, config: ModelConfig, num_classes: int) ->
         ConfigError: if the file is missing or damaged.
         WeightsError: if it belongs to another network.
     """
-    # What an unfinished training stores beside the network does not belong to it.
-    state = attention_state(read_weights(path), num_classes)
-    state = {name: value for name, value in state.items() if not name.startswith("optimizer.")}
+    state = attention_state(network_state(path), num_classes)
     if "head.weight" not in state:
         raise WeightsError(f"{path} holds no attention network: it has no head.weight")
     background = len(state["head.weight"]) == num_classes + 1
     network = AttentionNetwork(config.model_copy(update={"weights": None}), num_classes, background)
     fill(network, state, source=str(path))
+    return network.eval()
+
+
+def load_segmentation_network(
+    path: Path, model: ModelConfig, settings: SegmentationConfig, num_classes: int
+) -> SegmentationNetwork:
+    """Rebuild a segmentation network, in eval mode on the CPU, from a checkpoint of a run.
+
+    Raises:
+        ConfigError: if the file is missing or damaged.
+        WeightsError: if it belongs to another network.
+    """
+    model = (settings.model or model).model_copy(update={"weights": None})
+    network = SegmentationNetwork(model, settings, num_classes)
+    fill(network, network_state(path), source=str(path))
     return network.eval()

@@ -7,7 +7,7 @@ anew from a run of ``configs/mini.yaml``: half precision, weights only; with the
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from smaflib.config import Config, load_config
 from smaflib.data.mini.dataset import CLASS_NAMES
@@ -20,6 +20,7 @@ UNSEEN_SEED = 2024
 """Draws images that the pretrained networks were not trained on."""
 
 Role = Literal["teacher", "student"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 def pretrained_config() -> Config:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from smaflib import files
 from smaflib.config import dump_config
-from smaflib.report.tables import class_table, duration, results_table
+from smaflib.report.tables import class_table, duration, labelled, results_table
 from smaflib.runs import Run
 from smaflib.runs.manifest import read_manifest
 from smaflib.runs.stages import Stage
@@ -191,6 +191,7 @@ def _table_html(table: pd.DataFrame, caption: str, best: bool = False) -> str:
     """A table of percentages; with ``best`` the highest number of each column and split stands out."""
     if table.empty:
         return ""
+    table = labelled(table)
     named = "".join(f"<th scope='col' class='name'>{escape(str(name))}</th>" for name in table.index.names)
     head = named + "".join(f"<th scope='col'>{escape(str(name))}</th>" for name in table.columns)
     highest = table.groupby(level="split").transform("max")

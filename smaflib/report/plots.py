@@ -17,6 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from smaflib.config import variant_label
 from smaflib.data.classes import VOID_LABEL
 from smaflib.data.masks import VOC_PALETTE
 from smaflib.training import History
@@ -226,9 +227,11 @@ def plot_sweep(metrics: pd.DataFrame, bg_score: float, title: str = "mIoU over t
         title: of the figure.
     """
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    for variant, records in metrics.groupby("variant", sort=False):
+    for (variant, scale, fusion), records in metrics.groupby(["variant", "scale", "fusion"], sort=False, dropna=False):
         records = records.sort_values("bg_score")
-        axis.plot(records["bg_score"], 100 * records["value"], marker=".", label=str(variant))
+        label = variant_label(variant, fusion if isinstance(fusion, str) else None)
+        label += "" if pd.isna(scale) else f", scale {scale:g}"
+        axis.plot(records["bg_score"], 100 * records["value"], marker=".", label=label)
     axis.axvline(bg_score, color="grey", linestyle=":", label="used by this run")
     axis.set(xlabel="background score", ylabel="mIoU in %")
     axis.grid(alpha=0.3)
@@ -317,11 +320,12 @@ def plot_pixel_row(
     return _finish(figure, "")
 
 
-def plot_ablation(records: Sequence[Mapping[str, Any]], title: str = "ablation") -> Figure:
-    """A panel for all objects and one per size; per variant a dot for each seed, and a bar at their mean.
+def plot_ablation(records: Sequence[Mapping[str, Any]], labels: Mapping[str, str], title: str = "ablation") -> Figure:
+    """A panel for all objects and one per size; per row a dot for each seed, and a bar at their mean.
 
     Args:
         records: of :func:`smaflib.apps.ablation.ablate`; those at the run's own background score are drawn.
+        labels: what people read of each row.
         title: of the figure.
     """
     table = pd.DataFrame(list(records)).query("bg_choice == 'own'")
@@ -340,7 +344,7 @@ def plot_ablation(records: Sequence[Mapping[str, Any]], title: str = "ablation")
         axis.set_title("mIoU, all pixels" if size == "all" else f"{size} objects", fontsize=9)
         axis.set_xlabel("IoU in %", fontsize=8)
         axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0].set_yticks(range(len(names)), [labels.get(name, name) for name in names], fontsize=8)
     axes[0].invert_yaxis()
     return _finish(figure, title)
 
@@ -368,12 +372,6 @@ def plot_shares(shares: Sequence[float], limits: tuple[float, float], title: str
 def strongest_map(denoised: Tensor) -> Tensor:
     """(K, H, W) to (H, W): the strongest class of each pixel, to show all labelled classes in one picture."""
     return denoised.amax(dim=0)
-
-
-def at_size(cam: Tensor, size: tuple[int, int]) -> Tensor:
-    """One raw map (h, w) at image size (H, W), with its peak at 1, to be laid over the image."""
-    large = torch.nn.functional.interpolate(cam[None, None].float(), size=size, mode="bilinear", align_corners=False)
-    return large[0, 0] / large.max().clamp(min=1e-5)
 
 
 def _finish(figure: Figure, title: str) -> Figure:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from smaflib.config import config_differences
+from smaflib.config import Variant, config_differences, variant_label
 from smaflib.runs import Run, find_run
 
-ROW = ["stage", "variant", "split", "scale"]
-"""What names a row of the results."""
+ROW = ["stage", "variant", "fusion", "split", "scale"]
+"""What names a row of the results; :func:`labelled` makes names that people read."""
 
 MEASURES = {  # column: (metric, object size)
     "mIoU": ("iou", "all"),
@@ -55,18 +55,29 @@ def class_table(metrics: pd.DataFrame) -> pd.DataFrame:
     return _in_pipeline_order(pd.DataFrame(columns), metrics)
 
 
-def paper_table(metrics: pd.DataFrame, paper_results: Mapping[str, float]) -> pd.DataFrame:
-    """A run's mIoU beside what the paper, or whatever the config's anchors come from, reports.
+def labelled(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of results for people: each variant by its label and fusion rule."""
+    if "fusion" not in table.index.names:
+        return table
+    keys = pd.MultiIndex.from_tuples(table.index, names=table.index.names).to_frame(index=False)
+    keys["variant"] = [variant_label(*pair) for pair in zip(keys["variant"], keys["fusion"], strict=True)]
+    return table.set_axis(pd.MultiIndex.from_frame(keys.drop(columns="fusion")))
+
+
+def paper_table(metrics: pd.DataFrame, paper_results: Mapping[Variant, float]) -> pd.DataFrame:
+    """A run's mIoU beside what the paper reports.
 
     Args:
         metrics: tidy records as in ``metrics.json``.
-        anchors: variant to mIoU in percent; variants that the run did not measure are left out.
+        paper_results: mIoU in percent; variants that the run did not measure are left out. Of fused maps, those by the
+            paper's rule count, the sum.
 
     Returns:
-        By variant: ``run``, ``paper``, ``difference`` in points, and ``note``: "below" where the run is more than
+        By label: ``run``, ``paper``, ``difference`` in points, and ``note``: "below" where the run is more than
         :data:`PAPER_TOLERANCE` below.
     """
     measured = results_table(metrics).reset_index()
+    measured = measured[measured["fusion"].isin(["", "sum"])]
     rows = {}
     for variant, paper in paper_results.items():
         # The first row of a variant is that of the training split; the segmentation network has one row only.
@@ -74,7 +85,8 @@ def paper_table(metrics: pd.DataFrame, paper_results: Mapping[str, float]) -> pd
         if len(values):
             difference = float(values.iloc[0]) - paper
             note = "below" if difference < -PAPER_TOLERANCE else ""
-            rows[variant] = {"run": float(values.iloc[0]), "paper": paper, "difference": difference, "note": note}
+            row = {"run": float(values.iloc[0]), "paper": paper, "difference": difference, "note": note}
+            rows[variant_label(variant)] = row
     return pd.DataFrame.from_dict(rows, orient="index", columns=["run", "paper", "difference", "note"]).round(1)
 
 
@@ -124,7 +136,7 @@ def results_text(run: Run) -> str:
 
 def table_text(table: pd.DataFrame, formats: dict[str, Any] | None = None) -> str:
     """A table of percentages for a terminal: one decimal, a dash where nothing was measured."""
-    flat = table.reset_index()
+    flat = labelled(table).reset_index()
     formatted = {column: (formats or {}).get(column, "{:.1f}".format) for column in table.columns}
     return flat.to_string(index=False, na_rep="-", formatters=formatted, justify="right")
 
@@ -142,14 +154,15 @@ def duration(seconds: float | None) -> str:
 
 def _by_row(records: pd.DataFrame) -> pd.Series:
     """Values in percent, indexed by :data:`ROW`."""
-    named = records.assign(scale=[_scale_text(scale) for scale in records["scale"]])
+    named = records.assign(scale=records["scale"].map(_scale_text), fusion=records["fusion"].fillna(""))
     rows = named.drop_duplicates(ROW, keep="last")
     return rows.set_index(ROW)["value"].astype(float) * 100
 
 
 def _in_pipeline_order(table: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
     """Stages by number, within a stage as its notebook recorded them."""
-    keys = zip(metrics["stage"], metrics["variant"], metrics["split"], map(_scale_text, metrics["scale"]), strict=True)
+    named = metrics.assign(scale=metrics["scale"].map(_scale_text), fusion=metrics["fusion"].fillna(""))
+    keys = named[ROW].itertuples(index=False, name=None)
     position = {key: number for number, key in reversed(list(enumerate(keys)))}
     order = sorted(range(len(table)), key=lambda row: (table.index[row][0], position[table.index[row]]))
     return table.iloc[order]

@@ -13,6 +13,7 @@ RECORD_DEFAULTS: dict[str, Any] = {
     "variant": "",
     "split": "train",
     "scale": None,
+    "fusion": None,
     "object_size": "all",
     "class_name": "mean",
     "bg_score": None,

@@ -9,14 +9,14 @@ import os
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from smaflib import files
 from smaflib.config import Config, config_differences, dump_config, load_config
 from smaflib.errors import ConfigError, MissingStage, RunError, RunMismatch
 from smaflib.files import RUNS_FOLDER, absolute, display_path
+from smaflib.pipeline import Workspace
 from smaflib.runs.manifest import missing_outputs, read_manifest
 from smaflib.runs.metrics import RECORD_DEFAULTS, checked_record, read_records
 from smaflib.runs.stages import STAGES, Stage, stage_named
@@ -25,14 +25,10 @@ if TYPE_CHECKING:  # torch, pandas and matplotlib take seconds to import, and "s
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from smaflib.data.masks import MaskFiles
-    from smaflib.data.sample import Samples
-    from smaflib.runtime import Runtime
-
 
 @dataclass(frozen=True)
-class Run:
-    """A run folder and the settings that it belongs to.
+class Run(Workspace):
+    """A workspace whose stages are notebooks: a folder of its own, a manifest, measurements and figures.
 
     Attributes:
         folder: absolute path of the run folder.
@@ -42,9 +38,7 @@ class Run:
         stages: the chain; only tests use another one.
     """
 
-    folder: Path
-    config: Config
-    config_file: Path
+    config_file: Path = Path()
     overrides: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = STAGES
 
@@ -52,44 +46,13 @@ class Run:
     def name(self) -> str:
         return self.folder.name
 
-    @cached_property
-    def runtime(self) -> Runtime:
-        """Device, precision and seed; asking for it sets torch's threads."""
-        from smaflib.runtime import make_runtime
-
-        return make_runtime(self.config)
-
-    def path(self, *parts: str) -> Path:
-        """A path inside the run folder."""
-        return self.folder.joinpath(*parts)
-
-    def samples(self, split: Literal["train", "val"]) -> Samples:
-        """The images and image labels of a split, without masks.
-
-        Raises:
-            DataError: if the data cannot be used.
-        """
-        from smaflib.data import load_samples
-
-        return load_samples(self.config, split, self.folder)
-
-    def mask_files(self, samples: Samples, folder: str = "masks") -> MaskFiles:
-        """The masks that the run made of some samples, in their order: of ``masks`` or ``masks_segmenter``.
-
-        Raises:
-            DataError: if one is missing.
-        """
-        from smaflib.data import MaskFiles
-
-        return MaskFiles([self.path(folder, f"{image_id}.png") for image_id in samples.image_ids])
-
     def record(self, stage: str, records: Iterable[dict[str, Any]]) -> None:
         """Write a stage's measurements to ``metrics.json``, in place of those it wrote before.
 
         Args:
             stage: the stage's name.
             records: each has ``metric`` and ``value`` (a float; IoU and its kin in [0, 1]; NaN becomes null) and any of
-                ``variant``, ``split``, ``scale``, ``object_size``, ``class_name``, ``bg_score``.
+                ``variant``, ``split``, ``scale``, ``fusion``, ``object_size``, ``class_name``, ``bg_score``.
 
         Raises:
             ValueError: if a record has an unknown key, lacks one, or holds a value out of range.

@@ -405,7 +405,7 @@ def _describe_run(run: Run) -> None:
 
 def describe_machine(run: Run) -> dict[str, Any]:
     """Device, versions and commit: what numbers depend on beside the settings."""
-    device = run.runtime.device
+    device = run.make_runtime().device
     if device.type == "cuda":
         import torch
 

@@ -62,7 +62,7 @@ STAGES: tuple[Stage, ...] = (
         "What do small and large scales see, and what does their fusion gain?",
         depends_on=("01_data", "02_classifier"),
         settings=("seed", "precision", "data", "attention", "evaluation"),
-        outputs=("cams/teacher*/**", "figures/03_*.png"),
+        outputs=("cams/teacher*/**", "bg_scores/teacher.json", "figures/03_*.png"),
         required_outputs=("cams/teacher/**",),
     ),
     Stage(
@@ -85,7 +85,7 @@ STAGES: tuple[Stage, ...] = (
         "How good are the masks, and what does the dense CRF add?",
         depends_on=("01_data", "03_multi_scale_attention", "05_self_training"),
         settings=("data", "attention", "pseudo_masks", "evaluation"),
-        outputs=("masks/**", "figures/06_*.png"),
+        outputs=("masks/**", "bg_scores/student.json", "figures/06_*.png"),
         required_outputs=("masks/**",),
     ),
     Stage(

@@ -16,7 +16,8 @@ from driving import BoardPage, Watched, agrees, expected_iou, keep_screenshot, r
 from PIL import Image
 from playwright.sync_api import Browser, Locator
 
-from smaflib.explorer.state import Exploration, Gallery, Role
+from smaflib.explorer.state import Exploration, Gallery
+from smaflib.models.pretrained import Role
 
 FIRST = 2  # the image that the notebook begins with
 AWAIT_SECONDS = 20.0

@@ -18,7 +18,8 @@ from playwright.sync_api import Browser, Locator
 
 from smaflib.cams import FUSION_RULES
 from smaflib.explorer.page import dequantize, explorer_page, quantize
-from smaflib.explorer.state import Exploration, Gallery, Role
+from smaflib.explorer.state import Exploration, Gallery
+from smaflib.models.pretrained import Role
 
 SAME_MAPS = 0.1
 FULL_MAPS = 1.0

@@ -128,6 +128,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ConfigError(f"{path} is not a complete safetensors file ({error}); fetch or convert it again") from error
 
 
+OPTIMIZER = "optimizer."
+"""How names of the optimizer's state begin, which the checkpoint of an unfinished training holds beside the network."""
+
+
+def network_state(path: Path) -> dict[str, Tensor]:
+    """:func:`read_weights` without the optimizer's state."""
+    return {name: value for name, value in read_weights(path).items() if not name.startswith(OPTIMIZER)}
+
+
 def weights_format(path: Path) -> Literal["safetensors", "torch", "mxnet"]:
     """What kind of weights file this is, by its first bytes; whatever is nothing else is taken for safetensors.
 

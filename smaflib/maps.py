@@ -1,0 +1,205 @@
+"""Attention maps of whole splits: stored once per image and scale, fused and denoised when they are read.
+
+Stage 2 writes them (:func:`write_attention_maps`); every later stage reads :class:`DenoisedMaps`.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smaflib.cams import fuse_cams, multi_scale_cams
+from smaflib.config import AttentionConfig, FusionRule
+from smaflib.data.sample import Samples
+from smaflib.errors import DataError
+from smaflib.files import load_arrays, save_arrays
+from smaflib.reactivation import denoise
+from smaflib.runtime import Runtime, progress
+
+
+def fuse_and_denoise(
+    cams: Sequence[Tensor],
+    size: tuple[int, int],
+    image_label: Tensor,
+    rule: FusionRule = "sum",
+    scales: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
+) -> Tensor:
+    """:func:`~smaflib.cams.fuse_cams`, then :func:`~smaflib.reactivation.denoise`, at the cost of the labelled classes.
+
+    Each class is fused by itself, so those that denoising erases need not be fused at all: of eighty, one or two are.
+
+    Args:
+        cams: per scale (K, h_s, w_s), non-negative, flips already undone.
+        size: (H, W) of the original image, in pixels.
+        image_label: (K,) in {0, 1}.
+        rule: how the scales are joined.
+        scales: the scale of each map; only ``size_adaptive`` needs them.
+        weights: factor of each map.
+
+    Returns:
+        (K, H, W) in [0, 1]; absent classes are zero.
+    """
+    classes = image_label.nonzero()[:, 0]
+    whole = torch.zeros(len(image_label), *size)
+    if len(classes):
+        whole[classes] = fuse_cams([cam[classes] for cam in cams], size, rule, scales, weights)
+    return denoise(whole, image_label)
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """A folder of class attention maps, one file per image: written once, fused when read.
+
+    Fusing again is cheaper than reading fused maps, and leaves the fusion rule open.
+    """
+
+    folder: Path
+    scales: tuple[float, ...]
+
+    def path(self, image_id: str) -> Path:
+        return self.folder / f"{image_id}.npz"
+
+    def write(self, image_id: str, cams: Sequence[Tensor], size: tuple[int, int]) -> None:
+        """Keep one image's maps in half precision."""
+        arrays = {f"scale_{scale:g}": cam.half().numpy() for scale, cam in zip(self.scales, cams, strict=True)}
+        save_arrays(self.path(image_id), size=np.array(size), **arrays)
+
+    def read(self, image_id: str, scales: Sequence[float] | None = None) -> tuple[list[Tensor], tuple[int, int]]:
+        """One image's maps, per scale (K, h_s, w_s), of all scales or some, and its (H, W).
+
+        Raises:
+            DataError: if the file is missing or damaged.
+        """
+        path = self.path(image_id)
+        names = [f"scale_{scale:g}" for scale in (self.scales if scales is None else scales)]
+        try:
+            arrays = load_arrays(path, ["size", *names])
+            height, width = arrays["size"].tolist()
+            return [torch.from_numpy(arrays[name]).float() for name in names], (height, width)
+        except FileNotFoundError:
+            raise DataError(
+                f"there are no attention maps {path}; notebook 03 (teacher) or 05 (student) makes them"
+            ) from None
+        except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            raise DataError(
+                f"{path} is not a complete file of attention maps ({error}); delete it and run again"
+            ) from error
+
+    def fused(
+        self,
+        image_id: str,
+        rule: FusionRule = "sum",
+        scales: Sequence[float] | None = None,
+        image_label: Tensor | None = None,
+    ) -> Tensor:
+        """(K, H, W) in [0, 1], of all scales or some; denoised where there is an ``image_label``, (K,) in {0, 1}."""
+        chosen = self.scales if scales is None else scales
+        cams, size = self.read(image_id, chosen)
+        if image_label is None:
+            return fuse_cams(cams, size, rule, chosen)
+        return fuse_and_denoise(cams, size, image_label, rule, chosen)
+
+
+def write_attention_maps(
+    network: nn.Module,
+    samples: Samples,
+    folder: Path,
+    config: AttentionConfig,
+    runtime: Runtime,
+    batch_size: int = 4,
+) -> AttentionMaps:
+    """Attention maps of a whole split; images that have theirs already are skipped.
+
+    Args:
+        network: teacher, student or any module with ``attention``.
+        samples: the split.
+        folder: takes one ``.npz`` per image.
+        config: scales and flip.
+        runtime: device and precision.
+        batch_size: images of one size in a forward pass.
+    """
+    maps = AttentionMaps(folder, config.scales)
+    runtime.place(network)
+    missing = [index for index, image_id in enumerate(samples.image_ids) if not maps.path(image_id).is_file()]
+    bar = progress(_same_size_batches(samples, missing, batch_size), total=None, desc=f"attention of {samples.split}")
+    for batch in bar:
+        images = torch.stack([image for _, image in batch])
+        cams = multi_scale_cams(network, images, config.scales, config.flip, runtime)
+        for row, (image_id, image) in enumerate(batch):
+            height, width = image.shape[-2:]
+            maps.write(image_id, [cam[row] for cam in cams], (height, width))
+    return maps
+
+
+def _same_size_batches(samples: Samples, indices: Sequence[int], most: int) -> Iterator[list[tuple[str, Tensor]]]:
+    """Neighbours of equal size, up to ``most`` together."""
+    batch: list[tuple[str, Tensor]] = []
+    for index in indices:
+        sample = samples[index]
+        if batch and (len(batch) == most or batch[0][1].shape != sample.image.shape):
+            yield batch
+            batch = []
+        batch.append((sample.image_id, sample.image))
+    if batch:
+        yield batch
+
+
+class DenoisedMaps(Sequence[Tensor]):
+    """Fused and denoised maps of a split, (K, H, W) in [0, 1] per image, read when asked for.
+
+    Args:
+        maps: a network's attention maps.
+        samples: the split, for order and image labels.
+        rule: of the fusion.
+        scales: which scales take part; None: all. One scale gives the control of the paper's claim.
+        cached: keep what was read, in half precision.
+        denoised: False leaves the maps of absent classes in, to show what denoising does.
+    """
+
+    def __init__(
+        self,
+        maps: AttentionMaps,
+        samples: Samples,
+        rule: FusionRule = "sum",
+        scales: Sequence[float] | None = None,
+        cached: bool = False,
+        denoised: bool = True,
+    ) -> None:
+        self.maps, self.rule, self.scales, self.cached, self.denoised = maps, rule, scales, cached, denoised
+        self.image_ids, self.image_labels = samples.image_ids, samples.image_labels
+        self._cache: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+        if index in self._cache:
+            return self._cache[index].float()
+        label = self.image_labels[index] if self.denoised else None
+        maps = self.maps.fused(self.image_ids[index], self.rule, self.scales, label)
+        if not self.cached:
+            return maps
+        self._cache[index] = maps.half()
+        return self._cache[index].float()
+
+
+class MaskMaps(Sequence[Tensor]):
+    """Masks, uint8 (H, W) each, seen as class maps (K, H, W) of 0 and 1: targets of a student."""
+
+    def __init__(self, masks: Sequence[Tensor], num_classes: int) -> None:
+        self.masks, self.num_classes = masks, num_classes
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+        return F.one_hot(self.masks[index].long(), self.num_classes + 1).permute(2, 0, 1)[1:].float()

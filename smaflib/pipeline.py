@@ -1,0 +1,432 @@
+"""The chain: a function per stage over a folder, and :func:`attend` for a single image.
+
+Every function is idempotent: it resumes what is unfinished and only loads what is complete. Notebooks, ``smaf masks``,
+the ablation and the explorer call these. Each imports its stage's modules inside, so that a stage depends on no more
+code than it runs (:mod:`smaflib.runs.code`), and importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from smaflib import files
+from smaflib.config import Config
+from smaflib.errors import MissingStage
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from smaflib.config import AttentionConfig, FusionRule, Variant
+    from smaflib.data.masks import MaskFiles
+    from smaflib.data.sample import Samples
+    from smaflib.maps import AttentionMaps, DenoisedMaps
+    from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
+    from smaflib.runtime import Runtime
+    from smaflib.self_training import TargetRule
+    from smaflib.training import History
+
+Split = Literal["train", "val"]
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folder that a chain works in: its settings, and where each network, map and mask lies.
+
+    Attributes:
+        folder: takes ``checkpoints/``, ``cams/``, ``bg_scores/``, ``masks/`` and ``masks_segmenter/``.
+        config: all settings.
+    """
+
+    folder: Path
+    config: Config
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the folder."""
+        return self.folder.joinpath(*parts)
+
+    def checkpoint(self, network: str) -> Path:
+        """Where the weights of ``teacher``, ``student``, ``student_control``, ``segmenter``, ... lie."""
+        return self.path("checkpoints", f"{network}.safetensors")
+
+    def maps(self, network: str, split: Split = "train") -> AttentionMaps:
+        """A network's attention maps of a split, per scale; :func:`write_maps` makes them."""
+        from smaflib.maps import AttentionMaps
+
+        folder = network if split == "train" else f"{network}_{split}"
+        return AttentionMaps(self.path("cams", folder), self.config.attention.scales)
+
+    def denoised(
+        self,
+        network: str,
+        samples: Samples,
+        scales: Sequence[float] | None = None,
+        rule: FusionRule | None = None,
+        denoised: bool = True,
+    ) -> DenoisedMaps:
+        """A network's maps of some samples, fused and denoised, read when asked for.
+
+        Args:
+            network: whose maps.
+            samples: of one split, all or some.
+            scales: which take part; None: all.
+            rule: of the fusion; None: the config's.
+            denoised: False leaves the maps of absent classes in.
+        """
+        from smaflib.maps import DenoisedMaps
+
+        rule = rule or ("sum" if scales is not None and len(scales) == 1 else self.config.attention.fusion)
+        return DenoisedMaps(self.maps(network, _split(samples)), samples, rule, scales, denoised=denoised)
+
+    def masks(self, samples: Samples, folder: Literal["masks", "masks_segmenter"] = "masks") -> MaskFiles:
+        """The masks of some samples, in their order: pseudo masks, or the segmentation network's.
+
+        Raises:
+            DataError: if one is missing.
+        """
+        from smaflib.data.masks import MaskFiles
+
+        return MaskFiles([self.path(folder, f"{image_id}.png") for image_id in samples.image_ids])
+
+    def samples(self, split: Split = "train") -> Samples:
+        """The images and image labels of a split, without masks; read once.
+
+        Raises:
+            DataError: if the data cannot be used.
+        """
+        if split not in self._samples:
+            from smaflib.data import load_samples
+
+            self._samples[split] = load_samples(self.config, split, self.data_folder)
+        return self._samples[split]
+
+    @cached_property
+    def _samples(self) -> dict[str, Samples]:
+        return {}
+
+    @property
+    def data_folder(self) -> Path:
+        """Where data that code makes lies, in its folder ``data``."""
+        return self.folder
+
+    def make_runtime(self) -> Runtime:
+        """Choose device, precision and seed as the config says, and set torch's threads."""
+        from smaflib.runtime import make_runtime
+
+        return make_runtime(self.config)
+
+    def network(self, name: str) -> AttentionNetwork:
+        """A teacher or student from its checkpoint, in eval mode on the CPU.
+
+        Raises:
+            ConfigError: if the file is missing or damaged.
+        """
+        from smaflib.models.networks import load_attention_network
+
+        return load_attention_network(self.checkpoint(name), self.config.model, len(self.samples().class_names))
+
+    def segmenter(self) -> SegmentationNetwork:
+        """The segmentation network from its checkpoint, in eval mode on the CPU.
+
+        Raises:
+            ConfigError: if the file is missing or damaged.
+        """
+        from smaflib.models.networks import load_segmentation_network
+
+        model, settings = self.config.model, self.config.segmentation
+        num_classes = len(self.samples().class_names)
+        return load_segmentation_network(self.checkpoint("segmenter"), model, settings, num_classes)
+
+    @property
+    def bg_score(self) -> float:
+        """The background's score: ``attention.bg_score``, or where that is ``auto``, the one that stage 03 resolved.
+
+        Raises:
+            MissingStage: if it is ``auto`` and not resolved yet.
+        """
+        score = self.config.attention.bg_score
+        if score != "auto":
+            return score
+        stored = self.path("bg_scores", "teacher.json")
+        if not stored.is_file():
+            raise MissingStage(f"attention.bg_score is 'auto' and {stored} is missing; stage 03 resolves it")
+        return float(files.read_json(stored, {})["bg_score"])
+
+
+def _split(samples: Samples) -> Split:
+    return "train" if samples.split == "train" else "val"
+
+
+# --------------------------------------------------------------------------------------------------- a single image
+
+
+@dataclass(frozen=True)
+class ImageMaps:
+    """One image's maps on their way to a target.
+
+    Attributes:
+        cams: per scale (K, h_s, w_s), non-negative.
+        fused: (K, H, W) in [0, 1], each class peaks at 1.
+        denoised: (K, H, W) in [0, 1], absent classes are zero.
+        target: (K+1, H, W) in [0, 1], background first, the winner of each pixel is 1.
+    """
+
+    cams: list[Tensor]
+    fused: Tensor
+    denoised: Tensor
+    target: Tensor
+
+
+def attend(
+    network: nn.Module,
+    image: Tensor,
+    image_label: Tensor,
+    attention: AttentionConfig,
+    bg_score: float,
+    runtime: Runtime | None = None,
+) -> ImageMaps:
+    """Stages 2 and 3 for a single image: the straight path, line by line.
+
+    Args:
+        network: teacher, student or any module with ``attention``.
+        image: uint8 (3, H, W).
+        image_label: (K,) in {0, 1}.
+        attention: scales, flip and fusion rule.
+        bg_score: the background's score.
+        runtime: precision; None: float32.
+    """
+    from smaflib.cams import fuse_cams, multi_scale_cams
+    from smaflib.reactivation import denoise, reactivate
+
+    cams = multi_scale_cams(network, image, attention.scales, attention.flip, runtime)
+    fused = fuse_cams(cams, (image.shape[-2], image.shape[-1]), attention.fusion, attention.scales)
+    denoised = denoise(fused, image_label)
+    return ImageMaps(cams, fused, denoised, reactivate(denoised, bg_score))
+
+
+# ----------------------------------------------------------------------------------------------------- stage by stage
+
+
+def train_teacher(work: Workspace) -> tuple[AttentionNetwork, History]:
+    """Stage 1: the classifier."""
+    from smaflib.classifier import train_classifier
+
+    config = work.config
+    return train_classifier(
+        work.samples(),
+        config.model,
+        config.classifier,
+        work.make_runtime(),
+        attention=config.attention,
+        checkpoint=work.checkpoint("teacher"),
+        num_workers=config.data.num_workers,
+    )
+
+
+def write_maps(work: Workspace, network: str, split: Split = "train") -> AttentionMaps:
+    """Stage 2: a network's attention maps of a split."""
+    from smaflib.maps import write_attention_maps
+
+    maps, samples = work.maps(network, split), work.samples(split)
+    if all(maps.path(image_id).is_file() for image_id in samples.image_ids):
+        return maps
+    return write_attention_maps(work.network(network), samples, maps.folder, work.config.attention, work.make_runtime())
+
+
+def resolve_bg_score(work: Workspace, network: str = "teacher") -> float:
+    """Choose the background's score from a network's maps, where the config says ``auto``, and store it.
+
+    The teacher's is that of the targets (``attention.bg_score``), the student's that of the masks
+    (``pseudo_masks.bg_score``; None: as for attention).
+    """
+    from smaflib.thresholds import choose_bg_score
+
+    score = work.config.attention.bg_score
+    if network != "teacher" and work.config.pseudo_masks.bg_score is not None:
+        score = work.config.pseudo_masks.bg_score
+    if score == "auto":
+        score = choose_bg_score(work.denoised(network, work.samples()))
+    files.write_json(work.path("bg_scores", f"{network}.json"), {"bg_score": score})
+    return score
+
+
+@dataclass(frozen=True)
+class Targets:
+    """How a student's targets are made of its teacher's maps.
+
+    Attributes:
+        fused: over all scales; else the maps of ``attention.single_scale`` alone.
+        denoised: absent classes are zero; else each of them has a map that peaks at 1, like the others.
+        rule: what joins the background and decides the winner; None: :func:`~smaflib.reactivation.reactivate`.
+    """
+
+    fused: bool = True
+    denoised: bool = True
+    rule: TargetRule | None = None
+
+
+def train_student(
+    work: Workspace, name: str = "student", teacher: str = "teacher", targets: Targets = Targets()
+) -> tuple[AttentionNetwork, History]:
+    """Stage 4: one student of one teacher's maps of the training split.
+
+    Args:
+        work: holds the teacher's checkpoint and maps, and takes the student's checkpoint.
+        name: of the student.
+        teacher: whose maps are learned, and whose weights the student starts from.
+        targets: how they are made.
+    """
+    from smaflib.reactivation import reactivate
+    from smaflib.self_training import self_train
+
+    config, samples, runtime = work.config, work.samples(), work.make_runtime()
+    return self_train(
+        work.network(teacher),
+        samples,
+        _targets(work, teacher, targets, runtime),
+        config.self_training,
+        work.bg_score,
+        runtime,
+        checkpoint=work.checkpoint(name),
+        make_target=targets.rule or reactivate,
+        num_workers=config.data.num_workers,
+    )
+
+
+def _targets(work: Workspace, teacher: str, targets: Targets, runtime: Runtime) -> Sequence[Tensor]:
+    """The denoised maps, or with ``self_training.refine: crf`` the masks that the dense CRF makes of them.
+
+    A student of masks learns where its teacher's maps agree with the edges of the images. The masks are kept in memory,
+    one byte per pixel.
+    """
+    from smaflib.maps import MaskMaps
+    from smaflib.pseudo_masks import pseudo_masks
+
+    config, samples = work.config, work.samples()
+    scales = None if targets.fused else [config.attention.single_scale]
+    maps = work.denoised(teacher, samples, scales, denoised=targets.denoised)
+    maps.cached = config.data.cache
+    if config.self_training.refine == "none":
+        return maps
+    settings = config.pseudo_masks.model_copy(update={"refine": "crf"})
+    masks = pseudo_masks(samples, maps, work.bg_score, settings, device=runtime.device, desc="targets")
+    return MaskMaps(list(masks), len(samples.class_names))
+
+
+def self_train_rounds(work: Workspace) -> dict[str, History]:
+    """Stage 4, all rounds: each student is the next round's teacher; the last one is ``student``.
+
+    Returns:
+        The learning curve of each round.
+    """
+    histories, teacher, rounds = {}, "teacher", work.config.self_training.rounds
+    for number in range(1, rounds + 1):
+        name = "student" if number == rounds else f"student_round{number}"
+        _, histories[name] = train_student(work, name, teacher)
+        write_maps(work, name)
+        teacher = name
+    return histories
+
+
+def write_masks(work: Workspace, network: str = "student") -> MaskFiles:
+    """Stage 5: the pseudo masks of the training split, from a network's maps."""
+    from smaflib.pseudo_masks import write_pseudo_masks
+
+    samples, bg_score = work.samples(), resolve_bg_score(work, network)
+    write_pseudo_masks(
+        samples,
+        work.denoised(network, samples),
+        work.path("masks"),
+        bg_score,
+        work.config.pseudo_masks,
+        device=work.make_runtime().device,
+    )
+    return work.masks(samples)
+
+
+def train_segmentation(work: Workspace) -> tuple[SegmentationNetwork, History]:
+    """Stage 6: the segmentation network, of the pseudo masks or for the upper bound of the ground truth."""
+    from smaflib.data.masks import ground_truth_of
+    from smaflib.segmentation import train_segmenter
+
+    config, samples = work.config, work.samples()
+    settings = config.segmentation
+    masks: Sequence[Tensor] | None
+    if settings.supervision == "ground_truth":
+        samples = samples.with_ground_truth
+        masks = ground_truth_of(samples)
+    else:
+        masks = work.masks(samples)
+    return train_segmenter(
+        samples,
+        masks or [],
+        config.model,
+        settings,
+        work.make_runtime(),
+        student=work.network("student") if settings.initial_weights == "student" else None,
+        checkpoint=work.checkpoint("segmenter"),
+        num_workers=config.data.num_workers,
+    )
+
+
+def write_segmentation(work: Workspace, split: Split = "val") -> MaskFiles:
+    """Stage 6: the segmentation network's masks of a split."""
+    from smaflib import segmentation
+
+    samples = work.samples(split)
+    masks = work.path("masks_segmenter")
+    segmentation.write_segmentation(work.segmenter(), samples, masks, work.config.segmentation, work.make_runtime())
+    return work.masks(samples, "masks_segmenter")
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate_network(
+    work: Workspace,
+    network: str,
+    variant: Variant,
+    *,
+    scales: Sequence[float] | None = None,
+    rule: FusionRule | None = None,
+    denoised: bool = True,
+    bg_score: float | None = None,
+    splits: Sequence[Split] = ("train", "val"),
+) -> tuple[list[dict[str, Any]], float | None]:
+    """Evaluate a network's maps on the images that have ground truth.
+
+    Args:
+        work: holds the maps.
+        network: whose maps.
+        variant: the name of the records.
+        scales: which take part; None: all, fused by ``rule``.
+        rule: of the fusion; None: the config's.
+        denoised: False leaves the maps of absent classes in.
+        bg_score: the background's score; None: the oracle threshold of the first split, for all splits.
+        splits: which have maps.
+
+    Returns:
+        Tidy records for ``Run.record``, none where there is no ground truth; the background score.
+    """
+    from smaflib.data.masks import ground_truth_of
+    from smaflib.evaluation import evaluate_maps
+
+    rule = rule or work.config.attention.fusion
+    where: dict[str, Any] = {"variant": variant} | ({"scale": scales[0]} if scales else {"fusion": rule})
+    records = []
+    for split in splits:
+        samples = work.samples(split).with_ground_truth
+        found, bg_score = evaluate_maps(
+            work.denoised(network, samples, scales, None if scales else rule, denoised),
+            ground_truth_of(samples),
+            samples.class_names,
+            work.config.evaluation,
+            bg_score,
+            split=split,
+            **where,
+        )
+        records += found
+    return records, bg_score
