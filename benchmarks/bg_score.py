@@ -15,15 +15,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from smaflib.maps import AttentionMaps
 from smaflib.config import Config
 from smaflib.data.masks import ground_truth_of
 from smaflib.data.sample import Samples
 from smaflib.evaluation import sweep_thresholds
+from smaflib.maps import AttentionMaps, DenoisedMaps
 from smaflib.reactivation import hard_labels
 from smaflib.runs import find_run
 from smaflib.runtime import progress
-from smaflib.maps import DenoisedMaps
 from smaflib.thresholds import CANDIDATES, separation
 
 Criterion = Callable[[Tensor, list[Tensor]], list[float]]

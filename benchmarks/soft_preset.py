@@ -17,16 +17,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from smaflib.maps import write_attention_maps
 from smaflib.config import CrfConfig
-from smaflib.data.masks import ground_truth_of
 from smaflib.data import load_samples, make_data
+from smaflib.data.masks import ground_truth_of
 from smaflib.data.sample import Samples
 from smaflib.evaluation import evaluate
+from smaflib.maps import DenoisedMaps, write_attention_maps
 from smaflib.models.pretrained import pretrained_config, pretrained_network
 from smaflib.pseudo_masks import pseudo_masks
 from smaflib.runtime import cpu_runtime, num_cores
-from smaflib.maps import DenoisedMaps
 
 GRID: dict[str, tuple[float, ...] | tuple[str, ...]] = {
     "sharpness": (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0),

@@ -24,8 +24,8 @@ from typing import Any
 import pandas as pd
 
 from smaflib import files
-from smaflib.data.masks import ground_truth_of
 from smaflib.data import make_data
+from smaflib.data.masks import ground_truth_of
 from smaflib.data.sample import Samples
 from smaflib.errors import ConfigError, DataError, RunError
 from smaflib.evaluation import SIZES, evaluate, mean_over_classes, sweep_thresholds

@@ -227,10 +227,10 @@ def plot_sweep(metrics: pd.DataFrame, bg_score: float, title: str = "mIoU over t
         title: of the figure.
     """
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    for (variant, scale, fusion), records in metrics.groupby(["variant", "scale", "fusion"], sort=False, dropna=False):
+    named = metrics.assign(fusion=metrics["fusion"].fillna(""), scale=metrics["scale"].fillna(0))
+    for (variant, scale, fusion), records in named.groupby(["variant", "scale", "fusion"], sort=False):
         records = records.sort_values("bg_score")
-        label = variant_label(variant, fusion if isinstance(fusion, str) else None)
-        label += "" if pd.isna(scale) else f", scale {scale:g}"
+        label = variant_label(str(variant), str(fusion)) + (f", scale {scale}" if scale else "")
         axis.plot(records["bg_score"], 100 * records["value"], marker=".", label=label)
     axis.axvline(bg_score, color="grey", linestyle=":", label="used by this run")
     axis.set(xlabel="background score", ylabel="mIoU in %")
