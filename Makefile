@@ -41,7 +41,7 @@ format: setup  ## bring code into shape and strip the notebooks' outputs
 lab: setup  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-assets: setup  ## take the shipped weights and the README's pictures from the run papermill_runs/mini and its ablation
+assets: setup  ## take the pretrained weights and the README's pictures from the run papermill_runs/mini and its ablation
 	$(BIN)/python -m tools.make_assets papermill_runs/mini docs/chain.png
 	cd papermill_runs/mini/figures && for pair in 03_examples:scales_per_image 08_ablation:ablation \
 	  06_pseudo_masks:pseudo_masks; do cp $${pair%%:*}.png ../../../docs/$${pair##*:}.png; done
@@ -53,7 +53,7 @@ screenshots: setup browser  ## take the README's pictures of the explorer anew, 
 REFERENCE_RUN ?= mini-reference
 REFERENCE_SETTINGS := configs/mini.yaml --name $(REFERENCE_RUN) --set num_threads=1
 
-reference: setup  ## renew papermill_runs/reference: the mini preset and its ablation, 20 to 40 minutes; goes on where it stopped
+reference: setup  ## renew papermill_runs/reference: the mini preset and its ablation, 20 to 40 minutes; resumes where it stopped
 	$(BIN)/smaf run $(REFERENCE_SETTINGS)
 	$(BIN)/smaf ablate $(REFERENCE_SETTINGS) --seeds 0,1,2
 	$(BIN)/smaf run $(REFERENCE_SETTINGS)
@@ -70,7 +70,7 @@ clean:  ## remove caches and build leftovers; .venv and papermill_runs stay
 
 HEADERS := import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("include"), "Python.h").stat()
 
-# The stamp comes last: a set-up that was interrupted goes on with the next call.
+# The stamp comes last: a set-up that was interrupted resumes with the next call.
 .venv/.stamp: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
 	  "smaflib needs Python 3.11 or newer, '$(PYTHON)' is not; name one with: make setup PYTHON=python3.11" >&2; exit 1; }

@@ -182,9 +182,9 @@ def test_links_take_the_repositorys_name(tmp_path):
     assert refused.returncode != 0 and "REPOSITORY=owner/name" in refused.stderr
 
 
-def test_readme_has_pictures_that_exist_and_ten_words():
+def test_readme_has_pictures_that_exist_and_a_glossary():
     readme = (ROOT / "README.md").read_text()
     for address in re.findall(r"!\[[^]]*\]\(([^)]+)\)", readme):
         assert (ROOT / address).is_file(), address
-    glossary = readme.partition("## Ten words")[2].partition("\n## ")[0]
+    glossary = readme.partition("## Glossary")[2].partition("\n## ")[0]
     assert len(re.findall(r"^\| [^|]+ \| [^|]+ \|$", glossary, re.MULTILINE)) == 10 + 1  # and the head

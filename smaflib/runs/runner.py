@@ -59,7 +59,7 @@ PARAMETERS = ("config_file", "overrides", "run_dir")
 """What every notebook is given; its other parameters are for display and keep their defaults."""
 
 PACKAGES = (
-    "smaflib torch torchvision numpy pandas matplotlib pillow scipy accelerate safetensors pydantic "
+    "smaflib torch torchvision numpy pandas matplotlib pillow scipy safetensors pydantic "
     "pydensecrf2 papermill nbclient ipykernel"
 ).split()
 SOURCE_LINES = 6
