@@ -188,7 +188,7 @@ def test_training_with_a_frozen_backbone_measures_once_and_learns_the_head_alone
 
 def test_standardize_features_is_for_frozen_backbones() -> None:
     config = tiny_config()
-    with pytest.raises(ValueError, match="for networks whose model.freeze_backbone is true"):
+    with pytest.raises(ValueError, match="features are only standardised where model.freeze_backbone is true"):
         standardize_features(new_teacher(config, 3, CPU), Batches(make_samples(1), config.classifier, seed=0), CPU)
 
 

@@ -89,7 +89,7 @@ def test_folder_of_other_work_is_refused(config: Config, tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="holds masks made with other settings; choose another --out"):
         make_masks(config.model_copy(update={"seed": 1}), out)
     write_table(tmp_path / "labels.csv", [(f"{number}.png", "red") for number in range(6)])
-    with pytest.raises(ConfigError, match="other photos or labels"):
+    with pytest.raises(ConfigError, match="other images or labels"):
         make_masks(config, out)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("dear")
@@ -119,7 +119,7 @@ def test_photos_without_a_table_are_labelled_by_what_was_learned(config: Config,
     with pytest.raises(ConfigError, match="holds no finished"):
         label_images(tmp_path / "new", tmp_path / "new", tmp_path / "other")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="there is no photo in"):
+    with pytest.raises(DataError, match="there is no image in"):
         label_images(tmp_path / "out", tmp_path / "empty", tmp_path / "other")
 
 
@@ -129,7 +129,7 @@ def test_rounds_names_and_limits(config: Config, tmp_path: Path) -> None:
     data = config.data.model_copy(update={"max_images": 2})
     rounds = config.self_training.model_copy(update={"rounds": 2})
     sheet = make_masks(config.model_copy(update={"data": data, "self_training": rounds}), tmp_path / "out")
-    assert {path.stem for path in (tmp_path / "out/work").glob("student*.safetensors")} == {"student", "student_round1"}
+    assert {path.stem for path in (tmp_path / "out/checkpoints").glob("student*.safetensors")} == {"student", "student_round1"}
     assert "masks/no%231.png" in sheet.read_text()
     draw_photos(tmp_path / "new", 4, first=20)  # more than the two that were learned from
     label_images(tmp_path / "out", tmp_path / "new", tmp_path / "labelled")

@@ -87,10 +87,10 @@ def test_results_are_percent_in_pipeline_order(run):
     run.record("02", [{"variant": "teacher", "metric": "precision", "value": 0.9}])  # of labels, not of pixels
     table = results_table(run.metrics())
     assert table.index.tolist() == [
-        ("03_multi_scale_attention", "single", "train", "1"),
-        ("03_multi_scale_attention", "single", "train", "0.5"),
-        ("03_multi_scale_attention", "fused", "train", ""),
-        ("05_self_training", "student", "train", ""),
+        ("03_multi_scale_attention", "single", "", "train", "1"),
+        ("03_multi_scale_attention", "single", "", "train", "0.5"),
+        ("03_multi_scale_attention", "fused", "", "train", ""),
+        ("05_self_training", "student", "", "train", ""),
     ]
     assert list(table.columns) == ["mIoU", "small", "medium", "large", "precision", "recall"]
     fused = table.iloc[2].tolist()
@@ -125,7 +125,7 @@ def test_runs_are_compared_with_the_first(tmp_path):
     second.record("03", [iou(0.645), iou(0.20, object_size="small")])
     table = compare_runs([first.folder, second.folder])
     assert list(table.columns) == ["first", "second", "second - first"]
-    assert table.loc[("03_multi_scale_attention", "fused", "train", "")].tolist() == pytest.approx([60, 64.5, 4.5])
+    assert table.loc[("03_multi_scale_attention", "fused", "", "train", "")].tolist() == pytest.approx([60, 64.5, 4.5])
     assert math.isnan(table["second - first"].iloc[1])
     small = compare_runs([first.folder, second.folder], "small")
     assert len(small) == 1 and small["second"].iloc[0] == pytest.approx(20.0)

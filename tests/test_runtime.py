@@ -51,9 +51,8 @@ def test_zero_threads_means_one_per_core_that_this_process_may_use(torch_setting
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_device_that_is_not_there_is_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=f"device is '{device}' but torch finds no .*device=auto or device=cpu"):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    with pytest.raises(ConfigError, match=f"device is '{device}', but torch finds no .*device=auto or device=cpu"):
         make_runtime(with_settings(device=device))
 
 

@@ -68,7 +68,7 @@ class Run(Workspace):
         import pandas as pd
 
         table = pd.DataFrame(read_records(self.folder), columns=list(RECORD_DEFAULTS))
-        return table.astype({"scale": float, "bg_score": float, "value": float})
+        return table.astype({"fusion": object, "scale": float, "bg_score": float, "value": float})
 
     def save_figure(self, figure: Figure, name: str) -> Path:
         """Save a figure as ``figures/<name>.png`` for the report; its title becomes the picture's description."""
