@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ast
+import runpy
 import subprocess
 import sys
 from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
+
+import pytest
+
+import smaflib
 from smaflib.files import PROJECT_ROOT
 
 LAYERS = (
-    ("apps",),
+    ("apps", "__main__"),
     ("explorer",),
     ("runs.runner",),  # ends a run with its report
     ("report",),
@@ -134,3 +140,29 @@ for name in names:
         unwanted.remove(package)
 """
     assert run_python(script, " ".join(NOT_FOR_THE_METHOD), *needed) == []
+
+
+def test_the_front_door_waits_for_nothing() -> None:
+    loaded = run_python("import smaflib, sys; print(*sys.modules)")
+    assert "smaflib" in loaded
+    assert not {"torch", "numpy", "pydantic"} & set(loaded)
+    assert not [name for name in loaded if name.startswith("smaflib.")]
+
+
+@pytest.mark.parametrize("name", smaflib.__all__)
+def test_the_straight_path_is_offered_by_its_modules(name: str) -> None:
+    offered = getattr(smaflib, name)
+    assert offered.__name__ == name and name in dir(smaflib)
+    assert getattr(import_module(offered.__module__), name) is offered
+
+
+def test_the_front_door_offers_nothing_else() -> None:
+    with pytest.raises(AttributeError, match="module 'smaflib' has no attribute 'judge'"):
+        smaflib.judge  # noqa: B018
+
+
+def test_the_package_is_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["smaflib", "run", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("smaflib", run_name="__main__")
+    assert "Usage: smaf run" in capsys.readouterr().out
