@@ -149,6 +149,12 @@ def test_readme_names_the_commands_of_the_makefile():
     assert run_make("--dry-run", "reproduce").splitlines()[-1] == ".venv/bin/smaf run configs/mini.yaml"
 
 
+def test_texts_name_files_that_exist():
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("configs/*.yaml")):
+        named = re.findall(r"\b(?:smaflib|tests|tools|benchmarks|configs)/[\w/]+\.\w+", path.read_text())
+        assert [name for name in named if not (ROOT / name).is_file()] == [], path.name
+
+
 def test_ci_runs_what_make_test_runs():
     last_line = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
     assert last_line == "exec make --no-print-directory test"

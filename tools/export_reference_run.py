@@ -47,7 +47,7 @@ numbers, `config.yaml` the settings.
 
 `manifest.json` is that of the run: it lists artifacts (checkpoints, attention maps, masks) that are too large for a
 repository and are not here; the hashes of pictures and notebooks in it are those of the originals, which are packed
-here. This folder is made by `smaflib/reference.py`: do not edit it, and do not run into it.
+here. This folder is made by `tools/export_reference_run.py`: do not edit it, and do not run into it.
 """
 
 
