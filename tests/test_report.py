@@ -11,7 +11,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from smaflib.errors import RunError
 from smaflib.report.html import network_references, write_index
 from smaflib.report.notebook import notebook_body
-from smaflib.report.tables import class_table, compare_runs, comparison_text, duration, results_table, results_text
+from smaflib.report.tables import class_table, compare_runs, comparison_text, results_table, results_text
 from smaflib.runs import Run, open_run
 
 matplotlib.use("agg")
@@ -110,14 +110,6 @@ def test_results_are_printed_with_one_decimal(run):
     run.record("03", attention_records())
     lines = results_text(run).splitlines()
     assert lines[-1].split()[-7:] == ["train", "64.6", "27.0", "-", "-", "80.0", "-"]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(None, "-"), (0.4, "0 s"), (58, "58 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (8040, "2 h 14 min")],
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
 
 
 def test_runs_are_compared_with_the_first(tmp_path):

@@ -34,11 +34,12 @@ from smaflib.config import dump_config, load_config
 from smaflib.errors import RunError, RunStopped, StageFailed
 from smaflib.files import PROJECT_ROOT, RUNS_FOLDER, absolute, display_path
 from smaflib.report.html import write_index
-from smaflib.report.tables import duration, results_text
+from smaflib.report.tables import results_text
 from smaflib.runs.kernel import SpareKernel
 from smaflib.runs.manifest import (
     NEVER_RAN,
     clear_stage,
+    duration,
     library_hash,
     list_artifacts,
     missing_outputs,
