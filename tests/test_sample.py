@@ -84,10 +84,10 @@ def test_find_by_name() -> None:
     with pytest.raises(KeyError, match="no image 'cat' in the split 'train'; the first is 'image0'"):
         samples.find("cat")
     with pytest.raises(KeyError, match="no image 'cat' in the split 'train'"):
-        samples[:0].find("cat")  # photos of one's own have an empty val split
+        samples[:0].find("cat")  # custom images have an empty val split
 
 
-def test_split_without_masks_cannot_be_judged() -> None:
+def test_split_without_masks_cannot_be_evaluated() -> None:
     samples = make_samples(3)
     one_missing = dataclasses.replace(samples.files[1], mask=None)
     samples = dataclasses.replace(samples, files=(samples.files[0], one_missing, samples.files[2]))
@@ -100,7 +100,7 @@ def test_empty_split_has_neither_truth_nor_saliency() -> None:
     empty = make_samples(0)
     assert not empty.has_ground_truth and not empty.has_saliency
     assert empty.image_labels.shape == (0, len(CLASSES)) and list(empty) == []
-    with pytest.raises(DataError, match="cannot be judged"):
+    with pytest.raises(DataError, match="cannot be evaluated"):
         empty.with_masks()
 
 

@@ -2,7 +2,7 @@
 
 ``make reference`` runs the mini preset and its ablation, then :func:`export_reference` copies what people read into
 ``papermill_runs/reference/``: executed notebooks, pages, tables, figures; no checkpoints, maps or masks. Pictures are
-packed, for a repository keeps every version for ever: those in notebooks as JPEG or PNG, the others as WebP.
+packed, because a repository keeps every version for ever: those in notebooks as JPEG or PNG, the others as WebP.
 """
 
 from __future__ import annotations

@@ -101,17 +101,17 @@ class Samples(Sequence[Sample]):
         return bool(self.files) and all(files.saliency is not None for files in self.files)
 
     def with_masks(self) -> Samples:
-        """The same samples with their masks, for judging."""
+        """The same samples with their masks, for evaluation."""
         if not self.has_ground_truth:
             missing = next((files.image_id for files in self.files if files.mask is None), "all of them")
             raise DataError(
-                f"the split {self.split!r} cannot be judged: there is no mask for {missing}; set data.masks"
+                f"the split {self.split!r} cannot be evaluated: there is no mask for {missing}; set data.masks"
             )
         return replace(self, load_masks=True)
 
     @property
     def with_ground_truth(self) -> Samples:
-        """The samples that have a mask: of VOC's 10,582 images of train_aug the 1,464 that the field judges on."""
+        """The samples that have a mask: of VOC's 10,582 images of train_aug the 1,464 that the field evaluates on."""
         if self.has_ground_truth:
             return self
         return self.subset([index for index, files in enumerate(self.files) if files.mask is not None])
