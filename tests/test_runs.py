@@ -77,14 +77,6 @@ def make_stage(run: Run, notebook: Path, number: int = 0) -> None:
     write_manifest(run, manifest)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(None, "-"), (0.4, "0 s"), (58, "58 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (8040, "2 h 14 min")],
-)
-def test_seconds_are_printed_as_people_say_them(seconds, text):
-    assert manifest.duration(seconds) == text
-
-
 # stages
 
 

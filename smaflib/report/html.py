@@ -15,9 +15,10 @@ from PIL import Image
 
 from smaflib import files
 from smaflib.config import dump_config
+from smaflib.files import duration
 from smaflib.report.tables import class_table, results_table
 from smaflib.runs import Run
-from smaflib.runs.manifest import duration, read_manifest
+from smaflib.runs.manifest import read_manifest
 from smaflib.runs.stages import Stage
 
 

@@ -56,11 +56,11 @@ def class_table(metrics: pd.DataFrame) -> pd.DataFrame:
 
 
 def paper_table(metrics: pd.DataFrame, paper_results: Mapping[str, float]) -> pd.DataFrame:
-    """A run's mIoU beside what the paper, or whatever else the config takes ``paper_results`` from, reports.
+    """A run's mIoU beside what the paper, or whatever the config's anchors come from, reports.
 
     Args:
         metrics: tidy records as in ``metrics.json``.
-        paper_results: variant to mIoU in percent; variants that the run did not measure are left out.
+        anchors: variant to mIoU in percent; variants that the run did not measure are left out.
 
     Returns:
         By variant: ``run``, ``paper``, ``difference`` in points, and ``note``: "below" where the run is more than

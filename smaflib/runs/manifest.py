@@ -34,17 +34,6 @@ def read_manifest(run: Run) -> Entry:
     return manifest if "stages" in manifest else manifest | {"stages": {}}
 
 
-def duration(seconds: float | None) -> str:
-    """``"58 s"``, ``"3 min 05 s"`` or ``"2 h 14 min"``."""
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, left = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {left:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
 def write_manifest(run: Run, manifest: Entry) -> None:
     """Write the manifest atomically, its stages in pipeline order."""
     order = {stage.name: number for number, stage in enumerate(run.stages)}

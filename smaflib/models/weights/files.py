@@ -21,9 +21,6 @@ from smaflib.models.weights.mxnet import is_mxnet_params, read_mxnet_params, res
 CLASSIFIERS = ("classifier.", "fc.", "head.", "fc8.", "cov_feat.", "bn.")
 """Beginnings of the names of what follows the features, in torchvision's models and in ResNet38's checkpoints."""
 
-OPTIMIZER_PREFIX = "optimizer."
-"""Beginning of the names of what an unfinished training stores beside its network."""
-
 
 def load_backbone_weights(model: nn.Module, weights: str | None, source: str, allow_mask_weights: bool = False) -> None:
     """Fill a whole classification model, before its classifier is cut off.
@@ -157,9 +154,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ConfigError(f"{path} is not a complete safetensors file ({error}); fetch or convert it again") from error
 
 
+OPTIMIZER = "optimizer."
+"""How names of the optimizer's state begin, which the checkpoint of an unfinished training holds beside the network."""
+
+
 def network_state(path: Path) -> dict[str, Tensor]:
-    """:func:`read_weights` without what an unfinished training stores beside its network."""
-    return {name: value for name, value in read_weights(path).items() if not name.startswith(OPTIMIZER_PREFIX)}
+    """:func:`read_weights` without the optimizer's state."""
+    return {name: value for name, value in read_weights(path).items() if not name.startswith(OPTIMIZER)}
 
 
 def weights_format(path: Path) -> Literal["safetensors", "torch", "mxnet"]:
