@@ -1,13 +1,61 @@
 """smaflib: multi-scale attention fusion and self-training for weakly supervised semantic segmentation.
 
-The modules stand in pipeline order; notebook 00 and the README walk through them line by line.
+The straight path of the method stands here; notebook 00 and the README walk along it line by line. A name is imported
+when it is first used, so that ``import smaflib`` does not wait for torch.
 """
 
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from smaflib.cams import fuse_cams, multi_scale_cams
+    from smaflib.config import Config
+    from smaflib.evaluation import evaluate
+    from smaflib.pseudo_masks import pseudo_mask
+    from smaflib.reactivation import denoise, reactivate
+    from smaflib.segmentation import train_segmenter
+    from smaflib.self_training import self_train
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "multi_scale_cams",
+    "fuse_cams",
+    "denoise",
+    "reactivate",
+    "self_train",
+    "pseudo_mask",
+    "train_segmenter",
+    "evaluate",
+    "Config",
+]
+
+_HOMES = {
+    "multi_scale_cams": "cams",
+    "fuse_cams": "cams",
+    "denoise": "reactivation",
+    "reactivate": "reactivation",
+    "self_train": "self_training",
+    "pseudo_mask": "pseudo_masks",
+    "train_segmenter": "segmentation",
+    "evaluate": "evaluation",
+    "Config": "config",
+}
 
 # Read when torch is imported: how long OpenMP's threads spin while they wait for each other before they sleep. Two
 # threads on two cores, a training step of the mini classifier: 20000 rounds take 0.04 s alone and 0.4 s beside a second
 # job; five times as many 1.2 s beside it; sleeping at once 0.08 s alone and 0.14 s beside it.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+
+if not TYPE_CHECKING:  # a type checker that sees this function believes in every name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

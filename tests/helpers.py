@@ -50,7 +50,7 @@ def make_samples(
 ) -> Samples:
     """Grey noise with one rectangle of pure colour per image: class ``i % 3`` in image ``i``."""
 
-    def read(files: SampleFiles, num_classes: int, with_mask: bool) -> Sample:
+    def read(files: SampleFiles, num_classes: int, load_masks: bool) -> Sample:
         index = int(files.image_id.removeprefix("image"))
         height, width = size
         image = torch.randint(90, 120, (3, height, width), dtype=torch.uint8, generator=generator(index))
@@ -64,7 +64,7 @@ def make_samples(
             mask[window] = number + 1
             image_label[number] = 1
         grey = (mask > 0).float() if files.saliency else None
-        return Sample(files.image_id, image, image_label, grey, mask if with_mask else None)
+        return Sample(files.image_id, image, image_label, grey, mask if load_masks else None)
 
     files = tuple(
         SampleFiles(

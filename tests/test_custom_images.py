@@ -129,7 +129,10 @@ def test_rounds_names_and_limits(config: Config, tmp_path: Path) -> None:
     data = config.data.model_copy(update={"max_images": 2})
     rounds = config.self_training.model_copy(update={"rounds": 2})
     sheet = make_masks(config.model_copy(update={"data": data, "self_training": rounds}), tmp_path / "out")
-    assert {path.stem for path in (tmp_path / "out/checkpoints").glob("student*.safetensors")} == {"student", "student_round1"}
+    assert {path.stem for path in (tmp_path / "out/checkpoints").glob("student*.safetensors")} == {
+        "student",
+        "student_round1",
+    }
     assert "masks/no%231.png" in sheet.read_text()
     draw_photos(tmp_path / "new", 4, first=20)  # more than the two that were learned from
     label_images(tmp_path / "out", tmp_path / "new", tmp_path / "labelled")

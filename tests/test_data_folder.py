@@ -1,4 +1,4 @@
-"""Photos of one's own, the CSV, and the template configs/custom.yaml."""
+"""Custom images, the CSV, and the template configs/custom.yaml."""
 
 from __future__ import annotations
 

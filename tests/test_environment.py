@@ -134,11 +134,25 @@ def test_the_version_is_said_once_and_cited():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == smaflib.__version__
 
 
+def test_wheel_holds_every_file_of_the_package():
+    patterns = read_pyproject()["tool"]["setuptools"]["package-data"]["smaflib"]
+    package = ROOT / "smaflib"
+    files = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert package / "py.typed" in files
+    assert {path for pattern in patterns for path in package.glob(pattern)} == files
+
+
 def test_readme_names_the_commands_of_the_makefile():
     readme = (ROOT / "README.md").read_text()
     assert "make reproduce" in readme
     assert "make test" in readme
     assert run_make("--dry-run", "reproduce").splitlines()[-1] == ".venv/bin/smaf run configs/mini.yaml"
+
+
+def test_texts_name_files_that_exist():
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("configs/*.yaml")):
+        named = re.findall(r"\b(?:smaflib|tests|tools|benchmarks|configs)/[\w/]+\.\w+", path.read_text())
+        assert [name for name in named if not (ROOT / name).is_file()] == [], path.name
 
 
 def test_ci_runs_what_make_test_runs():

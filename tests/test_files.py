@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from smaflib.files import (
+    duration,
     file_hash,
     load_arrays,
     replacing,
@@ -104,3 +105,11 @@ def test_tree_hash_depends_on_names_and_contents_and_not_on_order_or_place(tmp_p
     assert first != tree_hash(lists[1], roots[1])
     (roots[0] / "b").rename(roots[0] / "c")
     assert first != tree_hash([roots[0] / "x" / "a", roots[0] / "c"], roots[0])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "-"), (0.4, "0 s"), (58, "58 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (8040, "2 h 14 min")],
+)
+def test_seconds_are_printed_as_people_say_them(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text

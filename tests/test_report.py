@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from smaflib.errors import RunError
-from smaflib.report.html import network_references, notebook_body, write_index
-from smaflib.report.tables import class_table, compare_runs, comparison_text, duration, results_table, results_text
+from smaflib.report.html import network_references, write_index
+from smaflib.report.notebook import notebook_body
+from smaflib.report.tables import class_table, compare_runs, comparison_text, results_table, results_text
 from smaflib.runs import Run, open_run
 
 matplotlib.use("agg")
@@ -111,14 +112,6 @@ def test_results_are_printed_with_one_decimal(run):
     assert lines[-1].split()[-7:] == ["train", "64.6", "27.0", "-", "-", "80.0", "-"]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(None, "-"), (0.4, "0 s"), (58, "58 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (8040, "2 h 14 min")],
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
-
-
 def test_runs_are_compared_with_the_first(tmp_path):
     first, second = new_run(tmp_path, "first"), new_run(tmp_path, "second", "seed=1")
     first.record("03", [iou(0.60), iou(0.50, "single", scale=1.0)])
@@ -196,17 +189,23 @@ def test_formulas_become_mathml_and_prose_stays(run):
 
 $$\mathcal{L} = \sum_i a*b*c_i \text{ over } i$$
 
-It costs $5 and $6, `$HOME` is code, $a_1*b$ and $a_2*b$ are not.
+It costs $5 and $6, `$HOME` and `$$PATH$$` are code, $a_1*b$ and $a_2*b$ are not.
+
+\begin{align}
+x &= 1
+\end{align}
 
 ```python
 price = "$x$"
 ```"""
-    body = notebook_body(executed_notebook(run, "02_classifier", text))
-    assert body.count("<math") == 4 and body.count('display="block"') == 1
-    assert "costs $5 and $6" in body and "<code>$HOME</code>" in body
-    assert "<em>" not in body and "smafformula" not in body and "xmlns" not in body
+    picture = new_output("display_data", data={"image/png": PIXEL})
+    body = notebook_body(executed_notebook(run, "02_classifier", text, picture))
+    assert body.count("<math") == 5 and body.count('display="block"') == 2
+    assert "costs $5 and $6, <code>$HOME</code> and <code>$$PATH$$</code> are" in body
+    assert "<em>" not in body and "xmlns" not in body and "align}" not in body
     page = Page(body)
     assert 'price = "$x$"' in page.text and page.open == []
+    assert page.images[0]["alt"] == "The loss $L_{mac}$"
 
 
 def test_formula_that_cannot_be_read_stays_as_it_is(run):

@@ -21,8 +21,8 @@ class Reader:
     def __init__(self) -> None:
         self.calls: list[tuple[str, int, bool]] = []
 
-    def __call__(self, files: SampleFiles, num_classes: int, ground_truth: bool) -> Sample:
-        self.calls.append((files.image_id, num_classes, ground_truth))
+    def __call__(self, files: SampleFiles, num_classes: int, load_masks: bool) -> Sample:
+        self.calls.append((files.image_id, num_classes, load_masks))
         return Sample(files.image_id, torch.zeros(3, 2, 2, dtype=torch.uint8), torch.zeros(num_classes))
 
 
@@ -42,10 +42,10 @@ def test_nothing_is_read_before_it_is_asked_for() -> None:
     assert reader.calls == [("i3", 2, False)]
 
 
-def test_masks_are_asked_for_by_with_truth_only() -> None:
+def test_only_with_masks_asks_for_masks() -> None:
     samples, reader = recorded()
     evaluated = samples.with_masks()
-    assert not samples.ground_truth and evaluated.ground_truth
+    assert not samples.load_masks and evaluated.load_masks
     evaluated[0], evaluated[1:][0], evaluated.subset([2])[0], samples[3]
     assert reader.calls == [("i0", 2, True), ("i1", 2, True), ("i2", 2, True), ("i3", 2, False)]
 
@@ -84,10 +84,10 @@ def test_find_by_name() -> None:
     with pytest.raises(KeyError, match="no image 'cat' in the split 'train'; the first is 'image0'"):
         samples.find("cat")
     with pytest.raises(KeyError, match="no image 'cat' in the split 'train'"):
-        samples[:0].find("cat")  # photos of one's own have an empty val split
+        samples[:0].find("cat")  # custom images have an empty val split
 
 
-def test_split_without_masks_cannot_be_judged() -> None:
+def test_split_without_masks_cannot_be_evaluated() -> None:
     samples = make_samples(3)
     one_missing = dataclasses.replace(samples.files[1], mask=None)
     samples = dataclasses.replace(samples, files=(samples.files[0], one_missing, samples.files[2]))
@@ -100,7 +100,7 @@ def test_empty_split_has_neither_truth_nor_saliency() -> None:
     empty = make_samples(0)
     assert not empty.has_ground_truth and not empty.has_saliency
     assert empty.image_labels.shape == (0, len(CLASSES)) and list(empty) == []
-    with pytest.raises(DataError, match="cannot be judged"):
+    with pytest.raises(DataError, match="cannot be evaluated"):
         empty.with_masks()
 
 

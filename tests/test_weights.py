@@ -17,7 +17,14 @@ from smaflib.config import ModelConfig
 from smaflib.errors import ConfigError, WeightsError
 from smaflib.models.backbones import build_backbone
 from smaflib.models.slim import SlimResNet
-from smaflib.models.weights.files import attention_state, fill, read_metadata, read_weights, write_weights
+from smaflib.models.weights.files import (
+    attention_state,
+    fill,
+    network_state,
+    read_metadata,
+    read_weights,
+    write_weights,
+)
 
 
 def small_net() -> nn.Module:
@@ -57,6 +64,12 @@ write_weights(Path(sys.argv[1]), tensors, history=[1, 2], iteration=7, seed=0, k
         subprocess.run([sys.executable, "-c", script, str(tmp_path / name)], check=True)
         written.append((tmp_path / name).read_bytes())
     assert written[0] == written[1] == written[2]
+
+
+def test_state_of_an_optimizer_is_no_part_of_the_network(tmp_path: Path) -> None:
+    stored = {"head.weight": torch.ones(1), "optimizer.0.exp_avg": torch.zeros(1)}
+    write_weights(tmp_path / "a.safetensors", stored)
+    assert network_state(tmp_path / "a.safetensors") == {"head.weight": torch.ones(1)}
 
 
 def test_file_without_metadata(tmp_path: Path) -> None:

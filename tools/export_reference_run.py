@@ -2,7 +2,7 @@
 
 ``make reference`` runs the mini preset and its ablation, then :func:`export_reference` copies what people read into
 ``papermill_runs/reference/``: executed notebooks, pages, tables, figures; no checkpoints, maps or masks. Pictures are
-packed, for a repository keeps every version for ever: those in notebooks as JPEG or PNG, the others as WebP.
+packed, because a repository keeps every version for ever: those in notebooks as JPEG or PNG, the others as WebP.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ numbers, `config.yaml` the settings.
 
 `manifest.json` is that of the run: it lists artifacts (checkpoints, attention maps, masks) that are too large for a
 repository and are not here; the hashes of pictures and notebooks in it are those of the originals, which are packed
-here. This folder is made by `smaflib/reference.py`: do not edit it, and do not run into it.
+here. This folder is made by `tools/export_reference_run.py`: do not edit it, and do not run into it.
 """
 
 

@@ -138,7 +138,7 @@ def report(name: RunName, runs: RunsFolder = None) -> None:
 def status(name: RunName, runs: RunsFolder = None) -> None:
     """List a run's stages with their state and time."""
     with _plain_errors():
-        from smaflib.report.tables import duration
+        from smaflib.files import duration
         from smaflib.runs.manifest import read_manifest
 
         found = _find(name, runs)

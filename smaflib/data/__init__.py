@@ -35,7 +35,7 @@ def load_samples(config: Config, split: Literal["train", "val"], run_folder: Pat
 
     Args:
         config: its ``data`` part says where and what.
-        split: ``train`` or ``val``; photos of one's own (kind ``folder``) have no ``val``, it is empty.
+        split: ``train`` or ``val``; custom images (kind ``folder``) have no ``val``, it is empty.
         run_folder: where kind ``mini`` lies (in its folder ``data``) if ``data.root`` is not set.
 
     Raises:

@@ -72,7 +72,7 @@ def load_coco(data: DataConfig, split: Split, masks_folder: Path | None = None) 
 
 
 def write_coco_masks(data: DataConfig, split: Split, folder: Path) -> None:
-    """Paint the instances of a split into palette PNGs, for judging; images that have theirs already are skipped.
+    """Paint the instances of a split into palette PNGs, for evaluation; images that have theirs already are skipped.
 
     Large instances are painted first, so that what lies on a table is not hidden by it. A crowd is painted as its
     class, like a single instance. Pixels of classes outside ``data.class_names`` are background.

@@ -1,4 +1,4 @@
-"""Photos of one's own: a folder of images and a CSV that says what each one shows."""
+"""Custom images: a folder of images and a CSV that says what each one shows."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def load_folder(data: DataConfig, split: Split) -> Samples:
         if data.masks and image.stem not in masks:
             raise DataError(
                 f"there is no mask {image.stem}.png in {data.masks}; add it, or leave data.masks empty: "
-                "masks are for judging only"
+                "masks are for evaluation only"
             )
         if data.saliency:
             require_saliency(image.stem, saliency, data.saliency)

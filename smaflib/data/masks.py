@@ -146,5 +146,5 @@ class MaskFiles(Sequence[Tensor]):
 
 
 def ground_truth_of(samples: Samples) -> MaskFiles | None:
-    """The true masks of a split, for judging; None where the data has none."""
+    """The ground truth masks of a split, for evaluation; None where the data has none."""
     return MaskFiles([files.mask for files in samples.files if files.mask]) if samples.has_ground_truth else None

@@ -18,7 +18,7 @@ from smaflib.runtime import num_cores, progress
 
 
 def make_data(config: Config, run_folder: Path) -> None:
-    """Make what is not there yet: the mini data set, or COCO's masks, for judging; other data is left alone.
+    """Make what is not there yet: the mini data set, or COCO's masks, for evaluation; other data is left alone.
 
     The mini set is drawn at ``data.root`` or in the run folder, COCO's masks are painted into the run folder unless
     ``data.masks`` names a folder of them.
@@ -50,9 +50,8 @@ def summarize(samples: Samples, config: EvaluationConfig) -> dict[str, Any]:
 
     Returns:
         ``images``, ``labels_per_image``, ``images_per_class``, ``labels_sha256`` (of ids and labels), and with ground
-        truth
-        ``object_shares`` (share of the image's area, of all objects) and ``saliency`` (iou, precision, recall of the
-        maps above 0.5 against the foreground; left out where nothing is above 0.5 or in the foreground).
+        truth ``object_shares`` (share of the image's area, of all objects) and ``saliency`` (iou, precision, recall of
+        the maps above 0.5 against the foreground; left out where nothing is above 0.5 or in the foreground).
     """
     labels = samples.image_labels
     listing = "\n".join(f"{files.image_id}:{files.labels}" for files in samples.files)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import overload
 
@@ -56,8 +55,8 @@ class Samples(Sequence[Sample]):
     split: str
     read: Callable[[SampleFiles, int, bool], Sample]
     cached: bool = False
-    ground_truth: bool = False
-    _cache: dict[int, Sample] = field(default_factory=dict, repr=False)
+    load_masks: bool = False
+    _cache: dict[int, Sample] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -73,7 +72,7 @@ class Samples(Sequence[Sample]):
         index = range(len(self.files))[index]  # negative numbers, IndexError
         if index in self._cache:
             return self._cache[index]
-        sample = self.read(self.files[index], len(self.class_names), self.ground_truth)
+        sample = self.read(self.files[index], len(self.class_names), self.load_masks)
         if self.cached:
             self._cache[index] = sample
         return sample
@@ -102,17 +101,17 @@ class Samples(Sequence[Sample]):
         return bool(self.files) and all(files.saliency is not None for files in self.files)
 
     def with_masks(self) -> Samples:
-        """The same samples with their masks, for judging."""
+        """The same samples with their masks, for evaluation."""
         if not self.has_ground_truth:
             missing = next((files.image_id for files in self.files if files.mask is None), "all of them")
             raise DataError(
-                f"the split {self.split!r} cannot be judged: there is no mask for {missing}; set data.masks"
+                f"the split {self.split!r} cannot be evaluated: there is no mask for {missing}; set data.masks"
             )
-        return self._copy(self.files, ground_truth=True)
+        return replace(self, load_masks=True)
 
     @property
     def with_ground_truth(self) -> Samples:
-        """The samples that have a mask: of VOC's 10,582 images of train_aug the 1,464 that the field judges on."""
+        """The samples that have a mask: of VOC's 10,582 images of train_aug the 1,464 that the field evaluates on."""
         if self.has_ground_truth:
             return self
         return self.subset([index for index, files in enumerate(self.files) if files.mask is not None])
@@ -123,7 +122,7 @@ class Samples(Sequence[Sample]):
         return with_ground_truth[:num].with_masks() if len(with_ground_truth) else self[:num]
 
     def subset(self, indices: Sequence[int]) -> Samples:
-        return self._copy(tuple(self.files[index] for index in indices), ground_truth=self.ground_truth)
+        return replace(self, files=tuple(self.files[index] for index in indices))
 
     def find(self, image_id: str) -> Sample:
         """The sample of that name.
@@ -135,8 +134,3 @@ class Samples(Sequence[Sample]):
             first = f"the first is {self.image_ids[0]!r}" if self.files else "it is empty"
             raise KeyError(f"there is no image {image_id!r} in the split {self.split!r}; {first}")
         return self[self.image_ids.index(image_id)]
-
-    def _copy(self, files: tuple[SampleFiles, ...], ground_truth: bool) -> Samples:
-        other = copy.copy(self)
-        other.files, other.ground_truth, other._cache = files, ground_truth, {}
-        return other

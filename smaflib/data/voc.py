@@ -92,13 +92,13 @@ def load_voc(data: DataConfig, split: Split) -> Samples:
     return Samples(files, class_names, split, read, cached=data.cache)
 
 
-def read_sample(files: SampleFiles, num_classes: int, ground_truth: bool, oriented: bool) -> Sample:
+def read_sample(files: SampleFiles, num_classes: int, load_masks: bool, oriented: bool) -> Sample:
     """Decode one sample.
 
     Args:
         files: where its parts are.
         num_classes: K.
-        ground_truth: also read the mask.
+        load_masks: also read the mask.
         oriented: turn the image as its EXIF orientation says, the way picture viewers show it.
 
     Raises:
@@ -112,7 +112,7 @@ def read_sample(files: SampleFiles, num_classes: int, ground_truth: bool, orient
     if files.saliency is not None:
         saliency = read_saliency(files.saliency)
         _refuse_other_size("the saliency map", files.saliency, saliency, files.image, image)
-    if ground_truth and files.mask is not None:
+    if load_masks and files.mask is not None:
         mask = read_mask(files.mask)
         _refuse_other_size("the mask", files.mask, mask, files.image, image)
         check_mask_values(mask, num_classes, files.mask)

@@ -1,4 +1,4 @@
-"""Tables of results, and a report of a run that a browser reads without a network."""
+"""The report of a run: pages that a browser reads without a network."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from PIL import Image
 
 from smaflib import files
 from smaflib.config import dump_config
-from smaflib.report.tables import class_table, duration, labelled, results_table
+from smaflib.files import duration
+from smaflib.report.tables import class_table, labelled, results_table
 from smaflib.runs import Run
 from smaflib.runs.manifest import read_manifest
 from smaflib.runs.stages import Stage
-
-# -------------------------------------------------------------------------------------------------------- the report
 
 
 def write_index(run: Run, command: str | None = None) -> Path:
@@ -33,6 +32,8 @@ def write_index(run: Run, command: str | None = None) -> Path:
     Returns:
         The path of ``index.html``.
     """
+    from smaflib.report.notebook import notebook_body  # a second to import, and the explorer's page needs none of it
+
     manifest = read_manifest(run)
     metrics = run.metrics()
     stages = [_stage_facts(run, stage, manifest["stages"].get(stage.name, {})) for stage in run.stages]
@@ -56,47 +57,6 @@ def write_index(run: Run, command: str | None = None) -> Path:
         config=dump_config(run.config),
         command=command or run.command(),
     )
-
-
-_WITH_FOLDED_SOLUTIONS = """{% extends "basic/index.html.j2" %}
-{% block codecell %}
-{% if "solution" in cell.metadata.get("tags", []) %}
-<details class="solution"><summary>Solution</summary>
-<pre tabindex="0"><code>{{ cell.source | e }}</code></pre>
-{{ super() }}</details>
-{% else %}
-{{ super() }}
-{% endif %}
-{% endblock %}"""
-
-
-def notebook_body(notebook: Path) -> str:
-    """An executed notebook as HTML without code: its text, its formulas as MathML, its outputs.
-
-    Cells tagged ``solution`` are folded, and keep their code: it answers the exercise above them, which a reader of
-    the page could not try otherwise.
-    """
-    import nbformat  # seconds to import, and tables need neither
-    from nbconvert import HTMLExporter
-
-    document = nbformat.read(notebook, as_version=4)
-    formulas: list[tuple[str, str]] = []
-    for cell in document.cells:
-        if cell.cell_type == "markdown":
-            cell.source = _take_out_formulas(cell.source, formulas)
-        for output in cell.get("outputs", []):
-            if "text/markdown" in output.get("data", {}):
-                output.data["text/markdown"] = _take_out_formulas(output.data["text/markdown"], formulas)
-    exporter = HTMLExporter(
-        raw_template=_WITH_FOLDED_SOLUTIONS,
-        exclude_input=True,
-        exclude_input_prompt=True,
-        exclude_output_prompt=True,
-        exclude_anchor_links=True,
-    )
-    exporter.log.setLevel("ERROR")  # it warns of pictures without description, which follow below
-    body, _ = exporter.from_notebook_node(document)
-    return _put_in_formulas(_describe_pictures(body), formulas)
 
 
 def network_references(html: str) -> list[str]:
@@ -204,66 +164,3 @@ def _table_html(table: pd.DataFrame, caption: str, best: bool = False) -> str:
         rows.append(f"<tr>{''.join(cells)}</tr>")
     head = f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>"
     return f"<table>{head}<tbody>{''.join(rows)}</tbody></table>"
-
-
-# Code first: a dollar in it is no formula. In prose a formula hugs its dollars, so that "$5 and $6" is none.
-_CODE_OR_FORMULA = re.compile(
-    r"(?P<code>^(?P<fence>```+|~~~+).*?^(?P=fence)|(?P<tick>`+).+?(?P=tick))"
-    r"|(?<!\\)\$\$(?P<block>.+?)\$\$"
-    r"|(?<![\\$])\$(?=\S)(?P<inline>[^$`\n]+?)(?<=\S)(?<!\\)\$(?![\d$])",
-    re.DOTALL | re.MULTILINE,
-)
-
-
-def _take_out_formulas(markdown: str, formulas: list[tuple[str, str]]) -> str:
-    """Put a token in place of each formula, for Markdown would read its ``_`` and ``*``; collect (LaTeX, MathML)."""
-
-    def take(found: re.Match[str]) -> str:
-        if found["code"]:
-            return found[0]
-        latex = (found["block"] or found["inline"]).strip()
-        formulas.append((latex, _mathml(latex, block=found["block"] is not None)))
-        return f"smafformula{len(formulas) - 1}x"
-
-    return _CODE_OR_FORMULA.sub(take, markdown)
-
-
-def _put_in_formulas(body: str, formulas: list[tuple[str, str]]) -> str:
-    """Put each formula in place of its token: MathML in text, LaTeX in attributes such as a heading's id."""
-    token = re.compile(r"smafformula(\d+)x")
-
-    def source(found: re.Match[str]) -> str:
-        return escape(formulas[int(found[1])][0].replace(" ", ""))
-
-    body = re.sub(r"<[^<>]*smafformula[^<>]*>", lambda tag: token.sub(source, tag[0]), body)
-    return token.sub(lambda found: formulas[int(found[1])][1], body)
-
-
-def _mathml(latex: str, block: bool) -> str:
-    from latex2mathml.converter import convert as latex_to_mathml
-
-    try:
-        mathml = latex_to_mathml(latex, display="block" if block else "inline")
-    except Exception:  # its parser has many; the source is readable too
-        return f"<code>{escape(latex)}</code>"
-    # HTML needs no namespace, and a page without any http is easily checked.
-    return mathml.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")
-
-
-_HEADING_OR_BARE_PICTURE = re.compile(
-    r"<h[1-6][^>]*>(?P<heading>.*?)</h[1-6]>|alt=\"No description has been provided for this image\"", re.DOTALL
-)
-
-
-def _describe_pictures(body: str) -> str:
-    """Pictures of notebook outputs get the heading that they stand under as their description."""
-    heading = "figure"
-
-    def describe(found: re.Match[str]) -> str:
-        nonlocal heading
-        if found["heading"] is None:
-            return f'alt="{heading}"'
-        heading = escape(re.sub(r"<[^>]+>", "", found["heading"]).strip(), quote=True)
-        return found[0]
-
-    return _HEADING_OR_BARE_PICTURE.sub(describe, body)

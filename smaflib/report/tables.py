@@ -141,17 +141,6 @@ def table_text(table: pd.DataFrame, formats: dict[str, Any] | None = None) -> st
     return flat.to_string(index=False, na_rep="-", formatters=formatted, justify="right")
 
 
-def duration(seconds: float | None) -> str:
-    """``"58 s"``, ``"3 min 05 s"`` or ``"2 h 14 min"``."""
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, left = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {left:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
 def _by_row(records: pd.DataFrame) -> pd.Series:
     """Values in percent, indexed by :data:`ROW`."""
     named = records.assign(scale=records["scale"].map(_scale_text), fusion=records["fusion"].fillna(""))

@@ -32,9 +32,9 @@ from tqdm import tqdm
 from smaflib import files
 from smaflib.config import dump_config, load_config
 from smaflib.errors import RunError, RunStopped, StageFailed
-from smaflib.files import PROJECT_ROOT, RUNS_FOLDER, absolute, display_path
+from smaflib.files import PROJECT_ROOT, RUNS_FOLDER, absolute, display_path, duration
 from smaflib.report.html import write_index
-from smaflib.report.tables import duration, results_text
+from smaflib.report.tables import results_text
 from smaflib.runs.kernel import SpareKernel
 from smaflib.runs.manifest import (
     NEVER_RAN,

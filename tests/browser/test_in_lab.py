@@ -133,7 +133,7 @@ def test_crf_follows_when_nothing_moves(lab_page: Lab) -> None:
     assert any("refining" in text for text in lab.page.evaluate("() => window.said"))
     assert lab.board.picture("mask") != plain
 
-    for _ in range(5):  # tests/test_explorer.py sees that the CRF runs for the last of several moves only
+    for _ in range(5):  # tests/test_explorer_widget.py sees that the CRF runs for the last of several moves only
         lab.handle("background").press("ArrowRight")
     refined(bg_score=round(lab.settings.bg_score + 0.05, 2))
 

@@ -13,7 +13,7 @@ self-training on attention maps is meant to repair, and nothing in the data hide
   its sibling and with other families, so that colour decides nothing;
 - light gradient, colour cast, blur and noise.
 
-Masks are drawn along with the images, for judging only. The saliency maps imitate a detector that was trained
+Masks are drawn along with the images, for evaluation only. The saliency maps imitate a detector that was trained
 elsewhere: they start from the ground truth, then lose objects, take in things that are no class, and are warped and
     blurred
 (IoU about .76 with the true foreground). A method that reads them gets this much pixel information; the plain mode

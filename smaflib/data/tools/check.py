@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from smaflib.config import Config
 from smaflib.data import load_samples
 from smaflib.data.classes import VOID_LABEL
 from smaflib.data.masks import mask_values
-from smaflib.data.sample import SampleFiles, Samples
+from smaflib.data.sample import Samples
 from smaflib.data.voc import SPLITS
 from smaflib.errors import DataError
 from smaflib.runtime import progress
@@ -67,17 +67,17 @@ def _check_samples(samples: Samples, found: Findings) -> None:
     name, sizes = samples.split, []
     unseen: list[str] = []
     unlabelled: list[str] = []
-    ground_truth = samples if samples.ground_truth else _with_masks(samples)
-    for index in progress(range(len(ground_truth)), total=len(ground_truth), desc=f"check {name}"):
+    with_masks = replace(samples, load_masks=True, cached=False)  # masks where there are some; each sample once
+    for index in progress(range(len(samples)), total=len(samples), desc=f"check {name}"):
         try:
-            sample = ground_truth[index]
+            sample = with_masks[index]
         except DataError as error:
             found.problems.append(f"{name}: {error}")
             continue
         sizes.append((sample.image.shape[2], sample.image.shape[1]))
         if sample.mask is not None:
             there = set(mask_values(sample.mask)) - {0, VOID_LABEL}
-            labelled = {number + 1 for number in ground_truth.files[index].labels}
+            labelled = {number + 1 for number in samples.files[index].labels}
             unseen += [f"{sample.image_id} ({samples.class_names[v - 1]})" for v in sorted(labelled - there)]
             unlabelled += [f"{sample.image_id} ({samples.class_names[v - 1]})" for v in sorted(there - labelled)]
     counts = samples.image_labels.sum(dim=0).int().tolist()
@@ -100,12 +100,3 @@ def _check_samples(samples: Samples, found: Findings) -> None:
     for what, which in (("labels without a pixel in the mask", unseen), ("pixels without a label", unlabelled)):
         if which:
             found.notes.append(f"{name}: {what}: {len(which)}, such as {', '.join(which[:5])}")
-
-
-def _with_masks(samples: Samples) -> Samples:
-    """The same samples, masks read where there are some."""
-
-    def read(files: SampleFiles, num_classes: int, ground_truth: bool) -> object:
-        return samples.read(files, num_classes, True)
-
-    return Samples(samples.files, samples.class_names, samples.split, read)  # type: ignore[arg-type]

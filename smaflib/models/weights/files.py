@@ -61,9 +61,15 @@ def load_backbone_weights(model: nn.Module, weights: str | None, source: str, al
                     "allow_mask_weights=true beside these weights, and say so beside your numbers"
                 )
             state = {k.removeprefix("backbone."): v for k, v in state.items() if not SEGMENTATION_HEAD.match(k)}
-    # SqueezeNet's classifier is part of its features (TorchvisionBackbone); that of others is cut off.
-    squeezenet = isinstance(model, torchvision.models.SqueezeNet)
-    fill(model, state, source=weights, optional=() if squeezenet else CLASSIFIERS)
+    fill(model, state, source=weights, optional=classifier_prefixes(model))
+
+
+def classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Beginnings of the names that a backbone cuts off, so that weights may lack them.
+
+    SqueezeNet's classifier is part of its features (:class:`~smaflib.models.backbones.TorchvisionBackbone`).
+    """
+    return () if isinstance(model, torchvision.models.SqueezeNet) else CLASSIFIERS
 
 
 SEGMENTATION_HEAD = re.compile(r"(scale\.|base\.)*(aspp\.|layer5\.|conv2d_list\.|aux_classifier\.|classifier\.)")
@@ -89,22 +95,42 @@ def fill(module: nn.Module, state: dict[str, Tensor], source: str, optional: tup
     Raises:
         WeightsError: lists the names that are missing, superfluous or of another shape.
     """
-    own = module.state_dict()
-    required = {name for name in own if not name.startswith(optional or ("\0",))}
-    missing = sorted(required - set(state) - {name for name in required if name.endswith("num_batches_tracked")})
-    unknown = sorted(name for name in set(state) - set(own) if not name.startswith(optional or ("\0",)))
-    wrong = sorted(
-        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in required & set(state)
-        if state[name].shape != own[name].shape
-    )
+    missing, superfluous, wrong = mismatches(module, state, optional)
+    unknown = [name for name in superfluous if not name.startswith(optional)]
     if missing or unknown or wrong:
         parts = [("missing", missing), ("not known to the network", unknown), ("of another shape", wrong)]
-        lines = [
-            f"  {what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" for what, names in parts if names
-        ]
+        lines = [f"  {what}: {first_names(names)}" for what, names in parts if names]
         raise WeightsError(f"the weights of {source} do not fit {type(module).__name__}:\n" + "\n".join(lines))
-    module.load_state_dict({name: state.get(name, own[name]) if name in required else own[name] for name in own})
+    taken = {name: value for name, value in state.items() if name not in superfluous}
+    module.load_state_dict(module.state_dict() | taken)
+
+
+def mismatches(
+    module: nn.Module, state: dict[str, Tensor], optional: tuple[str, ...] = ()
+) -> tuple[list[str], list[str], list[str]]:
+    """What keeps a state dict from filling a module.
+
+    Args:
+        module: the network; only its names and shapes are looked at.
+        state: names to tensors.
+        optional: prefixes of names that the module gives a value of its own.
+
+    Returns:
+        Names that are missing, superfluous (the optional ones, too) and of another shape; the last with both shapes.
+    """
+    own = {name: value for name, value in module.state_dict().items() if not name.startswith(optional)}
+    missing = sorted(name for name in own.keys() - state if not name.endswith("num_batches_tracked"))
+    wrong = sorted(
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own.keys() & state
+        if state[name].shape != own[name].shape
+    )
+    return missing, sorted(state.keys() - own), wrong
+
+
+def first_names(names: list[str], num: int = 8) -> str:
+    """The first few of a list, for a message."""
+    return ", ".join(names[:num]) + (" ..." if len(names) > num else "")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

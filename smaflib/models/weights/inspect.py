@@ -6,13 +6,20 @@ from pathlib import Path
 
 import torch
 import torchvision.models
-from torch import Tensor, nn
+from torch import nn
 
 from smaflib.errors import ConfigError
 from smaflib.models.backbones import TorchvisionBackbone
 from smaflib.models.resnet38 import ResNet38
 from smaflib.models.slim import SlimResNet
-from smaflib.models.weights.files import CLASSIFIERS, has_segmentation_head, read_weights, weights_format
+from smaflib.models.weights.files import (
+    classifier_prefixes,
+    first_names,
+    has_segmentation_head,
+    mismatches,
+    network_state,
+    weights_format,
+)
 
 CANDIDATES = ("resnet38", "slim", "resnet18", "resnet34", "resnet50", "resnet101", "vgg16", "squeezenet1_0")
 FORMATS = {"mxnet": "MXNet .params", "torch": "PyTorch checkpoint", "safetensors": "safetensors"}
@@ -31,8 +38,7 @@ def describe_weights(path: Path, backbone: str | None = None) -> str:
     Raises:
         ConfigError: if the file cannot be read or there is no such backbone.
     """
-    state = read_weights(path)
-    state = {name: value for name, value in state.items() if not name.startswith("optimizer.")}
+    state = network_state(path)
     count = sum(value.numel() for value in state.values())
     types = ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in state.values()}))
     what_it_is = FORMATS[weights_format(path)]
@@ -42,16 +48,16 @@ def describe_weights(path: Path, backbone: str | None = None) -> str:
     own = any(name.startswith("backbone.late.") for name in state)  # of this library, around torchvision's model
     # Teachers and students of this library keep their backbone under that name.
     plain = {name.removeprefix("backbone."): value for name, value in state.items()}
-    names = (backbone,) if backbone else CANDIDATES
+    networks = {name: network_named(name, wrapped=own) for name in ((backbone,) if backbone else CANDIDATES)}
     name, missing, superfluous, shapes = min(
-        ((name, *_compare(plain, network_named(name, wrapped=own))) for name in names),
+        ((name, *mismatches(network, plain, classifier_prefixes(network))) for name, network in networks.items()),
         key=lambda row: sum(map(len, row[1:])),
     )
     fits = not (missing or shapes)
     lines.append(f"{'fits' if fits else 'does not fit'} the backbone {name}")
     for what, keys in (("missing", missing), ("of another shape", shapes), ("beside the backbone", superfluous)):
         if keys:
-            lines.append(f"  {what} ({len(keys)}): {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}")
+            lines.append(f"  {what} ({len(keys)}): {first_names(keys)}")
     if heads := [f"{key} {tuple(plain[key].shape)}" for key in superfluous if key in ("fc8.weight", "head.weight")]:
         lines.append(f"  a head of attention maps: {', '.join(heads)}: can be given as classifier.checkpoint")
     return "\n".join(lines)
@@ -76,14 +82,3 @@ def network_named(name: str, wrapped: bool = False) -> nn.Module:
             raise ConfigError(f"there is no backbone {name!r}; there are slim, resnet38, and torchvision's classifiers")
         model = torchvision.models.get_model(name, weights=None)
         return TorchvisionBackbone(model, output_stride=8) if wrapped else model
-
-
-def _compare(state: dict[str, Tensor], network: nn.Module) -> tuple[list[str], list[str], list[str]]:
-    own = network.state_dict()
-    squeezenet = isinstance(network, torchvision.models.SqueezeNet)  # its classifier is part of its features
-    optional = tuple() if squeezenet else CLASSIFIERS
-    required = [name for name in own if not name.startswith(optional or ("\0",))]
-    missing = [name for name in required if name not in state and not name.endswith("num_batches_tracked")]
-    superfluous = [name for name in state if name not in required]
-    shapes = [name for name in required if name in state and state[name].shape != own[name].shape]
-    return missing, superfluous, shapes

@@ -1,0 +1,77 @@
+"""Executed notebooks as pages that a browser reads without a network."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+import jinja2
+import nbformat
+from latex2mathml.converter import convert as latex_to_mathml
+from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath, MathInlineParser
+
+_WITH_FOLDED_SOLUTIONS = """{% extends "basic/index.html.j2" %}
+{% block codecell %}
+{% if "solution" in cell.metadata.get("tags", []) %}
+<details class="solution"><summary>Solution</summary>
+<pre tabindex="0"><code>{{ cell.source | e }}</code></pre>
+{{ super() }}</details>
+{% else %}
+{{ super() }}
+{% endif %}
+{% endblock %}"""
+
+
+def notebook_body(notebook: Path) -> str:
+    """An executed notebook as HTML without code: its text, its formulas as MathML, its outputs.
+
+    Cells tagged ``solution`` are folded, and keep their code: it answers the exercise above them, which a reader of
+    the page could not try otherwise. Pictures are described by the heading that they stand under.
+    """
+    document, heading = nbformat.read(notebook, as_version=4), "figure"
+    for cell in document.cells:
+        if cell.cell_type == "markdown" and cell.source.startswith("#"):
+            heading = cell.source.partition("\n")[0].strip("# ")
+        cell.metadata.setdefault("alt", heading)
+    exporter = HTMLExporter(
+        raw_template=_WITH_FOLDED_SOLUTIONS,
+        filters={"markdown2html": _markdown_to_html},
+        exclude_input=True,
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+    )
+    return exporter.from_notebook_node(document)[0]
+
+
+@jinja2.pass_context
+def _markdown_to_html(context: jinja2.runtime.Context, source: str) -> str:
+    attachments = context.get("cell", {}).get("attachments", {})
+    renderer = _WithMathML(escape=False, exclude_anchor_links=True, attachments=attachments)
+    return MarkdownWithMath(renderer, inline=_ProseWithPrices(hard_wrap=False)).render(source)
+
+
+class _ProseWithPrices(MathInlineParser):
+    """In prose a formula hugs its dollars, so that "$5 and $6" is none."""
+
+    SPECIFICATION = MathInlineParser.SPECIFICATION | {
+        "inline_math_tex": r"(?<![\\$])\$(?=\S)(?P<math_inline_tex>[^$`\n]+?)(?<=\S)(?<!\\)\$(?![\d$])"
+    }
+
+
+class _WithMathML(IPythonRenderer):
+    """Formulas as MathML, which browsers show by themselves; one that cannot be read stays as its LaTeX."""
+
+    def inline_math(self, body: str, display: str = "inline") -> str:
+        try:
+            mathml = latex_to_mathml(body.strip(), display=display)
+        except Exception:  # its parser has many; the source is readable too
+            return f"<code>{escape(body.strip())}</code>"
+        # HTML needs no namespace, and a page without any http is easily checked.
+        return mathml.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")
+
+    def block_math(self, body: str) -> str:
+        return self.inline_math(body, display="block")
+
+    def latex_environment(self, name: str, body: str) -> str:
+        return self.block_math(rf"\begin{{{name}}}{body}\end{{{name}}}")
