@@ -20,7 +20,7 @@ from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import Crop, normalize, resize_image, scaled_size
 from smaflib.errors import ConfigError
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, load_attention_network
-from smaflib.models.weights.files import write_weights
+from smaflib.models.weights.files import fill, read_weights, write_weights
 from smaflib.runtime import Runtime, derive_seed, progress, seeded
 from smaflib.training import Batch, Batches, History, fit, load_history
 
@@ -67,12 +67,7 @@ def train_classifier(
     with seeded(derive_seed(runtime.seed, "initial weights")):
         network = AttentionNetwork(model, num_classes, background=eps).to(runtime.device)
     if settings.solve_head is not None:
-        if checkpoint and checkpoint.is_file():
-            return load_attention_network(checkpoint, model, num_classes), load_history(checkpoint)
-        history = solve_head(network, samples, settings.solve_head, attention, runtime)
-        if checkpoint:
-            write_weights(checkpoint, network.state_dict(), iteration=settings.iterations, history=history)
-        return network, history
+        return network, solve_head(network, samples, settings.solve_head, attention, runtime, checkpoint)
     seed = derive_seed(runtime.seed, "classifier")
     batches = Batches(samples, settings, seed, crop_saliency if eps else None, num_workers)
     if model.freeze_backbone and not (checkpoint and checkpoint.is_file()):
@@ -189,6 +184,7 @@ def solve_head(
     settings: HeadSolverConfig,
     attention: AttentionConfig,
     runtime: Runtime,
+    checkpoint: Path | None = None,
 ) -> History:
     """Compute the last layer on a frozen backbone: a logistic regression on each image's mean feature.
 
@@ -203,11 +199,15 @@ def solve_head(
         settings: the most steps, and the penalty.
         attention: scales and flip.
         runtime: device and precision.
+        checkpoint: where weights are kept; if it is there already, it is only loaded.
 
     Returns:
         The losses of each evaluation, as a learning curve.
     """
     runtime.place(network).eval()
+    if checkpoint and checkpoint.is_file():
+        fill(network, read_weights(checkpoint), source=str(checkpoint))
+        return load_history(checkpoint)
     pooled, labels = _mean_features(network, samples, attention, runtime)  # (N, C), (N, K)
     weights = torch.zeros(labels.shape[1], pooled.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=settings.iterations, line_search_fn="strong_wolfe")
@@ -224,6 +224,8 @@ def solve_head(
     optimizer.step(closure)
     with torch.no_grad():
         network.head.weight.copy_(weights[:, :, None, None])
+    if checkpoint:
+        write_weights(checkpoint, network.state_dict(), history=history)
     return history
 
 

@@ -112,13 +112,12 @@ def fit(
     """Optimise a network in place; ends in eval mode.
 
     Args:
-        network: what learns; its ``new_layers()``, where it has such a method, learn at ``head_multiplier`` times the
-            rate.
+        network: what learns; its ``new_layers()``, if there are any, learn at ``head_multiplier`` times the rate.
         batches: what it learns from, and the settings of the optimisation.
         loss: from a batch on the runtime's device to named losses, which are summed.
         runtime: device and precision.
-        checkpoint: a safetensors file. It is written every ``checkpoint_every`` iterations and at the end; if it is
-            there already, training goes on from it, or is done if it is complete.
+        checkpoint: a safetensors file, written every ``checkpoint_every`` iterations and at the end; training resumes
+            from it, and is done if it is complete.
         desc: name on the progress bar.
 
     Returns:

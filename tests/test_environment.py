@@ -169,10 +169,11 @@ def test_binder_installs_the_packages_of_environment_yml_but_for_development():
 
     conda, pip = lines(ROOT / "environment.yml")
     binder_conda, binder_pip = lines(ROOT / "binder" / "environment.yml")
-    development = {
-        canonicalize_name(Requirement(line).name)
-        for line in read_pyproject()["project"]["optional-dependencies"]["dev"]
+    extras = {
+        extra: {canonicalize_name(Requirement(line).name) for line in requirements}
+        for extra, requirements in read_pyproject()["project"]["optional-dependencies"].items()
     }
+    development = extras["dev"] - extras["explorer"]
     needed = {line for line in conda if canonicalize_name(line.split(">")[0].split("=")[0]) not in development}
     assert binder_conda - {"setuptools>=77"} == needed
     assert binder_pip == {line for line in pip - {"-e ."} if Requirement(line).name not in development}

@@ -22,6 +22,7 @@ from smaflib import cams as cams_module
 from smaflib import files
 from smaflib.cams import FUSION_RULES
 from smaflib.data import Sample
+from smaflib.data.transforms import scaled_size
 from smaflib.explorer.state import (
     COLOR_MAPS,
     CURVE_SCORES,
@@ -197,8 +198,7 @@ def _shrunk(
         return (height, width), sample, by_role
 
     def smaller(values: Tensor, mode: str) -> Tensor:
-        size = [max(1, round(side * factor)) for side in values.shape[-2:]]
-        return F.interpolate(values[None].float(), size=size, mode=mode)[0]
+        return F.interpolate(values[None].float(), size=scaled_size(values.shape[-2:], factor), mode=mode)[0]
 
     image = smaller(sample.image, "area").round().to(torch.uint8)
     mask = None if sample.mask is None else smaller(sample.mask[None], "nearest-exact")[0].to(torch.uint8)

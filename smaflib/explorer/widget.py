@@ -17,9 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import anywidget
-import ipywidgets as widgets
-import traitlets
+try:
+    import anywidget
+    import ipywidgets as widgets
+    import traitlets
+except ImportError as error:
+    raise ImportError(f"the explorer needs {error.name}; install it with: pip install 'smaflib[explorer]'") from error
 
 from smaflib.cams import FUSION_RULES
 from smaflib.config import CrfConfig
