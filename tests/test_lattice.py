@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from smaflib.config import CrfConfig
 from smaflib.refinement import lattice as module
+from smaflib.refinement import mean_field
 from smaflib.refinement.lattice import (
     build_lattice,
     embed,
@@ -187,12 +189,24 @@ def test_points_are_filled_up_to_a_multiple_of_four() -> None:
     assert build_lattice(features[:, :4]).neighbors.shape[1] < build_lattice(features).neighbors.shape[1]
 
 
-def test_spatial_lattice_is_built_once_per_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    from smaflib.config import CrfConfig
-    from smaflib.refinement import mean_field
+def test_spatial_lattice_is_built_once_per_size_and_kept_if_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[tuple[int, int]] = []
 
+    def positions(height: int, width: int, device: torch.device) -> Tensor:
+        built.append((height, width))
+        return grid(height, width, 1)
+
+    monkeypatch.setattr(mean_field, "positions", positions)
+    monkeypatch.setattr(mean_field, "KEPT_PIXELS", 42)
     mean_field._smoothness_kernel.cache_clear()
-    image = torch.zeros(3, 6, 7, dtype=torch.uint8)
-    first = mean_field.smoothness_kernel(image, CrfConfig())
-    monkeypatch.setattr(module, "embed", None)
-    assert mean_field.smoothness_kernel(image + 9, CrfConfig()) is first
+    small, large = torch.zeros(3, 6, 7, dtype=torch.uint8), torch.zeros(3, 7, 7, dtype=torch.uint8)
+    mean_field.mean_field(
+        [small, large, large], [torch.zeros(2, 6, 7), *torch.zeros(2, 2, 7, 7)], [torch.ones(2)] * 3, CrfConfig()
+    )
+    # For the kernel of positions and colours each image needs its own.
+    assert built == [(6, 7), (7, 7), (6, 7), (7, 7), (7, 7)]
+    built.clear()
+    assert mean_field.smoothness_kernel(small + 9, CrfConfig()) is mean_field.smoothness_kernel(small, CrfConfig())
+    assert built == []
+    mean_field.smoothness_kernel(large, CrfConfig())
+    assert built == [(7, 7)]
