@@ -48,7 +48,7 @@ def write_submission(run: Run, image_ids: list[str], images: Path, target: Path,
     folder = SERVER_FOLDER.format(competition=competition)
     with replacing(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         decoded = (read_image(images / f"{image_id}.jpg") for image_id in image_ids)
-        masks = segment_many(network, decoded, len(image_ids), run.config.segmentation, runtime)
+        masks = segment_many(network, decoded, run.config.segmentation, runtime)
         bar = progress(masks, total=len(image_ids), desc="segment the test images")
         for image_id, mask in zip(image_ids, bar, strict=True):
             picture = Image.fromarray(mask.numpy())

@@ -24,7 +24,7 @@ from torch import Tensor
 from smaflib.config import CrfBackend, CrfConfig, ParConfig
 from smaflib.refinement.crf import choose_backend, dense_crf_batch
 from smaflib.refinement.par import pixel_adaptive_refinement
-from smaflib.runtime import num_cores
+from smaflib.runtime import CPU, num_cores
 
 AHEAD = 4
 """Images under way per process: enough that none waits, few enough that memory does not grow with the data set."""
@@ -40,8 +40,6 @@ GPU_BATCH = 8
 
 Job = tuple[Tensor, Tensor]
 """An image, uint8 (3, H, W), and its hard labels (H, W) or scores (L, H, W)."""
-
-CPU = torch.device("cpu")
 
 
 def refine(
