@@ -44,7 +44,7 @@ def reactivate(denoised: Tensor, bg_score: float) -> Tensor:
         (K+1, H, W) or (B, K+1, H, W) in [0, 1], background first.
 
     Raises:
-        ValueError: if ``bg_score`` is not in (0, 1]: with 0, a pixel without any class has no winner.
+        ValueError: if ``bg_score`` is not in (0, 1]: with 0, a pixel without any class is divided by 0.
     """
     if not 0 < bg_score <= 1:
         raise ValueError(f"bg_score must be in (0, 1], got {bg_score}")

@@ -1,6 +1,6 @@
 """The optimisation loop that classifier, student and segmentation network share.
 
-What happens in an iteration depends on the seed and the iteration's number alone, so a killed run that goes on from
+What happens in an iteration depends on the seed and the iteration's number alone, so a killed run that resumes from
 its checkpoint ends with the same weights as one that was never killed.
 """
 
@@ -118,7 +118,7 @@ def fit(
         loss: from a batch on the runtime's device to named losses, which are summed.
         runtime: device and precision.
         checkpoint: a safetensors file. It is written every ``checkpoint_every`` iterations and at the end; if it is
-            there already, training goes on from it, or is done if it is complete.
+            there already, training resumes from it, or is done if it is complete.
         desc: name on the progress bar.
 
     Returns:

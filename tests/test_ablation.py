@@ -225,7 +225,7 @@ def test_networks_of_a_complete_run_are_taken_over(done: Run, tmp_path: Path, mo
     assert not work.path("data").exists()
     assert records_of(run) == records_of(done)
 
-    # A teacher that was trained anew since: all that the old one taught goes.
+    # A teacher that was trained again since: all that the old one taught is deleted.
     shutil.copy(run.checkpoint("student_control"), tmp_path / "another")
     (tmp_path / "another").replace(run.checkpoint("teacher"))
     trained: list[str] = []

@@ -113,7 +113,7 @@ def test_every_pass_shows_every_sample_once_and_every_batch_is_full(num: int, ba
         assert sorted(drawn[start : start + num]) == list(range(num))
 
 
-def test_passes_are_shuffled_anew() -> None:
+def test_each_pass_has_an_order_of_its_own() -> None:
     batches = batches_of(training(batch_size=5, iterations=8))
     assert len({tuple(batches[iteration]["index"].tolist()) for iteration in range(8)}) > 4
 
