@@ -118,7 +118,7 @@ def fit(
         loss: from a batch on the runtime's device to named losses, which are summed.
         runtime: device and precision.
         checkpoint: a safetensors file. It is written every ``checkpoint_every`` iterations and at the end; if it is
-            there already, training resumes from it, or is done if it is complete.
+            there already, training goes on from it, or is done if it is complete.
         desc: name on the progress bar.
 
     Returns:
