@@ -34,7 +34,8 @@ def denoise(fused: Tensor, image_label: Tensor) -> Tensor:
 def reactivate(denoised: Tensor, bg_score: float) -> Tensor:
     """Divide every pixel by its strongest score, a constant background included: the winner becomes 1.
 
-    What is below the background is pushed down, and the ratios inside a pixel stay. A pixel's scores need not sum to 1.
+    Where the background is strongest, every class stays below 1. The ratios inside a pixel stay, and a pixel's scores
+    need not sum to 1.
 
     Args:
         denoised: (K, H, W) or (B, K, H, W), in [0, 1], absent classes zero.
