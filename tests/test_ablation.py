@@ -1,4 +1,4 @@
-"""The ablation: what each variant leaves out, going on after a crash, and reading the result."""
+"""The ablation: what each variant leaves out, resuming after a crash, and reading the result."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_rows_differ_in_what_they_name() -> None:
     assert {row.network for row in ROWS.values()} == {"teacher", *STUDENTS}
 
 
-# --- going on ---------------------------------------------------------------------------------------------------------
+# --- resuming ---------------------------------------------------------------------------------------------------------
 
 
 def test_killed_ablation_goes_on_and_ends_with_the_same_numbers(

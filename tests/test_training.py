@@ -1,4 +1,4 @@
-"""The optimisation loop: what is drawn, how it is learnt, and going on after a kill."""
+"""The optimisation loop: what is drawn, how it is learnt, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_killed_training_goes_on_as_if_nothing_had_happened(
             with pytest.raises(Killed):
                 fit(network, batches_of(config), loss, cpu_runtime(), path)  # type: ignore[arg-type]
             assert path.is_file() == (kill >= every)
-    assert start > 0 or killed_at == [2]  # it did go on from a checkpoint
+    assert start > 0 or killed_at == [2]  # it did resume from a checkpoint
     assert same_weights(network, whole)
     assert history == expected == load_history(path)
 
