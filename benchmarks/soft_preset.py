@@ -3,7 +3,8 @@
     python benchmarks/soft_preset.py [--images 200]
 
 The pretrained student's fused maps of the run that it comes from. Coordinate descent: one setting after the other moves
-along its list while the others stand, until a round changes nothing. The validation split is seen once, at the end.
+along its list while the others stand, until a round changes nothing. The validation split is evaluated once, at the
+end.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def train_segmenter(
         model: backbone and weights, where ``settings.model`` names none of its own.
         settings: of stage 6.
         runtime: device, precision and seed.
-        student: where given, the network starts from its features, which have seen image labels only.
+        student: where given, the network starts from its features, which were learned from image labels only.
         checkpoint: where weights are kept; an unfinished training resumes from there.
         num_workers: loader processes.
 

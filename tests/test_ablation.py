@@ -1,4 +1,4 @@
-"""The ablation: what each variant leaves out, going on after a crash, and reading the result."""
+"""The ablation: what each variant leaves out, resuming after a crash, and reading the result."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_rows_differ_in_what_they_name() -> None:
     assert {row.network for row in ROWS.values()} == {"teacher", *STUDENTS}
 
 
-# --- going on ---------------------------------------------------------------------------------------------------------
+# --- resuming ---------------------------------------------------------------------------------------------------------
 
 
 def test_killed_ablation_goes_on_and_ends_with_the_same_numbers(
@@ -225,7 +225,7 @@ def test_networks_of_a_complete_run_are_taken_over(done: Run, tmp_path: Path, mo
     assert not work.path("data").exists()
     assert records_of(run) == records_of(done)
 
-    # A teacher that was trained anew since: all that the old one taught goes.
+    # A teacher that was trained again since: all that the old one taught is deleted.
     shutil.copy(run.checkpoint("student_control"), tmp_path / "another")
     (tmp_path / "another").replace(run.checkpoint("teacher"))
     trained: list[str] = []

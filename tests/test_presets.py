@@ -170,7 +170,7 @@ def test_preset_runs_through_all_notebooks(preset: str, runs: Runs) -> None:
     assert run.path("index.html").is_file()
 
 
-def test_voc_is_judged_on_the_images_that_have_masks(runs: Runs) -> None:
+def test_voc_is_evaluated_on_the_images_that_have_masks(runs: Runs) -> None:
     metrics = pd.read_json(runs[0] / "voc12" / "metrics.json")
     evaluated = metrics[(metrics.metric == "iou") & (metrics.class_name == "mean") & (metrics.object_size == "all")]
     assert {"teacher_fused", "teacher_fused_refined", "pseudo_masks", "segmentation"} <= set(evaluated.variant)

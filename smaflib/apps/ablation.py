@@ -45,7 +45,7 @@ RESULT = "ablation/ablation.json"
 """Where a run folder holds the result; notebook 08 reads it."""
 
 ORACLE_CANDIDATES = 5
-"""The oracle threshold is looked for among this many background scores, the best before the CRF, and the run's own:
+"""The oracle threshold is searched among this many background scores, the best before the CRF, and the run's own:
 refining the masks of every score would take ten times as long."""
 
 
@@ -133,9 +133,9 @@ class SeedWorkspace(Workspace):
 def score_row(work: SeedWorkspace, name: str) -> list[dict[str, Any]]:
     """Evaluate a row's pseudo masks of the training split, at two background scores.
 
-    ``own`` is the run's (``pseudo_masks.bg_score``, or else ``attention.bg_score``). A row whose scores lie higher or
-    lower than the full chain's would be decided by that alone; so ``oracle`` is the score that is best on the ground
-    truth, for each row its own.
+    ``own`` is the run's (``pseudo_masks.bg_score``, or else ``attention.bg_score``). It does not suit all rows equally
+    well, and that alone could decide a comparison. So ``oracle`` is each row's oracle threshold: the score that is best
+    on the ground truth.
 
     Returns:
         Tidy records: variant, bg_choice, bg_score, object_size (``all``: mean IoU over background and classes; a size:
@@ -144,7 +144,7 @@ def score_row(work: SeedWorkspace, name: str) -> list[dict[str, Any]]:
     row, config, samples = ROWS[name], work.config, work.samples().with_ground_truth
     ground_truth = ground_truth_of(samples)
     if ground_truth is None:
-        raise DataError("an ablation is evaluated by masks, but the training split has none; set data.masks")
+        raise DataError("an ablation needs ground truth, but the training split has no masks; set data.masks")
     own = _own_bg_score(work, row)
     denoised, names, device = work.maps_of(row, samples), samples.class_names, work.make_runtime().device
     limits = config.evaluation.model_copy(update={"thresholds": (*config.evaluation.thresholds, own)})
@@ -204,13 +204,13 @@ def ablate_seed(work: SeedWorkspace, log: Callable[[str], None] = lambda line: N
 
 
 def _drop_what_another_teacher_taught(work: Workspace) -> None:
-    """A teacher may be taken over one time and not the next, or be trained anew: other students are worth nothing."""
+    """Delete what belongs to another teacher: a run's may be taken over in one call and not in the next."""
     stamp, now = work.path("teacher.sha256"), files.file_hash(work.checkpoint("teacher"))
     if stamp.is_file() and stamp.read_text(encoding="utf-8") != now:
         shutil.rmtree(work.path("scores"), ignore_errors=True)
         for path in [*work.folder.glob("cams/*"), *work.folder.glob("checkpoints/student*")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    files.write_text(stamp, now)  # last: who is killed in between drops the rest next time
+    files.write_text(stamp, now)  # last: after a kill in between, the next call deletes the rest
 
 
 # ----------------------------------------------------------------------------------------------------------- all seeds
@@ -231,7 +231,7 @@ def ablate(run: Run, seeds: Sequence[int]) -> Path:
 
     Raises:
         ConfigError: if there is no seed, or ``self_training.rounds`` is not 1.
-        DataError: if the training split has no masks to be judged by.
+        DataError: if the training split has no ground truth.
         RunError: if another ablation is at work in the folder.
     """
     if not seeds:
@@ -265,7 +265,7 @@ def _workspace(run: Run, seed: int) -> SeedWorkspace:
             _take_over(run, work, name)
     make_data(config, work.data_folder)
     if not len(work.samples().with_ground_truth):
-        raise DataError("an ablation is evaluated by masks, but the training split has none; set data.masks")
+        raise DataError("an ablation needs ground truth, but the training split has no masks; set data.masks")
     return work
 
 

@@ -1,4 +1,4 @@
-"""The command ``smaf``: run the chain, look at runs, compare them."""
+"""The command ``smaf``: run the chain, inspect runs, compare them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run(
     settings: Settings = None,
     from_stage: Annotated[
         str | None,
-        typer.Option("--from", metavar="STAGE", help="Run this stage and all later ones anew, even if complete."),
+        typer.Option("--from", metavar="STAGE", help="Run this stage and all later ones again, even if complete."),
     ] = None,
     until_stage: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")] = None,
     runs: RunsFolder = None,
@@ -85,7 +85,7 @@ def ablate(
     settings: Settings = None,
     runs: RunsFolder = None,
 ) -> None:
-    """Run the chain without one step at a time, over several seeds; goes on where it stopped. Notebook 08 shows it."""
+    """Run the chain without one step at a time, over several seeds; resumes where it stopped. Notebook 08 shows it."""
     with _plain_errors():
         from smaflib.apps.ablation import ablate, ablation_table, read_ablation
         from smaflib.files import RUNS_FOLDER, display_path
@@ -124,7 +124,7 @@ def compare(
 
 @app.command()
 def report(name: RunName, runs: RunsFolder = None) -> None:
-    """Write a run's index.html anew and print its results."""
+    """Write a run's index.html again and print its results."""
     with _plain_errors():
         from smaflib.report.html import write_index
         from smaflib.report.tables import results_text
@@ -165,7 +165,7 @@ def masks(
     ] = None,
     settings: Settings = None,
 ) -> None:
-    """Make pixel masks for photos of your own, from a list of what each shows. Goes on where it stopped."""
+    """Make pixel masks for custom images, from a list of what each shows. Resumes where it stopped."""
     with _plain_errors():
         from smaflib.apps.custom_images import label_images, make_masks
         from smaflib.config import load_config
@@ -212,7 +212,7 @@ def data_fetch(
     name: Annotated[str, typer.Argument(metavar="NAME", help="voc12: PASCAL VOC 2012, 2 GB.")],
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Takes VOCdevkit/VOC2012.")] = Path("data"),
 ) -> None:
-    """Download a data set from its official place; goes on where it stopped."""
+    """Download a data set from its official place; resumes where it stopped."""
     with _plain_errors():
         from smaflib.data.tools.fetch import fetch_voc12
 

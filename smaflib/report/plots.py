@@ -260,10 +260,10 @@ def plot_sizes(table: pd.DataFrame, title: str = "IoU by object size") -> Figure
 
 
 def plot_objects(ious: pd.DataFrame, shares: pd.Series, title: str = "IoU over object size", bins: int = 8) -> Figure:
-    """A line per way of looking: mean IoU of the objects of about one size.
+    """A line per view, a scale or the fused maps: mean IoU of the objects of about one size.
 
     Args:
-        ious: a row per object, a column per way of looking, in [0, 1].
+        ious: a row per object, a column per view, in [0, 1].
         shares: of each object, the part of its image's area that it covers, in (0, 1].
         title: of the figure.
         bins: as many groups of equally many objects.
