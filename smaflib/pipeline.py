@@ -419,7 +419,7 @@ def evaluate_network(
     records = []
     for split in splits:
         samples = work.samples(split).with_ground_truth
-        found, bg_score = evaluate_maps(
+        found, chosen = evaluate_maps(
             work.denoised(network, samples, scales, None if scales else rule, denoised),
             ground_truth_of(samples),
             samples.class_names,
@@ -429,4 +429,5 @@ def evaluate_network(
             **where,
         )
         records += found
+        bg_score = bg_score if chosen is None else chosen  # a split without ground truth chooses nothing
     return records, bg_score
