@@ -14,7 +14,7 @@ from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.connect import write_connection_file
 
 from smaflib.runs.kernel import SpareKernel
-from smaflib.runs.runner import KERNEL_ENVIRONMENT
+from smaflib.runs.progress import KERNEL_ENVIRONMENT
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="spare kernels are for systems with process groups")
 

@@ -18,7 +18,8 @@ from smaflib.explorer.widget import Explorer
 from smaflib.files import PROJECT_ROOT
 from smaflib.report.html import network_references
 from smaflib.runs.manifest import read_manifest
-from smaflib.runs.runner import NotebookMonitor, run_notebooks
+from smaflib.runs.progress import NotebookMonitor
+from smaflib.runs.runner import run_notebooks
 from smaflib.runs.stages import STAGES
 
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
@@ -110,7 +111,7 @@ def test_the_tiny_settings_are_settings_of_the_real_config():
 
 
 def test_every_stage_is_complete(run):
-    stages = read_manifest(run)["stages"]
+    stages = read_manifest(run.folder)["stages"]
     assert {name: entry["status"] for name, entry in stages.items()} == {stage.name: "complete" for stage in STAGES}
 
 
@@ -181,7 +182,7 @@ def test_the_report_needs_no_network(run):
 
 def test_explore_runs_headless_and_keeps_a_page_that_needs_no_kernel(tmp_path):
     executed = tmp_path / "explore.ipynb"
-    with NotebookMonitor("explore", 1, lambda pid: None) as watch:
+    with NotebookMonitor("explore", 1, lambda pid: None) as monitor:
         papermill.execute_notebook(
             EXPLORE,
             executed,
@@ -190,7 +191,7 @@ def test_explore_runs_headless_and_keeps_a_page_that_needs_no_kernel(tmp_path):
             language="python",
             cwd=tmp_path,
             progress_bar=False,
-            kernel_manager_class=watch.kernel_manager_class(),
+            kernel_manager_class=monitor.kernel_manager_class(),
         )
     cells = [cell for cell in nbformat.read(executed, as_version=4).cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
@@ -209,7 +210,7 @@ def test_a_run_is_explored_with_what_it_made(run):
         cams, _ = AttentionMaps(run.path("cams", role), run.config.attention.scales).read("000000")
         assert all(map(torch.equal, explorer.gallery.cams(0, role, True), cams))
     assert explorer.exploration.iou is not None
-    assert "explorer.html" in read_manifest(run)["stages"]["08_results"]["artifacts"]
+    assert "explorer.html" in read_manifest(run.folder)["stages"]["08_results"]["artifacts"]
 
 
 def test_ablation_of_the_run_agrees_with_its_notebooks(run):

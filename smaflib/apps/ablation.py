@@ -10,13 +10,11 @@ split, on maps that :func:`~smaflib.cams.fuse_cams` has brought to a peak of 1 p
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,13 +28,13 @@ from smaflib.classifier import train_classifier
 from smaflib.config import Config
 from smaflib.data import ground_truth_of, load_samples, make_data
 from smaflib.data.sample import Samples
-from smaflib.errors import ConfigError, DataError, RunError
+from smaflib.errors import ConfigError, DataError
 from smaflib.evaluation import SIZES, SegmentationMetrics, evaluate, mean_over_classes, sweep_thresholds
-from smaflib.files import display_path
 from smaflib.models import load_attention_network
 from smaflib.pseudo_masks import pseudo_masks
 from smaflib.reactivation import reactivate, with_background_score
 from smaflib.runs import Run
+from smaflib.runs.environment import describe_machine
 from smaflib.runs.manifest import read_manifest
 from smaflib.runtime import Runtime, make_runtime
 from smaflib.self_training import DenoisedMaps, TargetRule, self_train, student_targets
@@ -283,7 +281,7 @@ def ablate(run: Run, seeds: Sequence[int]) -> Path:
             f"self_training.rounds is {run.config.self_training.rounds}, but an ablation trains one round; set it to 1"
         )
     records = []
-    with _locked(run.path("ablation")):
+    with files.locked(run.path("ablation"), "smaf ablate"):
         for seed in seeds:
             records += ablate_seed(_bench(run, seed), lambda line: print(line, file=sys.stderr, flush=True))
         before = read_ablation(run) or {}
@@ -296,7 +294,7 @@ def ablate(run: Run, seeds: Sequence[int]) -> Path:
 def _bench(run: Run, seed: int) -> Bench:
     config = run.config.model_copy(update={"seed": seed})
     folder = run.path("ablation", f"seed{seed}")
-    stages = read_manifest(run)["stages"]
+    stages = read_manifest(run.folder)["stages"]
     needed = ("01_data", "02_classifier", "03_multi_scale_attention", "05_self_training")
     complete = all(stages.get(name, {}).get("status") == "complete" for name in needed)
     borrowed, data = {}, folder
@@ -312,14 +310,12 @@ def _bench(run: Run, seed: int) -> Bench:
 
 def _describe(run: Run, seeds: Sequence[int]) -> dict[str, Any]:
     """What the numbers depend on."""
-    from smaflib.runs.runner import describe_machine  # it starts kernels, and notebooks that read a result need none
-
     return {
         "command": command(run, seeds),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seeds": list(seeds),
         "settings": run.config.model_dump(mode="json"),
-        **describe_machine(run),
+        **describe_machine(run.runtime.device),
         "variants": {name: variant.how for name, variant in VARIANTS.items()},
     }
 
@@ -327,19 +323,6 @@ def _describe(run: Run, seeds: Sequence[int]) -> dict[str, Any]:
 def command(run: Run, seeds: Sequence[int] = (0, 1, 2)) -> str:
     """The command that makes a run's ablation."""
     return run.command("--seeds", ",".join(map(str, seeds))).replace("smaf run", "smaf ablate", 1)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(
-                f"another smaf ablate is at work in {display_path(folder)}; wait for it or stop it"
-            ) from error
-        yield
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

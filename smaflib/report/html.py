@@ -33,7 +33,7 @@ def write_index(run: Run, command: str | None = None) -> Path:
     Returns:
         The path of ``index.html``.
     """
-    manifest = read_manifest(run)
+    manifest = read_manifest(run.folder)
     metrics = run.metrics()
     stages = [_stage_facts(run, stage, manifest["stages"].get(stage.name, {})) for stage in run.stages]
     pages = [stage for stage in stages if stage["page"]]

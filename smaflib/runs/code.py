@@ -1,0 +1,238 @@
+"""The modules of the library that a notebook's code brings in, found by reading them, and a hash of each.
+
+A module that is imported brings all that it imports at top level. What a function or class imports inside its body
+counts once the name analysis reaches it: from the names that the notebook uses, through the bodies of what they stand
+for, to the names used there. Only names count, so ``run.record`` reaches all of the class that ``run`` was made of, and
+a string that is a module's name, in code that is reached, is an import of all of it: too much rather than too little.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from smaflib import files
+
+PACKAGE = Path(__file__).parents[1]
+
+AROUND = ("", "errors", "explorer", "report", "runs")
+"""Parts of the package that show results or keep a run in order, ``""`` for its own ``__init__``: after a change there
+a notebook is executed again, but no network is trained and no map or mask made again."""
+
+EVERYTHING = "*"
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def imported_modules(sources: Iterable[str], package: Path = PACKAGE) -> dict[str, str]:
+    """The modules of a package that some code imports, directly or through one another, with their hashes.
+
+    Args:
+        sources: the code, a text per cell; what is no Python, such as a magic, is left out.
+        package: the package's folder.
+    """
+    cells = [cell for source in sources if (cell := _parse(source)) is not None]
+    closure = _Closure(package)
+    closure.follow("", _read_block([node for cell in cells for node in cell.body], "", inside=True))
+    names = sorted(name for name, block in closure.reached if not block)
+    return {name: closure.module(name).code for name in names}
+
+
+def is_around(module: str) -> bool:
+    """Whether a module belongs to :data:`AROUND`."""
+    return (module.split(".") + [""])[1] in AROUND
+
+
+def library_hash() -> str:
+    """SHA-256 of the library's own sources."""
+    return files.tree_hash([path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts], PACKAGE)
+
+
+def code_only(source: str) -> str:
+    """Code without comments, docstrings and layout; what is no Python, such as a magic, as it is."""
+    tree = _parse(source)
+    return source if tree is None else _dump(tree)
+
+
+def _parse(source: str) -> ast.Module | None:
+    try:
+        return ast.parse(source)
+    except SyntaxError:
+        return None
+
+
+def _dump(tree: ast.Module) -> str:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, *_FUNCTIONS)):
+            node.body = [line for line in node.body if not (isinstance(line, ast.Expr) and _text(line.value))]
+    return ast.dump(tree)
+
+
+def _text(node: ast.AST | None) -> str:
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def _name(node: ast.AST) -> str:
+    """``f`` of ``f`` and of ``module.f``."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+@dataclass
+class _Block:
+    """What a piece of code refers to.
+
+    Attributes:
+        imports: by local name, the module and the name there; ``""`` for the module itself.
+        names: all that is read or written.
+        attributes: names with an attribute of theirs, such as ``("files", "write_text")``.
+        texts: strings, which may be names of modules.
+    """
+
+    imports: dict[str, tuple[str, str]] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+    attributes: set[tuple[str, str]] = field(default_factory=set)
+    texts: set[str] = field(default_factory=set)
+
+
+@dataclass
+class _Module:
+    """A module: the hash of its code, its top level, and each function, class and constant of it by name."""
+
+    code: str
+    top: _Block
+    blocks: dict[str, _Block]
+
+
+class _Closure:
+    """Collects (module, block) pairs; block "" is a module's top level."""
+
+    def __init__(self, package: Path) -> None:
+        self.package, self.reached, self._todo = package, set[tuple[str, str]](), list[tuple[str, _Block]]()
+        self._path, self.module = cache(self._find), cache(self._read)  # each asks the disk
+
+    def _find(self, module: str) -> Path | None:
+        first, *parts = module.split(".")
+        if first != self.package.name or not all(part.isidentifier() for part in parts):
+            return None
+        path = self.package.joinpath(*parts)
+        return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()), None)
+
+    def _read(self, module: str) -> _Module:
+        path = self._path(module)
+        assert path is not None
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        return _read_module(path, package, path.stat().st_mtime_ns)
+
+    def follow(self, module: str, block: _Block) -> None:
+        """Reach all that a block of a module refers to, and so on."""
+        self._todo.append((module, block))
+        while self._todo:
+            name, todo = self._todo.pop()
+            self._refer(name, todo)
+
+    def _refer(self, module: str, block: _Block) -> None:
+        known = self.module(module) if module else _Module("", _Block(), {})
+        imports = known.top.imports | block.imports
+        for target, name in block.imports.values():
+            self._load(target)
+            self._load(f"{target}.{name}")
+        for text in block.texts:
+            if self._path(text):
+                self._reach(text, EVERYTHING)
+        for name, attribute in [*block.attributes, *((name, EVERYTHING) for name in block.names)]:
+            if name in imports:
+                target, original = imports[name]
+                inner = f"{target}.{original}".rstrip(".")
+                self._reach(*((inner, attribute) if self._path(inner) else (target, original)))
+            if name in known.blocks:
+                self._reach(module, name)
+
+    def _reach(self, module: str, name: str) -> None:
+        """Reach a name of a module, wherever the module itself has it from."""
+        if self._path(module) is None or (module, name) in self.reached:
+            return
+        self._load(module)
+        found = self.module(module)
+        if name == EVERYTHING:
+            for block in [*found.blocks, *found.top.imports]:
+                self._reach(module, block)
+        elif name in found.blocks:
+            self.reached.add((module, name))
+            self._todo.append((module, found.blocks[name]))
+        elif name in found.top.imports:
+            self._todo.append((module, _Block(names={name})))
+        elif self._path(f"{module}.{name}"):
+            self._reach(f"{module}.{name}", EVERYTHING)
+        elif name != "__getattr__":
+            self._reach(module, "__getattr__")
+
+    def _load(self, module: str) -> None:
+        """Import a module, if it is one, and the packages on the way to it."""
+        parts = module.split(".")
+        for name in (".".join(parts[: count + 1]) for count in range(len(parts) if self._path(module) else 0)):
+            if self._path(name) and (name, "") not in self.reached:
+                self.reached.add((name, ""))
+                self._todo.append((name, self.module(name).top))
+
+
+@cache
+def _read_module(path: Path, package: str, _changed: int) -> _Module:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top = _read_block(tree.body, package, inside=False)
+    blocks: dict[str, _Block] = {}
+    for node in (inner for statement in tree.body for inner in _nodes(statement, inside=False)):
+        if isinstance(node, (*_FUNCTIONS, ast.ClassDef)):
+            names = [node.name]
+            top.names |= set(names if node.decorator_list else ())  # what decorates it may call it
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+        else:
+            continue
+        block = _read_block([node], package, inside=True)
+        for name in names:
+            blocks[name] = block
+    return _Module(hashlib.sha256(_dump(tree).encode()).hexdigest()[:16], top, blocks)
+
+
+def _read_block(nodes: Iterable[ast.AST], package: str, inside: bool) -> _Block:
+    """What some statements refer to; with ``inside`` also the bodies of their functions, and their texts."""
+    block = _Block()
+    for node in (inner for statement in nodes for inner in _nodes(statement, inside)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                block.imports[alias.asname or alias.name] = (alias.name, "")
+                block.names |= set(() if alias.asname else {alias.name})  # its uses are attributes of attributes
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*parents, *([node.module] if node.module else [])])
+            for alias in node.names:
+                block.imports[alias.asname or alias.name] = (source, alias.name)
+                block.names |= {EVERYTHING} if alias.name == EVERYTHING else set()
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            block.attributes.add((node.value.id, node.attr))
+        elif isinstance(node, ast.Name):
+            block.names.add(node.id)
+        elif inside and _text(node):
+            block.texts.add(_text(node))
+        elif isinstance(node, ast.Call) and node.args and _name(node.func) in ("import_module", "__import__"):
+            block.texts.add(_text(node.args[0]))
+    return block
+
+
+def _nodes(node: ast.AST, inside: bool) -> Iterator[ast.AST]:
+    """A node and those below it, without what only type checkers see; bodies of functions only with ``inside``."""
+    yield node
+    children: Iterable[ast.AST] = ast.iter_child_nodes(node)
+    if isinstance(node, ast.If) and _name(node.test) == "TYPE_CHECKING":
+        children = node.orelse
+    elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        children = ()  # as a pair, so that of a module only this attribute counts
+    elif isinstance(node, _FUNCTIONS):
+        defaults = [default for default in [*node.args.defaults, *node.args.kw_defaults] if default]
+        children = [*node.decorator_list, *defaults, *(node.body if inside else ())]
+    for child in children:
+        yield from _nodes(child, inside)
