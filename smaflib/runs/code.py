@@ -86,7 +86,7 @@ class _Block:
 
     Attributes:
         imports: by local name, the module and the name there; ``""`` for the module itself.
-        names: all that is read or written.
+        names: all that is read.
         attributes: names with an attribute of theirs, such as ``("files", "write_text")``.
         texts: strings, which may be names of modules.
     """
@@ -214,7 +214,7 @@ def _read_block(nodes: Iterable[ast.AST], package: str, inside: bool) -> _Block:
                 block.names |= {EVERYTHING} if alias.name == EVERYTHING else set()
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             block.attributes.add((node.value.id, node.attr))
-        elif isinstance(node, ast.Name):
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
             block.names.add(node.id)
         elif inside and _text(node):
             block.texts.add(_text(node))
