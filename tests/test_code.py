@@ -45,6 +45,17 @@ def chosen(): import box.helper
 def not_chosen(): import box.never
 def open_run(): return Run()
 """,
+    "twice": """
+try:
+    from box.teacher import train
+except ImportError:
+    from box.student import train
+rules = {}
+rules["help"] = help_me
+def help_me(): from box import helper
+""",
+    "ring": "from box import ring2\ndef f(): return ring2",
+    "ring2": "from box import ring\ndef f(): return ring",
     "lazy": """
 import importlib
 _WHERE = {"train": "box.teacher"}
@@ -81,6 +92,8 @@ def box(tmp_path: Path) -> Path:
             "from box.classes import open_run\nopen_run().samples()",
             "alone classes data data.labels data.voc files helper",
         ),
+        ("from box.twice import train", "helper student teacher twice"),  # what stands in a table may be called
+        ("from box.ring import f\nf()", "ring ring2"),
         ("from box import lazy", "lazy"),
         ("from box.lazy import train\ntrain()", "lazy teacher"),
         ("import importlib\nimportlib.import_module('box.alone')", "alone"),

@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -84,6 +86,17 @@ def inputs(run: Run, notebook: Path) -> dict:
 def reason(run: Run, notebook: Path, **options: bool) -> str | None:
     stage = stage_named(notebook.stem, CHAIN)
     return why_not_complete(run.folder, stage, run.config, inputs(run, notebook), **options)
+
+
+def test_runs_are_light_to_import_on_every_system():
+    code = """if True:
+        import sys
+        sys.modules["fcntl"] = None  # Windows has none
+        import smaflib.runs
+        print({"torch", "pandas", "jupyter_client", "papermill", "filelock"} & set(sys.modules))
+        import smaflib.runs.provisioner, smaflib.runs.runner"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n" and done.returncode == 0, done.stderr
 
 
 # stages

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -36,9 +37,8 @@ def imported_modules(sources: Iterable[str], package: Path = PACKAGE) -> dict[st
     """
     cells = [cell for source in sources if (cell := _parse(source)) is not None]
     closure = _Closure(package)
-    closure.follow("", _read_block([node for cell in cells for node in cell.body], "", inside=True))
-    names = sorted(name for name, block in closure.reached if not block)
-    return {name: closure.module(name).code for name in names}
+    closure.follow(_read_block(_Block(), [node for cell in cells for node in cell.body], "", inside=True))
+    return {name: closure.module(name).code for name, inner in sorted(closure.reached) if not inner}
 
 
 def is_around(module: str) -> bool:
@@ -85,33 +85,77 @@ class _Block:
     """What a piece of code refers to.
 
     Attributes:
-        imports: by local name, the module and the name there; ``""`` for the module itself.
-        names: all that is read.
-        attributes: names with an attribute of theirs, such as ``("files", "write_text")``.
+        imports: local name, module, and the name there; ``""`` for the module itself.
+        uses: names that are read, each with its attribute, such as ``("files", "write_text")``; ``*`` without one.
         texts: strings, which may be names of modules.
     """
 
-    imports: dict[str, tuple[str, str]] = field(default_factory=dict)
-    names: set[str] = field(default_factory=set)
-    attributes: set[tuple[str, str]] = field(default_factory=set)
+    imports: set[tuple[str, str, str]] = field(default_factory=set)
+    uses: set[tuple[str, str]] = field(default_factory=set)
     texts: set[str] = field(default_factory=set)
 
 
 @dataclass
 class _Module:
-    """A module: the hash of its code, its top level, and each function, class and constant of it by name."""
+    """A module: the hash of its code, and its functions, classes and constants by name; ``""`` is its top level."""
 
-    code: str
-    top: _Block
-    blocks: dict[str, _Block]
+    code: str = ""
+    blocks: dict[str, _Block] = field(default_factory=lambda: defaultdict(_Block))
 
 
 class _Closure:
-    """Collects (module, block) pairs; block "" is a module's top level."""
+    """Collects the names of modules that some code reaches; the name ``""`` of a module means that it is imported."""
 
     def __init__(self, package: Path) -> None:
         self.package, self.reached, self._todo = package, set[tuple[str, str]](), list[tuple[str, _Block]]()
         self._path, self.module = cache(self._find), cache(self._read)  # each asks the disk
+
+    def follow(self, block: _Block) -> None:
+        """Reach all that some code refers to, and so on."""
+        self._todo.append(("", block))
+        while self._todo:
+            module, block = self._todo.pop()
+            known = self.module(module).blocks
+            for _, target, name in block.imports:
+                self._load(target)
+                self._load(f"{target}.{name}")
+            for text in block.texts:
+                self._reach(text, EVERYTHING)
+            for name, attribute in block.uses:
+                for local, target, original in known[""].imports | block.imports:
+                    if local == name:
+                        inner = f"{target}.{original}".rstrip(".")
+                        self._reach(*((inner, attribute) if self._path(inner) else (target, original)))
+                if name in known:
+                    self._reach(module, name)
+
+    def _reach(self, module: str, name: str) -> None:
+        """Reach a name of a module, wherever the module itself has it from."""
+        if self._path(module) is None or (module, name) in self.reached:
+            return
+        self._load(module)
+        self.reached.add((module, name))
+        blocks = self.module(module).blocks
+        imported = {local for local, _, _ in blocks[""].imports}
+        if name == EVERYTHING:
+            for inner in blocks.keys() | imported:
+                self._reach(module, inner)
+        elif name in blocks:
+            self._todo.append((module, blocks[name]))
+        elif name in imported:
+            self._todo.append((module, _Block(uses={(name, EVERYTHING)})))
+        elif self._path(f"{module}.{name}"):
+            self._reach(f"{module}.{name}", EVERYTHING)
+        else:
+            self._reach(module, "__getattr__")
+
+    def _load(self, module: str) -> None:
+        """Import a module, if it is one, and the packages on the way to it."""
+        parts = module.split(".") if self._path(module) else ()
+        for name in (".".join(parts[: count + 1]) for count in range(len(parts))):
+            if self._path(name) and (name, "") not in self.reached:
+                self.reached.add((name, ""))
+                self._todo.append((name, self.module(name).blocks[""]))
 
     def _find(self, module: str) -> Path | None:
         first, *parts = module.split(".")
@@ -122,100 +166,51 @@ class _Closure:
 
     def _read(self, module: str) -> _Module:
         path = self._path(module)
-        assert path is not None
+        if path is None:  # the code that all begins with
+            return _Module()
         package = module if path.name == "__init__.py" else module.rpartition(".")[0]
         return _read_module(path, package, path.stat().st_mtime_ns)
-
-    def follow(self, module: str, block: _Block) -> None:
-        """Reach all that a block of a module refers to, and so on."""
-        self._todo.append((module, block))
-        while self._todo:
-            name, todo = self._todo.pop()
-            self._refer(name, todo)
-
-    def _refer(self, module: str, block: _Block) -> None:
-        known = self.module(module) if module else _Module("", _Block(), {})
-        imports = known.top.imports | block.imports
-        for target, name in block.imports.values():
-            self._load(target)
-            self._load(f"{target}.{name}")
-        for text in block.texts:
-            if self._path(text):
-                self._reach(text, EVERYTHING)
-        for name, attribute in [*block.attributes, *((name, EVERYTHING) for name in block.names)]:
-            if name in imports:
-                target, original = imports[name]
-                inner = f"{target}.{original}".rstrip(".")
-                self._reach(*((inner, attribute) if self._path(inner) else (target, original)))
-            if name in known.blocks:
-                self._reach(module, name)
-
-    def _reach(self, module: str, name: str) -> None:
-        """Reach a name of a module, wherever the module itself has it from."""
-        if self._path(module) is None or (module, name) in self.reached:
-            return
-        self._load(module)
-        found = self.module(module)
-        if name == EVERYTHING:
-            for block in [*found.blocks, *found.top.imports]:
-                self._reach(module, block)
-        elif name in found.blocks:
-            self.reached.add((module, name))
-            self._todo.append((module, found.blocks[name]))
-        elif name in found.top.imports:
-            self._todo.append((module, _Block(names={name})))
-        elif self._path(f"{module}.{name}"):
-            self._reach(f"{module}.{name}", EVERYTHING)
-        elif name != "__getattr__":
-            self._reach(module, "__getattr__")
-
-    def _load(self, module: str) -> None:
-        """Import a module, if it is one, and the packages on the way to it."""
-        parts = module.split(".")
-        for name in (".".join(parts[: count + 1]) for count in range(len(parts) if self._path(module) else 0)):
-            if self._path(name) and (name, "") not in self.reached:
-                self.reached.add((name, ""))
-                self._todo.append((name, self.module(name).top))
 
 
 @cache
 def _read_module(path: Path, package: str, _changed: int) -> _Module:
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    top = _read_block(tree.body, package, inside=False)
-    blocks: dict[str, _Block] = {}
+    module = _Module(hashlib.sha256(_dump(tree).encode()).hexdigest()[:16])
+    _read_block(module.blocks[""], tree.body, package, inside=False)
     for node in (inner for statement in tree.body for inner in _nodes(statement, inside=False)):
+        names: list[str] = []
         if isinstance(node, (*_FUNCTIONS, ast.ClassDef)):
             names = [node.name]
-            top.names |= set(names if node.decorator_list else ())  # what decorates it may call it
+            if node.decorator_list:  # what decorates it may call it
+                module.blocks[""].uses.add((node.name, EVERYTHING))
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names = [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
-        else:
-            continue
-        block = _read_block([node], package, inside=True)
         for name in names:
-            blocks[name] = block
-    return _Module(hashlib.sha256(_dump(tree).encode()).hexdigest()[:16], top, blocks)
+            _read_block(module.blocks[name], [node], package, inside=True)
+    return module
 
 
-def _read_block(nodes: Iterable[ast.AST], package: str, inside: bool) -> _Block:
-    """What some statements refer to; with ``inside`` also the bodies of their functions, and their texts."""
-    block = _Block()
+def _read_block(block: _Block, nodes: Iterable[ast.AST], package: str, inside: bool) -> _Block:
+    """Add to a block what some statements refer to; with ``inside`` also bodies of functions, and texts."""
     for node in (inner for statement in nodes for inner in _nodes(statement, inside)):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                block.imports[alias.asname or alias.name] = (alias.name, "")
-                block.names |= set(() if alias.asname else {alias.name})  # its uses are attributes of attributes
+                block.imports.add((alias.asname or alias.name, alias.name, ""))
+                if not alias.asname:  # its uses are attributes of attributes
+                    block.uses.add((alias.name, EVERYTHING))
         elif isinstance(node, ast.ImportFrom):
-            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            source = ".".join([*parents, *([node.module] if node.module else [])])
+            parents = package.split(".") if node.level else []
+            parents = parents[: len(parents) - node.level + 1]
+            source = ".".join([*parents, *filter(None, [node.module])])
             for alias in node.names:
-                block.imports[alias.asname or alias.name] = (source, alias.name)
-                block.names |= {EVERYTHING} if alias.name == EVERYTHING else set()
+                block.imports.add((alias.asname or alias.name, source, alias.name))
+                if alias.name == EVERYTHING:
+                    block.uses.add((EVERYTHING, EVERYTHING))
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            block.attributes.add((node.value.id, node.attr))
+            block.uses.add((node.value.id, node.attr))
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            block.names.add(node.id)
+            block.uses.add((node.id, EVERYTHING))
         elif inside and _text(node):
             block.texts.add(_text(node))
         elif isinstance(node, ast.Call) and node.args and _name(node.func) in ("import_module", "__import__"):
