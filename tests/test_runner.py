@@ -271,6 +271,19 @@ def test_keep_stale_keeps_what_another_version_made_and_says_so(chain, toolbox, 
     assert chain.log == ["01", "02", "01"]
 
 
+def test_keep_stale_resumes_what_another_version_began(chain, toolbox, capfd):
+    before = chain.file("cams/0.npz").stat().st_mtime_ns
+    manifest = json.loads(chain.file("manifest.json").read_text())
+    manifest["stages"]["01_make"]["status"] = "failed"
+    chain.file("manifest.json").write_text(json.dumps(manifest))
+    (toolbox / "cams.py").write_text("value = 2")
+    chain.run(keep_stale=True)
+    assert "01_make  starts (resumes; kept by --keep-stale though toolbox.cams changed)" in capfd.readouterr().err
+    assert chain.log == ["01", "02", "01"] and chain.file("cams/0.npz").stat().st_mtime_ns == before
+    chain.run()
+    assert chain.log == ["01", "02", "01", "01"] and chain.file("cams/0.npz").stat().st_mtime_ns > before
+
+
 # taken over from another run
 
 

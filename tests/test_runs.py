@@ -18,11 +18,18 @@ from smaflib.config.reads import settings_at
 from smaflib.errors import ConfigError, MissingStage, RunError, RunMismatch
 from smaflib.files import PARTIAL, PROJECT_ROOT, absolute, replacing
 from smaflib.runs import Run, find_run, manifest, open_run, read_run
-from smaflib.runs.inputs import changed_names, data_hashes, difference, notebook_hash, stage_inputs, why_not_complete
+from smaflib.runs.inputs import (
+    changed_names,
+    config_hash,
+    data_hashes,
+    difference,
+    notebook_hash,
+    stage_inputs,
+    why_not_complete,
+)
 from smaflib.runs.manifest import (
     clear_stage,
     damaged_artifacts,
-    hash_value,
     list_artifacts,
     read_manifest,
     record_hash,
@@ -299,7 +306,7 @@ def test_stage_that_has_not_finished_resumes_with_the_same_settings_only(run, tm
     notebook = write_notebook(tmp_path / "01_make.ipynb", "x = 1")
     entry = {
         "status": "running",
-        "config_hash": hash_value(run.config.model_dump(mode="json")),
+        "config_hash": config_hash(run.config),
         **inputs(run, notebook),
     }
     write_manifest(run.folder, {"stages": {"01_make": entry}})

@@ -150,11 +150,14 @@ def changed_names(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     return [name for name in {**before, **now} if before.get(name) != now.get(name)]
 
 
+def config_hash(config: Config) -> str:
+    """SHA-256 of all settings."""
+    return hash_value(config.model_dump(mode="json"))
+
+
 def _changed_settings(entry: Entry, config: Config) -> str | None:
     if "settings_read" not in entry:
-        return (
-            None if entry.get("config_hash") == hash_value(config.model_dump(mode="json")) else "its settings changed"
-        )
+        return None if entry.get("config_hash") == config_hash(config) else "its settings changed"
     before, now = entry["settings_read"], settings_at(entry["settings_read"], config)
     for name in changed_names(before, now):
         left, right = before[name], now.get(name, "-")

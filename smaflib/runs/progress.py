@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +54,8 @@ class NotebookMonitor:
         title: str,
         num_cells: int,
         on_kernel: Callable[[int], None],
-        spare: Callable[..., Any] = lambda *arguments: None,
-        **env: str,
+        spare: Callable[..., Any] | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.cell = 0
         self.peak_memory_mb: int | None = None
@@ -66,7 +66,7 @@ class NotebookMonitor:
         self._temporary = tempfile.TemporaryDirectory(prefix="smaf-")
         self._folder = Path(self._temporary.name)
         self._progress = self._folder / "progress"
-        self._env = KERNEL_ENVIRONMENT | {"SMAF_PROGRESS_FILE": str(self._progress)} | env
+        self._env = KERNEL_ENVIRONMENT | {"SMAF_PROGRESS_FILE": str(self._progress)} | dict(env or {})
 
     def __enter__(self) -> NotebookMonitor:
         self._thread.start()

@@ -30,7 +30,7 @@ class Provisioner(LocalProvisioner):
     """Launches a kernel whose output goes to a file: in the terminal it would tear the progress bar.
 
     Attributes:
-        spare: a function like :meth:`smaflib.runs.kernel.SpareKernel.become_kernel`, of all but the version.
+        spare: a function like :meth:`smaflib.runs.kernel.SpareKernel.become_kernel`, for all but the version; or None.
         output: the file.
         on_kernel: is told the process id.
     """
@@ -42,7 +42,7 @@ class Provisioner(LocalProvisioner):
     async def launch_kernel(self, cmd: list[str], **options: Any) -> Any:
         """Turn the spare process into the kernel; without one, start a process."""
         cwd = options.get("cwd") or os.getcwd()
-        process = self.spare(cmd[len(COMMAND) :], options["env"], cwd, str(self.output))
+        process = self.spare and self.spare(cmd[len(COMMAND) :], options["env"], cwd, str(self.output))
         if process is None:
             with self.output.open("wb") as output:
                 await super().launch_kernel(cmd, **options | {"stdout": output, "stderr": output})
@@ -53,7 +53,7 @@ class Provisioner(LocalProvisioner):
 
 
 def kernel_manager_class(
-    folder: Path, env: Mapping[str, str], **config: Callable[..., Any]
+    folder: Path, env: Mapping[str, str], **config: Callable[..., Any] | None
 ) -> type[AsyncKernelManager]:
     """A manager of kernels of this very interpreter; an installed kernel called python3 may belong to another one.
 

@@ -34,7 +34,9 @@ from smaflib.runs.code import is_around, library_hash
 from smaflib.runs.environment import describe_machine
 from smaflib.runs.inputs import (
     NEVER_RAN,
+    RESUMES,
     changed_names,
+    config_hash,
     data_hashes,
     difference,
     notebook_cells,
@@ -45,7 +47,6 @@ from smaflib.runs.kernel import SETTINGS_FILE, SpareKernel
 from smaflib.runs.manifest import (
     Entry,
     clear_stage,
-    hash_value,
     list_artifacts,
     missing_outputs,
     read_manifest,
@@ -234,19 +235,21 @@ class _Chain:
                 _log(f"{stage.name}  taken over from {source.name}{_stale(entry, inputs)}")
                 return
             reason = f"{f'{reason}; ' if reason != NEVER_RAN else ''}{source.name}: {refusal}"
-        before = read_manifest(folder)["stages"].get(stage.name)
-        resumed = (
-            before is not None and difference(before, config, inputs, lambda module: not is_around(module)) is None
-        )
-        if resumed and difference(before, config, inputs):
-            reason += "; its artifacts stay"
+        resumed = read_manifest(folder)["stages"].get(stage.name)
+        if resumed and difference(resumed, config, inputs, lambda module: not (self.keep_stale or is_around(module))):
+            resumed = None
+        if resumed and difference(resumed, config, inputs):
+            reason += _stale(resumed, inputs) if self.keep_stale else "; its artifacts stay"
         if reason != NEVER_RAN or not sys.stderr.isatty():  # a terminal shows the bar
-            _log(f"{stage.name}  starts{f' ({reason})' if reason != NEVER_RAN else ''}")
-        self._execute(stage, notebook, self._begin(stage, inputs, before if resumed else None))
+            what = {NEVER_RAN: "starts", RESUMES: RESUMES}.get(reason, f"starts ({reason})")
+            _log(f"{stage.name}  {what}")
+        self._execute(stage, notebook, self._begin(stage, inputs, resumed))
 
     def _begin(self, stage: Stage, inputs: Entry, resumed: Entry | None) -> Entry:
         """Make room for a stage and give it a manifest entry; ``resumed`` is that of the attempt that it resumes."""
         run, settings = self.run, self._settings_file(stage)
+        if resumed and self.keep_stale:
+            inputs = inputs | {"modules": resumed["modules"]}  # without the option it runs anew
         clear_stage(run.folder, stage, resumed)
         # What is there is not made again; the settings that it was made with count although nobody reads them now.
         names = recorded_settings(settings, run.config) | resumed.get("settings_read", {}) if resumed else {}
@@ -264,7 +267,7 @@ class _Chain:
                 "run_dir": display_path(run.folder),
             },
             **inputs,
-            "config_hash": hash_value(run.config.model_dump(mode="json")),
+            "config_hash": config_hash(run.config),
         }
         _put_entry(run.folder, stage, entry)
         return entry
@@ -281,11 +284,10 @@ class _Chain:
             if self.spare is not None and stage != self.run.stages[-1]:
                 self.spare.prepare(library)
 
-        options: dict[str, Any] = {SETTINGS_FILE: str(self._settings_file(stage))}
-        if self.spare is not None:
-            options["spare"] = partial(self.spare.become_kernel, library)
         num_cells = len(notebook_cells(notebook)) + 1  # papermill adds one
-        monitor = NotebookMonitor(stage.name, num_cells, note_kernel, **options)
+        spare = partial(self.spare.become_kernel, library) if self.spare else None
+        env = {SETTINGS_FILE: str(self._settings_file(stage))}
+        monitor = NotebookMonitor(stage.name, num_cells, note_kernel, spare, env)
 
         def measured() -> Entry:
             return {"seconds": round(time.monotonic() - begun, 1), "peak_memory_mb": monitor.peak_memory_mb}
@@ -408,7 +410,7 @@ def _describe_run(run: Run) -> None:
         "run": run.name,
         "config_file": display_path(run.config_file),
         "overrides": list(run.overrides),
-        "config_hash": hash_value(run.config.model_dump(mode="json")),
+        "config_hash": config_hash(run.config),
         "seed": run.config.seed,
         **describe_machine(run.runtime.device),
     }
