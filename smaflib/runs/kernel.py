@@ -146,7 +146,7 @@ def follow_parent(interval: float = 0.5) -> None:
     threading.Thread(target=watch, daemon=True, name="follow_parent").start()
 
 
-def recorded_settings() -> contextlib.AbstractContextManager[None]:
+def recording_settings() -> contextlib.AbstractContextManager[None]:
     """Note which settings are read, if the environment asks for it."""
     # A library that does not import fails again in the notebook's own cell, where its reader sees it.
     with contextlib.suppress(Exception):
@@ -165,5 +165,5 @@ if __name__ == "__main__":
     from ipykernel.kernelapp import launch_new_instance
 
     faulthandler.enable(os.dup(2), all_threads=False)  # ipykernel puts a pipe in place of 2, which dies with it
-    with recorded_settings():
+    with recording_settings():
         launch_new_instance()

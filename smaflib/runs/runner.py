@@ -107,7 +107,7 @@ def run_notebooks(
         RunStopped: if Ctrl-C or a signal ends the run.
     """
     chosen = _choose(stages, until_stage)
-    anew = _stages_to_rerun(stages, from_stage, chosen)
+    rerun = _stages_to_rerun(stages, from_stage, chosen)
     config_file = absolute(config_file)
     config = load_config(config_file, list(overrides))
     _check_notebooks(notebooks, chosen)
@@ -119,13 +119,13 @@ def run_notebooks(
     run = open_run(folder, config_file, overrides, stages=stages)
     with files.locked(folder, "smaf run"):
         _await_kernel_of_killed_runner(folder)
-        _invalidate(folder, anew)
+        _invalidate(folder, rerun)
         # A spare kernel has imported what the chain's notebooks import; other chains are tests'.
         spare = SpareKernel(KERNEL_ENVIRONMENT) if stages == STAGES and os.name == "posix" else None
         with spare or contextlib.nullcontext():
             chain = _Chain(run, notebooks, data, sources, keep_stale, spare)
             for stage in chosen:
-                chain.run_stage(stage, reused=stage not in anew)
+                chain.run_stage(stage, reused=stage not in rerun)
         index = write_index(run)
     print(f"{results_text(run)}\n\nreport: {display_path(index)}", flush=True)
     return run
@@ -388,10 +388,10 @@ def _stale(entry: Entry, inputs: Entry) -> str:
     return f"; kept by --keep-stale though {', '.join(changed)} changed" if changed else ""
 
 
-def _invalidate(folder: Path, anew: Sequence[Stage]) -> None:
+def _invalidate(folder: Path, rerun: Sequence[Stage]) -> None:
     """Drop entries of stages from the manifest: without one, a stage starts from nothing."""
     manifest = read_manifest(folder)
-    if [stage for stage in anew if manifest["stages"].pop(stage.name, None)]:
+    if [stage for stage in rerun if manifest["stages"].pop(stage.name, None)]:
         write_manifest(folder, manifest)
 
 
