@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -79,6 +80,19 @@ def save_image(path: Path, image: Image.Image) -> None:
     """Write a picture, all or nothing; the ending chooses the format."""
     with replacing(path) as temporary:
         image.save(temporary)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, all or nothing, by a hard link where the file system has them.
+
+    A link is safe because nothing in this project is written in place.
+    """
+    with replacing(target) as temporary:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source, temporary)
 
 
 def file_hash(path: Path) -> str:

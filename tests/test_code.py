@@ -39,7 +39,11 @@ class Run:
     def samples(self):
         from box.data import load
         return load()
+    def masks(self):
+        from box import never
     kind = table["x"]
+class Parser(Run):
+    def called_by_its_base(self): import box.never
 table = {"x": chosen}
 def chosen(): import box.helper
 def not_chosen(): import box.never
@@ -56,11 +60,14 @@ def help_me(): from box import helper
 """,
     "ring": "from box import ring2\ndef f(): return ring2",
     "ring2": "from box import ring\ndef f(): return ring",
-    "lazy": """
+    "lazy.__init__": """
 import importlib
-_WHERE = {"train": "box.teacher"}
-def __getattr__(name): return getattr(importlib.import_module(_WHERE[name]), name)
+_HOMES = {"train": "cams", "write": "box.files"}
+if not TYPE_CHECKING:
+    def __getattr__(name): return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 """,
+    "lazy.cams": "def train(): import box.teacher",
+    "lazy.other": "",
 }
 
 
@@ -88,14 +95,18 @@ def box(tmp_path: Path) -> Path:
         ("from box.pipeline import train_student\ntrain_student()", "helper pipeline student"),
         ("def f():\n    from box.data import load\n    load()", "data data.labels data.voc files"),
         ("from box.data import load", "data data.labels data.voc"),
+        ("from box.classes import open_run\nopen_run()", "alone classes helper"),
         (
             "from box.classes import open_run\nopen_run().samples()",
             "alone classes data data.labels data.voc files helper",
         ),
+        ("from box.classes import open_run\nx = open_run\ngetattr(x, 'masks')", "alone classes helper never"),
+        ("from box.classes import Parser\nParser()", "alone classes helper never"),
         ("from box.twice import train", "helper student teacher twice"),  # what stands in a table may be called
         ("from box.ring import f\nf()", "ring ring2"),
         ("from box import lazy", "lazy"),
-        ("from box.lazy import train\ntrain()", "lazy teacher"),
+        ("from box.lazy import train\ntrain()", "lazy lazy.cams teacher"),
+        ("from box import lazy\nlazy.write()", "alone files lazy"),
         ("import importlib\nimportlib.import_module('box.alone')", "alone"),
     ],
 )

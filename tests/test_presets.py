@@ -137,7 +137,7 @@ def runs(
         import sys
         from pathlib import Path
         from smaflib.runs.runner import run_notebooks
-        from smaflib.runs import STAGES
+        from smaflib.runs.stages import STAGES
         run_notebooks(sys.argv[1], sys.argv[2], sys.argv[4:], runs=Path(sys.argv[3]), stages=STAGES[1:])
     """
 

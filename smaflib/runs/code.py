@@ -2,8 +2,8 @@
 
 A module that is imported brings all that it imports at top level. What a function or class imports inside its body
 counts once the name analysis reaches it: from the names that the notebook uses, through the bodies of what they stand
-for, to the names used there. Only names count, so ``run.record`` reaches all of the class that ``run`` was made of, and
-a string that is a module's name, in code that is reached, is an import of all of it: too much rather than too little.
+for, to the names used there. A method counts once its class is reached and any attribute of its name is used, whatever
+it belongs to: too much rather than too little. Of a class with bases all methods count, since a base may call them.
 """
 
 from __future__ import annotations
@@ -87,20 +87,27 @@ class _Block:
     Attributes:
         imports: local name, module, and the name there; ``""`` for the module itself.
         uses: names that are read, each with its attribute, such as ``("files", "write_text")``; ``*`` without one.
-        texts: strings, which may be names of modules.
+        attributes: all names behind a dot.
     """
 
     imports: set[tuple[str, str, str]] = field(default_factory=set)
     uses: set[tuple[str, str]] = field(default_factory=set)
-    texts: set[str] = field(default_factory=set)
+    attributes: set[str] = field(default_factory=set)
 
 
 @dataclass
 class _Module:
-    """A module: the hash of its code, and its functions, classes and constants by name; ``""`` is its top level."""
+    """A module.
+
+    Attributes:
+        code: its hash.
+        blocks: its functions, classes, methods (``Class.method``) and constants by name; ``""`` is its top level.
+        texts: its tables of texts, such as those from which a ``__getattr__`` imports: (key, value).
+    """
 
     code: str = ""
     blocks: dict[str, _Block] = field(default_factory=lambda: defaultdict(_Block))
+    texts: set[tuple[str, str]] = field(default_factory=set)
 
 
 class _Closure:
@@ -108,6 +115,7 @@ class _Closure:
 
     def __init__(self, package: Path) -> None:
         self.package, self.reached, self._todo = package, set[tuple[str, str]](), list[tuple[str, _Block]]()
+        self._attributes, self._methods = set[str](), list[tuple[str, str]]()  # seen; not called so far
         self._path, self.module = cache(self._find), cache(self._read)  # each asks the disk
 
     def follow(self, block: _Block) -> None:
@@ -119,8 +127,6 @@ class _Closure:
             for _, target, name in block.imports:
                 self._load(target)
                 self._load(f"{target}.{name}")
-            for text in block.texts:
-                self._reach(text, EVERYTHING)
             for name, attribute in block.uses:
                 for local, target, original in known[""].imports | block.imports:
                     if local == name:
@@ -128,6 +134,10 @@ class _Closure:
                         self._reach(*((inner, attribute) if self._path(inner) else (target, original)))
                 if name in known:
                     self._reach(module, name)
+            if new := block.attributes - self._attributes:
+                self._attributes |= new
+                for of, method in [waiting for waiting in self._methods if waiting[1].partition(".")[2] in new]:
+                    self._reach(of, method)
 
     def _reach(self, module: str, name: str) -> None:
         """Reach a name of a module, wherever the module itself has it from."""
@@ -135,19 +145,25 @@ class _Closure:
             return
         self._load(module)
         self.reached.add((module, name))
-        blocks = self.module(module).blocks
+        blocks, texts = self.module(module).blocks, self.module(module).texts
         imported = {local for local, _, _ in blocks[""].imports}
         if name == EVERYTHING:
             for inner in blocks.keys() | imported:
                 self._reach(module, inner)
         elif name in blocks:
             self._todo.append((module, blocks[name]))
+            methods = [block for block in blocks if block.startswith(f"{name}.")]
+            self._methods += [(module, method) for method in methods]
+            for method in methods:
+                if method.partition(".")[2] in self._attributes:
+                    self._reach(module, method)
         elif name in imported:
             self._todo.append((module, _Block(uses={(name, EVERYTHING)})))
         elif self._path(f"{module}.{name}"):
             self._reach(f"{module}.{name}", EVERYTHING)
-        else:
-            self._reach(module, "__getattr__")
+        else:  # a name that __getattr__ imports, by a table at best
+            for home in (home for key, home in texts if key == name):
+                self._reach(home if self._path(home) else f"{module}.{home}", name)
 
     def _load(self, module: str) -> None:
         """Import a module, if it is one, and the packages on the way to it."""
@@ -179,20 +195,28 @@ def _read_module(path: Path, package: str, _changed: int) -> _Module:
     _read_block(module.blocks[""], tree.body, package, inside=False)
     for node in (inner for statement in tree.body for inner in _nodes(statement, inside=False)):
         names: list[str] = []
-        if isinstance(node, (*_FUNCTIONS, ast.ClassDef)):
+        if isinstance(node, ast.Dict):
+            module.texts |= {(_text(key), _text(value)) for key, value in zip(node.keys, node.values, strict=True)}
+        elif isinstance(node, (*_FUNCTIONS, ast.ClassDef)):
             names = [node.name]
             if node.decorator_list:  # what decorates it may call it
                 module.blocks[""].uses.add((node.name, EVERYTHING))
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names = [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
-        for name in names:
-            _read_block(module.blocks[name], [node], package, inside=True)
+        parts: dict[str, list[ast.AST]] = {name: [node] for name in names}
+        if isinstance(node, ast.ClassDef) and not node.bases:
+            parts = {node.name: list(node.decorator_list)}
+            for part in node.body:
+                method = part.name if isinstance(part, _FUNCTIONS) and not part.name.startswith("__") else ""
+                parts.setdefault(f"{node.name}.{method}".strip("."), []).append(part)
+        for name, nodes in parts.items():
+            _read_block(module.blocks[name], nodes, package, inside=True)
     return module
 
 
 def _read_block(block: _Block, nodes: Iterable[ast.AST], package: str, inside: bool) -> _Block:
-    """Add to a block what some statements refer to; with ``inside`` also bodies of functions, and texts."""
+    """Add to a block what some statements refer to; with ``inside`` also bodies of functions."""
     for node in (inner for statement in nodes for inner in _nodes(statement, inside)):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -207,14 +231,18 @@ def _read_block(block: _Block, nodes: Iterable[ast.AST], package: str, inside: b
                 block.imports.add((alias.asname or alias.name, source, alias.name))
                 if alias.name == EVERYTHING:
                     block.uses.add((EVERYTHING, EVERYTHING))
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            block.uses.add((node.value.id, node.attr))
+        elif isinstance(node, ast.Attribute):
+            block.attributes.add(node.attr)
+            if isinstance(node.value, ast.Name):
+                block.uses.add((node.value.id, node.attr))
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
             block.uses.add((node.id, EVERYTHING))
-        elif inside and _text(node):
-            block.texts.add(_text(node))
         elif isinstance(node, ast.Call) and node.args and _name(node.func) in ("import_module", "__import__"):
-            block.texts.add(_text(node.args[0]))
+            module = _text(node.args[0])
+            block.imports.add((module, module, ""))
+            block.uses.add((module, EVERYTHING))
+        elif isinstance(node, ast.Call) and len(node.args) > 1 and _name(node.func) == "getattr":
+            block.attributes.add(_text(node.args[1]))
     return block
 
 

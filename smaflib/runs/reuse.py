@@ -7,10 +7,7 @@ the manifest of a finished run says what each of its stages read.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from smaflib import files
@@ -48,24 +45,18 @@ def take_over(source: Path, folder: Path, stage: Stage, config: Config, inputs: 
         write_manifest(folder, manifest)
     clear_stage(folder, stage)
     for key in entry["artifacts"]:
-        for path in _files(source / key):
-            _link(path, folder / path.relative_to(source))
+        _copy(source / key, folder / key)
     replace_records(folder, stage.name, [record for record in read_records(source) if record["stage"] == stage.name])
     manifest["stages"][stage.name] = entry | {"reused_from": files.display_path(source)}
     write_manifest(folder, manifest)
     return None
 
 
-def _files(path: Path) -> Iterator[Path]:
-    return (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else iter([path])
-
-
-def _link(source: Path, target: Path) -> None:
-    """Give a file a second name, or copy it where that cannot be; the name appears when the file is whole."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.suffix not in EDITED:
-        with contextlib.suppress(OSError):  # another file system, or one without links
-            os.link(source, target)
-            return
-    with files.replacing(target) as temporary:
-        shutil.copyfile(source, temporary)
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file or a folder, by hard links but for what people edit."""
+    for path in source.rglob("*") if source.is_dir() else (source,):
+        if path.suffix in EDITED:
+            with files.replacing(target / path.relative_to(source)) as temporary:
+                shutil.copyfile(path, temporary)
+        elif path.is_file():
+            files.copy_file(path, target / path.relative_to(source))
