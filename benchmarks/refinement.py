@@ -49,7 +49,7 @@ from smaflib.refinement import (
     refine_many,
 )
 from smaflib.refinement.lattice import gaussian_filter
-from smaflib.runs.runner import git_state
+from smaflib.runs.environment import git_state
 from smaflib.runtime import num_cores, progress
 
 LONGEST_SIDE = 500

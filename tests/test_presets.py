@@ -164,7 +164,7 @@ def test_preset_runs_through_all_notebooks(preset: str, runs: Runs) -> None:
     folder, done = runs
     assert done[preset].returncode == 0, done[preset].stderr[-3000:]
     run = find_run(str(folder / preset))
-    stages = read_manifest(run)["stages"]
+    stages = read_manifest(run.folder)["stages"]
     assert {name for name, entry in stages.items() if entry["status"] == "complete"} == {s.name for s in STAGES[1:]}
     assert len(list(run.path("masks").glob("*.png"))) == 4
     assert run.path("index.html").is_file()

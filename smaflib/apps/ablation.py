@@ -10,12 +10,10 @@ maps that :func:`~smaflib.cams.fuse_cams` has brought to a peak of 1 per class, 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,14 +25,14 @@ from smaflib import files
 from smaflib.data import make_data
 from smaflib.data.masks import ground_truth_of
 from smaflib.data.sample import Samples
-from smaflib.errors import ConfigError, DataError, RunError
+from smaflib.errors import ConfigError, DataError
 from smaflib.evaluation import SIZES, evaluate, mean_over_classes, sweep_thresholds
-from smaflib.files import display_path
 from smaflib.maps import DenoisedMaps
 from smaflib.pipeline import Targets, Workspace, resolve_bg_score, train_student, train_teacher, write_maps
 from smaflib.pseudo_masks import pseudo_masks
 from smaflib.reactivation import with_background_score
 from smaflib.runs import Run
+from smaflib.runs.environment import describe_machine
 from smaflib.runs.manifest import read_manifest
 from smaflib.thresholds import choose_bg_score
 
@@ -241,7 +239,7 @@ def ablate(run: Run, seeds: Sequence[int]) -> Path:
             f"self_training.rounds is {run.config.self_training.rounds}, but an ablation trains one round; set it to 1"
         )
     records = []
-    with _locked(run.path("ablation")):
+    with files.locked(run.path("ablation"), "smaf ablate"):
         for seed in seeds:
             records += ablate_seed(_workspace(run, seed), lambda line: print(line, file=sys.stderr, flush=True))
         before = read_ablation(run) or {}
@@ -254,7 +252,7 @@ def ablate(run: Run, seeds: Sequence[int]) -> Path:
 def _workspace(run: Run, seed: int) -> SeedWorkspace:
     """The folder of a seed; for the run's own seed with its teacher, students and their maps taken over, by links."""
     config = run.config.model_copy(update={"seed": seed})
-    stages = read_manifest(run)["stages"]
+    stages = read_manifest(run.folder)["stages"]
     needed = ("01_data", "02_classifier", "03_multi_scale_attention", "05_self_training")
     complete = all(stages.get(name, {}).get("status") == "complete" for name in needed)
     own = seed == run.config.seed and complete
@@ -283,14 +281,12 @@ def _take_over(run: Run, work: SeedWorkspace, network: str) -> None:
 
 def _describe(run: Run, seeds: Sequence[int]) -> dict[str, Any]:
     """What the numbers depend on."""
-    from smaflib.runs.runner import describe_machine  # it starts kernels, and notebooks that read a result need none
-
     return {
         "command": command(run, seeds),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seeds": list(seeds),
         "settings": run.config.model_dump(mode="json"),
-        **describe_machine(run),
+        **describe_machine(run.make_runtime().device),
         "variants": {name: row.how for name, row in ROWS.items()},
     }
 
@@ -298,19 +294,6 @@ def _describe(run: Run, seeds: Sequence[int]) -> dict[str, Any]:
 def command(run: Run, seeds: Sequence[int] = (0, 1, 2)) -> str:
     """The command that makes a run's ablation."""
     return run.command("--seeds", ",".join(map(str, seeds))).replace("smaf run", "smaf ablate", 1)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(
-                f"another smaf ablate is at work in {display_path(folder)}; wait for it or stop it"
-            ) from error
-        yield
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

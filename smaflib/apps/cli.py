@@ -51,12 +51,19 @@ def run(
         typer.Option("--from", metavar="STAGE", help="Run this stage and all later ones again, even if complete."),
     ] = None,
     until_stage: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")] = None,
+    reuse: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RUN", help="Take over this run's stages whose inputs are the same; repeatable."),
+    ] = None,
+    keep_stale: Annotated[
+        bool, typer.Option("--keep-stale", help="Keep stages that another version of the library made.")
+    ] = False,
     runs: RunsFolder = None,
     notebooks: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the notebooks; notebooks/ by default.")
     ] = None,
 ) -> None:
-    """Execute the notebooks in order into a run folder; skip what is complete, go on where a run stopped.
+    """Execute the notebooks in order into a run folder; skip what is complete and unchanged, resume what was stopped.
 
     A STAGE is a notebook's number or name: 3, 03, multi_scale_attention.
     """
@@ -72,6 +79,8 @@ def run(
             until_stage,
             notebooks.absolute() if notebooks else PROJECT_ROOT / "notebooks",
             runs.absolute() if runs else RUNS_FOLDER,
+            reuse or [],
+            keep_stale,
         )
 
 
@@ -142,7 +151,7 @@ def status(name: RunName, runs: RunsFolder = None) -> None:
         from smaflib.runs.manifest import read_manifest
 
         found = _find(name, runs)
-        entries = read_manifest(found)["stages"]
+        entries = read_manifest(found.folder)["stages"]
         for stage in found.stages:
             entry = entries.get(stage.name, {})
             typer.echo(f"{stage.name:26} {entry.get('status', 'not run'):10} {duration(entry.get('seconds')):>12}")

@@ -34,7 +34,7 @@ def write_index(run: Run, command: str | None = None) -> Path:
     """
     from smaflib.report.notebook import notebook_body  # a second to import, and the explorer's page needs none of it
 
-    manifest = read_manifest(run)
+    manifest = read_manifest(run.folder)
     metrics = run.metrics()
     stages = [_stage_facts(run, stage, manifest["stages"].get(stage.name, {})) for stage in run.stages]
     pages = [stage for stage in stages if stage["page"]]
