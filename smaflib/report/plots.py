@@ -7,7 +7,7 @@ lightness, so that they read the same in grey and for colour-blind readers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -20,7 +20,9 @@ from torch import Tensor
 from smaflib.config import variant_label
 from smaflib.data.classes import VOID_LABEL
 from smaflib.data.masks import VOC_PALETTE
-from smaflib.training import History
+
+if TYPE_CHECKING:  # a changed training must not count for what only draws its curves
+    from smaflib.training import History
 
 Panel = np.ndarray
 """uint8 (H, W, 3)."""
