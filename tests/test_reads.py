@@ -73,10 +73,10 @@ def test_settings_are_plain_attributes_again_afterwards(tmp_path):
 
 def test_values_are_those_of_the_run(tmp_path):
     path = tmp_path / "reads"
-    config = load_config(MINI, ["seed=7", "evaluation.paper_results={a: 1.5}"])
+    config = load_config(MINI, ["seed=7", "evaluation.paper_results={student: 1.5}"])
     assert recorded_settings(path, config) == {}
     path.write_text("seed\nevaluation.paper_results\nseed\nsegmentation.model\n")
-    values = {"evaluation.paper_results": {"a": 1.5}, "seed": 7, "segmentation.model": None}
+    values = {"evaluation.paper_results": {"student": 1.5}, "seed": 7, "segmentation.model": None}
     assert recorded_settings(path, config) == values
     assert settings_at(["gone.setting", "segmentation.model.backbone", "seed"], config) == {"seed": 7}
     assert settings_at([""], config) == {"": config.model_dump(mode="json")}
