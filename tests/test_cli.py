@@ -85,11 +85,14 @@ def test_bad_input_exits_with_2(monkeypatch, config_file, arguments, message):
 
 
 def test_status_lists_all_stages(run):
-    write_manifest(run.folder, {"stages": {"01_data": {"status": "complete", "seconds": 61.2}}})
+    entry = {"status": "complete", "seconds": 61.2}
+    taken = entry | {"reused_from": "papermill_runs/x"}
+    write_manifest(run.folder, {"stages": {"01_data": entry, "02_classifier": taken}})
     lines = smaf("status", run.folder).stdout.splitlines()
     assert len(lines) == len(run.stages)
     assert lines[0].split() == ["00_one_image_end_to_end", "not", "run", "-"]
     assert lines[1].split() == ["01_data", "complete", "1", "min", "01", "s"]
+    assert lines[2].endswith("1 min 01 s  taken over from papermill_runs/x")
 
 
 def test_report_prints_results_and_its_path(run):

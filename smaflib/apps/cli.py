@@ -154,7 +154,10 @@ def status(name: RunName, runs: RunsFolder = None) -> None:
         entries = read_manifest(found.folder)["stages"]
         for stage in found.stages:
             entry = entries.get(stage.name, {})
-            typer.echo(f"{stage.name:26} {entry.get('status', 'not run'):10} {duration(entry.get('seconds')):>12}")
+            source = f"  taken over from {entry['reused_from']}" if "reused_from" in entry else ""
+            typer.echo(
+                f"{stage.name:26} {entry.get('status', 'not run'):10} {duration(entry.get('seconds')):>12}{source}"
+            )
 
 
 @app.command()

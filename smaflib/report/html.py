@@ -127,6 +127,7 @@ def _stage_facts(run: Run, stage: Stage, entry: dict[str, Any]) -> dict[str, Any
         "title": word.replace("_", " "),
         "question": stage.question,
         "status": entry.get("status", "not run"),
+        "reused_from": entry.get("reused_from"),
         "seconds": entry.get("seconds"),
         "peak_memory_mb": entry.get("peak_memory_mb"),
         "page": f"{stage.name}.html" if run.path(f"{stage.name}.ipynb").is_file() else None,

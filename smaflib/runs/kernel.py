@@ -30,8 +30,10 @@ PRELOADED = (
     "matplotlib.figure",
     "pandas",
     "smaflib.classifier",
+    "smaflib.pseudo_masks",
     "smaflib.report.html",
     "smaflib.segmentation",
+    "smaflib.self_training",
     "smaflib.thresholds",
 )
 """What the chain's notebooks import, all but pyplot (and with it ``smaflib.report.plots``): imported before there is a
