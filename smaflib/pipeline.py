@@ -247,9 +247,11 @@ def resolve_bg_score(work: Workspace, network: str = "teacher") -> float:
     score = work.config.attention.bg_score
     if network != "teacher" and work.config.pseudo_masks.bg_score is not None:
         score = work.config.pseudo_masks.bg_score
+    stored = work.path("bg_scores", f"{network}.json")
     if score == "auto":
-        score = choose_bg_score(work.denoised(network, work.samples()))
-    files.write_json(work.path("bg_scores", f"{network}.json"), {"bg_score": score})
+        kept = files.read_json(stored, {}).get("bg_score")
+        score = choose_bg_score(work.denoised(network, work.samples())) if kept is None else float(kept)
+    files.write_json(stored, {"bg_score": score})
     return score
 
 
@@ -281,12 +283,14 @@ def train_student(
     """
     from smaflib.reactivation import reactivate
     from smaflib.self_training import self_train
+    from smaflib.training import is_finished
 
     config, samples, runtime = work.config, work.samples(), work.make_runtime()
+    finished = is_finished(work.checkpoint(name), config.self_training)
     return self_train(
         work.network(teacher),
         samples,
-        _targets(work, teacher, targets, runtime),
+        [] if finished else _targets(work, teacher, targets, runtime),  # minutes of CRF, for nothing
         config.self_training,
         work.bg_score,
         runtime,

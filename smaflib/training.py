@@ -211,6 +211,13 @@ def _cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) / 2.0 * (math.cos(math.pi * share) + 1)
 
 
+def is_finished(checkpoint: Path, config: TrainingConfig) -> bool:
+    """Whether a training has reached its last iteration."""
+    return (
+        checkpoint.is_file() and int(json.loads(read_metadata(checkpoint).get("iteration", "0"))) >= config.iterations
+    )
+
+
 def load_history(path: Path) -> History:
     """The learning curve stored beside a network's weights."""
     return json.loads(read_metadata(path).get("history", "[]"))

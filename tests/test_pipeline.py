@@ -164,6 +164,10 @@ def test_targets_are_the_denoised_maps_of_all_scales_or_of_one(
     assert fused.scales is None and single.scales == [1.0] and fused.cached  # as data.cache says
     assert (noisy[0][label == 0].amax(dim=(1, 2)) > 0.9).any() and not fused[0][label == 0].any()
 
+    # A finished student needs no targets.
+    train_student(copy, "student")
+    assert taught.pop()[0] == []
+
     # With refine: crf the targets are the masks that the CRF makes of the maps.
     work = changed(copy, self_training={"refine": "crf"}, pseudo_masks={"refine": "none", "num_workers": 1})
     train_student(work, "another")
@@ -187,7 +191,8 @@ def test_auto_is_resolved_once_from_the_teachers_maps_and_stored(copy: Workspace
     assert files.read_json(work.path("bg_scores", "teacher.json"), {}) == {"bg_score": chosen}
     # What is stored counts, whatever the maps would say now.
     files.write_json(work.path("bg_scores", "teacher.json"), {"bg_score": 0.55})
-    assert work.bg_score == 0.55
+    assert resolve_bg_score(work) == work.bg_score == 0.55
+    work.path("bg_scores", "student.json").unlink()
     assert resolve_bg_score(work, "student") == choose_bg_score(work.denoised("student", work.samples()))
     fixed = changed(copy, attention={"bg_score": "auto"}, pseudo_masks={"bg_score": 0.45})
     assert resolve_bg_score(fixed, "student") == 0.45
