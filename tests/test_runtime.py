@@ -19,6 +19,7 @@ from smaflib.runtime import (
     cpu_runtime,
     derive_seed,
     device_of,
+    fastest_precision,
     make_runtime,
     num_cores,
     progress,
@@ -62,6 +63,35 @@ def test_autocast_changes_products_only_where_asked_for(precision: str, dtype: t
     with Runtime(torch.device("cpu"), precision).autocast():
         assert (ones @ ones).dtype == dtype
     assert (ones @ ones).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision"),
+    [
+        ({"avx512_f": True, "avx512_bf16": True}, "bf16"),
+        ({"avx512_bf16": False, "amx_bf16": True}, "bf16"),
+        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, "float32"),  # would emulate it
+        ({"neon": True, "bf16": True}, "float32"),  # ARM: not measured
+    ],
+)
+def test_cpu_takes_bf16_where_it_multiplies_in_it(
+    flags: dict[str, bool], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
+    assert fastest_precision(torch.device("cpu")) == precision
+    assert fastest_precision(torch.device("mps")) == "float32"
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # of an older torch
+    assert fastest_precision(torch.device("cpu")) == "float32"
+
+
+@pytest.mark.parametrize(("supported", "precision"), [(True, "bf16"), (False, "float32")])
+def test_gpu_takes_bf16_where_it_does_not_emulate_it(
+    supported: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or supported
+    )
+    assert fastest_precision(torch.device("cuda")) == precision
 
 
 def test_cpu_runtime_and_device_of() -> None:

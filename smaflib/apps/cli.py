@@ -171,9 +171,12 @@ def masks(
         Path | None,
         typer.Option(metavar="DIR", help="Instead of --labels: the --out of an earlier call."),
     ] = None,
-    backbone: Annotated[str | None, typer.Option(metavar="NAME", help="Of torchvision; resnet50 by default.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of torchvision, or timm/NAME; resnet50 by default.")
+    ] = None,
     weights: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Its weights; by default torchvision downloads them.")
+        str | None,
+        typer.Option(metavar="FILE", help="Its weights, or 'pretrained' or 'wheel'; by default they are downloaded."),
     ] = None,
     settings: Settings = None,
 ) -> None:
@@ -181,6 +184,7 @@ def masks(
     with _plain_errors():
         from smaflib.apps.custom_images import label_images, make_masks
         from smaflib.config import load_config
+        from smaflib.config.schema import NAMED_WEIGHTS
         from smaflib.files import PROJECT_ROOT
 
         if (labels is None) == (learned is None):
@@ -194,7 +198,8 @@ def masks(
         else:
             assert labels is not None
             paths = {"data.images": images.absolute(), "data.labels": labels.absolute()}
-            paths |= {"model.weights": weights.absolute()} if weights else {}
+            if weights:
+                paths["model.weights"] = Path(weights) if weights in NAMED_WEIGHTS else Path(weights).absolute()
             named = [f"{key}={json.dumps(str(path))}" for key, path in paths.items()]  # a path may look like YAML
             named += [f"model.backbone={backbone}"] if backbone else []
             config = load_config(PROJECT_ROOT / "configs" / "custom.yaml", [*named, *(settings or [])])

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from smaflib.config.presets import PRESET_GROUPS
-from smaflib.config.schema import Config, CrfConfig, DataConfig, ModelConfig
+from smaflib.config.schema import NAMED_WEIGHTS, Config, CrfConfig, DataConfig, ModelConfig
 from smaflib.errors import ConfigError
 from smaflib.files import PROJECT_ROOT
 
@@ -92,7 +92,7 @@ def flat_settings(config: Config) -> dict[str, Any]:
 
 
 def _resolve_model(model: ModelConfig | None) -> ModelConfig | None:
-    if model is None or model.weights in (None, "torchvision"):
+    if model is None or model.weights in (None, *NAMED_WEIGHTS):
         return model
     return model.model_copy(update={"weights": str(PROJECT_ROOT / model.weights)})
 

@@ -19,6 +19,10 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 
 
+NAMED_WEIGHTS = ("torchvision", "pretrained", "wheel")
+"""Values of ``model.weights`` that are no file."""
+
+
 class StageConfig(BaseModel):
     """Base of all settings: frozen, and an unknown key is an error."""
 
@@ -51,8 +55,13 @@ class DataConfig(StageConfig):
 class ModelConfig(StageConfig):
     """The network that turns an image into class logit maps."""
 
-    backbone: str = "resnet50"  # "slim" (for CPUs), "resnet38" or the name of a torchvision classification model
-    weights: str | None = None  # None: random; "torchvision": ImageNet; else a .safetensors, .pth or MXNet .params file
+    # "slim" (for CPUs), "resnet38", the name of a torchvision classification model, or timm/ and that of a
+    # convolutional model of timm, such as timm/tf_efficientnet_lite2 or timm/resnet50.a1_in1k
+    backbone: str = "resnet50"
+    # None: random; "pretrained": ImageNet weights that torchvision ("torchvision" says the same) or timm downloads;
+    # "wheel": those inside an installed package, for timm/tf_efficientnet_lite0 and _lite2; else a .safetensors, .pth
+    # or MXNet .params file
+    weights: str | None = None
     # Weights that were trained on pixel masks (of COCO, as in many DeepLab recipes) are no image-level supervision and
     # are refused unless this is true.
     allow_mask_weights: bool = False

@@ -29,6 +29,18 @@ def scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
+def renormalization(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Scale and shift, (3, 1, 1) each, from :func:`normalize`'s result to another mean and standard deviation.
+
+    Args:
+        mean: per channel, of pixels in [0, 1]; with ImageNet's own the scale is exactly 1 and the shift 0.
+        std: likewise.
+    """
+    imagenet_mean, imagenet_std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    scale, shift = imagenet_std / torch.tensor(std), (imagenet_mean - torch.tensor(mean)) / torch.tensor(std)
+    return scale.view(3, 1, 1), shift.view(3, 1, 1)
+
+
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     """uint8 (3, H, W) to (3, H', W') by PIL, whose bicubic the reference's numbers come from."""
     if tuple(image.shape[-2:]) == size:

@@ -1,8 +1,8 @@
-"""Feature extractors by name: the slim network, or any torchvision classification model without its classifier."""
+"""Feature extractors by name: the slim network, ResNet38, or a model of torchvision or timm without its classifier."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torchvision.models
@@ -12,7 +12,10 @@ from smaflib.config import ModelConfig
 from smaflib.errors import ConfigError
 from smaflib.models.resnet38 import ResNet38
 from smaflib.models.slim import SlimResNet
-from smaflib.models.weights.files import load_backbone_weights
+from smaflib.models.weights.sources import load_backbone_weights
+
+if TYPE_CHECKING:  # timm takes a third of a second to import, which other backbones need not wait for
+    from smaflib.models.timm_backbone import TimmBackbone
 
 
 class TorchvisionBackbone(nn.Module):
@@ -60,15 +63,20 @@ class TorchvisionBackbone(nn.Module):
         return early, self.late(early)
 
 
-Backbone = SlimResNet | ResNet38 | TorchvisionBackbone
+Backbone: TypeAlias = "SlimResNet | ResNet38 | TorchvisionBackbone | TimmBackbone"
 
 
 def build_backbone(config: ModelConfig) -> Backbone:
     """Make the backbone that a config names, with its initial weights.
 
     Raises:
-        ConfigError: if there is no such model, or it has no convolutional features to make maps of.
+        ConfigError: if there is no such model, it has no convolutional features to make maps of, or timm cannot give
+            it the output stride.
     """
+    if config.backbone.startswith("timm/"):
+        from smaflib.models.timm_backbone import build_timm_backbone
+
+        return build_timm_backbone(config)
     if config.backbone == "slim":
         slim = SlimResNet()
         load_backbone_weights(slim, config.weights, "slim", config.allow_mask_weights)
@@ -81,7 +89,8 @@ def build_backbone(config: ModelConfig) -> Backbone:
     if config.backbone not in known:
         raise ConfigError(
             f"model.backbone is {config.backbone!r}, which is neither 'slim' nor 'resnet38' nor a torchvision "
-            "classification model; common ones are resnet50, resnet101 and squeezenet1_0"
+            "classification model; common ones are resnet50, resnet101 and squeezenet1_0; a model of timm is "
+            "'timm/' and its name"
         )
     model = torchvision.models.get_model(config.backbone, weights=None)
     convolutional = hasattr(model, "layer4") or isinstance(getattr(model, "features", None), nn.Sequential)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGES = (
-    "smaflib torch torchvision numpy pandas matplotlib pillow scipy safetensors pydantic "
+    "smaflib torch torchvision timm numpy pandas matplotlib pillow scipy safetensors pydantic "
     "pydensecrf2 papermill nbclient ipykernel"
 ).split()
 

@@ -22,48 +22,6 @@ CLASSIFIERS = ("classifier.", "fc.", "head.", "fc8.", "cov_feat.", "bn.")
 """Beginnings of the names of what follows the features, in torchvision's models and in ResNet38's checkpoints."""
 
 
-def load_backbone_weights(model: nn.Module, weights: str | None, source: str, allow_mask_weights: bool = False) -> None:
-    """Fill a whole classification model, before its classifier is cut off.
-
-    Args:
-        model: the network to fill, in place.
-        weights: None leaves it random; ``torchvision`` takes its default ImageNet weights (downloaded by torchvision
-            on first use); otherwise the path of a file that :func:`read_weights` reads.
-        source: the model's name, for torchvision and for messages.
-        allow_mask_weights: take a segmentation network's backbone, although it has learned from masks.
-
-    Raises:
-        ConfigError: if the file is not there, the download fails, or the weights are a segmentation network's.
-        WeightsError: if names or shapes do not fit. Missing classifier weights are no error.
-    """
-    if weights is None:
-        return
-    if weights == "torchvision":
-        if source not in torchvision.models.list_models(module=torchvision.models):
-            raise ConfigError(
-                f"model.weights is 'torchvision', but torchvision has no weights of the backbone {source}; give a file "
-                "or null"
-            )
-        try:
-            state = torchvision.models.get_model_weights(source).DEFAULT.get_state_dict(progress=True)
-        except OSError as error:
-            raise ConfigError(
-                f"the ImageNet weights of {source} could not be downloaded ({error}); download them elsewhere and give "
-                "the file as model.weights"
-            ) from error
-    else:
-        state = read_weights(Path(weights))
-        if has_segmentation_head(state):
-            if not allow_mask_weights:
-                raise ConfigError(
-                    f"{weights} holds a segmentation network: it has learned from pixel masks, so a run that starts "
-                    "from it is not supervised by image labels alone; take ImageNet weights, or set "
-                    "allow_mask_weights=true beside these weights, and say so beside your numbers"
-                )
-            state = {k.removeprefix("backbone."): v for k, v in state.items() if not SEGMENTATION_HEAD.match(k)}
-    fill(model, state, source=weights, optional=classifier_prefixes(model))
-
-
 def classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Beginnings of the names that a backbone cuts off, so that weights may lack them.
 
@@ -95,14 +53,22 @@ def fill(module: nn.Module, state: dict[str, Tensor], source: str, optional: tup
     Raises:
         WeightsError: lists the names that are missing, superfluous or of another shape.
     """
+    check_weights(module, state, type(module).__name__, source, optional)
+    own = {name for name in module.state_dict() if not name.startswith(optional)}
+    taken = {name: value for name, value in state.items() if name in own}
+    module.load_state_dict(module.state_dict() | taken)
+
+
+def check_weights(
+    module: nn.Module, state: dict[str, Tensor], network: str, source: str, optional: tuple[str, ...] = ()
+) -> None:
+    """Raise a :class:`WeightsError` if a state dict does not fit a network; arguments as of :func:`fill`."""
     missing, superfluous, wrong = mismatches(module, state, optional)
     unknown = [name for name in superfluous if not name.startswith(optional)]
     if missing or unknown or wrong:
         parts = [("missing", missing), ("not known to the network", unknown), ("of another shape", wrong)]
         lines = [f"  {what}: {first_names(names)}" for what, names in parts if names]
-        raise WeightsError(f"the weights of {source} do not fit {type(module).__name__}:\n" + "\n".join(lines))
-    taken = {name: value for name, value in state.items() if name not in superfluous}
-    module.load_state_dict(module.state_dict() | taken)
+        raise WeightsError(f"the weights of {source} do not fit {network}:\n" + "\n".join(lines))
 
 
 def mismatches(
@@ -171,7 +137,7 @@ def weights_format(path: Path) -> Literal["safetensors", "torch", "mxnet"]:
     """
     if not path.is_file():
         raise ConfigError(
-            f"there is no weights file {path}; give a .safetensors, .pth or .params file, 'torchvision' or null"
+            f"there is no weights file {path}; give a .safetensors, .pth or .params file, 'pretrained', 'wheel' or null"
         )
     if is_mxnet_params(path):
         return "mxnet"

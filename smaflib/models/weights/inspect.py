@@ -8,10 +8,10 @@ import torch
 import torchvision.models
 from torch import nn
 
+from smaflib.config import ModelConfig
 from smaflib.errors import ConfigError
-from smaflib.models.backbones import TorchvisionBackbone
-from smaflib.models.resnet38 import ResNet38
-from smaflib.models.slim import SlimResNet
+from smaflib.models.backbones import TorchvisionBackbone, build_backbone
+from smaflib.models.timm_backbone import timm_reference
 from smaflib.models.weights.files import (
     classifier_prefixes,
     first_names,
@@ -21,7 +21,10 @@ from smaflib.models.weights.files import (
     weights_format,
 )
 
-CANDIDATES = ("resnet38", "slim", "resnet18", "resnet34", "resnet50", "resnet101", "vgg16", "squeezenet1_0")
+CANDIDATES = (
+    *("resnet38", "slim", "resnet18", "resnet34", "resnet50", "resnet101", "vgg16", "squeezenet1_0"),
+    *("timm/tf_efficientnet_lite0", "timm/tf_efficientnet_lite2", "timm/resnet50"),
+)
 FORMATS = {"mxnet": "MXNet .params", "torch": "PyTorch checkpoint", "safetensors": "safetensors"}
 
 
@@ -45,16 +48,16 @@ def describe_weights(path: Path, backbone: str | None = None) -> str:
     lines = [f"{path}: {what_it_is}, {len(state)} tensors, {count / 1e6:.2f} million numbers, {types}"]
     if has_segmentation_head(state):
         lines.append("it holds a segmentation network, which has learned from pixel masks: no image-level supervision")
-    own = any(name.startswith("backbone.late.") for name in state)  # of this library, around torchvision's model
-    # Teachers and students of this library keep their backbone under that name.
+    # Teachers and students of this library keep their backbone under that name, those of torchvision and timm inside.
+    own = any(name.startswith(("backbone.late.", "backbone.model.")) for name in state)
     plain = {name.removeprefix("backbone."): value for name, value in state.items()}
     networks = {name: network_named(name, wrapped=own) for name in ((backbone,) if backbone else CANDIDATES)}
-    name, missing, superfluous, shapes = min(
-        ((name, *mismatches(network, plain, classifier_prefixes(network))) for name, network in networks.items()),
-        key=lambda row: sum(map(len, row[1:])),
-    )
+    compared = {name: mismatches(net, plain, classifier_prefixes(net)) for name, net in networks.items()}
+    least = min(sum(map(len, rows)) for rows in compared.values())
+    best = [name for name, rows in compared.items() if sum(map(len, rows)) == least]  # resnet50 has one set of names
+    missing, superfluous, shapes = compared[best[0]]
     fits = not (missing or shapes)
-    lines.append(f"{'fits' if fits else 'does not fit'} the backbone {name}")
+    lines.append(f"{'fits' if fits else 'does not fit'} the backbone {' and '.join(best)}")
     for what, keys in (("missing", missing), ("of another shape", shapes), ("beside the backbone", superfluous)):
         if keys:
             lines.append(f"  {what} ({len(keys)}): {first_names(keys)}")
@@ -68,17 +71,19 @@ def network_named(name: str, wrapped: bool = False) -> nn.Module:
 
     Args:
         name: of a backbone.
-        wrapped: a model of torchvision has the names that it has within this library's networks.
+        wrapped: a model of torchvision or timm has the names that it has within this library's networks.
 
     Raises:
         ConfigError: if there is none.
     """
     with torch.device("meta"):
-        if name == "resnet38":
-            return ResNet38()
-        if name == "slim":
-            return SlimResNet()
-        if name not in torchvision.models.list_models(module=torchvision.models):
-            raise ConfigError(f"there is no backbone {name!r}; there are slim, resnet38, and torchvision's classifiers")
-        model = torchvision.models.get_model(name, weights=None)
-        return TorchvisionBackbone(model, output_stride=8) if wrapped else model
+        if name in torchvision.models.list_models(module=torchvision.models):
+            model = torchvision.models.get_model(name, weights=None)
+            return TorchvisionBackbone(model, output_stride=8) if wrapped else model
+        if name.startswith("timm/") and not wrapped:
+            return timm_reference(name)
+        if not (name.startswith("timm/") or name in ("slim", "resnet38")):
+            raise ConfigError(
+                f"there is no backbone {name!r}; there are slim, resnet38, torchvision's, and timm/ names"
+            )
+        return build_backbone(ModelConfig(backbone=name, output_stride=32))
