@@ -17,9 +17,9 @@ reproduce: setup  ## run the whole chain on the mini data set; ends with the res
 test: setup browser  ## run all tests
 	$(BIN)/python -m pytest
 
-# tests/browser/conftest.py looks for the same names. Without a browser its tests say so: skipped here, failed in CI.
+# tests/browser/conftest.py tries the same names. Without a browser its tests say so: skipped here, failed in CI.
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
-browser:  ## see that there is a Chromium for the browser tests; root on Debian or Ubuntu gets it from apt-get
+browser:  ## make sure of a Chromium for the browser tests; root on Debian or Ubuntu gets it from apt-get
 	@for name in "$$SMAF_CHROMIUM" $(BROWSERS); do command -v "$$name" >/dev/null 2>&1 && exit; done; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  mkdir -p build; apt="apt-get -qq -o Acquire::Retries=3"; $$apt update && DEBIAN_FRONTEND=noninteractive $$apt install \
@@ -46,7 +46,7 @@ assets: setup  ## take the pretrained weights and the README's pictures from the
 	cd papermill_runs/mini/figures && for pair in 03_examples:scales_per_image 08_ablation:ablation \
 	  06_pseudo_masks:pseudo_masks; do cp $${pair%%:*}.png ../../../docs/$${pair##*:}.png; done
 
-screenshots: setup browser  ## take the README's pictures of the explorer anew, in a real browser
+screenshots: setup browser  ## take the README's pictures of the explorer again, in a real browser
 	SMAF_SCREENSHOTS=docs $(BIN)/python -m pytest tests/browser -k screenshot
 
 # Which run is exported; one thread, so that the numbers do not depend on the cores of this machine.
@@ -87,7 +87,7 @@ HEADERS := import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("include")
 
 # Torch's own CUDA and triton packages stay out (see the lock's header), and so do pip and smaflib itself. appnope is
 # what IPython's kernel needs on a Mac and nowhere else. From 3.0.2 on soupsieve asks for Python 3.11.5; Debian 12 has 3.11.2.
-lock:  ## write requirements.lock anew from the newest versions that pyproject.toml allows
+lock:  ## write requirements.lock again from the newest versions that pyproject.toml allows
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]' appnope 'soupsieve<3'

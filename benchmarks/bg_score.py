@@ -1,9 +1,9 @@
-"""How far is a background score that was chosen without ground truth from the best one?
+"""How far is a background score that was chosen without ground truth from the oracle threshold?
 
     python benchmarks/bg_score.py papermill_runs/mini papermill_runs/mini-seed1 ...
 
-For teacher and student of each run: the best score at the oracle threshold and its mIoU, and what each criterion loses
-against it. The criteria see attention maps; only the table sees masks.
+For teacher and student of each run: the oracle threshold (the score that is best on the ground truth), its mIoU, and
+what each criterion loses against it. The criteria read attention maps only; masks serve the evaluation.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def rows_of(name: str, max_images: int) -> list[dict[str, object]]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="names or paths of finished runs on data with masks")
-    parser.add_argument("--max-images", type=int, default=100, help="as many, evenly over the split, are looked at")
+    parser.add_argument("--max-images", type=int, default=100, help="the criteria read as many, evenly over the split")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     table = pd.DataFrame([row for name in arguments.runs for row in rows_of(name, arguments.max_images)])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import platform
@@ -48,7 +49,7 @@ from smaflib.refinement import (
     refine_many,
 )
 from smaflib.refinement.lattice import gaussian_filter
-from smaflib.runs.runner import git_state
+from smaflib.runs.environment import git_state
 from smaflib.runtime import num_cores, progress
 
 LONGEST_SIDE = 500
@@ -322,18 +323,12 @@ def measure_parts(cases: list[Case], device: str, batch: int) -> list[dict[str, 
     num_vertices = lattice.neighbors.shape[1]
     touched = functional.embedding_bag  # the three steps of gaussian_filter, one by one
 
-    def splat() -> Tensor:
-        out = touched(
-            lattice.points, values, lattice.bags[0], mode="sum", per_sample_weights=lattice.splat_weights,
-            include_last_offset=True,
-        )  # fmt: skip
-        return out
-
+    splatted = {"mode": "sum", "per_sample_weights": lattice.splat_weights, "include_last_offset": True}
     of_vertices = torch.rand(num_vertices, channels, device=place)
     entries, width = lattice.points.numel(), 4 * channels
     steps: dict[str, tuple[Callable[[], object], int]] = {
         "build": (lambda: [mean_field.appearance_kernel(image, REFERENCE) for image in images], 0),
-        "splat": (splat, entries * (8 + width)),
+        "splat": (lambda: touched(lattice.points, values, lattice.bags[0], **splatted), entries * (8 + width)),
         "blur": (
             lambda: [of_vertices.add(touched(pair, of_vertices, mode="sum"), alpha=0.5) for pair in lattice.neighbors],
             len(lattice.neighbors) * num_vertices * (8 + 4 * width),
@@ -383,26 +378,15 @@ def measure_batches(cases: list[Case], device: str) -> list[dict[str, Any]]:
     start = time.perf_counter()
     theirs = [dense_crf(i, x, REFERENCE, 3, "pydensecrf") for i, x in zip(images, labels, strict=True)]
     baseline = (time.perf_counter() - start) / len(images)
-    on_device = [image.to(device) for image in images], [label.to(device) for label in labels]
+    on_device = [(image.to(device), label.to(device)) for image, label in zip(images, labels, strict=True)]
+
+    def refine_all(size: int) -> list[Tensor]:
+        batches = (zip(*on_device[first : first + size], strict=True) for first in range(0, len(images), size))
+        return [mask for batch in batches for mask in dense_crf_batch(*batch, REFERENCE, 3, "torch", device)]
+
     for size in (1, 4, 8, 16, 32):
-        many = range(0, len(images), size)
-
-        def refine_all(size: int = size, many: range = many) -> list[Tensor]:
-            return [
-                mask
-                for first in many
-                for mask in dense_crf_batch(
-                    on_device[0][first : first + size],
-                    on_device[1][first : first + size],
-                    REFERENCE,
-                    3,
-                    "torch",
-                    device,
-                )
-            ]
-
-        masks = refine_all()
-        taken = seconds_of(refine_all, torch.device(device), 5) / len(images)
+        masks = refine_all(size)
+        taken = seconds_of(functools.partial(refine_all, size), torch.device(device), 5) / len(images)
         different = sum(int((a.cpu() != b).sum()) for a, b in zip(masks, theirs, strict=True))
         pixels = sum(mask.numel() for mask in theirs)
         rows.append(

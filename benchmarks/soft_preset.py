@@ -3,7 +3,8 @@
     python benchmarks/soft_preset.py [--images 200]
 
 The pretrained student's fused maps of the run that it comes from. Coordinate descent: one setting after the other moves
-along its list while the others stand, until a round changes nothing. The validation split is seen once, at the end.
+along its list while the others stand, until a round changes nothing. The validation split is evaluated once, at the
+end.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from smaflib.config import CrfConfig
+from smaflib.config import CrfConfig, PseudoMaskConfig
 from smaflib.data import load_samples, make_data
 from smaflib.data.masks import ground_truth_of
 from smaflib.data.sample import Samples
 from smaflib.evaluation import evaluate
 from smaflib.maps import DenoisedMaps, write_attention_maps
 from smaflib.models.pretrained import pretrained_config, pretrained_network
+from smaflib.pipeline import Workspace
 from smaflib.pseudo_masks import pseudo_masks
-from smaflib.runtime import cpu_runtime, num_cores
+from smaflib.runtime import cpu_runtime
 
 GRID: dict[str, tuple[float, ...] | tuple[str, ...]] = {
     "sharpness": (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0),
@@ -55,7 +57,7 @@ def main() -> None:
             written = write_attention_maps(student, samples, folder / split, config.attention, cpu_runtime())
             maps[split] = DenoisedMaps(written, samples, config.attention.fusion, cached=True)
             splits[split] = samples
-        tuned = descend(splits["train"], maps["train"], config.attention.resolved_bg_score)
+        tuned = descend(splits["train"], maps["train"], Workspace(folder, config).bg_score)
         rows = []
         for label, params in (
             ("no refinement", None),
@@ -65,7 +67,7 @@ def main() -> None:
         ):
             row: dict[str, object] = {"settings": label}
             for split, samples in splits.items():
-                row[split] = round(100 * miou(samples, maps[split], config.attention.resolved_bg_score, params), 2)
+                row[split] = round(100 * miou(samples, maps[split], Workspace(folder, config).bg_score, params), 2)
             rows.append(row)
         print(pd.DataFrame(rows).to_string(index=False))
         print(tuned.model_dump(exclude_defaults=True))
@@ -87,8 +89,9 @@ def descend(samples: Samples, maps: Sequence[Tensor], bg_score: float) -> CrfCon
 
 
 def miou(samples: Samples, maps: Sequence[Tensor], bg_score: float, params: CrfConfig | None) -> float:
-    masks = pseudo_masks(samples, maps, bg_score, params, num_workers=num_cores(), desc="masks")
-    return evaluate((mask for _, mask in masks), ground_truth_of(samples) or [], samples.class_names).miou
+    config = PseudoMaskConfig(refine="crf", crf=params) if params else PseudoMaskConfig(refine="none")
+    masks = pseudo_masks(samples, maps, bg_score, config, desc="masks")
+    return evaluate(masks, ground_truth_of(samples) or [], samples.class_names).miou
 
 
 if __name__ == "__main__":

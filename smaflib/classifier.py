@@ -42,7 +42,7 @@ def train_classifier(
         model: the network.
         settings: of stage 1.
         runtime: device, precision and seed.
-        attention: the scales and flip at which ``settings.solve_head`` sees the images.
+        attention: scales and flip of the views that ``settings.solve_head`` takes of each image.
         checkpoint: where weights are kept; an unfinished training resumes from there.
         num_workers: loader processes.
 
@@ -190,7 +190,7 @@ def solve_head(
 
     A linear layer may trade places with the spatial mean, so an image at one scale is one vector, and the loss is
     convex in the layer's weights: L-BFGS finds the one minimum, where training could stop short of it. Every image is
-    seen whole, at every scale of ``attention`` and mirrored, as :func:`~smaflib.cams.multi_scale_cams` will see it.
+    taken whole, at every scale of ``attention`` and mirrored: the views of :func:`~smaflib.cams.multi_scale_cams`.
     The loss is L_cls plus ``weight_decay`` times the squared weights of a class, mean over the classes.
 
     Args:

@@ -200,7 +200,7 @@ def sweep_thresholds(
 
 
 def best_threshold(sweep: dict[float, SegmentationMetrics]) -> float:
-    """The background score with the highest mIoU. It knows the ground truth: choose on one split, report on another."""
+    """The oracle threshold, the background score with the highest mIoU: choose it on one split, report on another."""
     return max(sweep, key=lambda threshold: sweep[threshold].miou)
 
 
@@ -217,18 +217,18 @@ def evaluate_maps(
     bg_score: float | None = None,
     **where: Any,
 ) -> tuple[list[dict[str, Any]], float | None]:
-    """Judge attention maps, at a given background score or at the one that is best for them.
+    """Evaluate attention maps, at a given background score or at their oracle threshold, the best one for them.
 
     Args:
         denoised: per image (K, H, W) in [0, 1].
-        ground_truths: per image uint8 (H, W); None where the data has none: then nothing is judged.
+        ground_truths: per image uint8 (H, W); None where the data has none: then there are no records.
         class_names: the K foreground classes.
         config: thresholds and the limits between object sizes.
-        bg_score: None chooses the best threshold of this split; give that one to judge another split.
+        bg_score: None chooses the oracle threshold of this split; give it to evaluate another split.
         where: fields of the records: variant, split, scale.
 
     Returns:
-        Tidy records, with ``iou_sweep`` for every threshold, and the background score they were judged at.
+        Tidy records, with ``iou_sweep`` for every threshold, and the background score of the evaluation.
     """
     if ground_truths is None:
         return [], None

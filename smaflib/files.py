@@ -120,6 +120,28 @@ def tree_hash(paths: list[Path], root: Path) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def locked(folder: Path, command: str) -> Iterator[None]:
+    """Keep other processes that do the same out of a folder; the lock ends with this process, however it ends.
+
+    Raises:
+        RunError: if another one is at work there, or the folder cannot be written; it names ``command``.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(
+            f"another {command} is at work in {display_path(folder)}; wait for it, stop it, or give another --name"
+        ) from error
+    except OSError as error:
+        raise RunError(f"cannot write the run folder {display_path(folder)}: {error.strerror or error}") from error
+    with lock:
+        yield
+
+
 def read_json(path: Path, default: Any) -> Any:
     """Read JSON; ``default`` where there is no such file."""
     if not path.is_file():

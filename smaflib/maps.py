@@ -193,7 +193,7 @@ class DenoisedMaps(Sequence[Tensor]):
 
 
 class MaskMaps(Sequence[Tensor]):
-    """Masks, uint8 (H, W) each, seen as class maps (K, H, W) of 0 and 1: targets of a student."""
+    """Masks, uint8 (H, W) each, as class maps (K, H, W) of 0 and 1: targets of a student."""
 
     def __init__(self, masks: Sequence[Tensor], num_classes: int) -> None:
         self.masks, self.num_classes = masks, num_classes

@@ -171,7 +171,7 @@ class ImageMaps:
         cams: per scale (K, h_s, w_s), non-negative.
         fused: (K, H, W) in [0, 1], each class peaks at 1.
         denoised: (K, H, W) in [0, 1], absent classes are zero.
-        target: (K+1, H, W) in [0, 1], background first, the winner of each pixel is 1.
+        target: (K+1, H, W) in [0, 1], background first, the strongest score of each pixel is 1.
     """
 
     cams: list[Tensor]
@@ -260,7 +260,7 @@ class Targets:
     Attributes:
         fused: over all scales; else the maps of ``attention.single_scale`` alone.
         denoised: absent classes are zero; else each of them has a map that peaks at 1, like the others.
-        rule: what joins the background and decides the winner; None: :func:`~smaflib.reactivation.reactivate`.
+        rule: what makes a target of maps and background score; None: :func:`~smaflib.reactivation.reactivate`.
     """
 
     fused: bool = True
@@ -348,7 +348,7 @@ def write_masks(work: Workspace, network: str = "student") -> MaskFiles:
 
 
 def train_segmentation(work: Workspace) -> tuple[SegmentationNetwork, History]:
-    """Stage 6: the segmentation network, of the pseudo masks or for the upper bound of the ground truth."""
+    """Stage 6: the segmentation network, trained on the pseudo masks, or on the ground truth as upper bound."""
     from smaflib.data.masks import ground_truth_of
     from smaflib.segmentation import train_segmenter
 
@@ -419,7 +419,7 @@ def evaluate_network(
     records = []
     for split in splits:
         samples = work.samples(split).with_ground_truth
-        found, bg_score = evaluate_maps(
+        found, chosen = evaluate_maps(
             work.denoised(network, samples, scales, None if scales else rule, denoised),
             ground_truth_of(samples),
             samples.class_names,
@@ -429,4 +429,5 @@ def evaluate_network(
             **where,
         )
         records += found
+        bg_score = bg_score if chosen is None else chosen  # a split without ground truth chooses nothing
     return records, bg_score

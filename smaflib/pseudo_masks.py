@@ -14,7 +14,7 @@ from smaflib.data.masks import save_mask
 from smaflib.data.sample import Samples
 from smaflib.reactivation import hard_labels, with_background_score
 from smaflib.refinement import refine, refine_many
-from smaflib.runtime import CPU, num_cores, progress
+from smaflib.runtime import CPU, progress
 
 
 def pseudo_mask(
@@ -72,8 +72,8 @@ def pseudo_masks(
         masks = (hard_labels(denoised[index], bg_score) for index in range(len(samples)))
     else:
         jobs = ((samples[index].image, _unary(denoised[index], bg_score, config)) for index in range(len(samples)))
-        workers = (config.num_workers or num_cores()) if len(samples) >= 8 else 1
-        masks = refine_many(jobs, config.refinement, len(samples.class_names) + 1, workers, config.backend, device)
+        num_labels, workers = len(samples.class_names) + 1, config.num_workers
+        masks = refine_many(jobs, config.refinement, num_labels, workers, config.backend, device)
     yield from progress(masks, total=len(samples), desc=desc)
 
 

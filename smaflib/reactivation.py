@@ -34,7 +34,8 @@ def denoise(fused: Tensor, image_label: Tensor) -> Tensor:
 def reactivate(denoised: Tensor, bg_score: float) -> Tensor:
     """Divide every pixel by its strongest score, a constant background included: the winner becomes 1.
 
-    What is below the background is pushed down, and the ratios inside a pixel stay. A pixel's scores need not sum to 1.
+    Where the background is strongest, every class stays below 1. The ratios inside a pixel stay, and a pixel's scores
+    need not sum to 1.
 
     Args:
         denoised: (K, H, W) or (B, K, H, W), in [0, 1], absent classes zero.
@@ -44,7 +45,7 @@ def reactivate(denoised: Tensor, bg_score: float) -> Tensor:
         (K+1, H, W) or (B, K+1, H, W) in [0, 1], background first.
 
     Raises:
-        ValueError: if ``bg_score`` is not in (0, 1]: with 0, a pixel without any class has no winner.
+        ValueError: if ``bg_score`` is not in (0, 1]: with 0, a pixel without any class is divided by 0.
     """
     if not 0 < bg_score <= 1:
         raise ValueError(f"bg_score must be in (0, 1], got {bg_score}")

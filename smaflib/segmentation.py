@@ -18,7 +18,7 @@ from smaflib.data.sample import Samples
 from smaflib.data.transforms import normalize, scaled_size
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
 from smaflib.refinement import dense_crf, refine_many
-from smaflib.runtime import Runtime, derive_seed, device_of, num_cores, progress, seeded
+from smaflib.runtime import Runtime, derive_seed, device_of, progress, seeded
 from smaflib.training import Batch, Batches, CropField, History, fit
 
 
@@ -41,7 +41,7 @@ def train_segmenter(
         model: backbone and weights, where ``settings.model`` names none of its own.
         settings: of stage 6.
         runtime: device, precision and seed.
-        student: where given, the network starts from its features, which have seen image labels only.
+        student: where given, the network starts from its features, which were learned from image labels only.
         checkpoint: where weights are kept; an unfinished training resumes from there.
         num_workers: loader processes.
 
@@ -154,7 +154,6 @@ def class_probabilities(
 def segment_many(
     network: SegmentationNetwork,
     images: Iterable[Tensor],
-    num_images: int,
     settings: SegmentationConfig,
     runtime: Runtime,
 ) -> Iterator[Tensor]:
@@ -163,7 +162,6 @@ def segment_many(
     Args:
         network: gives (B, K+1, h, w) logits.
         images: uint8 (3, H, W) each, taken as there is room.
-        num_images: of them; a few do not pay for starting processes.
         settings: ``test_scales``, ``test_flip``, ``test_crf``, and the CRF's back-end and processes.
         runtime: device and precision.
 
@@ -175,8 +173,8 @@ def segment_many(
         yield from (segment(network, image, settings, runtime) for image in images)
         return
     jobs = ((image, _crf_start(class_probabilities(network, image, settings, runtime), crf)) for image in images)
-    workers = 1 if num_images < 8 else settings.test_crf_workers or num_cores()
-    yield from refine_many(jobs, crf, network.num_classes + 1, workers, settings.test_crf_backend, runtime.device)
+    workers, backend = settings.test_crf_workers, settings.test_crf_backend
+    yield from refine_many(jobs, crf, network.num_classes + 1, workers, backend, runtime.device)
 
 
 def write_segmentation(
@@ -193,6 +191,6 @@ def write_segmentation(
     """
     paths = [folder / f"{image_id}.png" for image_id in samples.image_ids]
     missing = [index for index, path in enumerate(paths) if not path.is_file()]
-    masks = segment_many(network, (samples[index].image for index in missing), len(missing), settings, runtime)
+    masks = segment_many(network, (samples[index].image for index in missing), settings, runtime)
     for index, mask in zip(missing, progress(masks, len(missing), f"segment {samples.split}"), strict=True):
         save_mask(paths[index], mask)

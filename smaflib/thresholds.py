@@ -1,8 +1,8 @@
 """Choose the background score without any ground truth.
 
-The field tunes it on masks, which is a leak: who has only image labels cannot. Here the attention maps alone decide, by
-Otsu's criterion. ``benchmarks/bg_score.py`` compares it with others, and all of them with the best score at the oracle
-threshold.
+The field tunes it on masks. That is a leak: with image labels alone it cannot be done. Here the attention maps alone
+decide, by Otsu's criterion. ``benchmarks/bg_score.py`` compares it with other criteria, and all of them with the oracle
+threshold, the score that is best on the ground truth.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The optimisation loop that classifier, student and segmentation network share.
 
-What happens in an iteration depends on the seed and the iteration's number alone, so a killed run that goes on from
+What happens in an iteration depends on the seed and the iteration's number alone, so a killed run that resumes from
 its checkpoint ends with the same weights as one that was never killed.
 """
 

@@ -1,9 +1,8 @@
-"""The ablation: what each variant leaves out, going on after a crash, and reading the result."""
+"""The ablation: what each variant leaves out, resuming after a crash, and reading the result."""
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import shutil
 from collections.abc import Sequence
@@ -35,12 +34,13 @@ from smaflib.apps.cli import app
 from smaflib.data.masks import ground_truth_of
 from smaflib.errors import ConfigError, DataError, RunError
 from smaflib.evaluation import evaluate, masks_of
-from smaflib.files import PROJECT_ROOT
+from smaflib.files import PROJECT_ROOT, locked
 from smaflib.pipeline import Targets, train_student
 from smaflib.reactivation import reactivate, with_background_score
 from smaflib.report.plots import plot_ablation
 from smaflib.runs import Run, open_run
-from smaflib.runs.manifest import stage_inputs, write_manifest
+from smaflib.runs.inputs import stage_inputs
+from smaflib.runs.manifest import write_manifest
 from smaflib.runs.stages import stage_named
 
 matplotlib.use("agg")
@@ -173,7 +173,7 @@ def test_rows_differ_in_what_they_name() -> None:
     assert {row.network for row in ROWS.values()} == {"teacher", *STUDENTS}
 
 
-# --- going on ---------------------------------------------------------------------------------------------------------
+# --- resuming ---------------------------------------------------------------------------------------------------------
 
 
 def test_killed_ablation_goes_on_and_ends_with_the_same_numbers(
@@ -217,7 +217,7 @@ def test_networks_of_a_complete_run_are_taken_over(done: Run, tmp_path: Path, mo
     run = tiny_run(tmp_path / "finished")
     shutil.copytree(done.path("ablation/seed0"), run.folder, dirs_exist_ok=True)
     names = ("01_data", "02_classifier", "03_multi_scale_attention", "05_self_training")
-    write_manifest(run, {"stages": {name: {"status": "complete"} for name in names}})
+    write_manifest(run.folder, {"stages": {name: {"status": "complete"} for name in names}})
     ablate(run, [0])
     work = work_of(run)
     for network in ("teacher", "student", "student_control"):
@@ -225,7 +225,7 @@ def test_networks_of_a_complete_run_are_taken_over(done: Run, tmp_path: Path, mo
     assert not work.path("data").exists()
     assert records_of(run) == records_of(done)
 
-    # A teacher that was trained anew since: all that the old one taught goes.
+    # A teacher that was trained again since: all that the old one taught is deleted.
     shutil.copy(run.checkpoint("student_control"), tmp_path / "another")
     (tmp_path / "another").replace(run.checkpoint("teacher"))
     trained: list[str] = []
@@ -276,11 +276,8 @@ def test_what_an_ablation_cannot_do_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="rounds is 2"):
         ablate(tiny_run(tmp_path / "rounds", "self_training.rounds=2"), [0])
     run = tiny_run(tmp_path / "busy")
-    run.path("ablation").mkdir()
-    with run.path("ablation/.lock").open("a+") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        with pytest.raises(RunError, match="another smaf ablate"):
-            ablate(run, [0])
+    with locked(run.path("ablation"), "smaf"), pytest.raises(RunError, match="another smaf ablate"):
+        ablate(run, [0])
 
 
 def test_without_ground_truth_there_is_nothing_to_evaluate(done: Run) -> None:
@@ -351,14 +348,15 @@ def test_result_says_where_it_comes_from(done: Run) -> None:
 
 
 def test_new_result_is_an_input_of_notebook_08_alone(copy: Run) -> None:
-    def inputs(name: str) -> dict[str, str]:
-        return stage_inputs(copy, stage_named(name), PROJECT_ROOT / "notebooks" / f"{stage_named(name).name}.ipynb")
+    def inputs(name: str) -> dict[str, Any]:
+        stage = stage_named(name)
+        return stage_inputs(copy.folder, stage, PROJECT_ROOT / "notebooks" / f"{stage.name}.ipynb", {})
 
     before = inputs("08"), inputs("07")
     copy.path(RESULT).unlink()
     after = inputs("08"), inputs("07")
     assert before[0] != after[0] and before[1] == after[1]
-    assert {key for key in before[0] if before[0][key] != after[0][key]} == {"reads", "inputs"}
+    assert {key for key in before[0] if before[0][key] != after[0][key]} == {"extra_inputs"}
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def test_maps_of_a_network_that_can_be_worked_out_by_hand(flip: bool) -> None:
     torch.testing.assert_close(cam[1], torch.zeros(2, 4), rtol=0, atol=1e-5)  # never negative
 
 
-def test_every_scale_is_a_look_at_the_resized_image() -> None:
+def test_every_scale_is_a_forward_pass_of_the_resized_image() -> None:
     cams = multi_scale_cams(slim_network(), some_image(), scales=(0.5, 1.0, 2.0))
     assert [tuple(cam.shape) for cam in cams] == [(3, 3, 4), (3, 5, 7), (3, 10, 14)]
     assert all(bool((cam >= 0).all()) for cam in cams)
@@ -176,7 +176,7 @@ def test_order_of_scales_does_not_matter(seed: int, rule: FusionRule) -> None:
 
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**20), rule=st.sampled_from(["sum", "mean", "max"]), factor=st.floats(0.5, 4))
-def test_one_scale_seen_twice_or_louder_is_that_scale(seed: int, rule: FusionRule, factor: float) -> None:
+def test_one_scale_given_twice_or_louder_is_that_scale(seed: int, rule: FusionRule, factor: float) -> None:
     (cam,) = some_cams(seed, num_scales=1)
     expected = fuse_cams([cam], (6, 8), rule)
     torch.testing.assert_close(fuse_cams([cam, cam * factor], (6, 8), rule), expected, rtol=1e-4, atol=1e-4)
@@ -244,7 +244,7 @@ def test_scale_that_serves_an_extent_best(extent: float, best: int) -> None:
 
 
 def test_size_adaptive_fusion_listens_to_the_scale_of_the_objects_size() -> None:
-    """Scale 2 sees a small object, scale 0.5 a large one; each fused map leans to its own scale."""
+    """Scale 2 responds to a small object, scale 0.5 to a large one; each fused map leans to its own scale."""
     small, large = torch.zeros(1, 16, 16), torch.zeros(1, 16, 16)
     small[0, :2, :2], large[0, :15, :15] = 1, 1
     decoy = torch.zeros(1, 16, 16)
@@ -271,7 +271,7 @@ def test_maps_come_back_in_half_precision(tmp_path: Path) -> None:
     assert [path.name for path in maps.folder.iterdir()] == ["a.b.npz"]
 
 
-def test_some_scales_in_an_order_of_ones_own(tmp_path: Path) -> None:
+def test_some_scales_in_a_chosen_order(tmp_path: Path) -> None:
     maps = AttentionMaps(tmp_path, (0.5, 1.0, 2.0))
     cams = some_cams(0)
     maps.write("a", cams, (9, 11))

@@ -201,7 +201,7 @@ def test_solved_head_is_the_minimum_of_the_loss_over_whole_images() -> None:
     config, samples = solved_config(), make_samples(6, saliency=False)
     network, history = train_teacher(samples, config, CPU)
     network.head.weight.requires_grad_(True).grad = None
-    # The loss, built anew from the network's own logit maps: L_cls over images, scales and flips, and the penalty.
+    # The loss, built once more from the network's own logit maps: L_cls over images, scales and flips, and the penalty.
     losses = []
     for sample in samples:
         for scale in config.attention.scales:
@@ -255,7 +255,7 @@ def test_finished_teacher_is_loaded_and_not_trained(tmp_path: Path) -> None:
 # --- classify ---------------------------------------------------------------------------------------------------------
 
 
-def test_classify_looks_at_whole_images_in_order() -> None:
+def test_classify_takes_whole_images_in_order() -> None:
     samples = make_samples(3)
     network = new_teacher(tiny_config(), 3, CPU)
     logits = classify(network, samples, CPU)

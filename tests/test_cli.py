@@ -36,10 +36,10 @@ def test_run_passes_its_options_on(monkeypatch, config_file, tmp_path):
     monkeypatch.setattr(runner, "run_notebooks", lambda *arguments: given.extend(arguments))
     monkeypatch.chdir(tmp_path)
     words = "run tiny.yaml --name n --set seed=1 --set data.num_val=3 --from 2 --until 4 --runs r --notebooks nb"
-    result = smaf(*words.split())
+    result = smaf(*words.split(), "--reuse", "m", "--keep-stale")
     assert result.exit_code == 0
     overrides = ["seed=1", "data.num_val=3"]
-    assert given == [config_file, "n", overrides, "2", "4", tmp_path / "nb", tmp_path / "r"]
+    assert given == [config_file, "n", overrides, "2", "4", tmp_path / "nb", tmp_path / "r", ["m"], True]
 
 
 @pytest.mark.parametrize(
@@ -85,11 +85,14 @@ def test_bad_input_exits_with_2(monkeypatch, config_file, arguments, message):
 
 
 def test_status_lists_all_stages(run):
-    write_manifest(run, {"stages": {"01_data": {"status": "complete", "seconds": 61.2}}})
+    entry = {"status": "complete", "seconds": 61.2}
+    taken = entry | {"reused_from": "papermill_runs/x"}
+    write_manifest(run.folder, {"stages": {"01_data": entry, "02_classifier": taken}})
     lines = smaf("status", run.folder).stdout.splitlines()
     assert len(lines) == len(run.stages)
     assert lines[0].split() == ["00_one_image_end_to_end", "not", "run", "-"]
     assert lines[1].split() == ["01_data", "complete", "1", "min", "01", "s"]
+    assert lines[2].endswith("1 min 01 s  taken over from papermill_runs/x")
 
 
 def test_report_prints_results_and_its_path(run):
@@ -112,4 +115,6 @@ def test_help_needs_no_torch():
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "set()\n"
     help_text = smaf("run", "--help").stdout
-    assert all(option in help_text for option in ("--name", "--set", "--from", "--until", "--runs"))
+    assert all(
+        option in help_text for option in ("--name", "--set", "--from", "--until", "--runs", "--reuse", "--keep-stale")
+    )

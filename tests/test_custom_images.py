@@ -71,7 +71,7 @@ def test_every_photo_gets_a_mask_an_overlay_and_a_place_on_the_sheet(config: Con
     assert html.count("<figure>") == 6 and "masks/3.png" in html and not network_references(html)
 
 
-def test_second_call_makes_nothing_anew_and_a_killed_one_goes_on(config: Config, tmp_path: Path) -> None:
+def test_second_call_makes_nothing_again_and_a_killed_one_resumes(config: Config, tmp_path: Path) -> None:
     out = tmp_path / "out"
     make_masks(config, out)
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}

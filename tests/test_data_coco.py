@@ -114,7 +114,7 @@ def test_masks_are_painted_large_instances_first(root: Path, tmp_path: Path) -> 
     assert load_samples(config(root), "val", tmp_path / "run").has_ground_truth
 
 
-def test_masks_of_ones_own_are_used_instead(root: Path, tmp_path: Path) -> None:
+def test_masks_of_the_config_are_used_instead(root: Path, tmp_path: Path) -> None:
     make_data(config(root), tmp_path / "run")
     folder = tmp_path / "run" / "data" / "train2014"
     make_data(config(root, masks=folder), tmp_path / "other")

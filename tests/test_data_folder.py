@@ -89,7 +89,7 @@ def test_names_may_hold_quotes_commas_and_letters_of_any_language(photos: Path) 
 def test_max_images_and_cache_are_respected(photos: Path) -> None:
     samples = load(photos, max_images=2, cache=True)
     assert samples.image_ids == ["a", "b"] and samples[0] is samples[0]
-    assert samples.class_names == ("ape", "cat", "dog")  # the classes do not depend on how many one looks at
+    assert samples.class_names == ("ape", "cat", "dog")  # the classes do not depend on how many are taken
 
 
 def test_photo_is_turned_as_its_orientation_flag_says_and_the_mask_must_fit_that(photos: Path) -> None:

@@ -217,7 +217,7 @@ def archive() -> Iterator[Archive]:
 
 def test_fetch_goes_on_where_it_stopped(archive: Archive, tmp_path: Path) -> None:
     Server.limit = 2500
-    with pytest.raises(DataError, match=r"does not answer as it should .* it goes on where it stopped"):
+    with pytest.raises(DataError, match=r"does not answer as it should .* it resumes where it stopped"):
         fetch_voc12(tmp_path, archive)
     assert (tmp_path / "voc.tar.part").stat().st_size == 2500 and not (tmp_path / "VOCdevkit").exists()
     Server.limit = None
@@ -280,7 +280,7 @@ def test_inspect_on_the_command_line(tmp_path: Path) -> None:
 # --- VOC's server -----------------------------------------------------------------------------------------------------
 
 
-def test_submission_holds_palette_masks_where_the_server_looks(photos: Path, tmp_path: Path) -> None:
+def test_submission_holds_palette_masks_where_the_server_expects_them(photos: Path, tmp_path: Path) -> None:
     config = tiny_config(data={"kind": "folder", "images": photos, "labels": photos / "labels.csv"})
     run = Run(tmp_path / "run", config, tmp_path / "my.yaml")
     with pytest.raises(ConfigError, match="has no segmentation network"):

@@ -115,7 +115,7 @@ def test_classes_are_voc_s_twenty_unless_named(root: Path) -> None:
     assert load(root, class_names=()).class_names == tuple(VOC_CLASSES)
 
 
-def test_no_mask_is_opened_unless_the_truth_is_asked_for(root: Path) -> None:
+def test_no_mask_is_opened_unless_the_ground_truth_is_asked_for(root: Path) -> None:
     for mask in (root / "SegmentationClass").iterdir():
         mask.write_bytes(b"not a picture")
     samples = load(root)
@@ -124,7 +124,7 @@ def test_no_mask_is_opened_unless_the_truth_is_asked_for(root: Path) -> None:
         samples.with_masks()[0]
 
 
-def test_missing_masks_mean_that_there_is_no_truth(root: Path) -> None:
+def test_missing_masks_mean_that_there_is_no_ground_truth(root: Path) -> None:
     (root / "SegmentationClass/b.png").unlink()
     samples = load(root)
     assert not samples.has_ground_truth
@@ -141,7 +141,7 @@ def test_masks_folder_can_be_chosen(root: Path) -> None:
         load(root, masks="Other")
 
 
-def test_max_images_keeps_the_first_and_looks_at_no_other(root: Path) -> None:
+def test_max_images_keeps_the_first_and_opens_no_other(root: Path) -> None:
     (root / "JPEGImages/c.jpg").unlink()
     assert load(root, max_images=2).image_ids == ["a", "b"]
 

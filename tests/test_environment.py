@@ -202,4 +202,4 @@ def test_readme_has_pictures_that_exist_and_a_glossary():
     for address in re.findall(r"!\[[^]]*\]\(([^)]+)\)", readme):
         assert (ROOT / address).is_file(), address
     glossary = readme.partition("## Glossary")[2].partition("\n## ")[0]
-    assert len(re.findall(r"^\| [^|]+ \| [^|]+ \|$", glossary, re.MULTILINE)) == 10 + 1  # and the head
+    assert len(re.findall(r"^\| [^|]+ \| [^|]+ \|$", glossary, re.MULTILINE)) == 12 + 1  # and the head

@@ -54,7 +54,7 @@ def test_three_pixels_one_of_them_void() -> None:
     assert counts.tolist() == [[1, 1], [0, 0]] and counts.dtype == torch.int64
 
 
-def test_rows_are_the_truth() -> None:
+def test_rows_are_the_ground_truth() -> None:
     counts = confusion_matrix(labels([2, 2, 0]), labels([1, 1, 0]), num_classes=2)
     assert counts.tolist() == [[1, 0, 0], [0, 0, 2], [0, 0, 0]]
 
@@ -106,9 +106,9 @@ def test_masks_that_do_not_fit_are_refused() -> None:
         confusion_matrix(labels([0, 1]), labels([0, 1, 1]), 1)
     with pytest.raises(ValueError, match="mask holds label 5, but there are 4 classes"):
         confusion_matrix(labels([0, 5]), labels([0, 1]), 4)
-    with pytest.raises(ValueError, match="truth holds label 5, but there are 4 classes"):
+    with pytest.raises(ValueError, match="ground truth holds label 5, but there are 4 classes"):
         confusion_matrix(labels([0, 1, 1]), labels([0, 5, 255]), 4)
-    with pytest.raises(ValueError, match="truth holds label 5, but there are 4 classes"):
+    with pytest.raises(ValueError, match="ground truth holds label 5, but there are 4 classes"):
         sweep_thresholds([torch.rand(4, 1, 3)], [labels([0, 5, 255])], "abcd")
 
 
@@ -249,7 +249,7 @@ def test_best_threshold_by_hand() -> None:
     assert best_threshold(sweep) == 0.4
 
 
-def test_maps_are_judged_at_the_best_threshold_or_at_a_given_one() -> None:
+def test_maps_are_evaluated_at_the_oracle_threshold_or_at_a_given_one() -> None:
     denoised, ground_truth = torch.tensor([[[0.6, 0.6, 0.3, 0.3]]]), labels([1, 1, 0, 0])
     config = EvaluationConfig(thresholds=(0.25, 0.4))
     records, chosen = evaluate_maps([denoised], [ground_truth], ["cat"], config, variant="student")

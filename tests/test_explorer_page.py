@@ -65,7 +65,7 @@ def test_page_holds_images_and_maps_and_asks_no_network(gallery: Gallery) -> Non
     assert np.abs(kept - cam.numpy()).max() <= peak / 510 + 1e-7
 
 
-def test_truth_is_kept_exactly_or_not_at_all(gallery: Gallery) -> None:
+def test_ground_truth_is_kept_exactly_or_not_at_all(gallery: Gallery) -> None:
     runs = page_image(gallery, 0)["truth"]
     mask = gallery.samples[0].mask
     assert mask is not None
@@ -135,7 +135,7 @@ def test_frame_in_a_notebook_holds_the_whole_page(gallery: Gallery) -> None:
     assert html.count("<iframe") == 1 and 'srcdoc="&lt;!DOCTYPE html&gt;' in html
     assert network_references(html) == []
     found = network_references(html.replace("&lt;/head&gt;", "&lt;script src=&quot;https://example.org/a.js&quot;&gt;"))
-    assert found == ["script src=https://example.org/a.js"]  # what is in the frame is looked at too
+    assert found == ["script src=https://example.org/a.js"]  # what is in the frame is checked, too
 
 
 def test_report_of_a_run_holds_its_explorer(tmp_path: Path) -> None:

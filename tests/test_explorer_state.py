@@ -73,7 +73,7 @@ def test_weights_tell_how_much_a_scale_counts() -> None:
     assert near(result.fused, [1, 0.75, 0, 0]) and near(result.denoised[1], [0, 0, 0.8, 1])
     alone = explore(row_sample(), CAMS, SCALES, replace(BOTH, weights=(0.0, 1.0)))
     assert near(alone.fused, [0, 1, 0, 0]) and near(alone.denoised[1], [0, 0, 0, 1])
-    assert near(alone.scale_maps[0], [1, 0.5, 0, 0])  # a scale that takes no part can still be looked at
+    assert near(alone.scale_maps[0], [1, 0.5, 0, 0])  # a scale that takes no part can still be shown
     with pytest.raises(ValueError, match="no scale takes part"):
         explore(row_sample(), CAMS, SCALES, replace(BOTH, weights=(0.0, 0.0)))
 
@@ -94,7 +94,7 @@ def test_reactivation_changes_the_target_and_never_the_mask() -> None:
     assert torch.equal(on.mask, off.mask) and on.mask.tolist() == [[1, 0, 0, 2]]
 
 
-def test_void_pixels_count_nowhere_and_without_truth_there_is_no_iou() -> None:
+def test_void_pixels_count_nowhere_and_without_ground_truth_there_is_no_iou() -> None:
     result = explore(row_sample([1, 255, 2, 2]), CAMS, SCALES, BOTH)
     assert result.iou is not None and result.miou == 1
     assert torch.isnan(result.iou[0])  # neither in the ground truth nor in the mask
@@ -142,7 +142,7 @@ def test_crf_is_the_one_of_the_pseudo_masks() -> None:
 # --- the gallery
 
 
-def test_shipped_gallery_is_the_same_every_time_and_unseen() -> None:
+def test_pretrained_gallery_is_the_same_every_time_and_unseen() -> None:
     one, other = Gallery.pretrained(2), Gallery.pretrained(2)
     assert [s.image_id for s in one.samples] == [s.image_id for s in other.samples] and len(one.samples) == 2
     assert all(torch.equal(a.image, b.image) for a, b in zip(one.samples, other.samples, strict=True))
@@ -226,7 +226,7 @@ def test_run_is_explored_with_its_stored_maps_first(run_folder: Path) -> None:
     assert len(gallery.samples) == 3 and gallery.roles == ("teacher",)
     assert all(sample.mask is not None for sample in gallery.samples)
     assert float(gallery.cams(1, "teacher", True)[3].max()) == 2
-    assert gallery.flips(1, "teacher") == (True,)  # as the run looked; there is no network to look otherwise
+    assert gallery.flips(1, "teacher") == (True,)  # as in the run; there is no network for other views
     with pytest.raises(DataError, match="neither its maps nor its network"):
         gallery.cams(1, "teacher", False)
     with pytest.raises(DataError, match="this run has kept none"):
@@ -263,7 +263,7 @@ def png(pixels: np.ndarray, **options: object) -> bytes:
     return content.getvalue()
 
 
-def test_photo_gets_the_label_that_the_network_sees_and_no_truth() -> None:
+def test_photo_gets_the_label_that_the_network_predicts_and_no_ground_truth() -> None:
     gallery = Gallery.pretrained(1)
     own = gallery.samples[0].image
     index = gallery.add_photo("holiday.png", png(own.permute(1, 2, 0).numpy()))
@@ -309,7 +309,7 @@ def test_file_that_is_no_picture_is_refused(content: bytes) -> None:
         read_photo("thin.png", png(np.zeros((40, 8, 3))))
 
 
-# --- looks
+# --- appearance
 
 
 def test_color_maps_rise_in_lightness() -> None:
@@ -330,7 +330,7 @@ def test_bytes_of_maps_and_masks() -> None:
     assert picture_address(image).startswith("data:image/jpeg;base64,")
 
 
-def test_fusion_of_shipped_maps_is_fuse_cams() -> None:
+def test_fusion_of_pretrained_maps_is_fuse_cams() -> None:
     gallery = Gallery.pretrained(1)
     settings = replace(gallery.first_settings(0), denoise=False)
     for rule in ("sum", "mean", "max", "size_adaptive"):

@@ -121,7 +121,7 @@ def test_reset_gives_the_first_settings_back(explorer: Explorer) -> None:
     assert explorer.controls["iterations"].value == 5 and explorer.board.opacity == 0.75
 
 
-def test_looks_go_to_the_board_and_change_no_number(explorer: Explorer) -> None:
+def test_appearance_goes_to_the_board_and_changes_no_number(explorer: Explorer) -> None:
     view = explorer.board.view
     explorer.controls["opacity"].value = 0.4
     explorer.controls["colormap"].value = "cividis"
@@ -158,13 +158,13 @@ def give(explorer: Explorer, name: str, content: bytes) -> None:
     explorer._take_photo(upload(name, content))
 
 
-def test_photo_comes_without_truth_and_with_a_label_that_can_be_corrected(explorer: Explorer) -> None:
+def test_photo_comes_without_ground_truth_and_with_a_label_that_can_be_corrected(explorer: Explorer) -> None:
     content = io.BytesIO()
     Image.fromarray(explorer.gallery.samples[0].image.permute(1, 2, 0).numpy()).save(content, "PNG")
     give(explorer, "mine.png", content.getvalue())
     assert explorer.board.index == 3 and len(explorer.board.images) == 4
     assert explorer.board.view["iou"] is None and explorer.board.view["curve"] is None
-    assert "mine.png: the network sees" in explorer.board.status["text"]
+    assert "mine.png: the network predicts" in explorer.board.status["text"]
     explorer.controls["image_label"].value = (1,)
     assert set(explorer.exploration.mask.unique().tolist()) <= {0, 2}
 

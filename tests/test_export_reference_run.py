@@ -116,7 +116,7 @@ def run(tmp_path: Path) -> Run:
     run.path("explorer.html").write_text("<p>maps, and the code that shows them</p>")
     run.path("checkpoints").mkdir()
     run.path("checkpoints", "teacher.safetensors").write_text("large")
-    write_manifest(run, {"run": "whole", "stages": {stage.name: {"status": "complete"} for stage in STAGES}})
+    write_manifest(run.folder, {"run": "whole", "stages": {stage.name: {"status": "complete"} for stage in STAGES}})
     return run
 
 
@@ -176,7 +176,7 @@ def test_export_of_what_is_not_complete_is_refused(run: Run, tmp_path: Path, mon
     run.path(RESULT).unlink()
     with pytest.raises(RunError, match="smaf ablate"):
         export_reference(run.folder, target)
-    write_manifest(run, {"stages": {}})
+    write_manifest(run.folder, {"stages": {}})
     with pytest.raises(RunError, match="00_one_image_end_to_end"):
         export_reference(run.folder, target)
     assert not target.exists()

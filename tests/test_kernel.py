@@ -7,14 +7,18 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import nbformat
+import papermill
 import pytest
 from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.connect import write_connection_file
+from nbformat.v4 import new_code_cell, new_notebook
 
 from smaflib.runs.kernel import SpareKernel
-from smaflib.runs.runner import KERNEL_ENVIRONMENT
+from smaflib.runs.progress import KERNEL_ENVIRONMENT, NotebookMonitor
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="spare kernels are for systems with process groups")
 
@@ -71,6 +75,23 @@ def test_spare_process_becomes_the_kernel_it_is_told_to_be(spare: SpareKernel, t
         os.killpg(process.pid, signal.SIGKILL)  # a group of its own, as the runner kills it
         process.wait()
     assert spare.become_kernel("v1", [], {}, "", "") is None  # used up
+
+
+def test_notebook_runs_in_the_spare_process(spare: SpareKernel, tmp_path: Path) -> None:
+    cells = [new_code_cell("import os, sys\nprint(os.getpid(), 'torch' in sys.modules)")]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "pid.ipynb")
+    spare.prepare("v1")
+    assert spare._process is not None
+    pids = [spare._process.pid]
+    with NotebookMonitor("pid", 1, pids.append, partial(spare.become_kernel, "v1")) as monitor:
+        options = {
+            "kernel_manager_class": monitor.kernel_manager_class(),
+            "kernel_name": "python3",
+            "language": "python",
+        }
+        executed = papermill.execute_notebook(tmp_path / "pid.ipynb", None, progress_bar=False, **options)
+    assert executed.cells[-1].outputs[0].text == f"{pids[0]} True\n"
+    assert pids == [pids[0]] * 2 and ended(pids[0])
 
 
 def test_spare_of_other_code_is_not_used(spare: SpareKernel) -> None:

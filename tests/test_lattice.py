@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from smaflib.config import CrfConfig
 from smaflib.refinement import lattice as module
+from smaflib.refinement import mean_field
 from smaflib.refinement.lattice import (
     build_lattice,
     embed,
@@ -83,9 +85,12 @@ def test_keys_tell_vertices_apart_and_steps_lead_to_neighbors(drawn: tuple[int, 
     flat = vertices.permute(0, 2, 1).reshape(-1, d + 1).long()
     assert len(keys.flatten().unique()) == len(flat.unique(dim=0))
     by_coordinates = {tuple(vertex): int(key) for vertex, key in zip(flat.tolist(), keys.flatten(), strict=True)}
-    numbers, table = number_vertices(keys.flatten(), hashing=True)
-    assert torch.equal(table[numbers.long()], keys.flatten())
-    neighbors = find_neighbors(table, steps, hashing=True)
+    table, numbers, order, starts = number_vertices(keys)
+    assert torch.equal(table[numbers.long()], keys) and torch.equal(table, keys.unique())
+    # Entries by number, then by place; each number's begin where the next lower number's end.
+    assert torch.equal(order, numbers.flatten().argsort(stable=True))
+    assert torch.equal(starts.diff(), numbers.flatten().bincount()) and int(starts[0]) == 0
+    neighbors = find_neighbors(table, steps)
     coordinates = {key: vertex for vertex, key in by_coordinates.items()}
     for axis in range(d + 1):
         for index, key in enumerate(table.tolist()):
@@ -101,7 +106,17 @@ def test_kernels_too_narrow_for_exact_keys_are_told_apart_all_the_same() -> None
     corner, rank, _ = embed(features)
     keys, _ = vertex_keys(corner, rank)
     vertices = torch.stack([corner + k - 6 * (rank > 5 - k) for k in range(6)]).permute(0, 2, 1).reshape(-1, 6)
-    assert len(keys.unique()) == len(vertices.unique(dim=0))
+    assert len(number_vertices(keys)[0]) == len(vertices.unique(dim=0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(num=st.integers(1, 300), bits=st.integers(1, 63), seed=st.integers(0, 10**6))
+def test_keys_of_any_size_are_sorted_stably(num: int, bits: int, seed: int) -> None:
+    # Few different keys, so that equal ones show the order; the widest leave no room for their places.
+    several = torch.randint(-(2**bits), 2**bits - 1, (1 + num // 4,), generator=generator(seed))
+    keys = several[torch.randint(0, len(several), (num,), generator=generator(seed))]
+    for ours, theirs in zip(module._sort(keys), keys.sort(stable=True), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_filter_comes_near_the_written_out_sums() -> None:
@@ -133,8 +148,10 @@ def test_every_way_of_building_gives_one_filter(drawn: tuple[int, int, float, in
     features = random_features(drawn)
     values = torch.rand(features.shape[1], 4, generator=generator(3))
     expected = gaussian_filter(build_lattice(features), values)
-    # What GPUs do: sorting in place of hash tables, and bags of limited size.
-    other = gaussian_filter(build_lattice(features, most_per_bag=most, hashing=False), values)
+    # What GPUs do: torch's own sort, and bags of limited size.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_sort", lambda keys: keys.sort(stable=True))
+        other = gaussian_filter(build_lattice(features, most_per_bag=most), values)
     torch.testing.assert_close(other, expected, atol=1e-6, rtol=1e-5)
 
 
@@ -172,12 +189,24 @@ def test_points_are_filled_up_to_a_multiple_of_four() -> None:
     assert build_lattice(features[:, :4]).neighbors.shape[1] < build_lattice(features).neighbors.shape[1]
 
 
-def test_spatial_lattice_is_built_once_per_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    from smaflib.config import CrfConfig
-    from smaflib.refinement import mean_field
+def test_spatial_lattice_is_built_once_per_size_and_kept_if_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[tuple[int, int]] = []
 
+    def positions(height: int, width: int, device: torch.device) -> Tensor:
+        built.append((height, width))
+        return grid(height, width, 1)
+
+    monkeypatch.setattr(mean_field, "positions", positions)
+    monkeypatch.setattr(mean_field, "KEPT_PIXELS", 42)
     mean_field._smoothness_kernel.cache_clear()
-    image = torch.zeros(3, 6, 7, dtype=torch.uint8)
-    first = mean_field.smoothness_kernel(image, CrfConfig())
-    monkeypatch.setattr(module, "embed", None)
-    assert mean_field.smoothness_kernel(image + 9, CrfConfig()) is first
+    small, large = torch.zeros(3, 6, 7, dtype=torch.uint8), torch.zeros(3, 7, 7, dtype=torch.uint8)
+    mean_field.mean_field(
+        [small, large, large], [torch.zeros(2, 6, 7), *torch.zeros(2, 2, 7, 7)], [torch.ones(2)] * 3, CrfConfig()
+    )
+    # For the kernel of positions and colours each image needs its own.
+    assert built == [(6, 7), (7, 7), (6, 7), (7, 7), (7, 7)]
+    built.clear()
+    assert mean_field.smoothness_kernel(small + 9, CrfConfig()) is mean_field.smoothness_kernel(small, CrfConfig())
+    assert built == []
+    mean_field.smoothness_kernel(large, CrfConfig())
+    assert built == [(7, 7)]

@@ -111,7 +111,7 @@ def test_dilated_resnet50_is_torchvisions_dilated_resnet50() -> None:
     assert geometry(ours) == geometry(theirs)
 
 
-def test_slim_network_sees_no_farther_than_it_should_and_skips_at_stride_4() -> None:
+def test_slim_network_ends_at_stride_8_and_skips_at_stride_4() -> None:
     with torch.device("meta"):
         early, late = build_backbone(model_config()).features(torch.empty(1, 3, 64, 48))
     assert early.shape == (1, 32, 16, 12) and late.shape == (1, 96, 8, 6)

@@ -18,7 +18,8 @@ from smaflib.files import PROJECT_ROOT
 from smaflib.maps import AttentionMaps
 from smaflib.report.html import network_references
 from smaflib.runs.manifest import read_manifest
-from smaflib.runs.runner import NotebookMonitor, run_notebooks
+from smaflib.runs.progress import NotebookMonitor
+from smaflib.runs.runner import run_notebooks
 from smaflib.runs.stages import STAGES
 
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
@@ -110,7 +111,7 @@ def test_the_tiny_settings_are_settings_of_the_real_config():
 
 
 def test_every_stage_is_complete(run):
-    stages = read_manifest(run)["stages"]
+    stages = read_manifest(run.folder)["stages"]
     assert {name: entry["status"] for name, entry in stages.items()} == {stage.name: "complete" for stage in STAGES}
 
 
@@ -182,7 +183,7 @@ def test_the_report_needs_no_network(run):
 
 def test_explore_runs_headless_and_keeps_a_page_that_needs_no_kernel(tmp_path):
     executed = tmp_path / "explore.ipynb"
-    with NotebookMonitor("explore", 1, lambda pid: None) as watch:
+    with NotebookMonitor("explore", 1, lambda pid: None) as monitor:
         papermill.execute_notebook(
             EXPLORE,
             executed,
@@ -191,7 +192,7 @@ def test_explore_runs_headless_and_keeps_a_page_that_needs_no_kernel(tmp_path):
             language="python",
             cwd=tmp_path,
             progress_bar=False,
-            kernel_manager_class=watch.kernel_manager_class(),
+            kernel_manager_class=monitor.kernel_manager_class(),
         )
     cells = [cell for cell in nbformat.read(executed, as_version=4).cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
@@ -210,7 +211,42 @@ def test_a_run_is_explored_with_what_it_made(run):
         cams, _ = AttentionMaps(run.path("cams", role), run.config.attention.scales).read("000000")
         assert all(map(torch.equal, explorer.gallery.cams(0, role, True), cams))
     assert explorer.exploration.iou is not None
-    assert "explorer.html" in read_manifest(run)["stages"]["08_results"]["artifacts"]
+    assert "explorer.html" in read_manifest(run.folder)["stages"]["08_results"]["artifacts"]
+
+
+def test_every_stage_reads_the_settings_of_its_part_of_the_method(run):
+    machine = {"device", "num_threads", "precision", "seed"}
+    expected = {
+        "00": machine,
+        "01": {"seed", "data", "evaluation"},
+        "02": machine | {"data", "model", "classifier", "attention"},
+        "03": machine | {"data", "model", "attention", "evaluation"},
+        "04": {"data", "attention", "evaluation"},
+        "05": machine | {"data", "model", "attention", "self_training", "evaluation"},
+        "06": machine | {"data", "attention", "self_training", "pseudo_masks", "evaluation"},
+        "07": machine | {"data", "model", "segmentation", "evaluation"},
+        "08": {"data", "model", "attention", "segmentation", "evaluation"},
+    }
+    stages = read_manifest(run.folder)["stages"]
+    groups = {name[:2]: {key.partition(".")[0] for key in entry["settings_read"]} for name, entry in stages.items()}
+    assert groups == expected
+    assert stages["06_pseudo_masks"]["settings_read"]["pseudo_masks.crf.labels"] == run.config.pseudo_masks.crf.labels
+
+
+def test_another_crf_runs_the_pseudo_masks_and_what_follows(run, capfd):
+    other = run_notebooks(
+        run.config_file, "irn", [*TINY, "pseudo_masks.crf=irn"], runs=run.folder.parent, reuse=[run.name]
+    )
+    err = capfd.readouterr().err
+    assert re.findall(r"^(\d\d)\w+  taken over from tiny$", err, re.MULTILINE) == ["00", "01", "02", "03", "04", "05"]
+    assert re.findall(r"^(\d\d)\w+  starts", err, re.MULTILINE) == ["06", "07", "08"]
+    assert re.search(r"06_pseudo_masks  starts \(tiny: pseudo_masks\.crf\.\w+ differs \(.* \| .*\)\)", err)
+    for name in ("checkpoints/student.safetensors", "cams/student/000000.npz", "data/labels.csv"):
+        assert other.path(name).samefile(run.path(name))
+    stages = [read_manifest(folder)["stages"] for folder in (run.folder, other.folder)]
+    for name in ("03_multi_scale_attention", "05_self_training"):
+        assert stages[0][name]["artifacts"] == stages[1][name]["artifacts"] and "reused_from" in stages[1][name]
+    assert other.metrics().query("stage < '06'").equals(run.metrics().query("stage < '06'"))
 
 
 def test_ablation_of_the_run_agrees_with_its_notebooks(run):

@@ -219,6 +219,8 @@ def test_networks_are_evaluated_at_the_training_splits_oracle_threshold(copy: Wo
         assert truth is not None and oracle is not None
         masks = masks_of(copy.denoised("teacher", samples, [1.0]), oracle)
         assert means[split] == evaluate(masks, truth, samples.class_names, copy.config.evaluation).miou
+    copy._samples["val"] = copy.samples("val").subset([])  # a folder of custom images has no val
+    assert evaluate_network(copy, "teacher", Variant.TEACHER, scales=[1.0])[1] == oracle
     own, score = evaluate_network(copy, "teacher", Variant.TEACHER_FUSED, bg_score=0.35, splits=["train"])
     assert score == 0.35 and {r["fusion"] for r in own} == {copy.config.attention.fusion}
 

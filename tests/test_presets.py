@@ -164,13 +164,13 @@ def test_preset_runs_through_all_notebooks(preset: str, runs: Runs) -> None:
     folder, done = runs
     assert done[preset].returncode == 0, done[preset].stderr[-3000:]
     run = find_run(str(folder / preset))
-    stages = read_manifest(run)["stages"]
+    stages = read_manifest(run.folder)["stages"]
     assert {name for name, entry in stages.items() if entry["status"] == "complete"} == {s.name for s in STAGES[1:]}
     assert len(list(run.path("masks").glob("*.png"))) == 4
     assert run.path("index.html").is_file()
 
 
-def test_voc_is_judged_on_the_images_that_have_masks(runs: Runs) -> None:
+def test_voc_is_evaluated_on_the_images_that_have_masks(runs: Runs) -> None:
     metrics = pd.read_json(runs[0] / "voc12" / "metrics.json")
     evaluated = metrics[(metrics.metric == "iou") & (metrics.class_name == "mean") & (metrics.object_size == "all")]
     assert {"teacher_fused", "teacher_fused_refined", "pseudo_masks", "segmentation"} <= set(evaluated.variant)

@@ -1,4 +1,4 @@
-"""The networks that come with the package are small, load, and look at the objects."""
+"""The networks that come with the package are small, load, and attend to the objects."""
 
 import torch
 
@@ -35,7 +35,7 @@ def test_their_maps_lie_on_the_objects_of_images_they_have_never_seen(tmp_path):
         assert scores.miou > 0.4, role
 
 
-def test_the_shipped_settings_are_those_of_the_mini_config_but_for_the_data():
+def test_the_pretrained_settings_are_those_of_the_mini_config_but_for_the_data():
     mini = load_config(
         "configs/mini.yaml" if ASSETS.parent.parent.joinpath("configs").is_dir() else ASSETS / "mini.yaml"
     )

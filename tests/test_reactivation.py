@@ -71,7 +71,7 @@ def test_image_without_classes_is_background_and_never_nan() -> None:
 
 @settings(max_examples=50)
 @given(maps=MAPS, bg_score=BG_SCORES)
-def test_the_winner_is_exactly_1_and_stays_the_winner(maps: Tensor, bg_score: float) -> None:
+def test_the_strongest_class_is_exactly_1_and_stays_the_strongest(maps: Tensor, bg_score: float) -> None:
     scores, target = with_background_score(maps, bg_score), reactivate(maps, bg_score)
     assert target.shape == (len(maps) + 1, *maps.shape[1:])
     assert bool((target.amax(dim=0) == 1).all()) and float(target.min()) >= 0

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -480,15 +482,66 @@ def test_gpu_batches_are_decoded_ahead_in_order_and_no_further() -> None:
     assert len(taken) == 2 * parallel.GPU_BATCH
 
 
+def idle_workers() -> list[BaseProcess]:
+    pool, _ = parallel._idle[2]
+    return list(pool._processes.values())
+
+
 def test_pool_whose_worker_was_killed_is_replaced() -> None:
     expected = list(refine_many(many_jobs(9), PARAMS, 3))
     list(refine_many(many_jobs(9), PARAMS, 3, num_workers=2))
-    for process in list(parallel._pool(2)._processes.values()):
+    for process in idle_workers():
         process.kill()
         process.join()
     with pytest.raises(RuntimeError, match="was killed, which happens where memory is short"):
         list(refine_many(many_jobs(9), PARAMS, 3, num_workers=2))
     assert all(map(torch.equal, refine_many(many_jobs(9), PARAMS, 3, num_workers=2), expected))
+
+
+def test_workers_serve_several_calls_and_end_without_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    list(refine_many(many_jobs(9), PARAMS, 3, num_workers=2))
+    first = idle_workers()
+    broken_off = refine_many(many_jobs(9), PARAMS, 3, num_workers=2)
+    next(broken_off)
+    broken_off.close()
+    workers = idle_workers()
+    assert first and workers[: len(first)] == first  # a pool may have started with less than two
+    monkeypatch.setattr(parallel, "IDLE_SECONDS", 0.01)
+    list(refine_many(many_jobs(9), PARAMS, 3, num_workers=2))
+    for worker in workers:
+        worker.join(timeout=60)
+        assert worker.exitcode == 0
+
+
+def test_an_interrupt_is_nothing_to_workers() -> None:
+    pool = parallel._take_pool(2)
+    try:
+        assert pool.submit(signal.getsignal, signal.SIGINT).result(timeout=60) == signal.SIG_IGN
+    finally:
+        parallel._keep_pool(2, pool)
+
+
+def test_few_images_stay_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def all_cores(
+        jobs: Iterator[tuple[Tensor, Tensor]], params: CrfConfig, num_labels: int, num_workers: int, backend: CrfBackend
+    ) -> Iterator[Tensor]:
+        asked.append(num_workers)
+        return (labels for _, labels in jobs)
+
+    monkeypatch.setattr(parallel, "_on_all_cores", all_cores)
+    monkeypatch.setattr(parallel, "num_cores", lambda: 5)
+    assert len(list(refine_many(many_jobs(7), PARAMS, 3, num_workers=0))) == 7 and asked == []
+    many = list(refine_many(many_jobs(8), PARAMS, 3, num_workers=0))
+    assert asked == [5] and torch.equal(torch.stack(many), torch.stack([labels for _, labels in many_jobs(8)]))
+    assert len(list(refine_many(many_jobs(8), PARAMS, 3, num_workers=1))) == 8 and asked == [5]
+
+
+def test_refinement_imports_neither_pandas_nor_scipy() -> None:
+    script = "import sys, smaflib.refinement; print(sorted({'pandas', 'scipy'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

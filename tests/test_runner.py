@@ -1,7 +1,6 @@
 """Each kernel takes about two seconds to start, so tests share one finished run and work on copies of it."""
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -11,8 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -20,8 +20,9 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from smaflib.errors import ConfigError, RunError, RunMismatch, RunStopped, StageFailed
-from smaflib.files import PROJECT_ROOT
+from smaflib.files import PROJECT_ROOT, locked
 from smaflib.runs import Run
+from smaflib.runs.code import imported_modules
 from smaflib.runs.runner import PARAMETERS, run_notebooks
 from smaflib.runs.stages import Stage
 
@@ -176,13 +177,6 @@ def test_complete_stages_are_skipped_with_a_line_each(finished, capfd):
     assert finished.file("index.html").exists()
 
 
-def test_changed_library_is_only_mentioned(finished, capfd, monkeypatch):
-    monkeypatch.setattr("smaflib.runs.runner.library_hash", lambda: "another")
-    finished.run()
-    assert finished.log == ["01", "02"]
-    assert capfd.readouterr().err.count("smaflib has changed since 01 ran; --from 01 runs it again") == 1
-
-
 def test_changed_text_runs_nothing(finished):
     finished.write("01_make", MAKE, text="# Why indeed?")
     finished.run()
@@ -224,6 +218,191 @@ def test_from_runs_anew_and_until_stops(finished):
     assert not finished.file("cams").exists()
 
 
+# code of the library
+
+
+@pytest.fixture
+def toolbox(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A library of two modules: notebook 01 computes with ``cams`` and shows with ``report``, 02 imports neither."""
+    folder = chain.folder / "toolbox"
+    folder.mkdir()
+    for name in ("__init__", "cams", "report"):
+        (folder / f"{name}.py").write_text("value = 1")
+    imports = f"import sys\nsys.path.insert(0, {str(chain.folder)!r})\nfrom toolbox import cams, report"
+    make_map = 'path = run / "cams/0.npz"\npath.parent.mkdir(exist_ok=True)\npath.exists() or path.touch()'
+    chain.write("01_make", imports, MAKE, make_map)
+    monkeypatch.setattr("smaflib.runs.inputs.imported_modules", partial(imported_modules, package=folder))
+    chain.run()
+    return folder
+
+
+def test_changed_module_runs_the_stages_that_import_it(chain, toolbox, capfd):
+    (toolbox / "cams.py").write_text('"""Maps."""\nvalue = 1  # as before')
+    chain.run()
+    assert chain.log == ["01", "02"]
+    assert set(entry(chain, "01_make")["modules"]) == {"toolbox", "toolbox.cams", "toolbox.report"}
+    assert entry(chain, "02_use")["modules"] == {}
+    (toolbox / "cams.py").write_text("value = 2")
+    chain.run()
+    assert chain.log == ["01", "02", "01"]
+    assert "01_make  starts (toolbox.cams changed)" in capfd.readouterr().err
+    assert not entry(chain, "01_make")["resumed"]
+
+
+def test_module_that_only_shows_leaves_artifacts_as_they_are(chain, toolbox, capfd):
+    before = chain.file("cams/0.npz").stat().st_mtime_ns
+    (toolbox / "report.py").write_text("value = 2")
+    chain.run()
+    assert chain.log == ["01", "02", "01"]
+    assert "01_make  starts (toolbox.report changed; its artifacts stay)" in capfd.readouterr().err
+    assert entry(chain, "01_make")["resumed"] and chain.file("cams/0.npz").stat().st_mtime_ns == before
+
+
+def test_keep_stale_keeps_what_another_version_made_and_says_so(chain, toolbox, capfd):
+    (toolbox / "cams.py").write_text("value = 2")
+    chain.run(keep_stale=True)
+    assert chain.log == ["01", "02"]
+    err = capfd.readouterr().err
+    assert re.search(
+        r"01_make  complete, skipped \(took \d+ s; kept by --keep-stale though toolbox.cams changed\)", err
+    )
+    assert err.count("--keep-stale") == 1
+    chain.run()
+    assert chain.log == ["01", "02", "01"]
+
+
+def test_keep_stale_resumes_what_another_version_began(chain, toolbox, capfd):
+    before = chain.file("cams/0.npz").stat().st_mtime_ns
+    manifest = json.loads(chain.file("manifest.json").read_text())
+    manifest["stages"]["01_make"]["status"] = "failed"
+    chain.file("manifest.json").write_text(json.dumps(manifest))
+    (toolbox / "cams.py").write_text("value = 2")
+    chain.run(keep_stale=True)
+    assert "01_make  starts (resumes; kept by --keep-stale though toolbox.cams changed)" in capfd.readouterr().err
+    assert chain.log == ["01", "02", "01"] and chain.file("cams/0.npz").stat().st_mtime_ns == before
+    chain.run()
+    assert chain.log == ["01", "02", "01", "01"] and chain.file("cams/0.npz").stat().st_mtime_ns > before
+
+
+# taken over from another run
+
+
+READ = """from smaflib.runs import open_run
+print(open_run(run_dir, config_file, overrides).config.data.num_train)"""
+
+
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """A finished run ``tiny`` whose first stage makes a folder and whose second reads a setting."""
+    chain = new_chain(tmp_path_factory.mktemp("reading"))
+    make_maps = (
+        'for i in "012":\n    path = run / f"cams/teacher/{i}.npz"\n    path.parent.mkdir(parents=True, exist_ok=True)'
+    )
+    chain.write("01_make", MAKE, make_maps + "\n    path.write_text(i)")
+    chain.write("02_use", USE, READ)
+    chain.run()
+    return chain
+
+
+def reuse(chain: Chain, name: str, *settings: str, sources: Sequence[str] = ("tiny",), **options: object) -> Path:
+    folders = {"notebooks": chain.folder / "notebooks", "runs": chain.folder / "runs", "stages": CHAIN}
+    return run_notebooks(chain.folder / "tiny.yaml", name, settings, reuse=sources, **folders, **options).folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """What both stages made, but for the report."""
+    paths = [path for pattern in ("*.ipynb", "*.json", "*.txt", "cams/**/*.npz") for path in folder.glob(pattern)]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.name != "manifest.json"}
+
+
+def test_stages_with_the_same_inputs_are_taken_over(reading, capfd):
+    executed = list(reading.log)
+    folder = reuse(reading, "same", "data.num_val=3")  # no stage has read it
+    assert reading.log == executed
+    err = capfd.readouterr().err
+    assert re.findall(r"^(\w+)  taken over from tiny$", err, re.MULTILINE) == ["01_make", "02_use"]
+    assert content(folder) == content(reading.file("")) and len(content(folder)) == 7
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert {stage["reused_from"] for stage in manifest["stages"].values()} == {str(reading.file(""))}
+    assert manifest["run"] == "same" and manifest["overrides"] == ["data.num_val=3"]
+    assert (folder / "cams/teacher/0.npz").samefile(reading.file("cams/teacher/0.npz"))
+    for edited in ("data.json", "01_make.ipynb"):
+        assert not (folder / edited).samefile(reading.file(edited))
+    reuse(reading, "same", "data.num_val=3")
+    assert capfd.readouterr().err.count("complete, skipped") == 2
+
+
+def test_other_setting_runs_the_stages_that_read_it(reading, capfd):
+    executed = list(reading.log)
+    folder = reuse(reading, "other", "data.num_train=5")
+    assert reading.log == [*executed, "02"]
+    err = capfd.readouterr().err
+    assert "01_make  taken over from tiny" in err
+    assert "02_use  starts (tiny: data.num_train differs (2 | 5))" in err
+    stages = json.loads((folder / "manifest.json").read_text())["stages"]
+    assert stages["02_use"]["settings_read"] == {"data.num_train": 5} and "reused_from" not in stages["02_use"]
+
+
+def test_from_takes_nothing_over(reading):
+    executed = list(reading.log)
+    reuse(reading, "anew", from_stage="02")
+    assert reading.log == [*executed, "02"]
+
+
+@pytest.mark.parametrize("links", [0, 2])
+def test_killed_while_taking_over_then_run_again_is_complete(reading, links):
+    script = f"""if True:
+        import os, signal, sys
+        from pathlib import Path
+        sys.path[:0] = [{str(PROJECT_ROOT)!r}, {str(Path(__file__).parent)!r}]
+        import test_runner
+        link, made = os.link, []
+        def killing(source, target):
+            if len(made) == {links}:
+                os.kill(os.getpid(), signal.SIGKILL)
+            link(source, target)
+            made.append(target)
+        os.link = killing
+        test_runner.reuse(test_runner.Chain(Path({str(reading.folder)!r})), "killed{links}")"""
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    folder = reading.folder / "runs" / f"killed{links}"
+    assert len(list(folder.glob("cams/teacher/*"))) == links
+    executed = list(reading.log)
+    assert content(reuse(reading, folder.name)) == content(reading.file(""))
+    assert reading.log == executed and not list(folder.rglob(".partial-*"))
+
+
+def test_where_files_cannot_be_linked_they_are_copied(reading, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    folder = reuse(reading, "copied")
+    assert content(folder) == content(reading.file(""))
+    assert not (folder / "cams/teacher/0.npz").samefile(reading.file("cams/teacher/0.npz"))
+
+
+def test_damaged_stage_is_taken_from_the_next_run(reading, capfd):
+    damaged = reuse(reading, "damaged") / "result.txt"
+    damaged.unlink()
+    damaged.write_text("")
+    folder = reuse(reading, "two", sources=["damaged", "tiny"])
+    assert re.findall(r"^(\w+)  taken over from (\w+)$", capfd.readouterr().err, re.MULTILINE)[-2:] == [
+        ("01_make", "damaged"),
+        ("02_use", "tiny"),
+    ]
+    assert (folder / "result.txt").read_text() == "3"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"), [("tiny", "tiny is the run itself"), ("tinny", "there is no run 'tinny'")]
+)
+def test_run_to_reuse_must_be_another_one(finished, source, message):
+    with pytest.raises(RunError, match=message):
+        finished.run(reuse=[source])
+
+
 # interrupted
 
 
@@ -246,6 +425,17 @@ def test_failing_cell_is_told_with_how_to_resume(chain):
     assert not chain.file("01_make.failed.ipynb").exists()
 
 
+def test_settings_that_the_first_attempt_read_count_though_the_second_does_not_read_them(chain):
+    lines = ["if not (run / 'cams').exists():", "(run / 'cams').mkdir()", READ.splitlines()[1], "1 / 0"]
+    once = "\n    ".join(lines)
+    chain.write("01_make", MAKE, READ.splitlines()[0], once)
+    with pytest.raises(StageFailed, match="ZeroDivisionError"):
+        chain.run()
+    chain.run(until_stage="01")
+    assert entry(chain, "01_make")["resumed"] and entry(chain, "01_make")["settings_read"] == {"data.num_train": 2}
+    assert not list(chain.file("").glob("*.settings"))
+
+
 def test_dead_kernel_and_missing_artifact_fail_the_stage(chain):
     chain.write("01_make", "import ctypes", "ctypes.string_at(0)")
     with pytest.raises(StageFailed, match=r"cell 4 of 4(.|\n)*the kernel died(.|\n)*Segmentation fault"):
@@ -257,7 +447,7 @@ def test_dead_kernel_and_missing_artifact_fail_the_stage(chain):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_killed_run_goes_on_where_it_stopped(chain):
+def test_killed_run_resumes(chain):
     name = "00_one_image_end_to_end"  # the command runs the real chain, whose first notebook this one replaces
     chain.write(name, SLOW)
     environment = os.environ | {"PYTHONPATH": str(PROJECT_ROOT)}
@@ -298,10 +488,11 @@ def test_stopped_run_leaves_no_kernel(chain, signum, exit_code):
 
 
 def test_second_runner_is_kept_out(finished):
-    with finished.file(".lock").open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        with pytest.raises(RunError, match="another smaf run is at work"):
-            finished.run(from_stage="01")
+    with (
+        locked(finished.file(""), "smaf"),
+        pytest.raises(RunError, match="another smaf run is at work in .*tiny; wait"),
+    ):
+        finished.run(from_stage="01")
     assert finished.log == ["01", "02"]
 
 

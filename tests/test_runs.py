@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -11,18 +13,26 @@ from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
 
+from smaflib.config import DataConfig
+from smaflib.config.reads import settings_at
 from smaflib.errors import ConfigError, MissingStage, RunError, RunMismatch
 from smaflib.files import PARTIAL, PROJECT_ROOT, absolute, replacing
 from smaflib.runs import Run, find_run, manifest, open_run, read_run
+from smaflib.runs.inputs import (
+    changed_names,
+    config_hash,
+    data_hashes,
+    difference,
+    notebook_hash,
+    stage_inputs,
+    why_not_complete,
+)
 from smaflib.runs.manifest import (
     clear_stage,
     damaged_artifacts,
     list_artifacts,
-    notebook_hash,
     read_manifest,
     record_hash,
-    stage_inputs,
-    why_not_complete,
     write_manifest,
 )
 from smaflib.runs.metrics import RECORD_DEFAULTS
@@ -34,7 +44,6 @@ CHAIN = (
     Stage(
         "01_make",
         "?",
-        settings=("data",),
         outputs=("data.json", "cams/*/**"),
         required_outputs=("data.json", "cams/*/**"),
     ),
@@ -68,13 +77,33 @@ def make_stage(run: Run, notebook: Path, number: int = 0) -> None:
         run.path("cams/teacher/deep/a.npz").write_text("cam of a")
         run.path("cams/teacher/b.npz").write_text("cam of b")
     run.record(stage.name, [{"metric": "iou", "value": 0.5}])
-    manifest = read_manifest(run)
-    entry = {"status": "complete", **stage_inputs(run, stage, notebook)}
+    manifest = read_manifest(run.folder)
+    entry = {"status": "complete", "settings_read": settings_at(["data.num_val"], run.config), **inputs(run, notebook)}
     manifest["stages"][stage.name] = entry | {
-        "records": record_hash(run, stage),
-        "artifacts": list_artifacts(run, stage),
+        "records": record_hash(run.folder, stage),
+        "artifacts": list_artifacts(run.folder, stage),
     }
-    write_manifest(run, manifest)
+    write_manifest(run.folder, manifest)
+
+
+def inputs(run: Run, notebook: Path) -> dict:
+    return stage_inputs(run.folder, stage_named(notebook.stem, CHAIN), notebook, data_hashes(run.config.data))
+
+
+def reason(run: Run, notebook: Path, **options: bool) -> str | None:
+    stage = stage_named(notebook.stem, CHAIN)
+    return why_not_complete(run.folder, stage, run.config, inputs(run, notebook), **options)
+
+
+def test_runs_are_light_to_import_on_every_system():
+    code = """if True:
+        import sys
+        sys.modules["fcntl"] = None  # Windows has none
+        import smaflib.runs
+        print({"torch", "pandas", "jupyter_client", "papermill", "filelock"} & set(sys.modules))
+        import smaflib.runs.provisioner, smaflib.runs.runner"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n" and done.returncode == 0, done.stderr
 
 
 # stages
@@ -91,12 +120,9 @@ def test_unknown_stage_names_the_nearest_and_all():
     assert all(stage.name in str(error.value) for stage in STAGES)
 
 
-def test_stages_need_only_earlier_ones_and_settings_that_exist():
-    from smaflib.config import Config
-
+def test_stages_depend_only_on_earlier_ones():
     for number, stage in enumerate(STAGES):
         assert set(stage.depends_on) <= {earlier.name for earlier in STAGES[:number]}
-        assert set(stage.settings) <= set(Config.model_fields)
 
 
 # the folder
@@ -229,11 +255,11 @@ def test_require_names_the_missing_file_and_the_command(run, config_file):
 def test_require_trusts_files_made_by_hand_but_no_unfinished_stage(run, tmp_path):
     make_stage(run, write_notebook(tmp_path / "01_make.ipynb", "x = 1"))
     run.require("02_use")
-    manifest = read_manifest(run)
-    write_manifest(run, {"stages": {}})
+    manifest = read_manifest(run.folder)
+    write_manifest(run.folder, {"stages": {}})
     run.require("use")
     manifest["stages"]["01_make"]["status"] = "running"
-    write_manifest(run, manifest)
+    write_manifest(run.folder, manifest)
     with pytest.raises(MissingStage, match="01_make has not finished"):
         run.require("02_use")
 
@@ -254,63 +280,111 @@ def test_unreadable_notebook_is_named(tmp_path, content):
 
 def test_reasons_to_run_a_stage_again(run, tmp_path):
     notebook = write_notebook(tmp_path / "01_make.ipynb", "x = 1")
-    stage = CHAIN[0]
-
-    def reason(**config: object) -> str | None:
-        other = dataclasses.replace(run, config=run.config.model_copy(update=config))
-        return why_not_complete(other, stage, stage_inputs(other, stage, notebook))
-
-    assert reason() == "has not run"
+    assert reason(run, notebook) == "has not run"
     make_stage(run, notebook)
-    assert reason() is None
-    assert reason(seed=1) is None  # not a setting of this stage
-    assert reason(data=run.config.data.model_copy(update={"num_val": 9})) == "its settings changed"
+    assert reason(run, notebook) is None
+    assert reason(with_settings(run, seed=1), notebook) is None  # the stage has not read it
+    data = run.config.data.model_copy(update={"num_val": 9})
+    assert reason(with_settings(run, data=data), notebook) == "data.num_val differs (2 | 9)"
     run.path("data.json").write_text("")
-    assert reason() == "data.json is missing or damaged"
+    assert reason(run, notebook) == "data.json is missing or damaged"
     run.path("data.json").write_text("{}")
     run.path("cams/teacher/deep/a.npz").write_text("cam of A")
-    assert reason() == "cams/teacher/ is missing or damaged"
+    assert reason(run, notebook) == "cams/teacher/ is missing or damaged"
     run.path("cams/teacher/deep/a.npz").write_text("cam of a")
-    assert reason() is None
+    assert reason(run, notebook) is None
     run.path("metrics.json").unlink()
-    assert reason() == "its records in metrics.json changed"
+    assert reason(run, notebook) == "its records in metrics.json changed"
     write_notebook(notebook, "x = 2")
-    assert reason() == "its notebook changed"
+    assert reason(run, notebook) == "its notebook changed"
+
+
+def with_settings(run: Run, **config: object) -> Run:
+    return dataclasses.replace(run, config=run.config.model_copy(update=config))
+
+
+def test_stage_that_has_not_finished_resumes_with_the_same_settings_only(run, tmp_path):
+    notebook = write_notebook(tmp_path / "01_make.ipynb", "x = 1")
+    entry = {
+        "status": "running",
+        "config_hash": config_hash(run.config),
+        **inputs(run, notebook),
+    }
+    write_manifest(run.folder, {"stages": {"01_make": entry}})
+    assert reason(run, notebook) == "resumes"
+    assert reason(with_settings(run, seed=1), notebook) == "its settings changed"
+
+
+def test_changed_setting_is_named_though_its_whole_group_was_read(run):
+    crf = run.config.pseudo_masks.crf
+    now = with_settings(
+        run,
+        pseudo_masks=run.config.pseudo_masks.model_copy(update={"crf": crf.model_copy(update={"labels": "present"})}),
+    )
+    for group in ("", "pseudo_masks", "pseudo_masks.crf", "pseudo_masks.crf.labels"):
+        entry = {"modules": {}, "settings_read": settings_at([group], run.config)}
+        assert difference(entry, now.config, {}) == "pseudo_masks.crf.labels differs (all | present)"
+
+
+def test_entry_of_an_older_version_counts_as_changed(run, tmp_path):
+    notebook = write_notebook(tmp_path / "01_make.ipynb", "x = 1")
+    old = {
+        "status": "complete",
+        "code": "c",
+        "settings": "s",
+        "needs": "n",
+        "inputs": "i",
+        "library": "l",
+        "artifacts": {},
+    }
+    write_manifest(run.folder, {"stages": {"01_make": old}})
+    assert reason(run, notebook) == "its manifest entry is of an older version"
+
+
+def test_changed_modules_are_named(run, tmp_path, monkeypatch):
+    notebook = write_notebook(tmp_path / "01_make.ipynb", "x = 1")
+    hashes = {"smaflib.cams": "1", "smaflib.files": "2"}
+    monkeypatch.setattr("smaflib.runs.inputs.imported_modules", lambda sources: dict(hashes))
+    make_stage(run, notebook)
+    hashes["smaflib.cams"] = "3"
+    assert reason(run, notebook) == "smaflib.cams changed"
+    assert reason(run, notebook, all_code=False) is None
+    del hashes["smaflib.files"]
+    hashes["smaflib.maps"] = "4"
+    assert reason(run, notebook) == "smaflib.cams and 2 more changed"
 
 
 def test_large_artifacts_are_measured_not_hashed(run, tmp_path, monkeypatch):
     make_stage(run, write_notebook(tmp_path / "01_make.ipynb", "x = 1"))
     monkeypatch.setattr(manifest, "HASHED_BYTES", 0)
-    entry = read_manifest(run)["stages"]["01_make"]
+    entry = read_manifest(run.folder)["stages"]["01_make"]
     run.path("cams/teacher/b.npz").write_text("cam of B")
-    assert damaged_artifacts(run, entry) == []
+    assert damaged_artifacts(run.folder, entry) == []
     run.path("cams/teacher/b.npz").write_text("cam of")
-    assert damaged_artifacts(run, entry) == ["cams/teacher/"]
+    assert damaged_artifacts(run.folder, entry) == ["cams/teacher/"]
     run.path("cams/teacher/b.npz").unlink()
-    assert damaged_artifacts(run, entry) == ["cams/teacher/"]
+    assert damaged_artifacts(run.folder, entry) == ["cams/teacher/"]
 
 
 def test_stage_depends_on_what_the_needed_ones_made(run, tmp_path):
     first, second = (write_notebook(tmp_path / f"{stage.name}.ipynb", "x = 1") for stage in CHAIN)
     make_stage(run, first)
     make_stage(run, second, number=1)
-    before = stage_inputs(run, CHAIN[1], second)
+    before = inputs(run, second)
     run.path("01_make.ipynb").write_text("executed at another time")
     make_stage(run, first)
-    assert stage_inputs(run, CHAIN[1], second) == before
+    assert inputs(run, second) == before
     run.record("01_make", [{"metric": "iou", "value": 0.75}])
-    manifest = read_manifest(run)
-    manifest["stages"]["01_make"]["records"] = record_hash(run, CHAIN[0])
-    write_manifest(run, manifest)
-    assert why_not_complete(run, CHAIN[1], stage_inputs(run, CHAIN[1], second)) == "a stage it needs changed"
+    manifest = read_manifest(run.folder)
+    manifest["stages"]["01_make"]["records"] = record_hash(run.folder, CHAIN[0])
+    write_manifest(run.folder, manifest)
+    assert reason(run, second) == "01_make changed"
 
 
 def test_other_inputs_clear_a_stage_and_leave_others_alone(run, tmp_path):
-    notebook = write_notebook(tmp_path / "01_make.ipynb", "x = 1")
-    make_stage(run, notebook)
-    make_stage(run, notebook, number=1)
-    write_notebook(notebook, "x = 2")
-    assert not clear_stage(run, CHAIN[0], stage_inputs(run, CHAIN[0], notebook))
+    make_stage(run, write_notebook(tmp_path / "01_make.ipynb", "x = 1"))
+    make_stage(run, write_notebook(tmp_path / "02_use.ipynb", "x = 1"), number=1)
+    clear_stage(run.folder, CHAIN[0])
     assert sorted(path.name for path in run.folder.iterdir()) == [
         "cams",
         "config.yaml",
@@ -322,10 +396,9 @@ def test_other_inputs_clear_a_stage_and_leave_others_alone(run, tmp_path):
 
 
 def test_same_inputs_keep_what_an_earlier_attempt_made(run, tmp_path):
-    notebook = write_notebook(tmp_path / "01_make.ipynb", "x = 1")
-    make_stage(run, notebook)
+    make_stage(run, write_notebook(tmp_path / "01_make.ipynb", "x = 1"))
     run.path("data.json").write_text("cut sh")
-    assert clear_stage(run, CHAIN[0], stage_inputs(run, CHAIN[0], notebook))
+    clear_stage(run.folder, CHAIN[0], read_manifest(run.folder)["stages"]["01_make"])
     assert not run.path("data.json").exists()
     assert run.path("cams/teacher/b.npz").exists()
 
@@ -333,35 +406,69 @@ def test_same_inputs_keep_what_an_earlier_attempt_made(run, tmp_path):
 def test_other_image_labels_make_a_stage_run_again(tmp_path):
     table = tmp_path / "labels.csv"
     table.write_text("image,labels\na.png,cat\n")
+    (tmp_path / "a.png").write_text("a picture")
     settings = tmp_path / "photos.yaml"
     settings.write_text(f"data: {{kind: folder, images: {tmp_path}, labels: {table}}}\n")
     run = open_run(tmp_path / "runs" / "photos", settings, stages=CHAIN)
     notebook = write_notebook(tmp_path / "01_make.ipynb", "x = 1")
     make_stage(run, notebook)
-    assert why_not_complete(run, CHAIN[0], stage_inputs(run, CHAIN[0], notebook)) is None
+    assert reason(run, notebook) is None
     table.write_text("image,labels\na.png,dog\n")
-    assert why_not_complete(run, CHAIN[0], stage_inputs(run, CHAIN[0], notebook)) == f"{table} changed"
+    assert reason(run, notebook) == "data.labels changed"
+    table.write_text("image,labels\na.png,cat\n")
+    (tmp_path / "b.png").write_text("another one")
+    assert reason(run, notebook) == "data.images changed"
+    manifest = read_manifest(run.folder)
+    manifest["stages"]["01_make"]["settings_read"] = settings_at(["seed"], run.config)
+    write_manifest(run.folder, manifest)
+    assert reason(run, notebook) is None  # a stage that reads no setting of the data reads no data
+
+
+def test_data_sets_count_by_lists_tables_and_the_sizes_of_pictures(tmp_path):
+    def hashes(kind: str, **more: object) -> dict[str, str]:
+        return data_hashes(DataConfig(kind=kind, root=tmp_path, **more))
+
+    for name in ("JPEGImages/a.jpg", "SegmentationClass/a.png", "ImageSets/Segmentation/train.txt", "train2014/a.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("a")
+    before = hashes("voc", saliency=tmp_path / "maps")
+    assert list(before) == [
+        f"data.root/{name}" for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation/train.txt")
+    ]
+    (tmp_path / "JPEGImages/.hidden").touch()
+    (tmp_path / "JPEGImages/a.jpg").write_text("b")  # as large as before: what is in it is not looked at
+    assert hashes("voc") == before
+    (tmp_path / "JPEGImages/a.jpg").write_text("larger")
+    (tmp_path / "ImageSets/Segmentation/train.txt").write_text("b")
+    assert changed_names(before, hashes("voc")) == [
+        "data.root/JPEGImages",
+        "data.root/ImageSets/Segmentation/train.txt",
+    ]
+    (tmp_path / "maps").mkdir()
+    assert "data.saliency" in hashes("voc", saliency=tmp_path / "maps")
+    assert list(hashes("coco", train_split="train2014")) == ["data.root/train2014"]
+    assert data_hashes(DataConfig(kind="mini")) == {}
 
 
 def test_half_written_files_of_a_killed_attempt_go_and_others_stay(run, tmp_path):
     notebook = write_notebook(tmp_path / "01_make.ipynb", "x = 1")
     make_stage(run, notebook)
-    whole = list_artifacts(run, CHAIN[0])
+    whole = list_artifacts(run.folder, CHAIN[0])
     left = [replacing(run.path(name)) for name in ("cams/teacher/c.npz", "data.json", "01_make.ipynb")]
     other = replacing(run.path("metrics.json"))  # may be written by another stage's reader at this moment
     for writing in [*left, other]:
         writing.__enter__()  # and is killed
-    assert clear_stage(run, CHAIN[0], stage_inputs(run, CHAIN[0], notebook))
+    clear_stage(run.folder, CHAIN[0], read_manifest(run.folder)["stages"]["01_make"])
     assert [path.name.partition("-")[2][:8] for path in run.folder.rglob(f"{PARTIAL}*")] == ["metrics-"]
-    assert list_artifacts(run, CHAIN[0]) == whole
+    assert list_artifacts(run.folder, CHAIN[0]) == whole
 
 
 def test_manifest_that_is_no_json_is_an_error(run):
     run.path("manifest.json").write_text("{")
     with pytest.raises(RunError, match=r"manifest\.json is not valid JSON"):
-        read_manifest(run)
+        read_manifest(run.folder)
 
 
 def test_manifest_lists_stages_in_pipeline_order(run):
-    write_manifest(run, {"run": "tiny", "stages": {"02_use": {}, "01_make": {}}})
+    write_manifest(run.folder, {"run": "tiny", "stages": {"02_use": {}, "01_make": {}}})
     assert list(json.loads(run.path("manifest.json").read_text())["stages"]) == ["01_make", "02_use"]

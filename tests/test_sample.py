@@ -59,7 +59,7 @@ def test_cache_reads_once_and_never_gives_one_samples_picture_for_another() -> N
     assert samples.with_masks()[1] is not samples[1]
 
 
-def test_without_cache_every_look_reads() -> None:
+def test_without_cache_every_access_reads() -> None:
     samples, reader = recorded()
     samples[0], samples[0]
     assert len(reader.calls) == 2
@@ -96,7 +96,7 @@ def test_split_without_masks_cannot_be_evaluated() -> None:
         samples.with_masks()
 
 
-def test_empty_split_has_neither_truth_nor_saliency() -> None:
+def test_empty_split_has_neither_ground_truth_nor_saliency() -> None:
     empty = make_samples(0)
     assert not empty.has_ground_truth and not empty.has_saliency
     assert empty.image_labels.shape == (0, len(CLASSES)) and list(empty) == []

@@ -75,7 +75,7 @@ def test_segmenter_learns_three_colours() -> None:
     assert evaluate(predicted, masks, CLASSES).miou > 0.5
 
 
-def test_masks_given_are_what_is_learnt_and_not_the_truth() -> None:
+def test_masks_given_are_what_is_learnt_and_not_the_ground_truth() -> None:
     config = tiny_config(segmentation={"iterations": 2})
     network, _ = train_segmentation(make_samples(ground_truth=True), true_masks(), config, CPU)
     assert same_weights(network, train_segmentation(make_samples(ground_truth=False), true_masks(), config, CPU)[0])
@@ -132,7 +132,7 @@ def test_network_of_one_opinion_gives_one_label_at_every_scale(scales: tuple[flo
 
 
 class Sided(torch.nn.Module):
-    """Class 1 on the left half of whatever it sees, with a logit of ``strength``."""
+    """Class 1 on the left half of any image, with a logit of ``strength``."""
 
     def __init__(self, strength: float) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ def test_mask_files_are_read_when_asked_for(tmp_path: Path) -> None:
 # --- several scales ---------------------------------------------------------------------------------------------------
 
 
-def test_looks_at_several_scales_and_their_maximum() -> None:
+def test_views_of_several_scales_and_their_maximum() -> None:
     def mean_pool(images: Tensor) -> Tensor:  # a network of stride 4 that passes its input on
         return torch.nn.functional.avg_pool2d(images, 4)
 

@@ -63,7 +63,7 @@ def test_student_learns_what_make_target_says(monkeypatch: pytest.MonkeyPatch) -
     for rule in (reactivate, with_background_score):
         train_student(new_teacher(config, 3, CPU), samples, masks_as_maps(), config, CPU, make_target=rule)
     divided, as_is = targets
-    assert float(divided.amax(dim=1).min()) == 1  # every pixel has a winner at 1
+    assert float(divided.amax(dim=1).min()) == 1  # the strongest class of every pixel is at 1
     assert as_is[:, 0].unique().tolist() == [pytest.approx(config.attention.bg_score)]
     assert torch.allclose(as_is / as_is.amax(dim=1, keepdim=True), divided)
 
@@ -170,7 +170,7 @@ class ColourNetwork(nn.Module):
         return logits.softmax(dim=1)[:, 1:]
 
 
-def test_networks_of_ones_own_are_taught_and_give_maps(tmp_path: Path) -> None:
+def test_custom_networks_are_taught_and_give_maps(tmp_path: Path) -> None:
     config = tiny_config(self_training={"iterations": 30, "learning_rate": 0.05, "batch_size": 3})
     teacher, samples = ColourNetwork(), make_samples(3)
     student, history = train_student(teacher, samples, masks_as_maps(3), config, CPU, tmp_path / "own.safetensors")

@@ -1,4 +1,4 @@
-"""The optimisation loop: what is drawn, how it is learnt, and going on after a kill."""
+"""The optimisation loop: what is drawn, how it is learnt, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_every_pass_shows_every_sample_once_and_every_batch_is_full(num: int, ba
         assert sorted(drawn[start : start + num]) == list(range(num))
 
 
-def test_passes_are_shuffled_anew() -> None:
+def test_each_pass_has_an_order_of_its_own() -> None:
     batches = batches_of(training(batch_size=5, iterations=8))
     assert len({tuple(batches[iteration]["index"].tolist()) for iteration in range(8)}) > 4
 
@@ -254,7 +254,7 @@ def test_killed_training_goes_on_as_if_nothing_had_happened(
             with pytest.raises(Killed):
                 fit(network, batches_of(config), loss, cpu_runtime(), path)  # type: ignore[arg-type]
             assert path.is_file() == (kill >= every)
-    assert start > 0 or killed_at == [2]  # it did go on from a checkpoint
+    assert start > 0 or killed_at == [2]  # it did resume from a checkpoint
     assert same_weights(network, whole)
     assert history == expected == load_history(path)
 

@@ -109,7 +109,7 @@ def code_of(notebook: Path) -> list[str]:
 
 
 def _check_complete(run: Run) -> None:
-    stages = read_manifest(run)["stages"]
+    stages = read_manifest(run.folder)["stages"]
     missing = [stage.name for stage in run.stages if stages.get(stage.name, {}).get("status") != "complete"]
     if missing:
         raise RunError(

@@ -1,4 +1,4 @@
-"""The networks that come with the package, and the README's picture of the chain: ``make assets`` makes them anew."""
+"""The networks that come with the package, and the README's picture of the chain: ``make assets`` makes them."""
 
 from __future__ import annotations
 

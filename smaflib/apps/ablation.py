@@ -10,12 +10,10 @@ maps that :func:`~smaflib.cams.fuse_cams` has brought to a peak of 1 per class, 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,14 +25,14 @@ from smaflib import files
 from smaflib.data import make_data
 from smaflib.data.masks import ground_truth_of
 from smaflib.data.sample import Samples
-from smaflib.errors import ConfigError, DataError, RunError
+from smaflib.errors import ConfigError, DataError
 from smaflib.evaluation import SIZES, evaluate, mean_over_classes, sweep_thresholds
-from smaflib.files import display_path
 from smaflib.maps import DenoisedMaps
 from smaflib.pipeline import Targets, Workspace, resolve_bg_score, train_student, train_teacher, write_maps
 from smaflib.pseudo_masks import pseudo_masks
 from smaflib.reactivation import with_background_score
 from smaflib.runs import Run
+from smaflib.runs.environment import describe_machine
 from smaflib.runs.manifest import read_manifest
 from smaflib.thresholds import choose_bg_score
 
@@ -45,7 +43,7 @@ RESULT = "ablation/ablation.json"
 """Where a run folder holds the result; notebook 08 reads it."""
 
 ORACLE_CANDIDATES = 5
-"""The oracle threshold is looked for among this many background scores, the best before the CRF, and the run's own:
+"""The oracle threshold is searched among this many background scores, the best before the CRF, and the run's own:
 refining the masks of every score would take ten times as long."""
 
 
@@ -133,9 +131,9 @@ class SeedWorkspace(Workspace):
 def score_row(work: SeedWorkspace, name: str) -> list[dict[str, Any]]:
     """Evaluate a row's pseudo masks of the training split, at two background scores.
 
-    ``own`` is the run's (``pseudo_masks.bg_score``, or else ``attention.bg_score``). A row whose scores lie higher or
-    lower than the full chain's would be decided by that alone; so ``oracle`` is the score that is best on the ground
-    truth, for each row its own.
+    ``own`` is the run's (``pseudo_masks.bg_score``, or else ``attention.bg_score``). It does not suit all rows equally
+    well, and that alone could decide a comparison. So ``oracle`` is each row's oracle threshold: the score that is best
+    on the ground truth.
 
     Returns:
         Tidy records: variant, bg_choice, bg_score, object_size (``all``: mean IoU over background and classes; a size:
@@ -144,7 +142,7 @@ def score_row(work: SeedWorkspace, name: str) -> list[dict[str, Any]]:
     row, config, samples = ROWS[name], work.config, work.samples().with_ground_truth
     ground_truth = ground_truth_of(samples)
     if ground_truth is None:
-        raise DataError("an ablation is evaluated by masks, but the training split has none; set data.masks")
+        raise DataError("an ablation needs ground truth, but the training split has no masks; set data.masks")
     own = _own_bg_score(work, row)
     denoised, names, device = work.maps_of(row, samples), samples.class_names, work.make_runtime().device
     limits = config.evaluation.model_copy(update={"thresholds": (*config.evaluation.thresholds, own)})
@@ -204,13 +202,13 @@ def ablate_seed(work: SeedWorkspace, log: Callable[[str], None] = lambda line: N
 
 
 def _drop_what_another_teacher_taught(work: Workspace) -> None:
-    """A teacher may be taken over one time and not the next, or be trained anew: other students are worth nothing."""
+    """Delete what belongs to another teacher: a run's may be taken over in one call and not in the next."""
     stamp, now = work.path("teacher.sha256"), files.file_hash(work.checkpoint("teacher"))
     if stamp.is_file() and stamp.read_text(encoding="utf-8") != now:
         shutil.rmtree(work.path("scores"), ignore_errors=True)
         for path in [*work.folder.glob("cams/*"), *work.folder.glob("checkpoints/student*")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    files.write_text(stamp, now)  # last: who is killed in between drops the rest next time
+    files.write_text(stamp, now)  # last: after a kill in between, the next call deletes the rest
 
 
 # ----------------------------------------------------------------------------------------------------------- all seeds
@@ -231,7 +229,7 @@ def ablate(run: Run, seeds: Sequence[int]) -> Path:
 
     Raises:
         ConfigError: if there is no seed, or ``self_training.rounds`` is not 1.
-        DataError: if the training split has no masks to be judged by.
+        DataError: if the training split has no ground truth.
         RunError: if another ablation is at work in the folder.
     """
     if not seeds:
@@ -241,7 +239,7 @@ def ablate(run: Run, seeds: Sequence[int]) -> Path:
             f"self_training.rounds is {run.config.self_training.rounds}, but an ablation trains one round; set it to 1"
         )
     records = []
-    with _locked(run.path("ablation")):
+    with files.locked(run.path("ablation"), "smaf ablate"):
         for seed in seeds:
             records += ablate_seed(_workspace(run, seed), lambda line: print(line, file=sys.stderr, flush=True))
         before = read_ablation(run) or {}
@@ -254,7 +252,7 @@ def ablate(run: Run, seeds: Sequence[int]) -> Path:
 def _workspace(run: Run, seed: int) -> SeedWorkspace:
     """The folder of a seed; for the run's own seed with its teacher, students and their maps taken over, by links."""
     config = run.config.model_copy(update={"seed": seed})
-    stages = read_manifest(run)["stages"]
+    stages = read_manifest(run.folder)["stages"]
     needed = ("01_data", "02_classifier", "03_multi_scale_attention", "05_self_training")
     complete = all(stages.get(name, {}).get("status") == "complete" for name in needed)
     own = seed == run.config.seed and complete
@@ -265,7 +263,7 @@ def _workspace(run: Run, seed: int) -> SeedWorkspace:
             _take_over(run, work, name)
     make_data(config, work.data_folder)
     if not len(work.samples().with_ground_truth):
-        raise DataError("an ablation is evaluated by masks, but the training split has none; set data.masks")
+        raise DataError("an ablation needs ground truth, but the training split has no masks; set data.masks")
     return work
 
 
@@ -283,14 +281,12 @@ def _take_over(run: Run, work: SeedWorkspace, network: str) -> None:
 
 def _describe(run: Run, seeds: Sequence[int]) -> dict[str, Any]:
     """What the numbers depend on."""
-    from smaflib.runs.runner import describe_machine  # it starts kernels, and notebooks that read a result need none
-
     return {
         "command": command(run, seeds),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seeds": list(seeds),
         "settings": run.config.model_dump(mode="json"),
-        **describe_machine(run),
+        **describe_machine(run.make_runtime().device),
         "variants": {name: row.how for name, row in ROWS.items()},
     }
 
@@ -298,19 +294,6 @@ def _describe(run: Run, seeds: Sequence[int]) -> dict[str, Any]:
 def command(run: Run, seeds: Sequence[int] = (0, 1, 2)) -> str:
     """The command that makes a run's ablation."""
     return run.command("--seeds", ",".join(map(str, seeds))).replace("smaf run", "smaf ablate", 1)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(
-                f"another smaf ablate is at work in {display_path(folder)}; wait for it or stop it"
-            ) from error
-        yield
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

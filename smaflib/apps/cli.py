@@ -1,4 +1,4 @@
-"""The command ``smaf``: run the chain, look at runs, compare them."""
+"""The command ``smaf``: run the chain, inspect runs, compare them."""
 
 from __future__ import annotations
 
@@ -48,15 +48,22 @@ def run(
     settings: Settings = None,
     from_stage: Annotated[
         str | None,
-        typer.Option("--from", metavar="STAGE", help="Run this stage and all later ones anew, even if complete."),
+        typer.Option("--from", metavar="STAGE", help="Run this stage and all later ones again, even if complete."),
     ] = None,
     until_stage: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")] = None,
+    reuse: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RUN", help="Take over this run's stages whose inputs are the same; repeatable."),
+    ] = None,
+    keep_stale: Annotated[
+        bool, typer.Option("--keep-stale", help="Keep stages that another version of the library made.")
+    ] = False,
     runs: RunsFolder = None,
     notebooks: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the notebooks; notebooks/ by default.")
     ] = None,
 ) -> None:
-    """Execute the notebooks in order into a run folder; skip what is complete, go on where a run stopped.
+    """Execute the notebooks in order into a run folder; skip what is complete and unchanged, resume what was stopped.
 
     A STAGE is a notebook's number or name: 3, 03, multi_scale_attention.
     """
@@ -72,6 +79,8 @@ def run(
             until_stage,
             notebooks.absolute() if notebooks else PROJECT_ROOT / "notebooks",
             runs.absolute() if runs else RUNS_FOLDER,
+            reuse or [],
+            keep_stale,
         )
 
 
@@ -85,7 +94,7 @@ def ablate(
     settings: Settings = None,
     runs: RunsFolder = None,
 ) -> None:
-    """Run the chain without one step at a time, over several seeds; goes on where it stopped. Notebook 08 shows it."""
+    """Run the chain without one step at a time, over several seeds; resumes where it stopped. Notebook 08 shows it."""
     with _plain_errors():
         from smaflib.apps.ablation import ablate, ablation_table, read_ablation
         from smaflib.files import RUNS_FOLDER, display_path
@@ -124,7 +133,7 @@ def compare(
 
 @app.command()
 def report(name: RunName, runs: RunsFolder = None) -> None:
-    """Write a run's index.html anew and print its results."""
+    """Write a run's index.html again and print its results."""
     with _plain_errors():
         from smaflib.report.html import write_index
         from smaflib.report.tables import results_text
@@ -142,10 +151,13 @@ def status(name: RunName, runs: RunsFolder = None) -> None:
         from smaflib.runs.manifest import read_manifest
 
         found = _find(name, runs)
-        entries = read_manifest(found)["stages"]
+        entries = read_manifest(found.folder)["stages"]
         for stage in found.stages:
             entry = entries.get(stage.name, {})
-            typer.echo(f"{stage.name:26} {entry.get('status', 'not run'):10} {duration(entry.get('seconds')):>12}")
+            source = f"  taken over from {entry['reused_from']}" if "reused_from" in entry else ""
+            typer.echo(
+                f"{stage.name:26} {entry.get('status', 'not run'):10} {duration(entry.get('seconds')):>12}{source}"
+            )
 
 
 @app.command()
@@ -165,7 +177,7 @@ def masks(
     ] = None,
     settings: Settings = None,
 ) -> None:
-    """Make pixel masks for photos of your own, from a list of what each shows. Goes on where it stopped."""
+    """Make pixel masks for custom images, from a list of what each shows. Resumes where it stopped."""
     with _plain_errors():
         from smaflib.apps.custom_images import label_images, make_masks
         from smaflib.config import load_config
@@ -212,7 +224,7 @@ def data_fetch(
     name: Annotated[str, typer.Argument(metavar="NAME", help="voc12: PASCAL VOC 2012, 2 GB.")],
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Takes VOCdevkit/VOC2012.")] = Path("data"),
 ) -> None:
-    """Download a data set from its official place; goes on where it stopped."""
+    """Download a data set from its official place; resumes where it stopped."""
     with _plain_errors():
         from smaflib.data.tools.fetch import fetch_voc12
 

@@ -17,7 +17,7 @@ from smaflib.runtime import progress
 from smaflib.segmentation import segment_many
 
 SERVER_FOLDER = "results/VOC2012/Segmentation/{competition}_test_cls"
-"""Where the server looks. comp6: methods that have learned from anything but the test images, such as ImageNet."""
+"""What the server reads. comp6: methods that have learned from anything but the test images, such as ImageNet."""
 
 
 def write_submission(run: Run, image_ids: list[str], images: Path, target: Path, competition: str = "comp6") -> int:
@@ -28,7 +28,7 @@ def write_submission(run: Run, image_ids: list[str], images: Path, target: Path,
         image_ids: names without ending, as in ``ImageSets/Segmentation/test.txt``.
         images: the folder of ``<image_id>.jpg``.
         target: the zip, written all or nothing.
-        competition: ``comp6``, or ``comp5`` for methods that have seen VOC's own images only.
+        competition: ``comp6``, or ``comp5`` for methods that have learned from VOC's own images only.
 
     Returns:
         The number of masks.
@@ -39,7 +39,7 @@ def write_submission(run: Run, image_ids: list[str], images: Path, target: Path,
     """
     missing = [image_id for image_id in image_ids if not (images / f"{image_id}.jpg").is_file()]
     if missing or not image_ids:
-        first = f", the first is {missing[0]}.jpg" if missing else ", for the list is empty"
+        first = f", the first is {missing[0]}.jpg" if missing else ": the list of images is empty"
         raise DataError(f"{len(missing)} images are missing in {images}{first}; unpack VOC 2012's test archive there")
     if not run.checkpoint("segmenter").is_file():
         raise ConfigError(f"the run {display_path(run.folder)} has no segmentation network; run it to stage 07")
@@ -48,7 +48,7 @@ def write_submission(run: Run, image_ids: list[str], images: Path, target: Path,
     folder = SERVER_FOLDER.format(competition=competition)
     with replacing(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         decoded = (read_image(images / f"{image_id}.jpg") for image_id in image_ids)
-        masks = segment_many(network, decoded, len(image_ids), run.config.segmentation, runtime)
+        masks = segment_many(network, decoded, run.config.segmentation, runtime)
         bar = progress(masks, total=len(image_ids), desc="segment the test images")
         for image_id, mask in zip(image_ids, bar, strict=True):
             picture = Image.fromarray(mask.numpy())

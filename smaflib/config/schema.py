@@ -26,7 +26,7 @@ class StageConfig(BaseModel):
 
 
 class DataConfig(StageConfig):
-    """Where images and image labels come from. Masks are for judging only (see ``label_source``)."""
+    """Where images and image labels come from. Masks are for evaluation only (see ``label_source``)."""
 
     kind: Literal["mini", "voc", "coco", "folder"] = "voc"
     # voc: the folder that holds JPEGImages; coco: that holds annotations/ and train2014/; mini: None makes the set in
@@ -42,8 +42,8 @@ class DataConfig(StageConfig):
     train_split: str = "train"
     val_split: str = "val"
     saliency: Path | None = None  # folder of grey PNGs named like the images; needed by EPS
-    masks: Path | None = None  # folder of palette PNGs, for judging; None: SegmentationClass (voc), no judging (folder)
-    max_images: Positive | None = None  # only the first so many of each split (a quick look)
+    masks: Path | None = None  # palette PNGs, for evaluation; None: SegmentationClass (voc), no evaluation (folder)
+    max_images: Positive | None = None  # only the first so many of each split, for a quick trial
     cache: bool = False  # keep decoded images in memory; for small sets
     num_workers: Annotated[int, Field(ge=0)] = 0  # loader processes
     num_train: Positive = 400  # mini: images to make
@@ -87,7 +87,7 @@ class TrainingConfig(StageConfig):
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     schedule: Literal["poly", "onecycle"] = "poly"
     poly_power: float = 0.9
-    checkpoint_every: Positive = 500  # iterations between two points from which a killed run goes on
+    checkpoint_every: Positive = 500  # iterations between two points from which a killed run resumes
 
     @model_validator(mode="after")
     def _range_is_ordered(self) -> TrainingConfig:
@@ -157,8 +157,8 @@ class CrfConfig(StageConfig):
     """Dense CRF with Gaussian edge potentials (Kraehenbuehl and Koltun, NIPS 2011)."""
 
     iterations: Annotated[int, Field(ge=0)] = 10
-    # What a pixel wants by itself. labels: the strongest class, with gt_prob. scores: every class in proportion to its
-    # score; the kernels of the reference then erase much of an object, since attention is weak on its body.
+    # The unary term, from the pixel alone. labels: the strongest class, with gt_prob. scores: every class in proportion
+    # to its score; the kernels of the reference then erase much of an object, since attention is weak on its body.
     unary: Literal["labels", "scores"] = "labels"
     gt_prob: Annotated[float, Field(gt=0, lt=1)] = 0.7  # how sure a hard label is
     sharpness: Annotated[float, Field(gt=0)] = 1.0  # scores are raised to this power

@@ -31,7 +31,7 @@ __all__ = [
 def load_samples(config: Config, split: Literal["train", "val"], run_folder: Path | None = None) -> Samples:
     """The samples of one split of the configured data set.
 
-    Files are looked for and labels checked here, for the whole split; pictures are decoded when a sample is read.
+    Files are located and labels checked here, for the whole split; pictures are decoded when a sample is read.
 
     Args:
         config: its ``data`` part says where and what.
@@ -52,7 +52,7 @@ def load_samples(config: Config, split: Literal["train", "val"], run_folder: Pat
 
 def _mini_as_voc(data: DataConfig, run_folder: Path | None) -> DataConfig:
     """The settings that make the VOC loader read the mini set."""
-    # Imported late: mini.py uses this package's modules, and only this data set needs the drawing code.
+    # Imported late: the package mini uses this package's modules, and only this data set needs the drawing code.
     from smaflib.data.mini.dataset import CLASS_NAMES
 
     root = data.root or (run_folder / "data" if run_folder else None)

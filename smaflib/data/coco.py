@@ -31,7 +31,7 @@ def load_coco(data: DataConfig, split: Split, masks_folder: Path | None = None) 
 
     The image label holds the classes of all instances, crowds included. Images without any instance of
     ``data.class_names`` are left out, as in this field: 82,081 of 82,783 images of train2014 remain, 40,137 of 40,504
-    of val2014. With ``data.max_images`` only the first of the remaining ones are looked at.
+    of val2014. With ``data.max_images`` only the first of the remaining ones are taken.
 
     Args:
         data: ``root``, ``train_split`` and ``val_split`` (``train2014``), ``class_names``, ``saliency``, ``masks``.

@@ -117,7 +117,7 @@ class Samples(Sequence[Sample]):
         return self.subset([index for index, files in enumerate(self.files) if files.mask is not None])
 
     def shown(self, num: int) -> Samples:
-        """The first few to look at, with their ground truth where there is any."""
+        """The first few, to be shown: with their ground truth where there is any."""
         with_ground_truth = self.with_ground_truth
         return with_ground_truth[:num].with_masks() if len(with_ground_truth) else self[:num]
 

@@ -46,8 +46,7 @@ def load_voc(data: DataConfig, split: Split) -> Samples:
 
     ``data.labels``, ``data.masks`` and ``data.saliency`` may be relative to ``data.root``. An image without a mask is
     fine (``has_ground_truth`` is then False); a training image without a saliency map is not, once ``data.saliency``
-    is set.
-    With ``data.max_images`` only the first images of the list are looked at. The field's list ``train_aug`` may be
+    is set. With ``data.max_images`` only the first images of the list are taken. The field's list ``train_aug`` may be
     missing where its masks are there: then it is the images of ``SegmentationClassAug`` without those of
     ``data.val_split``. The masks themselves are not opened for that.
 

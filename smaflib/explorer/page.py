@@ -141,7 +141,7 @@ def page_image(gallery: Gallery, index: int) -> dict[str, Any]:
         "name": sample.image_id,
         "size": list(size),
         "shrunk": size != tuple(gallery.samples[index].image.shape[-2:]),
-        # A small picture is kept as it is; in a large one nobody sees the loss.
+        # A small picture is kept as it is; in a large one the loss is invisible.
         "picture": picture_address(sample.image, ending="PNG" if max(size) <= 160 else "JPEG"),
         "truth": None if sample.mask is None else run_lengths(sample.mask),
         "label": label,

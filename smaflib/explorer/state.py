@@ -43,7 +43,7 @@ CURVE_SCORES: tuple[float, ...] = tuple(round(0.02 * step, 2) for step in range(
 """Background scores at which the curve of the IoU is drawn."""
 
 PHOTO_SIDE = 384
-"""Longest side, in pixels, to which a photo of one's own is shrunk: all scales of it in a few seconds on a CPU."""
+"""Longest side, in pixels, to which a custom image is shrunk: all scales of it in a few seconds on a CPU."""
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; beyond seven classes VOC's.
 CLASS_COLORS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
@@ -329,7 +329,7 @@ class Gallery:
 
     @classmethod
     def pretrained(cls, num_images: int = 8, seed: int = UNSEEN_SEED) -> Gallery:
-        """The networks that come with the package, and mini images that they have never seen, drawn on the spot."""
+        """The networks that come with the package, and mini images that none was trained on, drawn on the spot."""
         config = pretrained_config()
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder) / "data"
@@ -390,7 +390,7 @@ class Gallery:
         )
 
     def flips(self, index: int, role: Role) -> tuple[bool, ...]:
-        """Whether maps with and without looking at the mirror image are to be had."""
+        """Whether maps with and without a view of the mirror image can be had."""
         if role in self.networks:
             return (True, False)
         return (self.config.attention.flip,) if self._is_stored(index, role, self.config.attention.flip) else ()
@@ -418,7 +418,7 @@ class Gallery:
         return explore(self.samples[index], self.cams(index, role, flip), self.scales, settings)
 
     def add_photo(self, name: str, content: bytes) -> int:
-        """Add a photo of one's own, shrunk to :data:`PHOTO_SIDE`; its label is what the first network sees in it.
+        """Add a custom image, shrunk to :data:`PHOTO_SIDE`; its image label is what the first network predicts.
 
         Args:
             name: of the file.
@@ -428,10 +428,10 @@ class Gallery:
             Its index.
 
         Raises:
-            DataError: if it is no picture that can be read, or there is no network to look at it.
+            DataError: if it is no picture that can be read, or there is no network to compute its maps.
         """
         if not self.networks:
-            raise DataError("a photo needs a network to look at it, and this run has kept none")
+            raise DataError("a photo needs a network to compute its maps, and this run has kept none")
         image = read_photo(name, content)
         network = self.networks[next(role for role in ROLES if role in self.networks)]
         sample = Sample(Path(name).stem, image, predict_label(network, image))

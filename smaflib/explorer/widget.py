@@ -149,7 +149,7 @@ class Explorer:
         computed += [f"{what}_{i}" for i in range(len(self.gallery.scales)) for what in ("scale", "weight")]
         for name in [*computed, *CRF_CONTROLS]:
             controls[name].observe(self._heard(lambda change: self._draw()), "value")
-        for name in ("opacity", "colormap"):  # looks, not numbers: the board draws what it has once more
+        for name in ("opacity", "colormap"):  # appearance, not numbers: the board draws what it has once more
             traitlets.dlink((controls[name], "value"), (board, name))
         controls["previous"].on_click(self._heard(lambda button: self._go(board.index - 1)))
         controls["next"].on_click(self._heard(lambda button: self._go(board.index + 1)))
@@ -208,7 +208,7 @@ class Explorer:
         self._show_images()
         self._go(index)
         label = ", ".join(self.gallery.class_names[number] for number in self.settings.image_label)
-        self._log(f"{upload['name']}: the network sees {label}; correct the image label if it is wrong.")
+        self._log(f"{upload['name']}: the network predicts {label}; correct the image label if it is wrong.")
 
     # ------------------------------------------------------------------------------------------------------ the picture
 
@@ -318,7 +318,7 @@ def _panels(result: Exploration, settings: Settings) -> list[dict[str, Any]]:
     """Image, scales, fused, target, mask: their titles and a byte per pixel."""
     panels: list[dict[str, Any]] = [{"key": "image", "title": "image", "kind": "image", "data": b""}]
     if result.ground_truth is not None:
-        panels[0]["note"] = "+ truth"
+        panels[0]["note"] = "+ ground truth"
     for scale, weight, cam in zip(result.scales, settings.weights, result.scale_maps, strict=True):
         note = "off" if not weight else "" if weight == 1 else f"x {weight:g}"
         key = f"scale {scale:g}"
@@ -440,7 +440,7 @@ def _make_controls(gallery: Gallery) -> dict[str, Any]:
         "opacity": slider("opacity", "opacity", 0.0, 1.0, 0.05),
         "colormap": menu("colormap", "colour map", COLOR_MAPS),
         "upload": widgets.FileUpload(
-            accept="image/*", description="your own photo", multiple=False, layout=widgets.Layout(width="200px")
+            accept="image/*", description="custom image", multiple=False, layout=widgets.Layout(width="200px")
         ),
     }
     for i, scale in enumerate(gallery.scales):
@@ -456,7 +456,7 @@ def _make_controls(gallery: Gallery) -> dict[str, Any]:
 
 
 def _arrange(controls: dict[str, Any], gallery: Gallery) -> Any:
-    """The controls in the order of the method, from the image to the look."""
+    """The controls in the order of the method, from the image to its appearance."""
 
     def row(*names: str) -> Any:
         return widgets.HBox([controls[name] for name in names])

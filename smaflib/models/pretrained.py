@@ -1,7 +1,7 @@
 """The two small networks that come with the package: teacher and student of the mini data set's reference run.
 
 They let notebook 00 and the explorer show real attention maps right after installation. ``make assets`` makes them
-anew from a run of ``configs/mini.yaml``: half precision, weights only; with them, the picture of the chain.
+from a run of ``configs/mini.yaml``: half precision, weights only; with them, the picture of the chain.
 """
 
 from __future__ import annotations

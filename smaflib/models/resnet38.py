@@ -86,8 +86,8 @@ class BottleneckBlock(nn.Module):
 class ResNet38(nn.Module):
     """Strides 2, 4, 8 and then dilation; 4096 channels at stride 8.
 
-    Images are normalised with ImageNet's mean and standard deviation. The last layers see 2048 and 4096 channels, which
-    is what the network owes its name "wide" and its 470 MB of weights to.
+    Images are normalised with ImageNet's mean and standard deviation. The last layers have 2048 and 4096 channels:
+    hence the name "wide", and 470 MB of weights.
     """
 
     num_features = 4096

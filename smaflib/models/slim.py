@@ -32,7 +32,7 @@ class ResidualBlock(nn.Module):
 
 
 class SlimResNet(nn.Module):
-    """Strides 2, 4, 8, 8 and 16, 32, 64, 96 channels; the last stage is dilated to see farther at the same stride."""
+    """Strides 2, 4, 8, 8 and 16, 32, 64, 96 channels; the last stage is dilated: a larger receptive field."""
 
     num_features = CHANNELS[-1]
     skip_channels = CHANNELS[1]

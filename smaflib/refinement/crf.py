@@ -81,15 +81,10 @@ def dense_crf_batch(
     # With one label there is nothing to choose, and pydensecrf divides by zero.
     open_ones = [index for index, unary in enumerate(unaries) if len(unary.energies) > 1]
     if open_ones:
-        chosen = [unaries[index] for index in open_ones]
-        probabilities = infer(
-            [images[index] for index in open_ones],
-            [unary.energies for unary in chosen],
-            [unary.counts for unary in chosen],
-            params,
-        )
-        for index, unary, each in zip(open_ones, chosen, probabilities, strict=True):
-            results[index] = unary.argmax_labels(each)
+        energies, counts = zip(*((unaries[index].energies, unaries[index].counts) for index in open_ones), strict=True)
+        probabilities = infer([images[index] for index in open_ones], energies, counts, params)
+        for index, each in zip(open_ones, probabilities, strict=True):
+            results[index] = unaries[index].argmax_labels(each)
     return [result.to(home) for result in results]
 
 
@@ -103,7 +98,7 @@ def choose_backend(backend: CrfBackend, device: torch.device) -> tuple[CrfBacken
     if backend == "auto":
         if device.type == "cuda":
             return "torch", device
-        # On other GPUs than CUDA's nobody has tried the lattice; who asks for torch there gets it.
+        # The lattice is not tested on other GPUs than CUDA's; the back-end torch uses it there all the same.
         return ("pydensecrf" if pydensecrf_backend.INSTALLED else "torch"), cpu
     if backend == "torch":
         return backend, device

@@ -22,6 +22,9 @@ from smaflib.refinement.lattice import Lattice, build_lattice, gaussian_filter, 
 NO_LABEL = 1e4
 """Energy of a channel that an image of a batch does not have: its probability is 0."""
 
+KEPT_PIXELS = 2**18
+"""Up to this size of an image, about 512 x 512, its lattice of positions is kept: 13 MB, for the last four sizes."""
+
 
 def mean_field(
     images: Sequence[Tensor], energies: Sequence[Tensor], counts: Sequence[Tensor], params: CrfConfig
@@ -37,11 +40,10 @@ def mean_field(
     Returns:
         float32 (C, H, W) each, summing to 1 over the channels.
     """
+    one_of_each_size = {image.shape: image for image in images}
+    smoothness = {size: smoothness_kernel(image, params) for size, image in one_of_each_size.items()}
     kernels = (
-        (
-            params.gaussian_compat,
-            join([smoothness_kernel(image, params) for image in images]),
-        ),
+        (params.gaussian_compat, join([smoothness[image.shape] for image in images])),
         (params.bilateral_compat, join([appearance_kernel(image, params) for image in images])),
     )
     logits, shares = _padded(energies, counts)  # (C, N) each, N the pixels of all images
@@ -58,12 +60,15 @@ def mean_field(
 
 
 def smoothness_kernel(image: Tensor, params: CrfConfig) -> Lattice:
-    """The lattice of pixel positions; the same for all images (3, H, W) of a size, so the last few sizes are kept."""
+    """The lattice of pixel positions; the same for all images (3, H, W) of a size."""
     height, width = image.shape[-2:]
-    return _smoothness_kernel(height, width, params.gaussian_sxy, image.device)
+    # Not on a GPU: its memory would stay occupied, and a batch builds each size once.
+    keep = image.device.type == "cpu" and height * width <= KEPT_PIXELS
+    build = _smoothness_kernel if keep else _smoothness_kernel.__wrapped__
+    return build(height, width, params.gaussian_sxy, image.device)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=4)
 def _smoothness_kernel(height: int, width: int, sxy: float, device: torch.device) -> Lattice:
     return normalize(build_lattice(positions(height, width, device) / torch.tensor(sxy, device=device)))
 

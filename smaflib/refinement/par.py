@@ -1,6 +1,6 @@
 """Pixel-adaptive refinement: each pixel's scores become a mean of its neighbours', by likeness of colour.
 
-Where a dense CRF lets every pixel hear every other, this looks at rings of eight neighbours only, again and again. It
+A dense CRF lets every pixel hear every other. Here a pixel hears rings of eight neighbours only, again and again. That
 keeps soft scores soft, needs no lattice, and is made of shifts and sums: cheap on a GPU.
 
 Source: Ru, Zhan, Yu and Du, "Learning affinity from attention: end-to-end weakly supervised semantic segmentation with

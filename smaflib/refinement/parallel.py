@@ -1,15 +1,15 @@
 """Refinement of many images: on all cores, or on one GPU while the next images are decoded.
 
-pydensecrf holds Python's lock, so threads would not help. A worker process imports this package's refinement and
-nothing else, and lives as long as the program: a notebook that refines several sets of masks starts its workers once.
+pydensecrf holds Python's lock, so threads would not help. A worker process imports this package's refinement, not the
+rest, and outlives the call by a minute: a notebook that refines several sets of masks starts its workers once.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,17 +24,22 @@ from torch import Tensor
 from smaflib.config import CrfBackend, CrfConfig, ParConfig
 from smaflib.refinement.crf import choose_backend, dense_crf_batch
 from smaflib.refinement.par import pixel_adaptive_refinement
+from smaflib.runtime import CPU, num_cores
 
 AHEAD = 4
 """Images under way per process: enough that none waits, few enough that memory does not grow with the data set."""
+
+FEW_IMAGES = 8
+"""Fewer stay in this process. Workers take 1.4 s to start; on photos of 500 pixels two pay from 12 on, many from 6."""
+
+IDLE_SECONDS = 60.0
+"""How long workers wait for another call. They hold half a gigabyte each, so they do not stay for ever."""
 
 GPU_BATCH = 8
 """Images that a GPU refines together, so that its kernels are large enough to fill it."""
 
 Job = tuple[Tensor, Tensor]
 """An image, uint8 (3, H, W), and its hard labels (H, W) or scores (L, H, W)."""
-
-CPU = torch.device("cpu")
 
 
 def refine(
@@ -83,7 +88,8 @@ def refine_many(
         jobs: taken when there is room, by a thread if the device is a GPU.
         params: as for :func:`refine`.
         num_labels: K+1.
-        num_workers: processes on the CPU; 1: this one, nothing is started. A GPU needs none.
+        num_workers: processes on the CPU; 0: one per core; 1: this one, nothing is started, nor is it for fewer jobs
+            than :data:`FEW_IMAGES`. A GPU needs none.
         backend: as for :func:`refine`.
         device: as for :func:`refine`.
 
@@ -94,12 +100,17 @@ def refine_many(
         backend, device = choose_backend(backend, device)
     if device.type != "cpu":
         for batch in _decoded_ahead(jobs):
-            images, wishes = [image for image, _ in batch], [given for _, given in batch]
-            yield from refine(images, wishes, params, num_labels, backend, device)
-    elif num_workers == 1:
+            images, unaries = zip(*batch, strict=True)
+            yield from refine(images, unaries, params, num_labels, backend, device)
+        return
+    num_workers, rest = num_workers or num_cores(), iter(jobs)
+    first = list(itertools.islice(rest, FEW_IMAGES if num_workers > 1 else 0))
+    jobs = itertools.chain(first, rest)
+    if len(first) < FEW_IMAGES:
         for image, given in jobs:
             yield from refine([image], [given], params, num_labels, backend)
     else:
+        del first  # or their scores would stay in memory
         yield from _on_all_cores(jobs, params, num_labels, num_workers, backend)
 
 
@@ -120,7 +131,7 @@ def _decoded_ahead(jobs: Iterable[Job]) -> Iterator[list[Job]]:
 def _on_all_cores(
     jobs: Iterable[Job], params: CrfConfig | ParConfig, num_labels: int, num_workers: int, backend: CrfBackend
 ) -> Iterator[Tensor]:
-    pool, waiting = _pool(num_workers), deque[Future[np.ndarray]]()
+    pool, waiting, broken = _take_pool(num_workers), deque[Future[np.ndarray]](), False
     try:
         for image, given in jobs:
             # Arrays travel through the pipe by value; tensors would each need a file handle and room in /dev/shm.
@@ -131,27 +142,49 @@ def _on_all_cores(
         while waiting:
             yield torch.from_numpy(waiting.popleft().result())
     except BrokenProcessPool as error:  # a worker was killed, by lack of memory as a rule
-        _pool.cache_clear()  # so that another attempt starts new ones
+        broken = True
         raise RuntimeError(
             "a process that refined masks was killed, which happens where memory is short; take fewer with "
-            "pseudo_masks.num_workers"
+            "pseudo_masks.num_workers or segmentation.test_crf_workers"
         ) from error
-    finally:  # who stops asking wants nothing more to be computed
-        for future in waiting:
+    finally:
+        for future in waiting:  # whose results nobody takes any more
             future.cancel()
+        if not broken:
+            _keep_pool(num_workers, pool)
 
 
-@functools.cache
-def _pool(num_workers: int) -> ProcessPoolExecutor:
-    # forkserver: forking a process whose torch threads are running can deadlock.
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    return ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
+_idle: dict[int, tuple[ProcessPoolExecutor, threading.Timer]] = {}
+"""Pools that no call is using, by their number of workers. One step takes a pool out, so that no two calls get it."""
+
+
+def _take_pool(num_workers: int) -> ProcessPoolExecutor:
+    if kept := _idle.pop(num_workers, None):
+        kept[1].cancel()
+        return kept[0]
+    # Forking a process whose torch threads are running can deadlock.
+    return ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _start_worker)
+
+
+def _keep_pool(num_workers: int, pool: ProcessPoolExecutor) -> None:
+    _end_idle_pool(num_workers)  # if another call at the same time had one of its own
+    timer = threading.Timer(IDLE_SECONDS, _end_idle_pool, [num_workers])
+    timer.daemon = True  # the program does not wait for it
+    timer.start()
+    _idle[num_workers] = pool, timer
+
+
+def _end_idle_pool(num_workers: int) -> None:
+    if kept := _idle.pop(num_workers, None):
+        kept[1].cancel()
+        kept[0].shutdown(wait=False)
 
 
 def _start_worker() -> None:
     torch.set_num_threads(1)
-    # A worker whose parent is killed would wait for its next image for ever, with half a gigabyte in its hands.
+    # Jupyter interrupts a cell's whole process group. The next cell can still use the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A worker whose parent is killed would wait for its next image for ever.
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 

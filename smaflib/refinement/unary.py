@@ -1,4 +1,4 @@
-"""What each pixel wants by itself, before a dense CRF lets it hear the others."""
+"""The unary energies of a dense CRF: how probable each label is at a pixel by itself, without the other pixels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMALLEST_PROBABILITY = 1e-5
 
 @dataclass(frozen=True)
 class Unary:
-    """The wishes of all pixels, by channel.
+    """Unary energies of all pixels, by channel.
 
     A channel stands for one label, or for all labels of which an image shows nothing: nothing tells those apart, so
     they share one probability, and mean field on their sum is exact once the sum's energy and compatibility allow for

@@ -34,7 +34,7 @@ def write_index(run: Run, command: str | None = None) -> Path:
     """
     from smaflib.report.notebook import notebook_body  # a second to import, and the explorer's page needs none of it
 
-    manifest = read_manifest(run)
+    manifest = read_manifest(run.folder)
     metrics = run.metrics()
     stages = [_stage_facts(run, stage, manifest["stages"].get(stage.name, {})) for stage in run.stages]
     pages = [stage for stage in stages if stage["page"]]
@@ -127,6 +127,7 @@ def _stage_facts(run: Run, stage: Stage, entry: dict[str, Any]) -> dict[str, Any
         "title": word.replace("_", " "),
         "question": stage.question,
         "status": entry.get("status", "not run"),
+        "reused_from": entry.get("reused_from"),
         "seconds": entry.get("seconds"),
         "peak_memory_mb": entry.get("peak_memory_mb"),
         "page": f"{stage.name}.html" if run.path(f"{stage.name}.ipynb").is_file() else None,

@@ -7,7 +7,7 @@ lightness, so that they read the same in grey and for colour-blind readers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -20,7 +20,9 @@ from torch import Tensor
 from smaflib.config import variant_label
 from smaflib.data.classes import VOID_LABEL
 from smaflib.data.masks import VOC_PALETTE
-from smaflib.training import History
+
+if TYPE_CHECKING:  # a changed training must not count for what only draws its curves
+    from smaflib.training import History
 
 Panel = np.ndarray
 """uint8 (H, W, 3)."""
@@ -260,10 +262,10 @@ def plot_sizes(table: pd.DataFrame, title: str = "IoU by object size") -> Figure
 
 
 def plot_objects(ious: pd.DataFrame, shares: pd.Series, title: str = "IoU over object size", bins: int = 8) -> Figure:
-    """A line per way of looking: mean IoU of the objects of about one size.
+    """A line per view, a scale or the fused maps: mean IoU of the objects of about one size.
 
     Args:
-        ious: a row per object, a column per way of looking, in [0, 1].
+        ious: a row per object, a column per view, in [0, 1].
         shares: of each object, the part of its image's area that it covers, in (0, 1].
         title: of the figure.
         bins: as many groups of equally many objects.

@@ -4,7 +4,8 @@
 what the notebooks import, then waits for its orders on standard input (:class:`SpareKernel`): nine notebooks that each
 wait five seconds for their imports would spend a sixth of the mini run on that.
 
-ipykernel ends a kernel whose parent was killed, but not the worker processes that the kernel started.
+Where the environment names :data:`SETTINGS_FILE`, the kernel notes there which settings its notebook reads. ipykernel
+ends a kernel whose parent was killed, but not the worker processes that the kernel started: this one ends them, too.
 """
 
 from __future__ import annotations
@@ -19,15 +20,20 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
+from pathlib import Path
 from typing import Any
+
+SETTINGS_FILE = "SMAF_SETTINGS_FILE"
+"""Environment variable: a file that takes the names of the settings that are read."""
 
 PRELOADED = (
     "matplotlib.figure",
     "pandas",
     "smaflib.classifier",
+    "smaflib.pseudo_masks",
     "smaflib.report.html",
     "smaflib.segmentation",
+    "smaflib.self_training",
     "smaflib.thresholds",
 )
 """What the chain's notebooks import, all but pyplot (and with it ``smaflib.report.plots``): imported before there is a
@@ -52,9 +58,7 @@ class SpareKernel:
     def __enter__(self) -> SpareKernel:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.discard()
 
     def prepare(self, version: str) -> None:
@@ -144,12 +148,24 @@ def follow_parent(interval: float = 0.5) -> None:
     threading.Thread(target=watch, daemon=True, name="follow_parent").start()
 
 
+def recording_settings() -> contextlib.AbstractContextManager[None]:
+    """Note which settings are read, if the environment asks for it."""
+    # A library that does not import fails again in the notebook's own cell, where its reader sees it.
+    with contextlib.suppress(Exception):
+        if path := os.environ.get(SETTINGS_FILE):
+            from smaflib.config.reads import recording
+
+            return recording(Path(path))
+    return contextlib.nullcontext()
+
+
 if __name__ == "__main__":
-    if os.getpgrp() == os.getpid():  # never a group that others belong to
+    if os.name == "posix" and os.getpgrp() == os.getpid():  # never a group that others belong to
         follow_parent()
     if "--spare" in sys.argv:
         sys.argv = [sys.argv[0], *await_orders()["arguments"]]
     from ipykernel.kernelapp import launch_new_instance
 
     faulthandler.enable(os.dup(2), all_threads=False)  # ipykernel puts a pipe in place of 2, which dies with it
-    launch_new_instance()
+    with recording_settings():
+        launch_new_instance()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,16 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     """The records of ``metrics.json``; none if there is no such file."""
     records: list[dict[str, Any]] = files.read_json(folder / "metrics.json", [])
     return records
+
+
+def replace_records(folder: Path, stage: str, records: Iterable[dict[str, Any]]) -> None:
+    """Write a stage's records to ``metrics.json`` in place of those that it had; without records there is no file."""
+    others = [record for record in read_records(folder) if record["stage"] != stage]
+    if whole := [*others, *records]:
+        # Pipeline order, whatever the order in which stages ran.
+        files.write_json(folder / "metrics.json", sorted(whole, key=lambda record: record["stage"]))
+    else:
+        (folder / "metrics.json").unlink(missing_ok=True)
 
 
 def checked_record(record: dict[str, Any]) -> dict[str, Any]:

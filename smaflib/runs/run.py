@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from smaflib import files
 from smaflib.config import Config, config_differences, dump_config, load_config
+from smaflib.config.reads import follow
 from smaflib.errors import ConfigError, MissingStage, RunError, RunMismatch
 from smaflib.files import RUNS_FOLDER, absolute, display_path
 from smaflib.pipeline import Workspace
 from smaflib.runs.manifest import missing_outputs, read_manifest
-from smaflib.runs.metrics import RECORD_DEFAULTS, checked_record, read_records
+from smaflib.runs.metrics import RECORD_DEFAULTS, checked_record, read_records, replace_records
 from smaflib.runs.stages import STAGES, Stage, stage_named
 
 if TYPE_CHECKING:  # torch, pandas and matplotlib take seconds to import, and "smaf status" needs none
@@ -59,9 +60,7 @@ class Run(Workspace):
         """
         name = stage_named(stage, self.stages).name
         checked = [checked_record({**record, "stage": name}) for record in records]
-        others = [record for record in read_records(self.folder) if record["stage"] != name]
-        # Pipeline order, whatever the order in which stages ran.
-        files.write_json(self.path("metrics.json"), sorted(others + checked, key=lambda record: record["stage"]))
+        replace_records(self.folder, name, checked)
 
     def metrics(self) -> pd.DataFrame:
         """All measurements so far, a row per record; ``pandas.read_json("metrics.json")`` gives the same."""
@@ -84,12 +83,12 @@ class Run(Workspace):
         Raises:
             MissingStage: names the missing file and the command that makes it.
         """
-        manifest = read_manifest(self)
+        manifest = read_manifest(self.folder)
         for name in stage_named(stage, self.stages).depends_on:
             needed = stage_named(name, self.stages)
             # A stage run by hand in JupyterLab has no entry; then its files have to speak for it.
             status = manifest["stages"].get(name, {}).get("status", "complete")
-            absent = missing_outputs(self, needed)
+            absent = missing_outputs(self.folder, needed)
             if status == "complete" and not absent:
                 continue
             what = f"{absent[0]} is missing" if absent else f"{name} has not finished"
@@ -145,6 +144,7 @@ def open_run(
         )
     if stage is not None:
         run.require(stage)
+    follow(config)  # the settings that the stage reads from here on are its inputs
     return run
 
 

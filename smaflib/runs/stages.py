@@ -1,36 +1,33 @@
-"""The stages of the chain, a notebook each: what each needs, reads and makes."""
+"""The stages of the chain, a notebook each: what each depends on and what it makes."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from smaflib.errors import RunError
-
-if TYPE_CHECKING:  # torch and matplotlib take seconds to import, and "smaf status" needs neither
-    pass
 
 
 @dataclass(frozen=True)
 class Stage:
     """One notebook of the chain.
 
+    Which settings it reads is found while it runs (:mod:`smaflib.config.reads`), which code by reading its notebook
+    (:mod:`smaflib.runs.code`).
+
     Attributes:
         name: the notebook's file name without ending.
         question: what it answers.
-        needs: the stages whose artifacts it reads.
-        settings: groups of the config that change its result.
-        makes: globs of its artifacts in the run folder; ``folder/**`` is everything below.
-        essential: the artifacts among them that every config makes, as globs; without them it has failed.
-        reads: files that another command may put into the run folder; a new one makes the stage run again.
+        depends_on: the stages whose artifacts it reads.
+        outputs: globs of its artifacts in the run folder; ``folder/**`` is everything below.
+        required_outputs: the artifacts among them that every config makes, as globs; without them it has failed.
+        extra_inputs: files that another command may put into the run folder; a new one makes the stage run again.
     """
 
     name: str
     question: str
     depends_on: tuple[str, ...] = ()
-    settings: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     required_outputs: tuple[str, ...] = ()
     extra_inputs: tuple[str, ...] = ()
@@ -45,7 +42,6 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "01_data",
         "What do we learn from: which images, which labels, and how large are the objects?",
-        settings=("seed", "data", "evaluation"),
         outputs=("data.json", "data/**", "figures/01_*.png"),
         required_outputs=("data.json",),
     ),
@@ -53,7 +49,6 @@ STAGES: tuple[Stage, ...] = (
         "02_classifier",
         "Can a network tell what is in an image, and what does it look at?",
         depends_on=("01_data",),
-        settings=("seed", "precision", "data", "model", "classifier"),
         outputs=("checkpoints/teacher*.safetensors", "figures/02_*.png"),
         required_outputs=("checkpoints/teacher.safetensors",),
     ),
@@ -61,7 +56,6 @@ STAGES: tuple[Stage, ...] = (
         "03_multi_scale_attention",
         "What do small and large scales see, and what does their fusion gain?",
         depends_on=("01_data", "02_classifier"),
-        settings=("seed", "precision", "data", "attention", "evaluation"),
         outputs=("cams/teacher*/**", "bg_scores/teacher.json", "figures/03_*.png"),
         required_outputs=("cams/teacher/**",),
     ),
@@ -69,14 +63,12 @@ STAGES: tuple[Stage, ...] = (
         "04_denoise_and_reactivate",
         "What do denoising and reactivation repair?",
         depends_on=("01_data", "03_multi_scale_attention"),
-        settings=("data", "attention", "evaluation"),
         outputs=("figures/04_*.png",),
     ),
     Stage(
         "05_self_training",
         "Does a student of the fused maps see more than its teacher?",
         depends_on=("01_data", "02_classifier", "03_multi_scale_attention"),
-        settings=("seed", "precision", "data", "model", "attention", "self_training", "evaluation"),
         outputs=("checkpoints/student*.safetensors", "cams/student*/**", "figures/05_*.png"),
         required_outputs=("checkpoints/student*.safetensors", "cams/student*/**"),
     ),
@@ -84,7 +76,6 @@ STAGES: tuple[Stage, ...] = (
         "06_pseudo_masks",
         "How good are the masks, and what does the dense CRF add?",
         depends_on=("01_data", "03_multi_scale_attention", "05_self_training"),
-        settings=("data", "attention", "pseudo_masks", "evaluation"),
         outputs=("masks/**", "bg_scores/student.json", "figures/06_*.png"),
         required_outputs=("masks/**",),
     ),
@@ -92,7 +83,6 @@ STAGES: tuple[Stage, ...] = (
         "07_segmentation",
         "Does a segmentation network trained on the pseudo masks work on new images?",
         depends_on=("01_data", "05_self_training", "06_pseudo_masks"),
-        settings=("seed", "precision", "data", "model", "segmentation", "evaluation"),
         outputs=("checkpoints/segmenter*.safetensors", "masks_segmenter/**", "figures/07_*.png"),
     ),
     Stage(
@@ -107,7 +97,6 @@ STAGES: tuple[Stage, ...] = (
             "06_pseudo_masks",
             "07_segmentation",
         ),
-        settings=("data", "attention", "evaluation"),
         outputs=("figures/08_*.png", "explorer.html"),
         extra_inputs=("ablation/ablation.json",),
     ),

@@ -83,7 +83,7 @@ class BoardPage:
         return self.root.locator(f'figure[data-key="{panel}"] canvas').evaluate("canvas => canvas.toDataURL()")
 
     def after(self, act: Callable[[], Any]) -> float:
-        """Do something, wait until the board has been drawn anew; seconds from the first event to the new picture."""
+        """Do something, wait until the board has been drawn again; seconds from the first event to the new picture."""
         before = self.drawn
         self.page.evaluate("() => { window.drawnAt = 0; window.movedAt = null; }")
         act()

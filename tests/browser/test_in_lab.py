@@ -47,7 +47,7 @@ class Lab:
             self.page.wait_for_timeout(50)
 
     def change(self, panel: str, act: Any, **settings: Any) -> None:
-        """Act, see that a panel gets another picture and that the IoU becomes that of the new settings."""
+        """Act, check that a panel gets another picture and that the IoU becomes that of the new settings."""
         before = self.board.picture(panel)
         act()
         self.settings = replace(self.settings, **settings)
@@ -96,7 +96,7 @@ def test_each_kind_of_control_changes_picture_and_numbers(lab_page: Lab) -> None
     lab.change("mask", lambda: lab.box("denoise").click(), denoise=True)
     mask = lab.board.picture("mask")
     lab.change("target", lambda: lab.box("reactivate").click(), reactivate=False)
-    assert lab.board.picture("mask") == mask  # the winner of a pixel stays the winner
+    assert lab.board.picture("mask") == mask  # the strongest class of a pixel stays the strongest
 
     lab.flip = False
     lab.change("scale 1", lambda: lab.box("flip").click())
@@ -108,7 +108,7 @@ def test_each_kind_of_control_changes_picture_and_numbers(lab_page: Lab) -> None
     numbers = lab.board.iou()
     lab.change("fused", lambda: lab.menu("colour map").select_option("viridis"))
     lab.change("fused", lambda: lab.handle("opacity").press("ArrowLeft"))
-    assert lab.board.iou() == numbers  # looks are no numbers
+    assert lab.board.iou() == numbers  # appearance changes no numbers
 
 
 def test_crf_follows_when_nothing_moves(lab_page: Lab) -> None:
@@ -133,7 +133,7 @@ def test_crf_follows_when_nothing_moves(lab_page: Lab) -> None:
     assert any("refining" in text for text in lab.page.evaluate("() => window.said"))
     assert lab.board.picture("mask") != plain
 
-    for _ in range(5):  # tests/test_explorer_widget.py sees that the CRF runs for the last of several moves only
+    for _ in range(5):  # tests/test_explorer_widget.py checks that the CRF runs for the last of several moves only
         lab.handle("background").press("ArrowRight")
     refined(bg_score=round(lab.settings.bg_score + 0.05, 2))
 
@@ -155,7 +155,7 @@ def test_clicked_pixel_is_marked_in_every_panel_and_read_at_every_scale(lab_page
     reading, names = lab.expected().read(row, col), ("background", *lab.gallery.class_names)
     assert list(reading.values) == ["scale 0.5", "scale 1", "scale 1.5", "scale 2", "fused", "target"]
     assert lab.board.root.locator("[data-mask]").inner_text() == names[reading.label]
-    assert lab.board.root.locator("[data-ground truth]").inner_text() == names[reading.ground_truth or 0]
+    assert lab.board.root.locator("[data-truth]").inner_text() == names[reading.ground_truth or 0]
     lab.board.after(
         lambda: lab.board.click_pixel(80, 60, (128, 128))
     )  # the same once more: there is no news to wait for
@@ -225,7 +225,7 @@ def test_moves_are_fast(lab_page: Lab, record_property: Any) -> None:
     assert max(medians.values()) < REDRAW_SECONDS, medians
 
 
-def test_photo_of_ones_own_and_a_file_that_is_none(lab_page: Lab, tmp_path: Path) -> None:
+def test_custom_image_and_a_file_that_is_none(lab_page: Lab, tmp_path: Path) -> None:
     lab = lab_page
     (tmp_path / "letter.jpg").write_bytes(b"dear")
     shown = lab.board.picture("mask")
@@ -247,9 +247,9 @@ def test_photo_of_ones_own_and_a_file_that_is_none(lab_page: Lab, tmp_path: Path
     (tmp_path / "mine.png").write_bytes(content.getvalue())
     lab.board.after(lambda: give(tmp_path / "mine.png"))
     lab.page.wait_for_function(
-        "() => document.querySelector('.smaf-explorer .smaf-status').textContent.includes('the network sees')"
+        "() => document.querySelector('.smaf-explorer .smaf-status').textContent.includes('the network predicts')"
     )
-    assert "No truth" in lab.board.root.locator(".smaf-iou").inner_text()
+    assert "No ground truth" in lab.board.root.locator(".smaf-iou").inner_text()
     assert lab.board.root.locator(".smaf-strip button").count() == 9
 
 

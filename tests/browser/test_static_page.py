@@ -125,7 +125,7 @@ def test_pixel_and_keyboard(static: Static) -> None:
         assert static.board.values() == pytest.approx(shown_values(reading), abs=0.0011)
     assert static.board.num_markers() == 8
     names = ("background", *static.gallery.class_names)
-    assert static.board.root.locator("[data-ground truth]").inner_text() == names[reading.ground_truth or 0]
+    assert static.board.root.locator("[data-truth]").inner_text() == names[reading.ground_truth or 0]
     static.board.after(lambda: panels.press("Escape"))
     assert static.board.num_markers() == 0
 
@@ -169,7 +169,7 @@ def test_moves_are_fast_and_nothing_was_asked_of_a_network(static: Static, recor
     assert static.watched.requests == []
 
 
-def test_void_pixels_images_without_truth_and_a_teacher_alone(browser: Browser, tmp_path: Path) -> None:
+def test_void_pixels_images_without_ground_truth_and_a_teacher_alone(browser: Browser, tmp_path: Path) -> None:
     gallery = Gallery.pretrained(3)
     del gallery.networks["student"]
     mask = gallery.samples[2].mask
@@ -180,7 +180,7 @@ def test_void_pixels_images_without_truth_and_a_teacher_alone(browser: Browser, 
     path.write_text(explorer_page(gallery), encoding="utf-8")
     context = browser.new_context(offline=True)
     static = Static(Watched(context.new_page(), (path.as_uri(),)), gallery, path)
-    assert "No truth" in static.board.root.locator(".smaf-iou").inner_text()
+    assert "No ground truth" in static.board.root.locator(".smaf-iou").inner_text()
     assert static.board.root.locator(".smaf-curve").inner_text() == ""
     assert static.field("role").locator("option").all_inner_texts() == ["classifier (teacher)"]
     static.board.after(lambda: static.board.root.locator(".smaf-strip button").nth(2).click())
@@ -188,7 +188,7 @@ def test_void_pixels_images_without_truth_and_a_teacher_alone(browser: Browser, 
     static.assert_right()
     static.change("mask", lambda: static.slide("bg", 0.15), bg_score=0.15)
     static.board.after(lambda: static.board.click_pixel(75, 55, (128, 128)))
-    assert static.board.root.locator("[data-ground truth]").inner_text() == "void"
+    assert static.board.root.locator("[data-truth]").inner_text() == "void"
     assert static.watched.errors == []
     context.close()
 

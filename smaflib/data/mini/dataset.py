@@ -2,8 +2,8 @@
 
 Six classes in three families: llama and ram, crane and mixer, amphora and plant. The two classes of a family have the
 *same* body - shape, texture and colours come from one distribution - and differ in one part only: neck and ears or
-curled horns, a boom or a drum, handles or leaves. Nothing but the part tells an image classifier which of the two it
-sees, so it looks at the part, and its class activation map misses the body. That is the very failure that
+curled horns, a boom or a drum, handles or leaves. Nothing but the part tells an image classifier which of the two an
+image shows, so its class activation map covers the part and misses the body. That is the very failure that
 self-training on attention maps is meant to repair, and nothing in the data hides or exaggerates it:
 
 - objects span 14 % to 95 % of the image side, so that no single scale suits all of them;
@@ -15,9 +15,8 @@ self-training on attention maps is meant to repair, and nothing in the data hide
 
 Masks are drawn along with the images, for evaluation only. The saliency maps imitate a detector that was trained
 elsewhere: they start from the ground truth, then lose objects, take in things that are no class, and are warped and
-    blurred
-(IoU about .76 with the true foreground). A method that reads them gets this much pixel information; the plain mode
-reads none.
+blurred (IoU about .76 with the true foreground). A method that reads them gets this much pixel information; the plain
+mode reads none.
 
 `draw_scene` draws one scene; `make_mini` writes a data set in the layout of PASCAL VOC.
 """
@@ -322,7 +321,7 @@ def draw_scene(seed: int, index: int, size: int = 128) -> Scene:
         size: side of the image in pixels, at least 64.
 
     Returns:
-        The scene; equal arguments give equal scenes, whatever was drawn before.
+        The scene; equal arguments give equal scenes, in any order of drawing.
 
     Raises:
         ValueError: if an argument is no integer or too small.

@@ -1,4 +1,4 @@
-"""How the mini data set's things and scenes look: polygons, textures and light. `mini.py` decides what stands where.
+"""How the mini data set's things and scenes look: polygons, textures and light. `dataset.py` decides what stands where.
 
 An object is a list of polygons in its own coordinates (x to the right, y down, the object about 2 units wide, looking
 to the right). Every class is ``body + part``: both classes of a family call the *same* body function with the same

@@ -1,4 +1,4 @@
-"""Look at every file of a data set before hours are spent on it."""
+"""Inspect every file of a data set before hours are spent on it."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ VOC12 = Archive(*(DATASET_YEAR_DICT["2012"][name] for name in ("url", "filename"
 
 
 def fetch_voc12(folder: Path, archive: Archive = VOC12) -> Path:
-    """Download and unpack VOC 2012, going on where an earlier call stopped.
+    """Download and unpack VOC 2012, resuming where an earlier call stopped.
 
     Args:
         folder: takes the archive and ``VOCdevkit/VOC2012``.
@@ -93,7 +93,7 @@ def _download(archive: Archive, path: Path) -> None:
 def _advice(archive: Archive, path: Path, error: Exception) -> str:
     return (
         f"{archive.url} does not answer as it should ({error}). The server is down from time to time: give the same "
-        f"command again later, it goes on where it stopped. Or get {archive.filename} from somebody who has it, put it "
+        f"command again later, it resumes where it stopped. Or get {archive.filename} from somebody who has it, put it "
         f"at {path}, and give the same command: the checksum is compared either way"
     )
 

@@ -4,7 +4,7 @@
 
 const VOID = 255;
 
-/** Build an empty board in `root`. `on.pixel([row, col] | [])` and `on.image(index)` hear the reader. */
+/** Build an empty board in `root`. `on.pixel([row, col] | [])` and `on.image(index)` are called with the reader's choice. */
 function createBoard(root, on) {
   root.classList.add("smaf-board");
   root.innerHTML = `
@@ -14,7 +14,7 @@ function createBoard(root, on) {
       Page Up and Page Down change the image"></div>
     <p class="smaf-status" role="status" aria-live="polite"></p>
     <div class="smaf-below">
-      <section class="smaf-iou" aria-label="IoU against the truth"></section>
+      <section class="smaf-iou" aria-label="IoU against the ground truth"></section>
       <section class="smaf-curve" aria-label="IoU over the background score"></section>
       <section class="smaf-reading" aria-label="values of the marked pixel" aria-live="polite"></section>
     </div>`;
@@ -196,7 +196,7 @@ function outlinePath(mask, [height, width]) {
 
 function iouHtml(view) {
   const head = `<h3>IoU of the mask</h3>`;
-  if (!view.iou) return `${head}<p>No truth for this image, so there is nothing to compare with.</p>`;
+  if (!view.iou) return `${head}<p>No ground truth for this image, so there is nothing to compare with.</p>`;
   const rows = view.iou.rows.map(([number, value]) => {
     const name = number ? view.class_names[number - 1] : "background";
     const color = number ? `rgb(${view.colors[number - 1].join(",")})` : "transparent";
@@ -212,7 +212,7 @@ function barRow(name, share, text, color, attributes) {
     <td class="smaf-bar"><span style="width:${(100 * Math.min(1, share)).toFixed(1)}%"></span></td><td>${text}</td></tr>`;
 }
 
-/** curve: {scores, shown, mean, class_name, at: [bg_score, shown, mean]}; null where there is no truth. */
+/** curve: {scores, shown, mean, class_name, at: [bg_score, shown, mean]}; null where there is no ground truth. */
 function curveHtml(curve) {
   if (!curve) return "";
   const box = { left: 40, top: 12, width: 252, height: 130 };
@@ -249,7 +249,7 @@ function readingHtml(reading, view) {
   const rows = reading.values.map(([name, value, off]) =>
     barRow(name, value, value.toFixed(3), null, `data-value="${escapeHtml(name)}"${off ? ' class="smaf-off"' : ""}`));
   const name = (label) => (label === VOID ? "void" : label ? view.class_names[label - 1] : "background");
-  const truth = reading.truth === null ? "" : `, truth <b data-truth>${escapeHtml(name(reading.truth))}</b>`;
+  const truth = reading.truth === null ? "" : `, ground truth <b data-truth>${escapeHtml(name(reading.truth))}</b>`;
   return `${head}<p>row ${reading.row}, column ${reading.col}: mask <b data-mask>${escapeHtml(name(reading.label))}</b>${truth}.
     Scores of <b>${escapeHtml(reading.class_name)}</b>:</p><table>${rows.join("")}</table>`;
 }

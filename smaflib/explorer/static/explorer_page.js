@@ -13,7 +13,7 @@ function expandRuns(runs, length) {
   return values;
 }
 
-/** RGB bytes of a picture; only looks depend on them, no number does. */
+/** RGB bytes of a picture; the appearance depends on them, no number does. */
 async function decodePicture(address, [height, width]) {
   const picture = new Image();
   picture.src = address;
@@ -53,7 +53,7 @@ function enlargeAll(image, { data, peaks }) {
 
 const KEPT_IMAGES = 3; // a photo's maps take 20 MB a role
 const opened = new Map();
-/** Picture, truth and `mapsOf(role)` of an image, each made once while the image is among the last ones. */
+/** Picture, ground truth and `mapsOf(role)` of an image, each made once while the image is among the last ones. */
 async function open(index) {
   if (!opened.has(index)) {
     const image = DATA.images[index], num = image.size[0] * image.size[1], made = {};
@@ -92,7 +92,7 @@ function sizeWeights(guess, scales) {
   return powers.map((power) => power / total);
 }
 
-/** Winner (class number + 1) and its score, of each pixel. */
+/** The strongest class of each pixel (class number + 1), and its score. */
 function strongest(clean, classes, num) {
   const label = new Uint8Array(num), score = new Float32Array(num).fill(-1);
   clean.forEach((map, k) => map.forEach((value, i) => {
@@ -101,7 +101,7 @@ function strongest(clean, classes, num) {
   return { label, score };
 }
 
-/** IoU by label from counts; null for what is in neither truth nor mask, as in intersection_over_union. */
+/** IoU by label from counts; null for what is in neither ground truth nor mask, as in intersection_over_union. */
 function iouOf(hits, inMask, inTruth) {
   return hits.map((hit, label) => { const union = inMask[label] + inTruth[label] - hit; return union ? hit / union : null; });
 }
@@ -189,7 +189,7 @@ function toBytes(map) {
 }
 
 function viewOf(image, result) {
-  const panels = [{ key: "image", title: "image", note: image.truth ? "+ truth" : "", kind: "image", data: null }];
+  const panels = [{ key: "image", title: "image", note: image.truth ? "+ ground truth" : "", kind: "image", data: null }];
   DATA.scales.forEach((scale, s) => {
     const off = !state.on[s] || !state.weights[s], note = off ? "off" : state.weights[s] === 1 ? "" : `x ${state.weights[s]}`;
     panels.push({ key: `scale ${scale}`, title: `scale ${scale}`, note, off, kind: "map", data: toBytes(result.looks[s]) });

@@ -1,0 +1,92 @@
+"""Which settings a stage reads: found while it runs, not declared.
+
+The runner's kernels switch this on (:mod:`smaflib.runs.kernel`). Elsewhere settings stay plain attributes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from smaflib.config.schema import Config, StageConfig
+
+_followed: dict[int, tuple[StageConfig, set[str]]] = {}  # by id; the group itself keeps the id from being used again
+_noted: set[str] = set()
+_copying: ContextVar[bool] = ContextVar("copying", default=False)
+_copy = StageConfig.model_copy
+
+
+@contextlib.contextmanager
+def recording(path: Path) -> Iterator[None]:
+    """Append to a file, a line each, the settings that are read of followed configs, such as ``attention.fusion``.
+
+    At once, because a kernel may be killed in the middle of a cell. A group that is dumped, compared or pickled for
+    another process is read whole: its line names the group. A copy with changes stands for what it was copied from.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def note(setting: str) -> None:
+        if setting not in _noted:
+            _noted.add(setting)
+            os.write(descriptor, f"{setting}\n".encode())
+
+    def read(self: StageConfig, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        whole = name == "__dict__" and not _copying.get()
+        if (whole or name in type(self).__pydantic_fields__) and (followed := _followed.get(id(self))):
+            for group in list(followed[1]):
+                setting = group if whole else f"{group}.{name}".lstrip(".")
+                if isinstance(value, StageConfig):
+                    follow(value, setting)
+                else:
+                    note(setting)
+        return value
+
+    def copy(self: StageConfig, **options: Any) -> StageConfig:
+        token = _copying.set(True)
+        try:
+            copied = _copy(self, **options)
+        finally:
+            _copying.reset(token)
+        for group in _followed[id(self)][1] if id(self) in _followed else ():
+            follow(copied, group)
+        return copied
+
+    StageConfig.__getattribute__ = read  # type: ignore[method-assign, assignment]
+    StageConfig.model_copy = copy  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del StageConfig.__getattribute__
+        StageConfig.model_copy = _copy  # type: ignore[method-assign]
+        _followed.clear()
+        _noted.clear()
+        os.close(descriptor)
+
+
+def follow(config: StageConfig, group: str = "") -> None:
+    """Count what is read of these settings as settings of the run, where it is recorded; other configs do not count."""
+    if "__getattribute__" in vars(StageConfig):
+        _followed.setdefault(id(config), (config, set()))[1].add(group)
+
+
+def recorded_settings(path: Path, config: Config) -> dict[str, Any]:
+    """The settings that :func:`recording` wrote to a file, with their values; none if there is no such file."""
+    names = path.read_text(encoding="utf-8").splitlines() if path.is_file() else ()
+    return settings_at(sorted(set(names)), config)
+
+
+def settings_at(names: Iterable[str], config: Config) -> dict[str, Any]:
+    """Settings and whole groups by name; what the config does not have is left out."""
+    found, everything = {}, config.model_dump(mode="json")
+    for name in names:
+        value: Any = everything
+        for part in filter(None, name.split(".")):
+            value = value.get(part, ...) if isinstance(value, dict) else ...
+        if value is not ...:
+            found[name] = value
+    return found

@@ -1,0 +1,57 @@
+"""What numbers depend on beside settings and code: device, versions, commit."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+from smaflib.files import PROJECT_ROOT
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = (
+    "smaflib torch torchvision numpy pandas matplotlib pillow scipy safetensors pydantic "
+    "pydensecrf2 papermill nbclient ipykernel"
+).split()
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """The device by name, Python, platform, commit and package versions."""
+    kind = f"{device.type} ({platform.machine()})"
+    if device.type == "cuda":
+        import torch
+
+        kind = f"cuda ({torch.cuda.get_device_name(device)})"
+    return {
+        "device": kind,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **git_state(),
+        "packages": package_versions(),
+    }
+
+
+def git_state() -> dict[str, Any]:
+    """``git_commit`` and ``git_dirty`` of the checkout, None where there is none."""
+
+    def git(*words: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(PROJECT_ROOT), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+
+    try:
+        return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):  # no git, or no checkout
+        return {"git_commit": None, "git_dirty": None}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the :data:`PACKAGES` that are installed."""
+    installed = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[package] = importlib.metadata.version(package)
+    return installed
