@@ -38,9 +38,12 @@ class DataConfig(StageConfig):
     root: Path | None = None
     images: Path | None = None  # folder: the folder of images
     labels: Path | None = None  # CSV with the columns image,labels (labels joined by ;)
-    label_source: Literal["csv", "xml", "masks"] = "xml"  # masks: breaks the image-level setting, says so in the run
+    # auto: VOC's Annotations where they are, else labels.csv in data.root; masks: breaks the image-level setting, says so
+    # in the run
+    label_source: Literal["auto", "csv", "xml", "masks"] = "xml"
     class_names: tuple[str, ...] = ()  # () : VOC's 20, COCO's 80, the CSV's names in alphabetical order (folder)
-    train_split: str = "train"  # voc: ImageSets/Segmentation/<name>.txt; coco: train2014
+    # voc: ImageSets/Segmentation/<name>.txt, or the path of a list that ends in .txt; coco: train2014
+    train_split: str = "train"
     val_split: str = "val"
     saliency: Path | None = None  # folder of grey PNGs named like the images; needed by EPS
     masks: Path | None = None  # palette PNGs, for evaluation; None: SegmentationClass (voc), no evaluation (folder)

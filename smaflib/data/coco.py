@@ -61,7 +61,7 @@ def load_coco(data: DataConfig, split: Split, masks_folder: Path | None = None) 
         if not path.is_file():
             raise DataError(f"there is no image {path}, which {_json_path(root, name)} lists; unpack {name}.zip again")
         if saliency_folder and split == "train":
-            require_saliency(path.stem, saliency, saliency_folder)
+            require_saliency([path.stem], saliency, saliency_folder)
         labels = class_numbers(sorted(present[number]), class_names, str(path))
         files.append(SampleFiles(path.stem, path, labels, saliency.get(path.stem), masks.get(path.stem)))
     if not files:

@@ -58,7 +58,7 @@ def load_folder(data: DataConfig, split: Split) -> Samples:
                 "masks are for evaluation only"
             )
         if data.saliency:
-            require_saliency(image.stem, saliency, data.saliency)
+            require_saliency([image.stem], saliency, data.saliency)
         files.append(SampleFiles(image.stem, image, numbers, saliency.get(image.stem), masks.get(image.stem)))
     chosen = tuple(files[: data.max_images]) if split == "train" else ()
     return Samples(chosen, class_names, split, functools.partial(read_sample, oriented=True), cached=data.cache)

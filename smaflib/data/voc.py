@@ -31,6 +31,7 @@ from smaflib.data.labels import (
 from smaflib.data.masks import check_mask_values, decoding, mask_values, read_mask
 from smaflib.data.sample import Sample, SampleFiles, Samples
 from smaflib.errors import DataError
+from smaflib.files import absolute
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -59,7 +60,7 @@ def load_voc(data: DataConfig, split: Split) -> Samples:
     check_class_names(class_names)
     folder = data.root / "JPEGImages"
     images = {path.stem: path for path in list_files(folder, (".jpg",), "set data.root to the folder that holds it")}
-    list_path = data.root / "ImageSets" / "Segmentation" / f"{_list_name(data, split)}.txt"
+    list_path = _list_path(data, split)
     augmented = data.root / "SegmentationClassAug"
     if list_path.stem == "train_aug" and not list_path.is_file() and augmented.is_dir():
         listed = _augmented_list(augmented, list_path.with_name(f"{data.val_split}.txt"))
@@ -72,15 +73,10 @@ def load_voc(data: DataConfig, split: Split) -> Samples:
     saliency_folder = _within(data.root, data.saliency) if data.saliency else None
     saliency = list_pngs(saliency_folder, "data.saliency") if saliency_folder else {}
 
-    for line, image_id in listed:
-        if image_id not in images:
-            raise DataError(
-                f"{list_path}, line {line}: there is no image {image_id}.jpg in {folder}"
-                f"{nearest(image_id, list(images))}; add it or take the line out"
-            )
-        if saliency_folder and split == "train":
-            require_saliency(image_id, saliency, saliency_folder)
     image_ids = [image_id for _, image_id in listed]
+    _refuse_missing(listed, images, list_path, folder)
+    if saliency_folder and split == "train":
+        require_saliency(image_ids, saliency, saliency_folder)
     labels = _image_labels(data, data.root, image_ids, class_names, masks, masks_folder)
     files = tuple(
         SampleFiles(image_id, images[image_id], numbers, saliency.get(image_id), masks.get(image_id))
@@ -170,13 +166,26 @@ def list_pngs(folder: Path, setting: str) -> dict[str, Path]:
     return {path.stem: path for path in list_files(folder, (".png",), cure)}
 
 
-def require_saliency(image_id: str, saliency: dict[str, Path], folder: Path) -> None:
-    """Raise a :class:`DataError` if the image has no saliency map."""
-    if image_id not in saliency:
+def require_saliency(image_ids: Sequence[str], saliency: dict[str, Path], folder: Path) -> None:
+    """Raise a :class:`DataError` if an image has no saliency map."""
+    if missing := [image_id for image_id in image_ids if image_id not in saliency]:
         raise DataError(
-            f"there is no saliency map {image_id}.png in {folder}; make it, or leave data.saliency empty and train "
-            "with classifier.pretraining=plain"
+            f"there is no saliency map {', '.join(f'{image_id}.png' for image_id in missing[:3])} in {folder} "
+            f"({len(missing)} of {len(image_ids)} are missing); make it, or leave data.saliency empty and train with "
+            "classifier.pretraining=plain"
         )
+
+
+def _refuse_missing(listed: list[tuple[int, str]], images: dict[str, Path], list_path: Path, folder: Path) -> None:
+    missing = [(line, image_id) for line, image_id in listed if image_id not in images]
+    if not missing:
+        return
+    line, first = missing[0]
+    names = ", ".join(f"{image_id}.jpg" for _, image_id in missing[:3])
+    count = f" ({len(missing)} of {len(listed)} are missing)" if len(missing) > 1 else nearest(first, list(images))
+    raise DataError(
+        f"{list_path}, line {line}: there is no image {names} in {folder}{count}; add it or take the line out"
+    )
 
 
 def _to_grey(picture: Image.Image, path: Path) -> Image.Image:
@@ -197,8 +206,13 @@ def _refuse_other_size(what: str, path: Path, part: Tensor, image_path: Path, im
         )
 
 
-def _list_name(data: DataConfig, split: Split) -> str:
-    return data.train_split if split == "train" else data.val_split
+def _list_path(data: DataConfig, split: Split) -> Path:
+    """A list of the data set by its name, or any list by its path, which is relative to the checkout."""
+    name = data.train_split if split == "train" else data.val_split
+    if name.endswith(".txt"):
+        return absolute(name)
+    assert data.root is not None
+    return data.root / "ImageSets" / "Segmentation" / f"{name}.txt"
 
 
 def _within(root: Path, path: Path) -> Path:
@@ -247,11 +261,12 @@ def _image_labels(
 ) -> list[tuple[int, ...]]:
     if data.label_source == "masks":
         return [_labels_of_mask(image_id, masks, masks_folder, len(class_names)) for image_id in image_ids]
-    if data.label_source == "xml":
+    annotations = (root / "Annotations").is_dir()
+    if data.label_source == "xml" or (data.label_source == "auto" and annotations):
         return [_labels_of_xml(root / "Annotations" / f"{image_id}.xml", class_names) for image_id in image_ids]
-    if data.labels is None:
+    if data.labels is None and data.label_source == "csv":
         raise DataError("data.label_source is 'csv' but data.labels is not set; give the CSV image,labels")
-    path = _within(root, data.labels)
+    path = _within(root, data.labels or Path("labels.csv"))
     rows = read_label_rows(path)
     numbers = {image_stem(row.image): _row_numbers(row, class_names, path) for row in rows}
     for image_id in image_ids:
