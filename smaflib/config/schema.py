@@ -38,8 +38,8 @@ class DataConfig(StageConfig):
     root: Path | None = None
     images: Path | None = None  # folder: the folder of images
     labels: Path | None = None  # CSV with the columns image,labels (labels joined by ;)
-    # auto: VOC's Annotations where they are, else labels.csv in data.root; masks: breaks the image-level setting, and the
-    # run says so
+    # auto: VOC's Annotations where they are, else labels.csv in data.root; masks: breaks the image-level setting, and
+    # the run says so
     label_source: Literal["auto", "csv", "xml", "masks"] = "xml"
     class_names: tuple[str, ...] = ()  # () : VOC's 20, COCO's 80, the CSV's names in alphabetical order (folder)
     # voc: ImageSets/Segmentation/<name>.txt, or the path of a list that ends in .txt; coco: train2014
