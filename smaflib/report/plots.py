@@ -229,10 +229,11 @@ def plot_sweep(metrics: pd.DataFrame, bg_score: float, title: str = "mIoU over t
         title: of the figure.
     """
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    named = metrics.assign(fusion=metrics["fusion"].fillna(""), scale=metrics["scale"].fillna(0))
+    scales = [f", scale {scale:g}" if scale == scale else "" for scale in metrics["scale"].astype(float)]
+    named = metrics.assign(fusion=metrics["fusion"].fillna(""), scale=scales)
     for (variant, scale, fusion), records in named.groupby(["variant", "scale", "fusion"], sort=False):
         records = records.sort_values("bg_score")
-        label = variant_label(str(variant), str(fusion)) + (f", scale {scale}" if scale else "")
+        label = variant_label(str(variant), str(fusion)) + str(scale)
         axis.plot(records["bg_score"], 100 * records["value"], marker=".", label=label)
     axis.axvline(bg_score, color="grey", linestyle=":", label="used by this run")
     axis.set(xlabel="background score", ylabel="mIoU in %")
