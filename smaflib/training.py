@@ -134,13 +134,10 @@ def fit(
         network.eval()
         return history
     peaks = [group["lr"] for group in optimizer.param_groups]
-    loader: DataLoader[Batch] = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(start, config.iterations),
-        num_workers=batches.num_workers,
-        generator=torch.Generator(),  # otherwise it draws its workers' seeds from the global one
-    )
+    # Without a generator of its own it would draw its workers' seeds from the global one.
+    options: dict[str, Any] = {"num_workers": batches.num_workers, "generator": torch.Generator()}
+    sampler = range(start, config.iterations)
+    loader: DataLoader[Batch] = DataLoader(batches, batch_size=None, sampler=sampler, **options)
     sums: dict[str, float] = {}
     log_every = max(1, config.iterations // LOG_POINTS)
     for iteration, batch in enumerate(progress(loader, total=len(loader), desc=desc), start=start):
