@@ -118,7 +118,9 @@ def taught(run: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Sequen
         return teacher, []
 
     monkeypatch.setattr("smaflib.self_training.self_train", note)
-    train_student(work_of(run), name, targets=STUDENTS[name])
+    work = work_of(run)
+    work.checkpoint(name).unlink()  # a finished student is given no targets
+    train_student(work, name, targets=STUDENTS[name])
     return given[0], given[1]
 
 
