@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from smaflib import files
-from smaflib.config import Config
+from smaflib.config import Config, Split
 from smaflib.errors import MissingStage
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from smaflib.runtime import Runtime
     from smaflib.self_training import TargetRule
     from smaflib.training import History
-
-Split = Literal["train", "val"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Workspace:
             network: whose maps.
             samples: of one split, all or some.
             scales: which take part; None: all.
-            rule: of the fusion; None: the config's.
+            rule: of the fusion; None: the config's, and the sum for a single scale, where there is nothing to fuse.
             denoised: False leaves the maps of absent classes in.
         """
         from smaflib.maps import DenoisedMaps
@@ -244,9 +242,7 @@ def resolve_bg_score(work: Workspace, network: str = "teacher") -> float:
     """
     from smaflib.thresholds import choose_bg_score
 
-    score = work.config.attention.bg_score
-    if network != "teacher" and work.config.pseudo_masks.bg_score is not None:
-        score = work.config.pseudo_masks.bg_score
+    score = work.config.attention.bg_score if network == "teacher" else work.config.mask_bg_score
     stored = work.path("bg_scores", f"{network}.json")
     if score == "auto":
         kept = files.read_json(stored, {}).get("bg_score")
@@ -406,8 +402,8 @@ def evaluate_network(
         work: holds the maps.
         network: whose maps.
         variant: the name of the records.
-        scales: which take part; None: all, fused by ``rule``.
-        rule: of the fusion; None: the config's.
+        scales: which take part; None: all. Records of a single one name it, others the rule.
+        rule: as of :meth:`Workspace.denoised`.
         denoised: False leaves the maps of absent classes in.
         bg_score: the background's score; None: the oracle threshold of the first split, for all splits.
         splits: which have maps.
@@ -418,13 +414,14 @@ def evaluate_network(
     from smaflib.data.masks import ground_truth_of
     from smaflib.evaluation import evaluate_maps
 
-    rule = rule or work.config.attention.fusion
-    where: dict[str, Any] = {"variant": variant} | ({"scale": scales[0]} if scales else {"fusion": rule})
+    single = scales is not None and len(scales) == 1
+    fused_by = rule or work.config.attention.fusion
+    where: dict[str, Any] = {"variant": variant} | ({"scale": scales[0]} if scales and single else {"fusion": fused_by})
     records = []
     for split in splits:
         samples = work.samples(split).with_ground_truth
         found, chosen = evaluate_maps(
-            work.denoised(network, samples, scales, None if scales else rule, denoised),
+            work.denoised(network, samples, scales, rule, denoised),
             ground_truth_of(samples),
             samples.class_names,
             work.config.evaluation,

@@ -253,6 +253,16 @@ def test_students_of_a_borrowed_teacher_are_not_mixed_with_those_of_another(
     assert records_of(run) == records_of(done)
 
 
+def test_what_another_teachers_maps_decided_goes_with_them(copy: Run) -> None:
+    work = work_of(copy)
+    work.path("teacher.sha256").write_text("another one")
+    ablation._drop_what_another_teacher_taught(work)
+    left = {path.relative_to(work.folder).as_posix() for path in work.folder.rglob("*") if path.is_file()}
+    # bg_score: auto was chosen from the maps that are gone.
+    assert not [name for name in left if name.startswith(("bg_scores/", "scores/", "cams/", "checkpoints/student"))]
+    assert "checkpoints/teacher.safetensors" in left
+
+
 def test_another_seed_has_data_of_its_own(done: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tiny_run(tmp_path / "seeds")
     works: list[SeedWorkspace] = []

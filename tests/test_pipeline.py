@@ -226,6 +226,14 @@ def test_networks_are_evaluated_at_the_training_splits_oracle_threshold(copy: Wo
         assert means[split] == evaluate(masks, truth, samples.class_names, copy.config.evaluation).miou
     copy._samples["val"] = copy.samples("val").subset([])  # a folder of custom images has no val
     assert evaluate_network(copy, "teacher", Variant.TEACHER, scales=[1.0])[1] == oracle
+    several, _ = evaluate_network(
+        copy, "teacher", Variant.TEACHER_FUSED, scales=[0.5, 1.0], rule="max", bg_score=0.35, splits=["train"]
+    )
+    assert {(r.get("scale"), r.get("fusion")) for r in several} == {(None, "max")}
+    samples = copy.samples()
+    by_hand = masks_of(copy.denoised("teacher", samples, [0.5, 1.0], "max"), 0.35)
+    metrics = evaluate(by_hand, ground_truth_of(samples) or [], samples.class_names, copy.config.evaluation)
+    assert metrics.miou in [r["value"] for r in several if r["class_name"] == "mean"]
     own, score = evaluate_network(copy, "teacher", Variant.TEACHER_FUSED, bg_score=0.35, splits=["train"])
     assert score == 0.35 and {r["fusion"] for r in own} == {copy.config.attention.fusion}
 

@@ -164,7 +164,7 @@ def test_index_ties_the_run_together_without_a_network(run):
     page = Page(index.read_text())
     assert page.open == []
     assert page.images[0]["src"] == "figures/03_scales.png" and page.images[0]["alt"] == "Maps <of> a cat"
-    assert "64.6" in page.text and "What do small and large scales see" in page.text
+    assert "64.6" in page.text and "What do small and large scales find" in page.text
     assert {"03_multi_scale_attention.html", "02_classifier.ipynb", "metrics.json"} <= set(page.links)
 
     notebook = Page(run.path("03_multi_scale_attention.html").read_text())

@@ -444,6 +444,17 @@ def test_data_sets_count_by_lists_tables_and_the_sizes_of_pictures(tmp_path):
         "data.root/JPEGImages",
         "data.root/ImageSets/Segmentation/train.txt",
     ]
+    # A list anywhere, and the table that label_source: auto finds, count as well.
+    (tmp_path / "labels.csv").write_text("image,labels")
+    mine = {"train_split": str(tmp_path / "lists/mine.txt")}
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/mine.txt").write_text("a")
+    by_path = hashes("voc", **mine)
+    (tmp_path / "lists/mine.txt").write_text("b")
+    (tmp_path / "labels.csv").write_text("image,labels\na,cat")
+    assert changed_names(by_path, hashes("voc", **mine)) == ["data.root/labels.csv", "data.root/lists/mine.txt"]
+    elsewhere = DataConfig(kind="voc", root=tmp_path / "JPEGImages", **mine)
+    assert list(data_hashes(elsewhere)) == ["data.train_split"]
     (tmp_path / "maps").mkdir()
     assert "data.saliency" in hashes("voc", saliency=tmp_path / "maps")
     assert list(hashes("coco", train_split="train2014")) == ["data.root/train2014"]

@@ -168,8 +168,7 @@ def score_row(work: SeedWorkspace, name: str) -> list[dict[str, Any]]:
 
 def _own_bg_score(work: SeedWorkspace, row: Row) -> float:
     """The run's own score for a row's masks; ``auto`` chooses from the row's maps, as stage 06 from the student's."""
-    score = work.config.pseudo_masks.bg_score
-    score = work.config.attention.bg_score if score is None else score
+    score = work.config.mask_bg_score
     return choose_bg_score(work.maps_of(row, work.samples())) if score == "auto" else score
 
 
@@ -205,7 +204,8 @@ def _drop_what_another_teacher_taught(work: Workspace) -> None:
     """Delete what belongs to another teacher: a run's may be taken over in one call and not in the next."""
     stamp, now = work.path("teacher.sha256"), files.file_hash(work.checkpoint("teacher"))
     if stamp.is_file() and stamp.read_text(encoding="utf-8") != now:
-        shutil.rmtree(work.path("scores"), ignore_errors=True)
+        for folder in ("scores", "bg_scores"):
+            shutil.rmtree(work.path(folder), ignore_errors=True)
         for path in [*work.folder.glob("cams/*"), *work.folder.glob("checkpoints/student*")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     files.write_text(stamp, now)  # last: after a kill in between, the next call deletes the rest

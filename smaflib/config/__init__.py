@@ -17,6 +17,7 @@ from smaflib.config.schema import (
     PseudoMaskConfig,
     SegmentationConfig,
     SelfTrainingConfig,
+    Split,
     StageConfig,
     TrainingConfig,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "PseudoMaskConfig",
     "SegmentationConfig",
     "SelfTrainingConfig",
+    "Split",
     "StageConfig",
     "TrainingConfig",
     "Variant",

@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from smaflib.config.presets import CRF_PRESETS
 from smaflib.config.variants import Variant
+from smaflib.files import absolute
 
+Split = Literal["train", "val"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 
@@ -53,6 +55,14 @@ class DataConfig(StageConfig):
     num_train: Positive = 400  # mini: images to make
     num_val: Positive = 200
     image_size: Annotated[int, Field(ge=64)] = 128  # mini: side in pixels
+
+    def split_list(self, split: Split) -> Path:
+        """voc: the list of a split: of the data set by its name, or any by its path, relative to the checkout."""
+        name = self.train_split if split == "train" else self.val_split
+        if name.endswith(".txt"):
+            return absolute(name)
+        assert self.root is not None  # Config has checked it
+        return self.root / "ImageSets" / "Segmentation" / f"{name}.txt"
 
 
 class ModelConfig(StageConfig):
@@ -276,6 +286,12 @@ class Config(StageConfig):
     pseudo_masks: PseudoMaskConfig = PseudoMaskConfig()
     segmentation: SegmentationConfig = SegmentationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def mask_bg_score(self) -> float | Literal["auto"]:
+        """The background's score in the pseudo masks: their own, or where that is null, that of attention."""
+        own = self.pseudo_masks.bg_score
+        return self.attention.bg_score if own is None else own
 
     @model_validator(mode="after")
     def _stages_fit_together(self) -> Config:

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from smaflib.config import DataConfig
+from smaflib.config import DataConfig, Split
 from smaflib.data.classes import COCO_CLASSES
 from smaflib.data.labels import check_class_names, class_numbers
 from smaflib.data.masks import save_mask
 from smaflib.data.sample import SampleFiles, Samples
-from smaflib.data.voc import Split, list_pngs, read_sample, require_saliency
+from smaflib.data.voc import list_pngs, read_sample, require_saliency
 from smaflib.errors import DataError
 from smaflib.runtime import progress
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from smaflib.config import DataConfig
+from smaflib.config import DataConfig, Split
 from smaflib.data.labels import (
     IMAGE_ENDINGS,
     LabelRow,
@@ -15,7 +15,7 @@ from smaflib.data.labels import (
     read_label_rows,
 )
 from smaflib.data.sample import SampleFiles, Samples
-from smaflib.data.voc import Split, list_files, list_pngs, read_sample, require_saliency
+from smaflib.data.voc import list_files, list_pngs, read_sample, require_saliency
 from smaflib.errors import DataError
 
 

@@ -11,14 +11,14 @@ import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from smaflib.config import DataConfig
+from smaflib.config import DataConfig, Split
 from smaflib.data.classes import VOC_CLASSES, VOID_LABEL
 from smaflib.data.labels import (
     LabelRow,
@@ -31,9 +31,7 @@ from smaflib.data.labels import (
 from smaflib.data.masks import check_mask_values, decoding, mask_values, read_mask
 from smaflib.data.sample import Sample, SampleFiles, Samples
 from smaflib.errors import DataError
-from smaflib.files import absolute
 
-Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 
@@ -60,7 +58,7 @@ def load_voc(data: DataConfig, split: Split) -> Samples:
     check_class_names(class_names)
     folder = data.root / "JPEGImages"
     images = {path.stem: path for path in list_files(folder, (".jpg",), "set data.root to the folder that holds it")}
-    list_path = _list_path(data, split)
+    list_path = data.split_list(split)
     augmented = data.root / "SegmentationClassAug"
     if list_path.stem == "train_aug" and not list_path.is_file() and augmented.is_dir():
         listed = _augmented_list(augmented, list_path.with_name(f"{data.val_split}.txt"))
@@ -204,15 +202,6 @@ def _refuse_other_size(what: str, path: Path, part: Tensor, image_path: Path, im
             f"{what} {path} is {width} x {height} pixels, but its image {image_path} is {image_width} x "
             f"{image_height}; bring both to one size"
         )
-
-
-def _list_path(data: DataConfig, split: Split) -> Path:
-    """A list of the data set by its name, or any list by its path, which is relative to the checkout."""
-    name = data.train_split if split == "train" else data.val_split
-    if name.endswith(".txt"):
-        return absolute(name)
-    assert data.root is not None
-    return data.root / "ImageSets" / "Segmentation" / f"{name}.txt"
 
 
 def _within(root: Path, path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -93,6 +94,7 @@ def build_timm_backbone(config: ModelConfig) -> TimmBackbone:
     return TimmBackbone(model, mean, std)
 
 
+@functools.cache  # a run rebuilds its networks for every stage, and this builds three without values
 def _extractor_options(backbone: str, output_stride: int) -> dict[str, Any]:
     """Arguments for ``timm.create_model`` that give features at stride 4 and at the output stride.
 

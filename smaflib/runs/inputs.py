@@ -7,10 +7,10 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from smaflib import files
-from smaflib.config import Config, DataConfig
+from smaflib.config import Config, DataConfig, Split
 from smaflib.config.reads import settings_at
 from smaflib.errors import RunError
 from smaflib.files import display_path
@@ -24,7 +24,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".xml", ".json")
 """Endings of the files of a data folder that are compared, by name and size; annotations among them."""
 
 DATA_FOLDERS = {
-    "voc": "JPEGImages Annotations SegmentationClass SegmentationClassAug ImageSets/Segmentation/{}.txt".split(),
+    "voc": "JPEGImages Annotations SegmentationClass SegmentationClassAug labels.csv".split(),
     "coco": ["annotations", "{}"],
 }
 """By ``data.kind``: what lies in ``data.root``; in place of ``{}`` the name of a split."""
@@ -63,6 +63,10 @@ def data_hashes(data: DataConfig) -> dict[str, str]:
     for inside in DATA_FOLDERS.get(data.kind, ()) if data.root else ():
         for split in (data.train_split, data.val_split):
             named[f"data.root/{inside.format(split)}"] = data.root / inside.format(split)  # type: ignore[operator]
+    lists = {f"data.{split}_split": data.split_list(split) for split in get_args(Split)} if data.kind == "voc" else {}
+    for name, path in lists.items() if data.root else ():
+        inside_root = path.is_relative_to(data.root)  # type: ignore[arg-type]
+        named[f"data.root/{path.relative_to(data.root).as_posix()}" if inside_root else name] = path  # type: ignore[arg-type]
     there = {name: path for name, path in named.items() if path and path.exists()}
     return {name: files.file_hash(path) if path.is_file() else _listing_hash(path) for name, path in there.items()}
 

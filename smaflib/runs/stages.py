@@ -47,14 +47,14 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "02_classifier",
-        "Can a network tell what is in an image, and what does it look at?",
+        "Can a network tell what is in an image, and where is its attention?",
         depends_on=("01_data",),
         outputs=("checkpoints/teacher*.safetensors", "figures/02_*.png"),
         required_outputs=("checkpoints/teacher.safetensors",),
     ),
     Stage(
         "03_multi_scale_attention",
-        "What do small and large scales see, and what does their fusion gain?",
+        "What do small and large scales find, and what does their fusion gain?",
         depends_on=("01_data", "02_classifier"),
         outputs=("cams/teacher*/**", "bg_scores/teacher.json", "figures/03_*.png"),
         required_outputs=("cams/teacher/**",),
@@ -67,7 +67,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "05_self_training",
-        "Does a student of the fused maps see more than its teacher?",
+        "Does a student of the fused maps find more than its teacher?",
         depends_on=("01_data", "02_classifier", "03_multi_scale_attention"),
         outputs=("checkpoints/student*.safetensors", "cams/student*/**", "figures/05_*.png"),
         required_outputs=("checkpoints/student*.safetensors", "cams/student*/**"),
