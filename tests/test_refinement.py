@@ -10,6 +10,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -321,6 +323,7 @@ def test_auto_takes_torch_on_a_gpu_and_pydensecrf_on_the_cpu(monkeypatch: pytest
 def test_without_pydensecrf_masks_are_made_all_the_same(tmp_path: Path) -> None:
     script = """
 import sys
+import threading
 sys.modules["pydensecrf"] = None
 import torch
 from smaflib.config import CrfConfig
@@ -487,6 +490,14 @@ def idle_workers() -> list[BaseProcess]:
     return list(pool._processes.values())
 
 
+def end_codes(workers: list[BaseProcess]) -> list[int | None]:
+    """Exit codes, once all have ended: by asking, because of two threads that join a process one learns no code."""
+    deadline = time.monotonic() + 60
+    while any(worker.exitcode is None for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return [worker.exitcode for worker in workers]
+
+
 def test_pool_whose_worker_was_killed_is_replaced() -> None:
     expected = list(refine_many(many_jobs(9), PARAMS, 3))
     list(refine_many(many_jobs(9), PARAMS, 3, num_workers=2))
@@ -508,9 +519,20 @@ def test_workers_serve_several_calls_and_end_without_work(monkeypatch: pytest.Mo
     assert first and workers[: len(first)] == first  # a pool may have started with less than two
     monkeypatch.setattr(parallel, "IDLE_SECONDS", 0.01)
     list(refine_many(many_jobs(9), PARAMS, 3, num_workers=2))
-    for worker in workers:
-        worker.join(timeout=60)
-        assert worker.exitcode == 0
+    assert end_codes(workers) == [0] * len(workers)
+
+
+def test_timer_that_is_done_before_the_call_goes_on_ends_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class AtOnce(threading.Timer):
+        def start(self) -> None:
+            self.function(*self.args)
+
+    list(refine_many(many_jobs(9), PARAMS, 3, num_workers=2))
+    workers = idle_workers()
+    monkeypatch.setattr(threading, "Timer", AtOnce)
+    list(refine_many(many_jobs(9), PARAMS, 3, num_workers=2))
+    assert 2 not in parallel._idle
+    assert end_codes(workers) == [0] * len(workers)
 
 
 def test_an_interrupt_is_nothing_to_workers() -> None:

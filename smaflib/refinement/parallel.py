@@ -170,8 +170,8 @@ def _keep_pool(num_workers: int, pool: ProcessPoolExecutor) -> None:
     _end_idle_pool(num_workers)  # if another call at the same time had one of its own
     timer = threading.Timer(IDLE_SECONDS, _end_idle_pool, [num_workers])
     timer.daemon = True  # the program does not wait for it
+    _idle[num_workers] = pool, timer  # before the timer runs: one that finds no pool would leave its workers for ever
     timer.start()
-    _idle[num_workers] = pool, timer
 
 
 def _end_idle_pool(num_workers: int) -> None:
