@@ -208,11 +208,36 @@ def attend(
 # ----------------------------------------------------------------------------------------------------- stage by stage
 
 
+def check_networks(config: Config) -> None:
+    """Build the networks that a chain will train, once, so that what is wrong with them shows before hours of work.
+
+    Raises:
+        ConfigError: if a backbone, its stride, its weights or the device and precision are not to be had.
+        WeightsError: if a file of weights is missing, damaged or of another network.
+    """
+    from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
+    from smaflib.runtime import make_runtime
+
+    make_runtime(config)
+    if config.classifier.checkpoint is None:
+        AttentionNetwork(config.model, num_classes=1, background=True)
+    if config.segmentation.enabled:
+        SegmentationNetwork(config.segmentation.model or config.model, config.segmentation, num_classes=1)
+
+
 def train_teacher(work: Workspace) -> tuple[AttentionNetwork, History]:
-    """Stage 1: the classifier."""
+    """Stage 1: the classifier.
+
+    Raises:
+        ConfigError: if EPS is asked for and not every image has a saliency map.
+        DataError: if saliency maps are of another size than their images.
+    """
     from smaflib.classifier import train_classifier
+    from smaflib.data.voc import check_saliency_sizes
 
     config = work.config
+    if config.classifier.pretraining == "eps":
+        check_saliency_sizes(work.samples())
     return train_classifier(
         work.samples(),
         config.model,

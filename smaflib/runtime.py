@@ -49,10 +49,11 @@ class Runtime:
 
 
 def make_runtime(config: Config) -> Runtime:
-    """Choose the device, set torch's threads and its deterministic kernels.
+    """Choose device and precision, set torch's threads and its deterministic kernels.
 
     Raises:
-        ConfigError: if the config names a device that this machine does not have.
+        ConfigError: if the config names a device that this machine does not have, or bf16 where the device would only
+            emulate it.
     """
     found = torch.accelerator.current_accelerator(check_available=True)
     device = (found or CPU) if config.device == "auto" else torch.device(config.device)
@@ -65,7 +66,14 @@ def make_runtime(config: Config) -> Runtime:
     torch.set_num_threads(config.num_threads or num_cores())
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
-    return Runtime(device, config.precision, config.seed)
+    precision = fastest_precision(device) if config.precision == "auto" else config.precision
+    if precision == "bf16" and device.type != "mps" and fastest_precision(device) != "bf16":
+        what = "this CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+        raise ConfigError(
+            f"precision is 'bf16', but {what} has no bf16 arithmetic and would be slower with it; set precision=auto "
+            "or precision=float32"
+        )
+    return Runtime(device, precision, config.seed)
 
 
 def fastest_precision(device: torch.device) -> Literal["float32", "bf16"]:

@@ -122,7 +122,7 @@ def test_unknown_setting_of_no_likeness_still_gets_a_hint() -> None:
         ({"pseudo_masks": {"crf": {"gt_prob": 1}}}, r"pseudo_masks\.crf\.gt_prob: .*less than 1"),
         ({"model": {"output_stride": 4}}, r"model\.output_stride: .*8, 16 or 32"),
         ({"seed": -1}, r"seed: .*greater than or equal to 0"),
-        ({"precision": "fp16"}, r"precision: .*'float32' or 'bf16'"),
+        ({"precision": "fp16"}, r"precision: .*'auto', 'float32' or 'bf16'"),
         ({"device": "gpu"}, r"device: .*'auto', 'cpu', 'cuda' or 'mps'"),
         # An average over no scale and a sum over no branch have no value.
         ({"segmentation": {"test_scales": []}}, r"segmentation\.test_scales: .*at least 1"),

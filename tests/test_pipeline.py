@@ -11,18 +11,22 @@ from typing import Any
 import pytest
 import torch
 from helpers import same_weights, tiny_config
+from PIL import Image
 
 from smaflib import files
 from smaflib.cams import fuse_cams, multi_scale_cams
-from smaflib.config import Variant
+from smaflib.config import ModelConfig, Variant
 from smaflib.data import ground_truth_of, make_data
-from smaflib.errors import MissingStage
+from smaflib.data.sample import SampleFiles, Samples
+from smaflib.data.voc import check_saliency_sizes
+from smaflib.errors import DataError, InputError, MissingStage
 from smaflib.evaluation import evaluate, masks_of
 from smaflib.maps import DenoisedMaps, MaskMaps
 from smaflib.pipeline import (
     Targets,
     Workspace,
     attend,
+    check_networks,
     evaluate_network,
     resolve_bg_score,
     self_train_rounds,
@@ -241,3 +245,45 @@ def test_networks_are_evaluated_at_the_training_splits_oracle_threshold(copy: Wo
 def test_importing_the_chain_imports_no_torch() -> None:
     code = "import sys, smaflib.pipeline; sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- what is refused before anything is trained -----------------------------------------------------------------------
+
+
+def test_saliency_maps_of_another_size_are_refused_before_the_teacher_is_trained(copy: Workspace) -> None:
+    work = dataclasses.replace(copy, folder=copy.folder)  # has read nothing yet
+    work.checkpoint("teacher").unlink()
+    maps = sorted((copy.folder / "data").rglob("[Ss]aliency/*.png"))
+    chosen = [path for path in maps if path.stem in work.samples().image_ids][:4]
+    for path in chosen:
+        with Image.open(path) as saliency:
+            smaller = saliency.resize((40, 30))
+        smaller.save(path)
+    with pytest.raises(DataError, match="4 of 6 saliency maps are not of their image's size: ") as caught:
+        train_teacher(changed(work, classifier={"pretraining": "eps"}))
+    assert str(caught.value).count("is 40 x 30 pixels, its image 64 x 64") == 3
+    assert str(chosen[0]) in str(caught.value) and not work.checkpoint("teacher").exists()
+
+
+def test_upright_saliency_maps_of_turned_photos_are_fine(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
+    Image.new("L", (30, 40)).save(tmp_path / "a.png")
+    files = (SampleFiles("a", tmp_path / "a.jpg", (0,), tmp_path / "a.png"),)
+    check_saliency_sizes(Samples(files, ("cat",), "train", lambda *_: pytest.fail("nothing needs to be decoded")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": {"backbone": "timm/tf_efficientnet_lite7"}}, "timm/tf_efficientnet_lite"),
+        ({"segmentation": {"model": ModelConfig(backbone="resnet5")}}, "resnet5"),
+        ({"segmentation": {"model": ModelConfig(weights="gone.safetensors")}}, r"gone\.safetensors"),
+        ({"segmentation": {"skip_channels": 8, "model": ModelConfig(backbone="vgg11", output_stride=32)}}, "stride 4"),
+    ],
+)
+def test_networks_that_cannot_be_built_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    check_networks(changed(tiny(tmp_path), segmentation={"enabled": True}).config)
+    with pytest.raises(InputError, match=message):
+        check_networks(changed(tiny(tmp_path), **settings).config)

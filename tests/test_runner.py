@@ -157,7 +157,7 @@ def test_run_executes_all_notebooks_in_this_interpreter(original):
 def test_manifest_proves_what_ran(original):
     manifest = json.loads(original.file("manifest.json").read_text())
     assert manifest["run"] == "tiny" and manifest["seed"] == 0 and manifest["device"].startswith("cpu")
-    assert set(manifest) >= {"git_commit", "git_dirty", "python", "config_hash"}
+    assert set(manifest) >= {"git_commit", "git_dirty", "python", "config_hash", "precision"}
     assert set(manifest["packages"]) >= {"torch", "numpy", "papermill"}
     stage = manifest["stages"]["01_make"]
     assert stage["status"] == "complete" and stage["exit_code"] == 0 and stage["seconds"] > 0

@@ -38,11 +38,32 @@ def with_settings(**settings: object) -> Config:
     return tiny_config().model_copy(update=settings)
 
 
-def test_runtime_follows_the_config(torch_settings: None) -> None:
+@pytest.fixture
+def bf16_circuits(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """What torch says of this CPU; to be changed."""
+    flags = {"avx512_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
+    return flags
+
+
+def test_runtime_follows_the_config(torch_settings: None, bf16_circuits: dict[str, bool]) -> None:
     runtime = make_runtime(with_settings(device="cpu", precision="bf16", seed=7, num_threads=1))
     assert runtime == Runtime(torch.device("cpu"), "bf16", 7)
     assert torch.get_num_threads() == 1
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+
+
+def test_auto_precision_is_that_of_the_device(torch_settings: None, bf16_circuits: dict[str, bool]) -> None:
+    config = with_settings(device="cpu", precision="auto")
+    assert make_runtime(config).precision == "bf16"
+    bf16_circuits["avx512_bf16"] = False
+    assert make_runtime(config).precision == "float32"
+
+
+def test_bf16_is_refused_where_it_would_be_emulated(torch_settings: None, bf16_circuits: dict[str, bool]) -> None:
+    bf16_circuits["avx512_bf16"] = False
+    with pytest.raises(ConfigError, match="precision is 'bf16', but this CPU has no bf16 .*precision=auto or"):
+        make_runtime(with_settings(device="cpu", precision="bf16"))
 
 
 def test_zero_threads_means_one_per_core_that_this_process_may_use(torch_settings: None) -> None:

@@ -286,7 +286,7 @@ def _describe(run: Run, seeds: Sequence[int]) -> dict[str, Any]:
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seeds": list(seeds),
         "settings": run.config.model_dump(mode="json"),
-        **describe_machine(run.make_runtime().device),
+        **describe_machine(run.make_runtime()),
         "variants": {name: row.how for name, row in ROWS.items()},
     }
 

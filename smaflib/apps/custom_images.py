@@ -22,7 +22,15 @@ from smaflib.data.folder import unlabelled_samples
 from smaflib.data.masks import VOC_PALETTE, mask_values, read_mask
 from smaflib.data.sample import Samples
 from smaflib.errors import ConfigError
-from smaflib.pipeline import Workspace, resolve_bg_score, self_train_rounds, train_teacher, write_maps, write_masks
+from smaflib.pipeline import (
+    Workspace,
+    check_networks,
+    resolve_bg_score,
+    self_train_rounds,
+    train_teacher,
+    write_maps,
+    write_masks,
+)
 from smaflib.report.html import write_page
 from smaflib.report.plots import overlay_mask
 from smaflib.runtime import progress
@@ -48,8 +56,10 @@ def make_masks(config: Config, out: Path) -> Path:
     samples = Workspace(out, config).samples()
     # The classes are stored with the settings: label_images needs them where there is no table.
     config = config.model_copy(update={"data": config.data.model_copy(update={"class_names": samples.class_names})})
-    _claim(out, config, samples)
     work = Workspace(out, config)
+    if not work.checkpoint("teacher").is_file():
+        check_networks(config)  # before the folder is claimed
+    _claim(out, config, samples)
     train_teacher(work)
     write_maps(work, "teacher")
     resolve_bg_score(work)

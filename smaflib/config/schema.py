@@ -276,7 +276,9 @@ class Config(StageConfig):
 
     seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["float32", "bf16"] = "float32"  # bf16: autocast
+    # bf16: inside convolutions and matrix products (autocast), weights stay float32; auto: bf16 where the device has
+    # circuits for it, else float32. The manifest says which it was.
+    precision: Literal["auto", "float32", "bf16"] = "float32"
     num_threads: Annotated[int, Field(ge=0)] = 0  # torch's CPU threads; 0: one per core
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from smaflib.files import PROJECT_ROOT
 
 if TYPE_CHECKING:
-    import torch
+    from smaflib.runtime import Runtime
 
 PACKAGES = (
     "smaflib torch torchvision timm numpy pandas matplotlib pillow scipy safetensors pydantic "
@@ -19,8 +19,9 @@ PACKAGES = (
 ).split()
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """The device by name, Python, platform, commit and package versions."""
+def describe_machine(runtime: Runtime) -> dict[str, Any]:
+    """The device by name, the precision, Python, platform, commit and package versions."""
+    device = runtime.device
     kind = f"{device.type} ({platform.machine()})"
     if device.type == "cuda":
         import torch
@@ -28,6 +29,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         kind = f"cuda ({torch.cuda.get_device_name(device)})"
     return {
         "device": kind,
+        "precision": runtime.precision,
         "python": platform.python_version(),
         "platform": platform.platform(),
         **git_state(),

@@ -28,6 +28,7 @@ from smaflib.config import load_config
 from smaflib.config.reads import recorded_settings
 from smaflib.errors import RunError, RunStopped, StageFailed
 from smaflib.files import PROJECT_ROOT, RUNS_FOLDER, absolute, display_path, duration
+from smaflib.pipeline import check_networks
 from smaflib.report.html import write_index
 from smaflib.report.tables import results_text
 from smaflib.runs.code import is_around, library_hash
@@ -123,6 +124,8 @@ def run_notebooks(
         # A spare kernel has imported what the chain's notebooks import; other chains are tests'.
         spare = SpareKernel(KERNEL_ENVIRONMENT) if stages == STAGES and os.name == "posix" else None
         with spare or contextlib.nullcontext():
+            if stages == STAGES and _will_train(run, chosen):
+                check_networks(config)
             chain = _Chain(run, notebooks, data, sources, keep_stale, spare)
             for stage in chosen:
                 chain.run_stage(stage, reused=stage not in rerun)
@@ -164,6 +167,18 @@ def _check_notebooks(notebooks: Path, stages: Sequence[Stage]) -> None:
                 f"{display_path(notebook)} does not take {', '.join(absent)}; "
                 f"its cell tagged 'parameters' must set {', '.join(PARAMETERS)}"
             )
+
+
+def _will_train(run: Run, chosen: Sequence[Stage]) -> bool:
+    """Whether a network may be trained; quick, so that a finished run imports no torch."""
+    hash_now, entries = config_hash(run.config), read_manifest(run.folder)["stages"]
+    done = [
+        stage.name in entries
+        and entries[stage.name]["status"] == "complete"
+        and entries[stage.name]["config_hash"] == hash_now
+        for stage in chosen
+    ]
+    return len(chosen) > 1 and not all(done)
 
 
 def _parameters_of(notebook: Path) -> set[str]:
@@ -412,7 +427,7 @@ def _describe_run(run: Run) -> None:
         "overrides": list(run.overrides),
         "config_hash": config_hash(run.config),
         "seed": run.config.seed,
-        **describe_machine(run.make_runtime().device),
+        **describe_machine(run.make_runtime()),
     }
     write_manifest(run.folder, facts | {"stages": read_manifest(run.folder)["stages"]})
 
