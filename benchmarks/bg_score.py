@@ -3,7 +3,8 @@
     python benchmarks/bg_score.py papermill_runs/mini papermill_runs/mini-seed1 ...
 
 For teacher and student of each run: the oracle threshold (the score that is best on the ground truth), its mIoU, and
-what each criterion loses against it. The criteria read attention maps only; masks serve the evaluation.
+what each criterion loses against it. The criteria read attention maps, one of them saliency maps, too; masks serve the
+evaluation.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from smaflib.config import Config
 from smaflib.data.masks import ground_truth_of
 from smaflib.data.sample import Samples
 from smaflib.evaluation import sweep_thresholds
-from smaflib.maps import AttentionMaps, DenoisedMaps
+from smaflib.maps import AttentionMaps, DenoisedMaps, SaliencyMaps
 from smaflib.reactivation import hard_labels
 from smaflib.runs import find_run
 from smaflib.runtime import progress
-from smaflib.thresholds import CANDIDATES, separation
+from smaflib.thresholds import CANDIDATES, choose_bg_score, separation
 
 Criterion = Callable[[Tensor, list[Tensor]], list[float]]
 
@@ -97,6 +98,10 @@ def rows_of(name: str, max_images: int) -> list[dict[str, object]]:
         for label, criterion in CRITERIA.items():
             chosen = choose(criterion, maps, some, config)
             row[label] = f"{miou[chosen] - miou[best]:+.1f} at {chosen}"
+        if some.has_saliency:
+            fused = DenoisedMaps(maps, some, config.attention.fusion)
+            chosen = choose_bg_score(fused, SaliencyMaps(some))
+            row["agreement with saliency"] = f"{miou[chosen] - miou[best]:+.1f} at {chosen}"
         row[f"fixed {PAPERS}"] = f"{miou[PAPERS] - miou[best]:+.1f}"
         rows.append(row)
     return rows

@@ -203,3 +203,19 @@ class MaskMaps(Sequence[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
         return F.one_hot(self.masks[index].long(), self.num_classes + 1).permute(2, 0, 1)[1:].float()
+
+
+class SaliencyMaps(Sequence[Tensor]):
+    """The saliency maps of a split that has them, float32 (H, W) in [0, 1] each, read when asked for."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+        saliency = self.samples[index].saliency
+        if saliency is None:
+            raise DataError(f"there is no saliency map of {self.samples.files[index].image_id}; set data.saliency")
+        return saliency

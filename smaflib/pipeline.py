@@ -265,15 +265,28 @@ def resolve_bg_score(work: Workspace, network: str = "teacher") -> float:
     The teacher's is that of the targets (``attention.bg_score``), the student's that of the masks
     (``pseudo_masks.bg_score``; None: as for attention).
     """
-    from smaflib.thresholds import choose_bg_score
-
     score = work.config.attention.bg_score if network == "teacher" else work.config.mask_bg_score
     stored = work.path("bg_scores", f"{network}.json")
     if score == "auto":
         kept = files.read_json(stored, {}).get("bg_score")
-        score = choose_bg_score(work.denoised(network, work.samples())) if kept is None else float(kept)
+        samples = work.samples()
+        score = auto_bg_score(work, work.denoised(network, samples), samples) if kept is None else float(kept)
     files.write_json(stored, {"bg_score": score})
     return score
+
+
+def auto_bg_score(work: Workspace, denoised: Sequence[Tensor], samples: Samples) -> float:
+    """What ``bg_score: auto`` means for some maps: saliency maps decide if the teacher has learned from them.
+
+    Args:
+        work: says what the teacher learns from.
+        denoised: of the samples, in their order.
+        samples: of the training split.
+    """
+    from smaflib.maps import SaliencyMaps
+    from smaflib.thresholds import choose_bg_score
+
+    return choose_bg_score(denoised, SaliencyMaps(samples) if work.config.classifier.pretraining == "eps" else None)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from smaflib.data.sample import SampleFiles, Samples
 from smaflib.data.voc import check_saliency_sizes
 from smaflib.errors import DataError, InputError, MissingStage
 from smaflib.evaluation import evaluate, masks_of
-from smaflib.maps import DenoisedMaps, MaskMaps
+from smaflib.maps import DenoisedMaps, MaskMaps, SaliencyMaps
 from smaflib.pipeline import (
     Targets,
     Workspace,
@@ -198,6 +198,10 @@ def test_auto_is_resolved_once_from_the_teachers_maps_and_stored(copy: Workspace
     assert resolve_bg_score(work) == work.bg_score == 0.55
     work.path("bg_scores", "student.json").unlink()
     assert resolve_bg_score(work, "student") == choose_bg_score(work.denoised("student", work.samples()))
+    eps = changed(work, classifier={"pretraining": "eps"})
+    eps.path("bg_scores", "student.json").unlink()
+    by_saliency = choose_bg_score(eps.denoised("student", eps.samples()), SaliencyMaps(eps.samples()))
+    assert resolve_bg_score(eps, "student") == by_saliency
     fixed = changed(copy, attention={"bg_score": "auto"}, pseudo_masks={"bg_score": 0.45})
     assert resolve_bg_score(fixed, "student") == 0.45
     assert changed(copy, attention={"bg_score": 0.25}).bg_score == 0.25  # a number needs no file

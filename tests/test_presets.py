@@ -26,6 +26,9 @@ from smaflib.runs.stages import STAGES
 SIZE = 48
 COLORS = {"bird": (210, 40, 40), "car": (40, 40, 210)}
 TRAIN, VAL = [f"2007_{number:06}" for number in range(4)], [f"2007_{number:06}" for number in range(4, 6)]
+LISTS = PROJECT_ROOT / "configs" / "lists"
+SMALL_TRAIN = (LISTS / "voc12_small_train.txt").read_text().split()[:6]
+SMALL_VAL = (LISTS / "voc12_small_val.txt").read_text().split()[:6]
 SMALL = (
     "device=cpu",
     "num_threads=1",
@@ -49,21 +52,22 @@ def draw(number: int) -> tuple[Image.Image, np.ndarray, str]:
     return Image.fromarray(pixels), there, name
 
 
-def make_voc(root: Path) -> None:
+def make_voc(root: Path, train: list[str] = TRAIN, val: list[str] = VAL) -> None:
     """VOC 2012 as its archive unpacks, with masks for a part of train_aug only, and saliency maps beside it."""
     for folder in ("JPEGImages", "Annotations", "ImageSets/Segmentation", "SegmentationClass", "saliency"):
         (root / folder).mkdir(parents=True)
     values = {"bird": 3, "car": 7}
-    for number, image_id in enumerate(TRAIN + VAL):
+    for number, image_id in enumerate(train + val):
         image, there, name = draw(number)
         image.save(root / "JPEGImages" / f"{image_id}.jpg", quality=95)
         xml = f"<annotation><object><name>{name}</name></object></annotation>"
         (root / "Annotations" / f"{image_id}.xml").write_text(xml)
         Image.fromarray((255 * there).astype(np.uint8)).save(root / "saliency" / f"{image_id}.png")
-        if image_id != TRAIN[-1]:
+        if image_id != train[-1]:
             save_mask(root / "SegmentationClass" / f"{image_id}.png", values[name] * there)
-    (root / "ImageSets/Segmentation/train_aug.txt").write_text("\n".join(TRAIN))
-    (root / "ImageSets/Segmentation/val.txt").write_text("\n".join(VAL))
+    (root / "ImageSets/Segmentation/train_aug.txt").write_text("\n".join(train))
+    (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(train))
+    (root / "ImageSets/Segmentation/val.txt").write_text("\n".join(val))
 
 
 def make_coco(root: Path) -> None:
@@ -116,11 +120,14 @@ def settings_of(preset: str, data: Path) -> list[str]:
         # Behind frozen BatchNorms a deep network of random weights overflows, and the CRF refuses what is not a number.
         random = ["model.weights=null", "segmentation.model.weights=null", "segmentation.model.freeze_batch_norm=false"]
         return [*paths, *random]
+    if preset in ("voc12-small", "voc12-laptop"):  # with the network and the weights of the preset
+        few = [f"data.root={data}/small", f"data.saliency={data}/small/saliency", f"data.max_images={len(SMALL_TRAIN)}"]
+        return few if preset == "voc12-small" else [*few, "classifier.pretraining=plain"]
     return [f"data.root={data}/voc", "model.weights=null", "model.backbone=resnet18"]
 
 
 Runs = tuple[Path, dict[str, subprocess.CompletedProcess[str]]]
-PRESETS = ("voc12", "coco14", "voc12-resnet50", "custom")
+PRESETS = ("voc12", "coco14", "voc12-resnet50", "voc12-small", "voc12-laptop", "custom")
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +137,7 @@ def runs(
     """All presets, two at a time, by the command that users give."""
     folder = tmp_path_factory.mktemp("presets")
     make_voc(folder / "voc")
+    make_voc(folder / "small", SMALL_TRAIN, SMALL_VAL)
     make_coco(folder / "coco")
     make_photos(folder / "photos")
     # Stage 00 draws its own images and is the same for every config: not run four times more.
@@ -166,7 +174,7 @@ def test_preset_runs_through_all_notebooks(preset: str, runs: Runs) -> None:
     run = find_run(str(folder / preset))
     stages = read_manifest(run.folder)["stages"]
     assert {name for name, entry in stages.items() if entry["status"] == "complete"} == {s.name for s in STAGES[1:]}
-    assert len(list(run.path("masks").glob("*.png"))) == 4
+    assert len(list(run.path("masks").glob("*.png"))) == (6 if preset in ("voc12-small", "voc12-laptop") else 4)
     assert run.path("index.html").is_file()
 
 

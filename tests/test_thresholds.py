@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smaflib.errors import ConfigError
-from smaflib.thresholds import CANDIDATES, MAX_IMAGES, choose_bg_score, separation
+from smaflib.reactivation import hard_labels
+from smaflib.thresholds import CANDIDATES, MAX_IMAGES, agreement, choose_bg_score, separation
 
 
 def two_levels(low: float, high: float, share: float = 0.3) -> torch.Tensor:
@@ -48,6 +49,35 @@ def test_without_an_image_there_is_no_choice() -> None:
         choose_bg_score([])
     with pytest.raises(ConfigError, match="attention.bg_score"):
         tiny_config(attention={"bg_score": "otsu"})
+
+
+def test_agreement_by_hand() -> None:
+    # Four pixels of scores 0.1, 0.3, 0.5, 0.7, the last two salient. Above 0.2 are three, two of them salient.
+    maps, saliency = torch.tensor([[[0.1, 0.3], [0.5, 0.7]]]), torch.tensor([[0.0, 0.5], [0.6, 1.0]])
+    both, either = agreement(maps, saliency)
+    values = dict(zip(CANDIDATES, torch.stack([both, either]).T.tolist(), strict=True))
+    assert values[0.2] == [2, 3] and values[0.3] == [2, 2]  # a score on the threshold is background
+    assert values[0.5] == [1, 2] and values[0.7] == [0, 2]
+
+
+def test_saliency_maps_decide_where_there_are_some() -> None:
+    soft = torch.linspace(0, 1, 100).view(1, 10, 10)
+    for share in (0.3, 0.6, 0.8):
+        salient = (soft[0] > 1 - share).float()
+        assert choose_bg_score([soft, soft], [salient, salient]) == pytest.approx(1 - share)
+    nothing = torch.zeros(10, 10)
+    assert choose_bg_score([soft, soft * 0], [(soft[0] > 0.4).float(), nothing]) == pytest.approx(0.4)  # one is empty
+    assert choose_bg_score([soft], [nothing]) in CANDIDATES
+
+
+@given(st.integers(0, 1000))
+def test_agreement_is_that_of_masks(seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    maps, saliency = torch.rand(3, 6, 7, generator=random), torch.rand(6, 7, generator=random)
+    both, either = agreement(maps, saliency)
+    for index, score in enumerate(CANDIDATES):
+        mask, salient = hard_labels(maps, score) > 0, saliency > 0.5
+        assert both[index] == (mask & salient).sum() and either[index] == (mask | salient).sum()
 
 
 def test_large_splits_are_read_evenly() -> None:

@@ -28,13 +28,20 @@ from smaflib.data.sample import Samples
 from smaflib.errors import ConfigError, DataError
 from smaflib.evaluation import SIZES, evaluate, mean_over_classes, sweep_thresholds
 from smaflib.maps import DenoisedMaps
-from smaflib.pipeline import Targets, Workspace, resolve_bg_score, train_student, train_teacher, write_maps
+from smaflib.pipeline import (
+    Targets,
+    Workspace,
+    auto_bg_score,
+    resolve_bg_score,
+    train_student,
+    train_teacher,
+    write_maps,
+)
 from smaflib.pseudo_masks import pseudo_masks
 from smaflib.reactivation import with_background_score
 from smaflib.runs import Run
 from smaflib.runs.environment import describe_machine
 from smaflib.runs.manifest import read_manifest
-from smaflib.thresholds import choose_bg_score
 
 FULL = "full"
 """The row that the others are compared with."""
@@ -169,7 +176,8 @@ def score_row(work: SeedWorkspace, name: str) -> list[dict[str, Any]]:
 def _own_bg_score(work: SeedWorkspace, row: Row) -> float:
     """The run's own score for a row's masks; ``auto`` chooses from the row's maps, as stage 06 from the student's."""
     score = work.config.mask_bg_score
-    return choose_bg_score(work.maps_of(row, work.samples())) if score == "auto" else score
+    samples = work.samples()
+    return auto_bg_score(work, work.maps_of(row, samples), samples) if score == "auto" else score
 
 
 def ablate_seed(work: SeedWorkspace, log: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
