@@ -21,7 +21,7 @@ from smaflib.config import AttentionConfig, FusionRule
 from smaflib.data.sample import Samples
 from smaflib.errors import DataError
 from smaflib.files import load_arrays, save_arrays
-from smaflib.reactivation import denoise
+from smaflib.reactivation import blend_saliency, denoise
 from smaflib.runtime import Runtime, progress
 
 
@@ -163,6 +163,8 @@ class DenoisedMaps(Sequence[Tensor]):
         scales: which scales take part; None: all. One scale gives the control of the paper's claim.
         cached: keep what was read, in half precision.
         denoised: False leaves the maps of absent classes in, to show what denoising does.
+        saliency_weight: above 0, the samples' saliency maps take part with that share
+            (:func:`~smaflib.reactivation.blend_saliency`).
     """
 
     def __init__(
@@ -173,9 +175,11 @@ class DenoisedMaps(Sequence[Tensor]):
         scales: Sequence[float] | None = None,
         cached: bool = False,
         denoised: bool = True,
+        saliency_weight: float = 0.0,
     ) -> None:
         self.maps, self.rule, self.scales, self.cached, self.denoised = maps, rule, scales, cached, denoised
         self.image_ids, self.image_labels = samples.image_ids, samples.image_labels
+        self.saliency, self.saliency_weight = SaliencyMaps(samples), saliency_weight
         self._cache: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -186,6 +190,8 @@ class DenoisedMaps(Sequence[Tensor]):
             return self._cache[index].float()
         label = self.image_labels[index] if self.denoised else None
         maps = self.maps.fused(self.image_ids[index], self.rule, self.scales, label)
+        if self.saliency_weight:
+            maps = blend_saliency(maps, self.saliency[index], self.saliency_weight)
         if not self.cached:
             return maps
         self._cache[index] = maps.half()

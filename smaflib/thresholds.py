@@ -2,7 +2,7 @@
 
 The field tunes it on masks. That is a leak: with image labels alone it cannot be done. Here saliency maps decide where
 the teacher has learned from them, else the attention maps alone, by Otsu's criterion. ``benchmarks/bg_score.py``
-compares both with other criteria, and all of them with the oracle threshold, the score that is best on the ground truth.
+compares both with other criteria, and all with the oracle threshold, the score that is best on the ground truth.
 """
 
 from __future__ import annotations

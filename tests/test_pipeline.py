@@ -38,7 +38,7 @@ from smaflib.pipeline import (
     write_segmentation,
 )
 from smaflib.pseudo_masks import pseudo_mask, pseudo_masks
-from smaflib.reactivation import denoise, reactivate
+from smaflib.reactivation import blend_saliency, denoise, reactivate
 from smaflib.thresholds import choose_bg_score
 
 
@@ -249,6 +249,22 @@ def test_networks_are_evaluated_at_the_training_splits_oracle_threshold(copy: Wo
 def test_importing_the_chain_imports_no_torch() -> None:
     code = "import sys, smaflib.pipeline; sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_saliency_takes_part_in_targets_and_masks_only_where_the_teacher_knows_it(copy: Workspace) -> None:
+    work = changed(copy, self_training={"saliency_weight": 0.4}, pseudo_masks={"saliency_weight": 0.2})
+    eps = changed(work, classifier={"pretraining": "eps"})
+    samples = eps.samples()
+    plain = work.denoised("teacher", samples)[0]
+    for use, weight in (("self_training", 0.4), ("pseudo_masks", 0.2)):
+        assert torch.equal(work.denoised("teacher", samples, use=use)[0], plain)
+        expected = blend_saliency(plain, SaliencyMaps(samples)[0], weight)
+        assert torch.equal(eps.denoised("teacher", samples, use=use)[0], expected)
+    assert torch.equal(eps.denoised("teacher", samples)[0], plain)
+    eps.path("masks", f"{samples.image_ids[0]}.png").unlink()
+    mask = write_masks(eps)[0]
+    maps, settings = eps.denoised("student", samples, use="pseudo_masks")[0], eps.config.pseudo_masks
+    assert torch.equal(mask, pseudo_mask(samples[0].image, maps, eps.config.mask_bg_score, settings))
 
 
 # --- what is refused before anything is trained -----------------------------------------------------------------------

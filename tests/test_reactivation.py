@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from smaflib.reactivation import denoise, reactivate, with_background_score
+from smaflib.reactivation import blend_saliency, denoise, reactivate, with_background_score
 
 SIDES = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5))  # K, H, W
 MAPS = SIDES.flatmap(lambda shape: hnp.arrays("float32", shape, elements=st.floats(0, 1, width=32)))
@@ -47,6 +47,31 @@ def test_label_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
         ValueError, match=r"image_label must be \(2,\) to match the maps \(2, 4, 4\).*background has no"
     ):
         denoise(torch.rand(2, 4, 4), torch.ones(shape))
+
+
+# --- saliency ---------------------------------------------------------------------------------------------------------
+
+
+def test_blend_of_saliency_by_hand() -> None:
+    # A weak salient pixel rises, a strong one off the saliency falls, one without class stays without.
+    denoised = torch.tensor([[[0.4, 0.8, 0.0]], [[0.2, 0.0, 0.0]]])
+    saliency = torch.tensor([[1.0, 0.0, 1.0]])
+    expected = torch.tensor([[[0.75 * 0.4 + 0.25, 0.6, 0.0]], [[0.75 * 0.2 + 0.25 * 0.5, 0.0, 0.0]]])
+    torch.testing.assert_close(blend_saliency(denoised, saliency, 0.25), expected)
+    assert torch.equal(blend_saliency(denoised, saliency, 0), denoised)
+    with pytest.raises(ValueError, match=r"\(2, 3\) does not fit maps of \(2, 1, 3\)"):
+        blend_saliency(denoised, torch.zeros(2, 3), 0.25)
+
+
+@settings(max_examples=50)
+@given(maps=MAPS, weight=st.floats(0, 1), seed=st.integers(0, 99))
+def test_blended_maps_keep_range_and_order(maps: Tensor, weight: float, seed: int) -> None:
+    saliency = torch.rand(maps.shape[1:], generator=torch.Generator().manual_seed(seed))
+    blended = blend_saliency(maps, saliency, weight)
+    assert blended.min() >= 0 and blended.max() <= 1 + 1e-6
+    assert ((blended >= maps) | (saliency < maps.amax(dim=0)) | torch.isclose(blended, maps)).all()
+    if weight < 0.99:
+        assert torch.equal(blended > 0, maps * (1 - weight) > 0)
 
 
 # --- reactivate -------------------------------------------------------------------------------------------------------

@@ -168,6 +168,8 @@ class SelfTrainingConfig(TrainingConfig):
     rounds: Positive = 1  # in each further round the student of the last one is the teacher
     loss_weight: float = 100.0  # L_mac = loss_weight * mean squared error
     refine: Literal["none", "crf"] = "none"  # crf: learn the masks that pseudo_masks makes of the fused maps
+    # Share of the saliency maps in the targets, with classifier.pretraining: eps; the paper's rule is 0.
+    saliency_weight: Fraction = 0.0
     fresh_head: bool = False  # the student's last layer starts from zero, not from the teacher's
     control: bool = False  # also train a student on single-scale targets, the control of the paper's claim
 
@@ -222,6 +224,8 @@ class PseudoMaskConfig(StageConfig):
     """Stage 5: argmax over background and fused maps, then the CRF."""
 
     bg_score: Fraction | Literal["auto"] | None = None  # None: as for attention; auto: chosen from the student's maps
+    # Share of the saliency maps in the masks, with classifier.pretraining: eps; the paper's rule is 0.
+    saliency_weight: Fraction = 0.0
     refine: Literal["crf", "par", "none"] = "crf"
     crf: CrfConfig = CrfConfig()  # or the name of a preset: reference, irn, deeplab, mini, soft
     par: ParConfig = ParConfig()
@@ -288,6 +292,11 @@ class Config(StageConfig):
     pseudo_masks: PseudoMaskConfig = PseudoMaskConfig()
     segmentation: SegmentationConfig = SegmentationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    def saliency_weight(self, group: Literal["self_training", "pseudo_masks"]) -> float:
+        """Share of the saliency maps in targets or masks; 0 where the teacher is to learn from image labels alone."""
+        chosen = self.self_training if group == "self_training" else self.pseudo_masks
+        return chosen.saliency_weight if self.classifier.pretraining == "eps" else 0.0
 
     @property
     def mask_bg_score(self) -> float | Literal["auto"]:
