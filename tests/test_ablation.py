@@ -32,9 +32,11 @@ from smaflib.apps.ablation import (
 )
 from smaflib.apps.cli import app
 from smaflib.data.masks import ground_truth_of
+from smaflib.data.sample import Samples
 from smaflib.errors import ConfigError, DataError, RunError
 from smaflib.evaluation import evaluate, masks_of
 from smaflib.files import PROJECT_ROOT, locked
+from smaflib.maps import DenoisedMaps
 from smaflib.pipeline import Targets, train_student
 from smaflib.reactivation import reactivate, with_background_score
 from smaflib.report.plots import plot_ablation
@@ -239,6 +241,48 @@ def test_networks_of_a_complete_run_are_taken_over(done: Run, tmp_path: Path, mo
     assert not work.checkpoint("student_undenoised").exists()
 
 
+def test_networks_of_another_seeds_run_are_taken_over(done: Run, tmp_path: Path) -> None:
+    run, other = tiny_run(tmp_path / "seed5", "seed=5"), tiny_run(tmp_path / "finished")
+    shutil.copytree(done.path("ablation/seed0"), other.folder, dirs_exist_ok=True)
+    names = ("01_data", "02_classifier", "03_multi_scale_attention", "05_self_training")
+    write_manifest(other.folder, {"stages": {name: {"status": "complete"} for name in names}})
+    ablate(run, [0], ["no_self_training", "control"], [other])
+    work = work_of(run)
+    assert work.checkpoint("student_control").stat().st_ino == other.checkpoint("student_control").stat().st_ino
+    assert not work.path("data").exists() and not work.checkpoint("student_undenoised").exists()
+    wanted = [record for record in records_of(done) if record["variant"] in ("no_self_training", "control")]
+    assert records_of(run) == wanted
+    # The next call makes another row; the first two stay.
+    ablate(run, [0], ["no_crf"], [other])
+    assert {record["variant"] for record in records_of(run)} == {"no_self_training", "control", "no_crf"}
+    unlike = tiny_run(tmp_path / "unlike", "attention.bg_score=0.31")
+    with pytest.raises(ConfigError, match=r"the run unlike has other settings .*attention\.bg_score"):
+        ablate(run, [0], sources=[unlike])
+    with pytest.raises(ConfigError, match="no row 'no_students' in the ablation; there are full, no_fusion"):
+        ablate(run, [0], ["full", "no_students"])
+
+
+def test_oracle_threshold_is_searched_on_some_images_and_evaluated_on_all(
+    done: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, refined = work_of(done), []
+    monkeypatch.setattr(ablation, "ORACLE_IMAGES", 3)
+
+    def note(samples: Samples, maps: DenoisedMaps, bg_score: float, *_: Any, **__: Any) -> list[Tensor]:
+        refined.append((samples.image_ids, maps.image_ids, bg_score))
+        # The masks are best at 0.4, by a pixel of the background that is right.
+        true = [sample.mask for sample in samples.with_masks()]
+        return [mask * 0 if bg_score == 0.4 else mask * 0 + 1 for mask in true if mask is not None]
+
+    monkeypatch.setattr(ablation, "pseudo_masks", note)
+    records = score_row(work, FULL)
+    ids, own = work.samples().image_ids, done.config.attention.bg_score
+    assert [asked for asked, _, _ in refined] == [ids[::3]] * (len(refined) - 2) + [ids] * 2
+    assert all(asked == maps for asked, maps, _ in refined)
+    assert [score for _, _, score in refined[-2:]] == sorted([own, 0.4])
+    assert {r["bg_score"] for r in records if r["bg_choice"] == "oracle"} == {0.4}
+
+
 def test_students_of_a_borrowed_teacher_are_not_mixed_with_those_of_another(
     done: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,7 +311,7 @@ def test_another_seed_has_data_of_its_own(done: Run, tmp_path: Path, monkeypatch
     run = tiny_run(tmp_path / "seeds")
     works: list[SeedWorkspace] = []
 
-    def note(work: SeedWorkspace, log: Any) -> list[dict[str, Any]]:
+    def note(work: SeedWorkspace, rows: Any, log: Any) -> list[dict[str, Any]]:
         works.append(work)
         return []
 
@@ -372,7 +416,8 @@ def test_new_result_is_an_input_of_notebook_08_alone(copy: Run) -> None:
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def pretend(run: Run, seeds: Sequence[int]) -> Path:
+    def pretend(run: Run, seeds: Sequence[int], rows: Sequence[str], sources: Sequence[Run]) -> Path:
+        assert list(rows) == ["full", "control"] and list(sources) == []
         run.path("ablation").mkdir()
         run.path(RESULT).write_text(json.dumps({"records": by_hand(*((FULL, seed, 0.5) for seed in seeds))}))
         return run.path(RESULT)
@@ -380,6 +425,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablation, "ablate", pretend)
     config = str(PROJECT_ROOT / "configs" / "mini.yaml")
     words = ["ablate", config, "--seeds", "4,5", "--name", "x", "--runs", str(tmp_path), "--set", "num_threads=1"]
+    words += ["--rows", "full,control"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert "50.0 ± 0.0" in result.output and "ablation.json" in result.output
@@ -389,6 +435,6 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ablate_seed_tells_what_it_does(copy: Run) -> None:
     said: list[str] = []
-    assert len(ablate_seed(work_of(copy), said.append)) == len(ROWS) * 8
+    assert len(ablate_seed(work_of(copy), log=said.append)) == len(ROWS) * 8
     assert said[0] == "seed 0: teacher"
     assert command(copy, [0, 1]).endswith("--seeds 0,1")

@@ -22,11 +22,12 @@ from typing import Any, Literal
 import pandas as pd
 
 from smaflib import files
+from smaflib.config import config_differences
 from smaflib.data import make_data
 from smaflib.data.masks import ground_truth_of
 from smaflib.data.sample import Samples
 from smaflib.errors import ConfigError, DataError
-from smaflib.evaluation import SIZES, evaluate, mean_over_classes, sweep_thresholds
+from smaflib.evaluation import SIZES, SegmentationMetrics, evaluate, mean_over_classes, sweep_thresholds
 from smaflib.maps import DenoisedMaps
 from smaflib.pipeline import (
     Targets,
@@ -52,6 +53,9 @@ RESULT = "ablation/ablation.json"
 ORACLE_CANDIDATES = 5
 """The oracle threshold is searched among this many background scores, the best before the CRF, and the run's own:
 refining the masks of every score would take ten times as long."""
+
+ORACLE_IMAGES = 400
+"""And on at most so many images, evenly over the split. The score that wins is then evaluated on all of them."""
 
 
 STUDENTS: dict[str, Targets] = {
@@ -156,11 +160,17 @@ def score_row(work: SeedWorkspace, name: str) -> list[dict[str, Any]]:
     scores = sweep_thresholds(denoised, ground_truth, names, limits)
     if row.refined and config.pseudo_masks.refinement is not None:
         promising = sorted(scores, key=lambda bg_score: scores[bg_score].miou)[-ORACLE_CANDIDATES:]
-        scores = {}
-        for bg_score in sorted({own, *promising}):
-            desc = f"{row.label}, background {bg_score:g}"
-            masks = pseudo_masks(samples, denoised, bg_score, config.pseudo_masks, device=device, desc=desc)
-            scores[bg_score] = evaluate(masks, ground_truth, names, limits)
+
+        def refined(bg_score: float, some: Samples) -> SegmentationMetrics:
+            maps, desc = work.maps_of(row, some), f"{row.label}, background {bg_score:g}"
+            masks = pseudo_masks(some, maps, bg_score, config.pseudo_masks, device=device, desc=desc)
+            return evaluate(masks, ground_truth_of(some) or [], names, limits)
+
+        few = samples.subset(range(0, len(samples), -(-len(samples) // ORACLE_IMAGES)))
+        scores = {bg_score: refined(bg_score, few) for bg_score in sorted({own, *promising})}
+        if len(few) < len(samples):
+            best = max(scores, key=lambda bg_score: scores[bg_score].miou)
+            scores = {bg_score: refined(bg_score, samples) for bg_score in sorted({own, best})}
     best = max(scores, key=lambda bg_score: scores[bg_score].miou)
     records = []
     for choice, bg_score in (("own", own), ("oracle", best)):
@@ -180,10 +190,20 @@ def _own_bg_score(work: SeedWorkspace, row: Row) -> float:
     return auto_bg_score(work, work.maps_of(row, samples, use=None), samples) if score == "auto" else score
 
 
-def ablate_seed(work: SeedWorkspace, log: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
-    """Train what is missing and score what has no score yet; records of all rows, each with its seed.
+def ablate_seed(
+    work: SeedWorkspace, rows: Sequence[str] = tuple(ROWS), log: Callable[[str], None] = lambda line: None
+) -> list[dict[str, Any]]:
+    """Train what is missing and score what has no score yet.
 
     Scores are kept in ``scores/``, with the hash of the network that they evaluate: another network's are not used.
+
+    Args:
+        work: of the seed.
+        rows: which are made, by their names in :data:`ROWS`.
+        log: takes what begins.
+
+    Returns:
+        Records of these rows, and of those that an earlier call has scored, each with its seed.
     """
     seed = work.config.seed
     log(f"seed {seed}: teacher")
@@ -191,15 +211,20 @@ def ablate_seed(work: SeedWorkspace, log: Callable[[str], None] = lambda line: N
     _drop_what_another_teacher_taught(work)
     write_maps(work, "teacher")
     resolve_bg_score(work)
+    needed = {ROWS[name].network for name in rows}
     for name, targets in STUDENTS.items():
+        if name not in needed:
+            continue
         log(f"seed {seed}: {name}")
         train_student(work, name, targets=targets)
         write_maps(work, name)
     records = []
     for name, row in ROWS.items():
-        path = work.path("scores", f"{name}.json")
-        network = files.file_hash(work.checkpoint(row.network))
+        path, checkpoint = work.path("scores", f"{name}.json"), work.checkpoint(row.network)
+        network = files.file_hash(checkpoint) if checkpoint.is_file() else None
         kept = files.read_json(path, {})
+        if name not in rows and (network is None or kept.get("network") != network):
+            continue
         if kept.get("network") != network:
             log(f"seed {seed}: {row.label}")
             kept = {"network": network, "records": score_row(work, name)}
@@ -222,21 +247,24 @@ def _drop_what_another_teacher_taught(work: Workspace) -> None:
 # ----------------------------------------------------------------------------------------------------------- all seeds
 
 
-def ablate(run: Run, seeds: Sequence[int]) -> Path:
+def ablate(run: Run, seeds: Sequence[int], rows: Sequence[str] = tuple(ROWS), sources: Sequence[Run] = ()) -> Path:
     """Run the ablation for some seeds into the folder of a run, and write :data:`RESULT`.
 
-    Each seed has its own folder ``ablation/seed<N>``, with data of its own where code draws it. For the run's own seed,
-    teacher and students of a run whose stages 01 to 05 are complete are taken as they are.
+    Each seed has its own folder ``ablation/seed<N>``, with data of its own where code draws it. Teacher and students of
+    a run of that seed whose stages 01 to 05 are complete are taken as they are.
 
     Args:
         run: whose settings, but for the seed, all variants have.
         seeds: at least one.
+        rows: which rows are made, by their names in :data:`ROWS`; those of earlier calls stay in the result.
+        sources: other runs, of the same settings but for the seed, whose networks may be taken.
 
     Returns:
         The path of the result.
 
     Raises:
-        ConfigError: if there is no seed, or ``self_training.rounds`` is not 1.
+        ConfigError: if there is no seed, no such row, ``self_training.rounds`` is not 1, or a source has other
+            settings.
         DataError: if the training split has no ground truth.
         RunError: if another ablation is at work in the folder.
     """
@@ -246,10 +274,17 @@ def ablate(run: Run, seeds: Sequence[int]) -> Path:
         raise ConfigError(
             f"self_training.rounds is {run.config.self_training.rounds}, but an ablation trains one round; set it to 1"
         )
+    if unknown := [name for name in rows if name not in ROWS]:
+        raise ConfigError(f"there is no row {unknown[0]!r} in the ablation; there are {', '.join(ROWS)}")
+    for source in sources:
+        seeded = source.config.model_copy(update={"seed": run.config.seed})
+        if differences := config_differences(run.config, seeded):
+            raise ConfigError(f"the run {source.name} has other settings than {run.name}: {differences[0]}")
     records = []
     with files.locked(run.path("ablation"), "smaf ablate"):
         for seed in seeds:
-            records += ablate_seed(_workspace(run, seed), lambda line: print(line, file=sys.stderr, flush=True))
+            work = _workspace(run, seed, sources)
+            records += ablate_seed(work, rows, lambda line: print(line, file=sys.stderr, flush=True))
         before = read_ablation(run) or {}
         # Nothing new: the file, and with it notebook 08, stays as it is.
         if (before.get("seeds"), before.get("records")) != (list(seeds), records):
@@ -257,22 +292,25 @@ def ablate(run: Run, seeds: Sequence[int]) -> Path:
     return run.path(RESULT)
 
 
-def _workspace(run: Run, seed: int) -> SeedWorkspace:
-    """The folder of a seed; for the run's own seed with its teacher, students and their maps taken over, by links."""
+def _workspace(run: Run, seed: int, sources: Sequence[Run] = ()) -> SeedWorkspace:
+    """The folder of a seed; networks and maps of a complete run of that seed are taken over, by links."""
     config = run.config.model_copy(update={"seed": seed})
-    stages = read_manifest(run.folder)["stages"]
-    needed = ("01_data", "02_classifier", "03_multi_scale_attention", "05_self_training")
-    complete = all(stages.get(name, {}).get("status") == "complete" for name in needed)
-    own = seed == run.config.seed and complete
+    owner = next((other for other in (run, *sources) if other.config.seed == seed and _has_students(other)), None)
     folder = run.path("ablation", f"seed{seed}")
-    work = SeedWorkspace(folder, config, run.folder if own else folder)
-    if own:
+    work = SeedWorkspace(folder, config, owner.folder if owner else folder)
+    if owner:
         for name in ["teacher", "student", *(["student_control"] if config.self_training.control else [])]:
-            _take_over(run, work, name)
+            _take_over(owner, work, name)
     make_data(config, work.data_folder)
     if not len(work.samples().with_ground_truth):
         raise DataError("an ablation needs ground truth, but the training split has no masks; set data.masks")
     return work
+
+
+def _has_students(run: Run) -> bool:
+    stages = read_manifest(run.folder)["stages"]
+    needed = ("01_data", "02_classifier", "03_multi_scale_attention", "05_self_training")
+    return all(stages.get(name, {}).get("status") == "complete" for name in needed)
 
 
 def _take_over(run: Run, work: SeedWorkspace, network: str) -> None:

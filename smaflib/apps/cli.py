@@ -93,10 +93,16 @@ def ablate(
     ] = None,
     settings: Settings = None,
     runs: RunsFolder = None,
+    rows: Annotated[
+        str | None, typer.Option(metavar="ROW,ROW", help="Make these rows only; those of earlier calls stay.")
+    ] = None,
+    reuse: Annotated[
+        list[str] | None, typer.Option("--reuse", metavar="RUN", help="Take the networks of a run of another seed.")
+    ] = None,
 ) -> None:
     """Run the chain without one step at a time, over several seeds; resumes where it stopped. Notebook 08 shows it."""
     with _plain_errors():
-        from smaflib.apps.ablation import ablate, ablation_table, read_ablation
+        from smaflib.apps.ablation import ROWS, ablate, ablation_table, read_ablation
         from smaflib.files import RUNS_FOLDER, display_path
         from smaflib.runs import open_run
 
@@ -108,7 +114,8 @@ def ablate(
             ) from None
         folder = (runs.absolute() if runs else RUNS_FOLDER) / (name or config.stem)
         opened = open_run(folder, config.absolute() if config.exists() else config, settings or [])
-        path = ablate(opened, numbers)
+        sources = [_find(source, runs) for source in reuse or []]
+        path = ablate(opened, numbers, rows.split(",") if rows else tuple(ROWS), sources)
         typer.echo(ablation_table((read_ablation(opened) or {})["records"]).to_string())
         typer.echo(f"ablation: {display_path(path)}")
 
