@@ -1,0 +1,118 @@
+"""The page of results on real photos: from runs to tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smaflib.config import load_config
+from smaflib.files import PROJECT_ROOT
+from smaflib.runs import open_run
+from smaflib.runs.manifest import write_manifest
+from tools import real_photos
+
+STAGE = {"status": "complete", "started": "2026-11-25T03:00:00+00:00", "seconds": 120.0, "peak_memory_mb": 900}
+FACTS = {"device": "cpu (x86_64)", "precision": "bf16", "git_commit": "0123456789", "packages": {"torch": "2.15"}}
+
+
+def record(variant: str, value: float, **where: Any) -> dict[str, Any]:
+    return {"variant": variant, "split": "train", "metric": "iou", "class_name": "mean", "value": value} | where
+
+
+@pytest.fixture
+def papermill_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Finished chains of seeds 0 and 1, and a plain one of seed 0; numbers by hand."""
+    monkeypatch.setattr(real_photos, "RUNS_FOLDER", tmp_path)
+    for name, seed, gain, plain in (
+        ("voc12-small", 0, 0.0, False),
+        ("voc12-small-seed1", 1, 0.02, False),
+        ("voc12-small-plain", 0, -0.1, True),
+    ):
+        settings = [f"seed={seed}", "data.root=/home/somebody/VOC2012"]
+        run = open_run(tmp_path / name, PROJECT_ROOT / real_photos.PRESET, settings)
+        run.record("03", [record("teacher", 0.5 + gain, scale=1.0), record("teacher_fused", 0.52 + gain, fusion="sum")])
+        masks = [record("teacher_fused_refined", 0.6 + gain), record("pseudo_masks", 0.63 + 2 * gain)]
+        masks += [record("control_fused_refined", 0.62 + gain), record("teacher_refined", 0.58)]
+        per_class = record("pseudo_masks", 0.7 + gain, class_name="cat")
+        run.record("06", [*masks, record("pseudo_masks", 0.3 + gain, object_size="small"), per_class])
+        if not plain:
+            run.record("07", [record("segmentation", 0.5 + gain, split="val")])
+        manifest = {"stages": {"03_multi_scale_attention": STAGE, "06_pseudo_masks": STAGE}, **FACTS}
+        write_manifest(run.folder, manifest | {"config_file": real_photos.PRESET, "overrides": settings})
+        run.path("bg_scores").mkdir()
+        run.path("bg_scores", "teacher.json").write_text(json.dumps({"bg_score": 0.3}))
+    return tmp_path
+
+
+def test_every_planned_run_is_one_of_the_preset() -> None:
+    planned = list(real_photos.planned_runs())
+    assert len({run.name for run in planned}) == len(planned) == 3 + 3 + 3 + 2
+    for run in planned:
+        words = [run.arguments[i + 1] for i, word in enumerate(run.arguments) if word == "--set"]
+        load_config(PROJECT_ROOT / real_photos.PRESET, words)
+    assert {run.seed for run in planned if run.kind == "chain"} == {0, 1, 2}
+
+
+def test_tables_of_finished_runs_by_hand(papermill_runs: Path) -> None:
+    result = real_photos.collect()
+    tables = real_photos.tables(result)
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in tables["results"].splitlines()}
+    assert lines["teacher, scale 1"] == "| teacher, scale 1 | train | 50.0 52.0 | 51.0 ± 1.4 |  |  |  | 40.0 |"
+    assert lines["teacher, fused (sum)"].endswith("| 52.0 54.0 | 53.0 ± 1.4 |  |  |  | 42.0 |")
+    assert "| 63.0 67.0 | 65.0 ± 2.8 | 31.0 |" in lines["pseudo masks (student, fused + CRF)"]
+    assert lines["segmentation network"].startswith("| segmentation network | val | 50.0 52.0 |")
+    assert "student + CRF against teacher + CRF | +3.0 +5.0 | +4.0 ± 1.4 |" in tables["claims"]
+    assert "fused against single-scale targets | +1.0 +3.0 | +2.0 ± 1.4 |" in tables["claims"]
+    assert "| cat | 71.0 ± 1.4 |" in tables["classes"]
+    assert "| 900 | 60.0 | 63.0 | 50.0 |" in tables["photos"]
+    assert (
+        "| `voc12-small-seed1` | 2026-11-25 | 4 | 0.9 | teacher 0.3 | 01234567 | cpu (x86_64), bf16, torch 2.15 |"
+        in (tables["runs"])
+    )
+    assert "somebody" not in json.dumps(result)  # whose folders they are does not show
+
+
+def test_ablation_by_hand() -> None:
+    records = [
+        {"variant": name, "seed": seed, "bg_choice": choice, "object_size": "all", "value": value}
+        for choice in ("own", "oracle")
+        for name, seed, value in (
+            ("full", 0, 0.6),
+            ("full", 1, 0.7),
+            ("control", 0, 0.5),
+            ("control", 1, 0.62),
+            ("no_crf", 0, 0.4),
+        )
+    ]
+    table = real_photos.tables({"rows": [], "classes": [], "runs": {}, "ablation": {"records": records}})["ablation"]
+    assert "| the whole chain | 2 | 65.0 ± 7.1 |  |" in table
+    assert "| control: single-scale targets | 2 | 56.0 ± 8.5 | -9.0 ± 1.4 |" in table
+    assert "| without CRF | 1 | 40.0 | -20.0 | 40.0 | -20.0 |" in table
+
+
+def test_page_is_written_between_its_marks(
+    papermill_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(real_photos.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(real_photos, "PAGE", page)
+    monkeypatch.setattr(real_photos, "JSON", tmp_path / "page.json")
+    real_photos.write_page()
+    first = page.read_text()
+    assert "| segmentation network | val | 50.0 52.0 |" in first and "## What was tried" in first
+    real_photos.write_page()
+    assert page.read_text() == first
+    assert {run["seed"] for run in json.loads((tmp_path / "page.json").read_text())["runs"].values()} == {0, 1}
+    page.write_text("no place for tables")
+    with pytest.raises(SystemExit, match="has no place for results"):
+        real_photos.write_page()
+
+
+def test_committed_page_holds_the_tables_of_the_committed_numbers() -> None:
+    result = json.loads(real_photos.JSON.read_text(encoding="utf-8"))
+    page = real_photos.PAGE.read_text(encoding="utf-8")
+    for name, table in real_photos.tables(result).items():
+        assert table in page, f"{name}: python -m tools.real_photos page"

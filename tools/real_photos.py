@@ -1,0 +1,346 @@
+"""The results on real photos: every run behind ``docs/voc12_small.md``, and the page made of them.
+
+    python -m tools.real_photos run VOC2012 SALIENCY    hours on two cores; resumes where it stopped
+    python -m tools.real_photos page                    docs/voc12_small.json and .md, of what is finished
+
+Runs lie in ``papermill_runs/`` like any others. The page has numbers only: photos of VOC are not for a repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+
+from smaflib import files
+from smaflib.apps.ablation import LABELS, read_ablation
+from smaflib.config import Variant, variant_label
+from smaflib.files import PROJECT_ROOT, RUNS_FOLDER
+from smaflib.report.tables import class_table, results_table
+from smaflib.runs import Run, read_run
+from smaflib.runs.manifest import read_manifest
+
+PRESET = "configs/voc12-small.yaml"
+BASE = "voc12-small"
+SEEDS = (0, 1, 2)
+PHOTOS = (100, 300)
+"""Of the learning curve; the whole list is its last point."""
+
+CLAIM_ROWS = ("full", "no_fusion", "no_self_training", "control")
+"""Of the ablation: the rows of claims 3 and 4, for all seeds. The others are made for the first seed alone."""
+
+JSON, PAGE = PROJECT_ROOT / "docs" / "voc12_small.json", PROJECT_ROOT / "docs" / "voc12_small.md"
+MARK = "<!-- {} made by tools/real_photos.py: do not edit -->"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of the page.
+
+    Attributes:
+        name: of its folder.
+        kind: ``chain``, ``plain``, ``supervised``, or ``photos`` with their number.
+        seed: of the run.
+        arguments: of ``smaf run``, after the two paths.
+    """
+
+    name: str
+    kind: str
+    seed: int
+    arguments: tuple[str, ...] = ()
+
+
+def planned_runs() -> Iterator[Planned]:
+    """All runs, in the order in which they are made: what matters most comes first."""
+    for seed in SEEDS:
+        yield Planned(_name(seed), "chain", seed, ("--set", "self_training.control=true"))
+        reuse = ("--reuse", _name(seed), "--set", "self_training.control=true")
+        supervised = ("--set", "segmentation.supervision=ground_truth")
+        yield Planned(f"{_name(seed)}-supervised", "supervised", seed, (*reuse, *supervised))
+    for seed in SEEDS:
+        plain = ("--set", "classifier.pretraining=plain", "--until", "pseudo_masks")
+        yield Planned(f"{_name(seed)}-plain", "plain", seed, plain)
+    for number in PHOTOS:
+        yield Planned(f"{BASE}-{number}", f"photos {number}", 0, ("--set", f"data.train_split={_list_of(number)}"))
+
+
+def _name(seed: int) -> str:
+    return BASE if seed == 0 else f"{BASE}-seed{seed}"
+
+
+def _list_of(number: int) -> Path:
+    return RUNS_FOLDER / "lists" / f"voc12_small_{number}.txt"
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+def make_runs(root: Path, saliency: Path, only: Sequence[str] = ()) -> None:
+    """Make what is not made yet, one after the other, and the page after each.
+
+    Args:
+        root: of VOC 2012, holds JPEGImages.
+        saliency: the folder of saliency maps.
+        only: kinds of runs, such as ``chain``, or ``ablation``; empty: all.
+    """
+    ids = (PROJECT_ROOT / "configs" / "lists" / "voc12_small_train.txt").read_text().split()
+    for number in PHOTOS:
+        files.write_text(_list_of(number), "".join(f"{image_id}\n" for image_id in ids[:number]))
+    paths = ("--set", f"data.root={root.absolute()}", "--set", f"data.saliency={saliency.absolute()}")
+    for planned in planned_runs():
+        if not only or planned.kind.split()[0] in only:
+            seed = ("--set", f"seed={planned.seed}") if planned.seed else ()
+            _smaf("run", PRESET, "--name", planned.name, *paths, *seed, *planned.arguments)
+            write_page()
+    if not only or "ablation" in only:
+        chain = (PRESET, "--name", BASE, *paths, "--set", "self_training.control=true")
+        others = [word for seed in SEEDS[1:] for word in ("--reuse", _name(seed))]
+        _smaf("ablate", *chain, "--seeds", ",".join(map(str, SEEDS)), "--rows", ",".join(CLAIM_ROWS), *others)
+        write_page()
+        _smaf("ablate", *chain, "--seeds", "0", *others)
+        _smaf("ablate", *chain, "--seeds", ",".join(map(str, SEEDS)), "--rows", ",".join(CLAIM_ROWS), *others)
+        write_page()
+
+
+def _smaf(*words: str) -> None:
+    print("$ smaf", shlex.join(words), file=sys.stderr, flush=True)
+    subprocess.run([sys.executable, "-m", "smaflib", *words], check=True, cwd=PROJECT_ROOT)
+
+
+# ---------------------------------------------------------------------------------------------------------- collecting
+
+
+def collect() -> dict[str, Any]:
+    """What the finished runs have measured, as JSON: their rows, classes, stages and circumstances."""
+    runs = {planned: read_run(RUNS_FOLDER / planned.name) for planned in planned_runs() if _is_there(planned.name)}
+    result: dict[str, Any] = {"runs": {p.name: _facts(p, run) for p, run in runs.items()}, "rows": [], "classes": []}
+    for planned, run in runs.items():
+        of_run = {"kind": planned.kind, "seed": planned.seed}
+        metrics = run.metrics()
+        result["rows"] += [of_run | row for row in _records(results_table(metrics))]
+        if planned.kind == "chain":
+            chosen = class_table(metrics).reset_index()
+            wanted = [Variant.TEACHER_FUSED_REFINED, Variant.PSEUDO_MASKS, Variant.SEGMENTATION]
+            result["classes"] += [of_run | row for row in _records(chosen[chosen["variant"].isin(wanted)])]
+    ablation = read_ablation(runs[first]) if (first := next(iter(runs), None)) else None
+    result["ablation"] = ablation and {
+        key: ablation[key] for key in ("command", "finished", "seeds", "git_commit", "precision", "records")
+    }
+    return result
+
+
+def _is_there(name: str) -> bool:
+    stages = read_manifest(RUNS_FOLDER / name)["stages"]
+    return any(entry["status"] == "complete" for entry in stages.values())
+
+
+def _facts(planned: Planned, run: Run) -> dict[str, Any]:
+    manifest = read_manifest(run.folder)
+    wanted = ("git_commit", "git_dirty", "device", "precision", "python", "config_hash")
+    stages = {
+        name: {key: entry[key] for key in ("status", "started", "seconds", "peak_memory_mb")}
+        for name, entry in manifest["stages"].items()
+    }
+    hidden = ("data.root=", "data.saliency=")  # where somebody's photos lie is nobody's business
+    overrides = [override for override in run.overrides if not override.startswith(hidden)]
+    torch = manifest["packages"].get("torch")
+    facts = {key: manifest.get(key) for key in wanted} | {"torch": torch, "overrides": overrides, "stages": stages}
+    scores = {path.stem: files.read_json(path, {})["bg_score"] for path in sorted(run.path("bg_scores").glob("*.json"))}
+    return {"kind": planned.kind, "seed": planned.seed} | facts | {"bg_scores": scores}
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of a table as plain dictionaries; what was not measured is left out."""
+    flat = table if "variant" in table.columns else table.reset_index()
+    rows = flat.drop(columns="level_0", errors="ignore").to_dict("records")
+    return [
+        {
+            str(key): round(value, 3) if isinstance(value, float) else value
+            for key, value in row.items()
+            if value == value
+        }
+        for row in rows
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_page() -> None:
+    """Write the JSON, and the tables between the marks of the page."""
+    result = collect()
+    files.write_json(JSON, result)
+    text = PAGE.read_text(encoding="utf-8")
+    for name, table in tables(result).items():
+        begin, end = MARK.format(name), MARK.format(f"end of {name}")
+        if begin not in text or end not in text:
+            raise SystemExit(f"{PAGE} has no place for {name}: add the lines\n{begin}\n{end}")
+        text = text[: text.index(begin) + len(begin)] + f"\n\n{table}\n\n" + text[text.index(end) :]
+    files.write_text(PAGE, text)
+
+
+def tables(result: dict[str, Any]) -> dict[str, str]:
+    """Markdown tables by name, of what :func:`collect` gives."""
+    return {
+        "results": _results(result),
+        "claims": _claims(result),
+        "classes": _classes(result),
+        "ablation": _ablation(result),
+        "photos": _photos(result),
+        "runs": _runs(result),
+    }
+
+
+def _results(result: dict[str, Any]) -> str:
+    rows = pd.DataFrame(result["rows"])
+    if rows.empty:
+        return "No run is finished."
+    rows = rows[(rows["split"] == "train") | (rows["stage"] == "07_segmentation")]
+    lines = []
+    keys = ["stage", "variant", "fusion", "split", "scale"]
+    chain = rows[rows["kind"].isin(["chain", "supervised"])].copy()
+    chain = chain[(chain["kind"] == "chain") | (chain["variant"] == Variant.FULL_SUPERVISION)]
+    plain = rows[rows["kind"] == "plain"]
+    for key, group in chain.groupby(keys, dropna=False, sort=False):
+        stage, variant, fusion, split, scale = (cast(Any, part) for part in cast(tuple[Any, ...], key))
+        if stage.startswith("04"):
+            continue
+        label = variant_label(variant, fusion or None) + (f", scale {scale}" if scale else "")
+        beside = plain[_is(plain, dict(zip(keys, cast(tuple[Any, ...], key), strict=True)))]
+        sizes = [_mean(group[size]) if size in group else "" for size in ("small", "medium", "large")]
+        seeds = " ".join(f"{value:.1f}" for value in group.sort_values("seed")["mIoU"])
+        lines.append([label, split, seeds, _spread(group["mIoU"]), *sizes, _spread(beside["mIoU"])])
+    head = ["EPS mode", "split", "seeds", "mean ± sd", "small", "medium", "large", "plain mode, mean ± sd"]
+    return _markdown(head, lines)
+
+
+def _is(table: pd.DataFrame, values: dict[str, Any]) -> pd.Series[bool]:
+    chosen = pd.Series(True, index=table.index)
+    for key, value in values.items():
+        chosen &= table[key].isna() if value != value else table[key] == value
+    return chosen
+
+
+def _claims(result: dict[str, Any]) -> str:
+    """Differences between rows with the same seed, from the runs' own background scores."""
+    rows = pd.DataFrame(result["rows"])
+    if rows.empty:
+        return "No run is finished."
+    rows = rows[rows["kind"].isin(["chain", "supervised"])]
+    refined = rows[(rows["stage"] == "06_pseudo_masks")]
+    of = {name: group.set_index("seed")["mIoU"] for name, group in refined.groupby("variant")}
+    lines = []
+    for label, ours, theirs in (
+        ("3. self-training: student + CRF against teacher + CRF", Variant.PSEUDO_MASKS, Variant.TEACHER_FUSED_REFINED),
+        ("4. fused against single-scale targets", Variant.PSEUDO_MASKS, Variant.CONTROL_FUSED_REFINED),
+        ("fusion: teacher fused + CRF against scale 1 + CRF", Variant.TEACHER_FUSED_REFINED, Variant.TEACHER_REFINED),
+    ):
+        if ours in of and theirs in of:
+            gaps = (of[ours] - of[theirs]).dropna()
+            lines.append([label, " ".join(f"{gap:+.1f}" for gap in gaps), _spread(gaps, signed=True)])
+    return _markdown(["claim", "difference per seed", "mean ± sd"], lines)
+
+
+def _classes(result: dict[str, Any]) -> str:
+    rows = pd.DataFrame(result["classes"])
+    if rows.empty:
+        return "No run is finished."
+    shown = rows[(rows["split"] == "train") | (rows["stage"] == "07_segmentation")]
+    names = [
+        name for name in shown.columns if name not in ("kind", "seed", "stage", "variant", "fusion", "split", "scale")
+    ]
+    groups = {variant_label(str(variant)): group for variant, group in shown.groupby("variant", sort=False)}
+    return _markdown(
+        ["class", *groups], [[name, *(_spread(group[name]) for group in groups.values())] for name in names]
+    )
+
+
+def _ablation(result: dict[str, Any]) -> str:
+    if not result["ablation"]:
+        return "The ablation is not finished."
+    records = pd.DataFrame(result["ablation"]["records"])
+    records = records[records["object_size"] == "all"].assign(value=100 * records["value"])
+    lines = []
+    for name in records["variant"].unique():
+        cells = []
+        for choice in ("own", "oracle"):
+            wide = records[records["bg_choice"] == choice].pivot(index="seed", columns="variant", values="value")
+            gaps = (wide[name] - wide["full"]).dropna()
+            cells += [_spread(wide[name]), _spread(gaps, signed=True) if name != "full" else ""]
+        lines.append([LABELS[name], str(int(wide[name].notna().sum())), *cells])
+    return _markdown(
+        ["row", "seeds", "mIoU", "to the whole chain", "mIoU, oracle", "to the whole chain, oracle"], lines
+    )
+
+
+def _photos(result: dict[str, Any]) -> str:
+    rows = pd.DataFrame(result["rows"])
+    if rows.empty:
+        return "No run is finished."
+    lines = []
+    for kind in [*(f"photos {number}" for number in PHOTOS), "chain"]:
+        group = rows[(rows["kind"] == kind) & (rows["seed"] == 0)]
+        values = {variant: group.loc[group["variant"] == variant, "mIoU"] for variant in group["variant"].unique()}
+        wanted = (Variant.TEACHER_FUSED_REFINED, Variant.PSEUDO_MASKS, Variant.SEGMENTATION)
+        cells = [f"{values[variant].iloc[0]:.1f}" if variant in values else "" for variant in wanted]
+        if any(cells):
+            lines.append([kind.removeprefix("photos ").replace("chain", "900"), *cells])
+    head = ["photos", "teacher, fused + CRF", "pseudo masks (of these photos)", "segmentation network (on the 200)"]
+    return _markdown(head, lines)
+
+
+def _runs(result: dict[str, Any]) -> str:
+    lines = []
+    for name, facts in result["runs"].items():
+        stages = facts["stages"].values()
+        seconds = sum(entry["seconds"] or 0 for entry in stages)
+        memory = max((entry["peak_memory_mb"] or 0 for entry in stages), default=0)
+        dates = sorted(entry["started"][:10] for entry in stages)
+        scores = ", ".join(f"{network} {score:g}" for network, score in facts["bg_scores"].items())
+        where = f"{facts['device']}, {facts['precision']}, torch {facts['torch']}"
+        commit = (facts["git_commit"] or "?")[:8]
+        lines.append([f"`{name}`", dates[-1], f"{seconds / 60:.0f}", f"{memory / 1000:.1f}", scores, commit, where])
+    return _markdown(["run", "date", "minutes", "GB", "background scores", "commit", "where"], lines)
+
+
+def _mean(values: pd.Series[Any]) -> str:
+    column = values.astype(float).dropna()
+    return f"{column.mean():.1f}" if len(column) else ""
+
+
+def _spread(values: pd.Series[Any], signed: bool = False) -> str:
+    """Mean ± standard deviation over seeds; of one seed the value."""
+    column = values.astype(float).dropna()
+    if column.empty:
+        return ""
+    mean = f"{column.mean():+.1f}" if signed else f"{column.mean():.1f}"
+    return f"{mean} ± {column.std():.1f}" if len(column) > 1 else mean
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = parser.add_subparsers(dest="action", required=True)
+    run_action = actions.add_parser("run", help="make the runs, and the page after each")
+    run_action.add_argument("root", type=Path, metavar="VOC2012", help="holds JPEGImages")
+    run_action.add_argument("saliency", type=Path, metavar="SALIENCY", help="folder of saliency maps")
+    run_action.add_argument(
+        "--only", nargs="*", default=[], metavar="KIND", help="chain, supervised, plain, photos, ablation"
+    )
+    actions.add_parser("page", help="make the page of what is finished")
+    chosen = parser.parse_args()
+    if chosen.action == "run":
+        make_runs(chosen.root, chosen.saliency, chosen.only)
+    else:
+        write_page()
