@@ -247,6 +247,17 @@ def test_run_is_explored_with_its_stored_maps_first(run_folder: Path) -> None:
     assert all(map(torch.equal, gallery.cams(photo, "teacher", True), expected))
 
 
+def test_background_score_is_the_one_that_the_run_has_resolved(run_folder: Path) -> None:
+    settings = run_folder / "config.yaml"
+    settings.write_text(settings.read_text().replace("bg_score: 0.35", "bg_score: auto", 1))
+    (run_folder / "checkpoints").mkdir()
+    (run_folder / "checkpoints/teacher.safetensors").write_bytes((ASSETS / "mini_teacher.safetensors").read_bytes())
+    assert Gallery.of_run(run_folder, 1).first_settings(0).bg_score == 0.2  # stage 03 has not run yet
+    (run_folder / "bg_scores").mkdir()
+    (run_folder / "bg_scores/teacher.json").write_text('{"bg_score": 0.45}')
+    assert Gallery.of_run(run_folder, 1).first_settings(0).bg_score == 0.45
+
+
 def test_background_score_that_is_chosen_from_maps_begins_with_the_papers() -> None:
     gallery = Gallery.pretrained(1)
     attention = gallery.config.attention.model_copy(update={"bg_score": "auto"})

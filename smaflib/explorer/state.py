@@ -28,7 +28,7 @@ from smaflib.data import Sample, load_samples
 from smaflib.data.masks import VOC_PALETTE
 from smaflib.data.mini.dataset import make_mini
 from smaflib.data.transforms import normalize
-from smaflib.errors import DataError, RunError
+from smaflib.errors import DataError, MissingStage, RunError
 from smaflib.evaluation import confusion_matrix, intersection_over_union, mean_over_classes, sweep_thresholds
 from smaflib.files import display_path
 from smaflib.maps import AttentionMaps, fuse_and_denoise
@@ -316,6 +316,7 @@ class Gallery:
         networks: that compute maps; may lack one or both.
         stored: folders of finished maps, which go before the networks.
         source: where the images come from, in words.
+        bg_score: the background's score to begin with; None: the config's, and the paper's where that is ``auto``.
     """
 
     samples: list[Sample]
@@ -324,6 +325,7 @@ class Gallery:
     networks: dict[Role, AttentionNetwork]
     stored: dict[Role, AttentionMaps] = field(default_factory=dict)
     source: str = ""
+    bg_score: float | None = None
     _cams: dict[tuple[int, Role, bool], list[Tensor]] = field(default_factory=dict, repr=False)
     _photos: set[int] = field(default_factory=set, repr=False)
 
@@ -365,7 +367,11 @@ class Gallery:
                 f"This command makes them:\n"
                 f"  {run.command('--until', 'multi_scale_attention')}"
             )
-        return cls(samples, split.class_names, run.config, networks, stored, f"run {run.name}")
+        try:
+            bg_score = run.bg_score
+        except MissingStage:  # auto, which stage 03 resolves
+            bg_score = None
+        return cls(samples, split.class_names, run.config, networks, stored, f"run {run.name}", bg_score)
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -379,14 +385,15 @@ class Gallery:
     def first_settings(self, index: int) -> Settings:
         """The run's own settings for an image: its image label, the first class of it, all scales alike, no CRF."""
         numbers = tuple(torch.nonzero(self.samples[index].image_label)[:, 0].tolist())
-        bg_score = self.config.attention.bg_score
+        own = self.config.attention.bg_score
+        # auto is chosen from all maps of a run, which a few images cannot tell; then the paper's value to begin with.
+        bg_score = self.bg_score or (0.2 if own == "auto" else own)
         return Settings(
             class_number=numbers[0] if numbers else 0,
             image_label=numbers,
             weights=(1.0,) * len(self.scales),
             fusion=self.config.attention.fusion,
-            # Chosen from all maps of a run, which a few images cannot tell; the paper's value to begin with.
-            bg_score=0.2 if bg_score == "auto" else min(max(bg_score, 0.01), 1.0),
+            bg_score=min(max(bg_score, 0.01), 1.0),
         )
 
     def flips(self, index: int, role: Role) -> tuple[bool, ...]:
