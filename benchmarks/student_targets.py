@@ -1,0 +1,107 @@
+"""Which targets should a student learn? Students of one teacher, each with other settings, evaluated alike.
+
+    python benchmarks/student_targets.py RUN "teacher:" "CRF: self_training.refine=crf" "control: control"
+
+RUN is a run whose stages 01 to 03 are complete. A variant is a name, a colon and settings; the word ``control`` stands
+for targets of a single scale, ``teacher`` alone evaluates the teacher. Results go to results/student_targets.json, a
+record per run and variant: mIoU of fused maps and of masks after the CRF, on every third image of the training split,
+at the background score that ``auto`` gives and at the oracle threshold. Trained networks and maps are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from smaflib import files
+from smaflib.config import load_config
+from smaflib.data.masks import ground_truth_of
+from smaflib.data.sample import Samples
+from smaflib.evaluation import SIZES, SegmentationMetrics, best_threshold, evaluate, mean_over_classes, sweep_thresholds
+from smaflib.maps import write_attention_maps
+from smaflib.pipeline import Targets, Workspace, auto_bg_score, train_student
+from smaflib.pseudo_masks import pseudo_masks
+from smaflib.runs import find_run
+from smaflib.runs.environment import git_state
+
+RESULTS = Path(__file__).parent / "results" / "student_targets.json"
+EVERY = 3
+"""Every so manieth image is evaluated; the others are kept from the choice of settings."""
+
+
+def percent(metrics: SegmentationMetrics) -> dict[str, float]:
+    values = {"mIoU": metrics.miou} | {size: mean_over_classes(metrics.iou_of_size(size)) for size in SIZES}
+    return {name: round(100 * value, 2) for name, value in values.items()}
+
+
+def score(work: Workspace, network: str, samples: Samples) -> dict[str, Any]:
+    """Fused maps, and masks after the CRF, at the score that auto gives and at the oracle threshold."""
+    true, names = ground_truth_of(samples) or [], samples.class_names
+    maps = work.maps(network)
+    write_attention_maps(work.network(network), samples, maps.folder, work.config.attention, work.make_runtime())
+    plain, blended = work.denoised(network, samples), work.denoised(network, samples, use="pseudo_masks")
+    sweep = sweep_thresholds(plain, true, names, work.config.evaluation)
+    oracle, auto = best_threshold(sweep), auto_bg_score(work, plain, samples)
+    single = {}
+    for scale in work.config.attention.scales:
+        of_scale = sweep_thresholds(work.denoised(network, samples, [scale]), true, names, work.config.evaluation)
+        single[f"{scale:g}"] = percent(of_scale[best_threshold(of_scale)])
+    refined = {}
+    for bg_score in sorted({oracle, auto}):
+        masks = pseudo_masks(samples, blended, bg_score, work.config.pseudo_masks, desc=f"{network} {bg_score:g}")
+        refined[bg_score] = percent(evaluate(masks, true, names, work.config.evaluation))
+    best = max(refined, key=lambda bg_score: refined[bg_score]["mIoU"])
+    return {
+        "scales": single,
+        "fused": percent(sweep[oracle]) | {"bg_score": oracle},
+        "refined_auto": refined[auto] | {"bg_score": auto},
+        "refined_oracle": refined[best] | {"bg_score": best},
+    }
+
+
+def variant(work: Workspace, text: str) -> dict[str, Any]:
+    """Train the student of a variant and evaluate it."""
+    name, _, settings = text.partition(":")
+    words = settings.split()
+    control = "control" in words
+    overrides = [word for word in words if word != "control"]
+    run = find_run(str(work.folder))
+    config = load_config(run.config_file, [*run.overrides, *overrides])
+    of_variant = replace(work, config=config)
+    network = "teacher" if name == "teacher" else "tried_" + re.sub(r"\W+", "_", name.strip())
+    begun = time.monotonic()
+    if network != "teacher":
+        train_student(of_variant, network, targets=Targets(fused=not control))
+    seconds = time.monotonic() - begun
+    samples = of_variant.samples().with_ground_truth
+    result = score(of_variant, network, samples.subset(range(0, len(samples), EVERY)))
+    return {"variant": name.strip(), "control": control, "settings": overrides, "seconds": round(seconds), **result}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="name or path of a run")
+    parser.add_argument("variants", nargs="+", metavar="NAME:SETTINGS", help="'teacher:' evaluates the teacher")
+    arguments = parser.parse_args()
+    run = find_run(arguments.run)
+    work = Workspace(run.folder, run.config)
+    for text in arguments.variants:
+        kept = files.read_json(RESULTS, {"records": []})["records"]
+        where = {"run": run.name, "seed": run.config.seed, "run_settings": shown(run.overrides)}
+        record = where | variant(work, text) | git_state()
+        same = [r for r in kept if (r["run"], r["variant"]) == (record["run"], record["variant"])]
+        files.write_json(RESULTS, {"records": [r for r in kept if r not in same] + [record]})
+        print(record["variant"], record["fused"], record["refined_auto"], record["refined_oracle"], flush=True)
+
+
+def shown(overrides: tuple[str, ...]) -> list[str]:
+    """Settings without the paths of this machine."""
+    return [override for override in overrides if not override.startswith(("data.root=", "data.saliency="))]
+
+
+if __name__ == "__main__":
+    main()
