@@ -84,6 +84,24 @@ def test_bad_input_exits_with_2(monkeypatch, config_file, arguments, message):
     assert not (config_file.parent / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.backbone=timm/tf_efficentnet_lite2", "timm/tf_efficientnet_lite"),
+        ("segmentation.model={backbone: resnet5}", "resnet5"),
+    ],
+)
+def test_networks_that_cannot_be_had_stop_a_run_before_its_first_stage(tmp_path, setting, message):
+    config = PROJECT_ROOT / "configs" / "mini.yaml"
+    words = ["run", config, "--name", "bad", "--runs", tmp_path, "--set", setting]
+    words += ["--set", "segmentation.initial_weights=backbone"]
+    result = smaf(*words)
+    assert result.exit_code == 2 and result.output.startswith("error: ") and message in result.output
+    assert sorted(path.name for path in (tmp_path / "bad").iterdir() if not path.name.startswith(".")) == [
+        "config.yaml"
+    ]
+
+
 def test_status_lists_all_stages(run):
     entry = {"status": "complete", "seconds": 61.2}
     taken = entry | {"reused_from": "papermill_runs/x"}

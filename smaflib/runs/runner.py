@@ -170,15 +170,10 @@ def _check_notebooks(notebooks: Path, stages: Sequence[Stage]) -> None:
 
 
 def _will_train(run: Run, chosen: Sequence[Stage]) -> bool:
-    """Whether a network may be trained; quick, so that a finished run imports no torch."""
-    hash_now, entries = config_hash(run.config), read_manifest(run.folder)["stages"]
-    done = [
-        stage.name in entries
-        and entries[stage.name]["status"] == "complete"
-        and entries[stage.name]["config_hash"] == hash_now
-        for stage in chosen
-    ]
-    return len(chosen) > 1 and not all(done)
+    """Whether a stage from 02 on is not complete; without torch, so that a finished run starts none."""
+    now, entries = config_hash(run.config), read_manifest(run.folder)["stages"]
+    done = {name for name, entry in entries.items() if (entry["status"], entry["config_hash"]) == ("complete", now)}
+    return any(stage.name >= "02" and stage.name not in done for stage in chosen)
 
 
 def _parameters_of(notebook: Path) -> set[str]:
