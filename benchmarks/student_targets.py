@@ -43,16 +43,16 @@ def score(work: Workspace, network: str, samples: Samples) -> dict[str, Any]:
     true, names = ground_truth_of(samples) or [], samples.class_names
     maps = work.maps(network)
     write_attention_maps(work.network(network), samples, maps.folder, work.config.attention, work.make_runtime())
-    plain, blended = work.denoised(network, samples), work.denoised(network, samples, use="pseudo_masks")
-    sweep = sweep_thresholds(plain, true, names, work.config.evaluation)
-    oracle, auto = best_threshold(sweep), auto_bg_score(work, plain, samples)
+    fused = work.denoised(network, samples)
+    sweep = sweep_thresholds(fused, true, names, work.config.evaluation)
+    oracle, auto = best_threshold(sweep), auto_bg_score(work, fused, samples)
     single = {}
     for scale in work.config.attention.scales:
         of_scale = sweep_thresholds(work.denoised(network, samples, [scale]), true, names, work.config.evaluation)
         single[f"{scale:g}"] = percent(of_scale[best_threshold(of_scale)])
     refined = {}
     for bg_score in sorted({oracle, auto}):
-        masks = pseudo_masks(samples, blended, bg_score, work.config.pseudo_masks, desc=f"{network} {bg_score:g}")
+        masks = pseudo_masks(samples, fused, bg_score, work.config.pseudo_masks, desc=f"{network} {bg_score:g}")
         refined[bg_score] = percent(evaluate(masks, true, names, work.config.evaluation))
     best = max(refined, key=lambda bg_score: refined[bg_score]["mIoU"])
     return {

@@ -64,7 +64,7 @@ class Workspace:
         scales: Sequence[float] | None = None,
         rule: FusionRule | None = None,
         denoised: bool = True,
-        use: Literal["self_training", "pseudo_masks"] | None = None,
+        saliency_weight: float = 0.0,
     ) -> DenoisedMaps:
         """A network's maps of some samples, fused and denoised, read when asked for.
 
@@ -74,14 +74,13 @@ class Workspace:
             scales: which take part; None: all.
             rule: of the fusion; None: the config's, and the sum for a single scale, where there is nothing to fuse.
             denoised: False leaves the maps of absent classes in.
-            use: what the maps become, targets or masks: these may blend in saliency maps (``saliency_weight``).
+            saliency_weight: share of the samples' saliency maps, for targets (``self_training.saliency_weight``).
         """
         from smaflib.maps import DenoisedMaps
 
         rule = rule or ("sum" if scales is not None and len(scales) == 1 else self.config.attention.fusion)
-        weight = self.config.saliency_weight(use) if use else 0.0
         maps = self.maps(network, _split(samples))
-        return DenoisedMaps(maps, samples, rule, scales, denoised=denoised, saliency_weight=weight)
+        return DenoisedMaps(maps, samples, rule, scales, denoised=denoised, saliency_weight=saliency_weight)
 
     def masks(self, samples: Samples, folder: Literal["masks", "masks_segmenter"] = "masks") -> MaskFiles:
         """The masks of some samples, in their order: pseudo masks, or the segmentation network's.
@@ -349,7 +348,8 @@ def _targets(work: Workspace, teacher: str, targets: Targets, runtime: Runtime) 
 
     config, samples = work.config, work.samples()
     scales = None if targets.fused else [config.attention.single_scale]
-    maps = work.denoised(teacher, samples, scales, denoised=targets.denoised, use="self_training")
+    weight = config.target_saliency_weight
+    maps = work.denoised(teacher, samples, scales, denoised=targets.denoised, saliency_weight=weight)
     maps.cached = config.data.cache
     if config.self_training.refine == "none":
         return maps
@@ -380,7 +380,7 @@ def write_masks(work: Workspace, network: str = "student") -> MaskFiles:
     samples, bg_score = work.samples(), resolve_bg_score(work, network)
     write_pseudo_masks(
         samples,
-        work.denoised(network, samples, use="pseudo_masks"),
+        work.denoised(network, samples),
         work.path("masks"),
         bg_score,
         work.config.pseudo_masks,

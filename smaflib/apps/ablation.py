@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
@@ -134,9 +134,9 @@ class SeedWorkspace(Workspace):
     def data_folder(self) -> Path:
         return self.data_home
 
-    def maps_of(self, row: Row, samples: Samples, use: Literal["pseudo_masks"] | None = "pseudo_masks") -> DenoisedMaps:
-        """The maps that become a row's masks; with ``use`` None as they are before saliency maps are blended in."""
-        return self.denoised(row.network, samples, None if row.fused else [self.config.attention.single_scale], use=use)
+    def maps_of(self, row: Row, samples: Samples) -> DenoisedMaps:
+        """The maps that become a row's masks."""
+        return self.denoised(row.network, samples, None if row.fused else [self.config.attention.single_scale])
 
 
 def score_row(work: SeedWorkspace, name: str) -> list[dict[str, Any]]:
@@ -187,7 +187,7 @@ def _own_bg_score(work: SeedWorkspace, row: Row) -> float:
     """The run's own score for a row's masks; ``auto`` chooses from the row's maps, as stage 06 from the student's."""
     score = work.config.mask_bg_score
     samples = work.samples()
-    return auto_bg_score(work, work.maps_of(row, samples, use=None), samples) if score == "auto" else score
+    return auto_bg_score(work, work.maps_of(row, samples), samples) if score == "auto" else score
 
 
 def ablate_seed(

@@ -224,8 +224,6 @@ class PseudoMaskConfig(StageConfig):
     """Stage 5: argmax over background and fused maps, then the CRF."""
 
     bg_score: Fraction | Literal["auto"] | None = None  # None: as for attention; auto: chosen from the student's maps
-    # Share of the saliency maps in the masks, with classifier.pretraining: eps; the paper's rule is 0.
-    saliency_weight: Fraction = 0.0
     refine: Literal["crf", "par", "none"] = "crf"
     crf: CrfConfig = CrfConfig()  # or the name of a preset: reference, irn, deeplab, mini, soft
     par: ParConfig = ParConfig()
@@ -293,10 +291,10 @@ class Config(StageConfig):
     segmentation: SegmentationConfig = SegmentationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
-    def saliency_weight(self, group: Literal["self_training", "pseudo_masks"]) -> float:
-        """Share of the saliency maps in targets or masks; 0 where the teacher is to learn from image labels alone."""
-        chosen = self.self_training if group == "self_training" else self.pseudo_masks
-        return chosen.saliency_weight if self.classifier.pretraining == "eps" else 0.0
+    @property
+    def target_saliency_weight(self) -> float:
+        """Share of the saliency maps in the targets; 0 where the teacher is to learn from image labels alone."""
+        return self.self_training.saliency_weight if self.classifier.pretraining == "eps" else 0.0
 
     @property
     def mask_bg_score(self) -> float | Literal["auto"]:
