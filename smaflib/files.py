@@ -31,6 +31,12 @@ def absolute(path: str | Path) -> Path:
     return Path(os.path.normpath(PROJECT_ROOT / path))
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a name from outside may become part of a path: it stays in its folder and every system takes it."""
+    parts = name in ("", ".", "..") or any(character in name for character in "/\\\0")
+    return not parts and name.isprintable() and len(name.encode()) <= 200
+
+
 def display_path(path: Path) -> str:
     """A path as it is printed and recorded: relative to the checkout where it lies inside."""
     return str(path.relative_to(PROJECT_ROOT)) if path.is_relative_to(PROJECT_ROOT) else str(path)

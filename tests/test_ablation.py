@@ -425,6 +425,10 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablation, "ablate", pretend)
     config = str(PROJECT_ROOT / "configs" / "mini.yaml")
     words = ["ablate", config, "--seeds", "4,5", "--name", "x", "--runs", str(tmp_path), "--set", "num_threads=1"]
+    for name in ("../escaped", "..", "", str(tmp_path / "absolute")):
+        refused = CliRunner().invoke(app, ["ablate", config, "--name", name, "--runs", str(tmp_path / "runs")])
+        assert refused.exit_code == 2 and "plain folder name" in refused.output
+        assert not list(tmp_path.iterdir())
     words += ["--rows", "full,control"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output

@@ -22,6 +22,7 @@ from smaflib.config import (
 )
 from smaflib.data.classes import VOC_CLASSES
 from smaflib.errors import ConfigError
+from smaflib.files import PROJECT_ROOT
 
 MINI = {"data": {"kind": "mini"}}
 
@@ -112,11 +113,14 @@ def test_unknown_setting_of_no_likeness_still_gets_a_hint() -> None:
         ({"classifier": {"learning_rate": -1}}, r"classifier\.learning_rate: .*greater than 0"),
         ({"classifier": {"momentum": 1.5}}, r"classifier\.momentum: .*less than or equal to 1"),
         ({"classifier": {"optimizer": "adam"}}, r"classifier\.optimizer: .*'sgd' or 'adamw'"),
-        ({"classifier": {"resize_range": [512, 256]}}, r"resize_range must be \(smallest, largest\)"),
+        (
+            {"classifier": {"resize_range": [512, 256]}},
+            r"classifier\.resize_range: must be \(smaller, larger\), got \[512, 256\]",
+        ),
         ({"classifier": {"color_jitter": [0.1]}}, r"classifier\.color_jitter"),
         ({"classifier": 3}, r"classifier: .*got 3"),
         ({"attention": {"scales": []}}, r"attention\.scales: .*at least 1"),
-        ({"attention": {"scales": [0]}}, r"attention\.scales\.0: .*greater than 0"),
+        ({"attention": {"scales": [0]}}, r"attention\.scales\.0: .*greater than or equal to 0\.05"),
         ({"attention": {"bg_score": 1.2}}, r"attention\.bg_score: .*less than or equal to 1"),
         ({"attention": {"fusion": "product"}}, r"attention\.fusion: .*size_adaptive"),
         ({"pseudo_masks": {"crf": {"gt_prob": 1}}}, r"pseudo_masks\.crf\.gt_prob: .*less than 1"),
@@ -127,13 +131,79 @@ def test_unknown_setting_of_no_likeness_still_gets_a_hint() -> None:
         # An average over no scale and a sum over no branch have no value.
         ({"segmentation": {"test_scales": []}}, r"segmentation\.test_scales: .*at least 1"),
         ({"segmentation": {"aspp_dilations": []}}, r"segmentation\.aspp_dilations: .*at least 1"),
-        ({"segmentation": {"test_scales": [0]}}, r"segmentation\.test_scales\.0: .*greater than 0"),
+        ({"segmentation": {"test_scales": [0]}}, r"segmentation\.test_scales\.0: .*greater than or equal to 0\.05"),
         ({"evaluation": {"thresholds": []}}, r"evaluation\.thresholds: .*at least 1"),
     ],
 )
 def test_value_that_does_not_fit_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check(**settings)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "attention.scales=[.inf]",
+        "attention.scales=[1e9]",
+        "attention.bg_score=0",
+        "attention.bg_score=.nan",
+        "classifier.batch_size=1000000",
+        "classifier.resize_range=[1, 1]",
+        "classifier.color_jitter=[0, 0, 0, 0.9]",
+        "classifier.color_jitter=[-1, 0, 0, 0]",
+        "classifier.head_multiplier=-3",
+        "classifier.learning_rate=.inf",
+        "classifier.poly_power=0",
+        "classifier.weight_decay=.nan",
+        "self_training.loss_weight=-1",
+        "self_training.crop_size=2",
+        "pseudo_masks.crf.bilateral_sxy=1e-30",  # ended in a segmentation fault
+        "pseudo_masks.crf.gaussian_sxy=1e300",
+        "pseudo_masks.crf.bilateral_compat=-.inf",
+        "pseudo_masks.par.bandwidth=0",
+        "segmentation.aspp_dilations=[100000]",
+        "segmentation.test_scales=[.nan]",
+        "evaluation.size_limits=[0.5, 0.1]",
+        "evaluation.paper_results={pseudo_masks: 739}",
+        "data.image_size=100000",
+        "num_threads=1000000",
+        f"seed={'1' * 5000}",
+        f"classifier.iterations={10**30}",
+    ],
+)
+def test_number_out_of_bounds_is_refused_in_a_few_words(setting: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(PROJECT_ROOT / "configs" / "mini.yaml", [setting])
+    key = setting.partition("=")[0]
+    assert key in str(caught.value) and len(str(caught.value)) < 2000
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdef", "bcdefg", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"seed: " + b"1" * 5000, "is not valid YAML: Exceeds the limit"),
+        (b"seed: 2024-13-45", "is not valid YAML: month must be in 1..12"),
+        (b"seed: " + b"[" * 100_000, "is not valid YAML"),
+        (b"seed: \xff\xfe", "cannot be read as UTF-8 text"),
+        (b"seed: \x00", "is not valid YAML"),
+        (BOMB.encode() + b"seed: *g", "there is no setting"),
+        (BOMB.replace("a:", "seed:", 1).encode(), "there is no setting"),
+        (b"seed: &a [*a, *a]", "is not valid YAML|valid integer"),
+        (("".join(f"data_{number}: 1\n" for number in range(5000))).encode(), "there is no setting"),
+        (("attention: {scales: [" + ", ".join(["-1"] * 5000) + "]}").encode(), "and 498. more"),
+    ],
+)
+def test_hostile_file_of_settings_is_refused_in_a_few_words(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "hostile.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(path)
+    assert len(str(caught.value)) < 4000
 
 
 def test_all_problems_are_listed_at_once() -> None:

@@ -140,6 +140,18 @@ def test_killed_painting_goes_on_with_what_is_missing(root: Path, tmp_path: Path
     assert first.read_bytes() == whole and second.stat().st_mtime_ns == times
 
 
+@pytest.mark.parametrize("name", ["../secret.jpg", "/etc/passwd", "", "a\\b.jpg", "n" * 300])
+def test_file_name_that_leads_elsewhere_is_refused(root: Path, name: str) -> None:
+    path = root / "annotations" / "instances_train2014.json"
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image["file_name"] = name
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="no plain file name") as caught:
+        load(root)
+    assert len(str(caught.value)) < 600
+
+
 def test_what_is_missing_is_named(root: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no file .*instances_train2017\.json; unpack the annotations .*train2014"):
         load(root, train_split="train2017")

@@ -77,6 +77,20 @@ def test_missing_mask_is_named(tmp_path: Path) -> None:
         read_mask(tmp_path / "cat.png")
 
 
+@pytest.mark.parametrize("kind", ["EPS", "BMP", "TIFF", "GIF", "PPM"])
+def test_formats_that_nobody_keeps_masks_in_are_not_opened(tmp_path: Path, kind: str) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", kind)
+    with pytest.raises(DataError, match=r"a\.png cannot be decoded"):
+        read_mask(tmp_path / "a.png")
+
+
+def test_picture_that_asks_for_gigabytes_is_refused_by_its_header(tmp_path: Path) -> None:
+    Image.new("1", (13_000, 13_000)).save(tmp_path / "huge.png")
+    assert (tmp_path / "huge.png").stat().st_size < 50_000
+    with pytest.raises(DataError, match=r"huge\.png has 13000 x 13000 pixels, more than 50 million"):
+        read_mask(tmp_path / "huge.png")
+
+
 def test_mask_values_are_those_that_occur() -> None:
     assert mask_values(torch.tensor([[7, 0], [255, 7]], dtype=torch.uint8)) == [0, 7, 255]
 

@@ -287,6 +287,10 @@ def test_submission_holds_palette_masks_where_the_server_expects_them(photos: Pa
         write_submission(run, ["0"], photos, tmp_path / "results.zip")
     network = new_segmenter(config, 2, cpu_runtime()).eval()
     write_weights(run.path("checkpoints/segmenter.safetensors"), network.state_dict())
+    for name in ("../0", "/etc/0", "a\\b", "", "..", "line\nbreak"):
+        with pytest.raises(DataError, match="no plain file name"):
+            write_submission(run, ["0", name], photos, tmp_path / "results.zip")
+    assert not (tmp_path / "results.zip").exists()
     assert write_submission(run, ["0", "2"], photos, tmp_path / "results.zip") == 2
     with zipfile.ZipFile(tmp_path / "results.zip") as archive:
         folder = "results/VOC2012/Segmentation/comp6_test_cls"

@@ -534,7 +534,7 @@ def test_settings_are_checked_first(finished):
     assert finished.log == ["01", "02"]
 
 
-@pytest.mark.parametrize("name", ["../elsewhere", ".hidden", "a b"])
+@pytest.mark.parametrize("name", ["../elsewhere", ".hidden", "a b", "", "..", "/tmp/x", "n" * 101])
 def test_run_name_is_a_plain_folder_name(chain, name):
     folders = {"notebooks": chain.folder / "notebooks", "runs": chain.folder / "runs"}
     with pytest.raises(RunError, match="plain folder name"):

@@ -104,7 +104,7 @@ def ablate(
     with _plain_errors():
         from smaflib.apps.ablation import ROWS, ablate, ablation_table, read_ablation
         from smaflib.files import RUNS_FOLDER, display_path
-        from smaflib.runs import open_run
+        from smaflib.runs.run import open_run, run_folder
 
         try:
             numbers = [int(seed) for seed in seeds.split(",")]
@@ -112,7 +112,7 @@ def ablate(
             raise typer.BadParameter(
                 f"--seeds must be numbers joined by commas, such as 0,1,2, got {seeds!r}"
             ) from None
-        folder = (runs.absolute() if runs else RUNS_FOLDER) / (name or config.stem)
+        folder = run_folder(runs.absolute() if runs else RUNS_FOLDER, config.stem if name is None else name)
         opened = open_run(folder, config.absolute() if config.exists() else config, settings or [])
         sources = [_find(source, runs) for source in reuse or []]
         path = ablate(opened, numbers, rows.split(",") if rows else tuple(ROWS), sources)

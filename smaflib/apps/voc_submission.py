@@ -11,7 +11,7 @@ from PIL import Image
 from smaflib.data.masks import VOC_PALETTE
 from smaflib.data.voc import read_image
 from smaflib.errors import ConfigError, DataError
-from smaflib.files import display_path, replacing
+from smaflib.files import display_path, is_plain_name, replacing
 from smaflib.runs import Run
 from smaflib.runtime import progress
 from smaflib.segmentation import segment_many
@@ -37,6 +37,10 @@ def write_submission(run: Run, image_ids: list[str], images: Path, target: Path,
         ConfigError: if the run has no segmentation network.
         DataError: if an image is missing or damaged.
     """
+    if odd := [image_id for image_id in image_ids if not is_plain_name(image_id)]:
+        raise DataError(
+            f"the list of images holds {odd[0][:100]!r}, which is no plain file name; name images without folder"
+        )
     missing = [image_id for image_id in image_ids if not (images / f"{image_id}.jpg").is_file()]
     if missing or not image_ids:
         first = f", the first is {missing[0]}.jpg" if missing else ": the list of images is empty"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 import types
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
@@ -14,6 +15,9 @@ from smaflib.config.presets import PRESET_GROUPS
 from smaflib.config.schema import NAMED_WEIGHTS, Config, CrfConfig, DataConfig, ModelConfig
 from smaflib.errors import ConfigError
 from smaflib.files import PROJECT_ROOT
+
+MOST_PROBLEMS = 20
+"""Lines of an error message; a file may have thousands of wrong settings."""
 
 RENAMED = {"evaluation.anchors": "evaluation.paper_results"}
 """Settings of earlier versions, and what they are called now."""
@@ -38,9 +42,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if not path.is_file():
         raise FileNotFoundError(f"there is no config file {path}; the ready ones are in configs/")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        settings = _read_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold settings such as 'seed: 0', got a {type(settings).__name__}")
     for override in overrides:
@@ -59,9 +63,28 @@ def check_settings(settings: dict[str, Any], source: str = "the settings") -> Co
             # Where there is a choice of types, pydantic adds their names, such as literal['auto'].
             where = ".".join(str(part) for part in problem["loc"] if isinstance(part, int) or part.isidentifier())
             message = problem["msg"].removeprefix("Value error, ")
-            given = f", got {problem['input']!r}" if where and not isinstance(problem["input"], dict) else ""
+            given = f", got {_short(problem['input'])}" if where and not isinstance(problem["input"], dict) else ""
             lines.append(f"  {where + ': ' if where else ''}{message}{given}")
-        raise ConfigError(f"{source} does not fit:\n" + "\n".join(lines)) from None
+        more = [f"  and {len(lines) - MOST_PROBLEMS} more"] if len(lines) > MOST_PROBLEMS else []
+        raise ConfigError(f"{source} does not fit:\n" + "\n".join(lines[:MOST_PROBLEMS] + more)) from None
+
+
+def _read_yaml(text: str, what: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    # Beside its own errors, those of numbers of 5,000 digits, of dates that do not exist, and of deep nesting.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{what} is not valid YAML: {_short(str(error), quoted=False)}") from error
+
+
+def _short(value: Any, quoted: bool = True) -> str:
+    """A value for a message: a few hundred characters at most, however large or nested it is."""
+    if not quoted:
+        return value if len(value) <= 300 else f"{value[:300]} ..."
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = brief.maxlong = 120
+    brief.maxlevel, brief.maxlist, brief.maxdict, brief.maxtuple = 3, 8, 8, 8
+    return brief.repr(value)
 
 
 def dump_config(config: Config) -> str:
@@ -116,11 +139,8 @@ def _resolve_paths(config: Config) -> Config:
 def _apply_override(settings: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"an override must look like key=value, got {override!r}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of {override!r} is not valid YAML: {error}") from error
+        raise ConfigError(f"an override must look like key=value, got {_short(override)}")
+    value = _read_yaml(text, f"the value of {_short(override)}")
     *parents, last = key.strip().split(".")
     node = settings
     for parent in parents:

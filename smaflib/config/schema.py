@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from smaflib.config.presets import CRF_PRESETS
 from smaflib.config.variants import Variant
@@ -18,17 +18,35 @@ from smaflib.files import absolute
 
 Split = Literal["train", "val"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
+BgScore = Annotated[float, Field(gt=0.0, le=1.0)]  # with 0, reactivation divides pixels without any class by 0
+Positive = Annotated[int, Field(gt=0, le=2**31 - 1)]
+Side = Annotated[int, Field(ge=8, le=16384)]  # in pixels
+Scale = Annotated[float, Field(ge=0.05, le=8)]  # of an image's size
+Channels = Annotated[int, Field(ge=0, le=65536)]
+Processes = Annotated[int, Field(ge=0, le=1024)]
+Multiplier = Annotated[float, Field(ge=0, le=10_000)]
+Reach = Annotated[float, Field(ge=0.05, le=1e5)]  # of a kernel: narrower ones leave the range of the lattice's keys
+Compat = Annotated[float, Field(ge=0, le=1e5)]
+Jitter = Annotated[float, Field(ge=0, le=10)]
+ColorJitter = tuple[Jitter, Jitter, Jitter, Annotated[float, Field(ge=0, le=0.5)]]
+"""Of brightness, contrast, saturation, hue."""
+Dilation = Annotated[int, Field(gt=0, le=1000)]
 
 
 NAMED_WEIGHTS = ("torchvision", "pretrained", "wheel")
 """Values of ``model.weights`` that are no file."""
 
 
+def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError("must be (smaller, larger)")
+    return pair
+
+
 class StageConfig(BaseModel):
     """Base of all settings: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class DataConfig(StageConfig):
@@ -51,10 +69,10 @@ class DataConfig(StageConfig):
     masks: Path | None = None  # palette PNGs, for evaluation; None: SegmentationClass (voc), no evaluation (folder)
     max_images: Positive | None = None  # only the first so many of each split, for a quick trial
     cache: bool = False  # keep decoded images in memory; for small sets
-    num_workers: Annotated[int, Field(ge=0)] = 0  # loader processes
+    num_workers: Processes = 0  # loader processes
     num_train: Positive = 400  # mini: images to make
     num_val: Positive = 200
-    image_size: Annotated[int, Field(ge=64)] = 128  # mini: side in pixels
+    image_size: Annotated[int, Field(ge=64, le=4096)] = 128  # mini: side in pixels
 
     def split_list(self, split: Split) -> Path:
         """voc: the list of a split: of the data set by its name, or any by its path, relative to the checkout."""
@@ -79,7 +97,7 @@ class ModelConfig(StageConfig):
     # are refused unless this is true.
     allow_mask_weights: bool = False
     output_stride: Literal[8, 16, 32] = 8  # pixels per cell of the logit maps, where the backbone allows it
-    head_channels: Annotated[int, Field(ge=0)] = 0  # width of an extra 1x1 conv + BatchNorm + ReLU; SMAF uses 128
+    head_channels: Channels = 0  # width of an extra 1x1 conv + BatchNorm + ReLU; SMAF uses 128
     freeze_backbone: bool = False  # train the head only, on standardised features: for a few dozen photos
     freeze_early: bool = False  # the first layers; resnet38: conv1a, b2, b2_1, b2_2, as in the reference
     freeze_batch_norm: bool = True  # statistics and affine parameters; pointless without pretrained weights
@@ -89,37 +107,36 @@ class TrainingConfig(StageConfig):
     """One optimisation: what is drawn, how far each step goes, for how long."""
 
     iterations: Positive = 20_000
-    batch_size: Positive = 8
-    crop_size: Positive = 448  # side of the square crop, in pixels
-    resize_range: tuple[Positive, Positive] = (256, 512)  # the long side is drawn from this range, in pixels
+    batch_size: Annotated[int, Field(gt=0, le=65536)] = 8
+    crop_size: Side = 448  # side of the square crop, in pixels
+    resize_range: Annotated[tuple[Side, Side], AfterValidator(_ordered)] = (
+        256,
+        512,
+    )  # the long side is drawn from this range, in pixels
     # True: no crops; the whole image, squashed to a square whose side is drawn from resize_range for each batch. For a
     # few dozen photos: a crop without the only object of its class is a wrong label, which a large set would forgive.
     whole_images: bool = False
     flip: bool = True
-    color_jitter: tuple[float, float, float, float] = (0.3, 0.3, 0.3, 0.1)  # brightness, contrast, saturation, hue
+    color_jitter: ColorJitter = (0.3, 0.3, 0.3, 0.1)
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    learning_rate: Annotated[float, Field(gt=0)] = 0.01
-    head_multiplier: float = 10.0  # learning rate of newly initialised layers
-    bias_multiplier: float = 2.0  # learning rate of biases, which get no weight decay
+    learning_rate: Annotated[float, Field(gt=0, le=100)] = 0.01
+    head_multiplier: Multiplier = 10.0  # learning rate of newly initialised layers
+    bias_multiplier: Multiplier = 2.0  # learning rate of biases, which get no weight decay
     # The reference passes its weight decay in SGD's momentum slot, so its momentum is 5e-4 and not 0.9.
     momentum: Fraction = 5e-4
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 5e-4
     schedule: Literal["poly", "onecycle"] = "poly"
-    poly_power: float = 0.9
+    poly_power: Annotated[float, Field(gt=0, le=100)] = 0.9
     checkpoint_every: Positive = 500  # iterations between two points from which a killed run resumes
-
-    @model_validator(mode="after")
-    def _range_is_ordered(self) -> TrainingConfig:
-        if self.resize_range[0] > self.resize_range[1]:
-            raise ValueError(f"resize_range must be (smallest, largest), got {self.resize_range}")
-        return self
 
 
 class HeadSolverConfig(StageConfig):
     """The last layer computed instead of trained: a logistic regression on a frozen backbone's features."""
 
-    iterations: Positive = 100  # L-BFGS steps at most; it is usually done after half of them
-    weight_decay: Annotated[float, Field(ge=0)] = 0.001  # penalty on the squared weights, per class
+    iterations: Annotated[int, Field(gt=0, le=1_000_000)] = (
+        100  # L-BFGS steps at most; it is usually done after half of them
+    )
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.001  # penalty on the squared weights, per class
 
     @model_validator(mode="before")
     @classmethod
@@ -148,12 +165,12 @@ FusionRule = Literal["sum", "mean", "max", "size_adaptive"]
 class AttentionConfig(StageConfig):
     """Stages 2 and 3: multi-scale attention, fusion, denoising, reactivation."""
 
-    scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.5, 1.0, 1.5, 2.0), min_length=1)
+    scales: tuple[Scale, ...] = Field((0.5, 1.0, 1.5, 2.0), min_length=1)
     flip: bool = True
     fusion: FusionRule = "sum"
     # A pixel whose every class stays below this is background. auto: chosen from the teacher's maps, without any
     # ground truth (smaflib/thresholds.py).
-    bg_score: Fraction | Literal["auto"] = 0.2
+    bg_score: BgScore | Literal["auto"] = 0.2
 
     @property
     def single_scale(self) -> float:
@@ -164,9 +181,9 @@ class AttentionConfig(StageConfig):
 class SelfTrainingConfig(TrainingConfig):
     """Stage 4: the student learns the frozen teacher's reactivated targets."""
 
-    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    color_jitter: ColorJitter = (0.0, 0.0, 0.0, 0.0)
     rounds: Positive = 1  # in each further round the student of the last one is the teacher
-    loss_weight: float = 100.0  # L_mac = loss_weight * mean squared error
+    loss_weight: Annotated[float, Field(gt=0, le=1e6)] = 100.0  # L_mac = loss_weight * mean squared error
     refine: Literal["none", "crf"] = "none"  # crf: learn the masks that pseudo_masks makes of the fused maps
     # Share of the saliency maps in the targets, with classifier.pretraining: eps; the paper's rule is 0.
     saliency_weight: Fraction = 0.0
@@ -177,20 +194,20 @@ class SelfTrainingConfig(TrainingConfig):
 class CrfConfig(StageConfig):
     """Dense CRF with Gaussian edge potentials (Kraehenbuehl and Koltun, NIPS 2011)."""
 
-    iterations: Annotated[int, Field(ge=0)] = 10
+    iterations: Annotated[int, Field(ge=0, le=10_000)] = 10
     # The unary term, from the pixel alone. labels: the strongest class, with gt_prob. scores: every class in proportion
     # to its score; the kernels of the reference then erase much of an object, since attention is weak on its body.
     unary: Literal["labels", "scores"] = "labels"
     gt_prob: Annotated[float, Field(gt=0, lt=1)] = 0.7  # how sure a hard label is
-    sharpness: Annotated[float, Field(gt=0)] = 1.0  # scores are raised to this power
+    sharpness: Annotated[float, Field(gt=0, le=100)] = 1.0  # scores are raised to this power
     # all: choose among all K+1 labels, as the reference; present: among background and those that the mask holds, which
     # is faster and smooths more, because what gt_prob leaves is not spread over classes that are not there.
     labels: Literal["all", "present"] = "all"
-    gaussian_sxy: Annotated[float, Field(gt=0)] = 3.0  # reach of the smoothness kernel, in pixels
-    gaussian_compat: float = 3.0
-    bilateral_sxy: Annotated[float, Field(gt=0)] = 50.0  # reach of the appearance kernel, in pixels
-    bilateral_srgb: Annotated[float, Field(gt=0)] = 5.0  # and in 8-bit colour steps
-    bilateral_compat: float = 10.0
+    gaussian_sxy: Reach = 3.0  # reach of the smoothness kernel, in pixels
+    gaussian_compat: Compat = 3.0
+    bilateral_sxy: Reach = 50.0  # reach of the appearance kernel, in pixels
+    bilateral_srgb: Reach = 5.0  # and in 8-bit colour steps
+    bilateral_compat: Compat = 10.0
 
     @model_validator(mode="before")
     @classmethod
@@ -211,10 +228,12 @@ class ParConfig(StageConfig):
     GPU, several times as slow as a CRF on a CPU.
     """
 
-    iterations: Annotated[int, Field(ge=0)] = 10
-    dilations: tuple[Positive, ...] = Field((1, 2, 4, 8, 12, 24), min_length=1)  # rings of eight neighbours, in pixels
-    bandwidth: Annotated[float, Field(gt=0)] = 0.3  # of likeness, in standard deviations of the neighbourhood
-    position_weight: Annotated[float, Field(ge=0)] = 0.01  # of nearness, against likeness
+    iterations: Annotated[int, Field(ge=0, le=10_000)] = 10
+    dilations: tuple[Dilation, ...] = Field((1, 2, 4, 8, 12, 24), min_length=1)  # rings of eight neighbours, in pixels
+    bandwidth: Annotated[float, Field(ge=1e-3, le=1e3)] = (
+        0.3  # of likeness, in standard deviations of the neighbourhood
+    )
+    position_weight: Annotated[float, Field(ge=0, le=1e3)] = 0.01  # of nearness, against likeness
 
 
 CrfBackend = Literal["auto", "pydensecrf", "torch"]
@@ -223,13 +242,13 @@ CrfBackend = Literal["auto", "pydensecrf", "torch"]
 class PseudoMaskConfig(StageConfig):
     """Stage 5: argmax over background and fused maps, then the CRF."""
 
-    bg_score: Fraction | Literal["auto"] | None = None  # None: as for attention; auto: chosen from the student's maps
+    bg_score: BgScore | Literal["auto"] | None = None  # None: as for attention; auto: chosen from the student's maps
     refine: Literal["crf", "par", "none"] = "crf"
     crf: CrfConfig = CrfConfig()  # or the name of a preset: reference, irn, deeplab, mini, soft
     par: ParConfig = ParConfig()
     # Both give the same masks. auto: torch on a CUDA GPU; on the CPU pydensecrf, or torch where that is not installed.
     backend: CrfBackend = "auto"
-    num_workers: Annotated[int, Field(ge=0)] = 0  # processes on the CPU; 0: one per core
+    num_workers: Processes = 0  # processes on the CPU; 0: one per core
 
     @property
     def refinement(self) -> CrfConfig | ParConfig | None:
@@ -241,34 +260,37 @@ class SegmentationConfig(TrainingConfig):
     """Stage 6: a segmentation network learns the pseudo masks."""
 
     enabled: bool = True
-    crop_size: Positive = 321
-    resize_range: tuple[Positive, Positive] = (250, 750)
-    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    learning_rate: Annotated[float, Field(gt=0)] = 2.5e-4
+    crop_size: Side = 321
+    resize_range: Annotated[tuple[Side, Side], AfterValidator(_ordered)] = (250, 750)
+    color_jitter: ColorJitter = (0.0, 0.0, 0.0, 0.0)
+    learning_rate: Annotated[float, Field(gt=0, le=100)] = 2.5e-4
     momentum: Fraction = 0.9
-    batch_size: Positive = 10
+    batch_size: Annotated[int, Field(gt=0, le=65536)] = 10
     model: ModelConfig | None = None  # its own backbone and weights; None: the ones of the classifier (model)
     architecture: Literal["deeplabv2", "deeplabv3"] = "deeplabv2"  # deeplabv3: torchvision's head
     # DeepLab-V2 as published learns at (0.5, 0.75, 1.0) and from the maximum of the three.
-    loss_scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0,), min_length=1)
+    loss_scales: tuple[Scale, ...] = Field((1.0,), min_length=1)
     # ground_truth: the upper bound, not image-level
     supervision: Literal["pseudo_masks", "ground_truth"] = "pseudo_masks"
     initial_weights: Literal["backbone", "student"] = "backbone"  # model.weights, or the student's features
-    aspp_dilations: tuple[Positive, ...] = Field((6, 12, 18, 24), min_length=1)
-    skip_channels: Annotated[int, Field(ge=0)] = 0  # width of a skip from stride 4, for small objects; 0: none
-    test_scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0,), min_length=1)
+    aspp_dilations: tuple[Dilation, ...] = Field((6, 12, 18, 24), min_length=1)
+    skip_channels: Channels = 0  # width of a skip from stride 4, for small objects; 0: none
+    test_scales: tuple[Scale, ...] = Field((1.0,), min_length=1)
     test_flip: bool = True
     test_crf: CrfConfig | None = None
     test_crf_backend: CrfBackend = "auto"
-    test_crf_workers: Annotated[int, Field(ge=0)] = 0  # processes on the CPU; 0: one per core
+    test_crf_workers: Processes = 0  # processes on the CPU; 0: one per core
 
 
 class EvaluationConfig(StageConfig):
     """Stage 7. Object sizes: a class's share of an image's area."""
 
-    size_limits: tuple[Fraction, Fraction] = (0.04, 0.12)  # small below the first, large from the second on
+    size_limits: Annotated[tuple[Fraction, Fraction], AfterValidator(_ordered)] = (
+        0.04,
+        0.12,
+    )  # small below the first, large from the second on
     # What a stage should reach: mIoU in percent by variant, such as {pseudo_masks: 73.9}; notebook 08 compares.
-    paper_results: dict[Variant, float] = {}
+    paper_results: dict[Variant, Annotated[float, Field(ge=0, le=100)]] = {}
     # background scores swept
     thresholds: tuple[Fraction, ...] = Field(tuple(round(0.05 * step, 2) for step in range(1, 17)), min_length=1)
 
@@ -276,12 +298,12 @@ class EvaluationConfig(StageConfig):
 class Config(StageConfig):
     """A whole run."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     # bf16: inside convolutions and matrix products (autocast), weights stay float32; auto: bf16 where the device has
     # circuits for it, else float32. The manifest says which it was.
     precision: Literal["auto", "float32", "bf16"] = "float32"
-    num_threads: Annotated[int, Field(ge=0)] = 0  # torch's CPU threads; 0: one per core
+    num_threads: Annotated[int, Field(ge=0, le=4096)] = 0  # torch's CPU threads; 0: one per core
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     classifier: ClassifierConfig = ClassifierConfig()

@@ -23,6 +23,7 @@ from smaflib.data.masks import save_mask
 from smaflib.data.sample import SampleFiles, Samples
 from smaflib.data.voc import list_pngs, read_sample, require_saliency
 from smaflib.errors import DataError
+from smaflib.files import is_plain_name
 from smaflib.runtime import progress
 
 
@@ -57,7 +58,13 @@ def load_coco(data: DataConfig, split: Split, masks_folder: Path | None = None) 
 
     files = []
     for number in sorted(present)[: data.max_images]:
-        path = folder / str(coco.imgs[number]["file_name"])
+        file_name = str(coco.imgs[number]["file_name"])
+        if not is_plain_name(file_name):
+            raise DataError(
+                f"{_json_path(root, name)} lists an image {file_name[:100]!r}, which is no plain file name; all images "
+                f"lie in {folder}"
+            )
+        path = folder / file_name
         if not path.is_file():
             raise DataError(f"there is no image {path}, which {_json_path(root, name)} lists; unpack {name}.zip again")
         if saliency_folder and split == "train":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +20,11 @@ from smaflib.files import save_image
 
 # What Pillow raises on damaged files, found by cutting and flipping bytes of real ones.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
+
+
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 50_000_000
+"""Of an image, saliency map or mask; a small file may ask for gigabytes."""
 
 
 def _voc_palette() -> np.ndarray:
@@ -44,7 +50,16 @@ def decoding(path: Path) -> Iterator[Image.Image]:
         DataError: if the file is missing, is no picture, or is truncated or damaged.
     """
     try:
-        with Image.open(path) as picture:
+        # Pillow would hand an EPS named .jpg to Ghostscript, and knows formats that nobody keeps photos in.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below, with the numbers
+            opened = Image.open(path, formats=PICTURE_FORMATS)
+        with opened as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise DataError(
+                    f"{path} has {picture.width} x {picture.height} pixels, more than {MAX_PIXELS / 1e6:.0f} million, "
+                    "which need gigabytes at four scales; save it smaller"
+                )
             yield picture
     except DataError:
         raise

@@ -25,7 +25,7 @@ from smaflib.cams import at_size, fuse_cams, multi_scale_cams
 from smaflib.classifier import predict_labels
 from smaflib.config import Config, CrfConfig, EvaluationConfig, FusionRule, PseudoMaskConfig
 from smaflib.data import Sample, load_samples
-from smaflib.data.masks import VOC_PALETTE
+from smaflib.data.masks import MAX_PIXELS, PICTURE_FORMATS, VOC_PALETTE
 from smaflib.data.mini.dataset import make_mini
 from smaflib.data.transforms import normalize
 from smaflib.errors import DataError, MissingStage, RunError
@@ -463,8 +463,12 @@ def read_photo(name: str, content: bytes, side: int = PHOTO_SIDE) -> Tensor:
         DataError: if it cannot be decoded; the message says what can.
     """
     try:
-        with Image.open(io.BytesIO(content)) as picture:
+        with Image.open(io.BytesIO(content), formats=PICTURE_FORMATS) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise DataError(f"{name} has more than {MAX_PIXELS / 1e6:.0f} million pixels; save it smaller")
             upright = ImageOps.exif_transpose(picture).convert("RGB")
+    except DataError:
+        raise
     except Exception as error:  # Pillow raises a dozen kinds on damaged files, and whatever it is, it is no photo
         raise DataError(f"{name or 'the file'} cannot be read as a picture; give a JPEG, PNG or WebP file") from error
     upright.thumbnail((side, side), Image.Resampling.BICUBIC)

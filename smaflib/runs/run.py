@@ -6,6 +6,7 @@ Notebooks open a run with :func:`open_run`; :mod:`smaflib.runs.runner` executes 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,20 @@ class Run(Workspace):
         for override in self.overrides:
             words += ["--set", override]
         return shlex.join([*words, *arguments])
+
+
+def run_folder(runs: Path, name: str) -> Path:
+    """The folder of a run by its name, which must be a plain one: it cannot lead out of the folder of runs.
+
+    Raises:
+        RunError: if the name is empty, too long or holds anything but letters, digits and ``_-.+``.
+    """
+    if not re.fullmatch(r"\w[\w.+-]*", name) or len(name.encode()) > 100:
+        shown = name if len(name) <= 100 else f"{name[:100]}..."
+        raise RunError(
+            f"the run name {shown!r} must be a plain folder name: letters, digits, '_', '-', '.', '+', 100 bytes"
+        )
+    return absolute(runs) / name
 
 
 def open_run(

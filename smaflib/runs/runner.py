@@ -10,7 +10,6 @@ import ast
 import contextlib
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -56,7 +55,7 @@ from smaflib.runs.manifest import (
 )
 from smaflib.runs.progress import KERNEL_ENVIRONMENT, TRACEBACK_LINES, NotebookMonitor
 from smaflib.runs.reuse import take_over
-from smaflib.runs.run import Run, find_run, open_run
+from smaflib.runs.run import Run, find_run, open_run, run_folder
 from smaflib.runs.stages import STAGES, Stage, stage_named
 
 PARAMETERS = ("config_file", "overrides", "run_dir")
@@ -112,7 +111,7 @@ def run_notebooks(
     config_file = absolute(config_file)
     config = load_config(config_file, list(overrides))
     _check_notebooks(notebooks, chosen)
-    folder = _run_folder(runs, name or config_file.stem)
+    folder = run_folder(runs, config_file.stem if name is None else name)
     sources = [find_run(source, runs, stages).folder for source in reuse]
     if folder in sources:
         raise RunError(f"--reuse {folder.name} is the run itself; name another one")
@@ -149,12 +148,6 @@ def _stages_to_rerun(stages: tuple[Stage, ...], from_stage: str | None, chosen: 
     if first not in chosen:
         raise RunError(f"--from {first.name} comes after --until {chosen[-1].name}; nothing would run")
     return chosen[chosen.index(first) :]
-
-
-def _run_folder(runs: Path, name: str) -> Path:
-    if not re.fullmatch(r"\w[\w.+-]*", name):
-        raise RunError(f"the run name {name!r} must be a plain folder name: letters, digits, '_', '-', '.', '+'")
-    return absolute(runs) / name
 
 
 def _check_notebooks(notebooks: Path, stages: Sequence[Stage]) -> None:
