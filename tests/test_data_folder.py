@@ -218,6 +218,14 @@ def test_labels_from_masks_are_refused(photos: Path) -> None:
         (("cat", "dog", "cat"), "'cat' is given twice"),
         (("background", "cat"), "'background' is no class; leave it out"),
         (("cat;dog",), "no usable name"),
+        (("cat", "<img src=x onerror=alert(1)>"), "no usable name; .* without <>\\$"),
+        (("cat", "$\\href{x}$"), "no usable name"),
+        (("cat", "a\x1b[31mb"), "no usable name"),
+        (("n" * 101,), "no usable name"),
+        (
+            tuple(f"class{number}" for number in range(255)),
+            "there are 255 classes, but masks of 8 bits have room for 254",
+        ),
         (("cat", ""), "no usable name"),
     ],
 )

@@ -79,13 +79,31 @@ def class_numbers(labels: Sequence[str], class_names: Sequence[str], where: str)
     return tuple(sorted({list(class_names).index(name) for name in labels}))
 
 
+MOST_CLASSES = 254
+"""Values of an 8-bit mask, without background and void."""
+
+MARKUP = "<>$"
+"""What tables of notebooks would take for HTML, and pictures for mathematics."""
+
+
 def check_class_names(class_names: Sequence[str]) -> None:
-    """Refuse lists of classes that no CSV could name.
+    """Refuse classes that no CSV could name, no mask could hold, or no page would show as they are.
 
     Raises:
-        DataError: if a name is empty, given twice, contains a ``;`` or spaces at its ends, or is the background.
+        DataError: if there are too many, or a name is empty, too long, given twice, contains a ``;``, markup or spaces
+            at its ends, or is the background.
     """
+    if len(class_names) > MOST_CLASSES:
+        raise DataError(
+            f"there are {len(class_names)} classes, but masks of 8 bits have room for {MOST_CLASSES}; name some of "
+            "them in data.class_names, or put classes together"
+        )
     for number, name in enumerate(class_names):
+        if len(name) > 100 or not (name.isprintable() or not name) or any(character in name for character in MARKUP):
+            raise DataError(
+                f"data.class_names: {name[:100]!r} is no usable name; use at most 100 characters without {MARKUP} and "
+                "line breaks, which pages and pictures would not show as they are"
+            )
         if not name or name != name.strip() or ";" in name:
             raise DataError(f"data.class_names: {name!r} is no usable name; use one without ';' and outer spaces")
         if name in class_names[:number]:
