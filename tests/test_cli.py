@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import sys
@@ -100,6 +101,64 @@ def test_networks_that_cannot_be_had_stop_a_run_before_its_first_stage(tmp_path,
     assert sorted(path.name for path in (tmp_path / "bad").iterdir() if not path.name.startswith(".")) == [
         "config.yaml"
     ]
+
+
+def raising(error: BaseException):
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/runs/x.npz"),
+            "/runs/x.npz: no space left on device; make room",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "a"), "a: permission denied; change its rights"),
+        (OSError(errno.EMFILE, "Too many open files"), "too many open files; raise the limit"),
+        (OSError(errno.EIO, "Input/output error", "b"), "b: input/output error; with smaf --debug"),
+        (FileNotFoundError("there is no config file x"), "there is no config file x"),
+        (MemoryError(), "there is not enough memory; smaller batches"),
+        (ValueError("embedded null byte"), "embedded null byte"),
+    ],
+)
+def test_errors_of_the_system_are_one_sentence_with_a_cure(monkeypatch, config_file, error, message):
+    monkeypatch.setattr(runner, "run_notebooks", raising(error))
+    result = smaf("run", config_file)
+    assert result.exit_code == 2 and result.stderr.startswith(f"error: {message}")
+    assert "Traceback" not in result.stderr and result.stderr.count("\n") == 1
+    with pytest.raises(type(error)):
+        CliRunner().invoke(app, ["--debug", "run", str(config_file)], catch_exceptions=False)
+
+
+def test_faults_of_the_library_keep_their_traceback(monkeypatch, config_file):
+    monkeypatch.setattr(runner, "run_notebooks", raising(ValueError("a fault")))
+    assert isinstance(smaf("run", config_file).exception, ValueError)
+
+
+@pytest.mark.parametrize("place", ["x" * 5000, "/proc/nothing/here", "tiny.yaml/inside", "a\0b", "loop"])
+@pytest.mark.parametrize("command", ["run", "ablate", "masks", "submit", "report", "compare", "status", "check"])
+def test_odd_paths_are_refused_in_a_sentence(monkeypatch, config_file, command, place):
+    monkeypatch.chdir(config_file.parent)
+    Path("loop").symlink_to("loop")
+    before = sorted(config_file.parent.rglob("*"))
+    words = {
+        "run": ["run", "tiny.yaml", "--runs", place],
+        "ablate": ["ablate", "tiny.yaml", "--runs", place],
+        "masks": ["masks", "--images", place, "--labels", place, "--out", place],
+        "submit": ["submit", place, "--images", place, "--list", place, "--out", place],
+        "report": ["report", place],
+        "compare": ["compare", place, place],
+        "status": ["status", place],
+        "check": ["data", "check", place],
+    }[command]
+    result = smaf(*words)
+    assert result.exit_code == 2, result.exception
+    assert "Traceback" not in result.stderr and len(result.stderr) < 12_000
+    assert sorted(config_file.parent.rglob("*")) == before
 
 
 def test_status_lists_all_stages(run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -298,18 +299,62 @@ def _find(name: str, runs: Path | None) -> Run:
     return find_run(name, runs.absolute() if runs else RUNS_FOLDER)
 
 
+CURES = {
+    errno.ENOSPC: "make room, then give the same command again: it goes on where it stopped",
+    errno.EDQUOT: "make room, then give the same command again: it goes on where it stopped",
+    errno.EACCES: "change its rights, or choose another place",
+    errno.EPERM: "change its rights, or choose another place",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EISDIR: "name a file, not a folder",
+    errno.ENOTDIR: "a part of this path is a file; name another place",
+    errno.EEXIST: "move what is there, or name another place",
+    errno.ENAMETOOLONG: "take a shorter name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n), or set data.num_workers=0",
+    errno.ENFILE: "close other programs, or set data.num_workers=0",
+    errno.ENOENT: "check the path",
+    errno.ELOOP: "the path leads to itself through links; name another one",
+}
+"""What to do about an error of the operating system."""
+
+
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Known errors become one message without a traceback: exit code 2 for bad input, 1 for a failed stage."""
+    """Errors become one message without a traceback: exit code 2 for bad input, 1 for a failed stage.
+
+    ``smaf --debug`` leaves the traceback.
+    """
     from smaflib.errors import InputError, RunError
 
     try:
         yield
-    except (InputError, FileNotFoundError, RunError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(getattr(error, "exit_code", 2)) from None
     except KeyboardInterrupt:  # between two stages; within one the runner catches it
         raise typer.Exit(130) from None
+    except (InputError, RunError, OSError, MemoryError, ValueError) as error:
+        expected = not isinstance(error, ValueError) or isinstance(error, InputError) or "null byte" in str(error)
+        if _debug or not expected:
+            raise
+        typer.echo(f"error: {_message(error)}", err=True)
+        raise typer.Exit(getattr(error, "exit_code", 2)) from None
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "there is not enough memory; smaller batches and crops (batch_size, crop_size) and data.cache=false help"
+    if not isinstance(error, OSError) or error.errno is None:  # ours
+        return str(error)
+    where = f"{error.filename}: " if error.filename is not None else ""
+    reason = (error.strerror or type(error).__name__).lower()
+    return f"{where}{reason}; {CURES.get(error.errno, 'with smaf --debug the same command says where')}"
+
+
+_debug = False
+
+
+@app.callback()
+def main(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Weakly supervised semantic segmentation by self-training on multi-scale attention (SMAF)."""
+    global _debug
+    _debug = debug
 
 
 if __name__ == "__main__":
