@@ -22,6 +22,10 @@ PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 RUNS_FOLDER = PROJECT_ROOT / "papermill_runs"
 
+UMASK = os.umask(0o077)
+"""Rights that this user keeps from others; asking for them means setting them."""
+os.umask(UMASK)
+
 PARTIAL = ".partial-"
 """How the name of a file begins that is being written, or that a killed process left."""
 
@@ -57,13 +61,14 @@ def duration(seconds: float | None) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{PARTIAL}{path.stem}-", suffix=path.suffix)
+    stem = path.stem.encode()[:100].decode(errors="ignore")  # a file's name has 255 bytes at most, and this adds to it
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{PARTIAL}{stem}-", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files that only their owner reads; a run folder is shared like any other.
-        temporary.chmod(0o644)
+        # mkstemp makes files that only their owner reads; a run folder is shared as its owner's other files are.
+        temporary.chmod(0o666 & ~UMASK)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

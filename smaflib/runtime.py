@@ -143,7 +143,7 @@ def progress(items: Iterable[Item], total: int | None = None, desc: str = "", in
             if now - written > 0.3:
                 # A reader may see a half-written line once; it is redrawn a moment later.
                 meter = tqdm.format_meter(count, total or count, now - start, prefix=desc, initial=initial)
-                Path(target).write_text(meter)
+                Path(target).write_text(meter, encoding="utf-8")
                 written = now
     finally:
         Path(target).unlink(missing_ok=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +46,24 @@ def test_block_that_ends_replaces_the_file_and_makes_folders(tmp_path: Path) -> 
             assert temporary.parent == path.parent and temporary.suffix == ".txt"
         assert path.read_text() == text
     assert names(path.parent) == ["a.txt"]
-    assert path.stat().st_mode & 0o777 == 0o644  # others may read a run
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode  # others may read a run where they may read files at all
+
+
+@pytest.mark.parametrize("umask", ["022", "027", "077"])
+def test_rights_are_those_that_the_user_gives_to_files(tmp_path: Path, umask: str) -> None:
+    code = (
+        f"from smaflib.files import write_text; from pathlib import Path; write_text(Path({str(tmp_path / 'a')!r}), '')"
+    )
+    subprocess.run(["sh", "-c", f'umask {umask}; exec "$0" -c "$1"', sys.executable, code], check=True)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~int(umask, 8)
+
+
+def test_names_of_any_length_that_a_file_may_have(tmp_path: Path) -> None:
+    for name in ("n" * 251 + ".png", "\u00e9" * 120 + ".png"):
+        write_text(tmp_path / name, "whole")
+        assert (tmp_path / name).read_text() == "whole"
 
 
 def test_json_round_trip_and_nan_refused(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,3 +161,14 @@ def test_progress_goes_to_the_runners_file(
     assert "numbers" in path.read_text() and "1/3" in path.read_text()
     assert list(items) == [30]
     assert capsys.readouterr().err == ""
+
+
+def test_progress_of_any_name_in_a_locale_without_utf8(tmp_path: Path) -> None:
+    target = tmp_path / "progress"
+    code = (
+        "import time; from smaflib.runtime import progress\n"
+        "for _ in progress(range(3), desc='caf\\u00e9'): time.sleep(0.2)"
+    )
+    without = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", PROGRESS_FILE: str(target)}
+    subprocess.run([sys.executable, "-c", code], env=os.environ | without, check=True)
+    assert not target.exists()

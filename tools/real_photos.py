@@ -90,7 +90,7 @@ def make_runs(root: Path, saliency: Path, only: Sequence[str] = ()) -> None:
         saliency: the folder of saliency maps.
         only: kinds of runs, such as ``chain``, or ``ablation``; empty: all.
     """
-    ids = (PROJECT_ROOT / "configs" / "lists" / "voc12_small_train.txt").read_text().split()
+    ids = (PROJECT_ROOT / "configs" / "lists" / "voc12_small_train.txt").read_text(encoding="utf-8").split()
     for number in PHOTOS:
         files.write_text(_list_of(number), "".join(f"{image_id}\n" for image_id in ids[:number]))
     paths = ("--set", f"data.root={root.absolute()}", "--set", f"data.saliency={saliency.absolute()}")

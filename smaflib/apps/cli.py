@@ -288,7 +288,7 @@ def submit(
     with _plain_errors():
         from smaflib.apps.voc_submission import write_submission
 
-        count = write_submission(_find(name, runs), split.read_text().split(), images, target)
+        count = write_submission(_find(name, runs), split.read_text(encoding="utf-8").split(), images, target)
         typer.echo(f"{target}: {count} masks")
 
 
