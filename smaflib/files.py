@@ -153,13 +153,35 @@ def locked(folder: Path, command: str) -> Iterator[None]:
         yield
 
 
-def read_json(path: Path, default: Any) -> Any:
-    """Read JSON; ``default`` where there is no such file."""
-    if not path.is_file():
+def read_json(path: Path, default: Any, schema: Any = None) -> Any:
+    """Read JSON that a command of this project wrote; ``default`` where there is no such file.
+
+    Args:
+        path: of the file.
+        default: a dict or a list; the file must hold the same kind.
+        schema: a type that pydantic checks the content against; the content itself is returned.
+
+    Raises:
+        RunError: if the file is damaged, of another kind or does not fit; it says where and what to do.
+    """
+    if not path.exists():
         return default
+    cure = "delete it to run its stages again"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise RunError(
-            f"{display_path(path)} is not valid JSON ({error}); delete it to run its stages again"
-        ) from error
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{display_path(path)} is not valid JSON ({error}); {cure}") from error
+    if not isinstance(value, type(default)):
+        kinds: dict[type, str] = {dict: "an object", list: "a list"}
+        holds = kinds.get(type(value), f"{value!r:.40}")
+        raise RunError(f"{display_path(path)} holds {holds} instead of {kinds[type(default)]}; {cure}")
+    if schema is not None:
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            TypeAdapter(schema).validate_python(value)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise RunError(f"{display_path(path)} does not fit at {where}: {first['msg']}; {cure}") from error
+    return value

@@ -161,6 +161,43 @@ def test_odd_paths_are_refused_in_a_sentence(monkeypatch, config_file, command, 
     assert sorted(config_file.parent.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[]",
+        b"7",
+        b"null",
+        b'"text"',
+        b"\xff\xfe\x00",
+        b"[" * 100_000,
+        b'{"stages": {"01_data": {"status"',
+        b'{"stages": []}',
+        b'{"stages": {"01_data": 3}}',
+        b'{"stages": {"01_data": {"status": "well"}}}',
+        b'{"stages": {"01_data": {"status": "complete", "seconds": "long"}}}',
+        b'{"records": 1}',
+        b'[{"stage": 3, "metric": "iou", "value": 0.5}]',
+        b'[{"metric": "iou", "value": 0.5}]',
+        b'[{"stage": "03_multi_scale_attention", "metric": "iou", "value": "half"}]',
+        b"[1, 2]",
+        None,  # a folder
+    ],
+)
+@pytest.mark.parametrize("name", ["manifest.json", "metrics.json", "config.yaml", "ablation/ablation.json"])
+@pytest.mark.parametrize("command", ["status", "report", "compare"])
+def test_damaged_file_of_a_run_is_named(run, name, content, command):
+    write_manifest(run.folder, {"stages": {"01_data": {"status": "complete", "seconds": 1.0}}})
+    path = run.path(*name.split("/"))
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    path.mkdir() if content is None else path.write_bytes(content)
+    result = smaf(command, run.folder, *([run.folder] if command == "compare" else []))
+    assert result.exit_code in (0, 2), result.exception  # 0: the command does not need the file, or it fits after all
+    assert "Traceback" not in result.output and len(result.stderr) < 3000
+    if result.exit_code:
+        assert result.stderr.startswith("error: ") and (path.name in result.stderr or "no run" in result.stderr)
+
+
 def test_status_lists_all_stages(run):
     entry = {"status": "complete", "seconds": 61.2}
     taken = entry | {"reused_from": "papermill_runs/x"}

@@ -10,16 +10,16 @@ maps that :func:`~smaflib.cams.fuse_cams` has brought to a peak of 1 per class, 
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Required
 
 import pandas as pd
+from typing_extensions import TypedDict
 
 from smaflib import files
 from smaflib.config import config_differences
@@ -345,12 +345,22 @@ def command(run: Run, seeds: Sequence[int] = (0, 1, 2)) -> str:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
+class StoredAblation(TypedDict, total=False):
+    """What the file must hold; there is more in it."""
+
+    seeds: Required[list[int]]
+    variants: dict[str, str]
+    finished: str
+    git_commit: str | None
+    records: Required[list[dict[str, str | int | float | None]]]
+
+
 def read_ablation(run: Run) -> dict[str, Any] | None:
     """The result of a run's ablation; None if there is none."""
     path = run.path(RESULT)
     if not path.is_file():
         return None
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    result: dict[str, Any] = files.read_json(path, {}, StoredAblation)
     return result
 
 

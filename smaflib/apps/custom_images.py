@@ -60,12 +60,13 @@ def make_masks(config: Config, out: Path) -> Path:
     if not work.checkpoint("teacher").is_file():
         check_networks(config)  # before the folder is claimed
     _claim(out, config, samples)
-    train_teacher(work)
-    write_maps(work, "teacher")
-    resolve_bg_score(work)
-    self_train_rounds(work)
-    write_masks(work)
-    return _write_contact_sheet(samples, out)
+    with files.locked(out, "smaf masks"):
+        train_teacher(work)
+        write_maps(work, "teacher")
+        resolve_bg_score(work)
+        self_train_rounds(work)
+        write_masks(work)
+        return _write_contact_sheet(samples, out)
 
 
 def label_images(learned: Path, images: Path, out: Path) -> Path:
@@ -118,10 +119,11 @@ def label_images(learned: Path, images: Path, out: Path) -> Path:
             "it first"
         )
     _claim(out, work.config, samples)
-    files.copy_file(source.checkpoint("student"), work.checkpoint("student"))
-    write_maps(work, "student")
-    write_masks(work)
-    return _write_contact_sheet(samples, out)
+    with files.locked(out, "smaf masks"):
+        files.copy_file(source.checkpoint("student"), work.checkpoint("student"))
+        write_maps(work, "student")
+        write_masks(work)
+        return _write_contact_sheet(samples, out)
 
 
 def _claim(out: Path, config: Config, samples: Samples) -> None:

@@ -6,7 +6,9 @@ import hashlib
 import json
 import shutil
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, Required
+
+from typing_extensions import TypedDict
 
 from smaflib import files
 from smaflib.runs.metrics import read_records, replace_records
@@ -18,9 +20,29 @@ Entry = dict[str, Any]
 """What the manifest says about one stage."""
 
 
+class StoredStage(TypedDict, total=False):
+    """What an entry of a stage must hold for others to be read."""
+
+    status: Required[Literal["running", "complete", "failed"]]
+    started: str | None
+    seconds: float | None
+    peak_memory_mb: float | None
+    artifacts: dict[str, dict[str, Any]]
+    parameters: dict[str, Any]
+
+
+class StoredManifest(TypedDict, total=False):
+    """What a manifest must hold; there is more in it."""
+
+    stages: dict[str, StoredStage]
+    overrides: list[str]
+    config_file: str
+    packages: dict[str, str]
+
+
 def read_manifest(folder: Path) -> Entry:
     """The manifest of a run folder; one without stages if nothing has run yet."""
-    manifest: Entry = files.read_json(folder / "manifest.json", {})
+    manifest: Entry = files.read_json(folder / "manifest.json", {}, StoredManifest)
     return manifest if "stages" in manifest else manifest | {"stages": {}}
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Required
+
+from typing_extensions import TypedDict
 
 from smaflib import files
 
@@ -25,9 +27,24 @@ OBJECT_SIZES = ("all", "small", "medium", "large")
 FRACTIONS = ("iou", "iou_sweep", "precision", "recall", "accuracy")
 
 
+class StoredRecord(TypedDict, total=False):
+    """What every record of a file must hold; older ones may lack some."""
+
+    stage: Required[str]
+    variant: str
+    split: str
+    scale: float | None
+    fusion: str | None
+    object_size: str
+    class_name: str
+    bg_score: float | None
+    metric: str | None
+    value: float | None
+
+
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """The records of ``metrics.json``; none if there is no such file."""
-    records: list[dict[str, Any]] = files.read_json(folder / "metrics.json", [])
+    records: list[dict[str, Any]] = files.read_json(folder / "metrics.json", [], list[StoredRecord])
     return records
 
 

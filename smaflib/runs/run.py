@@ -173,7 +173,7 @@ def read_run(folder: str | Path, stages: tuple[Stage, ...] = STAGES) -> Run:
     stored = folder / "config.yaml"
     if not stored.is_file():
         raise RunError(f"{display_path(folder)} is not a run folder: it holds no config.yaml")
-    manifest = files.read_json(folder / "manifest.json", {})
+    manifest = read_manifest(folder)
     config_file = absolute(manifest.get("config_file", stored))
     return Run(folder, _load_stored(stored), config_file, tuple(manifest.get("overrides", ())), stages)
 
