@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Required
+from typing import Any
 
 import pandas as pd
-from typing_extensions import TypedDict
+from pydantic import BaseModel, ConfigDict
 
 from smaflib import files
 from smaflib.config import config_differences
@@ -345,14 +345,16 @@ def command(run: Run, seeds: Sequence[int] = (0, 1, 2)) -> str:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-class StoredAblation(TypedDict, total=False):
+class StoredAblation(BaseModel):
     """What the file must hold; there is more in it."""
 
-    seeds: Required[list[int]]
-    variants: dict[str, str]
-    finished: str
-    git_commit: str | None
-    records: Required[list[dict[str, str | int | float | None]]]
+    model_config = ConfigDict(strict=True)
+
+    seeds: list[int]
+    variants: dict[str, str] = {}
+    finished: str = ""
+    git_commit: str | None = None
+    records: list[dict[str, str | int | float | None]]
 
 
 def read_ablation(run: Run) -> dict[str, Any] | None:

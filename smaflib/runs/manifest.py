@@ -6,9 +6,9 @@ import hashlib
 import json
 import shutil
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Required
+from typing import Any, Literal
 
-from typing_extensions import TypedDict
+from pydantic import BaseModel, ConfigDict
 
 from smaflib import files
 from smaflib.runs.metrics import read_records, replace_records
@@ -20,24 +20,28 @@ Entry = dict[str, Any]
 """What the manifest says about one stage."""
 
 
-class StoredStage(TypedDict, total=False):
-    """What an entry of a stage must hold for others to be read."""
+class StoredStage(BaseModel):
+    """What an entry of a stage must hold for others to be read; there is more in it."""
 
-    status: Required[Literal["running", "complete", "failed"]]
-    started: str | None
-    seconds: float | None
-    peak_memory_mb: float | None
-    artifacts: dict[str, dict[str, Any]]
-    parameters: dict[str, Any]
+    model_config = ConfigDict(strict=True)
+
+    status: Literal["running", "complete", "failed"]
+    started: str | None = None
+    seconds: float | None = None
+    peak_memory_mb: float | None = None
+    artifacts: dict[str, dict[str, Any]] = {}
+    parameters: dict[str, Any] = {}
 
 
-class StoredManifest(TypedDict, total=False):
+class StoredManifest(BaseModel):
     """What a manifest must hold; there is more in it."""
 
-    stages: dict[str, StoredStage]
-    overrides: list[str]
-    config_file: str
-    packages: dict[str, str]
+    model_config = ConfigDict(strict=True)
+
+    stages: dict[str, StoredStage] = {}
+    overrides: list[str] = []
+    config_file: str = ""
+    packages: dict[str, str] = {}
 
 
 def read_manifest(folder: Path) -> Entry:

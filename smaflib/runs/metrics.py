@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Required
+from typing import Any
 
-from typing_extensions import TypedDict
+from pydantic import BaseModel, ConfigDict
 
 from smaflib import files
 
@@ -27,19 +27,21 @@ OBJECT_SIZES = ("all", "small", "medium", "large")
 FRACTIONS = ("iou", "iou_sweep", "precision", "recall", "accuracy")
 
 
-class StoredRecord(TypedDict, total=False):
-    """What every record of a file must hold; older ones may lack some."""
+class StoredRecord(BaseModel):
+    """What a record of a file must hold; older ones lack some."""
 
-    stage: Required[str]
-    variant: str
-    split: str
-    scale: float | None
-    fusion: str | None
-    object_size: str
-    class_name: str
-    bg_score: float | None
-    metric: str | None
-    value: float | None
+    model_config = ConfigDict(strict=True)
+
+    stage: str
+    variant: str = ""
+    split: str = ""
+    scale: float | None = None
+    fusion: str | None = None
+    object_size: str = ""
+    class_name: str = ""
+    bg_score: float | None = None
+    metric: str | None = None
+    value: float | None = None
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:

@@ -115,9 +115,9 @@ def run_folder(runs: Path, name: str) -> Path:
         RunError: if the name is empty, too long or holds anything but letters, digits and ``_-.+``.
     """
     if not re.fullmatch(r"\w[\w.+-]*", name) or len(name.encode()) > 100:
-        shown = name if len(name) <= 100 else f"{name[:100]}..."
         raise RunError(
-            f"the run name {shown!r} must be a plain folder name: letters, digits, '_', '-', '.', '+', 100 bytes"
+            f"the run name {name[:100]!r} must be a plain folder name of at most 100 bytes: letters, digits, "
+            "'_', '-', '.', '+'"
         )
     return absolute(runs) / name
 
