@@ -273,3 +273,14 @@ def test_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> Non
         ConfigError, match=r"of squeezenet1_1 could not be downloaded \(no route to host\).*model\.weights"
     ):
         build_backbone(ModelConfig(backbone="squeezenet1_1", weights="torchvision"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named_before_anything_is_trained(value: float) -> None:
+    layer = torch.nn.Linear(2, 2)
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    state["bias"][1] = value
+    before = layer.bias.detach().clone()
+    with pytest.raises(WeightsError, match=r"weights of my\.pth hold values that are no numbers .* in bias; "):
+        fill(layer, state, "my.pth")
+    assert torch.equal(layer.bias, before)

@@ -69,6 +69,12 @@ def check_weights(
         parts = [("missing", missing), ("not known to the network", unknown), ("of another shape", wrong)]
         lines = [f"  {what}: {first_names(names)}" for what, names in parts if names]
         raise WeightsError(f"the weights of {source} do not fit {network}:\n" + "\n".join(lines))
+    broken = sorted(name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all())
+    if broken:
+        raise WeightsError(
+            f"the weights of {source} hold values that are no numbers (NaN or infinite) in {first_names(broken)}; "
+            "the training that made them has failed, or the file is damaged: take another one"
+        )
 
 
 def mismatches(
