@@ -110,7 +110,7 @@ def make_photos(root: Path) -> None:
 def settings_of(preset: str, data: Path) -> list[str]:
     """What must be set for the tiny data; everything else is the preset's."""
     if preset == "custom":
-        return [f"data.images={data}/photos", f"data.labels={data}/photos/labels.csv", "model.weights=null"]
+        return [f"data.images={data}/photos", f"data.labels={data}/photos/labels.csv"]
     if preset == "coco14":
         # voc12 is run with the wide ResNet38; twice would only cost minutes.
         small = ["model.backbone=slim", "segmentation.model.backbone=resnet18", "segmentation.model.weights=null"]

