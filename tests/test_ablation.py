@@ -419,7 +419,9 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def pretend(run: Run, seeds: Sequence[int], rows: Sequence[str], sources: Sequence[Run]) -> Path:
         assert list(rows) == ["full", "control"] and list(sources) == []
         run.path("ablation").mkdir()
-        run.path(RESULT).write_text(json.dumps({"records": by_hand(*((FULL, seed, 0.5) for seed in seeds))}))
+        run.path(RESULT).write_text(
+            json.dumps({"seeds": seeds, "records": by_hand(*((FULL, seed, 0.5) for seed in seeds))})
+        )
         return run.path(RESULT)
 
     monkeypatch.setattr(ablation, "ablate", pretend)

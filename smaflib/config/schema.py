@@ -20,7 +20,7 @@ Split = Literal["train", "val"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BgScore = Annotated[float, Field(gt=0.0, le=1.0)]  # with 0, reactivation divides pixels without any class by 0
 Positive = Annotated[int, Field(gt=0, le=2**31 - 1)]
-Side = Annotated[int, Field(ge=8, le=16384)]  # in pixels
+Side = Annotated[int, Field(ge=4, le=16384)]  # in pixels
 Scale = Annotated[float, Field(ge=0.05, le=8)]  # of an image's size
 Channels = Annotated[int, Field(ge=0, le=65536)]
 Processes = Annotated[int, Field(ge=0, le=1024)]
@@ -316,7 +316,8 @@ class Config(StageConfig):
     @property
     def target_saliency_weight(self) -> float:
         """Share of the saliency maps in the targets; 0 where the teacher is to learn from image labels alone."""
-        return self.self_training.saliency_weight if self.classifier.pretraining == "eps" else 0.0
+        weight = self.self_training.saliency_weight
+        return weight if weight and self.classifier.pretraining == "eps" else 0.0
 
     @property
     def mask_bg_score(self) -> float | Literal["auto"]:
