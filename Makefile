@@ -4,7 +4,7 @@ BIN := .venv/bin
 NBSTRIPOUT := $(BIN)/nbstripout --keep-id
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test browser check format lab lock assets screenshots reference links clean
+.PHONY: help setup reproduce test browser check format lab lock assets screenshots reference photos links clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,11 @@ reference: setup  ## renew papermill_runs/reference: the mini preset and its abl
 	$(BIN)/smaf ablate $(REFERENCE_SETTINGS) --seeds 0,1,2
 	$(BIN)/smaf run $(REFERENCE_SETTINGS)
 	$(BIN)/python -m tools.export_reference_run papermill_runs/$(REFERENCE_RUN)
+
+photos: setup  ## make every run behind docs/voc12_small.md: VOC2012=folder SALIENCY=folder; hours, resumes where it stopped
+	@[ -n '$(VOC2012)' ] && [ -n '$(SALIENCY)' ] || { echo "say where the photos and their saliency maps are:" \
+	  "make photos VOC2012=data/VOCdevkit/VOC2012 SALIENCY=data/saliency" >&2; exit 1; }
+	$(BIN)/python -m tools.real_photos run '$(VOC2012)' '$(SALIENCY)'
 
 links:  ## put REPOSITORY=owner/name (on GitHub) into the links for Colab and Binder
 	@case '$(REPOSITORY)' in */*) ;; *) echo "say which: make links REPOSITORY=owner/name" >&2; exit 1;; esac
