@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import re
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,12 @@ from smaflib.evaluation import SIZES, SegmentationMetrics, best_threshold, evalu
 from smaflib.maps import write_attention_maps
 from smaflib.pipeline import Targets, Workspace, auto_bg_score, train_student
 from smaflib.pseudo_masks import pseudo_masks
-from smaflib.runs import find_run
+from smaflib.runs import Run, find_run
 from smaflib.runs.environment import git_state
 
 RESULTS = Path(__file__).parent / "results" / "student_targets.json"
 EVERY = 3
-"""Every so manieth image is evaluated; the others are kept from the choice of settings."""
+"""One image in so many is evaluated; the others are kept from the choice of settings."""
 
 
 def percent(metrics: SegmentationMetrics) -> dict[str, float]:
@@ -63,22 +62,20 @@ def score(work: Workspace, network: str, samples: Samples) -> dict[str, Any]:
     }
 
 
-def variant(work: Workspace, text: str) -> dict[str, Any]:
-    """Train the student of a variant and evaluate it."""
+def variant(run: Run, text: str) -> dict[str, Any]:
+    """Train the student of a variant of a run's settings and evaluate it."""
     name, _, settings = text.partition(":")
     words = settings.split()
     control = "control" in words
     overrides = [word for word in words if word != "control"]
-    run = find_run(str(work.folder))
-    config = load_config(run.config_file, [*run.overrides, *overrides])
-    of_variant = replace(work, config=config)
+    work = Workspace(run.folder, load_config(run.config_file, [*run.overrides, *overrides]))
     network = "teacher" if name == "teacher" else "tried_" + re.sub(r"\W+", "_", name.strip())
     begun = time.monotonic()
     if network != "teacher":
-        train_student(of_variant, network, targets=Targets(fused=not control))
+        train_student(work, network, targets=Targets(fused=not control))
     seconds = time.monotonic() - begun
-    samples = of_variant.samples().with_ground_truth
-    result = score(of_variant, network, samples.subset(range(0, len(samples), EVERY)))
+    samples = work.samples().with_ground_truth
+    result = score(work, network, samples.subset(range(0, len(samples), EVERY)))
     return {"variant": name.strip(), "control": control, "settings": overrides, "seconds": round(seconds), **result}
 
 
@@ -88,19 +85,13 @@ def main() -> None:
     parser.add_argument("variants", nargs="+", metavar="NAME:SETTINGS", help="'teacher:' evaluates the teacher")
     arguments = parser.parse_args()
     run = find_run(arguments.run)
-    work = Workspace(run.folder, run.config)
     for text in arguments.variants:
         kept = files.read_json(RESULTS, {"records": []})["records"]
-        where = {"run": run.name, "seed": run.config.seed, "run_settings": shown(run.overrides)}
-        record = where | variant(work, text) | git_state()
+        where = {"run": run.name, "seed": run.config.seed, "run_settings": run.shown_overrides}
+        record = where | variant(run, text) | git_state()
         same = [r for r in kept if (r["run"], r["variant"]) == (record["run"], record["variant"])]
         files.write_json(RESULTS, {"records": [r for r in kept if r not in same] + [record]})
         print(record["variant"], record["fused"], record["refined_auto"], record["refined_oracle"], flush=True)
-
-
-def shown(overrides: tuple[str, ...]) -> list[str]:
-    """Settings without the paths of this machine."""
-    return [override for override in overrides if not override.startswith(("data.root=", "data.saliency="))]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import hashlib
 import os
 import sys
@@ -66,8 +68,10 @@ def make_runtime(config: Config) -> Runtime:
     torch.set_num_threads(config.num_threads or num_cores())
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
-    precision = fastest_precision(device) if config.precision == "auto" else config.precision
-    if precision == "bf16" and device.type != "mps" and fastest_precision(device) != "bf16":
+    keep_freed_memory()
+    fastest = fastest_precision(device)
+    precision = fastest if config.precision == "auto" else config.precision
+    if precision == "bf16" and device.type != "mps" and fastest != "bf16":
         what = "this CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
         raise ConfigError(
             f"precision is 'bf16', but {what} has no bf16 arithmetic and would be slower with it; set precision=auto "
@@ -87,6 +91,22 @@ def fastest_precision(device: torch.device) -> Literal["float32", "bf16"]:
     # torch.cpu says so since torch 2.11 or so; an older one means float32.
     flags: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return "bf16" if flags.get("avx512_bf16") or flags.get("amx_bf16") else "float32"
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Let the C library keep the memory that torch frees, for the next layer's output.
+
+    glibc asks the kernel for every block above 32 MB and gives it back at once, and the kernel fills each with zeros
+    anew. A photo's maps at scale 2 have several such blocks: without them, attention at the paper's four scales takes
+    about 0.7 times as long on two cores (benchmarks/backbones.py).
+
+    Returns:
+        Whether this C library could be told; others are left as they are.
+    """
+    never_from_the_kernel, never_back = (-4, 0), (-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    return mallopt is not None and all([mallopt(*option) for option in (never_from_the_kernel, never_back)])
 
 
 def cpu_runtime(seed: int = 0) -> Runtime:

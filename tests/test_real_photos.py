@@ -11,7 +11,7 @@ import pytest
 from smaflib.config import load_config
 from smaflib.files import PROJECT_ROOT
 from smaflib.runs import open_run
-from smaflib.runs.manifest import write_manifest
+from smaflib.runs.manifest import read_manifest, write_manifest
 from tools import real_photos
 
 STAGE = {"status": "complete", "started": "2026-11-25T03:00:00+00:00", "seconds": 120.0, "peak_memory_mb": 900}
@@ -57,7 +57,7 @@ def test_every_planned_run_is_one_of_the_preset() -> None:
 
 
 def test_tables_of_finished_runs_by_hand(papermill_runs: Path) -> None:
-    result = real_photos.collect()
+    result = real_photos.collect({})
     tables = real_photos.tables(result)
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in tables["results"].splitlines()}
     assert lines["teacher, scale 1"] == "| teacher, scale 1 | train | 50.0 52.0 | 51.0 ± 1.4 |  |  |  | 40.0 |"
@@ -75,6 +75,26 @@ def test_tables_of_finished_runs_by_hand(papermill_runs: Path) -> None:
     assert "somebody" not in json.dumps(result)  # whose folders they are does not show
 
 
+def test_numbers_of_other_machines_stay_while_the_preset_does(papermill_runs: Path) -> None:
+    made = real_photos.collect({})
+    other = made["runs"]["voc12-small-seed1"]
+    elsewhere = {"voc12-small-seed2": other | {"seed": 2}, "voc12-small": other, "voc12-small-seed9": other}
+    kept = {"preset": made["preset"], "runs": elsewhere, "ablation": {"seeds": [0]}}
+    merged = real_photos.collect(kept)
+    assert list(merged["runs"]) == ["voc12-small", "voc12-small-seed1", "voc12-small-seed2", "voc12-small-plain"]
+    assert merged["runs"]["voc12-small"] == made["runs"]["voc12-small"]  # what is on this machine is newer
+    assert merged["ablation"] == {"seeds": [0]}
+    assert real_photos.collect(kept | {"preset": "of another recipe"}) == made
+
+
+def test_a_run_that_is_not_finished_is_left_out(papermill_runs: Path) -> None:
+    folder = papermill_runs / "voc12-small"
+    manifest = read_manifest(folder)
+    manifest["stages"]["07_segmentation"] = STAGE | {"status": "running"}
+    write_manifest(folder, manifest)
+    assert list(real_photos.collect({})["runs"]) == ["voc12-small-seed1", "voc12-small-plain"]
+
+
 def test_ablation_by_hand() -> None:
     records = [
         {"variant": name, "seed": seed, "bg_choice": choice, "object_size": "all", "value": value}
@@ -87,7 +107,7 @@ def test_ablation_by_hand() -> None:
             ("no_crf", 0, 0.4),
         )
     ]
-    table = real_photos.tables({"rows": [], "classes": [], "runs": {}, "ablation": {"records": records}})["ablation"]
+    table = real_photos.tables({"runs": {}, "ablation": {"records": records}})["ablation"]
     assert "| the whole chain | 2 | 65.0 ± 7.1 |  |" in table
     assert "| control: single-scale targets | 2 | 56.0 ± 8.5 | -9.0 ± 1.4 |" in table
     assert "| without CRF | 1 | 40.0 | -20.0 | 40.0 | -20.0 |" in table

@@ -9,6 +9,7 @@ Runs lie in ``papermill_runs/`` like any others. The page has numbers only: phot
 from __future__ import annotations
 
 import argparse
+import hashlib
 import shlex
 import subprocess
 import sys
@@ -32,9 +33,6 @@ BASE = "voc12-small"
 SEEDS = (0, 1, 2)
 PHOTOS = (100, 300)
 """Of the learning curve; the whole list is its last point."""
-
-CLAIM_ROWS = ("full", "no_fusion", "no_self_training", "control")
-"""Of the ablation: the rows of claims 3 and 4, for all seeds. The others are made for the first seed alone."""
 
 JSON, PAGE = PROJECT_ROOT / "docs" / "voc12_small.json", PROJECT_ROOT / "docs" / "voc12_small.md"
 MARK = "<!-- {} made by tools/real_photos.py: do not edit -->"
@@ -99,13 +97,8 @@ def make_runs(root: Path, saliency: Path, only: Sequence[str] = ()) -> None:
             seed = ("--set", f"seed={planned.seed}") if planned.seed else ()
             _smaf("run", PRESET, "--name", planned.name, *paths, *seed, *planned.arguments)
             write_page()
-    if not only or "ablation" in only:
-        chain = (PRESET, "--name", BASE, *paths, "--set", "self_training.control=true")
-        others = [word for seed in SEEDS[1:] for word in ("--reuse", _name(seed))]
-        _smaf("ablate", *chain, "--seeds", ",".join(map(str, SEEDS)), "--rows", ",".join(CLAIM_ROWS), *others)
-        write_page()
-        _smaf("ablate", *chain, "--seeds", "0", *others)
-        _smaf("ablate", *chain, "--seeds", ",".join(map(str, SEEDS)), "--rows", ",".join(CLAIM_ROWS), *others)
+    if not only or "ablation" in only:  # of one seed: the chains themselves have the rows of claims 3 and 4
+        _smaf("ablate", PRESET, "--name", BASE, *paths, "--set", "self_training.control=true", "--seeds", "0")
         write_page()
 
 
@@ -117,28 +110,42 @@ def _smaf(*words: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- collecting
 
 
-def collect() -> dict[str, Any]:
-    """What the finished runs have measured, as JSON: their rows, classes, stages and circumstances."""
-    runs = {planned: read_run(RUNS_FOLDER / planned.name) for planned in planned_runs() if _is_there(planned.name)}
-    result: dict[str, Any] = {"runs": {p.name: _facts(p, run) for p, run in runs.items()}, "rows": [], "classes": []}
-    for planned, run in runs.items():
-        of_run = {"kind": planned.kind, "seed": planned.seed}
-        metrics = run.metrics()
-        result["rows"] += [of_run | row for row in _records(results_table(metrics))]
-        if planned.kind == "chain":
-            chosen = class_table(metrics).reset_index()
-            wanted = [Variant.TEACHER_FUSED_REFINED, Variant.PSEUDO_MASKS, Variant.SEGMENTATION]
-            result["classes"] += [of_run | row for row in _records(chosen[chosen["variant"].isin(wanted)])]
-    ablation = read_ablation(runs[first]) if (first := next(iter(runs), None)) else None
-    result["ablation"] = ablation and {
-        key: ablation[key] for key in ("command", "finished", "seeds", "git_commit", "precision", "records")
-    }
-    return result
+def collect(kept: dict[str, Any]) -> dict[str, Any]:
+    """What the finished runs have measured, as JSON: their rows, classes, stages and circumstances.
+
+    Args:
+        kept: what this gave before. Its runs that are not on this machine stay, so that hours of runs can be made on
+            several machines, if the preset has not changed since.
+    """
+    preset = hashlib.sha256((PROJECT_ROOT / PRESET).read_bytes()).hexdigest()
+    before = kept if kept.get("preset") == preset else {}
+    runs = {}
+    for planned in planned_runs():
+        if _is_finished(planned.name):
+            runs[planned.name] = _measured(planned, read_run(RUNS_FOLDER / planned.name))
+        elif planned.name in before.get("runs", {}):
+            runs[planned.name] = before["runs"][planned.name]
+    ablation = read_ablation(read_run(RUNS_FOLDER / BASE)) if _is_finished(BASE) else None
+    wanted = ("command", "finished", "seeds", "git_commit", "precision", "records")
+    stored = {key: ablation[key] for key in wanted} if ablation else before.get("ablation")
+    return {"preset": preset, "runs": runs, "ablation": stored}
 
 
-def _is_there(name: str) -> bool:
+def _is_finished(name: str) -> bool:
+    """Whether a run on this machine has its results; half a run would make a column of half a mean."""
     stages = read_manifest(RUNS_FOLDER / name)["stages"]
-    return any(entry["status"] == "complete" for entry in stages.values())
+    return (
+        bool(stages) and all(entry["status"] == "complete" for entry in stages.values()) and "06_pseudo_masks" in stages
+    )
+
+
+def _measured(planned: Planned, run: Run) -> dict[str, Any]:
+    metrics = run.metrics()
+    classes = class_table(metrics).reset_index()
+    wanted = [Variant.TEACHER_FUSED_REFINED, Variant.PSEUDO_MASKS, Variant.SEGMENTATION]
+    chosen = classes[classes["variant"].isin(wanted)] if planned.kind == "chain" else classes.head(0)
+    rows = results_table(metrics).reset_index()
+    return _facts(planned, run) | {"rows": _records(rows), "classes": _records(chosen)}
 
 
 def _facts(planned: Planned, run: Run) -> dict[str, Any]:
@@ -148,25 +155,25 @@ def _facts(planned: Planned, run: Run) -> dict[str, Any]:
         name: {key: entry[key] for key in ("status", "started", "seconds", "peak_memory_mb")}
         for name, entry in manifest["stages"].items()
     }
-    hidden = ("data.root=", "data.saliency=")  # where somebody's photos lie is nobody's business
-    overrides = [override for override in run.overrides if not override.startswith(hidden)]
     torch = manifest["packages"].get("torch")
-    facts = {key: manifest.get(key) for key in wanted} | {"torch": torch, "overrides": overrides, "stages": stages}
+    facts = {key: manifest.get(key) for key in wanted} | {
+        "torch": torch,
+        "overrides": run.shown_overrides,
+        "stages": stages,
+    }
     scores = {path.stem: files.read_json(path, {})["bg_score"] for path in sorted(run.path("bg_scores").glob("*.json"))}
     return {"kind": planned.kind, "seed": planned.seed} | facts | {"bg_scores": scores}
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows of a table as plain dictionaries; what was not measured is left out."""
-    flat = table if "variant" in table.columns else table.reset_index()
-    rows = flat.drop(columns="level_0", errors="ignore").to_dict("records")
     return [
         {
             str(key): round(value, 3) if isinstance(value, float) else value
             for key, value in row.items()
             if value == value
         }
-        for row in rows
+        for row in table.to_dict("records")
     ]
 
 
@@ -175,7 +182,7 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def write_page() -> None:
     """Write the JSON, and the tables between the marks of the page."""
-    result = collect()
+    result = collect(files.read_json(JSON, {}))
     files.write_json(JSON, result)
     text = PAGE.read_text(encoding="utf-8")
     for name, table in tables(result).items():
@@ -188,20 +195,24 @@ def write_page() -> None:
 
 def tables(result: dict[str, Any]) -> dict[str, str]:
     """Markdown tables by name, of what :func:`collect` gives."""
+    rows, classes = _frame(result, "rows"), _frame(result, "classes")
+    made = {"results": _results, "claims": _claims, "photos": _photos}
     return {
-        "results": _results(result),
-        "claims": _claims(result),
-        "classes": _classes(result),
-        "ablation": _ablation(result),
-        "photos": _photos(result),
-        "runs": _runs(result),
+        **{name: "No run is finished." if rows.empty else make(rows) for name, make in made.items()},
+        "classes": "No run is finished." if classes.empty else _classes(classes),
+        "ablation": _ablation(result["ablation"]),
+        "runs": _runs(result["runs"]),
     }
 
 
-def _results(result: dict[str, Any]) -> str:
-    rows = pd.DataFrame(result["rows"])
-    if rows.empty:
-        return "No run is finished."
+def _frame(result: dict[str, Any], part: str) -> pd.DataFrame:
+    """Rows of all runs, each with its run's kind and seed."""
+    return pd.DataFrame(
+        [{"kind": run["kind"], "seed": run["seed"]} | row for run in result["runs"].values() for row in run[part]]
+    )
+
+
+def _results(rows: pd.DataFrame) -> str:
     rows = rows[(rows["split"] == "train") | (rows["stage"] == "07_segmentation")]
     lines = []
     keys = ["stage", "variant", "fusion", "split", "scale"]
@@ -228,11 +239,8 @@ def _is(table: pd.DataFrame, values: dict[str, Any]) -> pd.Series[bool]:
     return chosen
 
 
-def _claims(result: dict[str, Any]) -> str:
+def _claims(rows: pd.DataFrame) -> str:
     """Differences between rows with the same seed, from the runs' own background scores."""
-    rows = pd.DataFrame(result["rows"])
-    if rows.empty:
-        return "No run is finished."
     rows = rows[rows["kind"].isin(["chain", "supervised"])]
     refined = rows[(rows["stage"] == "06_pseudo_masks")]
     of = {name: group.set_index("seed")["mIoU"] for name, group in refined.groupby("variant")}
@@ -248,10 +256,7 @@ def _claims(result: dict[str, Any]) -> str:
     return _markdown(["claim", "difference per seed", "mean ± sd"], lines)
 
 
-def _classes(result: dict[str, Any]) -> str:
-    rows = pd.DataFrame(result["classes"])
-    if rows.empty:
-        return "No run is finished."
+def _classes(rows: pd.DataFrame) -> str:
     shown = rows[(rows["split"] == "train") | (rows["stage"] == "07_segmentation")]
     names = [
         name for name in shown.columns if name not in ("kind", "seed", "stage", "variant", "fusion", "split", "scale")
@@ -262,10 +267,10 @@ def _classes(result: dict[str, Any]) -> str:
     )
 
 
-def _ablation(result: dict[str, Any]) -> str:
-    if not result["ablation"]:
+def _ablation(ablation: dict[str, Any] | None) -> str:
+    if not ablation:
         return "The ablation is not finished."
-    records = pd.DataFrame(result["ablation"]["records"])
+    records = pd.DataFrame(ablation["records"])
     records = records[records["object_size"] == "all"].assign(value=100 * records["value"])
     lines = []
     for name in records["variant"].unique():
@@ -280,10 +285,7 @@ def _ablation(result: dict[str, Any]) -> str:
     )
 
 
-def _photos(result: dict[str, Any]) -> str:
-    rows = pd.DataFrame(result["rows"])
-    if rows.empty:
-        return "No run is finished."
+def _photos(rows: pd.DataFrame) -> str:
     lines = []
     for kind in [*(f"photos {number}" for number in PHOTOS), "chain"]:
         group = rows[(rows["kind"] == kind) & (rows["seed"] == 0)]
@@ -296,9 +298,9 @@ def _photos(result: dict[str, Any]) -> str:
     return _markdown(head, lines)
 
 
-def _runs(result: dict[str, Any]) -> str:
+def _runs(runs: dict[str, Any]) -> str:
     lines = []
-    for name, facts in result["runs"].items():
+    for name, facts in runs.items():
         stages = facts["stages"].values()
         seconds = sum(entry["seconds"] or 0 for entry in stages)
         memory = max((entry["peak_memory_mb"] or 0 for entry in stages), default=0)

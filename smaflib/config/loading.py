@@ -74,13 +74,15 @@ def _read_yaml(text: str, what: str) -> Any:
         return yaml.safe_load(text)
     # Beside its own errors, those of numbers of 5,000 digits, of dates that do not exist, and of deep nesting.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{what} is not valid YAML: {_short(str(error), quoted=False)}") from error
+        raise ConfigError(f"{what} is not valid YAML: {_cut(str(error))}") from error
 
 
-def _short(value: Any, quoted: bool = True) -> str:
+def _cut(message: str) -> str:
+    return message if len(message) <= 300 else f"{message[:300]} ..."
+
+
+def _short(value: Any) -> str:
     """A value for a message: a few hundred characters at most, however large or nested it is."""
-    if not quoted:
-        return value if len(value) <= 300 else f"{value[:300]} ..."
     brief = reprlib.Repr()
     brief.maxstring = brief.maxother = brief.maxlong = 120
     brief.maxlevel, brief.maxlist, brief.maxdict, brief.maxtuple = 3, 8, 8, 8

@@ -20,6 +20,7 @@ Split = Literal["train", "val"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BgScore = Annotated[float, Field(gt=0.0, le=1.0)]  # with 0, reactivation divides pixels without any class by 0
 Positive = Annotated[int, Field(gt=0, le=2**31 - 1)]
+BatchSize = Annotated[int, Field(gt=0, le=65536)]
 Side = Annotated[int, Field(ge=4, le=16384)]  # in pixels
 Scale = Annotated[float, Field(ge=0.05, le=8)]  # of an image's size
 Channels = Annotated[int, Field(ge=0, le=65536)]
@@ -41,6 +42,10 @@ def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
     if pair[0] > pair[1]:
         raise ValueError("must be (smaller, larger)")
     return pair
+
+
+Sides = Annotated[tuple[Side, Side], AfterValidator(_ordered)]
+Fractions = Annotated[tuple[Fraction, Fraction], AfterValidator(_ordered)]
 
 
 class StageConfig(BaseModel):
@@ -107,12 +112,9 @@ class TrainingConfig(StageConfig):
     """One optimisation: what is drawn, how far each step goes, for how long."""
 
     iterations: Positive = 20_000
-    batch_size: Annotated[int, Field(gt=0, le=65536)] = 8
+    batch_size: BatchSize = 8
     crop_size: Side = 448  # side of the square crop, in pixels
-    resize_range: Annotated[tuple[Side, Side], AfterValidator(_ordered)] = (
-        256,
-        512,
-    )  # the long side is drawn from this range, in pixels
+    resize_range: Sides = (256, 512)  # the long side is drawn from this range, in pixels
     # True: no crops; the whole image, squashed to a square whose side is drawn from resize_range for each batch. For a
     # few dozen photos: a crop without the only object of its class is a wrong label, which a large set would forgive.
     whole_images: bool = False
@@ -133,9 +135,8 @@ class TrainingConfig(StageConfig):
 class HeadSolverConfig(StageConfig):
     """The last layer computed instead of trained: a logistic regression on a frozen backbone's features."""
 
-    iterations: Annotated[int, Field(gt=0, le=1_000_000)] = (
-        100  # L-BFGS steps at most; it is usually done after half of them
-    )
+    # L-BFGS steps at most; it is usually done after half of them
+    iterations: Annotated[int, Field(gt=0, le=1_000_000)] = 100
     weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.001  # penalty on the squared weights, per class
 
     @model_validator(mode="before")
@@ -230,9 +231,7 @@ class ParConfig(StageConfig):
 
     iterations: Annotated[int, Field(ge=0, le=10_000)] = 10
     dilations: tuple[Dilation, ...] = Field((1, 2, 4, 8, 12, 24), min_length=1)  # rings of eight neighbours, in pixels
-    bandwidth: Annotated[float, Field(ge=1e-3, le=1e3)] = (
-        0.3  # of likeness, in standard deviations of the neighbourhood
-    )
+    bandwidth: Annotated[float, Field(ge=1e-3, le=1e3)] = 0.3  # of likeness, in standard deviations of the neighbours
     position_weight: Annotated[float, Field(ge=0, le=1e3)] = 0.01  # of nearness, against likeness
 
 
@@ -261,11 +260,11 @@ class SegmentationConfig(TrainingConfig):
 
     enabled: bool = True
     crop_size: Side = 321
-    resize_range: Annotated[tuple[Side, Side], AfterValidator(_ordered)] = (250, 750)
+    resize_range: Sides = (250, 750)
     color_jitter: ColorJitter = (0.0, 0.0, 0.0, 0.0)
     learning_rate: Annotated[float, Field(gt=0, le=100)] = 2.5e-4
     momentum: Fraction = 0.9
-    batch_size: Annotated[int, Field(gt=0, le=65536)] = 10
+    batch_size: BatchSize = 10
     model: ModelConfig | None = None  # its own backbone and weights; None: the ones of the classifier (model)
     architecture: Literal["deeplabv2", "deeplabv3"] = "deeplabv2"  # deeplabv3: torchvision's head
     # DeepLab-V2 as published learns at (0.5, 0.75, 1.0) and from the maximum of the three.
@@ -285,10 +284,7 @@ class SegmentationConfig(TrainingConfig):
 class EvaluationConfig(StageConfig):
     """Stage 7. Object sizes: a class's share of an image's area."""
 
-    size_limits: Annotated[tuple[Fraction, Fraction], AfterValidator(_ordered)] = (
-        0.04,
-        0.12,
-    )  # small below the first, large from the second on
+    size_limits: Fractions = (0.04, 0.12)  # small below the first, large from the second on
     # What a stage should reach: mIoU in percent by variant, such as {pseudo_masks: 73.9}; notebook 08 compares.
     paper_results: dict[Variant, Annotated[float, Field(ge=0, le=100)]] = {}
     # background scores swept

@@ -99,7 +99,7 @@ def check_class_names(class_names: Sequence[str]) -> None:
             "them in data.class_names, or put classes together"
         )
     for number, name in enumerate(class_names):
-        if len(name) > 100 or not (name.isprintable() or not name) or any(character in name for character in MARKUP):
+        if len(name) > 100 or not name.isprintable() or any(character in name for character in MARKUP):
             raise DataError(
                 f"data.class_names: {name[:100]!r} is no usable name; use at most 100 characters without {MARKUP} and "
                 "line breaks, which pages and pictures would not show as they are"

@@ -7,6 +7,7 @@ import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -42,6 +43,26 @@ VOC_PALETTE = _voc_palette()
 4, 7 of its green, bits 2, 5 of its blue, so that neighbours look different. Source: the VOC development kit."""
 
 
+def open_picture(file: Path | BinaryIO, name: str) -> Image.Image:
+    """Open a JPEG, PNG or WebP file of bearable size, not decoded yet.
+
+    Raises:
+        DataError: if it has more than :data:`MAX_PIXELS`.
+        Exception: a dozen kinds of Pillow's, if it is no picture or damaged.
+    """
+    # Pillow would hand an EPS named .jpg to Ghostscript, and knows formats that nobody keeps photos in.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below, with the numbers
+        picture = Image.open(file, formats=PICTURE_FORMATS)
+    if picture.width * picture.height > MAX_PIXELS:
+        picture.close()
+        raise DataError(
+            f"{name} has {picture.width} x {picture.height} pixels, more than {MAX_PIXELS / 1e6:.0f} million, "
+            "which need gigabytes at four scales; save it smaller"
+        )
+    return picture
+
+
 @contextlib.contextmanager
 def decoding(path: Path) -> Iterator[Image.Image]:
     """Open a picture; whatever goes wrong while it is decoded inside the block becomes a :class:`DataError`.
@@ -50,16 +71,7 @@ def decoding(path: Path) -> Iterator[Image.Image]:
         DataError: if the file is missing, is no picture, or is truncated or damaged.
     """
     try:
-        # Pillow would hand an EPS named .jpg to Ghostscript, and knows formats that nobody keeps photos in.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below, with the numbers
-            opened = Image.open(path, formats=PICTURE_FORMATS)
-        with opened as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise DataError(
-                    f"{path} has {picture.width} x {picture.height} pixels, more than {MAX_PIXELS / 1e6:.0f} million, "
-                    "which need gigabytes at four scales; save it smaller"
-                )
+        with open_picture(path, str(path)) as picture:
             yield picture
     except DataError:
         raise

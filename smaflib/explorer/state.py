@@ -25,7 +25,7 @@ from smaflib.cams import at_size, fuse_cams, multi_scale_cams
 from smaflib.classifier import predict_labels
 from smaflib.config import Config, CrfConfig, EvaluationConfig, FusionRule, PseudoMaskConfig
 from smaflib.data import Sample, load_samples
-from smaflib.data.masks import MAX_PIXELS, PICTURE_FORMATS, VOC_PALETTE
+from smaflib.data.masks import VOC_PALETTE, open_picture
 from smaflib.data.mini.dataset import make_mini
 from smaflib.data.transforms import normalize
 from smaflib.errors import DataError, MissingStage, RunError
@@ -463,9 +463,7 @@ def read_photo(name: str, content: bytes, side: int = PHOTO_SIDE) -> Tensor:
         DataError: if it cannot be decoded; the message says what can.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=PICTURE_FORMATS) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise DataError(f"{name} has more than {MAX_PIXELS / 1e6:.0f} million pixels; save it smaller")
+        with open_picture(io.BytesIO(content), name) as picture:
             upright = ImageOps.exif_transpose(picture).convert("RGB")
     except DataError:
         raise

@@ -48,6 +48,11 @@ class Run(Workspace):
     def name(self) -> str:
         return self.folder.name
 
+    @property
+    def shown_overrides(self) -> list[str]:
+        """The overrides without folders of data: where somebody's photos lie is nobody's business."""
+        return [override for override in self.overrides if not override.startswith(("data.root=", "data.saliency="))]
+
     def record(self, stage: str, records: Iterable[dict[str, Any]]) -> None:
         """Write a stage's measurements to ``metrics.json``, in place of those it wrote before.
 

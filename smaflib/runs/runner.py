@@ -163,10 +163,11 @@ def _check_notebooks(notebooks: Path, stages: Sequence[Stage]) -> None:
 
 
 def _will_train(run: Run, chosen: Sequence[Stage]) -> bool:
-    """Whether a stage from 02 on is not complete; without torch, so that a finished run starts none."""
+    """Whether a stage after the data's is not complete; without torch, so that a finished run starts none."""
     now, entries = config_hash(run.config), read_manifest(run.folder)["stages"]
     done = {name for name, entry in entries.items() if (entry["status"], entry["config_hash"]) == ("complete", now)}
-    return any(stage.name >= "02" and stage.name not in done for stage in chosen)
+    look_only = STAGES[:2]  # one image's way, and the data
+    return any(stage.name not in done for stage in chosen if stage not in look_only)
 
 
 def _parameters_of(notebook: Path) -> set[str]:
