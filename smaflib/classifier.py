@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smaflib.config import AttentionConfig, ClassifierConfig, HeadSolverConfig, ModelConfig
+from smaflib.config import AttentionConfig, ClassifierConfig, Config, HeadSolverConfig, ModelConfig
 from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import Crop, normalize, resize_image, scaled_size
 from smaflib.errors import ConfigError
@@ -238,12 +238,9 @@ def _mean_features(
     means: list[Tensor] = []
     labels: list[Tensor] = []
     for sample in progress(samples, total=len(samples), desc="features"):
-        for scale in attention.scales:
-            size = scaled_size(sample.image.shape[-2:], scale)
-            inputs = normalize(resize_image(sample.image, size))[None].to(runtime.device)
-            inputs = torch.cat([inputs, inputs.flip(-1)]) if attention.flip else inputs
+        for view in _views(sample.image, attention):
             with runtime.autocast():
-                features = network.backbone(inputs)
+                features = network.backbone(view.to(runtime.device))
             features = features.double().cpu()  # (1 or 2, C, h, w)
             means += list(features.mean(dim=(2, 3)))
             labels += [sample.image_label.double()] * len(features)
@@ -252,16 +249,47 @@ def _mean_features(
     return (torch.stack(means) - mean) / (variance + statistics.layer.eps).sqrt(), torch.stack(labels)
 
 
+def _views(image: Tensor, attention: AttentionConfig) -> Iterator[Tensor]:
+    """An image, uint8 (3, H, W), at each scale: (1, 3, h, w) normalised, or with its mirror image (2, 3, h, w)."""
+    for scale in attention.scales:
+        view = normalize(resize_image(image, scaled_size(image.shape[-2:], scale)))[None]
+        yield torch.cat([view, view.flip(-1)]) if attention.flip else view
+
+
+ONE_VIEW = AttentionConfig(scales=(1.0,), flip=False)
+"""Each image as it is."""
+
+
+def learned_views(config: Config) -> AttentionConfig:
+    """The views of an image that tell what it shows: those that the head was computed from, or the image as it is."""
+    return config.attention if config.classifier.solve_head else ONE_VIEW
+
+
 @torch.no_grad()
-def classify(network: AttentionNetwork, samples: Samples, runtime: Runtime) -> Tensor:
-    """Image logits of every sample, (N, K), at the images' own size."""
-    network.to(runtime.device).eval()
+def classify_image(network: AttentionNetwork, image: Tensor, runtime: Runtime, views: AttentionConfig) -> Tensor:
+    """What a network thinks that an image shows: mean logits over its views, float32 (K,).
+
+    Args:
+        network: teacher or student, in eval mode and on the runtime's device.
+        image: uint8 (3, H, W).
+        runtime: device and precision.
+        views: the scales and mirror images, see :func:`learned_views`. A head that was computed (:func:`solve_head`)
+            finds far too many classes in an image of another size.
+    """
     rows = []
-    for sample in progress(samples, total=len(samples), desc="classify"):
+    for view in _views(image, views):
         with runtime.autocast():
-            logits = network.image_logits(network(normalize(sample.image)[None].to(runtime.device)))
-        rows.append(logits.float().cpu()[0])
-    return torch.stack(rows)
+            rows.append(network.image_logits(network(view.to(runtime.device))).float().cpu())
+    return torch.cat(rows).mean(dim=0)
+
+
+def classify(
+    network: AttentionNetwork, samples: Samples, runtime: Runtime, views: AttentionConfig = ONE_VIEW
+) -> Tensor:
+    """:func:`classify_image` of every sample, (N, K)."""
+    network.to(runtime.device).eval()
+    images = progress(samples, total=len(samples), desc="classify")
+    return torch.stack([classify_image(network, sample.image, runtime, views) for sample in images])
 
 
 def crop_saliency(sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:

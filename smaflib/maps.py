@@ -5,6 +5,7 @@ Stage 2 writes them (:func:`write_attention_maps`); every later stage reads :cla
 
 from __future__ import annotations
 
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -109,6 +110,10 @@ class AttentionMaps:
         return fuse_and_denoise(cams, size, image_label, rule, chosen)
 
 
+SMALL_IMAGE = 128 * 128
+"""Pixels up to which a forward pass of several images on a CPU takes less time than one of each."""
+
+
 def write_attention_maps(
     network: nn.Module,
     samples: Samples,
@@ -125,12 +130,16 @@ def write_attention_maps(
         folder: takes one ``.npz`` per image.
         config: scales and flip.
         runtime: device and precision.
-        batch_size: images of one size in a forward pass.
+        batch_size: images of one size in a forward pass. Photos on a CPU are taken one by one: together they would be
+            slower and need more memory.
     """
     maps = AttentionMaps(folder, config.scales)
     runtime.place(network)
+    most_pixels = batch_size * SMALL_IMAGE if runtime.device.type == "cpu" else sys.maxsize
     missing = [index for index, image_id in enumerate(samples.image_ids) if not maps.path(image_id).is_file()]
-    bar = progress(_same_size_batches(samples, missing, batch_size), total=None, desc=f"attention of {samples.split}")
+    bar = progress(
+        _same_size_batches(samples, missing, batch_size, most_pixels), total=None, desc=f"attention of {samples.split}"
+    )
     for batch in bar:
         images = torch.stack([image for _, image in batch])
         cams = multi_scale_cams(network, images, config.scales, config.flip, runtime)
@@ -140,12 +149,16 @@ def write_attention_maps(
     return maps
 
 
-def _same_size_batches(samples: Samples, indices: Sequence[int], most: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Neighbours of equal size, up to ``most`` together."""
+def _same_size_batches(
+    samples: Samples, indices: Sequence[int], most: int, most_pixels: int
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """Neighbours of equal size, up to ``most`` together, or fewer if they have more pixels; one at least."""
     batch: list[tuple[str, Tensor]] = []
     for index in indices:
         sample = samples[index]
-        if batch and (len(batch) == most or batch[0][1].shape != sample.image.shape):
+        pixels = sample.image[0].numel()
+        full = len(batch) == most or (len(batch) + 1) * pixels > most_pixels
+        if batch and (full or batch[0][1].shape != sample.image.shape):
             yield batch
             batch = []
         batch.append((sample.image_id, sample.image))

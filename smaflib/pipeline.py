@@ -152,9 +152,10 @@ class Workspace:
         if score != "auto":
             return score
         stored = self.path("bg_scores", "teacher.json")
-        if not stored.is_file():
+        resolved = read_bg_score(stored)
+        if resolved is None:
             raise MissingStage(f"attention.bg_score is 'auto' and {stored} is missing; stage 03 resolves it")
-        return float(files.read_json(stored, {})["bg_score"])
+        return resolved
 
 
 def _split(samples: Samples) -> Split:
@@ -271,11 +272,23 @@ def resolve_bg_score(work: Workspace, network: str = "teacher") -> float:
     score = work.config.attention.bg_score if network == "teacher" else work.config.mask_bg_score
     stored = work.path("bg_scores", f"{network}.json")
     if score == "auto":
-        kept = files.read_json(stored, {}).get("bg_score")
+        kept = read_bg_score(stored)
         samples = work.samples()
         score = auto_bg_score(work, work.denoised(network, samples), samples) if kept is None else float(kept)
     files.write_json(stored, {"bg_score": score})
     return score
+
+
+def read_bg_score(path: Path) -> float | None:
+    """The background's score that :func:`resolve_bg_score` has stored; None where it has not.
+
+    Raises:
+        RunError: if the file is damaged.
+    """
+    from smaflib.config.schema import BgScore
+
+    score = files.read_json(path, {}, dict[Literal["bg_score"], BgScore]).get("bg_score")
+    return None if score is None else float(score)
 
 
 def auto_bg_score(work: Workspace, denoised: Sequence[Tensor], samples: Samples) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import hashlib
 import os
 import sys
@@ -93,20 +92,25 @@ def fastest_precision(device: torch.device) -> Literal["float32", "bf16"]:
     return "bf16" if flags.get("avx512_bf16") or flags.get("amx_bf16") else "float32"
 
 
-@functools.cache
-def keep_freed_memory() -> bool:
+def keep_freed_memory(keep: bool = True) -> bool:
     """Let the C library keep the memory that torch frees, for the next layer's output.
 
     glibc asks the kernel for every block above 32 MB and gives it back at once, and the kernel fills each with zeros
-    anew. A photo's maps at scale 2 have several such blocks: without them, attention at the paper's four scales takes
-    about 0.7 times as long on two cores (benchmarks/backbones.py).
+    anew. A photo's maps at scale 2 have several such blocks: attention at the paper's four scales takes about 0.7 times
+    as long without (two cores, benchmarks/backbones.py).
+
+    Args:
+        keep: False: glibc's own way again.
 
     Returns:
         Whether this C library could be told; others are left as they are.
     """
-    never_from_the_kernel, never_back = (-4, 0), (-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    return mallopt is not None and all([mallopt(*option) for option in (never_from_the_kernel, never_back)])
+    if mallopt is None:
+        return False
+    most_blocks, kept_bytes = (0, 2**31 - 1) if keep else (65536, 2**26)
+    # Numbers of malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD.
+    return all([mallopt(-4, most_blocks), mallopt(-1, kept_bytes), mallopt(-3, 2**25)])
 
 
 def cpu_runtime(seed: int = 0) -> Runtime:

@@ -19,7 +19,7 @@ from smaflib.classifier import (
     saliency_loss,
     standardize_features,
 )
-from smaflib.config import ClassifierConfig, Config
+from smaflib.config import AttentionConfig, ClassifierConfig, Config
 from smaflib.data.transforms import normalize, resize_image
 from smaflib.errors import ConfigError
 from smaflib.models import AttentionNetwork, load_attention_network
@@ -263,6 +263,14 @@ def test_classify_takes_whole_images_in_order() -> None:
     with torch.no_grad():
         alone = network(normalize(samples[2].image)[None]).mean(dim=(2, 3))[0]
     torch.testing.assert_close(logits[2], alone)
+    views = AttentionConfig(scales=(1.0, 2.0), flip=True)
+    doubled = samples[2].image.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)  # nearly the bicubic one
+    images = [samples[2].image, doubled]
+    with torch.no_grad():
+        views_of = [normalize(view)[None] for image in images for view in (image, image.flip(-1))]
+        rows = [network(view).mean(dim=(2, 3))[0] for view in views_of]
+    mean = torch.stack(rows).mean(dim=0)
+    torch.testing.assert_close(classify(network, samples, CPU, views)[2], mean, rtol=0.02, atol=0.02)
     rough = classify(network, samples, Runtime(torch.device("cpu"), "bf16"))
     assert rough.dtype == torch.float32 and not torch.equal(rough, logits)
     torch.testing.assert_close(rough, logits, rtol=0.1, atol=0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from smaflib.apps.cli import app
 from smaflib.apps.custom_images import label_images, make_masks
 from smaflib.config import Config, check_settings
 from smaflib.data.masks import read_mask
-from smaflib.errors import ConfigError, DataError
+from smaflib.errors import ConfigError, DataError, InputError, RunError
+from smaflib.files import PROJECT_ROOT
 from smaflib.report.html import network_references
 
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
@@ -118,9 +120,50 @@ def test_photos_without_a_table_are_labelled_by_what_was_learned(config: Config,
         label_images(tmp_path / "out", tmp_path / "new", tmp_path / "labelled")
     with pytest.raises(ConfigError, match="holds no finished"):
         label_images(tmp_path / "new", tmp_path / "new", tmp_path / "other")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/diary.txt").write_text("not smaf's")
+    with pytest.raises(ConfigError, match=r"mine is not empty and holds nothing of smaf's"):
+        label_images(tmp_path / "out", tmp_path / "new", tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["diary.txt"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="there is no image in"):
         label_images(tmp_path / "out", tmp_path / "empty", tmp_path / "other")
+
+
+def test_finished_masks_are_not_learned_again(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sheet = make_masks(config, tmp_path / "out")
+    monkeypatch.setattr("smaflib.apps.custom_images.train_teacher", lambda work: pytest.fail("learned again"))
+    sheet.unlink()
+    assert make_masks(config, tmp_path / "out") == sheet and sheet.is_file()
+    mask = next((tmp_path / "out/masks").iterdir())
+    mask.unlink()
+    with pytest.raises(pytest.fail.Exception, match="learned again"):
+        make_masks(config, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda out: (out / "checkpoints/student.safetensors").unlink(), "student.safetensors"),
+        (lambda out: (out / "checkpoints/student.safetensors").write_bytes(b"\x08"), "student.safetensors"),
+        (
+            lambda out: shutil.copy(
+                PROJECT_ROOT / "smaflib/models/assets/mini_teacher.safetensors", out / "checkpoints/student.safetensors"
+            ),
+            "student.safetensors",
+        ),
+        (lambda out: (out / "bg_scores/student.json").write_text('{"bg_score": 7}'), "student.json does not fit"),
+        (lambda out: (out / "config.yaml").write_text("seed: [1"), "config.yaml"),
+    ],
+)
+def test_nothing_is_written_from_a_damaged_student(
+    damage: Callable[[Path], object], message: str, config: Config, tmp_path: Path
+) -> None:
+    make_masks(config, tmp_path / "out")
+    damage(tmp_path / "out")
+    with pytest.raises((InputError, RunError), match=message):
+        label_images(tmp_path / "out", tmp_path / "photos", tmp_path / "labelled")
+    assert not (tmp_path / "labelled").exists()
 
 
 def test_rounds_names_and_limits(config: Config, tmp_path: Path) -> None:

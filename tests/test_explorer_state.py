@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import PixelNetwork, make_samples
+from helpers import PixelNetwork, make_samples, tiny_config
 from PIL import Image
 from torch import Tensor
 
@@ -281,7 +281,7 @@ def test_photo_gets_the_label_that_the_network_predicts_and_no_ground_truth() ->
     photo = gallery.samples[index]
     assert index == 1 and photo.image_id == "holiday" and photo.mask is None
     assert torch.equal(photo.image, own)
-    assert torch.equal(photo.image_label, predict_label(gallery.networks["teacher"], own))
+    assert torch.equal(photo.image_label, predict_label(gallery.networks["teacher"], own, gallery.config))
     assert gallery.explore(index, "student", gallery.first_settings(index)).iou is None
 
 
@@ -291,13 +291,13 @@ def test_label_is_every_class_above_0_or_the_likeliest() -> None:
     network.image_logits = lambda logits: logits.mean(dim=(2, 3))  # type: ignore[assignment]
     red = torch.zeros(3, 4, 4, dtype=torch.uint8)
     red[0] = 200
-    assert predict_label(network, red).tolist() == [1, 0]  # type: ignore[arg-type]
+    assert predict_label(network, red, tiny_config()).tolist() == [1, 0]  # type: ignore[arg-type]
     both = PixelNetwork(torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.0, 0.0]]))
     both.image_logits = lambda logits: logits.mean(dim=(2, 3))  # type: ignore[assignment]
-    assert predict_label(both, red).tolist() == [1, 1]  # type: ignore[arg-type]
+    assert predict_label(both, red, tiny_config()).tolist() == [1, 1]  # type: ignore[arg-type]
     none = PixelNetwork(torch.tensor([[-1.0, 0.0, 0.0], [-0.5, 0.0, 0.0]]))
     none.image_logits = lambda logits: logits.mean(dim=(2, 3))  # type: ignore[assignment]
-    assert predict_label(none, red).tolist() == [0, 1]  # type: ignore[arg-type]
+    assert predict_label(none, red, tiny_config()).tolist() == [0, 1]  # type: ignore[arg-type]
 
 
 def test_photo_is_turned_upright_and_shrunk() -> None:

@@ -172,3 +172,23 @@ def test_progress_of_any_name_in_a_locale_without_utf8(tmp_path: Path) -> None:
     without = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", PROGRESS_FILE: str(target)}
     subprocess.run([sys.executable, "-c", code], env=os.environ | without, check=True)
     assert not target.exists()
+
+
+ONE_BLOCK = """
+import sys, torch
+from smaflib.runtime import keep_freed_memory
+resident = lambda: int(open("/proc/self/statm").read().split()[1])
+assert keep_freed_memory(sys.argv[1] == "keep")
+before = resident()
+block = torch.ones(25_000_000)
+del block
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other C libraries are left as they are")
+@pytest.mark.parametrize(("choice", "least", "most"), [("keep", 90, 120), ("give back", -5, 10)])
+def test_freed_memory_is_kept_or_given_back(choice: str, least: float, most: float) -> None:
+    """Resident memory after 100 MB were written and freed; in a process whose memory nothing else uses."""
+    done = subprocess.run([sys.executable, "-c", ONE_BLOCK, choice], capture_output=True, text=True, check=True)
+    assert least < int(done.stdout) * os.sysconf("SC_PAGESIZE") / 1e6 < most

@@ -16,15 +16,17 @@ from urllib.parse import quote
 from PIL import Image
 
 from smaflib import files
-from smaflib.classifier import classify, predict_labels
+from smaflib.classifier import classify, learned_views, predict_labels
 from smaflib.config import Config, dump_config, load_config
 from smaflib.data.folder import unlabelled_samples
 from smaflib.data.masks import VOC_PALETTE, mask_values, read_mask
 from smaflib.data.sample import Samples
 from smaflib.errors import ConfigError
+from smaflib.models.networks import load_attention_network
 from smaflib.pipeline import (
     Workspace,
     check_networks,
+    read_bg_score,
     resolve_bg_score,
     self_train_rounds,
     train_teacher,
@@ -61,11 +63,12 @@ def make_masks(config: Config, out: Path) -> Path:
         check_networks(config)  # before the folder is claimed
     _claim(out, config, samples)
     with files.locked(out, "smaf masks"):
-        train_teacher(work)
-        write_maps(work, "teacher")
-        resolve_bg_score(work)
-        self_train_rounds(work)
-        write_masks(work)
+        if not all(work.path("masks", f"{image_id}.png").is_file() for image_id in samples.image_ids):
+            train_teacher(work)
+            write_maps(work, "teacher")
+            resolve_bg_score(work)
+            self_train_rounds(work)
+            write_masks(work)
         return _write_contact_sheet(samples, out)
 
 
@@ -86,21 +89,27 @@ def label_images(learned: Path, images: Path, out: Path) -> Path:
     Raises:
         ConfigError: if nothing was learned in ``learned``, or ``out`` holds the work on other images.
         DataError: if there is no image in ``images``.
+        RunError: if what was learned is damaged. Nothing is written before all of it has been read.
     """
-    bg_score = learned / "bg_scores" / "student.json"
-    if not bg_score.is_file() or not (learned / "config.yaml").is_file():
+    bg_score = read_bg_score(learned / "bg_scores" / "student.json")
+    if bg_score is None or not (learned / "config.yaml").is_file():
         raise ConfigError(f"{learned} holds no finished `smaf masks --labels ...`; name the folder that it wrote")
     source = Workspace(learned, load_config(learned / "config.yaml"))
+    class_names = source.config.data.class_names
+    teacher, _ = (
+        load_attention_network(source.checkpoint(name), source.config.model, len(class_names))
+        for name in ("teacher", "student")
+    )
     table = out / "labels.csv"
     unset = {"masks": None, "saliency": None, "max_images": None}
     data = source.config.data.model_copy(update={"images": images, "labels": table, **unset})
     # What was chosen on the images that were learned from; a few new ones say less about it.
-    chosen = {"bg_score": files.read_json(bg_score, {})["bg_score"]}
-    masks = source.config.pseudo_masks.model_copy(update=chosen)
+    masks = source.config.pseudo_masks.model_copy(update={"bg_score": bg_score})
     work = Workspace(out, source.config.model_copy(update={"data": data, "pseudo_masks": masks}))
-    unlabelled = unlabelled_samples(images, source.config.data.class_names)
+    unlabelled = unlabelled_samples(images, class_names)
+    _refuse_foreign(out)
     if not table.is_file():
-        logits = classify(source.network("teacher"), unlabelled, work.make_runtime())
+        logits = classify(teacher, unlabelled, work.make_runtime(), learned_views(source.config))
         rows = zip(unlabelled.files, predict_labels(logits).bool().tolist(), strict=True)
         _write_table(
             table,
@@ -137,13 +146,20 @@ def _claim(out: Path, config: Config, samples: Samples) -> None:
             what = "settings" if same_images else "images or labels"
             raise ConfigError(f"{out} holds masks made with other {what}; choose another --out, or delete it first")
         return
-    if out.is_dir() and any(path.name not in ("labels.csv", "config.yaml") for path in out.iterdir()):
-        raise ConfigError(f"{out} is not empty and holds nothing of smaf's; choose another --out")
+    _refuse_foreign(out)
     try:
         files.write_text(settings, dump_config(config))
         files.write_json(images, {"sha256": digest, "images": len(samples)})
     except OSError as error:
         raise ConfigError(f"{out} cannot be written to: {error}; choose another --out") from error
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Refuse to write into a folder of somebody else's."""
+    ours = {"config.yaml", "images.json"}
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if names - {"labels.csv", "config.yaml"} and not ours <= names:
+        raise ConfigError(f"{out} is not empty and holds nothing of smaf's; choose another --out")
 
 
 def _write_table(path: Path, rows: Sequence[Sequence[str]]) -> None:

@@ -22,12 +22,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from smaflib.cams import at_size, fuse_cams, multi_scale_cams
-from smaflib.classifier import predict_labels
+from smaflib.classifier import classify_image, learned_views, predict_labels
 from smaflib.config import Config, CrfConfig, EvaluationConfig, FusionRule, PseudoMaskConfig
 from smaflib.data import Sample, load_samples
 from smaflib.data.masks import VOC_PALETTE, open_picture
 from smaflib.data.mini.dataset import make_mini
-from smaflib.data.transforms import normalize
 from smaflib.errors import DataError, MissingStage, RunError
 from smaflib.evaluation import confusion_matrix, intersection_over_union, mean_over_classes, sweep_thresholds
 from smaflib.files import display_path
@@ -37,7 +36,7 @@ from smaflib.models.pretrained import ROLES, UNSEEN_SEED, Role, pretrained_confi
 from smaflib.pseudo_masks import pseudo_mask
 from smaflib.reactivation import hard_labels, reactivate
 from smaflib.runs import Run, find_run
-from smaflib.runtime import device_of
+from smaflib.runtime import Runtime, device_of
 
 CURVE_SCORES: tuple[float, ...] = tuple(round(0.02 * step, 2) for step in range(1, 50))
 """Background scores at which the curve of the IoU is drawn."""
@@ -441,7 +440,7 @@ class Gallery:
             raise DataError("a photo needs a network to compute its maps, and this run has kept none")
         image = read_photo(name, content)
         network = self.networks[next(role for role in ROLES if role in self.networks)]
-        sample = Sample(Path(name).stem, image, predict_label(network, image))
+        sample = Sample(Path(name).stem, image, predict_label(network, image, self.config))
         self.samples.append(sample)
         index = len(self.samples) - 1
         self._photos.add(index)
@@ -475,17 +474,17 @@ def read_photo(name: str, content: bytes, side: int = PHOTO_SIDE) -> Tensor:
     return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
 
 
-@torch.no_grad()
-def predict_label(network: AttentionNetwork, image: Tensor) -> Tensor:
+def predict_label(network: AttentionNetwork, image: Tensor, config: Config) -> Tensor:
     """The classes whose logit is above 0, or the likeliest one where none is, as in ``smaf masks --learned``.
 
     Args:
         network: teacher or student.
         image: uint8 (3, H, W).
+        config: of the run.
 
     Returns:
         float32 (K,) in {0, 1}.
     """
     network.eval()
-    logits = network.image_logits(network(normalize(image)[None].to(device_of(network))))
-    return predict_labels(logits.float().cpu())[0]
+    runtime = Runtime(device_of(network))
+    return predict_labels(classify_image(network, image, runtime, learned_views(config))[None])[0]
