@@ -173,3 +173,107 @@ def test_what_is_missing_is_named(root: Path, tmp_path: Path) -> None:
 def test_root_must_be_set() -> None:
     with pytest.raises(ValueError, match="the folder that holds annotations/ and the folders of images"):
         Config.model_validate({"data": {"kind": "coco"}})
+
+
+def damaged(root: Path, path: str, value: Any, name: str = "train2014") -> Path:
+    """A file of instances with one value, such as ``images.0.height``, replaced; ``...`` takes it out."""
+    file = root / "annotations" / f"instances_{name}.json"
+    content = json.loads(file.read_text())
+    *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    node = content
+    for part in parents:
+        node = node[part]
+    if value is ...:
+        del node[last]
+    else:
+        node[last] = value
+    file.write_text(json.dumps(content))
+    return file
+
+
+@pytest.mark.parametrize("value", [..., None, "7", 1.5, True, -1, [7], {}, 10**30])
+@pytest.mark.parametrize(
+    "path",
+    ["images.0.id", "images.1.height", "images.0.width", "categories.0.id", "annotations.0.image_id"]
+    + ["annotations.2.category_id", "annotations.1.id"],
+)
+def test_damaged_numbers_are_named(root: Path, path: str, value: object) -> None:
+    file = damaged(root, path, value)
+    with pytest.raises(DataError) as caught:
+        load(root)
+    message = str(caught.value)
+    assert str(file) in message and path in message and "unpack it again" in message and len(message) < 600
+
+
+LISTS, NAMES = ["images", "categories", "annotations"], ["images.0.file_name", "categories.1.name"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [(path, value) for path in LISTS + NAMES for value in (..., None, 7, {})] + [(path, []) for path in NAMES],
+)
+def test_damaged_lists_and_names_are_named(root: Path, path: str, value: object) -> None:
+    file = damaged(root, path, value)
+    with pytest.raises(DataError) as caught:
+        load(root)
+    assert str(file) in str(caught.value) and path in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["images.0.height", "images.0.width"])
+@pytest.mark.parametrize("value", [0, 65_501, 1_000_000_000])
+def test_impossible_sizes_are_refused(root: Path, path: str, value: int) -> None:
+    damaged(root, path, value)
+    with pytest.raises(DataError, match=path):
+        load(root)
+
+
+@pytest.mark.parametrize("kind", ["images", "categories"])
+def test_ids_given_twice_are_refused(root: Path, kind: str) -> None:
+    damaged(root, f"{kind}.1.id", json.loads(damaged(root, f"{kind}.1.id", 7).read_text())[kind][0]["id"])
+    with pytest.raises(DataError, match=f"gives an id of its {kind} twice"):
+        load(root)
+
+
+OUTLINES: list[object] = [
+    ...,
+    None,
+    [],
+    [[]],
+    [[1.0, 1.0, 2.0, 2.0]],
+    [["a"] * 6],
+    [[float("inf")] * 6],
+    {"counts": [5, 5], "size": [HEIGHT, WIDTH]},
+    {"counts": [80], "size": [WIDTH, HEIGHT]},
+    {"counts": [-1, 81], "size": [HEIGHT, WIDTH]},
+    {"counts": "no runs at all", "size": [HEIGHT, WIDTH]},
+    {"counts": "", "size": [HEIGHT, WIDTH]},
+    {"counts": "PP", "size": [9, 9]},
+    {"counts": [80]},
+    {"size": [HEIGHT, WIDTH]},
+    7,
+]
+
+
+@pytest.mark.parametrize("outline", OUTLINES, ids=str)
+def test_outlines_that_do_not_fit_are_refused_before_a_mask_of_theirs_is_written(
+    root: Path, tmp_path: Path, outline: object
+) -> None:
+    file = damaged(root, "annotations.0.segmentation", outline)
+    assert len(load(root)) == 2  # labels need no outlines
+    with pytest.raises(DataError) as caught:
+        make_data(config(root), tmp_path / "run")
+    assert str(file) in str(caught.value) and len(str(caught.value)) < 600
+    assert not (tmp_path / "run/data/train2014/COCO_train2014_000000000007.png").exists()
+
+
+@pytest.mark.parametrize("area", [..., None, "9", -1, float("nan")])
+def test_areas_that_are_no_numbers_are_refused(root: Path, tmp_path: Path, area: object) -> None:
+    damaged(root, "annotations.0.area", area)
+    with pytest.raises(DataError, match=r"annotations\.0\.area"):
+        make_data(config(root), tmp_path / "run")
+
+
+def test_nested_json_is_no_end_of_the_program(root: Path) -> None:
+    (root / "annotations/instances_train2014.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="is no complete file of COCO instances"):
+        load(root)

@@ -6,15 +6,15 @@ archives unpack: ``train2014``, ``val2014``, ``train2017``, ``val2017``.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
-import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from smaflib.config import DataConfig, Split
 from smaflib.data.classes import COCO_CLASSES
@@ -25,6 +25,77 @@ from smaflib.data.voc import list_pngs, read_sample, require_saliency
 from smaflib.errors import DataError
 from smaflib.files import is_plain_name
 from smaflib.runtime import progress
+
+Number = Annotated[int, Field(ge=0, lt=2**63)]
+Side = Annotated[int, Field(ge=1, le=65_500)]  # of an image, in pixels: JPEG's most
+
+
+class _Record(TypedDict):
+    """What is read of an image, category or instance; files hold more. The id is unique among its kind."""
+
+    __pydantic_config__ = ConfigDict(strict=True)  # type: ignore[misc]
+
+    id: Number
+
+
+class _ImageRecord(_Record):
+    file_name: str
+    height: Side
+    width: Side
+
+
+class _CategoryRecord(_Record):
+    name: Annotated[str, Field(max_length=100)]
+
+
+class _InstanceRecord(_Record):
+    image_id: Number
+    category_id: Number
+
+
+class _RunLengths(TypedDict):
+    """A mask as lengths of runs of pixels, column by column, plain or compressed into a string."""
+
+    __pydantic_config__ = ConfigDict(strict=True)  # type: ignore[misc]
+
+    size: list[Side]
+    counts: Annotated[str, Field(min_length=1)] | list[Number]
+
+
+Coordinate = Annotated[float, Field(ge=-1e6, le=1e6)]
+Polygon = Annotated[list[Coordinate], Field(min_length=6)]  # x, y of three points at least
+
+
+class _OutlinedRecord(_InstanceRecord):
+    area: Annotated[float, Field(ge=0, le=1e12)]
+    segmentation: Annotated[list[Polygon], Field(min_length=1)] | _RunLengths
+
+
+class _LabelledFile(TypedDict):
+    images: list[_ImageRecord]
+    categories: list[_CategoryRecord]
+    annotations: list[_InstanceRecord]
+
+
+class _OutlinedFile(TypedDict):
+    images: list[_ImageRecord]
+    categories: list[_CategoryRecord]
+    annotations: list[_OutlinedRecord]
+
+
+@dataclass(frozen=True)
+class Instances:
+    """A file of instances.
+
+    Attributes:
+        images: by id.
+        names: of the categories, by id; COCO's run from 1 to 90 with gaps.
+        instances: in the order of the file; with ``area`` and ``segmentation`` if they were asked for.
+    """
+
+    images: dict[int, _ImageRecord]
+    names: dict[int, str]
+    instances: list[Any]
 
 
 def load_coco(data: DataConfig, split: Split, masks_folder: Path | None = None) -> Samples:
@@ -58,7 +129,7 @@ def load_coco(data: DataConfig, split: Split, masks_folder: Path | None = None) 
 
     files = []
     for number in sorted(present)[: data.max_images]:
-        file_name = str(coco.imgs[number]["file_name"])
+        file_name = coco.images[number]["file_name"]
         if not is_plain_name(file_name):
             raise DataError(
                 f"{_json_path(root, name)} lists an image {file_name[:100]!r}, which is no plain file name; all images "
@@ -94,18 +165,21 @@ def write_coco_masks(data: DataConfig, split: Split, folder: Path) -> None:
     """
     root, name = _root_and_name(data, split)
     class_names = data.class_names or COCO_CLASSES
-    coco = read_instances(root, name)
-    value_of = {number: class_names.index(label) + 1 for number, label in _names(coco).items() if label in class_names}
-    numbers = sorted(_classes_by_image(coco, class_names))[: data.max_images]
-    for number in progress(numbers, total=len(numbers), desc=f"masks of {name}"):
-        facts = coco.imgs[number]
+    coco = read_instances(root, name, outlines=True)
+    value_of = {number: class_names.index(label) + 1 for number, label in coco.names.items() if label in class_names}
+    shown = sorted(_classes_by_image(coco, class_names))[: data.max_images]
+    instances_of: dict[int, list[_OutlinedRecord]] = {number: [] for number in shown}
+    for instance in coco.instances:
+        if instance["category_id"] in value_of and instance["image_id"] in instances_of:
+            instances_of[instance["image_id"]].append(instance)
+    for number in progress(shown, total=len(shown), desc=f"masks of {name}"):
+        facts = coco.images[number]
         path = folder / f"{Path(facts['file_name']).stem}.png"
         if path.is_file():
             continue
         mask = np.zeros((facts["height"], facts["width"]), dtype=np.uint8)
-        instances = [instance for instance in coco.imgToAnns[number] if instance["category_id"] in value_of]
-        for instance in sorted(instances, key=lambda instance: -float(instance["area"])):
-            mask[coco.annToMask(instance).astype(bool)] = value_of[instance["category_id"]]
+        for instance in sorted(instances_of[number], key=lambda instance: -instance["area"]):
+            mask[_pixels(instance, mask.shape, _json_path(root, name))] = value_of[instance["category_id"]]
         save_mask(path, mask)
 
 
@@ -114,8 +188,13 @@ def coco_masks_folder(data: DataConfig, split: Split, run_folder: Path) -> Path:
     return run_folder / "data" / (data.train_split if split == "train" else data.val_split)
 
 
-def read_instances(root: Path, name: str) -> Any:
-    """The ``pycocotools.coco.COCO`` of a split.
+def read_instances(root: Path, name: str, outlines: bool = False) -> Instances:
+    """The instances of a split.
+
+    Args:
+        root: holds ``annotations/``.
+        name: of the split.
+        outlines: read area and outline of each instance, too; they take most of the memory.
 
     Raises:
         DataError: if the file is missing, damaged or no list of instances.
@@ -127,14 +206,56 @@ def read_instances(root: Path, name: str) -> Any:
             "data.val_split to names such as train2014 and val2014"
         )
     try:
-        from pycocotools.coco import COCO
+        content = (_outlined() if outlines else _labelled()).validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part)[:40] for part in first["loc"])
+        problem = f"{first['msg'][:200]} at {where}" if where else first["msg"][:200]
+        raise DataError(f"{path} is no complete file of COCO instances: {problem}; unpack it again") from error
+    for kind in ("images", "categories"):
+        if len({record["id"] for record in content[kind]}) < len(content[kind]):
+            raise DataError(f"{path} gives an id of its {kind} twice; ids must be unique")
+    return Instances(
+        {record["id"]: record for record in content["images"]},
+        {record["id"]: record["name"] for record in content["categories"]},
+        content["annotations"],
+    )
+
+
+@functools.cache  # building one takes longer than reading a small file
+def _labelled() -> TypeAdapter[Any]:
+    return TypeAdapter(_LabelledFile)
+
+
+@functools.cache
+def _outlined() -> TypeAdapter[Any]:
+    return TypeAdapter(_OutlinedFile)
+
+
+def _pixels(instance: _OutlinedRecord, shape: tuple[int, ...], path: Path) -> np.ndarray:
+    """Which pixels of an image of (H, W) belong to an instance."""
+    try:
+        from pycocotools import mask as run_lengths
     except ImportError as error:
         raise DataError("data.kind 'coco' needs pycocotools; install it: pip install pycocotools") from error
+    outline, (height, width) = instance["segmentation"], shape
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints how long it took
-            return COCO(str(path))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AssertionError) as error:
-        raise DataError(f"{path} is no complete file of COCO instances ({error!r}); unpack it again") from error
+        if isinstance(outline, list):
+            code = run_lengths.merge(run_lengths.frPyObjects(outline, height, width))
+        elif isinstance(outline["counts"], list):
+            if sum(outline["counts"]) != height * width:
+                raise ValueError(f"its runs hold {sum(outline['counts'])} pixels")
+            code = run_lengths.frPyObjects(outline, height, width)
+        else:
+            code = outline
+        if list(code["size"]) != [height, width]:
+            raise ValueError(f"its size is {code['size']}")
+        return run_lengths.decode(code).astype(bool)
+    except (ValueError, TypeError, IndexError) as error:
+        raise DataError(
+            f"{path}: the outline of instance {instance['id']} does not fit its image of {width} x {height} pixels "
+            f"({error!s:.100}); unpack it again"
+        ) from error
 
 
 def _root_and_name(data: DataConfig, split: Split) -> tuple[Path, str]:
@@ -147,17 +268,12 @@ def _json_path(root: Path, name: str) -> Path:
     return root / "annotations" / f"instances_{name}.json"
 
 
-def _names(coco: Any) -> dict[int, str]:
-    """Class names by COCO's category ids, which run from 1 to 90 with gaps."""
-    return {number: str(facts["name"]) for number, facts in coco.cats.items()}
-
-
-def _classes_by_image(coco: Any, class_names: Iterable[str]) -> dict[int, set[str]]:
+def _classes_by_image(coco: Instances, class_names: Iterable[str]) -> dict[int, set[str]]:
     """Names of the classes in each image that has one, by COCO's image ids."""
-    names, wanted = _names(coco), set(class_names)
+    wanted = set(class_names)
     present: dict[int, set[str]] = {}
-    for instance in coco.anns.values():
-        name = names.get(instance["category_id"])
-        if name in wanted and instance["image_id"] in coco.imgs:
+    for instance in coco.instances:
+        name = coco.names.get(instance["category_id"])
+        if name in wanted and instance["image_id"] in coco.images:
             present.setdefault(instance["image_id"], set()).add(name)
     return present
