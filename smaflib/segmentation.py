@@ -16,7 +16,7 @@ from smaflib.data.classes import VOID_LABEL
 from smaflib.data.masks import save_mask
 from smaflib.data.sample import Samples
 from smaflib.data.transforms import normalize, scaled_size
-from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
+from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, SummedBranches
 from smaflib.refinement import dense_crf, refine_many
 from smaflib.runtime import Runtime, derive_seed, device_of, progress, seeded
 from smaflib.training import Batch, Batches, CropField, History, fit
@@ -41,7 +41,8 @@ def train_segmenter(
         model: backbone and weights, where ``settings.model`` names none of its own.
         settings: of stage 6.
         runtime: device, precision and seed.
-        student: where given, the network starts from its features, which were learned from image labels only.
+        student: where given, the network starts from it, which was learned from image labels only: see
+            :func:`start_as_student`.
         checkpoint: where weights are kept; an unfinished training resumes from there.
         num_workers: loader processes.
 
@@ -51,7 +52,7 @@ def train_segmenter(
     with seeded(derive_seed(runtime.seed, "segmenter's initial weights")):
         network = SegmentationNetwork(settings.model or model, settings, len(samples.class_names)).to(runtime.device)
     if student is not None:
-        network.backbone.load_state_dict(student.backbone.state_dict())
+        start_as_student(network, student)
     masks_field = CropField("mask", masks, "nearest", fill=VOID_LABEL)
     batches = Batches(samples, settings, derive_seed(runtime.seed, "segmenter"), masks_field, num_workers)
     if network.config.freeze_backbone and not (checkpoint and checkpoint.is_file()):
@@ -63,6 +64,31 @@ def train_segmenter(
 
     history = fit(network, batches, loss, runtime, checkpoint, desc="segmentation")
     return network, history
+
+
+@torch.no_grad()
+def start_as_student(network: SegmentationNetwork, student: AttentionNetwork) -> None:
+    """Give a segmentation network the features of a student, and where its head allows it, the student's logits.
+
+    DeepLab-V2's head is a sum of 3x3 convolutions. Where each has its share of the student's 1x1 convolution in the
+    middle and zeros around it, the network starts as the student does and learns the neighbourhood from there. Other
+    heads, and a student with ``model.head_channels``, have no such place; they start at random.
+
+    Args:
+        network: changed in place.
+        student: of the same backbone and classes.
+    """
+    network.backbone.load_state_dict(student.backbone.state_dict())
+    branches = network.aspp
+    whole = isinstance(branches, SummedBranches) and not network.skip
+    if not (whole and student.background and isinstance(student.neck, nn.Identity)):
+        return
+    network.standardize.load_state_dict(student.standardize.state_dict())
+    for branch in branches.children():
+        assert isinstance(branch, nn.Conv2d) and branch.bias is not None
+        branch.weight.zero_()
+        branch.bias.zero_()
+        branch.weight[:, :, 1, 1] = student.head.weight[:, :, 0, 0] / len(branches)  # type: ignore[arg-type]
 
 
 def multi_scale_logits(network: nn.Module, images: Tensor, scales: Sequence[float]) -> list[Tensor]:

@@ -15,6 +15,7 @@ from smaflib.config import CrfConfig
 from smaflib.explorer import widget as explorer_module
 from smaflib.explorer.state import Gallery
 from smaflib.explorer.widget import Explorer
+from smaflib.models.everyday import EVERYDAY
 
 
 @pytest.fixture(scope="module")
@@ -161,12 +162,40 @@ def give(explorer: Explorer, name: str, content: bytes) -> None:
 def test_photo_comes_without_ground_truth_and_with_a_label_that_can_be_corrected(explorer: Explorer) -> None:
     content = io.BytesIO()
     Image.fromarray(explorer.gallery.samples[0].image.permute(1, 2, 0).numpy()).save(content, "PNG")
+    explorer.gallery.knows_photos = True  # as that of a run on photos
     give(explorer, "mine.png", content.getvalue())
     assert explorer.board.index == 3 and len(explorer.board.images) == 4
     assert explorer.board.view["iou"] is None and explorer.board.view["curve"] is None
     assert "mine.png: the network predicts" in explorer.board.status["text"]
     explorer.controls["image_label"].value = (1,)
     assert set(explorer.exploration.mask.unique().tolist()) <= {0, 2}
+
+
+def test_networks_of_drawings_leave_a_photo_to_imagenets(explorer: Explorer) -> None:
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(content, "PNG")
+    panel, children = explorer._panel, explorer._panel.children
+    give(explorer, "first.png", content.getvalue())
+    assert explorer.board.index == 0 and len(explorer.board.images) == 1
+    assert explorer.board.view["class_names"] == list(EVERYDAY) and len(explorer.settings.weights) == 4
+    assert "first.png: the network predicts" in explorer.board.status["text"]
+    assert explorer._panel is panel and explorer._panel.children != children
+    give(explorer, "second.png", content.getvalue())  # the same gallery takes it
+    assert explorer.board.index == 1 and len(explorer.board.images) == 2
+    explorer.controls["previous"].click()
+    assert explorer.board.index == 0
+    explorer.controls["bg_score"].value = 0.7
+    assert explorer.exploration.settings.bg_score == 0.7
+
+
+def test_photo_is_refused_where_imagenets_weights_are_missing(
+    explorer: Explorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smaflib.models.weights.sources.importlib.util.find_spec", lambda name: None)
+    before = explorer.board.view
+    explorer._heard(lambda change: explorer._take_photo(change["new"]))({"new": upload("a.png", b"any")})
+    assert explorer.board.status["kind"] == "error" and "pip install" in explorer.board.status["text"]
+    assert explorer.board.view is before and len(explorer.board.images) == 3
 
 
 def test_file_that_is_no_picture_breaks_nothing(explorer: Explorer) -> None:

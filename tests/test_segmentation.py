@@ -26,9 +26,10 @@ from smaflib.data.masks import MaskFiles, save_mask
 from smaflib.errors import ConfigError, DataError
 from smaflib.evaluation import evaluate
 from smaflib.models.backbones import TorchvisionBackbone
+from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
 from smaflib.refinement import dense_crf
 from smaflib.runtime import Runtime, cpu_runtime
-from smaflib.segmentation import multi_scale_logits, segment, segmentation_loss
+from smaflib.segmentation import multi_scale_logits, segment, segmentation_loss, start_as_student
 
 CPU = cpu_runtime(0)
 
@@ -116,6 +117,39 @@ def test_features_of_a_frozen_backbone_are_standardised(tmp_path: Path) -> None:
     assert same_weights(network.backbone, new_segmenter(config, 3, CPU).backbone)
     assert float(network.standardize.running_mean.abs().max()) > 0  # type: ignore[union-attr, operator]
     assert same_weights(train_segmentation(samples, true_masks(3), config, CPU, path)[0], network)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_deeplab_starts_with_the_students_logits(frozen: bool) -> None:
+    config = tiny_config(model={"freeze_backbone": frozen})
+    student = AttentionNetwork(config.model, 3, background=True).eval()
+    if frozen:
+        student.standardize.running_mean.uniform_(-1, 1)  # type: ignore[union-attr, operator]
+    network = SegmentationNetwork(config.model, config.segmentation, 3).eval()
+    start_as_student(network, student)
+    image = torch.rand(2, 3, 32, 48, generator=generator(0))
+    torch.testing.assert_close(network(image), student(image), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "segmentation", "background"),
+    [
+        ({"head_channels": 8}, {}, True),
+        ({}, {"skip_channels": 8}, True),
+        ({}, {"architecture": "deeplabv3"}, True),
+        ({}, {}, False),
+    ],
+)
+def test_other_heads_take_the_students_features_alone(
+    model: dict[str, Any], segmentation: dict[str, Any], background: bool
+) -> None:
+    config = tiny_config(model=model, segmentation=segmentation)
+    student = AttentionNetwork(config.model, 3, background)
+    network = SegmentationNetwork(config.model, config.segmentation, 3)
+    head = [value.clone() for value in network.aspp.state_dict().values()]
+    start_as_student(network, student)
+    assert same_weights(network.backbone, student.backbone)
+    assert all(torch.equal(one, other) for one, other in zip(head, network.aspp.state_dict().values(), strict=True))
 
 
 # --- labelling --------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -31,6 +32,7 @@ from smaflib.errors import DataError, MissingStage, RunError
 from smaflib.evaluation import confusion_matrix, intersection_over_union, mean_over_classes, sweep_thresholds
 from smaflib.files import display_path
 from smaflib.maps import AttentionMaps, fuse_and_denoise
+from smaflib.models.everyday import EVERYDAY, EverydayNetwork, everyday_config
 from smaflib.models.networks import AttentionNetwork
 from smaflib.models.pretrained import ROLES, UNSEEN_SEED, Role, pretrained_config, pretrained_network
 from smaflib.pseudo_masks import pseudo_mask
@@ -316,15 +318,17 @@ class Gallery:
         stored: folders of finished maps, which go before the networks.
         source: where the images come from, in words.
         bg_score: the background's score to begin with; None: the config's, and the paper's where that is ``auto``.
+        knows_photos: whether the networks can make sense of a photo; see :meth:`for_photos`.
     """
 
     samples: list[Sample]
     class_names: tuple[str, ...]
     config: Config
-    networks: dict[Role, AttentionNetwork]
+    networks: dict[Role, AttentionNetwork | EverydayNetwork]
     stored: dict[Role, AttentionMaps] = field(default_factory=dict)
     source: str = ""
     bg_score: float | None = None
+    knows_photos: bool = True
     _cams: dict[tuple[int, Role, bool], list[Tensor]] = field(default_factory=dict, repr=False)
     _photos: set[int] = field(default_factory=set, repr=False)
 
@@ -338,8 +342,22 @@ class Gallery:
             data = config.data.model_copy(update={"root": root})
             samples = load_samples(config.model_copy(update={"data": data}), "train").with_masks()
             images, class_names = list(samples), samples.class_names
-        networks = {role: pretrained_network(role) for role in ROLES}
-        return cls(images, class_names, config, networks, source="pretrained networks, images drawn on the spot")
+        networks: dict[Role, AttentionNetwork | EverydayNetwork] = {role: pretrained_network(role) for role in ROLES}
+        source = "pretrained networks, images drawn on the spot"
+        return cls(images, class_names, config, networks, source=source, knows_photos=False)
+
+    @classmethod
+    def everyday(cls) -> Gallery:
+        """ImageNet's classifier, for custom images (:meth:`add_photo`); there are none in it to begin with.
+
+        Raises:
+            ConfigError: if the package that holds its weights is not installed.
+        """
+        return cls([], tuple(EVERYDAY), everyday_config(), {"teacher": EverydayNetwork()}, source="ImageNet's network")
+
+    def for_photos(self) -> Gallery:
+        """The gallery that a custom image belongs into: this one, or where its networks know drawings only, another."""
+        return self if self.knows_photos else Gallery.everyday()
 
     @classmethod
     def of_run(cls, run: Run | str | Path, num_images: int = 8) -> Gallery:
@@ -351,7 +369,7 @@ class Gallery:
         """
         run = run if isinstance(run, Run) else find_run(str(run))
         split = run.samples("train")
-        networks: dict[Role, AttentionNetwork] = {}
+        networks: dict[Role, AttentionNetwork | EverydayNetwork] = {}
         stored: dict[Role, AttentionMaps] = {}
         samples = list(split.shown(num_images))
         for role in ROLES:
@@ -474,11 +492,11 @@ def read_photo(name: str, content: bytes, side: int = PHOTO_SIDE) -> Tensor:
     return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
 
 
-def predict_label(network: AttentionNetwork, image: Tensor, config: Config) -> Tensor:
+def predict_label(network: Any, image: Tensor, config: Config) -> Tensor:
     """The classes whose logit is above 0, or the likeliest one where none is, as in ``smaf masks --learned``.
 
     Args:
-        network: teacher or student.
+        network: teacher, student or :class:`~smaflib.models.everyday.EverydayNetwork`.
         image: uint8 (3, H, W).
         config: of the run.
 
@@ -486,5 +504,5 @@ def predict_label(network: AttentionNetwork, image: Tensor, config: Config) -> T
         float32 (K,) in {0, 1}.
     """
     network.eval()
-    runtime = Runtime(device_of(network))
-    return predict_labels(classify_image(network, image, runtime, learned_views(config))[None])[0]
+    logits = classify_image(network, image, Runtime(device_of(network)), learned_views(config))
+    return predict_labels(logits[None])[0]

@@ -86,21 +86,31 @@ class Explorer:
     """
 
     def __init__(self, gallery: Gallery | None = None, index: int = 0) -> None:
-        self.gallery = gallery or Gallery.pretrained()
         self.board = Board(luts={name: color_table(name) for name in COLOR_MAPS})
-        self.controls = _make_controls(self.gallery)
+        self._panel = widgets.VBox()
+        self._panel.add_class("smaf-controls")
+        self.widget = widgets.GridBox([self._panel, self.board])
+        self.widget.add_class("smaf-explorer")
+        self.gallery: Gallery
+        self.controls: dict[str, Any]
         self.exploration: Exploration
-        self._fused: tuple[Any, Fused] | None = None
-        self._curve: tuple[Any, Curve | None] | None = None
         self._quiet = False
         self._refining: asyncio.Task[None] | None = None
         self._crf_thread = ThreadPoolExecutor(1, thread_name_prefix="explorer_crf")
+        self._use(gallery or Gallery.pretrained(), index)
+        self.board.observe(self._heard(lambda change: self._go(change["new"])), "index")
+        self.board.observe(self._heard(lambda change: self._read_pixel()), "pixel")
+
+    def _use(self, gallery: Gallery, index: int) -> None:
+        """Show a gallery, with controls of its own: another has other classes and scales."""
+        self.gallery, self.controls = gallery, _make_controls(gallery)
+        self._fused: tuple[Any, Fused] | None = None
+        self._curve: tuple[Any, Curve | None] | None = None
         self._show_images()
         self._open(index)
         self._connect()
         self._draw()
-        self.widget = widgets.GridBox([_arrange(self.controls, self.gallery), self.board])
-        self.widget.add_class("smaf-explorer")
+        self._panel.children = _arrange(self.controls, gallery)
 
     @classmethod
     def from_run(cls, run: Run | str | Path, num_images: int = 8) -> Explorer:
@@ -155,8 +165,6 @@ class Explorer:
         controls["next"].on_click(self._heard(lambda button: self._go(board.index + 1)))
         controls["reset"].on_click(self._heard(lambda button: self._reset()))
         controls["upload"].observe(self._heard(lambda change: self._take_photo(change["new"])), "value")
-        board.observe(self._heard(lambda change: self._go(change["new"])), "index")
-        board.observe(self._heard(lambda change: self._read_pixel()), "pixel")
 
     def _heard(self, handler: Callable[[Any], None]) -> Callable[[Any], None]:
         """A handler whose errors the reader sees: those of a callback end in a log that nobody reads."""
@@ -204,10 +212,14 @@ class Explorer:
         with self._all_at_once():
             self.controls["upload"].value = ()  # so that the same file can be given again
         upload = uploads[0]
-        index = self.gallery.add_photo(str(upload["name"]), bytes(upload["content"]))
-        self._show_images()
-        self._go(index)
-        label = ", ".join(self.gallery.class_names[number] for number in self.settings.image_label)
+        gallery = self.gallery.for_photos()
+        index = gallery.add_photo(str(upload["name"]), bytes(upload["content"]))
+        if gallery is self.gallery:
+            self._show_images()
+            self._go(index)
+        else:
+            self._use(gallery, index)
+        label = ", ".join(gallery.class_names[number] for number in self.settings.image_label)
         self._log(f"{upload['name']}: the network predicts {label}; correct the image label if it is wrong.")
 
     # ------------------------------------------------------------------------------------------------------ the picture
@@ -455,7 +467,7 @@ def _make_controls(gallery: Gallery) -> dict[str, Any]:
     return controls
 
 
-def _arrange(controls: dict[str, Any], gallery: Gallery) -> Any:
+def _arrange(controls: dict[str, Any], gallery: Gallery) -> list[Any]:
     """The controls in the order of the method, from the image to its appearance."""
 
     def row(*names: str) -> Any:
@@ -468,7 +480,4 @@ def _arrange(controls: dict[str, Any], gallery: Gallery) -> Any:
     parts = [row("previous", "next", "reset"), controls["class_number"], controls["role"], head("scales and weights")]
     parts += [row(f"scale_{i}", f"weight_{i}") for i in range(len(gallery.scales))]
     parts += [controls["fusion"], controls["bg_score"], row("flip", "denoise", "reactivate"), row("crf"), crf]
-    parts += [controls["opacity"], controls["colormap"], controls["image_label"], controls["upload"]]
-    panel = widgets.VBox(parts)
-    panel.add_class("smaf-controls")
-    return panel
+    return [*parts, controls["opacity"], controls["colormap"], controls["image_label"], controls["upload"]]
