@@ -40,8 +40,17 @@ def test_label_is_what_the_probabilities_of_the_members_sum_up_to(network: Every
     found = network.image_logits(logits)[0]
     dog, cat, bird = (list(EVERYDAY).index(name) for name in ("dog", "cat", "bird"))
     odds = torch.tensor(CERTAIN / (1 - CERTAIN)).log()
-    torch.testing.assert_close(found[dog] + odds, torch.tensor(0.3 / 0.7).log(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found[dog] + odds, torch.tensor(0.302 / 0.698).log(), rtol=1e-3, atol=1e-3)
     assert found[dog] > 0 > found[cat] > found[bird]
+
+
+def test_many_unlikely_dogs_are_no_dog(network: EverydayNetwork) -> None:
+    probabilities = torch.full((NUM_IMAGENET,), 1e-6)
+    probabilities[151:269] = 0.002  # 0.24 in all
+    probabilities[[398, 399, 400, 401, 403]] = 0.1
+    probabilities[281] = 0.05
+    found = network.image_logits(probabilities.log().view(1, -1, 1, 1))[0]
+    assert found[list(EVERYDAY).index("dog")] < found[list(EVERYDAY).index("cat")] == found.max() < 0
 
 
 def test_map_of_a_class_is_that_of_its_likeliest_member(network: EverydayNetwork) -> None:
