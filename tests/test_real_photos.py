@@ -33,7 +33,10 @@ def papermill_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ):
         settings = [f"seed={seed}", "data.root=/home/somebody/VOC2012"]
         run = open_run(tmp_path / name, PROJECT_ROOT / real_photos.PRESET, settings)
-        run.record("03", [record("teacher", 0.5 + gain, scale=1.0), record("teacher_fused", 0.52 + gain, fusion="sum")])
+        weaker = record("teacher", 0.3 + gain, scale=0.5)
+        run.record(
+            "03", [weaker, record("teacher", 0.5 + gain, scale=1.0), record("teacher_fused", 0.52 + gain, fusion="sum")]
+        )
         masks = [record("teacher_fused_refined", 0.6 + gain), record("pseudo_masks", 0.63 + 2 * gain)]
         masks += [record("control_fused_refined", 0.62 + gain), record("teacher_refined", 0.58)]
         per_class = record("pseudo_masks", 0.7 + gain, class_name="cat")
@@ -64,6 +67,7 @@ def test_tables_of_finished_runs_by_hand(papermill_runs: Path) -> None:
     assert lines["teacher, fused (sum)"].endswith("| 52.0 54.0 | 53.0 ± 1.4 |  |  |  | 42.0 |")
     assert "| 63.0 67.0 | 65.0 ± 2.8 | 31.0 |" in lines["pseudo masks (student, fused + CRF)"]
     assert lines["segmentation network"].startswith("| segmentation network | val | 50.0 52.0 |")
+    assert "against the best single scale, all objects | +2.0 +2.0 | +2.0 ± 0.0 |" in tables["claims"]
     assert "student + CRF against teacher + CRF | +3.0 +5.0 | +4.0 ± 1.4 |" in tables["claims"]
     assert "fused against single-scale targets | +1.0 +3.0 | +2.0 ± 1.4 |" in tables["claims"]
     assert "| cat | 71.0 ± 1.4 |" in tables["classes"]
@@ -117,14 +121,17 @@ def test_page_is_written_between_its_marks(
     papermill_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = tmp_path / "page.md"
-    page.write_text(real_photos.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    monkeypatch.setattr(real_photos, "PAGE", page)
+    readme = tmp_path / "README.md"
+    for name, copy in (("PAGE", page), ("README", readme)):
+        copy.write_text(getattr(real_photos, name).read_text(encoding="utf-8"), encoding="utf-8")
+        monkeypatch.setattr(real_photos, name, copy)
     monkeypatch.setattr(real_photos, "JSON", tmp_path / "page.json")
     real_photos.write_page()
-    first = page.read_text()
+    first, in_readme = page.read_text(), readme.read_text()
     assert "| segmentation network | val | 50.0 52.0 |" in first and "## What was tried" in first
+    assert "| segmentation network | val | 50.0 52.0 |" in in_readme and "## Two commands" in in_readme
     real_photos.write_page()
-    assert page.read_text() == first
+    assert (page.read_text(), readme.read_text()) == (first, in_readme)
     assert {run["seed"] for run in json.loads((tmp_path / "page.json").read_text())["runs"].values()} == {0, 1}
     page.write_text("no place for tables")
     with pytest.raises(SystemExit, match="has no place for results"):
@@ -134,5 +141,8 @@ def test_page_is_written_between_its_marks(
 def test_committed_page_holds_the_tables_of_the_committed_numbers() -> None:
     result = json.loads(real_photos.JSON.read_text(encoding="utf-8"))
     page = real_photos.PAGE.read_text(encoding="utf-8")
-    for name, table in real_photos.tables(result).items():
+    made = real_photos.tables(result)
+    for name, table in made.items():
         assert table in page, f"{name}: python -m tools.real_photos page"
+    readme = real_photos.README.read_text(encoding="utf-8")
+    assert all(made[name] in readme for name in real_photos.README_TABLES), "python -m tools.real_photos page"

@@ -291,8 +291,13 @@ def submit(
     """Segment VOC's test images and write the zip that its evaluation server takes."""
     with _plain_errors():
         from smaflib.apps.voc_submission import write_submission
+        from smaflib.errors import DataError
 
-        count = write_submission(_find(name, runs), split.read_text(encoding="utf-8").split(), images, target)
+        try:
+            ids = split.read_text(encoding="utf-8-sig").split()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{split} is not UTF-8 ({error}); give VOC's own list of test images") from error
+        count = write_submission(_find(name, runs), ids, images, target)
         typer.echo(f"{target}: {count} masks")
 
 
@@ -337,8 +342,18 @@ def _plain_errors() -> Iterator[None]:
         expected = not isinstance(error, ValueError) or isinstance(error, InputError) or "null byte" in str(error)
         if _debug or not expected:
             raise
-        typer.echo(f"error: {_message(error)}", err=True)
+        typer.echo(f"error: {_printable(_message(error))}", err=True)
         raise typer.Exit(getattr(error, "exit_code", 2)) from None
+
+
+MOST_CHARACTERS = 2000
+"""Of an error: what is longer repeats what somebody has given."""
+
+
+def _printable(text: str) -> str:
+    """Without what a terminal would obey: a name from a table may hold escape characters."""
+    cut = text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} ..."
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in cut)
 
 
 def _message(error: BaseException) -> str:

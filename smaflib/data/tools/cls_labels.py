@@ -8,6 +8,7 @@ constructors that such a file needs and refuses all others.
 from __future__ import annotations
 
 import codecs
+import csv
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ def read_cls_labels(path: Path) -> tuple[dict[str, tuple[int, ...]], int]:
         raise
     except pickle.UnpicklingError as error:
         raise DataError(f"{path} is not read: {error}") from error
-    except (ValueError, EOFError, TypeError, IndexError, KeyError, AttributeError, ImportError) as error:
+    except Exception as error:  # damaged pickles raise whatever their opcodes do, up to MemoryError and RecursionError
         raise DataError(f"{path} is no NumPy file of labels, or not a whole one ({error}); fetch it again") from error
     table = table.item() if isinstance(table, np.ndarray) and table.shape == () else table
     if not isinstance(table, dict):
@@ -71,11 +72,11 @@ def read_cls_labels(path: Path) -> tuple[dict[str, tuple[int, ...]], int]:
     for name, vector in table.items():
         values = np.asarray(vector)
         if values.ndim != 1 or values.dtype.kind not in "fiub" or not np.isin(values, (0, 1)).all():
-            raise DataError(f"{path}: the labels of {name!r} are no vector of zeros and ones")
+            raise DataError(f"{path}: the labels of {name!r:.100} are no vector of zeros and ones")
         labels[str(name)] = tuple(np.flatnonzero(values).tolist())
         num_classes = num_classes or len(values)
         if len(values) != num_classes:
-            raise DataError(f"{path}: the vector of {name!r} has {len(values)} numbers, others have {num_classes}")
+            raise DataError(f"{path}: the vector of {name!r:.100} has {len(values)} numbers, others have {num_classes}")
     return labels, num_classes
 
 
@@ -96,11 +97,11 @@ def cls_labels_to_csv(path: Path, target: Path, class_names: Sequence[str]) -> t
     labels, num_classes = read_cls_labels(path)
     if num_classes != len(class_names):
         raise DataError(f"{path} has vectors of {num_classes} classes, but {len(class_names)} names are given")
-    lines = [
-        f"{name},{';'.join(class_names[number] for number in numbers)}"
+    rows = [
+        [name, ";".join(class_names[number] for number in numbers)]
         for name, numbers in sorted(labels.items())
         if numbers
     ]
-    with replacing(target) as temporary:
-        temporary.write_text("\n".join(["image,labels", *lines]) + "\n", encoding="utf-8")
-    return len(lines), len(labels) - len(lines)
+    with replacing(target) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([["image", "labels"], *rows])
+    return len(rows), len(labels) - len(rows)
