@@ -243,7 +243,7 @@ def _is(table: pd.DataFrame, values: dict[str, Any]) -> pd.Series[bool]:
 
 
 def _claims(rows: pd.DataFrame) -> str:
-    """Differences between rows with the same seed: attention maps at oracle thresholds, masks at the runs' own scores."""
+    """Differences between rows of one seed: attention maps at oracle thresholds, masks at the runs' own scores."""
     rows = rows[rows["kind"].isin(["chain", "supervised"])]
     maps = rows[(rows["stage"] == "03_multi_scale_attention") & (rows["split"] == "train")]
     fused = maps[(maps["variant"] == Variant.TEACHER_FUSED) & (maps["fusion"] == "sum")].set_index("seed")
