@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import papermill
@@ -18,7 +21,7 @@ from jupyter_client.connect import write_connection_file
 from nbformat.v4 import new_code_cell, new_notebook
 
 from smaflib.runs.kernel import SpareKernel
-from smaflib.runs.progress import KERNEL_ENVIRONMENT, NotebookMonitor
+from smaflib.runs.progress import KERNEL_ENVIRONMENT, KernelFolder, NotebookMonitor
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="spare kernels are for systems with process groups")
 
@@ -27,6 +30,56 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="spare kernels are fo
 def spare() -> Iterator[SpareKernel]:
     with SpareKernel(KERNEL_ENVIRONMENT) as spare:
         yield spare
+
+
+def execute(monitor: NotebookMonitor, cells: list[Any], path: Path) -> Any:
+    """Run a notebook of these cells as the runner does."""
+    nbformat.write(new_notebook(cells=cells), path)
+    options = {"kernel_manager_class": monitor.kernel_manager_class(), "kernel_name": "python3", "language": "python"}
+    return papermill.execute_notebook(path, None, progress_bar=False, **options)
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A temporary folder of this test alone, with a short path: those of pytest are near the limit of sockets."""
+    short = Path(tempfile.mkdtemp(dir="/tmp", prefix="t"))
+    monkeypatch.setattr(tempfile, "tempdir", str(short))
+    yield short
+    shutil.rmtree(short)
+
+
+def test_folders_of_killed_runners_go_and_those_of_living_ones_stay(temporary: Path) -> None:
+    living = KernelFolder()
+    abandoned, foreign = temporary / "smaf-dead", temporary / "smaf-notes"
+    for folder in (abandoned, foreign):
+        folder.mkdir()
+        (folder / "kernel-ipc-1").touch()
+    (abandoned / "lock").touch()
+    other = KernelFolder()
+    assert living.path.is_dir() and other.path.is_dir() and foreign.is_dir() and not abandoned.exists()
+    living.remove()
+    other.remove()
+    assert [path.name for path in temporary.iterdir()] == ["smaf-notes"]
+
+
+def test_folder_of_a_long_path_is_no_place_for_sockets(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = temporary / ("x" * 80)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    folder = KernelFolder()
+    assert folder.path.parent == Path("/tmp")
+    folder.remove()
+    assert not folder.path.exists()
+
+
+def test_what_a_kernel_leaves_in_temporary_folders_goes_with_it(spare: SpareKernel, tmp_path: Path) -> None:
+    """As worker processes do, which are killed with their kernel; the spare process has imported what asks for it."""
+    spare.prepare("v1")
+    cells = [new_code_cell("import tempfile\nprint(tempfile.mkdtemp(prefix='pymp-'))")]
+    with NotebookMonitor("leaves", 1, lambda pid: None, partial(spare.become_kernel, "v1")) as monitor:
+        executed = execute(monitor, cells, tmp_path / "leaves.ipynb")
+    made = Path(executed.cells[-1].outputs[0].text.strip())
+    assert made.parent == monitor._folder and not made.exists()
 
 
 def ended(pid: int, seconds: float = 20) -> bool:
@@ -79,17 +132,11 @@ def test_spare_process_becomes_the_kernel_it_is_told_to_be(spare: SpareKernel, t
 
 def test_notebook_runs_in_the_spare_process(spare: SpareKernel, tmp_path: Path) -> None:
     cells = [new_code_cell("import os, sys\nprint(os.getpid(), 'torch' in sys.modules)")]
-    nbformat.write(new_notebook(cells=cells), tmp_path / "pid.ipynb")
     spare.prepare("v1")
     assert spare._process is not None
     pids = [spare._process.pid]
     with NotebookMonitor("pid", 1, pids.append, partial(spare.become_kernel, "v1")) as monitor:
-        options = {
-            "kernel_manager_class": monitor.kernel_manager_class(),
-            "kernel_name": "python3",
-            "language": "python",
-        }
-        executed = papermill.execute_notebook(tmp_path / "pid.ipynb", None, progress_bar=False, **options)
+        executed = execute(monitor, cells, tmp_path / "pid.ipynb")
     assert executed.cells[-1].outputs[0].text == f"{pids[0]} True\n"
     assert pids == [pids[0]] * 2 and ended(pids[0])
 

@@ -17,6 +17,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -128,6 +129,7 @@ def await_orders() -> dict[str, Any]:
     orders: dict[str, Any] = json.loads(line)
     os.environ.clear()
     os.environ.update(orders["env"])
+    tempfile.tempdir = None  # an import may have asked already where temporary files go
     os.chdir(orders["cwd"])
     log = os.open(orders["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     nothing = os.open(os.devnull, os.O_RDONLY)

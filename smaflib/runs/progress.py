@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -29,6 +30,46 @@ KERNEL_ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")])),
 }
 """What every kernel needs from its start, beside the runner's own environment."""
+
+
+LONGEST_TEMPORARY = 50
+"""Bytes of the temporary folder's path; below a longer one, sockets would have longer paths than systems allow."""
+
+
+class KernelFolder:
+    """A temporary folder for one kernel's sockets, log and progress; only this user can look into it.
+
+    A runner that is killed leaves its folder behind. It is locked by its runner, so the next one can tell which are
+    nobody's any more, and removes them.
+
+    Attributes:
+        path: of the folder.
+    """
+
+    def __init__(self) -> None:
+        from filelock import FileLock
+
+        base = tempfile.gettempdir()
+        if len(os.fsencode(base)) > LONGEST_TEMPORARY and os.path.isdir("/tmp"):
+            base = "/tmp"
+        _remove_abandoned(Path(base))
+        self.path = Path(tempfile.mkdtemp(prefix="smaf-", dir=base))
+        self._lock = FileLock(self.path / "lock")
+        self._lock.acquire()
+
+    def remove(self) -> None:
+        """Remove the folder and all that is in it."""
+        self._lock.release()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _remove_abandoned(base: Path) -> None:
+    from filelock import FileLock, Timeout
+
+    for lock in base.glob("smaf-*/lock"):
+        # Timeout: its runner lives. OSError: another user's, or another runner has just removed it.
+        with contextlib.suppress(Timeout, OSError), FileLock(lock).acquire(timeout=0):
+            shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 class NotebookMonitor:
@@ -63,10 +104,12 @@ class NotebookMonitor:
         self._kernel_pid: int | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._temporary = tempfile.TemporaryDirectory(prefix="smaf-")
-        self._folder = Path(self._temporary.name)
+        self._temporary = KernelFolder()
+        self._folder = self._temporary.path
         self._progress = self._folder / "progress"
-        self._env = KERNEL_ENVIRONMENT | {"SMAF_PROGRESS_FILE": str(self._progress)} | dict(env or {})
+        # A kernel is killed in the end, with its workers: what they keep in temporary folders goes with this one.
+        own = {"SMAF_PROGRESS_FILE": str(self._progress), "TMPDIR": str(self._folder)}
+        self._env = KERNEL_ENVIRONMENT | own | dict(env or {})
 
     def __enter__(self) -> NotebookMonitor:
         self._thread.start()
@@ -76,7 +119,7 @@ class NotebookMonitor:
         self._ended.set()
         self._thread.join()
         self.kill_kernel()
-        self._temporary.cleanup()
+        self._temporary.remove()
 
     def kernel_manager_class(self) -> type[AsyncKernelManager]:
         """What starts the notebook's kernel: an option of papermill."""
