@@ -159,10 +159,10 @@ def _read_checkpoint(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"{path} holds more than weights, and loading that could run code that someone put there; load it where "
-            f"you trust it and save the state dict alone ({str(error).splitlines()[0]})"
+            f"you trust it and save the state dict alone ({str(error).partition(chr(10))[0]:.300})"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path} is not a complete PyTorch checkpoint ({error}); fetch it again") from error
+    except Exception as error:  # cut or changed bytes raise whatever the unpickler's next step then raises
+        raise ConfigError(f"{path} is not a complete PyTorch checkpoint ({error!r:.300}); fetch it again") from error
 
 
 def state_of_checkpoint(checkpoint: Any, path: Path) -> dict[str, Tensor]:
@@ -176,18 +176,18 @@ def state_of_checkpoint(checkpoint: Any, path: Path) -> dict[str, Tensor]:
         ConfigError: if there is none, or more than one.
     """
     found: list[tuple[str, dict[str, Tensor]]] = []
-
-    def search(node: Any, where: str) -> None:
-        if not isinstance(node, dict):
-            return
+    rest: list[tuple[str, Any]] = [("", checkpoint)]
+    seen: set[int] = set()  # a dictionary may hold itself, or be nested deeper than functions can be
+    while rest:
+        where, node = rest.pop()
+        if not isinstance(node, dict) or id(node) in seen:
+            continue
+        seen.add(id(node))
         tensors = {str(name): value for name, value in node.items() if isinstance(value, Tensor)}
         if any("." in name for name in tensors):
             found.append((where, tensors))
-            return
-        for name, child in node.items():
-            search(child, f"{where}/{name}" if where else str(name))
-
-    search(checkpoint, "")
+        else:
+            rest += [(f"{where}/{name}" if where else str(name), child) for name, child in reversed(node.items())]
     if len(found) != 1:
         what = ", ".join(where for where, _ in found)
         raise ConfigError(
