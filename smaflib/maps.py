@@ -23,7 +23,7 @@ from smaflib.data.sample import Samples
 from smaflib.errors import DataError
 from smaflib.files import load_arrays, save_arrays
 from smaflib.reactivation import blend_saliency, denoise
-from smaflib.runtime import Runtime, progress
+from smaflib.runtime import Runtime, progress, release_freed_memory
 
 
 def fuse_and_denoise(
@@ -146,6 +146,7 @@ def write_attention_maps(
         for row, (image_id, image) in enumerate(batch):
             height, width = image.shape[-2:]
             maps.write(image_id, [cam[row] for cam in cams], (height, width))
+    release_freed_memory()
     return maps
 
 

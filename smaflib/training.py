@@ -21,7 +21,7 @@ from smaflib.config import TrainingConfig
 from smaflib.data.sample import Sample
 from smaflib.data.transforms import Crop, draw_crop, jitter_colors, normalize, whole_image
 from smaflib.models.weights.files import OPTIMIZER, fill, read_metadata, read_weights, write_weights
-from smaflib.runtime import Runtime, derive_seed, progress, seeded
+from smaflib.runtime import Runtime, derive_seed, progress, release_freed_memory, seeded
 
 Batch = dict[str, Tensor]
 History = list[dict[str, float]]
@@ -158,6 +158,8 @@ def fit(
     network.eval()
     if checkpoint:
         _save(checkpoint, network, history, config.iterations, None)
+    optimizer.zero_grad()
+    release_freed_memory()
     return history
 
 
