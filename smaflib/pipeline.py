@@ -274,7 +274,7 @@ def resolve_bg_score(work: Workspace, network: str = "teacher") -> float:
     if score == "auto":
         kept = read_bg_score(stored)
         samples = work.samples()
-        score = auto_bg_score(work, work.denoised(network, samples), samples) if kept is None else float(kept)
+        score = auto_bg_score(work, work.denoised(network, samples), samples) if kept is None else kept
     files.write_json(stored, {"bg_score": score})
     return score
 

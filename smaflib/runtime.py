@@ -96,8 +96,8 @@ def keep_freed_memory(keep: bool = True) -> bool:
     """Let the C library keep the memory that torch frees, for the next layer's output.
 
     glibc asks the kernel for every block above 32 MB and gives it back at once, and the kernel fills each with zeros
-    anew. A photo's maps at scale 2 have several such blocks: attention at the paper's four scales takes about 0.7 times
-    as long without (two cores, benchmarks/backbones.py).
+    anew. A photo's features at scales 1.5 and 2 have several such blocks; ``benchmarks/backbones.py --size 750 1000``
+    shows what they cost.
 
     Args:
         keep: False: glibc's own way again.

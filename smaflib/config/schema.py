@@ -271,7 +271,7 @@ class SegmentationConfig(TrainingConfig):
     loss_scales: tuple[Scale, ...] = Field((1.0,), min_length=1)
     # ground_truth: the upper bound, not image-level
     supervision: Literal["pseudo_masks", "ground_truth"] = "pseudo_masks"
-    initial_weights: Literal["backbone", "student"] = "backbone"  # model.weights, or the student's features
+    initial_weights: Literal["backbone", "student"] = "backbone"  # model.weights, or the student's own
     aspp_dilations: tuple[Dilation, ...] = Field((6, 12, 18, 24), min_length=1)
     skip_channels: Channels = 0  # width of a skip from stride 4, for small objects; 0: none
     test_scales: tuple[Scale, ...] = Field((1.0,), min_length=1)
