@@ -3,9 +3,11 @@
     python benchmarks/student_targets.py RUN "teacher:" "CRF: self_training.refine=crf" "control: control"
 
 RUN is a run whose stages 01 to 03 are complete. A variant is a name, a colon and settings; the word ``control`` stands
-for targets of a single scale, ``teacher`` alone evaluates the teacher. Results go to results/student_targets.json, a
-record per run and variant: mIoU of fused maps and of masks after the CRF, on every third image of the training split,
-at the background score that ``auto`` gives and at the oracle threshold. Trained networks and maps are kept.
+for targets of a single scale. A name that is ``teacher``, ``student`` or ``student_control``, up to a comma, trains
+nothing: it evaluates that network of the run ("student, no saliency: pseudo_masks.saliency_weight=0"). Results go to
+results/student_targets.json, a record per run and variant: mIoU of fused maps and of masks after the CRF, on every
+third image of the training split, at the background score that ``auto`` gives and at the oracle threshold. Trained
+networks and maps are kept.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from smaflib.runs import Run, find_run
 from smaflib.runs.environment import git_state
 
 RESULTS = Path(__file__).parent / "results" / "student_targets.json"
+FINISHED = ("teacher", "student", "student_control")
 EVERY = 3
 """One image in so many is evaluated; the others are kept from the choice of settings."""
 
@@ -42,21 +45,26 @@ def score(work: Workspace, network: str, samples: Samples) -> dict[str, Any]:
     true, names = ground_truth_of(samples) or [], samples.class_names
     maps = work.maps(network)
     write_attention_maps(work.network(network), samples, maps.folder, work.config.attention, work.make_runtime())
-    fused = work.denoised(network, samples)
+    fused, for_masks = work.denoised(network, samples), work.mask_maps(network, samples)
     sweep = sweep_thresholds(fused, true, names, work.config.evaluation)
-    oracle, auto = best_threshold(sweep), auto_bg_score(work, fused, samples)
+    mask_sweep = sweep_thresholds(for_masks, true, names, work.config.evaluation)
+    best_of_maps, oracle, auto = (
+        best_threshold(sweep),
+        best_threshold(mask_sweep),
+        auto_bg_score(work, for_masks, samples),
+    )
     single = {}
     for scale in work.config.attention.scales:
         of_scale = sweep_thresholds(work.denoised(network, samples, [scale]), true, names, work.config.evaluation)
         single[f"{scale:g}"] = percent(of_scale[best_threshold(of_scale)])
     refined = {}
     for bg_score in sorted({oracle, auto}):
-        masks = pseudo_masks(samples, fused, bg_score, work.config.pseudo_masks, desc=f"{network} {bg_score:g}")
+        masks = pseudo_masks(samples, for_masks, bg_score, work.config.pseudo_masks, desc=f"{network} {bg_score:g}")
         refined[bg_score] = percent(evaluate(masks, true, names, work.config.evaluation))
     best = max(refined, key=lambda bg_score: refined[bg_score]["mIoU"])
     return {
         "scales": single,
-        "fused": percent(sweep[oracle]) | {"bg_score": oracle},
+        "fused": percent(sweep[best_of_maps]) | {"bg_score": best_of_maps},
         "refined_auto": refined[auto] | {"bg_score": auto},
         "refined_oracle": refined[best] | {"bg_score": best},
     }
@@ -69,9 +77,10 @@ def variant(run: Run, text: str) -> dict[str, Any]:
     control = "control" in words
     overrides = [word for word in words if word != "control"]
     work = Workspace(run.folder, load_config(run.config_file, [*run.overrides, *overrides]))
-    network = "teacher" if name == "teacher" else "tried_" + re.sub(r"\W+", "_", name.strip())
+    finished = name.split(",")[0].strip() if name.split(",")[0].strip() in FINISHED else None
+    network = finished or "tried_" + re.sub(r"\W+", "_", name.strip())
     begun = time.monotonic()
-    if network != "teacher":
+    if not finished:
         train_student(work, network, targets=Targets(fused=not control))
     seconds = time.monotonic() - begun
     samples = work.samples().with_ground_truth
@@ -82,7 +91,7 @@ def variant(run: Run, text: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="name or path of a run")
-    parser.add_argument("variants", nargs="+", metavar="NAME:SETTINGS", help="'teacher:' evaluates the teacher")
+    parser.add_argument("variants", nargs="+", metavar="NAME:SETTINGS", help="'teacher:' trains nothing")
     arguments = parser.parse_args()
     run = find_run(arguments.run)
     for text in arguments.variants:

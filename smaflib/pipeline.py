@@ -74,13 +74,17 @@ class Workspace:
             scales: which take part; None: all.
             rule: of the fusion; None: the config's, and the sum for a single scale, where there is nothing to fuse.
             denoised: False leaves the maps of absent classes in.
-            saliency_weight: share of the samples' saliency maps, for targets (``self_training.saliency_weight``).
+            saliency_weight: share of the samples' saliency maps, for targets and masks.
         """
         from smaflib.maps import DenoisedMaps
 
         rule = rule or ("sum" if scales is not None and len(scales) == 1 else self.config.attention.fusion)
         maps = self.maps(network, _split(samples))
         return DenoisedMaps(maps, samples, rule, scales, denoised=denoised, saliency_weight=saliency_weight)
+
+    def mask_maps(self, network: str, samples: Samples, scales: Sequence[float] | None = None) -> DenoisedMaps:
+        """The maps that become pseudo masks: as of :meth:`denoised`, with ``pseudo_masks.saliency_weight``."""
+        return self.denoised(network, samples, scales, saliency_weight=self.config.mask_saliency_weight)
 
     def masks(self, samples: Samples, folder: Literal["masks", "masks_segmenter"] = "masks") -> MaskFiles:
         """The masks of some samples, in their order: pseudo masks, or the segmentation network's.
@@ -263,24 +267,35 @@ def write_maps(work: Workspace, network: str, split: Split = "train") -> Attenti
     return write_attention_maps(work.network(network), samples, maps.folder, work.config.attention, work.make_runtime())
 
 
-def resolve_bg_score(work: Workspace, network: str = "teacher") -> float:
-    """Choose the background's score from a network's maps, where the config says ``auto``, and store it.
+def resolve_bg_score(work: Workspace) -> float:
+    """Choose the background's score of the targets, where the config says ``auto``, and store it.
 
-    The teacher's is that of the targets (``attention.bg_score``), the student's that of the masks
-    (``pseudo_masks.bg_score``; None: as for attention).
+    The teacher's maps decide, without saliency maps in them.
     """
-    score = work.config.attention.bg_score if network == "teacher" else work.config.mask_bg_score
-    stored = work.path("bg_scores", f"{network}.json")
+    samples = work.samples()
+    return _resolve(work, "teacher", work.config.attention.bg_score, work.denoised("teacher", samples), samples)
+
+
+def resolve_mask_bg_score(work: Workspace, network: str = "student") -> float:
+    """Choose the background's score of a network's masks, where the config says ``auto``, and store it.
+
+    It is ``pseudo_masks.bg_score``, or where that is null, ``attention.bg_score``. Each network has its own.
+    """
+    samples, stored = work.samples(), "teacher_masks" if network == "teacher" else network
+    return _resolve(work, stored, work.config.mask_bg_score, work.mask_maps(network, samples), samples)
+
+
+def _resolve(work: Workspace, name: str, score: float | Literal["auto"], maps: DenoisedMaps, samples: Samples) -> float:
+    stored = work.path("bg_scores", f"{name}.json")
     if score == "auto":
         kept = read_bg_score(stored)
-        samples = work.samples()
-        score = auto_bg_score(work, work.denoised(network, samples), samples) if kept is None else kept
+        score = auto_bg_score(work, maps, samples) if kept is None else kept
     files.write_json(stored, {"bg_score": score})
     return score
 
 
 def read_bg_score(path: Path) -> float | None:
-    """The background's score that :func:`resolve_bg_score` has stored; None where it has not.
+    """The background's score that was resolved and stored; None where it was not.
 
     Raises:
         RunError: if the file is damaged.
@@ -390,10 +405,10 @@ def write_masks(work: Workspace, network: str = "student") -> MaskFiles:
     """Stage 5: the pseudo masks of the training split, from a network's maps."""
     from smaflib.pseudo_masks import write_pseudo_masks
 
-    samples, bg_score = work.samples(), resolve_bg_score(work, network)
+    samples, bg_score = work.samples(), resolve_mask_bg_score(work, network)
     write_pseudo_masks(
         samples,
-        work.denoised(network, samples),
+        work.mask_maps(network, samples),
         work.path("masks"),
         bg_score,
         work.config.pseudo_masks,

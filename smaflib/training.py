@@ -117,7 +117,8 @@ def fit(
         loss: from a batch on the runtime's device to named losses, which are summed.
         runtime: device and precision.
         checkpoint: a safetensors file, written every ``checkpoint_every`` iterations and at the end; training resumes
-            from it, and is done if it is complete.
+            from it, and is done if it is complete. With ``start_share``, the network must come as it started the first
+            time.
         desc: name on the progress bar.
 
     Returns:
@@ -129,6 +130,7 @@ def fit(
     config = batches.config
     runtime.place(network).train()
     optimizer = make_optimizer(network, config)
+    started_from = [p.detach().clone() for p in network.parameters()] if config.start_share else []
     history, start = _resume(network, optimizer, checkpoint)
     if start >= config.iterations:
         network.eval()
@@ -156,6 +158,7 @@ def fit(
         if checkpoint and done < config.iterations and done % _rounded_up(config.checkpoint_every, log_every) == 0:
             _save(checkpoint, network, history, done, optimizer)
     network.eval()
+    _keep_start(network, started_from, config.start_share)
     if checkpoint:
         _save(checkpoint, network, history, config.iterations, None)
     optimizer.zero_grad()
@@ -240,6 +243,14 @@ def _step(
     total.backward()
     optimizer.step()
     return values
+
+
+@torch.no_grad()
+def _keep_start(network: nn.Module, started_from: Sequence[Tensor], share: float) -> None:
+    """Move the weights back, a share of the way to where they started. Statistics of BatchNorm stay as they are."""
+    if started_from:
+        for parameter, at_start in zip(network.parameters(), started_from, strict=True):
+            parameter.lerp_(at_start, share)
 
 
 def _save(

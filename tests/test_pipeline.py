@@ -30,6 +30,7 @@ from smaflib.pipeline import (
     check_networks,
     evaluate_network,
     resolve_bg_score,
+    resolve_mask_bg_score,
     self_train_rounds,
     train_segmentation,
     train_student,
@@ -39,7 +40,7 @@ from smaflib.pipeline import (
     write_segmentation,
 )
 from smaflib.pseudo_masks import pseudo_mask, pseudo_masks
-from smaflib.reactivation import blend_saliency, denoise, reactivate
+from smaflib.reactivation import blend_saliency, denoise, hard_labels, reactivate
 from smaflib.thresholds import choose_bg_score
 
 
@@ -198,13 +199,17 @@ def test_auto_is_resolved_once_from_the_teachers_maps_and_stored(copy: Workspace
     files.write_json(work.path("bg_scores", "teacher.json"), {"bg_score": 0.55})
     assert resolve_bg_score(work) == work.bg_score == 0.55
     work.path("bg_scores", "student.json").unlink()
-    assert resolve_bg_score(work, "student") == choose_bg_score(work.denoised("student", work.samples()))
+    assert resolve_mask_bg_score(work) == choose_bg_score(work.denoised("student", work.samples()))
     eps = changed(work, classifier={"pretraining": "eps"})
     eps.path("bg_scores", "student.json").unlink()
     by_saliency = choose_bg_score(eps.denoised("student", eps.samples()), SaliencyMaps(eps.samples()))
-    assert resolve_bg_score(eps, "student") == by_saliency
+    assert resolve_mask_bg_score(eps) == by_saliency
     fixed = changed(copy, attention={"bg_score": "auto"}, pseudo_masks={"bg_score": 0.45})
-    assert resolve_bg_score(fixed, "student") == 0.45
+    assert resolve_mask_bg_score(fixed) == 0.45
+    # The teacher's masks have a score of their own; that of the targets stays.
+    assert resolve_mask_bg_score(fixed, "teacher") == 0.45
+    assert files.read_json(work.path("bg_scores", "teacher_masks.json"), {}) == {"bg_score": 0.45}
+    assert files.read_json(work.path("bg_scores", "teacher.json"), {}) == {"bg_score": 0.55}
     assert changed(copy, attention={"bg_score": 0.25}).bg_score == 0.25  # a number needs no file
 
 
@@ -267,6 +272,22 @@ def test_saliency_takes_part_in_targets_only_where_the_teacher_knows_it(copy: Wo
     maps = eps.denoised("teacher", samples)[0]
     blended = eps.denoised("teacher", samples, saliency_weight=0.4)[0]
     assert torch.equal(blended, blend_saliency(maps, SaliencyMaps(samples)[0], 0.4))
+
+
+def test_saliency_takes_part_in_masks_only_where_the_teacher_knows_it(copy: Workspace) -> None:
+    work = changed(copy, pseudo_masks={"saliency_weight": 0.4, "bg_score": "auto", "refine": "none"})
+    eps, samples = changed(work, classifier={"pretraining": "eps"}), copy.samples()
+    for kind, weight in ((work, 0.0), (eps, 0.4)):
+        kind.path("bg_scores", "student.json").unlink(missing_ok=True)
+        for mask in kind.path("masks").glob("*.png"):
+            mask.unlink()
+        by_hand = kind.denoised("student", samples, saliency_weight=weight)
+        assert all(map(torch.equal, kind.mask_maps("student", samples), by_hand))
+        masks, score = write_masks(kind), resolve_mask_bg_score(kind)
+        assert score == choose_bg_score(by_hand, SaliencyMaps(samples) if kind is eps else None)
+        assert all(torch.equal(mask, hard_labels(maps, score)) for mask, maps in zip(masks, by_hand, strict=True))
+    # What becomes a target is another setting.
+    assert torch.equal(eps.denoised("teacher", samples)[0], work.denoised("teacher", samples)[0])
 
 
 # --- what is refused before anything is trained -----------------------------------------------------------------------

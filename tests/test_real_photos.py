@@ -117,6 +117,31 @@ def test_ablation_by_hand() -> None:
     assert "| without CRF | 1 | 40.0 | -20.0 | 40.0 | -20.0 |" in table
 
 
+def test_what_was_tried_by_hand() -> None:
+    measured = {key: {"mIoU": value} for key, value in (("fused", 60), ("refined_auto", 61.25), ("refined_oracle", 62))}
+    record = {"run": "voc12-small", "seed": 0, "control": False, "settings": ["pseudo_masks.saliency_weight=0"]}
+    records = [record | measured | {"variant": "teacher, no saliency"}, record | measured | {"run": "mini"}]
+    table = real_photos._tried(records).splitlines()
+    assert len(table) == 3  # the mini set's is left out
+    assert table[2] == "| 0 | teacher, no saliency | `pseudo_masks.saliency_weight=0` | 60.0 | 61.2 | 62.0 |"
+
+
+def test_runs_of_other_machines_are_not_made_again(
+    papermill_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(real_photos, "JSON", tmp_path / "page.json")
+    monkeypatch.setattr(real_photos, "write_page", lambda: None)
+    made: list[str] = []
+    monkeypatch.setattr(real_photos, "_smaf", lambda *words: made.append(words[words.index("--name") + 1]))
+    elsewhere = {"preset": real_photos.preset_hash(), "runs": {"voc12-small-seed2": {}, "voc12-small": {}}}
+    real_photos.JSON.write_text(json.dumps(elsewhere), encoding="utf-8")
+    real_photos.make_runs(tmp_path, tmp_path, ["chain"])
+    assert made == ["voc12-small", "voc12-small-seed1"]  # this machine has a folder of seed 0: resumed
+    real_photos.JSON.write_text(json.dumps(elsewhere | {"preset": "another"}), encoding="utf-8")
+    real_photos.make_runs(tmp_path, tmp_path, ["chain"])
+    assert made[2:] == ["voc12-small", "voc12-small-seed1", "voc12-small-seed2"]
+
+
 def test_page_is_written_between_its_marks(
     papermill_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -233,6 +233,7 @@ def test_killed_training_goes_on_as_if_nothing_had_happened(
         momentum=momentum,
         head_multiplier=3,
         bias_multiplier=2,
+        start_share=0.25,
     )
     whole = tiny_network()
     expected = fit(whole, batches_of(config), label_loss(whole), cpu_runtime())  # type: ignore[arg-type]
@@ -257,6 +258,22 @@ def test_killed_training_goes_on_as_if_nothing_had_happened(
     assert start > 0 or killed_at == [2]  # it did resume from a checkpoint
     assert same_weights(network, whole)
     assert history == expected == load_history(path)
+
+
+def test_a_share_of_the_start_is_kept_in_the_end(tmp_path: Path) -> None:
+    start, ends = tiny_network().state_dict(), {}
+    for share in (0.0, 0.25, 1.0):
+        network = tiny_network()
+        config = training(start_share=share)
+        fit(network, batches_of(config), label_loss(network), cpu_runtime(), tmp_path / f"{share}.safetensors")  # type: ignore[arg-type]
+        ends[share] = network.state_dict()
+        kept = read_weights(tmp_path / f"{share}.safetensors")
+        assert all(torch.equal(kept[name], value) for name, value in ends[share].items())
+    moved = [name for name in start if not torch.equal(start[name], ends[0.0][name])]
+    assert {name.rpartition(".")[2] for name in moved} >= {"weight", "bias"}
+    for name, _ in network.named_parameters():
+        assert torch.allclose(ends[0.25][name], 0.75 * ends[0.0][name] + 0.25 * start[name], atol=1e-7)
+        assert torch.equal(ends[1.0][name], start[name])
 
 
 def test_complete_checkpoint_is_not_trained_again(tmp_path: Path) -> None:

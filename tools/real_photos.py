@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import shlex
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
+import yaml
 
 from smaflib import files
 from smaflib.apps.ablation import LABELS, read_ablation
@@ -35,6 +37,7 @@ PHOTOS = (100, 300)
 """Of the learning curve; the whole list is its last point."""
 
 JSON, PAGE = PROJECT_ROOT / "docs" / "voc12_small.json", PROJECT_ROOT / "docs" / "voc12_small.md"
+TRIED = PROJECT_ROOT / "benchmarks" / "results" / "student_targets.json"
 README, README_TABLES = PROJECT_ROOT / "README.md", ("results", "claims")
 MARK = "<!-- {} made by tools/real_photos.py: do not edit -->"
 
@@ -60,8 +63,8 @@ def planned_runs() -> Iterator[Planned]:
     """All runs, in the order in which they are made: what matters most comes first."""
     for seed in SEEDS:
         yield Planned(_name(seed), "chain", seed, ("--set", "self_training.control=true"))
-        reuse = ("--reuse", _name(seed), "--set", "self_training.control=true")
-        supervised = ("--set", "segmentation.supervision=ground_truth")
+        supervised = ("--set", "self_training.control=true", "--set", "segmentation.supervision=ground_truth")
+        reuse = ("--reuse", _name(seed)) if (RUNS_FOLDER / _name(seed)).exists() else ()
         yield Planned(f"{_name(seed)}-supervised", "supervised", seed, (*reuse, *supervised))
     for seed in SEEDS:
         plain = ("--set", "classifier.pretraining=plain", "--until", "pseudo_masks")
@@ -93,8 +96,12 @@ def make_runs(root: Path, saliency: Path, only: Sequence[str] = ()) -> None:
     for number in PHOTOS:
         files.write_text(_list_of(number), "".join(f"{image_id}\n" for image_id in ids[:number]))
     paths = ("--set", f"data.root={root.absolute()}", "--set", f"data.saliency={saliency.absolute()}")
+    result = files.read_json(JSON, {})
+    elsewhere = set(result.get("runs", {})) if result.get("preset") == preset_hash() else set()
     for planned in planned_runs():
-        if not only or planned.kind.split()[0] in only:
+        if planned.name in elsewhere and not (RUNS_FOLDER / planned.name).exists():
+            print(f"{planned.name}: made on another machine, see {JSON.name}", file=sys.stderr, flush=True)
+        elif not only or planned.kind.split()[0] in only:
             seed = ("--set", f"seed={planned.seed}") if planned.seed else ()
             _smaf("run", PRESET, "--name", planned.name, *paths, *seed, *planned.arguments)
             write_page()
@@ -118,7 +125,7 @@ def collect(kept: dict[str, Any]) -> dict[str, Any]:
         kept: what this gave before. Its runs that are not on this machine stay, so that hours of runs can be made on
             several machines, if the preset has not changed since.
     """
-    preset = hashlib.sha256((PROJECT_ROOT / PRESET).read_bytes()).hexdigest()
+    preset = preset_hash()
     before = kept if kept.get("preset") == preset else {}
     runs = {}
     for planned in planned_runs():
@@ -130,6 +137,12 @@ def collect(kept: dict[str, Any]) -> dict[str, Any]:
     wanted = ("command", "finished", "seeds", "git_commit", "precision", "records")
     stored = {key: ablation[key] for key in wanted} if ablation else before.get("ablation")
     return {"preset": preset, "runs": runs, "ablation": stored}
+
+
+def preset_hash() -> str:
+    """What the preset sets, as a hash: comments and the order of its lines do not count."""
+    settings = yaml.safe_load((PROJECT_ROOT / PRESET).read_text(encoding="utf-8"))
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _is_finished(name: str) -> bool:
@@ -204,6 +217,7 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         **{name: "No run is finished." if rows.empty else make(rows) for name, make in made.items()},
         "classes": "No run is finished." if classes.empty else _classes(classes),
         "ablation": _ablation(result["ablation"]),
+        "tried": _tried(files.read_json(TRIED, {"records": []})["records"]),
         "runs": _runs(result["runs"]),
     }
 
@@ -294,6 +308,20 @@ def _ablation(ablation: dict[str, Any] | None) -> str:
     return _markdown(
         ["row", "seeds", "mIoU", "to the whole chain", "mIoU, oracle", "to the whole chain, oracle"], lines
     )
+
+
+def _tried(records: list[dict[str, Any]]) -> str:
+    """What ``benchmarks/student_targets.py`` has measured on runs of the preset: every third of the photos."""
+    lines = []
+    for record in records:
+        if not record["run"].startswith("voc12"):
+            continue
+        settings = ["single-scale targets"] * record["control"] + [f"`{setting}`" for setting in record["settings"]]
+        fused, auto, oracle = (record[key]["mIoU"] for key in ("fused", "refined_auto", "refined_oracle"))
+        cells = [f"{value:.1f}" for value in (fused, auto, oracle)]
+        lines.append([str(record["seed"]), record["variant"], ", ".join(settings), *cells])
+    head = ["seed", "what", "settings", "fused maps", "masks, auto", "masks, oracle"]
+    return _markdown(head, lines) if lines else "Nothing yet."
 
 
 def _photos(rows: pd.DataFrame) -> str:

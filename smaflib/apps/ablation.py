@@ -136,7 +136,7 @@ class SeedWorkspace(Workspace):
 
     def maps_of(self, row: Row, samples: Samples) -> DenoisedMaps:
         """The maps that become a row's masks."""
-        return self.denoised(row.network, samples, None if row.fused else [self.config.attention.single_scale])
+        return self.mask_maps(row.network, samples, None if row.fused else [self.config.attention.single_scale])
 
 
 def score_row(work: SeedWorkspace, name: str) -> list[dict[str, Any]]:

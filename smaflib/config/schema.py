@@ -129,6 +129,10 @@ class TrainingConfig(StageConfig):
     weight_decay: Annotated[float, Field(ge=0, le=100)] = 5e-4
     schedule: Literal["poly", "onecycle"] = "poly"
     poly_power: Annotated[float, Field(gt=0, le=100)] = 0.9
+    # Share of the weights that the training started from in the ones that it ends with: what a short training on few
+    # images gains, without all that it forgets (Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022).
+    # For a network that starts as one that works: a student, a segmentation network with initial_weights: student.
+    start_share: Fraction = 0.0
     checkpoint_every: Positive = 500  # iterations between two points from which a killed run resumes
 
 
@@ -242,6 +246,8 @@ class PseudoMaskConfig(StageConfig):
     """Stage 5: argmax over background and fused maps, then the CRF."""
 
     bg_score: BgScore | Literal["auto"] | None = None  # None: as for attention; auto: chosen from the student's maps
+    # Share of the saliency maps in the masks, with classifier.pretraining: eps; the paper's rule is 0.
+    saliency_weight: Fraction = 0.0
     refine: Literal["crf", "par", "none"] = "crf"
     crf: CrfConfig = CrfConfig()  # or the name of a preset: reference, irn, deeplab, mini, soft
     par: ParConfig = ParConfig()
@@ -312,7 +318,14 @@ class Config(StageConfig):
     @property
     def target_saliency_weight(self) -> float:
         """Share of the saliency maps in the targets; 0 where the teacher is to learn from image labels alone."""
-        weight = self.self_training.saliency_weight
+        return self._where_saliency_is_known(self.self_training.saliency_weight)
+
+    @property
+    def mask_saliency_weight(self) -> float:
+        """Share of the saliency maps in the pseudo masks; 0 where the teacher is to learn from image labels alone."""
+        return self._where_saliency_is_known(self.pseudo_masks.saliency_weight)
+
+    def _where_saliency_is_known(self, weight: float) -> float:
         return weight if weight and self.classifier.pretraining == "eps" else 0.0
 
     @property
