@@ -46,7 +46,7 @@ assets: setup  ## take the pretrained weights and the README's pictures from the
 	cd papermill_runs/mini/figures && for pair in 03_examples:scales_per_image 08_ablation:ablation \
 	  06_pseudo_masks:pseudo_masks; do cp $${pair%%:*}.png ../../../docs/$${pair##*:}.png; done
 
-screenshots: setup browser  ## take the README's pictures of the explorer again, in a real browser
+screenshots: setup browser  ## take the pictures of the explorer again, in a real browser
 	SMAF_SCREENSHOTS=docs $(BIN)/python -m pytest tests/browser -k screenshot
 
 # Which run is exported; one thread, so that the numbers do not depend on the cores of this machine.
@@ -66,8 +66,8 @@ photos: setup  ## make every run behind docs/voc12_small.md: VOC2012=folder SALI
 
 links:  ## put REPOSITORY=owner/name (on GitHub) into the links for Colab and Binder
 	@case '$(REPOSITORY)' in */*) ;; *) echo "say which: make links REPOSITORY=owner/name" >&2; exit 1;; esac
-	sed -i.bak 's#OWNER/NAME#$(REPOSITORY)#g' README.md binder/colab.ipynb
-	rm README.md.bak binder/colab.ipynb.bak
+	sed -i.bak 's#OWNER/NAME#$(REPOSITORY)#g' docs/in_the_browser.md binder/colab.ipynb
+	rm docs/in_the_browser.md.bak binder/colab.ipynb.bak
 
 clean:  ## remove caches and build leftovers; .venv and papermill_runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

