@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from smaflib import files
+from smaflib.errors import RunError
 from smaflib.files import (
     duration,
     file_hash,
@@ -132,3 +137,80 @@ def test_tree_hash_depends_on_names_and_contents_and_not_on_order_or_place(tmp_p
 )
 def test_seconds_are_printed_as_people_say_them(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
+
+
+# --- locks ------------------------------------------------------------------------------------------------------------
+
+
+def test_lock_says_who_holds_it_and_is_free_afterwards(tmp_path: Path) -> None:
+    with files.locked(tmp_path, "smaf run"):
+        held = (
+            r"another smaf masks is at work in .* \(process \d+ on .+ since \d{4}-\d\d-\d\d .+\); wait for it, stop it"
+        )
+        with pytest.raises(RunError, match=held), files.locked(tmp_path, "smaf masks"):
+            pytest.fail("two at once")
+    with files.locked(tmp_path, "smaf masks"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} <= {".lock"}
+
+
+@pytest.mark.parametrize("note", [None, "", "[]", '{"process": {}}', '{"process": 7}'])
+def test_lock_without_a_readable_note_is_held_all_the_same(tmp_path: Path, note: str | None) -> None:
+    with files.locked(tmp_path, "smaf run"):
+        holder = tmp_path / ".lock-holder.json"
+        holder.unlink()
+        if note is not None:
+            holder.write_text(note)
+        with pytest.raises(RunError, match=r"is at work in [^(]*; wait"), files.locked(tmp_path, "smaf run"):
+            pytest.fail("two at once")
+
+
+def test_lock_of_another_machine_is_explained(tmp_path: Path) -> None:
+    note = {"process": 7, "host": "node-of-yesterday", "since": "2026-11-26 08:00:00"}
+    with files.locked(tmp_path, "smaf run"):
+        files.write_json(tmp_path / ".lock-holder.json", note)
+        with pytest.raises(RunError, match=r"node-of-yesterday .* If that machine is gone.*delete .*\.lock"):
+            files.locked(tmp_path, "smaf run").__enter__()
+
+
+def test_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("no flock")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with pytest.raises(RunError, match="has no locks"), files.locked(tmp_path, "smaf run"):
+        pytest.fail("not locked")
+
+
+# --- power cuts -------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_are_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        events.append(f"flush {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        events.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    files.write_text(tmp_path / "a.txt", "text")
+    assert events[0].startswith(f"flush {files.PARTIAL}") and events[1:] == ["rename", f"flush {tmp_path.name}"]
+
+
+def test_full_disk_at_the_last_moment_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    files.write_text(path, "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        files.write_text(path, "new")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
