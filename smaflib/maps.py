@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from smaflib.cams import fuse_cams, multi_scale_cams
 from smaflib.config import AttentionConfig, FusionRule
 from smaflib.data.sample import Samples
+from smaflib.data.transforms import scaled_size
 from smaflib.errors import DataError
 from smaflib.files import load_arrays, save_arrays
+from smaflib.models.memory import forward_bytes, refuse_what_does_not_fit
 from smaflib.reactivation import blend_saliency, denoise
 from smaflib.runtime import Runtime, progress, release_freed_memory
 
@@ -132,6 +134,9 @@ def write_attention_maps(
         runtime: device and precision.
         batch_size: images of one size in a forward pass. Photos on a CPU are taken one by one: together they would be
             slower and need more memory.
+
+    Raises:
+        ConfigError: if a scale of an image needs more memory than the device has.
     """
     maps = AttentionMaps(folder, config.scales)
     runtime.place(network)
@@ -140,7 +145,12 @@ def write_attention_maps(
     bar = progress(
         _same_size_batches(samples, missing, batch_size, most_pixels), total=None, desc=f"attention of {samples.split}"
     )
+    largest = 0  # pixels of the largest image that is known to fit
     for batch in bar:
+        image_id, image = batch[0]
+        if image[0].numel() * len(batch) > largest:
+            largest = image[0].numel() * len(batch)
+            _check_memory(network, image_id, (len(batch), *image.shape[1:]), config, runtime)
         images = torch.stack([image for _, image in batch])
         cams = multi_scale_cams(network, images, config.scales, config.flip, runtime)
         for row, (image_id, image) in enumerate(batch):
@@ -148,6 +158,16 @@ def write_attention_maps(
             maps.write(image_id, [cam[row] for cam in cams], (height, width))
     release_freed_memory()
     return maps
+
+
+def _check_memory(
+    network: nn.Module, image_id: str, shape: tuple[int, int, int], config: AttentionConfig, runtime: Runtime
+) -> None:
+    """Refuse the largest scale of a batch (B, H, W) that does not fit the device's memory."""
+    scale = max(config.scales)
+    views, (height, width) = shape[0] * (2 if config.flip else 1), scaled_size(shape[1:], scale)
+    what, cure = f"attention of image {image_id!r} at scale {scale:g}", "leave the scale out of attention.scales"
+    refuse_what_does_not_fit(forward_bytes, network.eval(), (views, height, width), runtime, what, cure)
 
 
 def _same_size_batches(

@@ -20,7 +20,7 @@ from smaflib.errors import MissingStage
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from smaflib.config import AttentionConfig, FusionRule, Variant
+    from smaflib.config import AttentionConfig, FusionRule, TrainingConfig, Variant
     from smaflib.data.masks import MaskFiles
     from smaflib.data.sample import Samples
     from smaflib.maps import AttentionMaps, DenoisedMaps
@@ -220,17 +220,36 @@ def check_networks(config: Config) -> None:
     """Build the networks that a chain will train, once, so that what is wrong with them shows before hours of work.
 
     Raises:
-        ConfigError: if a backbone, its stride, its weights or the device and precision are not to be had.
+        ConfigError: if a backbone, its stride, its weights or the device and precision are not to be had, or a training
+            needs more memory than the device has.
         WeightsError: if a file of weights is missing, damaged or of another network.
     """
     from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
     from smaflib.runtime import make_runtime
 
-    make_runtime(config)
+    runtime = make_runtime(config)
     if config.classifier.checkpoint is None:
-        AttentionNetwork(config.model, num_classes=1, background=True)
+        network = AttentionNetwork(config.model, num_classes=1, background=True)
+        if config.classifier.solve_head is None:
+            _check_memory(network, "classifier", config.classifier, runtime)
+        _check_memory(network, "self_training", config.self_training, runtime)
     if config.segmentation.enabled:
-        SegmentationNetwork(config.segmentation.model or config.model, config.segmentation, num_classes=1)
+        settings = config.segmentation
+        segmenter = SegmentationNetwork(settings.model or config.model, settings, num_classes=1)
+        _check_memory(segmenter, "segmentation", settings, runtime, max(settings.loss_scales))
+
+
+def _check_memory(
+    network: nn.Module, stage: str, settings: TrainingConfig, runtime: Runtime, scale: float = 1.0
+) -> None:
+    """Refuse a training whose steps do not fit the device's memory."""
+    from smaflib.models.memory import refuse_what_does_not_fit, training_bytes
+
+    side = settings.resize_range[1] if settings.whole_images else settings.crop_size
+    shape = (settings.batch_size, round(side * scale), round(side * scale))
+    sizes = "resize_range" if settings.whole_images else "crop_size"
+    what = f"{stage}.batch_size={settings.batch_size} with {stage}.{sizes}={side}"
+    refuse_what_does_not_fit(training_bytes, network.train(), shape, runtime, what, "make one of them smaller")
 
 
 def train_teacher(work: Workspace) -> tuple[AttentionNetwork, History]:

@@ -92,6 +92,19 @@ def fastest_precision(device: torch.device) -> Literal["float32", "bf16"]:
     return "bf16" if flags.get("avx512_bf16") or flags.get("amx_bf16") else "float32"
 
 
+def memory_of(device: torch.device) -> int | None:
+    """All memory of a device in bytes, free or not; of a CPU what the machine or its container has; None: unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    container = Path("/sys/fs/cgroup/memory.max")  # "max", or a number of bytes
+    if container.is_file() and (text := container.read_text().strip()).isdigit():
+        limits.append(int(text))
+    return min(limits)
+
+
 def keep_freed_memory(keep: bool = True) -> bool:
     """Let the C library keep the memory that torch frees, for the next layer's output.
 
