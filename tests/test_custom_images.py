@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from smaflib.apps.cli import app
-from smaflib.apps.custom_images import label_images, make_masks
+from smaflib.apps.custom_images import label_images, make_masks, plan_masks
 from smaflib.config import Config, check_settings
 from smaflib.data.masks import read_mask
 from smaflib.errors import ConfigError, DataError, InputError, RunError
@@ -71,6 +71,38 @@ def test_every_photo_gets_a_mask_an_overlay_and_a_place_on_the_sheet(config: Con
         html.count("background: #800000") == html.count("background: #008000") == 3
     )  # VOC's colours of values 1 and 2
     assert html.count("<figure>") == 6 and "masks/3.png" in html and not network_references(html)
+
+
+def test_plan_says_what_would_be_done_and_writes_nothing(config: Config, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    lines = plan_masks(config, out).splitlines()
+    assert lines[0] == "6 images, 6 labels of 2 classes; 0 have their masks already"
+    assert lines[1:3] == [
+        "images per class: red 3, blue 3",
+        "note: on fewer than 10 images, so learned badly: red, blue",
+    ]
+    assert lines[3] == "network: slim, weights: random" and not out.exists()
+    for name in ("0.png", "4.png", "of another folder.png"):
+        (out / "masks").mkdir(parents=True, exist_ok=True)
+        (out / "masks" / name).touch()
+    with pytest.raises(ConfigError, match="holds nothing of smaf's"):
+        plan_masks(config, out)
+    for name in ("config.yaml", "images.json"):
+        (out / name).touch()
+    assert "; 2 have their masks already" in plan_masks(config, out)
+    with pytest.raises(ConfigError, match="self_training.batch_size=65536 .* GB"):
+        settings = config.self_training.model_copy(update={"batch_size": 65536, "resize_range": (8192, 8192)})
+        plan_masks(config.model_copy(update={"self_training": settings}), out)
+
+
+def test_plan_on_the_command_line(config: Config, tmp_path: Path) -> None:
+    words = ["masks", "--images", str(config.data.images), "--out", str(tmp_path / "out"), "--plan"]
+    backbone = ["--backbone", "slim", "--set", "model.weights=null"]
+    result = CliRunner().invoke(app, [*words, "--labels", str(config.data.labels), *backbone])
+    assert result.exit_code == 0 and "6 images, 6 labels of 2 classes" in result.stdout
+    assert not (tmp_path / "out").exists()
+    refused = CliRunner().invoke(app, [*words, "--learned", str(tmp_path)])
+    assert refused.exit_code == 2 and "--plan is for --labels" in refused.output
 
 
 def test_second_call_makes_nothing_again_and_a_killed_one_resumes(config: Config, tmp_path: Path) -> None:

@@ -190,10 +190,13 @@ def masks(
         ),
     ] = None,
     settings: Settings = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Check everything and say what would be done; write nothing.")
+    ] = False,
 ) -> None:
     """Make pixel masks for custom images, from a list of what each shows. Resumes where it stopped."""
     with _plain_errors():
-        from smaflib.apps.custom_images import label_images, make_masks
+        from smaflib.apps.custom_images import label_images, make_masks, plan_masks
         from smaflib.config import load_config
         from smaflib.config.schema import NAMED_WEIGHTS
         from smaflib.files import PROJECT_ROOT
@@ -204,6 +207,8 @@ def masks(
             raise typer.BadParameter(
                 "--learned keeps the settings of the earlier call; leave out --set, --backbone and --weights"
             )
+        if learned is not None and plan:
+            raise typer.BadParameter("--plan is for --labels; with --learned nothing is trained, so just start it")
         if learned is not None:
             sheet = label_images(learned.absolute(), images.absolute(), out.absolute())
         else:
@@ -215,6 +220,9 @@ def masks(
             if backbone:
                 named += [f"model.backbone={backbone}", *([] if weights else ["model.weights=pretrained"])]
             config = load_config(PROJECT_ROOT / "configs" / "custom.yaml", [*named, *(settings or [])])
+            if plan:
+                typer.echo(plan_masks(config, out.absolute()))
+                return
             sheet = make_masks(config, out.absolute())
         typer.echo(f"masks: {sheet.parent / 'masks'}\ncontact sheet: {sheet}")
 

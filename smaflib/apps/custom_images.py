@@ -21,6 +21,7 @@ from smaflib.config import Config, dump_config, load_config
 from smaflib.data.folder import unlabelled_samples
 from smaflib.data.masks import VOC_PALETTE, mask_values, read_mask
 from smaflib.data.sample import Samples
+from smaflib.data.tools.check import RARE
 from smaflib.errors import ConfigError
 from smaflib.models.networks import load_attention_network
 from smaflib.pipeline import (
@@ -70,6 +71,38 @@ def make_masks(config: Config, out: Path) -> Path:
             self_train_rounds(work)
             write_masks(work)
         return _write_contact_sheet(samples, out)
+
+
+def plan_masks(config: Config, out: Path) -> str:
+    """What :func:`make_masks` would do, after all that it checks before it trains. Nothing is written.
+
+    Args:
+        config: as of :func:`make_masks`.
+        out: the same.
+
+    Returns:
+        Lines for a terminal.
+
+    Raises:
+        ConfigError: if settings, network, memory or ``out`` will not do.
+        DataError: if the table cannot be used. Images are not decoded: ``smaf data check`` does that.
+    """
+    samples = Workspace(out, config).samples()
+    check_networks(config)
+    _refuse_foreign(out)
+    counts = samples.image_labels.sum(dim=0).int().tolist()
+    by_count = sorted(zip(counts, samples.class_names, strict=True), reverse=True)
+    rare = [name for count, name in by_count if count < RARE]
+    there = {path.stem for path in (out / "masks").glob("*.png")}
+    done = sum(image_id in there for image_id in samples.image_ids)
+    lines = [
+        f"{len(samples)} images, {sum(counts)} labels of {len(counts)} classes; {done} have their masks already",
+        "images per class: " + ", ".join(f"{name} {count}" for count, name in by_count),
+        *([f"note: on fewer than {RARE} images, so learned badly: {', '.join(rare)}"] if rare else []),
+        f"network: {config.model.backbone}, weights: {config.model.weights or 'random'}",
+        f"results would be in {out}",
+    ]
+    return "\n".join(lines)
 
 
 def label_images(learned: Path, images: Path, out: Path) -> Path:
