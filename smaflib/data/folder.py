@@ -44,14 +44,20 @@ def load_folder(data: DataConfig, split: Split) -> Samples:
     rows = read_label_rows(data.labels)
     class_names = data.class_names or tuple(sorted({name for row in rows for name in row.labels}))
     check_class_names(class_names)
-    images = _by_name(list_files(data.images, IMAGE_ENDINGS, "set data.images to the folder of images"))
+    images = {
+        path.name: path for path in list_files(data.images, IMAGE_ENDINGS, "set data.images to the folder of images")
+    }
+    names: dict[str, str | list[str]] = {}  # by the name without its ending; several are a list
+    for name in images:
+        stem = Path(name).stem
+        names[stem] = name if stem not in names else [*_listed(names[stem]), name]
     masks = list_pngs(data.masks, "data.masks") if data.masks else {}
     saliency = list_pngs(data.saliency, "data.saliency") if data.saliency else {}
 
     files = []
     for row in rows:
         numbers = class_numbers(row.labels, class_names, f"{data.labels}, line {row.line}")
-        image = _find_image(row, images, data.images, data.labels)
+        image = _find_image(row, images, names, data.images, data.labels)
         if data.masks and image.stem not in masks:
             raise DataError(
                 f"there is no mask {image.stem}.png in {data.masks}; add it, or leave data.masks empty: "
@@ -77,27 +83,25 @@ def unlabelled_samples(images: Path, class_names: tuple[str, ...]) -> Samples:
     return Samples(files, class_names, "train", functools.partial(read_sample, oriented=True))
 
 
-def _by_name(paths: list[Path]) -> dict[str, list[Path]]:
-    """The one file of a full name, and all files of a name without ending."""
-    by_name: dict[str, list[Path]] = {}
-    for path in paths:
-        by_name.setdefault(path.stem, []).append(path)
-    return by_name | {path.name: [path] for path in paths}
+def _listed(names: str | list[str]) -> list[str]:
+    return [names] if isinstance(names, str) else names
 
 
-def _find_image(row: LabelRow, images: dict[str, list[Path]], folder: Path, csv_path: Path) -> Path:
-    fitting = images.get(row.image, [])
-    if len(fitting) == 1:
-        return fitting[0]
+def _find_image(
+    row: LabelRow, images: dict[str, Path], names: dict[str, str | list[str]], folder: Path, csv_path: Path
+) -> Path:
+    """The image of a row: by its full name, or by its name without ending where only one image has that."""
     where = f"{csv_path}, line {row.line}"
+    fitting = [row.image] if row.image in images else _listed(names.get(row.image, []))
+    if len(fitting) == 1:
+        return images[fitting[0]]
     if fitting:
-        names = " and ".join(path.name for path in fitting)
-        raise DataError(f"{where}: {row.image} can be {names} in {folder}; write the ending, too")
+        raise DataError(f"{where}: {row.image} can be {' and '.join(fitting)} in {folder}; write the ending, too")
     if Path(row.image).name != row.image:
         raise DataError(f"{where}: {row.image!r} names a folder; give the file name only, all images lie in {folder}")
     if (folder / row.image).is_file():
         raise DataError(f"{where}: {row.image} is of a kind that is not read; save it as {' or '.join(IMAGE_ENDINGS)}")
     raise DataError(
-        f"{where}: there is no image {row.image} in {folder}{nearest(row.image, list(images))}; "
+        f"{where}: there is no image {row.image} in {folder}{nearest(row.image, [*names, *images])}; "
         "correct the name, add the image or delete the line"
     )

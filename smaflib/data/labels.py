@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from smaflib.errors import DataError
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be 100,000 of them
 class LabelRow:
     """One line of the CSV: ``image`` as written, with or without ending; ``labels`` never empty, no name twice."""
 
@@ -34,27 +35,29 @@ def read_label_rows(path: Path) -> list[LabelRow]:
     """
     if not path.is_file():
         raise DataError(f"there is no CSV file {path}; set data.labels to a file with the columns image,labels")
+    header: list[str] | None = None
+    rows = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as handle:
             reader = csv.reader(handle, strict=True, skipinitialspace=True)
-            lines = [(reader.line_num, [field.strip() for field in fields]) for fields in reader]
+            for fields in reader:
+                fields = [field.strip() for field in fields]
+                if not any(fields):
+                    continue
+                if header is None:
+                    header = _read_header(path, fields)
+                else:
+                    rows.append(_read_row(path, reader.line_num, fields, header))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error}); save it as 'CSV UTF-8'") from error
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}; check the quotes of that line") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    lines = [(line, fields) for line, fields in lines if any(fields)]
-    header = [name.lower() for name in lines[0][1]] if lines else []
-    if "image" not in header or "labels" not in header:
-        found = repr(",".join(lines[0][1])) if lines else "an empty file"
-        raise DataError(
-            f"{path} must begin with a line that names the columns image,labels (between them a comma, "
-            f"between the labels of one image a semicolon), found {found}"
-        )
-    if not lines[1:]:
+    if header is None:
+        _read_header(path, [])
+    if not rows:
         raise DataError(f"{path} lists no image: only the line of column names is there")
-    rows = [_read_row(path, line, fields, header) for line, fields in lines[1:]]
     _refuse_repetition(path, rows)
     return rows
 
@@ -127,6 +130,17 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
 
 
+def _read_header(path: Path, fields: list[str]) -> list[str]:
+    header = [name.lower() for name in fields]
+    if "image" not in header or "labels" not in header:
+        found = repr(",".join(fields)) if fields else "an empty file"
+        raise DataError(
+            f"{path} must begin with a line that names the columns image,labels (between them a comma, "
+            f"between the labels of one image a semicolon), found {found}"
+        )
+    return header
+
+
 def _read_row(path: Path, line: int, fields: list[str], header: list[str]) -> LabelRow:
     where = f"{path}, line {line}"
     # An unquoted comma between two labels would otherwise lose all but the first, without a word.
@@ -137,7 +151,9 @@ def _read_row(path: Path, line: int, fields: list[str], header: list[str]) -> La
         )
     values = dict(zip(header, fields, strict=False))
     image = values.get("image", "")
-    labels = tuple(dict.fromkeys(name.strip() for name in values.get("labels", "").split(";") if name.strip()))
+    labels = tuple(
+        dict.fromkeys(sys.intern(name.strip()) for name in values.get("labels", "").split(";") if name.strip())
+    )
     if not image:
         raise DataError(f"{where}: there is no image name; fill it in or delete the line")
     if not labels:

@@ -32,7 +32,7 @@ class Sample:
     mask: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be 100,000 of them
 class SampleFiles:
     """Paths of one sample; nothing is opened before it is asked for."""
 
