@@ -4,7 +4,7 @@
 
 A folder of tiny photos and a table of two labels for each go through ``smaf masks --plan`` and ``smaf data check``,
 each in a process of its own. Then 500 files are written with and without waiting for the disk. Results go to
-results/load.json, the tables to standard output.
+results/load.json, the table to docs/robustness.md.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from smaflib import files
 from smaflib.runs.environment import git_state
 
 RESULTS = Path(__file__).parent / "results" / "load.json"
+PAGE = files.PROJECT_ROOT / "docs" / "robustness.md"
+MARKS = ("<!-- load made by benchmarks/load.py -->", "<!-- end of load -->")
 CLASSES = ("bicycle", "boat", "cat", "dog", "horse")
 LINKS = 30_000
 """Names of one file; file systems allow some 60,000."""
@@ -93,7 +95,18 @@ def markdown(result: dict[str, Any]) -> str:
     for row in result["load"]:
         cells = [f"{row[what]['seconds']:.1f} s, {row[what]['megabytes']:.0f} MB" for what in ("plan", "check")]
         lines.append(f"| {row['photos']:,} | {cells[0]} | {cells[1]} |")
+    cost = result["milliseconds a file"]
+    without = f"of which {cost['not flushed']:.1f} ms without waiting for the disk"
+    lines += ["", f"A file of {FILE_BYTES // 1000} kB takes {cost['flushed']:.1f} ms, {without}."]
     return "\n".join(lines)
+
+
+def write_page(result: dict[str, Any]) -> None:
+    """Put the table between the marks of the page."""
+    text = PAGE.read_text(encoding="utf-8")
+    begin, end = MARKS
+    head, tail = text[: text.index(begin) + len(begin)], text[text.index(end) :]
+    files.write_text(PAGE, f"{head}\n\n{markdown(result)}\n\n{tail}")
 
 
 def main() -> None:
@@ -107,7 +120,8 @@ def main() -> None:
             print(result["load"][-1], file=sys.stderr, flush=True)
         result["milliseconds a file"] = flushing(Path(folder, "flushing"))
     files.write_json(RESULTS, result | git_state())
-    print(markdown(result), result["milliseconds a file"], sep="\n\n")
+    write_page(result)
+    print(markdown(result))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What is installed: pyproject.toml, environment.yml, requirements.lock and the Makefile say the same thing."""
 
 import importlib.metadata
+import json
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import smaflib
+from benchmarks import load
 from smaflib.refinement import pydensecrf_backend
 
 ROOT = Path(__file__).parents[1]
@@ -238,3 +240,12 @@ def test_python_of_the_readme_runs_as_it_stands(tmp_path):
 def test_glossary_has_a_line_for_each_word():
     glossary = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
     assert len(re.findall(r"^\| [^|]+ \| [^|]+ \|$", glossary, re.MULTILINE)) == 12 + 1  # and the head
+
+
+def test_table_of_many_photos_is_that_of_its_numbers():
+    result = json.loads(load.RESULTS.read_text(encoding="utf-8"))
+    assert load.markdown(result) in load.PAGE.read_text(encoding="utf-8")
+    most, fewer = result["load"][-1], result["load"][-2]
+    for what in ("plan", "check"):  # what a photo takes, in kB
+        grown = most[what]["megabytes"] - fewer[what]["megabytes"]
+        assert 1000 * grown / (most["photos"] - fewer["photos"]) < 1, what

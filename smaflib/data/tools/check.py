@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from smaflib.config import Config
+from smaflib.config import Config, Split
 from smaflib.data import load_samples
 from smaflib.data.classes import VOID_LABEL
 from smaflib.data.masks import mask_values
@@ -49,18 +49,23 @@ def check_data(config: Config, run_folder: Path | None = None) -> Findings:
     """
     found = Findings()
     for split in SPLITS:
-        try:
-            samples = load_samples(config, split, run_folder)
-        except DataError as error:
-            found.problems.append(f"{split}: {error}")
-            continue
-        if not len(samples):
-            found.facts.append(f"{split}: no images")
-            continue
-        _check_samples(samples, found)
-        if config.classifier.pretraining == "eps" and split == "train" and not samples.has_saliency:
-            found.problems.append("train: classifier.pretraining is 'eps', but not every image has a saliency map")
+        _check_split(config, split, found, run_folder)
     return found
+
+
+def _check_split(config: Config, split: Split, found: Findings, run_folder: Path | None) -> None:
+    """One split after the other, so that only one is in memory."""
+    try:
+        samples = load_samples(config, split, run_folder)
+    except DataError as error:
+        found.problems.append(f"{split}: {error}")
+        return
+    if not len(samples):
+        found.facts.append(f"{split}: no images")
+        return
+    _check_samples(samples, found)
+    if config.classifier.pretraining == "eps" and split == "train" and not samples.has_saliency:
+        found.problems.append("train: classifier.pretraining is 'eps', but not every image has a saliency map")
 
 
 def _check_samples(samples: Samples, found: Findings) -> None:
