@@ -275,6 +275,20 @@ def test_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> Non
         build_backbone(ModelConfig(backbone="squeezenet1_1", weights="torchvision"))
 
 
+def test_download_names_host_and_size_and_is_checked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def damaged(url: str, *args: object, check_hash: bool = False, **kwargs: object) -> None:
+        assert check_hash and url.startswith("https://download.pytorch.org/")
+        raise RuntimeError('invalid hash value (expected "b8a52dc0", got "00000000")')  # as torch.hub says it
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", damaged)
+    with pytest.raises(ConfigError, match=r"could not be downloaded \(invalid hash value"):
+        build_backbone(ModelConfig(backbone="squeezenet1_1", weights="torchvision"))
+    announced = capsys.readouterr().err
+    assert "from download.pytorch.org, 5 MB, checked against their SHA-256" in announced
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_named_before_anything_is_trained(value: float) -> None:
     layer = torch.nn.Linear(2, 2)

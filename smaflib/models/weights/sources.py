@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 import torchvision.models
@@ -81,9 +83,17 @@ def _torchvision_weights(weights: str, source: str) -> dict[str, Tensor]:
             f"model.weights is {weights!r}, but torchvision has no weights of the backbone {source}; give {cure} "
             "or null"
         )
+    published = torchvision.models.get_model_weights(source).DEFAULT
+    host, size = urlsplit(published.url).hostname, published.meta.get("_file_size")
+    print(
+        f"{source}: torchvision's weights {published} from {host}{f', {size:.0f} MB' if size else ''}, checked against "
+        "their SHA-256; downloaded unless they are in its cache",
+        file=sys.stderr,
+        flush=True,
+    )
     try:
-        return dict(torchvision.models.get_model_weights(source).DEFAULT.get_state_dict(progress=True))
-    except OSError as error:
+        return dict(published.get_state_dict(progress=True, check_hash=True))
+    except (OSError, RuntimeError) as error:  # RuntimeError: not the file that its checksum says
         raise ConfigError(
             f"the ImageNet weights of {source} could not be downloaded ({error}); download them elsewhere and give "
             "the file as model.weights"
