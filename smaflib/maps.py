@@ -195,7 +195,7 @@ class DenoisedMaps(Sequence[Tensor]):
         samples: the split, for order and image labels.
         rule: of the fusion.
         scales: which scales take part; None: all. One scale gives the control of the paper's claim.
-        cached: keep what was read, in half precision.
+        cached: keep what was read, in half precision; of maps that are zero all over nothing is kept.
         denoised: False leaves the maps of absent classes in, to show what denoising does.
         saliency_weight: above 0, the samples' saliency maps take part with that share
             (:func:`~smaflib.reactivation.blend_saliency`).
@@ -214,22 +214,42 @@ class DenoisedMaps(Sequence[Tensor]):
         self.maps, self.rule, self.scales, self.cached, self.denoised = maps, rule, scales, cached, denoised
         self.image_ids, self.image_labels = samples.image_ids, samples.image_labels
         self.saliency, self.saliency_weight = SaliencyMaps(samples), saliency_weight
-        self._cache: dict[int, Tensor] = {}
+        self._cache: dict[int, _NonZero] = {}
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
         if index in self._cache:
-            return self._cache[index].float()
+            return self._cache[index].whole()
         label = self.image_labels[index] if self.denoised else None
         maps = self.maps.fused(self.image_ids[index], self.rule, self.scales, label)
         if self.saliency_weight:
             maps = blend_saliency(maps, self.saliency[index], self.saliency_weight)
         if not self.cached:
             return maps
-        self._cache[index] = maps.half()
-        return self._cache[index].float()
+        self._cache[index] = _NonZero.of(maps)
+        return self._cache[index].whole()
+
+
+@dataclass(frozen=True)
+class _NonZero:
+    """The maps of an image that are not zero all over: of denoised ones few, and all 900 of a small VOC fit memory."""
+
+    num_classes: int
+    classes: Tensor  # (P,), their numbers
+    maps: Tensor  # float16 (P, H, W)
+
+    @classmethod
+    def of(cls, maps: Tensor) -> _NonZero:
+        halves = maps.half()
+        classes = halves.flatten(1).any(dim=1).nonzero()[:, 0]
+        return cls(len(maps), classes, halves[classes])
+
+    def whole(self) -> Tensor:
+        maps = torch.zeros(self.num_classes, *self.maps.shape[1:])
+        maps[self.classes] = self.maps.float()
+        return maps
 
 
 class MaskMaps(Sequence[Tensor]):

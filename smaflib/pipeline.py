@@ -397,8 +397,8 @@ def _targets(work: Workspace, teacher: str, targets: Targets, runtime: Runtime) 
     scales = None if targets.fused else [config.attention.single_scale]
     weight = config.target_saliency_weight
     maps = work.denoised(teacher, samples, scales, denoised=targets.denoised, saliency_weight=weight)
-    maps.cached = config.data.cache
     if config.self_training.refine == "none":
+        maps.cached = config.data.cache  # the CRF below reads each once
         return maps
     settings = config.pseudo_masks.model_copy(update={"refine": "crf"})
     masks = pseudo_masks(samples, maps, work.bg_score, settings, device=runtime.device, desc="targets")

@@ -43,6 +43,16 @@ def test_denoised_maps_can_be_kept_in_half_precision(maps: AttentionMaps) -> Non
         lazy[1]
 
 
+def test_only_maps_of_classes_that_are_there_are_kept(maps: AttentionMaps) -> None:
+    cached = DenoisedMaps(maps, make_samples(3), cached=True)
+    for index in range(3):  # image i shows class i
+        assert torch.equal(cached[index], DenoisedMaps(maps, make_samples(3))[index].half().float())
+        kept = cached._cache[index]
+        assert kept.maps.shape == (1, 32, 40) and kept.maps.dtype == torch.float16 and kept.classes.tolist() == [index]
+    everything = DenoisedMaps(maps, make_samples(3), cached=True, denoised=False)
+    assert len(everything[0]) == len(everything._cache[0].maps) == 3
+
+
 def test_whole_split_can_be_walked_through(maps: AttentionMaps) -> None:
     assert [tuple(denoised.shape) for denoised in DenoisedMaps(maps, make_samples(3))] == [(3, 32, 40)] * 3
 
