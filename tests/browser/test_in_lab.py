@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from driving import BoardPage, Watched, agrees, expected_iou, keep_screenshot, run_notebook, shown_values
+from driving import START_SECONDS, BoardPage, Watched, agrees, expected_iou, keep_screenshot, run_notebook, shown_values
 from PIL import Image
 from playwright.sync_api import Browser, Locator
 
@@ -74,6 +74,7 @@ class Lab:
 @pytest.fixture(scope="module")
 def lab_page(browser: Browser, lab: str) -> Iterator[Lab]:
     context = browser.new_context(viewport={"width": 1600, "height": 1000})
+    context.set_default_timeout(START_SECONDS * 1000)  # of all waits that name none: a machine with other work
     watched = Watched(context.new_page(), (lab, lab.replace("http", "ws")))
     run_notebook(watched, lab, "explore.ipynb")
     watched.page.evaluate("() => window.jupyterapp.commands.execute('application:toggle-left-area')")
