@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from smaflib.apps.cli import app
 from smaflib.apps.custom_images import label_images, make_masks, plan_masks
-from smaflib.config import Config, check_settings
+from smaflib.config import Config, check_settings, dump_config, load_config
 from smaflib.data.masks import read_mask
 from smaflib.errors import ConfigError, DataError, InputError, RunError
 from smaflib.files import PROJECT_ROOT
@@ -160,6 +160,17 @@ def test_photos_without_a_table_are_labelled_by_what_was_learned(config: Config,
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="there is no image in"):
         label_images(tmp_path / "out", tmp_path / "empty", tmp_path / "other")
+
+
+def test_photos_without_saliency_maps_are_labelled_by_what_learned_from_some(config: Config, tmp_path: Path) -> None:
+    make_masks(config, tmp_path / "out")
+    draw_photos(tmp_path / "new", 2, first=20)
+    settings = tmp_path / "out/config.yaml"
+    learned = load_config(settings, ["pseudo_masks.saliency_weight=0.3", f"data.saliency={tmp_path / 'photos'}"])
+    eps = learned.classifier.model_copy(update={"pretraining": "eps", "solve_head": None})
+    settings.write_text(dump_config(learned.model_copy(update={"classifier": eps})))
+    label_images(tmp_path / "out", tmp_path / "new", tmp_path / "labelled")
+    assert sorted(path.name for path in (tmp_path / "labelled/masks").iterdir()) == ["20.png", "21.png"]
 
 
 def test_finished_masks_are_not_learned_again(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

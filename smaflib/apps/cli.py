@@ -191,7 +191,8 @@ def masks(
     ] = None,
     settings: Settings = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Check everything and say what would be done; write nothing.")
+        bool,
+        typer.Option("--plan", help="Check settings, table and network; say what would be done; write nothing."),
     ] = False,
 ) -> None:
     """Make pixel masks for custom images, from a list of what each shows. Resumes where it stopped."""

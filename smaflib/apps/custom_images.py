@@ -136,8 +136,9 @@ def label_images(learned: Path, images: Path, out: Path) -> Path:
     table = out / "labels.csv"
     unset = {"masks": None, "saliency": None, "max_images": None}
     data = source.config.data.model_copy(update={"images": images, "labels": table, **unset})
-    # What was chosen on the images that were learned from; a few new ones say less about it.
-    masks = source.config.pseudo_masks.model_copy(update={"bg_score": bg_score})
+    # The score is what was chosen on the images that were learned from; a few new ones say less about it. They have no
+    # saliency maps.
+    masks = source.config.pseudo_masks.model_copy(update={"bg_score": bg_score, "saliency_weight": 0.0})
     work = Workspace(out, source.config.model_copy(update={"data": data, "pseudo_masks": masks}))
     unlabelled = unlabelled_samples(images, class_names)
     _refuse_foreign(out)
