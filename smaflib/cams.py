@@ -25,7 +25,6 @@ PEAK_EPSILON = 0.5e-5
 """Added to a peak before dividing by it: half the reference's 1e-5, which it adds to sums over two flips, not means."""
 
 
-@torch.no_grad()
 def multi_scale_cams(
     network: nn.Module,
     image: Tensor,
@@ -47,20 +46,52 @@ def multi_scale_cams(
 
     Source: the reference code's multi-scale inference; section 3.2 of the paper.
     """
-    network.eval()
     images = image if image.dim() == 4 else image[None]
+    cams = cams_of_inputs(network, scaled_inputs(images, scales), flip, runtime)
+    return cams if image.dim() == 4 else [cam[0] for cam in cams]
+
+
+def scaled_inputs(images: Tensor, scales: Sequence[float]) -> list[Tensor]:
+    """Images as the network takes them, once per scale: the host's part of :func:`multi_scale_cams`.
+
+    Args:
+        images: uint8 (B, 3, H, W).
+        scales: factors of their size; bicubic.
+
+    Returns:
+        Per scale float32 (B, 3, H_s, W_s), normalised.
+    """
+    sizes = [scaled_size(images.shape[-2:], scale) for scale in scales]
+    return [normalize(torch.stack([resize_image(image, size) for image in images])) for size in sizes]
+
+
+@torch.no_grad()
+def cams_of_inputs(
+    network: nn.Module, inputs: Sequence[Tensor], flip: bool = True, runtime: Runtime | None = None
+) -> list[Tensor]:
+    """The network's part of :func:`multi_scale_cams`.
+
+    Args:
+        network: as there.
+        inputs: as of :func:`scaled_inputs`.
+        flip: as there.
+        runtime: as there.
+
+    Returns:
+        Per scale (B, K, h_s, w_s), non-negative float32 on the CPU.
+    """
+    network.eval()
     cams = []
-    for scale in scales:
-        size = scaled_size(images.shape[-2:], scale)
-        inputs = normalize(torch.stack([resize_image(picture, size) for picture in images])).to(device_of(network))
+    for scaled in inputs:
+        scaled = scaled.to(device_of(network), non_blocking=True)
         with runtime.autocast() if runtime else torch.autocast("cpu", enabled=False):
-            logits = network(torch.cat([inputs, inputs.flip(-1)]) if flip else inputs)
+            logits = network(torch.cat([scaled, scaled.flip(-1)]) if flip else scaled)
             maps = attention_of(network, logits.float())
         if flip:
             plain, mirrored = maps.chunk(2)
             maps = (plain + mirrored.flip(-1)) / 2
-        cams.append(maps.cpu() if image.dim() == 4 else maps[0].cpu())
-    return cams
+        cams.append(maps)
+    return [maps.cpu() for maps in cams]  # after the last scale: a GPU has all of them to work on
 
 
 def fuse_cams(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from smaflib.config import EvaluationConfig
 from smaflib.data.classes import VOID_LABEL
+from smaflib.maps import DenoisedMaps
 from smaflib.reactivation import hard_labels, reactivate
+from smaflib.runtime import ahead
 
 SIZES = ("small", "medium", "large")
 
@@ -176,16 +179,20 @@ def sweep_thresholds(
         config: thresholds and the limits between object sizes.
     """
     config = config or EvaluationConfig()
-    rising = sorted(set(config.thresholds))  # searchsorted needs the order
-    num_labels, thresholds, steps = len(class_names) + 1, torch.tensor(rising), len(rising)
+    rising = sorted(set(config.thresholds))
+    num_labels, steps = len(class_names) + 1, len(rising)
     confusion = torch.zeros(steps, num_labels, num_labels, dtype=torch.int64)
     by_size = torch.zeros(steps, len(SIZES), num_labels - 1, 3, dtype=torch.int64)
-    for maps, ground_truth in zip(denoised, ground_truths, strict=True):
+
+    def count(image: tuple[Strongest, Callable[[], Tensor]]) -> tuple[Tensor, int]:
         # One histogram over (ground truth, strongest class, how many thresholds it exceeds) holds every threshold's
         # matrix.
+        strongest, read_ground_truth = image
+        (score, winner), ground_truth = strongest(), read_ground_truth()
         _refuse_labels_above(num_labels - 1, "ground truth", ground_truth)
-        score, winner = maps.max(dim=0)
-        exceeded = torch.searchsorted(thresholds, score.contiguous())  # strictly below the score
+        exceeded = torch.zeros(score.shape, dtype=torch.uint8 if steps < 256 else torch.int64)
+        for threshold in rising:  # a few passes over bytes, where searchsorted takes three times as long
+            exceeded += score > threshold
         cell = (ground_truth.long() * num_labels + winner + 1) * (steps + 1) + exceeded
         size = num_labels * num_labels * (steps + 1)
         cell = cell.where(ground_truth != VOID_LABEL, size)  # void has a cell of its own, behind the others
@@ -193,10 +200,46 @@ def sweep_thresholds(
         total = histogram.sum(dim=(1, 2))  # (K+1,) pixels of each true label
         found = histogram.flip(2).cumsum(dim=2).flip(2)[..., 1:].permute(2, 0, 1).clone()  # (T, ground truth, class)
         found[:, :, 0] = total - found.sum(dim=2)
+        return found, ground_truth.numel()
+
+    for found, num_pixels in ahead(count, zip(_strongest(denoised), _when_asked(ground_truths), strict=True)):
         confusion += found
-        add_by_size(by_size, found, ground_truth.numel(), config)
+        add_by_size(by_size, found, num_pixels, config)
     names = tuple(class_names)
     return {t: SegmentationMetrics(confusion[i], by_size[i], names) for i, t in enumerate(rising)}
+
+
+Strongest = Callable[[], tuple[Tensor, Tensor]]
+"""Gives per pixel the highest score (H, W) and its class (H, W), when it is called."""
+
+
+def _strongest(denoised: Iterable[Tensor]) -> Iterator[Strongest]:
+    """Per image, at the cost of the classes that it shows where the maps know them."""
+    if isinstance(denoised, DenoisedMaps):
+        yield from (partial(_strongest_present, denoised, index) for index in range(len(denoised)))
+    else:
+        yield from (partial(_strongest_of, read) for read in _when_asked(denoised))
+
+
+def _strongest_present(denoised: DenoisedMaps, index: int) -> tuple[Tensor, Tensor]:
+    return denoised.present(index).strongest()
+
+
+def _strongest_of(read: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    score, winner = read().max(dim=0)
+    return score, winner
+
+
+def _when_asked(items: Iterable[Tensor]) -> Iterator[Callable[[], Tensor]]:
+    """Items of a sequence are read by whoever calls, in a thread as a rule; others as they come."""
+    if isinstance(items, Sequence):
+        yield from (partial(items.__getitem__, index) for index in range(len(items)))
+    else:
+        yield from (partial(_itself, item) for item in items)
+
+
+def _itself(item: Tensor) -> Tensor:
+    return item
 
 
 def best_threshold(sweep: dict[float, SegmentationMetrics]) -> float:
@@ -205,8 +248,13 @@ def best_threshold(sweep: dict[float, SegmentationMetrics]) -> float:
 
 
 def masks_of(denoised: Iterable[Tensor], bg_score: float) -> Iterable[Tensor]:
-    """Unrefined masks of attention maps: uint8 (H, W) each."""
-    return (hard_labels(maps, bg_score) for maps in denoised)
+    """Unrefined masks of attention maps: uint8 (H, W) each, as of :func:`~smaflib.reactivation.hard_labels`."""
+
+    def mask(strongest: Strongest) -> Tensor:
+        score, winner = strongest()
+        return ((winner + 1) * (score > bg_score)).to(torch.uint8)
+
+    return ahead(mask, _strongest(denoised))
 
 
 def evaluate_maps(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smaflib.cams import fuse_cams, multi_scale_cams
+from smaflib.cams import cams_of_inputs, fuse_cams, scaled_inputs
 from smaflib.config import AttentionConfig, FusionRule
-from smaflib.data.sample import Samples
+from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import scaled_size
 from smaflib.errors import DataError
 from smaflib.files import load_arrays, save_arrays
 from smaflib.models.memory import forward_bytes, refuse_what_does_not_fit
-from smaflib.reactivation import blend_saliency, denoise
-from smaflib.runtime import Runtime, progress, release_freed_memory
+from smaflib.reactivation import blend_saliency
+from smaflib.runtime import Runtime, ahead, progress, release_freed_memory
 
 
 def fuse_and_denoise(
@@ -52,10 +52,53 @@ def fuse_and_denoise(
         (K, H, W) in [0, 1]; absent classes are zero.
     """
     classes = image_label.nonzero()[:, 0]
-    whole = torch.zeros(len(image_label), *size)
-    if len(classes):
-        whole[classes] = fuse_cams([cam[classes] for cam in cams], size, rule, scales, weights)
-    return denoise(whole, image_label)
+    return PresentMaps(len(image_label), classes, fuse_present(cams, size, classes, rule, scales, weights)).whole()
+
+
+def fuse_present(
+    cams: Sequence[Tensor],
+    size: tuple[int, int],
+    classes: Tensor,
+    rule: FusionRule = "sum",
+    scales: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
+) -> Tensor:
+    """:func:`~smaflib.cams.fuse_cams` of some classes, by their numbers (P,): (P, H, W) in [0, 1]; P may be 0."""
+    if len(classes) == 0:
+        return torch.zeros(0, *size)
+    return fuse_cams([cam[classes] for cam in cams], size, rule, scales, weights)
+
+
+@dataclass(frozen=True)
+class PresentMaps:
+    """Denoised maps of an image without those of absent classes, which are zero: one or two of VOC's twenty.
+
+    Attributes:
+        num_classes: K.
+        classes: (P,) numbers, 0 to K-1, rising.
+        maps: (P, H, W) in [0, 1].
+    """
+
+    num_classes: int
+    classes: Tensor
+    maps: Tensor
+
+    def whole(self) -> Tensor:
+        """(K, H, W), float32."""
+        whole = torch.zeros(self.num_classes, *self.maps.shape[1:])
+        whole[self.classes] = self.maps.float()
+        return whole
+
+    def strongest(self) -> tuple[Tensor, Tensor]:
+        """Per pixel the highest score, (H, W), and its class, int64 (H, W), as ``whole().max(dim=0)`` gives them.
+
+        Where no class has a score above 0, the class is any.
+        """
+        if len(self.classes) == 0:
+            size = self.maps.shape[1:]
+            return torch.zeros(size), torch.zeros(size, dtype=torch.int64)
+        score, winner = self.maps.float().max(dim=0)
+        return score, self.classes[winner]
 
 
 @dataclass(frozen=True)
@@ -142,49 +185,68 @@ def write_attention_maps(
     runtime.place(network)
     most_pixels = batch_size * SMALL_IMAGE if runtime.device.type == "cpu" else sys.maxsize
     missing = [index for index, image_id in enumerate(samples.image_ids) if not maps.path(image_id).is_file()]
-    bar = progress(
-        _same_size_batches(samples, missing, batch_size, most_pixels), total=None, desc=f"attention of {samples.split}"
-    )
-    largest = 0  # pixels of the largest image that is known to fit
-    for batch in bar:
-        image_id, image = batch[0]
-        if image[0].numel() * len(batch) > largest:
-            largest = image[0].numel() * len(batch)
-            _check_memory(network, image_id, (len(batch), *image.shape[1:]), config, runtime)
-        images = torch.stack([image for _, image in batch])
-        cams = multi_scale_cams(network, images, config.scales, config.flip, runtime)
-        for row, (image_id, image) in enumerate(batch):
-            height, width = image.shape[-2:]
-            maps.write(image_id, [cam[row] for cam in cams], (height, width))
+    # Threads decode and resize the next images and write the last ones while a GPU computes. A CPU has its hands full.
+    threads = 0 if runtime.device.type == "cpu" else None
+    decoded = ahead(samples.__getitem__, missing, threads)
+
+    def fitting() -> Iterator[Batch]:
+        largest = 0  # pixels of the largest image that is known to fit
+        for batch in _same_size_batches(decoded, batch_size, most_pixels):
+            if batch.images[:, 0].numel() > largest:
+                largest = batch.images[:, 0].numel()
+                _check_memory(network, batch, config, runtime)
+            yield batch
+
+    prepared = ahead(lambda batch: (batch, scaled_inputs(batch.images, config.scales)), fitting(), threads)
+    computed = ((batch, cams_of_inputs(network, inputs, config.flip, runtime)) for batch, inputs in prepared)
+
+    def write(result: tuple[Batch, list[Tensor]]) -> int:
+        batch, cams = result
+        for row, image_id in enumerate(batch.image_ids):
+            maps.write(image_id, [cam[row] for cam in cams], (batch.images.shape[-2], batch.images.shape[-1]))
+        return len(batch.image_ids)
+
+    written = (image for count in ahead(write, computed, threads) for image in range(count))
+    for _ in progress(written, total=len(missing), desc=f"attention of {samples.split}"):
+        pass
     release_freed_memory()
     return maps
 
 
-def _check_memory(
-    network: nn.Module, image_id: str, shape: tuple[int, int, int], config: AttentionConfig, runtime: Runtime
-) -> None:
-    """Refuse the largest scale of a batch (B, H, W) that does not fit the device's memory."""
-    scale = max(config.scales)
-    views, (height, width) = shape[0] * (2 if config.flip else 1), scaled_size(shape[1:], scale)
-    what, cure = f"attention of image {image_id!r} at scale {scale:g}", "leave the scale out of attention.scales"
+@dataclass(frozen=True)
+class Batch:
+    """Images of one size: uint8 (B, 3, H, W), and their names."""
+
+    image_ids: list[str]
+    images: Tensor
+
+
+def _check_memory(network: nn.Module, batch: Batch, config: AttentionConfig, runtime: Runtime) -> None:
+    """Refuse the largest scale of a batch that does not fit the device's memory."""
+    scale, views = max(config.scales), len(batch.images) * (2 if config.flip else 1)
+    height, width = scaled_size(batch.images.shape[-2:], scale)
+    what, cure = (
+        f"attention of image {batch.image_ids[0]!r} at scale {scale:g}",
+        "leave the scale out of attention.scales",
+    )
     refuse_what_does_not_fit(forward_bytes, network.eval(), (views, height, width), runtime, what, cure)
 
 
-def _same_size_batches(
-    samples: Samples, indices: Sequence[int], most: int, most_pixels: int
-) -> Iterator[list[tuple[str, Tensor]]]:
+def _same_size_batches(samples: Iterable[Sample], most: int, most_pixels: int) -> Iterator[Batch]:
     """Neighbours of equal size, up to ``most`` together, or fewer if they have more pixels; one at least."""
-    batch: list[tuple[str, Tensor]] = []
-    for index in indices:
-        sample = samples[index]
-        pixels = sample.image[0].numel()
-        full = len(batch) == most or (len(batch) + 1) * pixels > most_pixels
-        if batch and (full or batch[0][1].shape != sample.image.shape):
-            yield batch
+    batch: list[Sample] = []
+    for sample in samples:
+        full = len(batch) == most or (len(batch) + 1) * sample.image[0].numel() > most_pixels
+        if batch and (full or batch[0].image.shape != sample.image.shape):
+            yield _joined(batch)
             batch = []
-        batch.append((sample.image_id, sample.image))
+        batch.append(sample)
     if batch:
-        yield batch
+        yield _joined(batch)
+
+
+def _joined(batch: Sequence[Sample]) -> Batch:
+    return Batch([sample.image_id for sample in batch], torch.stack([sample.image for sample in batch]))
 
 
 class DenoisedMaps(Sequence[Tensor]):
@@ -214,42 +276,32 @@ class DenoisedMaps(Sequence[Tensor]):
         self.maps, self.rule, self.scales, self.cached, self.denoised = maps, rule, scales, cached, denoised
         self.image_ids, self.image_labels = samples.image_ids, samples.image_labels
         self.saliency, self.saliency_weight = SaliencyMaps(samples), saliency_weight
-        self._cache: dict[int, _NonZero] = {}
+        self._cache: dict[int, PresentMaps] = {}
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+        return self.present(index).whole()
+
+    def present(self, index: int) -> PresentMaps:
+        """An image's maps without those that are zero; without denoising these are the maps of all classes."""
         if index in self._cache:
-            return self._cache[index].whole()
-        label = self.image_labels[index] if self.denoised else None
-        maps = self.maps.fused(self.image_ids[index], self.rule, self.scales, label)
-        if self.saliency_weight:
+            return self._cache[index]
+        label = self.image_labels[index] if self.denoised else torch.ones_like(self.image_labels[index])
+        classes = label.nonzero()[:, 0]
+        cams, size = self.maps.read(self.image_ids[index], self.scales)
+        # The size-adaptive rule needs to know which scales these are.
+        maps = fuse_present(cams, size, classes, self.rule, self.scales or self.maps.scales)
+        if self.saliency_weight and len(classes):
             maps = blend_saliency(maps, self.saliency[index], self.saliency_weight)
         if not self.cached:
-            return maps
-        self._cache[index] = _NonZero.of(maps)
-        return self._cache[index].whole()
-
-
-@dataclass(frozen=True)
-class _NonZero:
-    """The maps of an image that are not zero all over: of denoised ones few, and all 900 of a small VOC fit memory."""
-
-    num_classes: int
-    classes: Tensor  # (P,), their numbers
-    maps: Tensor  # float16 (P, H, W)
-
-    @classmethod
-    def of(cls, maps: Tensor) -> _NonZero:
+            return PresentMaps(len(label), classes, maps)
+        # In half precision; a network may leave a class of the label without any score.
         halves = maps.half()
-        classes = halves.flatten(1).any(dim=1).nonzero()[:, 0]
-        return cls(len(maps), classes, halves[classes])
-
-    def whole(self) -> Tensor:
-        maps = torch.zeros(self.num_classes, *self.maps.shape[1:])
-        maps[self.classes] = self.maps.float()
-        return maps
+        found = halves.flatten(1).any(dim=1)
+        self._cache[index] = PresentMaps(len(label), classes[found], halves[found])
+        return self._cache[index]
 
 
 class MaskMaps(Sequence[Tensor]):

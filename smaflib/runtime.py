@@ -8,7 +8,9 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -21,6 +23,7 @@ from smaflib.config import Config
 from smaflib.errors import ConfigError
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 Network = TypeVar("Network", bound=nn.Module)
 PROGRESS_FILE = "SMAF_PROGRESS_FILE"
 """Environment variable: a file that takes the state of the running progress bar, for the runner's terminal."""
@@ -169,6 +172,39 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None) -> Iterator[Result]:
+    """Map in order, computed by threads while the caller works on what came before.
+
+    For work that leaves Python's lock to others: decoding, resizing, torch's operators on one image. Each thread has
+    one torch thread, so small operators do not wait for each other's parts.
+
+    Args:
+        function: of an item; called in a thread.
+        items: taken as there is room, twice as many as there are threads.
+        workers: threads; None: one per core; 0: no thread, each item is computed when it is asked for.
+
+    Yields:
+        The results in the order of the items. What a call raises is raised here, in its place.
+    """
+    workers = num_cores() if workers is None else workers
+    if workers == 0:
+        yield from map(function, items)
+        return
+    waiting: deque[Future[Result]] = deque()
+    # Each thread sets its own number; torch's loader does the same in the thread that pins memory.
+    with ThreadPoolExecutor(workers, "ahead", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:  # whose results nobody takes any more
+                future.cancel()
 
 
 def progress(items: Iterable[Item], total: int | None = None, desc: str = "", initial: int = 0) -> Iterator[Item]:

@@ -1,0 +1,263 @@
+"""What one GPU does in a second: attention maps, training images, dense CRF; beside the bare network and pydensecrf.
+
+    python benchmarks/gpu.py [--photos VOC2012] [--json benchmarks/results/gpu.json]
+    python benchmarks/gpu.py --device cpu --quick          the same on a CPU, to see that it runs
+
+A few minutes on a GPU. Weights are random. Times are medians of calls that fill ``--seconds``, after two that choose
+kernels; the device is waited for before and after each. Without ``--photos``, images of the mini set are drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import itertools
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from refinement import REFERENCE, load_cases, unmerged
+from torch import Tensor, nn
+
+from smaflib.cams import cams_of_inputs, scaled_inputs
+from smaflib.config import AttentionConfig, ModelConfig
+from smaflib.data.sample import Sample, SampleFiles, Samples
+from smaflib.files import write_json
+from smaflib.maps import write_attention_maps
+from smaflib.models.networks import AttentionNetwork, attention_of
+from smaflib.reactivation import hard_labels
+from smaflib.refinement import dense_crf_batch, mean_field, pydensecrf_backend
+from smaflib.runs.environment import git_state
+from smaflib.runtime import Runtime, num_cores
+
+BACKBONES = ("timm/tf_efficientnet_lite2", "resnet101", "resnet38")
+CROPS = (321, 448, 512)
+TRAINED_AT_ONCE = 8
+SCALES = (0.5, 1.0, 1.5, 2.0)
+PHOTO = (375, 500)
+LABELS = (3, 4, 5, 20, 21, 22)
+BATCHES = (1, 16)
+
+Row = dict[str, Any]
+
+
+class Clock:
+    """Times calls on a device, and says how much of its memory they took."""
+
+    def __init__(self, device: torch.device, seconds: float) -> None:
+        self.device, self.seconds = device, seconds
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def time(self, call: Callable[[], object]) -> tuple[float, float | None]:
+        """Seconds of a call, the median, and the most gigabytes of a GPU's memory that one held."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        for _ in range(2):
+            call()
+        times, start = [], time.perf_counter()
+        while len(times) < 3 or time.perf_counter() - start < self.seconds:
+            self.wait()
+            before = time.perf_counter()
+            call()
+            self.wait()
+            times.append(time.perf_counter() - before)
+        memory = torch.cuda.max_memory_allocated(self.device) / 1e9 if self.device.type == "cuda" else None
+        return statistics.median(times), memory
+
+
+def network_of(backbone: str, runtime: Runtime) -> AttentionNetwork:
+    torch.manual_seed(0)
+    stride = 8 if backbone == "resnet38" else 16
+    config = ModelConfig(backbone=backbone, output_stride=stride, weights=None, freeze_batch_norm=True)
+    return runtime.place(AttentionNetwork(config, num_classes=20, background=True))
+
+
+def measure_maps(backbones: Sequence[str], runtimes: Sequence[Runtime], clock: Clock) -> Iterator[Row]:
+    """Maps at four scales with flips: the whole call, and the network alone on tensors that are there already."""
+    for backbone, runtime, images in itertools.product(backbones, runtimes, (1, 4)):
+        network = network_of(backbone, runtime).eval()
+        pictures = torch.randint(0, 256, (images, 3, *PHOTO), dtype=torch.uint8)
+        inputs = scaled_inputs(pictures, SCALES)
+        there = [torch.cat([each, each.flip(-1)]).to(clock.device) for each in inputs]
+
+        @torch.no_grad()
+        def bare(network: nn.Module = network, runtime: Runtime = runtime, there: list[Tensor] = there) -> None:
+            with runtime.autocast():
+                for each in there:
+                    attention_of(network, network(each).float())
+
+        alone, memory = clock.time(bare)
+        from_host, _ = clock.time(functools.partial(cams_of_inputs, network, inputs, True, runtime))
+        host, _ = clock.time(functools.partial(scaled_inputs, pictures, SCALES))
+        yield {
+            "backbone": backbone,
+            "precision": runtime.precision,
+            "images at once": images,
+            "photos a second": images / from_host,
+            "of the bare network": images / alone,
+            "the host resizes": images / host,
+            "memory, GB": memory,
+        }
+
+
+def measure_splits(backbone: str, runtime: Runtime, cases: list[Any], clock: Clock, num: int) -> Iterator[Row]:
+    """A whole split from files to files, by the function that stage 03 calls."""
+    from torchvision.io import decode_jpeg, encode_jpeg, read_file, write_file
+
+    network = network_of(backbone, runtime)
+    with tempfile.TemporaryDirectory() as folder:
+        names = [f"photo{number:04}" for number in range(num)]
+        for name, case in zip(names, itertools.cycle(cases), strict=False):
+            write_file(str(Path(folder, f"{name}.jpg")), encode_jpeg(case[0]))
+
+        def read(files: SampleFiles, num_classes: int, load_masks: bool) -> Sample:
+            return Sample(files.image_id, decode_jpeg(read_file(str(files.image))), torch.ones(num_classes))
+
+        listed = tuple(SampleFiles(name, Path(folder, f"{name}.jpg"), (0,)) for name in names)
+        samples = Samples(listed, tuple(map(str, range(20))), "train", read)
+        for turn in ("first", "again"):  # the first call chooses kernels
+            clock.wait()
+            start = time.perf_counter()
+            config = AttentionConfig(scales=SCALES)
+            write_attention_maps(network, samples, Path(folder, turn), config, runtime)
+            taken = time.perf_counter() - start
+        yield {
+            "backbone": backbone,
+            "precision": runtime.precision,
+            "photos": num,
+            "host threads": num_cores() if clock.device.type != "cpu" else 0,
+            "photos a second": num / taken,
+        }
+
+
+def measure_training(backbones: Sequence[str], runtimes: Sequence[Runtime], clock: Clock) -> Iterator[Row]:
+    """Forward, backward and AdamW's step on tensors that are there already."""
+    for backbone, runtime, crop in itertools.product(backbones, runtimes, CROPS):
+        network = network_of(backbone, runtime).train()
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5)
+        images = torch.randn(TRAINED_AT_ONCE, 3, crop, crop, device=clock.device)
+        labels = torch.randint(0, 2, (TRAINED_AT_ONCE, 21), device=clock.device).float()
+
+        def step(
+            network: nn.Module = network,
+            optimizer: torch.optim.Optimizer = optimizer,
+            runtime: Runtime = runtime,
+            images: Tensor = images,
+            labels: Tensor = labels,
+        ) -> None:
+            with runtime.autocast():
+                logits = network(images).float().mean(dim=(2, 3))
+            optimizer.zero_grad(set_to_none=True)
+            nn.functional.binary_cross_entropy_with_logits(logits, labels).backward()
+            optimizer.step()
+
+        taken, memory = clock.time(step)
+        yield {
+            "backbone": backbone,
+            "precision": runtime.precision,
+            "crop": crop,
+            "images a second": TRAINED_AT_ONCE / taken,
+            "memory, GB": memory,
+        }
+
+
+def measure_crf(cases: list[Any], labels: Sequence[int], batches: Sequence[int], clock: Clock) -> Iterator[Row]:
+    """Dense CRF on the device, with the lattice and an iteration apart, beside pydensecrf on one core."""
+    for num_labels, batch in itertools.product(labels, batches):
+        chosen = list(itertools.islice(itertools.cycle(cases), batch))
+        images = [case[0].to(clock.device) for case in chosen]
+        given = [(hard_labels(case[2], 0.35) % num_labels).to(clock.device) for case in chosen]
+        energies = [unmerged(each, num_labels) for each in given]
+        counts = [torch.ones(num_labels)] * batch
+
+        def infer(iterations: int, images: list[Tensor] = images, energies: list[Tensor] = energies) -> list[Tensor]:
+            params = REFERENCE.model_copy(update={"iterations": iterations})
+            return mean_field.mean_field(images, energies, counts, params)  # noqa: B023
+
+        whole, memory = clock.time(functools.partial(infer, REFERENCE.iterations))
+        once, _ = clock.time(functools.partial(infer, 1))
+        built, _ = clock.time(lambda: [mean_field.appearance_kernel(image, REFERENCE) for image in images])  # noqa: B023
+        merged, _ = clock.time(
+            functools.partial(dense_crf_batch, images, given, REFERENCE, num_labels, "torch", clock.device)
+        )
+        row: Row = {
+            "labels": num_labels,
+            "images at once": batch,
+            "ms an image": 1000 * whole / batch,
+            "of it, the lattice of colours": 1000 * built / batch,
+            "ms an iteration": 1000 * (whole - once) / (REFERENCE.iterations - 1) / batch,
+            "ms an image, labels that do not occur merged": 1000 * merged / batch,
+            "memory, GB": memory,
+        }
+        if batch == min(batches) and pydensecrf_backend.INSTALLED:
+            host = [tensor.cpu() for tensor in (images[0], energies[0])]
+            start = time.perf_counter()
+            theirs = pydensecrf_backend.mean_field(host[0], host[1], counts[0], REFERENCE).argmax(dim=0)
+            row["pydensecrf, ms"] = 1000 * (time.perf_counter() - start)
+            row["pixels that differ"] = int((infer(REFERENCE.iterations)[0].argmax(dim=0).cpu() != theirs).sum())
+        yield row
+
+
+def facts_of(device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
+    cuda = device.type == "cuda"
+    return {
+        "command": "python benchmarks/gpu.py " + " ".join(sys.argv[1:]),
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "cores": num_cores(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "seconds": arguments.seconds,
+    } | git_state()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, metavar="DIR", help="VOC layout: JPEGImages, SegmentationClass")
+    parser.add_argument("--device", default="cuda", help="cuda or cpu")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each measurement, at least")
+    parser.add_argument("--images", type=int, default=16, help="for the CRF, at most so many")
+    parser.add_argument("--quick", action="store_true", help="one backbone, one crop, two numbers of labels")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA GPU here; --device cpu --quick shows that the benchmark runs")
+    torch.backends.cudnn.deterministic = True  # as smaf runs
+    quick = arguments.quick
+    backbones, labels = (BACKBONES[:1], LABELS[:2]) if quick else (BACKBONES, LABELS)
+    runtimes = [Runtime(device, precision) for precision in (("float32",) if quick else ("float32", "bf16"))]
+    clock = Clock(device, arguments.seconds)
+    cases = load_cases(arguments.photos, 2 if quick else arguments.images)
+    parts: dict[str, Iterator[Row]] = {
+        "attention maps": measure_maps(backbones, runtimes, clock),
+        "whole splits": measure_splits(backbones[0], runtimes[-1], cases, clock, 6 if quick else 320),
+        "training": measure_training(backbones, runtimes, clock),
+        "dense CRF": measure_crf(cases, labels, (1, 2) if quick else BATCHES, clock),
+    }
+    result: dict[str, Any] = {"facts": facts_of(device, arguments)}
+    print(result["facts"], flush=True)
+    for name, rows in parts.items():
+        start = time.perf_counter()
+        result[name] = [
+            {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()} for row in rows
+        ]
+        table = pd.DataFrame(result[name]).round(1).to_string(index=False)
+        print(f"\n{name} ({time.perf_counter() - start:.0f} s)\n{table}", flush=True)
+        if arguments.json:
+            write_json(arguments.json, result)
+
+
+if __name__ == "__main__":
+    main()
