@@ -1,10 +1,13 @@
 """What one GPU does in a second: attention maps, training images, dense CRF; beside the bare network and pydensecrf.
 
-    python benchmarks/gpu.py [--photos VOC2012] [--json benchmarks/results/gpu.json]
-    python benchmarks/gpu.py --device cpu --quick          the same on a CPU, to see that it runs
+    python benchmarks/gpu.py --photos VOC2012 --json benchmarks/results/gpu.json
+    python benchmarks/gpu.py --only run --run papermill_runs/mini-gpu --json benchmarks/results/gpu.json
+    python benchmarks/gpu.py --page benchmarks/results/gpu.json      the tables of docs/gpu.md
+    python benchmarks/gpu.py --device cpu --quick                    the same on a CPU, to see that it runs
 
-A few minutes on a GPU. Weights are random. Times are medians of calls that fill ``--seconds``, after two that choose
-kernels; the device is waited for before and after each. Without ``--photos``, images of the mini set are drawn.
+A few minutes on a GPU; ``--only`` makes some parts anew and keeps the others of the file. Weights are random. Times are
+medians of calls that fill ``--seconds``, after two that choose kernels; the device is waited for before and after each.
+Without ``--photos``, images of the mini set are drawn.
 """
 
 from __future__ import annotations
@@ -24,19 +27,20 @@ from typing import Any
 
 import pandas as pd
 import torch
-from refinement import REFERENCE, load_cases, unmerged
 from torch import Tensor, nn
 
 from smaflib.cams import cams_of_inputs, scaled_inputs
-from smaflib.config import AttentionConfig, ModelConfig
+from smaflib.config import AttentionConfig, CrfConfig, ModelConfig, variant_label
 from smaflib.data.sample import Sample, SampleFiles, Samples
-from smaflib.files import write_json
+from smaflib.files import PROJECT_ROOT, RUNS_FOLDER, read_json, write_json
 from smaflib.maps import write_attention_maps
 from smaflib.models.networks import AttentionNetwork, attention_of
 from smaflib.reactivation import hard_labels
 from smaflib.refinement import dense_crf_batch, mean_field, pydensecrf_backend
+from smaflib.report.markdown import fill_page, markdown_table
+from smaflib.report.tables import results_table
 from smaflib.runs.environment import git_state
-from smaflib.runtime import Runtime, num_cores
+from smaflib.runtime import Runtime, keep_freed_memory, num_cores
 
 BACKBONES = ("timm/tf_efficientnet_lite2", "resnet101", "resnet38")
 CROPS = (321, 448, 512)
@@ -45,6 +49,11 @@ SCALES = (0.5, 1.0, 1.5, 2.0)
 PHOTO = (375, 500)
 LABELS = (3, 4, 5, 20, 21, 22)
 BATCHES = (1, 16)
+PARTS = ("maps", "splits", "training", "crf")
+REFERENCE_RUN = RUNS_FOLDER / "reference"
+PAGE = PROJECT_ROOT / "docs" / "gpu.md"
+
+REFERENCE = CrfConfig()
 
 Row = dict[str, Any]
 
@@ -65,7 +74,8 @@ class Clock:
             torch.cuda.reset_peak_memory_stats(self.device)
         for _ in range(2):
             call()
-        times, start = [], time.perf_counter()
+        start = time.perf_counter()
+        times: list[float] = []
         while len(times) < 3 or time.perf_counter() - start < self.seconds:
             self.wait()
             before = time.perf_counter()
@@ -111,7 +121,9 @@ def measure_maps(backbones: Sequence[str], runtimes: Sequence[Runtime], clock: C
         }
 
 
-def measure_splits(backbone: str, runtime: Runtime, cases: list[Any], clock: Clock, num: int) -> Iterator[Row]:
+def measure_splits(
+    backbone: str, runtime: Runtime, cases: list[Any], num: int, threads: Sequence[int]
+) -> Iterator[Row]:
     """A whole split from files to files, by the function that stage 03 calls."""
     from torchvision.io import decode_jpeg, encode_jpeg, read_file, write_file
 
@@ -125,20 +137,19 @@ def measure_splits(backbone: str, runtime: Runtime, cases: list[Any], clock: Clo
             return Sample(files.image_id, decode_jpeg(read_file(str(files.image))), torch.ones(num_classes))
 
         listed = tuple(SampleFiles(name, Path(folder, f"{name}.jpg"), (0,)) for name in names)
-        samples = Samples(listed, tuple(map(str, range(20))), "train", read)
-        for turn in ("first", "again"):  # the first call chooses kernels
-            clock.wait()
+        samples, config = Samples(listed, tuple(map(str, range(20))), "train", read), AttentionConfig(scales=SCALES)
+        write_attention_maps(network, samples[:16], Path(folder, "warm"), config, runtime)  # chooses kernels
+        for number in threads:
             start = time.perf_counter()
-            config = AttentionConfig(scales=SCALES)
-            write_attention_maps(network, samples, Path(folder, turn), config, runtime)
+            write_attention_maps(network, samples, Path(folder, str(number)), config, runtime, host_threads=number)
             taken = time.perf_counter() - start
-        yield {
-            "backbone": backbone,
-            "precision": runtime.precision,
-            "photos": num,
-            "host threads": num_cores() if clock.device.type != "cpu" else 0,
-            "photos a second": num / taken,
-        }
+            yield {
+                "backbone": backbone,
+                "precision": runtime.precision,
+                "photos": num,
+                "host threads": number,
+                "photos a second": num / taken,
+            }
 
 
 def measure_training(backbones: Sequence[str], runtimes: Sequence[Runtime], clock: Clock) -> Iterator[Row]:
@@ -174,6 +185,8 @@ def measure_training(backbones: Sequence[str], runtimes: Sequence[Runtime], cloc
 
 def measure_crf(cases: list[Any], labels: Sequence[int], batches: Sequence[int], clock: Clock) -> Iterator[Row]:
     """Dense CRF on the device, with the lattice and an iteration apart, beside pydensecrf on one core."""
+    from refinement import unmerged  # beside this file, and on the path where this one is run
+
     for num_labels, batch in itertools.product(labels, batches):
         chosen = list(itertools.islice(itertools.cycle(cases), batch))
         images = [case[0].to(clock.device) for case in chosen]
@@ -209,6 +222,51 @@ def measure_crf(cases: list[Any], labels: Sequence[int], batches: Sequence[int],
         yield row
 
 
+def compare_run(folder: Path) -> dict[str, Any]:
+    """A run of configs/mini.yaml on a GPU beside the reference run of a CPU: mIoU by row, seconds by stage."""
+    manifest, theirs = (read_json(folder / "manifest.json", {}), read_json(REFERENCE_RUN / "manifest.json", {}))
+    tables = [results_table(pd.DataFrame(read_json(run / "metrics.json", []))) for run in (folder, REFERENCE_RUN)]
+    both = tables[0]["mIoU"].to_frame("GPU").join(tables[1]["mIoU"].to_frame("CPU"), how="inner").reset_index()
+    rows = [
+        {
+            "what": variant_label(row["variant"], row["fusion"] or None)
+            + (f", scale {row['scale']}" if row["scale"] else ""),
+            "split": row["split"],
+            "GPU": round(row["GPU"], 3),
+            "CPU": round(row["CPU"], 3),
+        }
+        for row in both.to_dict("records")
+    ]
+    facts = {
+        "command": f"smaf run {manifest['config_file']} " + " ".join(f"--set {each}" for each in manifest["overrides"]),
+        "date": manifest["stages"]["02_classifier"]["started"][:10],
+        "device": manifest["device"],
+        "torch": manifest["packages"]["torch"],
+        "reference": theirs["device"],
+        "seconds": {
+            name: [stages["stages"][name]["seconds"] for stages in (manifest, theirs)]
+            for name, entry in manifest["stages"].items()
+            if entry["status"] == "complete"
+        },
+    }
+    return {"facts": facts, "rows": rows}
+
+
+def markdown(part: str, result: dict[str, Any]) -> str:
+    """A part's rows as a table, its circumstances below."""
+    facts, rows = result["facts"], result["rows"]
+    cells = [
+        ["" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()]
+        for row in ({key: row.get(key) for key in rows[0]} for row in rows)
+    ]
+    table = markdown_table(list(rows[0]), cells)
+    if part == "run":
+        stages = [[name, *(f"{seconds:.0f}" for seconds in pair)] for name, pair in facts["seconds"].items()]
+        table += "\n\n" + markdown_table(["stage", "GPU, s", "CPU, s"], stages)
+    where = f"{facts['device']}, torch {facts['torch']}, {facts['date']}"
+    return f"{table}\n\n`{facts['command'].strip()}`: {where}."
+
+
 def facts_of(device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
     cuda = device.type == "cuda"
     return {
@@ -228,33 +286,51 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cuda or cpu")
     parser.add_argument("--seconds", type=float, default=0.5, help="of each measurement, at least")
     parser.add_argument("--images", type=int, default=16, help="for the CRF, at most so many")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write docs/gpu.md's tables of such a file, and end")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="a run of configs/mini.yaml, for --only run")
+    parser.add_argument(
+        "--only", nargs="+", choices=(*PARTS, "run"), default=PARTS, metavar="PART", help=", ".join(PARTS)
+    )
     parser.add_argument("--quick", action="store_true", help="one backbone, one crop, two numbers of labels")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     arguments = parser.parse_args()
+    if arguments.page:
+        parts = read_json(arguments.page, {})
+        fill_page(PAGE, "benchmarks/gpu.py", {name: markdown(name, part) for name, part in parts.items()})
+        return
+    if arguments.only == ["run"]:
+        if not (arguments.run and arguments.json):
+            parser.error("--only run needs --run DIR and --json FILE")
+        write_json(arguments.json, read_json(arguments.json, {}) | {"run": compare_run(arguments.run)})
+        return
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA GPU here; --device cpu --quick shows that the benchmark runs")
     torch.backends.cudnn.deterministic = True  # as smaf runs
+    keep_freed_memory()
+    from refinement import load_cases
+
     quick = arguments.quick
     backbones, labels = (BACKBONES[:1], LABELS[:2]) if quick else (BACKBONES, LABELS)
     runtimes = [Runtime(device, precision) for precision in (("float32",) if quick else ("float32", "bf16"))]
     clock = Clock(device, arguments.seconds)
     cases = load_cases(arguments.photos, 2 if quick else arguments.images)
-    parts: dict[str, Iterator[Row]] = {
-        "attention maps": measure_maps(backbones, runtimes, clock),
-        "whole splits": measure_splits(backbones[0], runtimes[-1], cases, clock, 6 if quick else 320),
-        "training": measure_training(backbones, runtimes, clock),
-        "dense CRF": measure_crf(cases, labels, (1, 2) if quick else BATCHES, clock),
+    threads = (0, 2) if quick else (0, 2, 4, 8, 16)
+    measures: dict[str, Callable[[], Iterator[Row]]] = {
+        "maps": lambda: measure_maps(backbones, runtimes, clock),
+        "splits": lambda: measure_splits(backbones[0], runtimes[-1], cases, 6 if quick else 128, threads),
+        "training": lambda: measure_training(backbones, runtimes, clock),
+        "crf": lambda: measure_crf(cases, labels, (1, 2) if quick else BATCHES, clock),
     }
-    result: dict[str, Any] = {"facts": facts_of(device, arguments)}
-    print(result["facts"], flush=True)
-    for name, rows in parts.items():
+    result: dict[str, Any] = read_json(arguments.json, {}) if arguments.json else {}
+    facts = facts_of(device, arguments)
+    print(facts, flush=True)
+    for name in arguments.only:
         start = time.perf_counter()
-        result[name] = [
-            {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()} for row in rows
-        ]
-        table = pd.DataFrame(result[name]).round(1).to_string(index=False)
-        print(f"\n{name} ({time.perf_counter() - start:.0f} s)\n{table}", flush=True)
+        rows = [{key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()} for row in measures[name]()]
+        result[name] = {"facts": facts, "rows": rows}
+        print(f"\n{name} ({time.perf_counter() - start:.0f} s)", flush=True)
+        print(pd.DataFrame(rows).round(1).to_string(index=False), flush=True)
         if arguments.json:
             write_json(arguments.json, result)
 

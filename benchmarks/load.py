@@ -23,11 +23,11 @@ from typing import Any
 from PIL import Image
 
 from smaflib import files
+from smaflib.report.markdown import fill_page, markdown_table
 from smaflib.runs.environment import git_state
 
 RESULTS = Path(__file__).parent / "results" / "load.json"
 PAGE = files.PROJECT_ROOT / "docs" / "robustness.md"
-MARKS = ("<!-- load made by benchmarks/load.py -->", "<!-- end of load -->")
 CLASSES = ("bicycle", "boat", "cat", "dog", "horse")
 LINKS = 30_000
 """Names of one file; file systems allow some 60,000."""
@@ -91,22 +91,14 @@ def flushing(folder: Path) -> dict[str, float]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    lines = ["| photos | `smaf masks --plan` | `smaf data check` |", "| --- | --- | --- |"]
+    lines = []
     for row in result["load"]:
         cells = [f"{row[what]['seconds']:.1f} s, {row[what]['megabytes']:.0f} MB" for what in ("plan", "check")]
-        lines.append(f"| {row['photos']:,} | {cells[0]} | {cells[1]} |")
+        lines.append([f"{row['photos']:,}", *cells])
     cost = result["milliseconds a file"]
     without = f"of which {cost['not flushed']:.1f} ms without waiting for the disk"
-    lines += ["", f"A file of {FILE_BYTES // 1000} kB takes {cost['flushed']:.1f} ms, {without}."]
-    return "\n".join(lines)
-
-
-def write_page(result: dict[str, Any]) -> None:
-    """Put the table between the marks of the page."""
-    text = PAGE.read_text(encoding="utf-8")
-    begin, end = MARKS
-    head, tail = text[: text.index(begin) + len(begin)], text[text.index(end) :]
-    files.write_text(PAGE, f"{head}\n\n{markdown(result)}\n\n{tail}")
+    table = markdown_table(["photos", "`smaf masks --plan`", "`smaf data check`"], lines)
+    return f"{table}\n\nA file of {FILE_BYTES // 1000} kB takes {cost['flushed']:.1f} ms, {without}."
 
 
 def main() -> None:
@@ -120,7 +112,7 @@ def main() -> None:
             print(result["load"][-1], file=sys.stderr, flush=True)
         result["milliseconds a file"] = flushing(Path(folder, "flushing"))
     files.write_json(RESULTS, result | git_state())
-    write_page(result)
+    fill_page(PAGE, "benchmarks/load.py", {"load": markdown(result)})
     print(markdown(result))
 
 

@@ -166,6 +166,7 @@ def write_attention_maps(
     config: AttentionConfig,
     runtime: Runtime,
     batch_size: int = 4,
+    host_threads: int | None = None,
 ) -> AttentionMaps:
     """Attention maps of a whole split; images that have theirs already are skipped.
 
@@ -177,6 +178,8 @@ def write_attention_maps(
         runtime: device and precision.
         batch_size: images of one size in a forward pass. Photos on a CPU are taken one by one: together they would be
             slower and need more memory.
+        host_threads: that decode and resize the next images and write the last ones while a GPU computes; None: one
+            per core, and none beside a CPU, which has its hands full.
 
     Raises:
         ConfigError: if a scale of an image needs more memory than the device has.
@@ -185,8 +188,7 @@ def write_attention_maps(
     runtime.place(network)
     most_pixels = batch_size * SMALL_IMAGE if runtime.device.type == "cpu" else sys.maxsize
     missing = [index for index, image_id in enumerate(samples.image_ids) if not maps.path(image_id).is_file()]
-    # Threads decode and resize the next images and write the last ones while a GPU computes. A CPU has its hands full.
-    threads = 0 if runtime.device.type == "cpu" else None
+    threads = 0 if host_threads is None and runtime.device.type == "cpu" else host_threads
     decoded = ahead(samples.__getitem__, missing, threads)
 
     def fitting() -> Iterator[Batch]:

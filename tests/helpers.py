@@ -100,6 +100,12 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
+def slim_network(background: bool = True) -> AttentionNetwork:
+    """The slim network for three classes, weights from seed 0."""
+    torch.manual_seed(0)
+    return AttentionNetwork(tiny_config().model, 3, background)
+
+
 class PixelNetwork(nn.Module):
     """Logit maps that are a function of the pixel alone: the image, averaged over cells, times a matrix.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import PixelNetwork, generator, make_samples, tiny_config
+from helpers import PixelNetwork, generator, make_samples, slim_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,15 +16,9 @@ from smaflib.cams import FUSION_RULES, REFERENCE_EXTENT, fuse_cams, multi_scale_
 from smaflib.config import AttentionConfig, FusionRule
 from smaflib.errors import DataError
 from smaflib.maps import AttentionMaps, write_attention_maps
-from smaflib.models import AttentionNetwork
 from smaflib.runtime import Runtime, cpu_runtime
 
 RULES: list[FusionRule] = ["sum", "mean", "max", "size_adaptive"]
-
-
-def slim_network(background: bool = True) -> AttentionNetwork:
-    torch.manual_seed(0)
-    return AttentionNetwork(tiny_config().model, 3, background)
 
 
 def some_image(height: int = 40, width: int = 56, seed: int = 0) -> Tensor:

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import smaflib
-from benchmarks import load
+from benchmarks import gpu, load
 from smaflib.refinement import pydensecrf_backend
 
 ROOT = Path(__file__).parents[1]
@@ -240,6 +240,12 @@ def test_python_of_the_readme_runs_as_it_stands(tmp_path):
 def test_glossary_has_a_line_for_each_word():
     glossary = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
     assert len(re.findall(r"^\| [^|]+ \| [^|]+ \|$", glossary, re.MULTILINE)) == 12 + 1  # and the head
+
+
+def test_tables_of_the_gpu_are_those_of_their_numbers():
+    page = gpu.PAGE.read_text(encoding="utf-8")
+    for name, part in json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text(encoding="utf-8")).items():
+        assert gpu.markdown(name, part) in page, name
 
 
 def test_table_of_many_photos_is_that_of_its_numbers():

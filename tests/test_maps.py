@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import make_samples
+from helpers import generator, make_samples, slim_network
 
 from smaflib.cams import FUSION_RULES, fuse_cams
-from smaflib.maps import AttentionMaps, DenoisedMaps, MaskMaps, fuse_and_denoise
-from smaflib.reactivation import denoise
+from smaflib.config import AttentionConfig, EvaluationConfig
+from smaflib.evaluation import masks_of, sweep_thresholds
+from smaflib.maps import AttentionMaps, DenoisedMaps, MaskMaps, PresentMaps, fuse_and_denoise, write_attention_maps
+from smaflib.reactivation import denoise, hard_labels
+from smaflib.runtime import cpu_runtime
 
 
 @pytest.fixture
@@ -51,6 +55,36 @@ def test_only_maps_of_classes_that_are_there_are_kept(maps: AttentionMaps) -> No
         assert kept.maps.shape == (1, 32, 40) and kept.maps.dtype == torch.float16 and kept.classes.tolist() == [index]
     everything = DenoisedMaps(maps, make_samples(3), cached=True, denoised=False)
     assert len(everything[0]) == len(everything._cache[0].maps) == 3
+
+
+@pytest.mark.parametrize("settings", [{}, {"denoised": False}, {"cached": True}, {"saliency_weight": 0.3}])
+def test_present_maps_are_evaluated_as_whole_ones(maps: AttentionMaps, settings: dict[str, Any]) -> None:
+    samples, names, config = make_samples(3), ["a", "b", "c"], EvaluationConfig(thresholds=(0.2, 0.5, 0.9))
+    denoised = DenoisedMaps(maps, samples, **settings)
+    true = [torch.randint(0, 4, (32, 40), generator=generator(seed), dtype=torch.uint8) for seed in range(3)]
+    sparse, whole = (sweep_thresholds(each, true, names, config) for each in (denoised, list(denoised)))
+    for threshold in config.thresholds:
+        assert torch.equal(sparse[threshold].confusion, whole[threshold].confusion)
+        assert torch.equal(sparse[threshold].by_size, whole[threshold].by_size)
+        for mask, of_whole in zip(masks_of(denoised, threshold), denoised, strict=True):
+            assert torch.equal(mask, hard_labels(of_whole, threshold))
+
+
+def test_image_without_any_class_is_background(maps: AttentionMaps) -> None:
+    present = PresentMaps(3, torch.tensor([], dtype=torch.int64), torch.zeros(0, 2, 2))
+    assert present.whole().tolist() == torch.zeros(3, 2, 2).tolist()
+    assert present.strongest()[0].tolist() == [[0, 0], [0, 0]]
+
+
+def test_threads_of_the_host_change_no_byte(tmp_path: Path) -> None:
+    network, samples, config = slim_network(), make_samples(5), AttentionConfig(scales=(0.5, 1.0))
+    for threads in (0, 3):
+        folder = tmp_path / str(threads)
+        write_attention_maps(network, samples, folder, config, cpu_runtime(), batch_size=2, host_threads=threads)
+    written = sorted(path.name for path in (tmp_path / "0").iterdir())
+    assert len(written) == 5
+    for name in written:
+        assert (tmp_path / "3" / name).read_bytes() == (tmp_path / "0" / name).read_bytes()
 
 
 def test_whole_split_can_be_walked_through(maps: AttentionMaps) -> None:

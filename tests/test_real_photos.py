@@ -169,7 +169,7 @@ def test_page_is_written_between_its_marks(
     assert (page.read_text(), readme.read_text()) == (first, in_readme)
     assert {run["seed"] for run in json.loads((tmp_path / "page.json").read_text())["runs"].values()} == {0, 1}
     page.write_text("no place for tables")
-    with pytest.raises(SystemExit, match="has no place for results"):
+    with pytest.raises(ValueError, match="has no place for results"):
         real_photos.write_page()
 
 

@@ -19,6 +19,7 @@ from smaflib.errors import ConfigError
 from smaflib.runtime import (
     PROGRESS_FILE,
     Runtime,
+    ahead,
     cpu_runtime,
     derive_seed,
     device_of,
@@ -195,3 +196,35 @@ def test_freed_memory_is_kept_or_given_back(choice: str, least: float, most: flo
     done = subprocess.run([sys.executable, "-c", ONE_BLOCK, choice], capture_output=True, text=True, check=True)
     kept, released = (int(pages) * os.sysconf("SC_PAGESIZE") / 1e6 for pages in done.stdout.split())
     assert least < kept < most and -5 < released < 10
+
+
+def test_ahead_keeps_the_order_and_takes_no_more_than_there_is_room_for():
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(20):
+            taken.append(number)
+            yield number
+
+    results = ahead(lambda number: number**2, items(), workers=2)
+    assert next(results) == 0 and len(taken) == 5  # two per thread wait, and one was handed out
+    assert list(results) == [number**2 for number in range(1, 20)]
+
+
+def test_ahead_without_threads_computes_when_asked():
+    taken: list[int] = []
+    results = ahead(lambda number: taken.append(number) or number, range(3), workers=0)
+    assert (next(results), taken) == (0, [0])
+
+
+def test_ahead_raises_what_an_item_raises_in_its_place():
+    results = ahead(lambda number: 1 // number, [1, 0, 1], workers=2)
+    assert next(results) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_ahead_leaves_the_callers_threads_as_they_are(torch_settings: None):
+    torch.set_num_threads(2)
+    assert list(ahead(lambda _: torch.get_num_threads(), range(3), workers=2)) == [1, 1, 1]
+    assert torch.get_num_threads() == 2

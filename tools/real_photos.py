@@ -26,6 +26,7 @@ from smaflib import files
 from smaflib.apps.ablation import LABELS, read_ablation
 from smaflib.config import Variant, variant_label
 from smaflib.files import PROJECT_ROOT, RUNS_FOLDER
+from smaflib.report.markdown import fill_page, markdown_table
 from smaflib.report.tables import class_table, results_table
 from smaflib.runs import Run, read_run
 from smaflib.runs.manifest import read_manifest
@@ -40,7 +41,7 @@ JSON, PAGE = PROJECT_ROOT / "docs" / "voc12_small.json", PROJECT_ROOT / "docs" /
 TRIED = PROJECT_ROOT / "benchmarks" / "results" / "student_targets.json"
 README, README_TABLES = PROJECT_ROOT / "README.md", ("summary",)
 DRAWN = RUNS_FOLDER / "reference"
-MARK = "<!-- {} made by tools/real_photos.py: do not edit -->"
+COMMAND = "tools/real_photos.py"
 
 
 @dataclass(frozen=True)
@@ -201,13 +202,7 @@ def write_page() -> None:
     files.write_json(JSON, result)
     made = tables(result)
     for page, names in ((PAGE, [name for name in made if name not in README_TABLES]), (README, README_TABLES)):
-        text = page.read_text(encoding="utf-8")
-        for name in names:
-            begin, end = MARK.format(name), MARK.format(f"end of {name}")
-            if begin not in text or end not in text:
-                raise SystemExit(f"{page} has no place for {name}: add the lines\n{begin}\n{end}")
-            text = text[: text.index(begin) + len(begin)] + f"\n\n{made[name]}\n\n" + text[text.index(end) :]
-        files.write_text(page, text)
+        fill_page(page, COMMAND, {name: made[name] for name in names})
 
 
 def tables(result: dict[str, Any]) -> dict[str, str]:
@@ -248,7 +243,7 @@ def _results(rows: pd.DataFrame) -> str:
         seeds = " ".join(f"{value:.1f}" for value in group.sort_values("seed")["mIoU"])
         lines.append([label, split, seeds, _spread(group["mIoU"]), *sizes, _spread(beside["mIoU"])])
     head = ["EPS mode", "split", "seeds", "mean ± sd", "small", "medium", "large", "plain mode, mean ± sd"]
-    return _markdown(head, lines)
+    return markdown_table(head, lines)
 
 
 MAPS = {"stage": "03_multi_scale_attention"}
@@ -278,7 +273,7 @@ def _summary(rows: pd.DataFrame) -> str:
     seeds = photos.loc[photos["kind"] == "chain", "seed"].nunique() if len(photos) else 0
     number = f"{seeds} seed{'s' * (seeds != 1)}"
     head = ["", f"[photos](docs/voc12_small.md), {number}", "[drawn](docs/mini_results.md), 1 seed"]
-    return _markdown(head, lines)
+    return markdown_table(head, lines)
 
 
 def _is(table: pd.DataFrame, values: dict[str, Any]) -> pd.Series[bool]:
@@ -310,7 +305,7 @@ def _claims(rows: pd.DataFrame) -> str:
         if ours in of and theirs in of:
             gaps = (of[ours] - of[theirs]).dropna()
             lines.append([label, " ".join(f"{gap:+.1f}" for gap in gaps), _spread(gaps, signed=True)])
-    return _markdown(["claim", "difference per seed", "mean ± sd"], lines)
+    return markdown_table(["claim", "difference per seed", "mean ± sd"], lines)
 
 
 def _classes(rows: pd.DataFrame) -> str:
@@ -319,7 +314,7 @@ def _classes(rows: pd.DataFrame) -> str:
         name for name in shown.columns if name not in ("kind", "seed", "stage", "variant", "fusion", "split", "scale")
     ]
     groups = {variant_label(str(variant)): group for variant, group in shown.groupby("variant", sort=False)}
-    return _markdown(
+    return markdown_table(
         ["class", *groups], [[name, *(_spread(group[name]) for group in groups.values())] for name in names]
     )
 
@@ -337,7 +332,7 @@ def _ablation(ablation: dict[str, Any] | None) -> str:
             gaps = (wide[name] - wide["full"]).dropna()
             cells += [_spread(wide[name]), _spread(gaps, signed=True) if name != "full" else ""]
         lines.append([LABELS[name], str(int(wide[name].notna().sum())), *cells])
-    return _markdown(
+    return markdown_table(
         ["row", "seeds", "mIoU", "to the whole chain", "mIoU, oracle", "to the whole chain, oracle"], lines
     )
 
@@ -353,7 +348,7 @@ def _tried(records: list[dict[str, Any]]) -> str:
         cells = [f"{value:.1f}" for value in (fused, auto, oracle)]
         lines.append([str(record["seed"]), record["variant"], ", ".join(settings), *cells])
     head = ["seed", "what", "settings", "fused maps", "masks, auto", "masks, oracle"]
-    return _markdown(head, lines) if lines else "Nothing yet."
+    return markdown_table(head, lines) if lines else "Nothing yet."
 
 
 def _photos(rows: pd.DataFrame) -> str:
@@ -366,7 +361,7 @@ def _photos(rows: pd.DataFrame) -> str:
         if any(cells):
             lines.append([kind.removeprefix("photos ").replace("chain", "900"), *cells])
     head = ["photos", "teacher, fused + CRF", "pseudo masks (of these photos)", "segmentation network (on the 200)"]
-    return _markdown(head, lines)
+    return markdown_table(head, lines)
 
 
 def _runs(runs: dict[str, Any]) -> str:
@@ -380,7 +375,7 @@ def _runs(runs: dict[str, Any]) -> str:
         where = f"{facts['device']}, {facts['precision']}, torch {facts['torch']}"
         commit = (facts["git_commit"] or "?")[:8]
         lines.append([f"`{name}`", dates[-1], f"{seconds / 60:.0f}", f"{memory / 1000:.1f}", scores, commit, where])
-    return _markdown(["run", "date", "minutes", "GB", "background scores", "commit", "where"], lines)
+    return markdown_table(["run", "date", "minutes", "GB", "background scores", "commit", "where"], lines)
 
 
 def _mean(values: pd.Series[Any]) -> str:
@@ -395,11 +390,6 @@ def _spread(values: pd.Series[Any], signed: bool = False) -> str:
         return ""
     mean = f"{column.mean():+.1f}" if signed else f"{column.mean():.1f}"
     return f"{mean} ± {column.std():.1f}" if len(column) > 1 else mean
-
-
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 if __name__ == "__main__":
