@@ -115,11 +115,16 @@ class Victim:
         return found
 
     def kernels(self) -> list[int]:
-        return [pid for pid, line in self.processes().items() if "ipykernel" in line or "smaflib.runs.kernel" in line]
+        """The kernel that works: a spare one beside it waits for the next notebook."""
+        kernels = [
+            pid for pid, line in self.processes().items() if "ipykernel" in line or "smaflib.runs.kernel" in line
+        ]
+        return sorted(kernels, key=cpu_ticks)[-1:]
 
     def workers(self) -> list[int]:
-        own = {self.process.pid, *self.kernels()}
-        return [pid for pid in self.processes() if pid not in own]
+        """Processes of a pool or a loader."""
+        found = self.processes().items()
+        return [pid for pid, line in found if "multiprocessing" in line or "spawn_main" in line]
 
     def is_running(self) -> bool:
         return self.process.poll() is None
@@ -146,6 +151,13 @@ class Victim:
     def said(self) -> str:
         self.log.seek(0)
         return self.log.read().decode(errors="replace")[-2000:]
+
+
+def cpu_ticks(process: int) -> int:
+    """What a process has computed so far; 0 if it is gone."""
+    with contextlib.suppress(OSError):
+        return sum(map(int, Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    return 0
 
 
 def kill(processes: Sequence[int], signum: signal.Signals = signal.SIGKILL) -> None:

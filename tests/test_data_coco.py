@@ -13,6 +13,7 @@ from PIL import Image
 from smaflib.config import Config
 from smaflib.data import Samples, load_samples, make_data
 from smaflib.data.classes import COCO_CLASSES
+from smaflib.data.coco import read_instances
 from smaflib.data.masks import read_mask
 from smaflib.errors import DataError
 
@@ -255,6 +256,17 @@ OUTLINES: list[object] = [
 
 
 @pytest.mark.parametrize("outline", OUTLINES, ids=str)
+def test_file_that_does_not_fit_the_memory_is_refused_before_it_is_read(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = root / "annotations" / "instances_train2014.json"
+    size = path.stat().st_size
+    monkeypatch.setattr("smaflib.data.coco.memory_of", lambda device: 10 * size)
+    assert len(read_instances(root, "train2014").instances) == 3  # labels take less than outlines
+    with pytest.raises(DataError, match=f"{path} has 0 MB; .* this machine has 0.0 GB; take a machine with more"):
+        read_instances(root, "train2014", outlines=True)
+
+
 def test_outlines_that_do_not_fit_are_refused_before_a_mask_of_theirs_is_written(
     root: Path, tmp_path: Path, outline: object
 ) -> None:

@@ -250,8 +250,10 @@ def test_tables_of_the_gpu_are_those_of_their_numbers():
 
 def test_table_of_many_photos_is_that_of_its_numbers():
     result = json.loads(load.RESULTS.read_text(encoding="utf-8"))
-    assert load.markdown(result) in load.PAGE.read_text(encoding="utf-8")
-    most, fewer = result["load"][-1], result["load"][-2]
+    page = load.PAGE.read_text(encoding="utf-8")
+    for part, make in load.MARKDOWN.items():
+        assert make(result[part]) in page, part
+    most, fewer = result["photos"][-1], result["photos"][-2]
     for what in ("plan", "check"):  # what a photo takes, in kB
         grown = most[what]["megabytes"] - fewer[what]["megabytes"]
         assert 1000 * grown / (most["photos"] - fewer["photos"]) < 1, what

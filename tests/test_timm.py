@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -281,22 +283,67 @@ def test_inspect_names_both_libraries_where_they_share_names(tmp_path: Path) -> 
 # --- timm's own weights -----------------------------------------------------------------------------------------------
 
 
-def test_pretrained_takes_timms_weights_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def cached_weights(folder: Path, state: dict[str, Tensor]) -> tuple[Path, str]:
+    """A file as the hub's library keeps it, named by its checksum, and its SHA-256."""
+    folder.mkdir(parents=True)
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / "blob")
+    checksum = hashlib.sha256((folder / "blob").read_bytes()).hexdigest()
+    return (folder / "blob").rename(folder / checksum), checksum
+
+
+class Hub:
+    """Stands for the hub: one file, which comes when it is asked for; None: no connection."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, path: Path | None, checksum: str = "") -> None:
+        self.asked: list[str] = []
+        self.path, self.checksum = path, checksum
+        for name in ("try_to_load_from_cache", "get_hf_file_metadata", "hf_hub_download"):
+            monkeypatch.setattr(f"huggingface_hub.{name}", getattr(self, name))
+
+    def try_to_load_from_cache(self, repository: str, name: str) -> str | None:
+        return str(self.path) if self.asked and self.path else None
+
+    def get_hf_file_metadata(self, url: str) -> Any:
+        if self.path is None:
+            raise ConnectionError("no route to host")
+        return SimpleNamespace(location=url, size=3_000_000, etag=self.checksum)
+
+    def hf_hub_download(self, repository: str, name: str) -> str:
+        self.asked.append(f"{repository}/{name}")
+        return str(self.path)
+
+
+def test_pretrained_takes_timms_weights_and_says_so_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     model = alive_model("test_resnet")
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: dict(model.state_dict()))
+    path, checksum = cached_weights(tmp_path / "blobs", model.state_dict())
+    hub = Hub(monkeypatch, path, checksum)
     backbone = timm_backbone("timm/test_resnet", weights="pretrained")
     assert same_weights(backbone.model.layer1, model.layer1) and same_weights(backbone.model.conv1, model.conv1)
     torch.testing.assert_close(backbone.scale.flatten(), torch.tensor([0.229, 0.224, 0.225]) / 0.5)
-    assert "timm/test_resnet: timm's weights 'r160_in1k' (licence apache-2.0), downloaded" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "timm/test_resnet: timm's weights 'r160_in1k' (licence apache-2.0): 3 MB from huggingface.co" in said
+    assert f"SHA-256 {checksum}" in said and hub.asked == ["timm/test_resnet.r160_in1k/model.safetensors"]
+    timm_backbone("timm/test_resnet", weights="pretrained")
+    assert f"from the cache {path}" in capsys.readouterr().err and len(hub.asked) == 1
+
+
+def test_weights_that_are_not_what_their_checksum_says_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path, checksum = cached_weights(tmp_path / "blobs", alive_model("test_resnet").state_dict())
+    Hub(monkeypatch, path, checksum)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    for _ in ("downloaded", "from the cache"):
+        with pytest.raises(WeightsError, match=f"{checksum} has the SHA-256 .* delete the file and run again"):
+            timm_backbone("timm/test_resnet", weights="pretrained")
 
 
 def test_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*_: object, **__: object) -> None:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
+    Hub(monkeypatch, None)
     with pytest.raises(
         ConfigError, match=r"of timm/test_resnet could not be downloaded \(no route to host\).*model\.w"
     ):

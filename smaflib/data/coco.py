@@ -24,7 +24,7 @@ from smaflib.data.sample import SampleFiles, Samples
 from smaflib.data.voc import list_pngs, read_sample, require_saliency
 from smaflib.errors import DataError
 from smaflib.files import is_plain_name
-from smaflib.runtime import progress
+from smaflib.runtime import CPU, memory_of, progress
 
 Number = Annotated[int, Field(ge=0, lt=2**63)]
 Side = Annotated[int, Field(ge=1, le=65_500)]  # of an image, in pixels: JPEG's most
@@ -197,7 +197,7 @@ def read_instances(root: Path, name: str, outlines: bool = False) -> Instances:
         outlines: read area and outline of each instance, too; they take most of the memory.
 
     Raises:
-        DataError: if the file is missing, damaged or no list of instances.
+        DataError: if the file is missing, damaged or no list of instances, or needs more memory than there is.
     """
     path = _json_path(root, name)
     if not path.is_file():
@@ -205,6 +205,7 @@ def read_instances(root: Path, name: str, outlines: bool = False) -> Instances:
             f"there is no file {path}; unpack the annotations of COCO into {root}, and set data.train_split and "
             "data.val_split to names such as train2014 and val2014"
         )
+    _refuse_what_does_not_fit(path, outlines)
     try:
         content = (_outlined() if outlines else _labelled()).validate_json(path.read_bytes())
     except ValidationError as error:
@@ -220,6 +221,22 @@ def read_instances(root: Path, name: str, outlines: bool = False) -> Instances:
         {record["id"]: record["name"] for record in content["categories"]},
         content["annotations"],
     )
+
+
+MEMORY = {False: 6, True: 11}
+"""Bytes of memory per byte of a file of instances, without and with outlines (``benchmarks/load.py``)."""
+
+
+def _refuse_what_does_not_fit(path: Path, outlines: bool) -> None:
+    """Refuse a file that this machine's memory cannot take, instead of being killed half-way."""
+    size, memory = path.stat().st_size, memory_of(CPU)
+    needed = MEMORY[outlines] * size
+    if memory is not None and needed > memory:
+        raise DataError(
+            f"{path} has {size / 1e6:,.0f} MB; reading it takes about {needed / 1e9:.1f} GB of memory, and this "
+            f"machine has {memory / 1e9:.1f} GB; take a machine with more, or split the images and their annotations "
+            "into files of fewer images each"
+        )
 
 
 @functools.cache  # building one takes longer than reading a small file

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,8 @@ from smaflib.config import ModelConfig
 from smaflib.config.schema import NAMED_WEIGHTS
 from smaflib.data.transforms import IMAGENET_MEAN, IMAGENET_STD, renormalization
 from smaflib.errors import ConfigError
-from smaflib.models.weights.files import check_weights
+from smaflib.models.weights.files import check_weights, read_weights
+from smaflib.models.weights.hub import fetch_timm_weights
 from smaflib.models.weights.sources import find_weights
 
 PREFIX = "timm/"
@@ -80,13 +80,12 @@ def build_timm_backbone(config: ModelConfig) -> TimmBackbone:
     """
     options = _extractor_options(config.backbone, config.output_stride)
     name, weights = config.backbone.removeprefix(PREFIX), config.weights
-    if weights != "pretrained":
-        model = timm.create_model(name, **options)
-    else:
-        model = _download(config.backbone, options)
+    model = timm.create_model(name, **options)
     own: Any = model.pretrained_cfg
     mean, std = own["mean"], own["std"]
-    if weights not in (None, "pretrained"):
+    if weights == "pretrained":
+        _fill_extractor(model, _own_weights(config.backbone), config.backbone, source=weights)
+    elif weights is not None:
         state = find_weights(weights, config.backbone, config.allow_mask_weights)
         _fill_extractor(model, state, config.backbone, source=weights)
         if weights in NAMED_WEIGHTS or _expects_imagenet_statistics(model, mean, std):
@@ -150,25 +149,12 @@ def _stride(name: str, options: dict[str, Any]) -> int | None:
     return strides[-1] if not transformer and [tuple(feature.shape) for feature in features] == expected else None
 
 
-def _download(backbone: str, options: dict[str, Any]) -> nn.Module:
-    """A feature extractor with timm's own weights."""
-    name = backbone.removeprefix(PREFIX)
-    published = timm.models.get_pretrained_cfg(name)
+def _own_weights(backbone: str) -> dict[str, Tensor]:
+    """The weights that timm has of a model, downloaded unless they are in the cache."""
+    published = timm.models.get_pretrained_cfg(backbone.removeprefix(PREFIX))
     if published is None or not published.has_weights:
         raise ConfigError(f"model.weights is 'pretrained', but timm has no weights of {backbone}; give a file or null")
-    print(
-        f"{backbone}: timm's weights {published.tag!r} (licence {published.license or 'unknown'}), downloaded unless "
-        "they are in its cache",
-        file=sys.stderr,
-        flush=True,
-    )
-    try:
-        return timm.create_model(name, pretrained=True, **options)
-    except OSError as error:
-        raise ConfigError(
-            f"the weights of {backbone} could not be downloaded ({error}); download them elsewhere and give the file "
-            "as model.weights"
-        ) from error
+    return read_weights(fetch_timm_weights(backbone, published))
 
 
 def _extractor_name(name: str) -> str:
