@@ -28,8 +28,11 @@ from typer.testing import CliRunner
 from smaflib.apps.cli import app
 from smaflib.config import Config, load_config
 from smaflib.data.labels import read_label_rows
-from smaflib.errors import ConfigError, DataError
+from smaflib.data.tools.cls_labels import read_cls_labels
+from smaflib.errors import ConfigError, DataError, RunError
+from smaflib.maps import AttentionMaps
 from smaflib.models.weights.files import read_weights, state_of_checkpoint
+from smaflib.runs.manifest import read_manifest
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -324,6 +327,9 @@ LABELS = {
     "vectors of two lengths": npy(pickle.dumps({"a": np.ones(20), "b": np.ones(19)})),
     "other numbers": npy(pickle.dumps({"a": np.full(20, 7.0)})),
     "other classes": npy(pickle.dumps({"a": np.ones(3)})),
+    "vectors of no number": npy(pickle.dumps({"a": []})),
+    "rows of two lengths": npy(pickle.dumps({"a": [1, [0, 1]]})),
+    "no image": npy(pickle.dumps({})),
     "claims 4 GB of text": npy(b"\x80\x04\x8d" + struct.pack("<Q", 2**62)),
     "header that is code": b"\x93NUMPY\x01\x00" + struct.pack("<H", 20) + b"__import__('os')    ",
 }
@@ -339,6 +345,11 @@ def test_cls_labels_that_are_damaged_are_named(tmp_path: Path, kind: str) -> Non
 
 # --- found by chance --------------------------------------------------------------------------------------------------
 
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=12,
+)
 BUDGET = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -386,13 +397,7 @@ def test_any_bytes_are_weights_or_an_error(tmp_path: Path, content: bytes, kind:
 
 
 @BUDGET
-@given(
-    value=st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
-        max_leaves=12,
-    )
-)
+@given(value=ANY_JSON)
 def test_any_json_is_a_file_of_instances_or_an_error(tmp_path: Path, value: Any) -> None:
     from smaflib.data.coco import read_instances
 
@@ -401,6 +406,81 @@ def test_any_json_is_a_file_of_instances_or_an_error(tmp_path: Path, value: Any)
     path.write_text(json.dumps(value))
     with pytest.raises(DataError, match="is no complete file of COCO instances"):
         read_instances(tmp_path, "any")
+
+
+@pytest.fixture(scope="module")
+def stored_maps(tmp_path_factory: pytest.TempPathFactory) -> AttentionMaps:
+    maps = AttentionMaps(tmp_path_factory.mktemp("maps"), (0.5, 1.0))
+    maps.write("a", [torch.rand(3, 2, 3), torch.rand(3, 4, 5)], (8, 10))
+    return maps
+
+
+@BUDGET
+@given(data=st.data())
+def test_any_change_of_a_file_of_maps_is_maps_or_an_error(stored_maps: AttentionMaps, data: st.DataObject) -> None:
+    content = bytearray(stored_maps.path("a").read_bytes())
+    for _ in range(data.draw(st.integers(0, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(content)))
+    stored_maps.path("b").write_bytes(content[: data.draw(st.sampled_from([cut, len(content)]))])
+    try:
+        cams, (height, width) = stored_maps.read("b")
+    except DataError as error:
+        assert str(stored_maps.path("b")) in str(error)
+    else:
+        assert len(cams) == 2 and height > 0 and width > 0
+
+
+@BUDGET
+@given(value=ANY_JSON)
+def test_any_json_is_a_manifest_or_an_error(tmp_path: Path, value: Any) -> None:
+    for content in (value, {"stages": value}, {"stages": {"01_data": value}}, {"config_hash": value}):
+        (tmp_path / "manifest.json").write_text(json.dumps(content))
+        try:
+            stages = read_manifest(tmp_path)["stages"]
+        except RunError as error:
+            assert str(tmp_path / "manifest.json") in str(error)
+        else:
+            assert all("status" in entry for entry in stages.values())
+
+
+@BUDGET
+@given(header=ANY_JSON, length=st.none() | st.integers(0, 2**64 - 1), values=st.binary(max_size=40))
+def test_any_header_is_safetensors_or_an_error(tmp_path: Path, header: Any, length: int | None, values: bytes) -> None:
+    text = json.dumps({"layer.weight": header} if not isinstance(header, dict) else header).encode()
+    path = tmp_path / "any.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + values)
+    try:
+        read_weights(path)
+    except ConfigError as error:
+        assert str(path) in str(error)
+
+
+@BUDGET
+@given(shape=st.lists(st.integers(-(2**31), 2**31 - 1), max_size=5), values=st.binary(max_size=60), name=st.binary())
+def test_any_shape_is_an_mxnet_file_or_an_error(tmp_path: Path, shape: list[int], values: bytes, name: bytes) -> None:
+    path = tmp_path / "any.params"
+    packed = struct.pack("<QQQ", 0x112, 0, 1) + struct.pack("<IiI", 0xF993FAC9, 0, len(shape))
+    packed += b"".join(struct.pack("<q", side) for side in shape) + struct.pack("<iii", 1, 0, 0) + values
+    path.write_bytes(packed + struct.pack("<QQ", 1, len(name)) + name)
+    try:
+        read_weights(path)
+    except ConfigError as error:
+        assert str(path) in str(error)
+
+
+@BUDGET
+@given(value=ANY_JSON, cut=st.integers(0, 80))
+def test_any_pickle_is_image_labels_or_an_error(tmp_path: Path, value: Any, cut: int) -> None:
+    path = tmp_path / "cls_labels.npy"
+    content = npy(pickle.dumps({"2007_000001": value} if cut % 2 else value))
+    path.write_bytes(content[: len(content) - cut] if cut > 40 else content)
+    try:
+        labels, num_classes = read_cls_labels(path)
+    except DataError as error:
+        assert str(path) in str(error)
+    else:
+        assert labels and all(max(numbers, default=0) < num_classes for numbers in labels.values())
 
 
 def test_checkpoints_that_hold_themselves_or_are_deeply_nested_end() -> None:

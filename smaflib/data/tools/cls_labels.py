@@ -69,9 +69,15 @@ def read_cls_labels(path: Path) -> tuple[dict[str, tuple[int, ...]], int]:
         raise DataError(f"{path} holds a {type(table).__name__}, not a dictionary of labels")
     labels: dict[str, tuple[int, ...]] = {}
     num_classes = 0
+    if not table:
+        raise DataError(f"{path} holds no labels")
     for name, vector in table.items():
-        values = np.asarray(vector)
-        if values.ndim != 1 or values.dtype.kind not in "fiub" or not np.isin(values, (0, 1)).all():
+        try:
+            values = np.asarray(vector)
+        except ValueError:  # rows of several lengths
+            values = np.array(None)
+        numbers = values.ndim == 1 and len(values) > 0 and values.dtype.kind in "fiub"
+        if not numbers or not np.isin(values, (0, 1)).all():
             raise DataError(f"{path}: the labels of {name!r:.100} are no vector of zeros and ones")
         labels[str(name)] = tuple(np.flatnonzero(values).tolist())
         num_classes = num_classes or len(values)
