@@ -33,6 +33,9 @@ Settings = Annotated[
 RunName = Annotated[
     str, typer.Argument(metavar="RUN", help="Name of a run in papermill_runs/, or path of a run folder.")
 ]
+Measure = Annotated[
+    str, typer.Option(metavar="M", help="mIoU, small, medium, large (IoU by object size), precision or recall.")
+]
 RunsFolder = Annotated[
     Path | None, typer.Option("--runs", metavar="DIR", help="Folder of the run folders; papermill_runs/ by default.")
 ]
@@ -122,21 +125,65 @@ def ablate(
 
 
 @app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(help="A file of settings, such as configs/mini.yaml.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Takes a folder per run, and the tables.")],
+    seeds: Annotated[str, typer.Option(metavar="N-N", help="Seeds: a range such as 0-4, or 0,1,2.")] = "0-2",
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=V,V", help="A setting and the values it takes; repeatable: every combination."),
+    ] = None,
+    settings: Settings = None,
+    until_stage: Annotated[
+        str | None, typer.Option("--until", metavar="STAGE", help="Stop each run after this stage.")
+    ] = None,
+    measure: Measure = "mIoU",
+) -> None:
+    """Run a chain over seeds and settings; tables of mean, spread and paired differences. Makes what is missing."""
+    with _plain_errors():
+        from smaflib.apps.sweep import parse_grid, parse_seeds
+        from smaflib.apps.sweep import sweep as make_sweep
+        from smaflib.errors import StageFailed
+
+        _check_measure(measure)
+        given = config.absolute() if config.exists() else config
+        values = parse_grid(grid or [])
+        failures = make_sweep(given, out.absolute(), parse_seeds(seeds), values, settings or [], until_stage, measure)
+        for name in ("results", "differences") if values else ("results",):
+            typer.echo(f"\n{name}, {measure} in percent, mean ± standard deviation (seeds)")
+            typer.echo((out / f"{name}.txt").read_text(encoding="utf-8"))
+        typer.echo(f"tables: {out}/results.csv, .md, .tex, .txt; runs: {out}/runs.tsv")
+        if failures:
+            raise StageFailed(f"{len(failures)} runs failed; the same command tries them again:\n" + "\n".join(failures))
+
+
+@app.command()
 def compare(
     names: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Names or paths of two or more runs.")],
-    measure: Annotated[
-        str, typer.Option(metavar="M", help="mIoU, small, medium, large (IoU by object size), precision or recall.")
-    ] = "mIoU",
+    measure: Measure = "mIoU",
+    form: Annotated[str, typer.Option("--format", metavar="F", help="text, csv, md or tex.")] = "text",
 ) -> None:
     """Print runs side by side, with differences to the first and the settings that differ."""
     with _plain_errors():
-        from smaflib.report.tables import MEASURES, comparison_text
+        from smaflib.report.seeds import FORMATS
+        from smaflib.report.tables import comparison_text, flat_comparison
 
         if len(names) < 2:
             raise typer.BadParameter("give two runs or more")
-        if measure not in MEASURES:
-            raise typer.BadParameter(f"--measure must be one of {', '.join(MEASURES)}, got {measure!r}")
-        typer.echo(comparison_text(names, measure))
+        _check_measure(measure)
+        if form != "text" and form not in FORMATS:
+            raise typer.BadParameter(f"--format must be text, {' or '.join(FORMATS)}, got {form!r}")
+        if form == "text":
+            typer.echo(comparison_text(names, measure))
+        else:
+            typer.echo(FORMATS[form](flat_comparison(names, measure)), nl=False)
+
+
+def _check_measure(measure: str) -> None:
+    from smaflib.report.tables import MEASURES
+
+    if measure not in MEASURES:
+        raise typer.BadParameter(f"--measure must be one of {', '.join(MEASURES)}, got {measure!r}")
 
 
 @app.command()

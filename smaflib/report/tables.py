@@ -115,6 +115,19 @@ def compare_runs(folders: Sequence[str | Path], measure: str = "mIoU") -> pd.Dat
     return _in_pipeline_order(table, pd.concat(metrics)).dropna(how="all")
 
 
+def flat_comparison(folders: Sequence[str | Path], measure: str = "mIoU") -> pd.DataFrame:
+    """:func:`compare_runs` for other programs: text with one decimal, rows named as people read them."""
+    table = labelled(compare_runs(folders, measure))
+    rows = [" ".join(str(part) for part in key if part) for key in table.index]
+    cells = {
+        column: [
+            "" if pd.isna(value) else f"{value:{'+' if number >= len(folders) else ''}.1f}" for value in table[column]
+        ]
+        for number, column in enumerate(table.columns)
+    }
+    return pd.DataFrame(cells, index=pd.Index(rows, name=measure))
+
+
 def comparison_text(folders: Sequence[str | Path], measure: str = "mIoU") -> str:
     """:func:`compare_runs` for a terminal, then the settings in which the runs differ."""
     runs = [find_run(str(folder)) for folder in folders]
