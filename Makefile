@@ -4,7 +4,7 @@ BIN := .venv/bin
 NBSTRIPOUT := $(BIN)/nbstripout --keep-id
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test browser check format lab lock assets screenshots reference photos links clean
+.PHONY: help setup reproduce test browser check format lab docs lock assets screenshots reference photos links clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,10 @@ format: setup  ## bring code into shape and strip the notebooks' outputs
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 	$(NBSTRIPOUT) notebooks/*.ipynb
+
+docs: setup  ## build the documentation, offline: docs/_build/html/index.html
+	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
 
 lab: setup  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 import smaflib
 from benchmarks import gpu, load
 from smaflib.refinement import pydensecrf_backend
+from smaflib.report.html import network_references
 
 ROOT = Path(__file__).parents[1]
 TEXTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
@@ -226,9 +227,27 @@ def test_links_of_the_texts_lead_somewhere():
                 assert not heading or heading in anchors, f"{path.name}: {address}"
 
 
-def test_every_page_is_linked_from_the_readme():
+def test_every_page_is_in_the_site_and_in_the_readme_if_it_is_no_index():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [path.name for path in ROOT.glob("docs/*.md") if f"(docs/{path.name}" not in readme] == []
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in ROOT.glob("docs/*.md")}
+    trees = [tree for text in pages.values() for tree in re.findall(r"```{toctree}(.*?)```", text, re.DOTALL)]
+    in_site = {name for tree in trees for name in tree.split()}
+    assert set(pages) - in_site == {"index"}
+    indices = {name for name, text in pages.items() if "```{toctree}" in text}
+    assert [name for name in set(pages) - indices if f"(docs/{name}.md" not in readme] == []
+
+
+def test_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
+    docs = tmp_path / "docs"
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", str(ROOT / "docs"), str(docs)]
+    built = subprocess.run([*command, "-d", str(tmp_path / "trees")], capture_output=True, text=True)
+    assert (built.returncode, built.stderr) == (0, "")
+    pages = {path.relative_to(docs).as_posix(): path.read_text(encoding="utf-8") for path in docs.rglob("*.html")}
+    assert {"generated/api.html", "generated/tutorial/08_results.html", "claims.html"} <= set(pages)
+    assert {name: network_references(text) for name, text in pages.items() if network_references(text)} == {}
+    assert "smaflib.cams.fuse_cams" in pages["generated/api.html"]
+    assert "attention.scales" in pages["generated/settings.html"]
+    assert "<math" in pages["generated/tutorial/03_multi_scale_attention.html"]
 
 
 def test_readme_is_short():

@@ -154,7 +154,9 @@ def sweep(
             typer.echo((out / f"{name}.txt").read_text(encoding="utf-8"))
         typer.echo(f"tables: {out}/results.csv, .md, .tex, .txt; runs: {out}/runs.tsv")
         if failures:
-            raise StageFailed(f"{len(failures)} runs failed; the same command tries them again:\n" + "\n".join(failures))
+            raise StageFailed(
+                f"{len(failures)} runs failed; the same command tries them again:\n" + "\n".join(failures)
+            )
 
 
 @app.command()
