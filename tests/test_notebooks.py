@@ -87,7 +87,8 @@ def test_two_exercises_with_folded_solutions(path):
     assert len(solutions) == 2
     for exercise, solution in zip(exercises, solutions, strict=True):
         assert cells.index(solution) == cells.index(exercise) + 1 and solution.cell_type == "code"
-        assert solution.metadata["jupyter"] == {"source_hidden": True}  # folded in JupyterLab
+        # Folded in JupyterLab: an answer that is seen before it is asked for teaches nothing.
+        assert solution.metadata["jupyter"] == {"source_hidden": True, "outputs_hidden": True}
         # A solution changes nothing of the run.
         assert not re.search(r"\brun\.(record|save_figure)\b|write_|save_|\.open\(", solution.source)
 
