@@ -125,7 +125,8 @@ def fit(
         The learning curve.
 
     Raises:
-        FloatingPointError: if the loss is no longer finite.
+        FloatingPointError: if the loss is no longer finite. A GPU would wait for each loss that is read, so there they
+            are read when they are logged: before a checkpoint, and after some steps more.
     """
     config = batches.config
     runtime.place(network).train()
@@ -138,22 +139,20 @@ def fit(
     peaks = [group["lr"] for group in optimizer.param_groups]
     # Without a generator of its own it would draw its workers' seeds from the global one.
     options: dict[str, Any] = {"num_workers": batches.num_workers, "generator": torch.Generator()}
+    options["pin_memory"] = runtime.device.type == "cuda"  # what lies in pinned memory is copied while the GPU computes
     sampler = range(start, config.iterations)
     loader: DataLoader[Batch] = DataLoader(batches, batch_size=None, sampler=sampler, **options)
-    sums: dict[str, float] = {}
+    losses: list[dict[str, Tensor]] = []  # since the last record
     log_every = max(1, config.iterations // LOG_POINTS)
     for iteration, batch in enumerate(progress(loader, total=len(loader), desc=desc), start=start):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = learning_rate(config, peak, iteration)
         with seeded(derive_seed(batches.seed, "dropout", iteration), runtime.device):
-            losses = _step(network, optimizer, batch, loss, runtime)
-        for name, value in losses.items():
-            sums[name] = sums.get(name, 0.0) + value
+            losses.append(_step(network, optimizer, batch, loss, runtime))
         done = iteration + 1
         if done % log_every == 0 or done == config.iterations:
-            steps = (done - 1) % log_every + 1
-            history.append({"iteration": float(done)} | {name: value / steps for name, value in sums.items()})
-            sums = {}
+            history.append({"iteration": float(done)} | _means(losses))
+            losses = []
         # Checkpoints fall on log points, so that no half of a mean is lost.
         if checkpoint and done < config.iterations and done % _rounded_up(config.checkpoint_every, log_every) == 0:
             _save(checkpoint, network, history, done, optimizer)
@@ -231,18 +230,34 @@ def _step(
     batch: Batch,
     loss: Callable[[Batch], dict[str, Tensor]],
     runtime: Runtime,
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     batch = {name: field.to(runtime.device, non_blocking=True) for name, field in batch.items()}
     with runtime.autocast():
         losses = loss(batch)
-    total = torch.stack(list(losses.values())).sum()
-    values = {name: float(value.detach()) for name, value in losses.items()}
-    if not torch.isfinite(total):
-        raise FloatingPointError(f"the loss is no longer finite ({values}); lower the learning rate of this stage")
+    if runtime.device.type == "cpu":
+        _refuse_not_finite({name: float(value.detach()) for name, value in losses.items()})
     optimizer.zero_grad(set_to_none=True)
-    total.backward()
+    torch.stack(list(losses.values())).sum().backward()
     optimizer.step()
-    return values
+    return {name: value.detach() for name, value in losses.items()}
+
+
+def _means(losses: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """The mean of each loss over some steps; waits for the device.
+
+    Raises:
+        FloatingPointError: if a loss of one of them is not finite.
+    """
+    names = list(losses[0])
+    table = torch.stack([torch.stack([step[name].float() for name in names]) for step in losses]).tolist()
+    for values in table:
+        _refuse_not_finite(dict(zip(names, values, strict=True)))
+    return {name: sum(column) / len(table) for name, column in zip(names, zip(*table, strict=True), strict=True)}
+
+
+def _refuse_not_finite(values: dict[str, float]) -> None:
+    if not all(map(math.isfinite, values.values())):
+        raise FloatingPointError(f"the loss is no longer finite ({values}); lower the learning rate of this stage")
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from smaflib.errors import ConfigError, WeightsError
 from smaflib.maps import AttentionMaps, DenoisedMaps
 from smaflib.models.weights.files import read_metadata, read_weights
 from smaflib.runtime import Runtime, cpu_runtime
-from smaflib.training import Batch, Batches, CropField, fit, learning_rate, load_history, make_optimizer
+from smaflib.training import Batch, Batches, CropField, _means, fit, learning_rate, load_history, make_optimizer
 
 
 class TinyNetwork(nn.Module):
@@ -320,6 +320,13 @@ def test_loss_that_is_not_finite_stops_before_it_ruins_the_weights(tmp_path: Pat
         fit(network, batches_of(training()), loss, cpu_runtime(), path)  # type: ignore[arg-type]
     assert all(torch.equal(parameter, before[name]) for name, parameter in network.named_parameters())
     assert not path.exists()
+
+
+def test_losses_that_are_read_late_have_their_means_and_are_refused_if_one_is_not_finite() -> None:
+    steps = [{"L_cls": torch.tensor(value), "L_sal": torch.tensor(2 * value)} for value in (1.0, 2.0, 6.0)]
+    assert _means(steps) == {"L_cls": 3.0, "L_sal": 6.0}
+    with pytest.raises(FloatingPointError, match=r"no longer finite \(\{'L_cls': nan, 'L_sal': nan\}\)"):
+        _means([*steps, {"L_cls": torch.tensor(float("nan")), "L_sal": torch.tensor(float("nan"))}, steps[0]])
 
 
 def test_bf16_autocast_trains_float32_weights() -> None:
