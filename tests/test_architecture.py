@@ -164,3 +164,26 @@ def test_the_package_is_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("smaflib", run_name="__main__")
     assert "Usage: smaf run" in capsys.readouterr().out
+
+
+NOT_ON_WINDOWS = """
+import importlib, os, pkgutil, signal, sys, warnings
+for name in ("fcntl", "resource", "pwd", "grp", "termios", "pty"):
+    sys.modules[name] = None
+for name in ("killpg", "setsid", "fork", "sched_getaffinity", "sysconf"):
+    delattr(os, name)
+for name in ("SIGKILL", "SIGHUP"):
+    delattr(signal, name)
+warnings.simplefilter("ignore")
+import smaflib
+for module in pkgutil.walk_packages(smaflib.__path__, "smaflib."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+from smaflib.runtime import CPU, memory_of, num_cores
+assert num_cores() >= 1 and memory_of(CPU) is None
+"""
+
+
+def test_every_module_imports_where_there_is_no_posix():
+    done = subprocess.run([sys.executable, "-c", NOT_ON_WINDOWS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -135,8 +135,11 @@ class NotebookMonitor:
     def kill_kernel(self) -> None:
         """End the kernel's process group at once: itself if it is still there, and workers that it left."""
         if self._kernel_pid is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._kernel_pid, signal.SIGKILL)
+            with contextlib.suppress(OSError):  # it has ended
+                if hasattr(os, "killpg"):
+                    os.killpg(self._kernel_pid, signal.SIGKILL)
+                else:  # Windows has no groups; workers leave with their parent by themselves
+                    os.kill(self._kernel_pid, signal.SIGTERM)
 
     def last_words(self) -> list[str]:
         """What a kernel that crashed left in its log about where it did."""
