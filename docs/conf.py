@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from smaflib import __version__  # noqa: E402
-from tools.site import mathml, write_pages  # noqa: E402
+from tools.docs_pages import mathml, write_pages  # noqa: E402
 
 project, author, version = "smaflib", "smaflib developers", __version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]

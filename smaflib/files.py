@@ -13,6 +13,8 @@ import json
 import os
 import platform
 import shutil
+import site
+import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterator
@@ -24,8 +26,29 @@ from PIL import Image
 
 from smaflib.errors import RunError
 
-PROJECT_ROOT = Path(__file__).resolve().parents[1]
-"""The checkout. Relative paths in notebooks, settings and manifests are relative to it."""
+HOME = "SMAF_HOME"
+"""Environment variable: where relative paths begin for an installed package; its kernels stand in other folders."""
+
+
+def _checkout() -> Path | None:
+    root = Path(__file__).resolve().parents[1]
+    return root if (root / "configs").is_dir() and (root / "notebooks").is_dir() else None
+
+
+def _shipped() -> Path | None:
+    prefixes = (Path(sys.prefix), Path(site.getuserbase()), Path(__file__).resolve().parents[1])
+    found = (prefix / "share" / "smaflib" for prefix in prefixes)
+    return next((folder for folder in found if (folder / "configs").is_dir()), None)
+
+
+IS_CHECKOUT = _checkout() is not None
+
+PROJECT_ROOT = _checkout() or Path(os.environ.get(HOME) or Path.cwd()).resolve()
+"""The checkout; of an installed package, the folder that a command was called in. Relative paths in notebooks, settings
+and manifests are relative to it."""
+
+SHIPPED = _checkout() or _shipped() or PROJECT_ROOT
+"""Holds ``configs`` and ``notebooks`` as they came with the package."""
 
 RUNS_FOLDER = PROJECT_ROOT / "papermill_runs"
 
@@ -38,8 +61,18 @@ PARTIAL = ".partial-"
 
 
 def absolute(path: str | Path) -> Path:
-    """A path; a relative one is relative to the checkout."""
-    return Path(os.path.normpath(PROJECT_ROOT / path))
+    """A path; a relative one is relative to :data:`PROJECT_ROOT`, or to :data:`SHIPPED` where only that has it."""
+    found = Path(os.path.normpath(PROJECT_ROOT / path))
+    shipped = Path(os.path.normpath(SHIPPED / path))
+    return shipped if not found.exists() and shipped.exists() else found
+
+
+def find_config(config: Path) -> Path:
+    """A config file by its path, from here or from the checkout, or one that came with the package by its name."""
+    if config.exists():
+        return config.absolute()
+    named = SHIPPED / "configs" / f"{config}.yaml"
+    return named if config.name == str(config) and named.is_file() else config
 
 
 def is_plain_name(name: str) -> bool:

@@ -72,16 +72,16 @@ def run(
     A STAGE is a notebook's number or name: 3, 03, multi_scale_attention.
     """
     with _plain_errors():
-        from smaflib.files import PROJECT_ROOT, RUNS_FOLDER
+        from smaflib.files import RUNS_FOLDER, SHIPPED, find_config
         from smaflib.runs.runner import run_notebooks
 
         run_notebooks(
-            config.absolute() if config.exists() else config,
+            find_config(config),
             name,
             settings or [],
             from_stage,
             until_stage,
-            notebooks.absolute() if notebooks else PROJECT_ROOT / "notebooks",
+            notebooks.absolute() if notebooks else SHIPPED / "notebooks",
             runs.absolute() if runs else RUNS_FOLDER,
             reuse or [],
             keep_stale,
@@ -107,7 +107,7 @@ def ablate(
     """Run the chain without one step at a time, over several seeds; resumes where it stopped. Notebook 08 shows it."""
     with _plain_errors():
         from smaflib.apps.ablation import ROWS, ablate, ablation_table, read_ablation
-        from smaflib.files import RUNS_FOLDER, display_path
+        from smaflib.files import RUNS_FOLDER, display_path, find_config
         from smaflib.runs.run import open_run, run_folder
 
         try:
@@ -117,7 +117,7 @@ def ablate(
                 f"--seeds must be numbers joined by commas, such as 0,1,2, got {seeds!r}"
             ) from None
         folder = run_folder(runs.absolute() if runs else RUNS_FOLDER, config.stem if name is None else name)
-        opened = open_run(folder, config.absolute() if config.exists() else config, settings or [])
+        opened = open_run(folder, find_config(config), settings or [])
         sources = [_find(source, runs) for source in reuse or []]
         path = ablate(opened, numbers, rows.split(",") if rows else tuple(ROWS), sources)
         typer.echo(ablation_table((read_ablation(opened) or {})["records"]).to_string())
@@ -144,9 +144,10 @@ def sweep(
         from smaflib.apps.sweep import parse_grid, parse_seeds
         from smaflib.apps.sweep import sweep as make_sweep
         from smaflib.errors import StageFailed
+        from smaflib.files import find_config
 
         _check_measure(measure)
-        given = config.absolute() if config.exists() else config
+        given = find_config(config)
         values = parse_grid(grid or [])
         failures = make_sweep(given, out.absolute(), parse_seeds(seeds), values, settings or [], until_stage, measure)
         for name in ("results", "differences") if values else ("results",):
@@ -157,6 +158,31 @@ def sweep(
             raise StageFailed(
                 f"{len(failures)} runs failed; the same command tries them again:\n" + "\n".join(failures)
             )
+
+
+@app.command()
+def lab(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="Takes copies of the notebooks; ./notebooks by default.")
+    ] = None,
+    start: Annotated[bool, typer.Option(help="Open JupyterLab; --no-start only copies.")] = True,
+) -> None:
+    """Copy the notebooks into a folder, unless they are there, and open them in JupyterLab."""
+    with _plain_errors():
+        import shutil
+        import subprocess
+        import sys
+
+        from smaflib.files import SHIPPED, replacing
+
+        target = (folder or Path("notebooks")).absolute()
+        for notebook in sorted((SHIPPED / "notebooks").glob("*.ipynb")):
+            if not (target / notebook.name).exists():  # what somebody has written into stays
+                with replacing(target / notebook.name) as temporary:
+                    shutil.copyfile(notebook, temporary)
+        typer.echo(f"notebooks: {target}")
+        if start:
+            raise typer.Exit(subprocess.run([sys.executable, "-m", "jupyterlab", str(target)]).returncode)
 
 
 @app.command()
@@ -249,7 +275,7 @@ def masks(
         from smaflib.apps.custom_images import label_images, make_masks, plan_masks
         from smaflib.config import load_config
         from smaflib.config.schema import NAMED_WEIGHTS
-        from smaflib.files import PROJECT_ROOT
+        from smaflib.files import SHIPPED
 
         if (labels is None) == (learned is None):
             raise typer.BadParameter("give either --labels, a table, or --learned, the folder of an earlier call")
@@ -269,7 +295,7 @@ def masks(
             named = [f"{key}={json.dumps(str(path))}" for key, path in paths.items()]  # a path may look like YAML
             if backbone:
                 named += [f"model.backbone={backbone}", *([] if weights else ["model.weights=pretrained"])]
-            config = load_config(PROJECT_ROOT / "configs" / "custom.yaml", [*named, *(settings or [])])
+            config = load_config(SHIPPED / "configs" / "custom.yaml", [*named, *(settings or [])])
             if plan:
                 typer.echo(plan_masks(config, out.absolute()))
                 return
@@ -286,9 +312,9 @@ def data_check(
     with _plain_errors():
         from smaflib.config import load_config
         from smaflib.data.tools.check import check_data
-        from smaflib.files import RUNS_FOLDER
+        from smaflib.files import RUNS_FOLDER, absolute, find_config
 
-        found = check_data(load_config(config, settings or []), RUNS_FOLDER / config.stem)
+        found = check_data(load_config(absolute(find_config(config)), settings or []), RUNS_FOLDER / config.stem)
         typer.echo(found.text())
         if found.problems:
             raise typer.Exit(1)

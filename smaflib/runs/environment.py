@@ -8,7 +8,7 @@ import platform
 import subprocess
 from typing import TYPE_CHECKING, Any
 
-from smaflib.files import PROJECT_ROOT
+from smaflib.files import IS_CHECKOUT, PROJECT_ROOT
 
 if TYPE_CHECKING:
     from smaflib.runtime import Runtime
@@ -44,6 +44,8 @@ def git_state() -> dict[str, Any]:
         command = ["git", "--no-optional-locks", "-C", str(PROJECT_ROOT), *words]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
 
+    if not IS_CHECKOUT:  # the folder that the command was called in may be another project's
+        return {"git_commit": None, "git_dirty": None}
     try:
         return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):  # no git, or no checkout

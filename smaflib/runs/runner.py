@@ -26,7 +26,7 @@ from smaflib import files
 from smaflib.config import load_config
 from smaflib.config.reads import recorded_settings
 from smaflib.errors import RunError, RunStopped, StageFailed
-from smaflib.files import PROJECT_ROOT, RUNS_FOLDER, absolute, display_path, duration
+from smaflib.files import RUNS_FOLDER, SHIPPED, absolute, display_path, duration
 from smaflib.pipeline import check_networks
 from smaflib.report.html import write_index
 from smaflib.report.tables import results_text
@@ -79,7 +79,7 @@ def run_notebooks(
     overrides: Sequence[str] = (),
     from_stage: str | None = None,
     until_stage: str | None = None,
-    notebooks: Path = PROJECT_ROOT / "notebooks",
+    notebooks: Path = SHIPPED / "notebooks",
     runs: Path = RUNS_FOLDER,
     reuse: Sequence[str] = (),
     keep_stale: bool = False,
@@ -378,7 +378,7 @@ class _Chain:
         return "\n".join([*lines, self._how_to_resume()])
 
     def _how_to_resume(self) -> str:
-        own = self.notebooks != PROJECT_ROOT / "notebooks"  # other notebooks would begin from nothing
+        own = self.notebooks != SHIPPED / "notebooks"  # other notebooks would begin from nothing
         options = ["--notebooks", display_path(self.notebooks)] if own else []
         for source in self.sources:
             options += ["--reuse", source.name if source.parent == self.run.folder.parent else display_path(source)]

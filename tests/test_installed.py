@@ -1,0 +1,98 @@
+"""The package from its wheel, in an environment of its own and outside any checkout: what the README's users type."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+from test_notebooks import TINY
+
+from smaflib.files import PROJECT_ROOT
+
+LEFT_OUT = (
+    ".git",
+    ".venv",
+    ".whl",
+    ".gpu",
+    ".gpu2",
+    "papermill_runs",
+    "build",
+    "docs",
+    "tests",
+    "*.egg-info",
+    ".*_cache",
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel alone; torch and the others are this environment's."""
+    home = tmp_path_factory.mktemp("installed")
+    shutil.copytree(PROJECT_ROOT, home / "source", ignore=shutil.ignore_patterns(*LEFT_OUT))
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    offline = ["--quiet", "--no-deps", "--no-index"]
+    wheel = ["wheel", *offline, "--no-build-isolation", "--wheel-dir", str(home / "wheel"), str(home / "source")]
+    subprocess.run([*pip, *wheel], check=True)
+    shutil.rmtree(home / "source")
+    venv.create(home / "env", with_pip=False, symlinks=True)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(home / "env"), "platbase": str(home / "env")}))
+    (packages / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (built,) = (home / "wheel").glob("*.whl")
+    python = str(home / "env" / "bin" / "python")
+    subprocess.run([*pip, "--python", python, "install", *offline, str(built)], check=True)
+    (home / "work").mkdir()
+    return home
+
+
+def call(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """A command of the environment, in a folder that holds nothing of the project."""
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "SMAF_HOME")}
+    env["JUPYTER_PATH"] = str(Path(sysconfig.get_path("data")) / "share" / "jupyter")  # templates of nbconvert
+    program = str(home / "env" / "bin" / words[0])
+    return subprocess.run(
+        [program, *words[1:]], cwd=home / "work", env=env, capture_output=True, text=True, timeout=600
+    )
+
+
+def test_chain_begins_by_the_name_of_its_settings(home: Path) -> None:
+    settings = [word for setting in TINY for word in ("--set", setting)]
+    done = call(home, "smaf", "run", "mini", "--until", "02", *settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = home / "work" / "papermill_runs" / "mini"
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert {entry["status"] for entry in manifest["stages"].values()} == {"complete"} and len(manifest["stages"]) == 3
+    assert manifest["git_commit"] is None and (run / "index.html").is_file()
+    assert call(home, "smaf", "status", "mini").stdout.count("complete") == 3
+    # What is imported is the wheel's library, not one that lies where the command was called.
+    assert str(home / "env") in call(home, "python", "-c", "import smaflib; print(smaflib.__file__)").stdout
+
+
+def test_masks_of_a_folder_are_planned(home: Path) -> None:
+    example = next((home / "work" / "papermill_runs" / "mini" / "data").rglob("JPEGImages"))
+    images = home / "work" / "photos"
+    images.mkdir()
+    names = [Path(shutil.copy(path, images)).name for path in sorted(example.iterdir())[:3]]
+    (images / "labels.csv").write_text("image,labels\n" + "".join(f"{name},cat\n" for name in names))
+    done = call(home, "smaf", "masks", "--images", "photos", "--labels", "photos/labels.csv", "--out", "out", "--plan")
+    assert done.returncode == 0 and "3" in done.stdout, done.stderr[-2000:]
+    assert not (home / "work" / "out").exists()
+
+
+def test_notebooks_are_copied_and_those_that_are_there_stay(home: Path) -> None:
+    assert call(home, "smaf", "lab", "--no-start").returncode == 0
+    notebook = home / "work" / "notebooks" / "00_one_image_end_to_end.ipynb"
+    assert notebook.read_bytes() == (PROJECT_ROOT / "notebooks" / notebook.name).read_bytes()
+    notebook.write_text("mine")
+    assert call(home, "smaf", "lab", "--no-start").returncode == 0 and notebook.read_text() == "mine"
+
+
+def test_module_is_the_command(home: Path) -> None:
+    done = call(home, "python", "-m", "smaflib", "--help")
+    assert done.returncode == 0 and "sweep" in done.stdout
