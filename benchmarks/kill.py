@@ -330,13 +330,16 @@ def markdown(result: dict[str, Any]) -> str:
         for work in result["files"]:
             records = [each for each in result["records"] if (each["work"], each["fault"]) == (work, fault)]
             died, same = sum(each["died"] for each in records), sum(each["identical"] for each in records)
-            row.append(f"{len(records)}, {died}, {same}" if records else "")
+            row.append(f"{len(records)} times, {died} died, {same} the same" if records else "")
         lines.append(row)
     totals = [sum(each["work"] == work for each in result["records"]) for work in result["files"]]
-    lines.append(["all", *map(str, totals)])
+    identical = [
+        sum(each["work"] == work and each["identical"] for each in result["records"]) for work in result["files"]
+    ]
+    lines.append(["all", *(f"{same} of {total} the same" for same, total in zip(identical, totals, strict=True))])
     left = sum(each["processes left"] for each in result["records"])
-    names = [f"`{name}` ({number} files)" for name, number in result["files"].items()]
-    table = markdown_table(["times, of these died, of these the same bytes in the end", *names], lines)
+    names = [f"`{name}`, {number} files" for name, number in result["files"].items()]
+    table = markdown_table(["at a random moment", *names], lines)
     return f"{table}\n\nProcesses that stayed behind: {left}."
 
 

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import smaflib
-from benchmarks import gpu, load
+from benchmarks import gpu, kill, load
 from smaflib.refinement import pydensecrf_backend
 from smaflib.report.html import network_references
 
@@ -270,6 +270,13 @@ def test_tables_of_the_gpu_are_those_of_their_numbers():
     page = gpu.PAGE.read_text(encoding="utf-8")
     for name, part in json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text(encoding="utf-8")).items():
         assert gpu.markdown(name, part) in page, name
+
+
+def test_table_of_kills_is_that_of_its_records():
+    result = json.loads(kill.RESULTS.read_text(encoding="utf-8"))
+    assert kill.markdown(result) in kill.PAGE.read_text(encoding="utf-8")
+    assert all(record["identical"] and not record["processes left"] for record in result["records"])
+    assert {record["work"] for record in result["records"]} == {"smaf run", "smaf masks"}
 
 
 def test_table_of_many_photos_is_that_of_its_numbers():
