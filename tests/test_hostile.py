@@ -148,7 +148,9 @@ def test_names_of_runs_that_lead_elsewhere_are_refused(tmp_path: Path, command: 
 @pytest.mark.parametrize(
     "name", ["nothing", "/dev/null", "x" * 5000, "a\0b", "..", ""], ids=lambda name: repr(name)[:12]
 )
-def test_runs_that_are_none_are_named(tmp_path: Path, command: str, name: str) -> None:
+def test_runs_that_are_none_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # a name may be a path, and the folder above the checkout may hold anything
     refused(tmp_path, command, name, "--runs", tmp_path, naming="error")
 
 
