@@ -178,8 +178,8 @@ def write_attention_maps(
         runtime: device and precision.
         batch_size: images of one size in a forward pass. Photos on a CPU are taken one by one: together they would be
             slower and need more memory.
-        host_threads: that decode and resize the next images and write the last ones while a GPU computes; None: one
-            per core, and none beside a CPU, which has its hands full.
+        host_threads: that decode and resize the next images and write the last ones while a GPU computes; None: as
+            of :func:`~smaflib.runtime.ahead`, and none beside a CPU, which has its hands full.
 
     Raises:
         ConfigError: if a scale of an image needs more memory than the device has.

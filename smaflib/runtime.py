@@ -174,6 +174,10 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
         yield
 
 
+MOST_THREADS = 8
+"""Of :func:`ahead`: more wait for Python's lock, and each holds an image's maps (``benchmarks/gpu.py``, splits)."""
+
+
 def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None) -> Iterator[Result]:
     """Map in order, computed by threads while the caller works on what came before.
 
@@ -183,12 +187,13 @@ def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: in
     Args:
         function: of an item; called in a thread.
         items: taken as there is room, twice as many as there are threads.
-        workers: threads; None: one per core; 0: no thread, each item is computed when it is asked for.
+        workers: threads; None: one per core, :data:`MOST_THREADS` at most; 0: no thread, each item is computed when it
+            is asked for.
 
     Yields:
         The results in the order of the items. What a call raises is raised here, in its place.
     """
-    workers = num_cores() if workers is None else workers
+    workers = min(num_cores(), MOST_THREADS) if workers is None else workers
     if workers == 0:
         yield from map(function, items)
         return
