@@ -19,9 +19,6 @@ from smaflib.files import PROJECT_ROOT
 LEFT_OUT = (
     ".git",
     ".venv",
-    ".whl",
-    ".gpu",
-    ".gpu2",
     "papermill_runs",
     "build",
     "docs",
