@@ -41,13 +41,14 @@ def _shipped() -> Path | None:
     return next((folder for folder in found if (folder / "configs").is_dir()), None)
 
 
-IS_CHECKOUT = _checkout() is not None
+_CHECKOUT = _checkout()
+IS_CHECKOUT = _CHECKOUT is not None
 
-PROJECT_ROOT = _checkout() or Path(os.environ.get(HOME) or Path.cwd()).resolve()
+PROJECT_ROOT = _CHECKOUT or Path(os.environ.get(HOME) or Path.cwd()).resolve()
 """The checkout; of an installed package, the folder that a command was called in. Relative paths in notebooks, settings
 and manifests are relative to it."""
 
-SHIPPED = _checkout() or _shipped() or PROJECT_ROOT
+SHIPPED = _CHECKOUT or _shipped() or PROJECT_ROOT
 """Holds ``configs`` and ``notebooks`` as they came with the package."""
 
 RUNS_FOLDER = PROJECT_ROOT / "papermill_runs"

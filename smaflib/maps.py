@@ -140,19 +140,11 @@ class AttentionMaps:
                 f"{path} is not a complete file of attention maps ({error}); delete it and run again"
             ) from error
 
-    def fused(
-        self,
-        image_id: str,
-        rule: FusionRule = "sum",
-        scales: Sequence[float] | None = None,
-        image_label: Tensor | None = None,
-    ) -> Tensor:
-        """(K, H, W) in [0, 1], of all scales or some; denoised where there is an ``image_label``, (K,) in {0, 1}."""
+    def fused(self, image_id: str, rule: FusionRule = "sum", scales: Sequence[float] | None = None) -> Tensor:
+        """(K, H, W) in [0, 1], of all scales or some."""
         chosen = self.scales if scales is None else scales
         cams, size = self.read(image_id, chosen)
-        if image_label is None:
-            return fuse_cams(cams, size, rule, chosen)
-        return fuse_and_denoise(cams, size, image_label, rule, chosen)
+        return fuse_cams(cams, size, rule, chosen)
 
 
 SMALL_IMAGE = 128 * 128

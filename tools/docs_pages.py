@@ -100,7 +100,7 @@ def settings_page() -> str:
     for path, model in models(schema.Config):
         notes = comments_of(model)
         own = [
-            [f"`{path}{name}`", f"`{annotation}`", f"`{default}`", notes.get(name, "").replace("|", "\\|")]
+            [f"`{path}{name}`", f"`{annotation}`", f"`{default}`", notes.get(name, "")]
             for name, annotation, default in declared(model)
         ]
         parts.append(f"## {path.rstrip('.') or 'the run'}\n\n{inspect.cleandoc(model.__doc__ or '')}")
