@@ -21,7 +21,7 @@ from smaflib.cams import cams_of_inputs, fuse_cams, scaled_inputs
 from smaflib.config import AttentionConfig, FusionRule
 from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import scaled_size
-from smaflib.distributed.ranks import ranks_here
+from smaflib.distributed.ranks import ranks_here, wait_for_all
 from smaflib.errors import DataError
 from smaflib.files import load_arrays, save_arrays
 from smaflib.models.memory import forward_bytes, refuse_what_does_not_fit
@@ -206,6 +206,7 @@ def write_attention_maps(
     written = (image for count in ahead(write, computed, threads) for image in range(count))
     for _ in progress(written, total=len(missing), desc=f"attention of {samples.split}"):
         pass
+    wait_for_all()
     release_freed_memory()
     return maps
 

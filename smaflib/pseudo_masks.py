@@ -12,7 +12,7 @@ from torch import Tensor
 from smaflib.config import CrfConfig, PseudoMaskConfig
 from smaflib.data.masks import save_mask
 from smaflib.data.sample import Samples
-from smaflib.distributed.ranks import ranks_here
+from smaflib.distributed.ranks import ranks_here, wait_for_all
 from smaflib.reactivation import hard_labels, with_background_score
 from smaflib.refinement import refine, refine_many
 from smaflib.runtime import CPU, progress
@@ -100,6 +100,7 @@ def write_pseudo_masks(
     masks = pseudo_masks(samples.subset(missing), some, bg_score, config, device=device, desc="pseudo masks")
     for index, mask in zip(missing, masks, strict=True):
         save_mask(paths[index], mask)
+    wait_for_all()
 
 
 def _unary(denoised: Tensor, bg_score: float, config: PseudoMaskConfig) -> Tensor:

@@ -16,7 +16,7 @@ from smaflib.data.classes import VOID_LABEL
 from smaflib.data.masks import save_mask
 from smaflib.data.sample import Samples
 from smaflib.data.transforms import normalize, scaled_size
-from smaflib.distributed.ranks import ranks_here
+from smaflib.distributed.ranks import ranks_here, wait_for_all
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, SummedBranches
 from smaflib.refinement import dense_crf, refine_many
 from smaflib.runtime import Runtime, derive_seed, device_of, progress, seeded
@@ -224,3 +224,4 @@ def write_segmentation(
     masks = segment_many(network, (samples[index].image for index in missing), settings, runtime)
     for index, mask in zip(missing, progress(masks, len(missing), f"segment {samples.split}"), strict=True):
         save_mask(paths[index], mask)
+    wait_for_all()

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torchvision.ops import StochasticDepth
 
-from smaflib.distributed.ranks import Ranks, ranks_here
+from smaflib.distributed.ranks import Ranks, ranks_here, sum_over_ranks
 
 CHANNELS_LAST = torch.channels_last
 
@@ -41,7 +40,7 @@ def see_whole_batch(network: nn.Module, batch_size: int) -> nn.Module:
         if isinstance(layer, (nn.Dropout, nn.Dropout2d, StochasticDepth)):
             _replace_forward(layer, _whole_dropout(layer, batch_size, ranks))
         elif isinstance(layer, nn.BatchNorm2d) and not next(network.parameters()).is_cuda:
-            _replace_forward(layer, lambda x, layer=layer: _batch_norm_over_ranks(layer, x))
+            _replace_forward(layer, lambda x, layer=layer: _batch_norm_over_ranks(layer, x, batch_size))
     if next(network.parameters()).is_cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network
@@ -79,21 +78,31 @@ def _mask_shape(layer: nn.Module, whole: tuple[int, ...]) -> tuple[int, ...]:
     return whole
 
 
-def _batch_norm_over_ranks(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
+class _SumOverRanks(torch.autograd.Function):
+    """A sum over all processes: each one's part moves the results of all, so the gradient is a sum as well."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        return sum_over_ranks(part)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return sum_over_ranks(gradient)
+
+
+def _batch_norm_over_ranks(layer: nn.BatchNorm2d, x: Tensor, batch_size: int) -> Tensor:
     """BatchNorm's training mode, (b, C, h, w): mean and variance over the parts of all processes, in float32."""
-    values = x.float()
-    count = torch.tensor(float(x.numel() // x.shape[1]))
-    torch.distributed.all_reduce(count)
-    mean = all_reduce(values.sum(dim=(0, 2, 3))) / count
+    values, count = x.float(), batch_size * x.shape[2] * x.shape[3]
+    mean = _SumOverRanks.apply(values.sum(dim=(0, 2, 3))) / count
     centered = values - mean[:, None, None]
-    variance = all_reduce(centered.square().sum(dim=(0, 2, 3))) / count
+    variance = _SumOverRanks.apply(centered.square().sum(dim=(0, 2, 3))) / count
     if layer.track_running_stats and layer.running_mean is not None and layer.running_var is not None:
         with torch.no_grad():
             assert layer.num_batches_tracked is not None
             layer.num_batches_tracked += 1
             share = 1 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
             layer.running_mean.lerp_(mean, share)
-            layer.running_var.lerp_(variance * (count / (count - 1)), share)
+            layer.running_var.lerp_(variance * (count / max(1, count - 1)), share)
     normalized = centered * (variance + layer.eps).rsqrt()[:, None, None]
     if layer.affine:
         normalized = normalized * layer.weight[:, None, None] + layer.bias[:, None, None]

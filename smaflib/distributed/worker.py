@@ -62,7 +62,7 @@ def main(folder: Path) -> None:
     _leave_with(task["parent"], folder)
     try:
         with recording_where_asked():
-            _do(task)
+            _do(task, folder)
     except FINAL as error:
         if not isinstance(error, ConnectionError):
             _write_failure(folder, error)
@@ -72,13 +72,18 @@ def main(folder: Path) -> None:
             dist.destroy_process_group()
 
 
-def _do(task: dict[str, Any]) -> None:
+def _do(task: dict[str, Any], folder: Path) -> None:
     import yaml
 
     config = check_settings(yaml.safe_load(task["config"]))
     work = RankWorkspace(Path(task["folder"]), config, data_home=Path(task["data_folder"]))
     on_gpu = work.make_runtime().device.type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    # A file of its own for each start: torchrun's store still holds the addresses of those that were there before.
+    meeting = folder / f"meeting{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", init_method=f"file://{meeting.as_posix()}", timeout=TIMEOUT, **place
+    )
     follow(config)
     getattr(pipeline, task["function"])(work, **task["arguments"])
     dist.barrier()  # the first process writes what is common, and must not be ended before
