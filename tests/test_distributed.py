@@ -10,17 +10,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from helpers import TRAINING, make_samples, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torchvision.ops import StochasticDepth
 
 from smaflib.classifier import train_classifier
@@ -74,7 +75,7 @@ def test_a_process_that_torchrun_did_not_start_is_alone() -> None:
 
 def in_processes(function: Callable[[Path], None], size: int, folder: Path) -> None:
     """Call a function in several processes that know of one another."""
-    mp.spawn(_join, (function, size, folder), nprocs=size)
+    spawn(_join, (function, size, folder), nprocs=size)
 
 
 def _join(rank: int, function: Callable[[Path], None], size: int, folder: Path) -> None:
@@ -91,7 +92,7 @@ def train_all(folder: Path) -> None:
     """Teachers, student and segmentation network of frozen statistics after 50 steps; with learned ones after 5."""
     folder = folder / str(ranks_here().size)
     samples, runtime = make_samples(7), cpu_runtime()
-    masks = [sample.mask for sample in samples.with_masks()]
+    masks: list[Tensor] = [sample.mask for sample in samples.with_masks()]  # type: ignore[misc]
     masks[0][:, :20] = 255  # so that parts differ in the pixels that count
     for name, frozen in (("frozen", True), ("learned", False)):
         steps = 50 if frozen else 5
@@ -115,14 +116,14 @@ def check_layers() -> None:
     """Each layer's output for this process's rows is that of one process for all rows."""
     ranks = ranks_here()
     whole = torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(1))
-    kinds = [lambda: nn.Dropout(0.4), lambda: nn.Dropout2d(0.4)]
-    kinds += [lambda mode=mode: StochasticDepth(0.4, mode) for mode in ("row", "batch")]
+    kinds: list[Callable[[], nn.Module]] = [partial(nn.Dropout, 0.4), partial(nn.Dropout2d, 0.4)]
+    kinds += [partial(StochasticDepth, 0.4, mode) for mode in ("row", "batch")]
     for order in (torch.contiguous_format, torch.channels_last):
         images = whole.contiguous(memory_format=order)
         for make in kinds:
             torch.manual_seed(3)
             expected = make()(images)
-            layer = see_whole_batch(nn.Sequential(nn.Conv2d(1, 1, 1), make()), 6)[1]  # type: ignore[index]
+            layer = list(see_whole_batch(nn.Sequential(nn.Conv2d(1, 1, 1), make()), 6).children())[1]
             torch.manual_seed(3)
             seen = layer(images[ranks.rank :: ranks.size].contiguous(memory_format=order))
             assert torch.equal(seen, expected[ranks.rank :: ranks.size])

@@ -7,6 +7,7 @@ something else in two processes than in one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def see_whole_batch(network: nn.Module, batch_size: int) -> nn.Module:
         if isinstance(layer, (nn.Dropout, nn.Dropout2d, StochasticDepth)):
             _replace_forward(layer, _whole_dropout(layer, batch_size, ranks))
         elif isinstance(layer, nn.BatchNorm2d) and not next(network.parameters()).is_cuda:
-            _replace_forward(layer, lambda x, layer=layer: _batch_norm_over_ranks(layer, x, batch_size))
+            _replace_forward(layer, partial(_batch_norm_over_ranks, layer, batch_size))
     if next(network.parameters()).is_cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network
@@ -48,7 +49,7 @@ def see_whole_batch(network: nn.Module, batch_size: int) -> nn.Module:
 
 def _replace_forward(layer: nn.Module, in_training: Callable[[Tensor], Tensor]) -> None:
     alone: Any = layer.forward
-    layer.forward = lambda x: in_training(x) if layer.training else alone(x)  # type: ignore[method-assign]
+    layer.forward = lambda x: in_training(x) if layer.training else alone(x)
 
 
 def _whole_dropout(
@@ -86,11 +87,11 @@ class _SumOverRanks(torch.autograd.Function):
         return sum_over_ranks(part)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return sum_over_ranks(gradient)
 
 
-def _batch_norm_over_ranks(layer: nn.BatchNorm2d, x: Tensor, batch_size: int) -> Tensor:
+def _batch_norm_over_ranks(layer: nn.BatchNorm2d, batch_size: int, x: Tensor) -> Tensor:
     """BatchNorm's training mode, (b, C, h, w): mean and variance over the parts of all processes, in float32."""
     values, count = x.float(), batch_size * x.shape[2] * x.shape[3]
     mean = _SumOverRanks.apply(values.sum(dim=(0, 2, 3))) / count

@@ -80,9 +80,12 @@ def _do(task: dict[str, Any], folder: Path) -> None:
     on_gpu = work.make_runtime().device.type == "cuda"
     # A file of its own for each start: torchrun's store still holds the addresses of those that were there before.
     meeting = folder / f"meeting{os.environ['TORCHELASTIC_RESTART_COUNT']}"
-    place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo", init_method=f"file://{meeting.as_posix()}", timeout=TIMEOUT, **place
+        "nccl" if on_gpu else "gloo",
+        init_method=f"file://{meeting.as_posix()}",
+        timeout=TIMEOUT,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
     )
     follow(config)
     getattr(pipeline, task["function"])(work, **task["arguments"])
