@@ -21,6 +21,7 @@ from smaflib.cams import cams_of_inputs, fuse_cams, scaled_inputs
 from smaflib.config import AttentionConfig, FusionRule
 from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import scaled_size
+from smaflib.distributed.ranks import ranks_here, wait_for_all
 from smaflib.errors import DataError
 from smaflib.files import load_arrays, save_arrays
 from smaflib.models.memory import forward_bytes, refuse_what_does_not_fit
@@ -162,6 +163,8 @@ def write_attention_maps(
 ) -> AttentionMaps:
     """Attention maps of a whole split; images that have theirs already are skipped.
 
+    Of several processes (:mod:`smaflib.distributed`) each makes its part.
+
     Args:
         network: teacher, student or any module with ``attention``.
         samples: the split.
@@ -179,7 +182,7 @@ def write_attention_maps(
     maps = AttentionMaps(folder, config.scales)
     runtime.place(network)
     most_pixels = batch_size * SMALL_IMAGE if runtime.device.type == "cpu" else sys.maxsize
-    missing = [index for index, image_id in enumerate(samples.image_ids) if not maps.path(image_id).is_file()]
+    missing = [n for n in ranks_here().part(range(len(samples))) if not maps.path(samples.files[n].image_id).is_file()]
     threads = 0 if host_threads is None and runtime.device.type == "cpu" else host_threads
     decoded = ahead(samples.__getitem__, missing, threads)
 
@@ -203,6 +206,7 @@ def write_attention_maps(
     written = (image for count in ahead(write, computed, threads) for image in range(count))
     for _ in progress(written, total=len(missing), desc=f"attention of {samples.split}"):
         pass
+    wait_for_all()
     release_freed_memory()
     return maps
 

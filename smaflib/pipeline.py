@@ -8,14 +8,14 @@ code than it runs (:mod:`smaflib.runs.code`), and importing this module imports 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from smaflib import files
 from smaflib.config import Config, Split
-from smaflib.errors import MissingStage
+from smaflib.errors import ConfigError, MissingStage
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -228,6 +228,7 @@ def check_networks(config: Config) -> None:
     from smaflib.runtime import make_runtime
 
     runtime = make_runtime(config)
+    _check_processes(config)
     if config.classifier.checkpoint is None:
         network = AttentionNetwork(config.model, num_classes=1, background=True)
         if config.classifier.solve_head is None:
@@ -237,6 +238,19 @@ def check_networks(config: Config) -> None:
         settings = config.segmentation
         segmenter = SegmentationNetwork(settings.model or config.model, settings, num_classes=1)
         _check_memory(segmenter, "segmentation", settings, runtime, max(settings.loss_scales))
+
+
+def _check_processes(config: Config) -> None:
+    """Refuse a training whose batches have fewer images than there are processes."""
+    from smaflib.distributed.launch import num_processes, trainings
+
+    number = num_processes(config)
+    for name, settings in trainings(config).items():
+        if settings.batch_size < number:
+            raise ConfigError(
+                f"{name}.batch_size is {settings.batch_size}, too few images for {number} processes; set "
+                f"processes={settings.batch_size}, or a larger batch_size"
+            )
 
 
 def _check_memory(
@@ -252,6 +266,22 @@ def _check_memory(
     refuse_what_does_not_fit(training_bytes, network.train(), shape, runtime, what, "make one of them smaller")
 
 
+def _share_work(work: Workspace, function: str, **arguments: Any) -> None:
+    """Let several processes do a function's work first, where ``processes`` asks for them (:mod:`smaflib.distributed`).
+
+    The function then finds all of it done. In a process that is one of several, nothing happens.
+
+    Args:
+        work: the folder that all of them work in.
+        function: the name of the function of this module that calls this one.
+        arguments: of that function, as JSON can hold them.
+    """
+    from smaflib.distributed.launch import Task, num_processes, run_in_processes
+
+    if (number := num_processes(work.config)) > 1:
+        run_in_processes(Task(function, work.folder, work.data_folder, work.config, arguments), number)
+
+
 def train_teacher(work: Workspace) -> tuple[AttentionNetwork, History]:
     """Stage 1: the classifier.
 
@@ -261,10 +291,14 @@ def train_teacher(work: Workspace) -> tuple[AttentionNetwork, History]:
     """
     from smaflib.classifier import train_classifier
     from smaflib.data.voc import check_saliency_sizes
+    from smaflib.training import is_finished
 
     config = work.config
     if config.classifier.pretraining == "eps":
         check_saliency_sizes(work.samples())
+    trained = config.classifier.checkpoint is None and config.classifier.solve_head is None
+    if trained and not is_finished(work.checkpoint("teacher"), config.classifier):
+        _share_work(work, "train_teacher")
     return train_classifier(
         work.samples(),
         config.model,
@@ -283,6 +317,7 @@ def write_maps(work: Workspace, network: str, split: Split = "train") -> Attenti
     maps, samples = work.maps(network, split), work.samples(split)
     if all(maps.path(image_id).is_file() for image_id in samples.image_ids):
         return maps
+    _share_work(work, "write_maps", network=network, split=split)
     return write_attention_maps(work.network(network), samples, maps.folder, work.config.attention, work.make_runtime())
 
 
@@ -363,13 +398,15 @@ def train_student(
         work: holds the teacher's checkpoint and maps, and takes the student's checkpoint.
         name: of the student.
         teacher: whose maps are learned, and whose weights the student starts from.
-        targets: how they are made.
+        targets: how they are made. A rule of one's own keeps the training in this process.
     """
     from smaflib.reactivation import reactivate
     from smaflib.self_training import self_train
     from smaflib.training import is_finished
 
     config, samples, runtime = work.config, work.samples(), work.make_runtime()
+    if targets.rule is None and not is_finished(work.checkpoint(name), config.self_training):
+        _share_work(work, "_train_student_of", name=name, teacher=teacher, **asdict(targets))
     finished = is_finished(work.checkpoint(name), config.self_training)
     return self_train(
         work.network(teacher),
@@ -384,12 +421,20 @@ def train_student(
     )
 
 
+def _train_student_of(work: Workspace, name: str, teacher: str, **targets: Any) -> None:
+    """:func:`train_student` by arguments that JSON can hold."""
+    train_student(work, name, teacher, Targets(**targets))
+
+
 def _targets(work: Workspace, teacher: str, targets: Targets, runtime: Runtime) -> Sequence[Tensor]:
     """The denoised maps, or with ``self_training.refine: crf`` the masks that the dense CRF makes of them.
 
     A student of masks learns where its teacher's maps agree with the edges of the images. The masks are kept in memory,
     one byte per pixel.
     """
+    from torch.utils.data import Subset
+
+    from smaflib.distributed.ranks import gather_parts, ranks_here
     from smaflib.maps import MaskMaps
     from smaflib.pseudo_masks import pseudo_masks
 
@@ -401,8 +446,10 @@ def _targets(work: Workspace, teacher: str, targets: Targets, runtime: Runtime) 
         maps.cached = config.data.cache  # the CRF below reads each once
         return maps
     settings = config.pseudo_masks.model_copy(update={"refine": "crf"})
-    masks = pseudo_masks(samples, maps, work.bg_score, settings, device=runtime.device, desc="targets")
-    return MaskMaps(list(masks), len(samples.class_names))
+    part = ranks_here().part(range(len(samples)))
+    some: Any = Subset(maps, part)  # type: ignore[arg-type]
+    masks = pseudo_masks(samples.subset(part), some, work.bg_score, settings, device=runtime.device, desc="targets")
+    return MaskMaps(gather_parts(list(masks)), len(samples.class_names))
 
 
 def self_train_rounds(work: Workspace) -> dict[str, History]:
@@ -425,6 +472,8 @@ def write_masks(work: Workspace, network: str = "student") -> MaskFiles:
     from smaflib.pseudo_masks import write_pseudo_masks
 
     samples, bg_score = work.samples(), resolve_mask_bg_score(work, network)
+    if not all(work.path("masks", f"{image_id}.png").is_file() for image_id in samples.image_ids):
+        _share_work(work, "write_masks", network=network)
     write_pseudo_masks(
         samples,
         work.mask_maps(network, samples),
@@ -440,6 +489,7 @@ def train_segmentation(work: Workspace) -> tuple[SegmentationNetwork, History]:
     """Stage 6: the segmentation network, trained on the pseudo masks, or on the ground truth as upper bound."""
     from smaflib.data.masks import ground_truth_of
     from smaflib.segmentation import train_segmenter
+    from smaflib.training import is_finished
 
     config, samples = work.config, work.samples()
     settings = config.segmentation
@@ -449,6 +499,8 @@ def train_segmentation(work: Workspace) -> tuple[SegmentationNetwork, History]:
         masks = ground_truth_of(samples)
     else:
         masks = work.masks(samples)
+    if not is_finished(work.checkpoint("segmenter"), settings):
+        _share_work(work, "train_segmentation")
     return train_segmenter(
         samples,
         masks or [],
@@ -467,6 +519,8 @@ def write_segmentation(work: Workspace, split: Split = "val") -> MaskFiles:
 
     samples = work.samples(split)
     masks = work.path("masks_segmenter")
+    if not all(masks.joinpath(f"{image_id}.png").is_file() for image_id in samples.image_ids):
+        _share_work(work, "write_segmentation", split=split)
     segmentation.write_segmentation(work.segmenter(), samples, masks, work.config.segmentation, work.make_runtime())
     return work.masks(samples, "masks_segmenter")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from smaflib.config import CrfConfig, PseudoMaskConfig
 from smaflib.data.masks import save_mask
 from smaflib.data.sample import Samples
+from smaflib.distributed.ranks import ranks_here, wait_for_all
 from smaflib.reactivation import hard_labels, with_background_score
 from smaflib.refinement import refine, refine_many
 from smaflib.runtime import CPU, progress
@@ -88,15 +89,18 @@ def write_pseudo_masks(
 ) -> None:
     """Write a palette PNG per image, ``<image_id>.png``; images that have theirs already are skipped.
 
+    Of several processes (:mod:`smaflib.distributed`) each makes its part.
+
     Arguments as of :func:`pseudo_masks`.
     """
     paths = [folder / f"{image_id}.png" for image_id in samples.image_ids]
-    missing = [index for index, path in enumerate(paths) if not path.is_file()]
+    missing = [index for index in ranks_here().part(range(len(paths))) if not paths[index].is_file()]
     # torch's Subset is lazy, as the maps are: those of a data set do not fit into memory.
     some: Any = torch.utils.data.Subset(denoised, missing)  # type: ignore[arg-type]
     masks = pseudo_masks(samples.subset(missing), some, bg_score, config, device=device, desc="pseudo masks")
     for index, mask in zip(missing, masks, strict=True):
         save_mask(paths[index], mask)
+    wait_for_all()
 
 
 def _unary(denoised: Tensor, bg_score: float, config: PseudoMaskConfig) -> Tensor:

@@ -29,6 +29,9 @@ PROGRESS_FILE = "SMAF_PROGRESS_FILE"
 """Environment variable: a file that takes the state of the running progress bar, for the runner's terminal."""
 
 
+LOCAL_RANK, LOCAL_SIZE = "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+"""Environment variables that torchrun sets: a process's number among those on this machine, and how many there are."""
+
 CPU = torch.device("cpu")
 
 
@@ -66,6 +69,9 @@ def make_runtime(config: Config) -> Runtime:
             f"device is {device.type!r}, but torch finds {'only ' + found.type if found else 'no accelerator'} here; "
             "set device=auto or device=cpu"
         )
+    if device.type == "cuda" and LOCAL_RANK in os.environ:  # torchrun's word for this process's number on this machine
+        device = torch.device("cuda", int(os.environ[LOCAL_RANK]))
+        torch.cuda.set_device(device)
     # torch's own default counts hyper-threads and ignores CPU limits of containers.
     torch.set_num_threads(config.num_threads or num_cores())
     torch.backends.cudnn.benchmark = False
@@ -150,8 +156,9 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def num_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU cores that this process may use: of several that share a stage's work, its part of them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get(LOCAL_SIZE, "1")))
 
 
 def derive_seed(*parts: object) -> int:
@@ -215,8 +222,12 @@ def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: in
 def progress(items: Iterable[Item], total: int | None = None, desc: str = "", initial: int = 0) -> Iterator[Item]:
     """Iterate with a progress bar: on the terminal and in JupyterLab as text, headless into the runner's bar.
 
-    ``tqdm.auto`` would leave dead widgets in saved notebooks, so this is the plain one.
+    ``tqdm.auto`` would leave dead widgets in saved notebooks, so this is the plain one. Of several processes that share
+    a stage's work the first shows its own. Where there is nothing to do, nothing is shown.
     """
+    if os.environ.get(LOCAL_RANK, "0") != "0" or total == 0:
+        yield from items
+        return
     target = os.environ.get(PROGRESS_FILE)
     if target is None:
         yield from tqdm(items, total=total, desc=desc, initial=initial, file=sys.stderr, mininterval=0.3)

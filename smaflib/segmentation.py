@@ -16,6 +16,7 @@ from smaflib.data.classes import VOID_LABEL
 from smaflib.data.masks import save_mask
 from smaflib.data.sample import Samples
 from smaflib.data.transforms import normalize, scaled_size
+from smaflib.distributed.ranks import ranks_here, wait_for_all
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, SummedBranches
 from smaflib.refinement import dense_crf, refine_many
 from smaflib.runtime import Runtime, derive_seed, device_of, progress, seeded
@@ -62,7 +63,10 @@ def train_segmenter(
         views = multi_scale_logits(network, batch["image"], settings.loss_scales)
         return {"L_seg": torch.stack([segmentation_loss(logits, batch["mask"]) for logits in views]).sum()}
 
-    history = fit(network, batches, loss, runtime, checkpoint, desc="segmentation")
+    def num_terms(batch: Batch) -> Tensor:
+        return (batch["mask"] != VOID_LABEL).sum()
+
+    history = fit(network, batches, loss, runtime, checkpoint, desc="segmentation", num_terms=num_terms)
     return network, history
 
 
@@ -216,7 +220,8 @@ def write_segmentation(
         runtime: device and precision.
     """
     paths = [folder / f"{image_id}.png" for image_id in samples.image_ids]
-    missing = [index for index, path in enumerate(paths) if not path.is_file()]
+    missing = [index for index in ranks_here().part(range(len(paths))) if not paths[index].is_file()]
     masks = segment_many(network, (samples[index].image for index in missing), settings, runtime)
     for index, mask in zip(missing, progress(masks, len(missing), f"segment {samples.split}"), strict=True):
         save_mask(paths[index], mask)
+    wait_for_all()

@@ -6,6 +6,7 @@ its checkpoint ends with the same weights as one that was never killed.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from smaflib.config import TrainingConfig
 from smaflib.data.sample import Sample
 from smaflib.data.transforms import Crop, draw_crop, jitter_colors, normalize, whole_image
+from smaflib.distributed.layers import see_whole_batch
+from smaflib.distributed.ranks import Ranks, ranks_here, sum_gradients, sum_over_ranks, wait_for_all
 from smaflib.models.weights.files import OPTIMIZER, fill, read_metadata, read_weights, write_weights
 from smaflib.runtime import Runtime, derive_seed, progress, release_freed_memory, seeded
 
@@ -59,6 +62,13 @@ class Batches(Dataset[Batch]):
     """Batch number ``iteration`` of a training: drawn, cropped, normalised.
 
     Every pass over the samples is a fresh permutation; passes run on across batches, so that all batches are full.
+
+    Args:
+        samples: the training split.
+        config: of the training.
+        seed: decides all that is drawn.
+        crop_fields: what a batch has beside image and image label.
+        num_workers: loader processes.
     """
 
     def __init__(
@@ -70,14 +80,21 @@ class Batches(Dataset[Batch]):
         num_workers: int = 0,
     ) -> None:
         self.samples, self.config, self.seed = samples, config, seed
-        self.crop_fields, self.num_workers = crop_fields, num_workers
+        self.crop_fields, self.num_workers, self.ranks = crop_fields, num_workers, Ranks()
+
+    def of(self, ranks: Ranks) -> Batches:
+        """The part of each batch that belongs to one of several processes; the batches are the same for any number."""
+        part = copy.copy(self)
+        part.ranks = ranks
+        return part
 
     def __len__(self) -> int:
         return self.config.iterations
 
     def __getitem__(self, iteration: int) -> Batch:
         first = iteration * self.config.batch_size
-        drawn = [self._draw(position) for position in range(first, first + self.config.batch_size)]
+        positions = self.ranks.part(range(first, first + self.config.batch_size))
+        drawn = [self._draw(position) for position in positions]
         return {name: torch.stack([item[name] for item in drawn]) for name in drawn[0]}
 
     def _draw(self, position: int) -> Batch:
@@ -108,8 +125,11 @@ def fit(
     runtime: Runtime,
     checkpoint: Path | None = None,
     desc: str = "training",
+    num_terms: Callable[[Batch], Tensor] | None = None,
 ) -> History:
     """Optimise a network in place; ends in eval mode.
+
+    Several processes (:mod:`smaflib.distributed`) each take their part of every batch, and make the same steps as one.
 
     Args:
         network: what learns; its ``new_layers()``, if there are any, learn at ``head_multiplier`` times the rate.
@@ -120,6 +140,8 @@ def fit(
             from it, and is done if it is complete. With ``start_share``, the network must come as it started the first
             time.
         desc: name on the progress bar.
+        num_terms: how many terms a batch's losses are a mean of, such as pixels that count; None: the same number for
+            each image. With it the parts' means become the mean of the whole batch.
 
     Returns:
         The learning curve.
@@ -128,11 +150,14 @@ def fit(
         FloatingPointError: if the loss is no longer finite. A GPU would wait for each loss that is read, so there they
             are read when they are logged: before a checkpoint, and after some steps more.
     """
-    config = batches.config
+    config, ranks = batches.config, ranks_here()
+    batches = batches.of(ranks)
     runtime.place(network).train()
+    network = see_whole_batch(network, config.batch_size)
     optimizer = make_optimizer(network, config)
     started_from = [p.detach().clone() for p in network.parameters()] if config.start_share else []
     history, start = _resume(network, optimizer, checkpoint)
+    wait_for_all()  # before the first process writes the next checkpoint
     if start >= config.iterations:
         network.eval()
         return history
@@ -148,18 +173,20 @@ def fit(
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = learning_rate(config, peak, iteration)
         with seeded(derive_seed(batches.seed, "dropout", iteration), runtime.device):
-            losses.append(_step(network, optimizer, batch, loss, runtime))
+            losses.append(_step(network, optimizer, batch, loss, runtime, num_terms or _images))
         done = iteration + 1
         if done % log_every == 0 or done == config.iterations:
             history.append({"iteration": float(done)} | _means(losses))
             losses = []
         # Checkpoints fall on log points, so that no half of a mean is lost.
-        if checkpoint and done < config.iterations and done % _rounded_up(config.checkpoint_every, log_every) == 0:
+        at_checkpoint = done < config.iterations and done % _rounded_up(config.checkpoint_every, log_every) == 0
+        if checkpoint and ranks.first and at_checkpoint:
             _save(checkpoint, network, history, done, optimizer)
     network.eval()
     _keep_start(network, started_from, config.start_share)
-    if checkpoint:
+    if checkpoint and ranks.first:
         _save(checkpoint, network, history, config.iterations, None)
+    wait_for_all()  # until what was learned can be read
     optimizer.zero_grad()
     release_freed_memory()
     return history
@@ -230,26 +257,42 @@ def _step(
     batch: Batch,
     loss: Callable[[Batch], dict[str, Tensor]],
     runtime: Runtime,
+    num_terms: Callable[[Batch], Tensor],
 ) -> dict[str, Tensor]:
+    """One step; the losses, times the share that this process's part has in those of the whole batch."""
     batch = {name: field.to(runtime.device, non_blocking=True) for name, field in batch.items()}
     with runtime.autocast():
         losses = loss(batch)
     if runtime.device.type == "cpu":
         _refuse_not_finite({name: float(value.detach()) for name, value in losses.items()})
     optimizer.zero_grad(set_to_none=True)
-    torch.stack(list(losses.values())).sum().backward()
+    share = _share(num_terms(batch))
+    (torch.stack(list(losses.values())).sum() * share).backward()
+    sum_gradients(network.parameters())
     optimizer.step()
-    return {name: value.detach() for name, value in losses.items()}
+    return {name: value.detach() * share for name, value in losses.items()}
+
+
+def _images(batch: Batch) -> Tensor:
+    return torch.tensor(len(batch["image"]), device=batch["image"].device)
+
+
+def _share(terms: Tensor) -> Tensor | float:
+    """The part that this process's terms are of those of all processes; 1 if it is alone."""
+    if ranks_here().alone:
+        return 1.0
+    return (terms.double() / sum_over_ranks(terms).clamp(min=1)).float()
 
 
 def _means(losses: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """The mean of each loss over some steps; waits for the device.
+    """The mean of each loss over some steps, of all processes together; waits for the device.
 
     Raises:
         FloatingPointError: if a loss of one of them is not finite.
     """
     names = list(losses[0])
-    table = torch.stack([torch.stack([step[name].float() for name in names]) for step in losses]).tolist()
+    parts = torch.stack([torch.stack([step[name].float() for name in names]) for step in losses])
+    table = sum_over_ranks(parts).tolist()
     for values in table:
         _refuse_not_finite(dict(zip(names, values, strict=True)))
     return {name: sum(column) / len(table) for name, column in zip(names, zip(*table, strict=True), strict=True)}

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from smaflib.config.presets import PRESET_GROUPS
-from smaflib.config.schema import NAMED_WEIGHTS, Config, CrfConfig, DataConfig, ModelConfig
+from smaflib.config.schema import FREE_SETTINGS, NAMED_WEIGHTS, Config, CrfConfig, DataConfig, ModelConfig
 from smaflib.errors import ConfigError
 from smaflib.files import PROJECT_ROOT
 
@@ -95,12 +95,15 @@ def dump_config(config: Config) -> str:
 
 
 def config_differences(ours: Config, theirs: Config) -> list[str]:
-    """Each setting that differs, as ``key: ours | theirs``, in the order of the config."""
+    """Each setting that differs, as ``key: ours | theirs``, in the order of the config.
+
+    :data:`~smaflib.config.schema.FREE_SETTINGS` are left out.
+    """
     left, right = flat_settings(ours), flat_settings(theirs)
     return [
         f"{key}: {left.get(key)} | {right.get(key)}"
         for key in {**left, **right}
-        if left.get(key, "-") != right.get(key, "-")
+        if key not in FREE_SETTINGS and left.get(key, "-") != right.get(key, "-")
     ]
 
 

@@ -1,6 +1,7 @@
 """Which settings a stage reads: found while it runs, not declared.
 
-The runner's kernels switch this on (:mod:`smaflib.runs.kernel`). Elsewhere settings stay plain attributes.
+The runner's kernels switch this on (:mod:`smaflib.runs.kernel`), and so do processes that they start. Elsewhere
+settings stay plain attributes.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from smaflib.config.schema import Config, StageConfig
+from smaflib.config.schema import FREE_SETTINGS, Config, StageConfig
+
+SETTINGS_FILE = "SMAF_SETTINGS_FILE"
+"""Environment variable: a file that takes the names of the settings that are read."""
 
 _followed: dict[int, tuple[StageConfig, set[str]]] = {}  # by id; the group itself keeps the id from being used again
 _noted: set[str] = set()
-_copying: ContextVar[bool] = ContextVar("copying", default=False)
+_unnoted: ContextVar[bool] = ContextVar("unnoted", default=False)
 _copy = StageConfig.model_copy
 
 
@@ -36,7 +40,7 @@ def recording(path: Path) -> Iterator[None]:
 
     def read(self: StageConfig, name: str) -> Any:
         value = object.__getattribute__(self, name)
-        whole = name == "__dict__" and not _copying.get()
+        whole = name == "__dict__" and not _unnoted.get()
         if (whole or name in type(self).__pydantic_fields__) and (followed := _followed.get(id(self))):
             for group in list(followed[1]):
                 setting = group if whole else f"{group}.{name}".lstrip(".")
@@ -47,11 +51,8 @@ def recording(path: Path) -> Iterator[None]:
         return value
 
     def copy(self: StageConfig, **options: Any) -> StageConfig:
-        token = _copying.set(True)
-        try:
+        with not_noting():
             copied = _copy(self, **options)
-        finally:
-            _copying.reset(token)
         for group in _followed[id(self)][1] if id(self) in _followed else ():
             follow(copied, group)
         return copied
@@ -68,6 +69,22 @@ def recording(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def recording_where_asked() -> contextlib.AbstractContextManager[None]:
+    """:func:`recording` into the file that :data:`SETTINGS_FILE` names; nothing where it names none."""
+    path = os.environ.get(SETTINGS_FILE)
+    return recording(Path(path)) if path else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def not_noting() -> Iterator[None]:
+    """Do not count a group as read that is copied or handed over whole inside the block."""
+    token = _unnoted.set(True)
+    try:
+        yield
+    finally:
+        _unnoted.reset(token)
+
+
 def follow(config: StageConfig, group: str = "") -> None:
     """Count what is read of these settings as settings of the run, where it is recorded; other configs do not count."""
     if "__getattribute__" in vars(StageConfig):
@@ -81,8 +98,8 @@ def recorded_settings(path: Path, config: Config) -> dict[str, Any]:
 
 
 def settings_at(names: Iterable[str], config: Config) -> dict[str, Any]:
-    """Settings and whole groups by name; what the config does not have is left out."""
-    found, everything = {}, config.model_dump(mode="json")
+    """Settings and whole groups by name; what the config does not have, or what decides no result, is left out."""
+    found, everything = {}, config.model_dump(mode="json", exclude=set(FREE_SETTINGS))
     for name in names:
         value: Any = everything
         for part in filter(None, name.split(".")):

@@ -38,6 +38,10 @@ NAMED_WEIGHTS = ("torchvision", "pretrained", "wheel")
 """Values of ``model.weights`` that are no file."""
 
 
+FREE_SETTINGS = ("processes",)
+"""Settings that decide how long a result takes and not what it is: a run may go on with other ones."""
+
+
 def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
     if pair[0] > pair[1]:
         raise ValueError("must be (smaller, larger)")
@@ -306,6 +310,9 @@ class Config(StageConfig):
     # circuits for it, else float32. The manifest says which it was.
     precision: Literal["auto", "float32", "bf16"] = "float32"
     num_threads: Annotated[int, Field(ge=0, le=4096)] = 0  # torch's CPU threads; 0: one per core
+    # Processes that share the work of a stage on this machine; auto: one per GPU, and one where there is none. Each
+    # holds in memory what one alone would hold.
+    processes: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     classifier: ClassifierConfig = ClassifierConfig()

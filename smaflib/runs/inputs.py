@@ -12,6 +12,7 @@ from typing import Any, get_args
 from smaflib import files
 from smaflib.config import Config, DataConfig, Split
 from smaflib.config.reads import settings_at
+from smaflib.config.schema import FREE_SETTINGS
 from smaflib.errors import RunError
 from smaflib.files import display_path
 from smaflib.runs.code import code_only, imported_modules
@@ -155,8 +156,8 @@ def changed_names(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
 
 
 def config_hash(config: Config) -> str:
-    """SHA-256 of all settings."""
-    return hash_value(config.model_dump(mode="json"))
+    """SHA-256 of all settings that decide a result."""
+    return hash_value(config.model_dump(mode="json", exclude=set(FREE_SETTINGS)))
 
 
 def _changed_settings(entry: Entry, config: Config) -> str | None:

@@ -4,8 +4,9 @@
 what the notebooks import, then waits for its orders on standard input (:class:`SpareKernel`): nine notebooks that each
 wait five seconds for their imports would spend a sixth of the mini run on that.
 
-Where the environment names :data:`SETTINGS_FILE`, the kernel notes there which settings its notebook reads. ipykernel
-ends a kernel whose parent was killed, but not the worker processes that the kernel started: this one ends them, too.
+Where the environment names a file for it (:mod:`smaflib.config.reads`), the kernel notes there which settings its
+notebook reads. ipykernel ends a kernel whose parent was killed, but not the worker processes that the kernel started:
+this one ends them, too.
 """
 
 from __future__ import annotations
@@ -21,11 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-SETTINGS_FILE = "SMAF_SETTINGS_FILE"
-"""Environment variable: a file that takes the names of the settings that are read."""
 
 PRELOADED = (
     "matplotlib.figure",
@@ -154,10 +151,9 @@ def recording_settings() -> contextlib.AbstractContextManager[None]:
     """Note which settings are read, if the environment asks for it."""
     # A library that does not import fails again in the notebook's own cell, where its reader sees it.
     with contextlib.suppress(Exception):
-        if path := os.environ.get(SETTINGS_FILE):
-            from smaflib.config.reads import recording
+        from smaflib.config.reads import recording_where_asked
 
-            return recording(Path(path))
+        return recording_where_asked()
     return contextlib.nullcontext()
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from smaflib import files
 from smaflib.config import load_config
-from smaflib.config.reads import recorded_settings
+from smaflib.config.reads import SETTINGS_FILE, recorded_settings
 from smaflib.errors import RunError, RunStopped, StageFailed
 from smaflib.files import RUNS_FOLDER, SHIPPED, absolute, display_path, duration
 from smaflib.pipeline import check_networks
@@ -43,7 +43,7 @@ from smaflib.runs.inputs import (
     stage_inputs,
     why_not_complete,
 )
-from smaflib.runs.kernel import SETTINGS_FILE, SpareKernel
+from smaflib.runs.kernel import SpareKernel
 from smaflib.runs.manifest import (
     Entry,
     clear_stage,

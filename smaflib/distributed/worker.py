@@ -1,0 +1,127 @@
+"""One of the processes that torchrun starts: joins the others and calls the function it was told to.
+
+Called with a folder that holds the task, ``python -m smaflib.distributed.worker FOLDER``, by
+:func:`smaflib.distributed.launch.run_in_processes` alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from smaflib import pipeline
+from smaflib.config import check_settings
+from smaflib.config.reads import follow, recording_where_asked
+from smaflib.errors import InputError, RunError
+from smaflib.files import write_json
+
+TASK, FAILURE = "task.json", "failure.json"
+
+FINAL = (InputError, RunError, FloatingPointError, OSError, MemoryError, torch.OutOfMemoryError)
+"""What would come again if the processes were started again. An error of communication is none of them: it says that
+another process has ended."""
+
+TIMEOUT = datetime.timedelta(minutes=30)
+"""How long a process waits for another one in a collective operation: one may refine its part of the masks later."""
+
+
+@dataclass(frozen=True)
+class RankWorkspace(pipeline.Workspace):
+    """The workspace of the process that started this one.
+
+    Attributes:
+        data_home: where data that code makes lies.
+    """
+
+    data_home: Path = Path()
+
+    @property
+    def data_folder(self) -> Path:
+        return self.data_home
+
+
+def main(folder: Path) -> None:
+    """Join the others and do the task.
+
+    A failure that would come again is written down for the process that waits, and ends the task in every process.
+    """
+    if (folder / FAILURE).exists():  # torchrun starts the others again, too
+        return
+    task: dict[str, Any] = json.loads((folder / TASK).read_text(encoding="utf-8"))
+    _leave_with(task["parent"], folder)
+    try:
+        with recording_where_asked():
+            _do(task, folder)
+    except FINAL as error:
+        if not isinstance(error, ConnectionError):
+            _write_failure(folder, error)
+        raise
+    finally:
+        with contextlib.suppress(Exception):  # the others may be gone
+            dist.destroy_process_group()
+
+
+def _do(task: dict[str, Any], folder: Path) -> None:
+    import yaml
+
+    config = check_settings(yaml.safe_load(task["config"]))
+    work = RankWorkspace(Path(task["folder"]), config, data_home=Path(task["data_folder"]))
+    on_gpu = work.make_runtime().device.type == "cuda"
+    # A file of its own for each start: torchrun's store still holds the addresses of those that were there before.
+    meeting = folder / f"meeting{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        init_method=f"file://{meeting.as_posix()}",
+        timeout=TIMEOUT,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
+    follow(config)
+    getattr(pipeline, task["function"])(work, **task["arguments"])
+    dist.barrier()  # the first process writes what is common, and must not be ended before
+
+
+def _write_failure(folder: Path, error: BaseException) -> None:
+    if not (folder / FAILURE).exists():  # the first one says why the others failed
+        known = next(kind for kind in (*type(error).__mro__,) if kind.__module__ in ("builtins", "smaflib.errors"))
+        write_json(folder / FAILURE, {"type": known.__name__, "message": str(error)})
+
+
+def _leave_with(parent: int, folder: Path) -> None:
+    """End this process once torchrun, or the process that started it, is gone."""
+    torchrun = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == torchrun and _is_there(parent):
+            time.sleep(0.5)
+        with contextlib.suppress(OSError):  # so that torchrun, if it lives, starts nothing again
+            write_json(folder / FAILURE, {"type": "RunError", "message": "the process that waited has ended"})
+        os._exit(1)
+
+    if os.name == "posix":
+        threading.Thread(target=watch, daemon=True, name="leave_with_parent").start()
+
+
+def _is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
