@@ -164,6 +164,13 @@ def sweep(
         str | None, typer.Option("--until", metavar="STAGE", help="Stop each run after this stage.")
     ] = None,
     measure: Measure = "mIoU",
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="P", help="Let Snakemake run it: local, slurm, or the folder of a profile of your own."),
+    ] = None,
+    shards: Annotated[
+        int, typer.Option(metavar="N", help="With --profile: jobs that share the maps, and masks, of a run.")
+    ] = 1,
 ) -> None:
     """Run a chain over seeds and settings; tables of mean, spread and paired differences. Makes what is missing."""
     with _plain_errors():
@@ -175,7 +182,10 @@ def sweep(
         _check_measure(measure)
         given = find_config(config)
         values = parse_grid(grid or [])
-        failures = make_sweep(given, out.absolute(), parse_seeds(seeds), values, settings or [], until_stage, measure)
+        options = {"profile": profile, "shards": shards}
+        failures = make_sweep(
+            given, out.absolute(), parse_seeds(seeds), values, settings or [], until_stage, measure, **options
+        )
         for name in ("results", "differences") if values else ("results",):
             typer.echo(f"\n{name}, {measure} in percent, mean ± standard deviation (seeds)")
             typer.echo((out / f"{name}.txt").read_text(encoding="utf-8"))
