@@ -29,7 +29,7 @@ import yaml
 from smaflib.files import PROJECT_ROOT, duration
 from smaflib.runs.manifest import read_manifest
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "sinfo", "snakemake")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "sinfo", "snakemake")
 START_SECONDS, SWEEP_SECONDS = 60.0, 1800.0
 
 CONFIG = """ClusterName=smaftest
@@ -115,6 +115,12 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
     config = folder / "slurm.conf"
     config.write_text(CONFIG.format(host=host, user=getpass.getuser(), folder=folder, **ports))
     environment = os.environ | {"SLURM_CONF": str(config)}
+    # Inside a job the plug-in calls srun without Slurm's variables, so that it would look for a file under /etc.
+    wrapper = folder / "bin" / "srun"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nSLURM_CONF={config} exec {shutil.which("srun")} "$@"\n')
+    wrapper.chmod(0o755)
+    environment["PATH"] = f"{wrapper.parent}{os.pathsep}{environment['PATH']}"
     paths = [f"--{name}-file={folder / f'munge.{name}'}" for name in ("key", "pid", "log", "seed")]
     munged = ["munged", "--foreground", "--force", f"--socket={folder / 'munge.socket'}", *paths]
     with contextlib.ExitStack() as stack:
@@ -150,7 +156,8 @@ def write_profile(folder: Path) -> Path:
     del profile["set-resources"]
     profile["default-resources"] |= {"slurm_partition": "tiny", "runtime": 20, "mem_mb": 900}
     profile["set-threads"] = dict.fromkeys(profile["set-threads"], 1)
-    profile |= {"slurm-no-account": True, "slurm-init-seconds-before-status-checks": 1, "latency-wait": 10}
+    profile |= {"slurm-no-account": True, "slurm-status-command": "squeue", "latency-wait": 10}
+    profile["slurm-init-seconds-before-status-checks"] = 1  # jobs of seconds; of real ones it is 40
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(profile))
     return folder
@@ -171,14 +178,15 @@ def sweep_with_a_lost_job(command: Sequence[str], out: Path, environment: Mappin
     """
     process = subprocess.Popen(command, env=environment, cwd=PROJECT_ROOT)
     try:
-        wait_until(lambda: any(out.glob("*/checkpoints/teacher*")), "a checkpoint", SWEEP_SECONDS)
+        half = "*/checkpoints/teacher*"
+        wait_until(lambda: any(out.glob(half)) or process.poll() is not None, "a checkpoint", SWEEP_SECONDS)
         lost = ask(["squeue", "-h", "-t", "running", "-o", "%i"], environment).split()
         print(f"cancelled in the middle: jobs {' '.join(lost)}", flush=True)
         subprocess.run(["scancel", *lost], env=environment, check=True, timeout=60)
         status = process.wait(timeout=SWEEP_SECONDS)
     finally:
-        process.kill()
-        process.wait()
+        process.terminate()  # it ends Snakemake, which cancels its jobs
+        process.wait(timeout=START_SECONDS)
     if not lost or status != 1:
         sys.exit(f"the sweep that lost {len(lost)} jobs ended with status {status}; 1 was expected, of failed runs")
 

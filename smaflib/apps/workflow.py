@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import yaml
+
 from smaflib import files
 from smaflib.config import load_config
 from smaflib.errors import ConfigError, RunError
@@ -33,6 +35,8 @@ from smaflib.runs.stages import STAGES, Stage
 WORKFLOW = SHIPPED / "workflow"
 FOLDER = ".workflow"
 """In the folder of a sweep; takes the plan, the jobs' logs and the empty files."""
+
+SACCT_SECONDS = 60.0
 
 HEAVY = ("02_classifier", "03_multi_scale_attention", "05_self_training", "06_pseudo_masks")
 """Stages that end a job; those between them take seconds and come with the next one."""
@@ -154,7 +158,8 @@ def check_workflow(profile: str, shards: int) -> tuple[list[str], Path]:
         shards: parts of each stage that has shards.
 
     Raises:
-        ConfigError: if there is no Snakemake, no such profile or the number will not do.
+        ConfigError: if there is no Snakemake, no such profile, the number will not do, or Slurm does not tell how jobs
+            ended.
     """
     if not 1 <= shards <= MOST_PARTS:
         raise ConfigError(f"--shards must be from 1 (no shards) to {MOST_PARTS:,}, got {shards}")
@@ -172,7 +177,31 @@ def check_workflow(profile: str, shards: int) -> tuple[list[str], Path]:
         raise ConfigError(
             "--profile hands the sweep over to Snakemake, which is not installed: pip install 'smaflib[cluster]'"
         )
+    _check_job_states(folder / "config.yaml")
     return [sys.executable, "-m", "snakemake"] if find_spec("snakemake") else [str(found)], folder
+
+
+def _check_job_states(profile: Path) -> None:
+    """Refuse a cluster that does not tell how its jobs ended: Snakemake would wait for them for ever."""
+    try:
+        options = yaml.safe_load(profile.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{display_path(profile)} is not valid YAML: {error}") from error
+    if not isinstance(options, dict) or options.get("executor") != "slurm" or "slurm-status-command" in options:
+        return
+    try:
+        asked = subprocess.run(["sacct", "-X", "-n"], capture_output=True, text=True, timeout=SACCT_SECONDS)
+    except FileNotFoundError:
+        return  # the plug-in then takes squeue, or says that there is no Slurm
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"sacct does not answer within {SACCT_SECONDS:.0f} s, so no job's end would be seen"
+        ) from error
+    if asked.returncode:
+        raise ConfigError(
+            f"sacct, which tells how jobs ended, does not work here ({asked.stderr.strip()[:200]}); put the line "
+            f"'slurm-status-command: squeue' into {display_path(profile)}"
+        )
 
 
 def run_workflow(
