@@ -267,7 +267,7 @@ def test_shard_refuses_beside_shards_of_other_code(runs: Path) -> None:
     other_code(runs, "taught", ATTENTION.name)
     before = contents(runs / "taught" / "cams")
     with pytest.raises(
-        RunError, match=r"begun with other code than is here \(smaflib\.cams differs\).*--from 03_multi"
+        RunError, match=r"(?s)begun with other code than is here \(smaflib\.cams differs\).*--from 03_multi"
     ):
         run_shard("taught", "03", Part(2, 2), runs)
     assert contents(runs / "taught" / "cams") == before
