@@ -276,7 +276,7 @@ def test_sigterm_reaches_snakemake_as_an_interruption() -> None:
     script = (
         "import time\ntry:\n    print(flush=True); time.sleep(60)\nexcept KeyboardInterrupt:\n    raise SystemExit(7)"
     )
-    threading.Timer(1.5, lambda: signal.raise_signal(signal.SIGTERM)).start()
+    threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
     begun = time.monotonic()
     with pytest.raises(RunError, match="status 7"):
         workflow._call([sys.executable, "-c", script])
@@ -290,7 +290,7 @@ def test_profiles_give_every_rule_what_it_needs() -> None:
     rules = {
         line.split()[1].rstrip(":") for line in (WORKFLOW / "Snakefile").read_text().splitlines() if line[:5] == "rule "
     }
-    rules |= {line.split()[3] for line in (WORKFLOW / "Snakefile").read_text().splitlines() if line[:9] == "use rule "}
+    rules |= {line.split()[4] for line in (WORKFLOW / "Snakefile").read_text().splitlines() if line[:9] == "use rule "}
     slurm = yaml.safe_load((WORKFLOW / "profiles" / "slurm" / "config.yaml").read_text())
     assert slurm["set-resources"].keys() == slurm["set-threads"].keys() == rules - {"all"}
     assert slurm["default-resources"]["tasks_per_gpu"] == 0  # one task starts the processes of all GPUs
@@ -321,11 +321,13 @@ def test_dry_run_has_every_job(config: Path, tmp_path: Path, monkeypatch: pytest
 
 
 @needs_snakemake
-def test_job_that_fails_is_reported_and_the_others_are_tried(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    config = tmp_path / "broken.yaml"
-    config.write_text("data: {kind: voc, root: nowhere}\n")
+def test_node_with_other_code_makes_nothing_and_its_job_fails(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(workflow, "code_hash", lambda notebooks: "0" * 64)  # planned with another version
     failures = sweep(config, tmp_path / "out", [0, 1], {}, until_stage="01", profile="local")
-    assert [failure.split(":")[0] for failure in failures] == ["seed0", "seed1"]
+    assert [failure.split(":")[0] for failure in failures] == ["seed0", "seed1"]  # the other is tried all the same
     logs = [(tmp_path / "out" / ".workflow" / "logs" / f"seed{n}" / "01_data.log").read_text() for n in (0, 1)]
-    assert all("error: " in log and "nowhere" in log for log in logs)
-    assert "nowhere" in capfd.readouterr().err  # the log of what failed is shown
+    assert all("planned with (--code 000000000000" in log and "Nothing was run" in log for log in logs)
+    assert "install the same version on every node" in capfd.readouterr().err  # the log of what failed is shown
+    assert not (tmp_path / "out" / "seed0").exists()
