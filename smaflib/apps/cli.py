@@ -182,9 +182,16 @@ def sweep(
         _check_measure(measure)
         given = find_config(config)
         values = parse_grid(grid or [])
-        options = {"profile": profile, "shards": shards}
         failures = make_sweep(
-            given, out.absolute(), parse_seeds(seeds), values, settings or [], until_stage, measure, **options
+            given,
+            out.absolute(),
+            parse_seeds(seeds),
+            values,
+            settings or [],
+            until_stage,
+            measure,
+            profile=profile,
+            shards=shards,
         )
         for name in ("results", "differences") if values else ("results",):
             typer.echo(f"\n{name}, {measure} in percent, mean ± standard deviation (seeds)")
