@@ -283,6 +283,14 @@ def test_sigterm_reaches_snakemake_as_an_interruption() -> None:
     assert time.monotonic() - begun < 30
 
 
+def test_interruption_is_snakemakes_own_to_answer() -> None:
+    interruption = threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT))
+    interruption.start()
+    workflow._call([sys.executable, "-c", "import time; time.sleep(2); raise SystemExit(1)"])  # it cancels its jobs
+    interruption.join()
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
 # --- the Snakefile and its profiles -----------------------------------------------------------------------------------
 
 

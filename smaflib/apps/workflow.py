@@ -256,17 +256,22 @@ def snakemake_arguments(profile: Path, out: Path) -> list[str]:
 
 
 def _call(command: Sequence[str]) -> None:
-    """Run Snakemake. Ctrl-C reaches it by itself; SIGTERM is passed on as such, so that it cancels its jobs."""
+    """Run Snakemake and wait for its end, which after Ctrl-C comes once it has cancelled its jobs.
+
+    A terminal sends Ctrl-C to both; SIGTERM reaches this process alone, and is passed on as Ctrl-C.
+    """
     environment = os.environ | {HOME: str(PROJECT_ROOT)}  # jobs start in another folder
     with subprocess.Popen(command, env=environment) as process:
 
         def stop(signum: int, frame: object) -> None:
-            process.send_signal(signal.SIGINT)
+            if signum == signal.SIGTERM:
+                process.send_signal(signal.SIGINT)
 
-        before = signal.signal(signal.SIGTERM, stop)
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             process.wait()
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
     if process.returncode not in (0, 1):  # 1: jobs have failed, which the manifests tell better
         raise RunError(f"Snakemake ended with status {process.returncode}; the same command goes on where it stopped")
