@@ -16,6 +16,7 @@ import os
 import platform
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -208,6 +209,7 @@ def main() -> None:
         sys.exit(
             f"{', '.join(absent)} not found; as root on Debian: apt-get install slurm-wlm munge, then make cluster-test"
         )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # daemons and folder go with this process
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="smaf-cluster-") as name:
         folder = Path(name)
