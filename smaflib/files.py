@@ -189,20 +189,27 @@ def tree_hash(paths: list[Path], root: Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, command: str) -> Iterator[None]:
+def locked(folder: Path, command: str, name: str = ".lock", wait: float = 0.0) -> Iterator[None]:
     """Keep other processes that do the same out of a folder; the lock ends with this process, however it ends.
+
+    Args:
+        folder: is made where it is missing.
+        command: what does the work, for the message to whoever comes second.
+        name: of the lock; a folder may have several.
+        wait: for how many seconds to wait for another process.
 
     Raises:
         RunError: if another one is at work there: who, where and since when; or the folder cannot be written or locked.
     """
     from filelock import FileLock, Timeout
 
-    holder = folder / ".lock-holder.json"
+    holder = _holder_note(folder, name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock").acquire(timeout=0)
+        lock = FileLock(folder / name).acquire(timeout=wait)
     except Timeout as error:
-        raise RunError(_who_holds(folder, command, holder)) from error
+        waited = f" ({duration(wait)} were waited for it)" if wait else ""
+        raise RunError(_who_holds(folder, command, name) + waited) from error
     except NotImplementedError as error:
         raise RunError(
             f"the file system of {display_path(folder)} has no locks, which keep two commands from writing the same "
@@ -220,11 +227,29 @@ def locked(folder: Path, command: str) -> Iterator[None]:
             holder.unlink(missing_ok=True)
 
 
-def _who_holds(folder: Path, command: str, holder: Path) -> str:
+def refuse_if_locked(folder: Path, command: str, name: str) -> None:
+    """Return if nobody holds a lock of a folder.
+
+    Raises:
+        RunError: if somebody does: who, where and since when.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        FileLock(folder / name).acquire(timeout=0).lock.release()
+    except Timeout as error:
+        raise RunError(_who_holds(folder, command, name)) from error
+
+
+def _holder_note(folder: Path, name: str) -> Path:
+    return folder / f".{name.lstrip('.')}-holder.json"
+
+
+def _who_holds(folder: Path, command: str, name: str) -> str:
     """The message to whoever comes second. The holder's note may be missing: it is written after the lock is taken."""
     what = f"another {command} is at work in {display_path(folder)}"
     try:
-        note = read_json(holder, {}, dict[str, str | int])
+        note = read_json(_holder_note(folder, name), {}, dict[str, str | int])
     except RunError:
         note = {}
     if {"process", "host", "since"} <= note.keys():
@@ -232,7 +257,7 @@ def _who_holds(folder: Path, command: str, holder: Path) -> str:
         if note["host"] != platform.node():
             return (
                 f"{what}; wait for it, or stop it there. If that machine is gone, the file server may keep its lock "
-                f"for a while: then delete {display_path(folder / '.lock')}"
+                f"for a while: then delete {display_path(folder / name)}"
             )
     return f"{what}; wait for it, stop it, or give another --name"
 

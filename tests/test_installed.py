@@ -93,3 +93,10 @@ def test_notebooks_are_copied_and_those_that_are_there_stay(home: Path) -> None:
 def test_module_is_the_command(home: Path) -> None:
     done = call(home, "python", "-m", "smaflib", "--help")
     assert done.returncode == 0 and "sweep" in done.stdout
+
+
+def test_workflow_comes_with_the_package(home: Path) -> None:
+    refused = call(home, "smaf", "sweep", "mini", "--out", "swept", "--seeds", "0", "--profile", "nobodys")
+    assert refused.returncode == 2 and "--profile must be one of local and slurm" in refused.stderr
+    assert (home / "env" / "share" / "smaflib" / "workflow" / "Snakefile").is_file()
+    assert not (home / "work" / "swept").exists()

@@ -40,6 +40,13 @@ RunsFolder = Annotated[
     Path | None, typer.Option("--runs", metavar="DIR", help="Folder of the run folders; papermill_runs/ by default.")
 ]
 
+Code = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HASH", help="Refuse if library or notebooks are others here; a workflow gives it to its jobs."
+    ),
+]
+
 # Modules are imported by the commands that use them, so that --help and a typo do not wait for pandas and papermill.
 
 
@@ -66,6 +73,7 @@ def run(
     notebooks: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the notebooks; notebooks/ by default.")
     ] = None,
+    code: Code = None,
 ) -> None:
     """Execute the notebooks in order into a run folder; skip what is complete and unchanged, resume what was stopped.
 
@@ -85,7 +93,25 @@ def run(
             runs.absolute() if runs else RUNS_FOLDER,
             reuse or [],
             keep_stale,
+            code=code,
         )
+
+
+@app.command()
+def shard(
+    name: RunName,
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="03 (attention maps) or 06 (pseudo masks).")],
+    part: Annotated[str, typer.Option(metavar="I/N", help="Which of how many, such as 2/8.")],
+    runs: RunsFolder = None,
+    code: Code = None,
+) -> None:
+    """Make a part of the maps or masks of a stage; parts run beside each other. Then smaf run completes the stage."""
+    with _plain_errors():
+        from smaflib.files import RUNS_FOLDER
+        from smaflib.runs.shards import parse_part, run_shard
+
+        given = parse_part(part)
+        typer.echo(run_shard(name, stage, given, runs.absolute() if runs else RUNS_FOLDER, code=code))
 
 
 @app.command()
@@ -138,6 +164,13 @@ def sweep(
         str | None, typer.Option("--until", metavar="STAGE", help="Stop each run after this stage.")
     ] = None,
     measure: Measure = "mIoU",
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="P", help="Let Snakemake run it: local, slurm, or the folder of a profile of your own."),
+    ] = None,
+    shards: Annotated[
+        int, typer.Option(metavar="N", help="With --profile: jobs that share the maps, and masks, of a run.")
+    ] = 1,
 ) -> None:
     """Run a chain over seeds and settings; tables of mean, spread and paired differences. Makes what is missing."""
     with _plain_errors():
@@ -149,7 +182,17 @@ def sweep(
         _check_measure(measure)
         given = find_config(config)
         values = parse_grid(grid or [])
-        failures = make_sweep(given, out.absolute(), parse_seeds(seeds), values, settings or [], until_stage, measure)
+        failures = make_sweep(
+            given,
+            out.absolute(),
+            parse_seeds(seeds),
+            values,
+            settings or [],
+            until_stage,
+            measure,
+            profile=profile,
+            shards=shards,
+        )
         for name in ("results", "differences") if values else ("results",):
             typer.echo(f"\n{name}, {measure} in percent, mean ± standard deviation (seeds)")
             typer.echo((out / f"{name}.txt").read_text(encoding="utf-8"))

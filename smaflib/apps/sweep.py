@@ -1,7 +1,8 @@
 """A sweep: the same settings over several seeds, and over a grid of some of them; mean, spread, paired differences.
 
-``smaf sweep`` runs what is missing, one run after the other. Each run is a folder like any other, and a stage that two
-runs of a seed have in common is made once (:mod:`smaflib.runs.reuse`). A killed sweep resumes where it stopped.
+``smaf sweep`` runs what is missing, one run after the other, or through Snakemake beside each other
+(:mod:`smaflib.apps.workflow`). Each run is a folder like any other, and a stage that two runs of a seed have in common
+is made once (:mod:`smaflib.runs.reuse`). A killed sweep resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import pandas as pd
 import yaml
 
 from smaflib import files
+from smaflib.apps.workflow import FOLDER as WORKFLOW_FOLDER
+from smaflib.apps.workflow import Combination, check_workflow, first_open_stage, run_workflow
 from smaflib.config import load_config
 from smaflib.errors import ConfigError, RunError, StageFailed
 from smaflib.report.seeds import FORMATS, difference_table, formatted, measurements, spread_table
@@ -131,8 +134,10 @@ def sweep(
     until_stage: str | None = None,
     measure: str = "mIoU",
     run_one: Callable[..., object] | None = None,
+    profile: str | None = None,
+    shards: int = 1,
 ) -> list[str]:
-    """Make the runs that are missing, and the tables after each.
+    """Make the runs that are missing, and the tables.
 
     Args:
         config_file: a YAML file of settings.
@@ -144,40 +149,69 @@ def sweep(
         until_stage: the last stage of each run.
         measure: of the tables, a column of :func:`~smaflib.report.tables.results_table`.
         run_one: what makes a run, called as :func:`~smaflib.runs.runner.run_notebooks`, which it is by default.
+        profile: of Snakemake, which then makes the runs; None: this process does, one after the other.
+        shards: parts of each stage that has shards; with a profile.
 
     Returns:
         What failed, a line per run; the others were made all the same.
 
     Raises:
-        ConfigError: if any of the runs has settings that do not fit; nothing was executed then.
+        ConfigError: if any of the runs has settings that do not fit, or there is no Snakemake or no such profile;
+            nothing was executed then.
         RunError: if the folder belongs to another sweep, or another one is at work there.
     """
-    from smaflib.runs.runner import run_notebooks  # papermill, which plans and tables do not need
-
-    run_one = run_one or run_notebooks
+    if shards != 1 and profile is None:
+        raise ConfigError("--shards needs --profile: without one there is only one process, which makes a stage alone")
+    snakemake = check_workflow(profile, shards) if profile is not None else None
     planned = plan(seeds, grid)
     for each in planned:  # all of them, before hours of the first
         load_config(config_file, [*overrides, *each.overrides])
         run_folder(out, each.name)
-    last = stage_named(until_stage, STAGES) if until_stage else STAGES[-1]
+    last = stage_named(until_stage, STAGES).name if until_stage else STAGES[-1].name
     out.mkdir(parents=True, exist_ok=True)
-    failures = []
     with files.locked(out, "smaf sweep"):
         write_tables(out, planned, measure)
-        for number, each in enumerate(planned, start=1):
-            print(f"\n{number} of {len(planned)}: {each.name}", file=sys.stderr, flush=True)
-            others = [
-                other.name
-                for other in planned
-                if other is not each and other.seed == each.seed and (out / other.name / "config.yaml").is_file()
-            ]
-            try:
-                settings = [*overrides, *each.overrides]
-                run_one(config_file, each.name, settings, until_stage=last.name, runs=out, reuse=others)
-            except StageFailed as error:  # the others may well do; a signal or settings that do not fit end it
-                failures.append(f"{each.name}: {str(error).splitlines()[0]}")
-                print(f"{failures[-1]}; going on with the next run", file=sys.stderr, flush=True)
+        if snakemake is None:
+            return _make_in_order(config_file, out, planned, overrides, last, measure, run_one)
+        runs = [Combination(each.name, tuple(overrides), each.overrides) for each in planned]
+        try:
+            run_workflow(*snakemake, config_file, out, runs, last, shards)
+        finally:
             write_tables(out, planned, measure)
+        return [
+            f"{each.name}: not complete; logs: {out / WORKFLOW_FOLDER / 'logs' / each.name}"
+            for each in planned
+            if first_open_stage(out / each.name, config_file, [*overrides, *each.overrides], last)
+        ]
+
+
+def _make_in_order(
+    config_file: Path,
+    out: Path,
+    planned: Sequence[Planned],
+    overrides: Sequence[str],
+    last: str,
+    measure: str,
+    run_one: Callable[..., object] | None,
+) -> list[str]:
+    """Make the runs one after the other, and the tables after each."""
+    from smaflib.runs.runner import run_notebooks  # papermill, which plans and tables do not need
+
+    failures = []
+    for number, each in enumerate(planned, start=1):
+        print(f"\n{number} of {len(planned)}: {each.name}", file=sys.stderr, flush=True)
+        others = [
+            other.name
+            for other in planned
+            if other is not each and other.seed == each.seed and (out / other.name / "config.yaml").is_file()
+        ]
+        try:
+            settings = [*overrides, *each.overrides]
+            (run_one or run_notebooks)(config_file, each.name, settings, until_stage=last, runs=out, reuse=others)
+        except StageFailed as error:  # the others may well do; a signal or settings that do not fit end it
+            failures.append(f"{each.name}: {str(error).splitlines()[0]}")
+            print(f"{failures[-1]}; going on with the next run", file=sys.stderr, flush=True)
+        write_tables(out, planned, measure)
     return failures
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +16,7 @@ from smaflib.config.reads import settings_at
 from smaflib.config.schema import FREE_SETTINGS
 from smaflib.errors import RunError
 from smaflib.files import display_path
-from smaflib.runs.code import code_only, imported_modules
+from smaflib.runs.code import PACKAGE, code_only, imported_modules, library_hash
 from smaflib.runs.manifest import Entry, damaged_artifacts, hash_value, read_manifest, record_hash
 from smaflib.runs.stages import Stage
 
@@ -75,6 +76,25 @@ def data_hashes(data: DataConfig) -> dict[str, str]:
 def notebook_hash(notebook: Path) -> str:
     """SHA-256 of a notebook's code; text, comments, layout and outputs do not count."""
     return hash_value([code_only(source) for source in _code_cells(notebook)])
+
+
+def code_hash(notebooks: Path) -> str:
+    """SHA-256 of the library's sources and of the code of a folder's notebooks: what nodes of a cluster must share."""
+    return hash_value([library_hash(), {path.name: notebook_hash(path) for path in sorted(notebooks.glob("*.ipynb"))}])
+
+
+def refuse_other_code(expected: str | None, notebooks: Path) -> None:
+    """Return if library and notebooks are those that were asked for, or none were.
+
+    Raises:
+        RunError: if they are not.
+    """
+    if expected is not None and (here := code_hash(notebooks)) != expected:
+        raise RunError(
+            f"smaflib or its notebooks on {platform.node()} ({display_path(PACKAGE)}) are not those that this work was "
+            f"planned with (--code {expected[:12]}, here {here[:12]}); install the same version on every node, or plan "
+            "the work anew. Nothing was run"
+        )
 
 
 def notebook_cells(notebook: Path) -> list[Entry]:

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -24,12 +23,13 @@ from typing import Any
 
 from smaflib import files
 from smaflib.config import load_config
-from smaflib.config.reads import SETTINGS_FILE, recorded_settings
+from smaflib.config.reads import SETTINGS_FILE
 from smaflib.errors import RunError, RunStopped, StageFailed
 from smaflib.files import RUNS_FOLDER, SHIPPED, absolute, display_path, duration
 from smaflib.pipeline import check_networks
 from smaflib.report.html import write_index
 from smaflib.report.tables import results_text
+from smaflib.runs.attempt import begin_attempt, forget_settings, put_entry, settings_file, settings_read
 from smaflib.runs.code import is_around, library_hash
 from smaflib.runs.environment import describe_machine
 from smaflib.runs.inputs import (
@@ -40,13 +40,13 @@ from smaflib.runs.inputs import (
     data_hashes,
     difference,
     notebook_cells,
+    refuse_other_code,
     stage_inputs,
     why_not_complete,
 )
 from smaflib.runs.kernel import SpareKernel
 from smaflib.runs.manifest import (
     Entry,
-    clear_stage,
     list_artifacts,
     missing_outputs,
     read_manifest,
@@ -56,6 +56,7 @@ from smaflib.runs.manifest import (
 from smaflib.runs.progress import KERNEL_ENVIRONMENT, TRACEBACK_LINES, NotebookMonitor
 from smaflib.runs.reuse import take_over
 from smaflib.runs.run import Run, find_run, open_run, run_folder
+from smaflib.runs.shards import refuse_beside_shards, refuse_shards_of_other_code
 from smaflib.runs.stages import STAGES, Stage, stage_named
 
 PARAMETERS = ("config_file", "overrides", "run_dir")
@@ -84,6 +85,7 @@ def run_notebooks(
     reuse: Sequence[str] = (),
     keep_stale: bool = False,
     stages: tuple[Stage, ...] = STAGES,
+    code: str | None = None,
 ) -> Run:
     """Execute the notebooks of a run, write its report, print its results.
 
@@ -98,6 +100,8 @@ def run_notebooks(
         reuse: names or paths of runs whose finished stages are taken over where their inputs are the same.
         keep_stale: keep stages that another version of the library made.
         stages: the chain; only tests use another one.
+        code: the :func:`~smaflib.runs.inputs.code_hash` that library and notebooks must have here: a workflow over many
+            machines names that of the machine that planned it.
 
     Raises:
         ConfigError: if a setting does not exist or fit.
@@ -111,6 +115,7 @@ def run_notebooks(
     config_file = absolute(config_file)
     config = load_config(config_file, list(overrides))
     _check_notebooks(notebooks, chosen)
+    refuse_other_code(code, notebooks)
     folder = run_folder(runs, config_file.stem if name is None else name)
     sources = [find_run(source, runs, stages).folder for source in reuse]
     if folder in sources:
@@ -118,6 +123,7 @@ def run_notebooks(
     data = data_hashes(config.data)
     run = open_run(folder, config_file, overrides, stages=stages)
     with files.locked(folder, "smaf run"):
+        refuse_beside_shards(folder)
         _await_kernel_of_killed_runner(folder)
         _invalidate(folder, rerun)
         # A spare kernel has imported what the chain's notebooks import; other chains are tests'.
@@ -125,7 +131,7 @@ def run_notebooks(
         with spare or contextlib.nullcontext():
             if stages == STAGES and _will_train(run, chosen):
                 check_networks(config)
-            chain = _Chain(run, notebooks, data, sources, keep_stale, spare)
+            chain = _Chain(run, notebooks, data, sources, keep_stale, spare, code is not None)
             for stage in chosen:
                 chain.run_stage(stage, reused=stage not in rerun)
         index = write_index(run)
@@ -213,6 +219,7 @@ class _Chain:
         data: hashes of the data that the settings name.
         sources: folders of the runs whose stages may be taken over.
         spare: the process that becomes the next kernel; None: there is none.
+        code_agreed: all who work on the run were told which code they must have, so shards of another one are old.
     """
 
     run: Run
@@ -221,6 +228,7 @@ class _Chain:
     sources: Sequence[Path]
     keep_stale: bool
     spare: SpareKernel | None
+    code_agreed: bool
 
     def run_stage(self, stage: Stage, reused: bool) -> None:
         """Run a stage unless it is complete; with ``reused`` take it over from another run if one has it."""
@@ -240,6 +248,8 @@ class _Chain:
                 return
             reason = f"{f'{reason}; ' if reason != NEVER_RAN else ''}{source.name}: {refusal}"
         resumed = read_manifest(folder)["stages"].get(stage.name)
+        if resumed and not (self.code_agreed or self.keep_stale):
+            refuse_shards_of_other_code(self.run, stage, resumed, inputs)
         if resumed and difference(resumed, config, inputs, lambda module: not (self.keep_stale or is_around(module))):
             resumed = None
         if resumed and difference(resumed, config, inputs):
@@ -251,46 +261,22 @@ class _Chain:
 
     def _begin(self, stage: Stage, inputs: Entry, resumed: Entry | None) -> Entry:
         """Make room for a stage and give it a manifest entry; ``resumed`` is that of the attempt that it resumes."""
-        run, settings = self.run, self._settings_file(stage)
         if resumed and self.keep_stale:
             inputs = inputs | {"modules": resumed["modules"]}  # without the option it runs anew
-        clear_stage(run.folder, stage, resumed)
-        # What is there is not made again; the settings that it was made with count although nobody reads them now.
-        names = recorded_settings(settings, run.config) | resumed.get("settings_read", {}) if resumed else {}
-        files.write_text(settings, "".join(f"{name}\n" for name in names))
-        entry = {
-            "status": "running",
-            "exit_code": None,
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": None,
-            "peak_memory_mb": None,
-            "resumed": resumed is not None,
-            "parameters": {
-                "config_file": display_path(run.config_file),
-                "overrides": list(run.overrides),
-                "run_dir": display_path(run.folder),
-            },
-            **inputs,
-            "config_hash": config_hash(run.config),
-        }
-        _put_entry(run.folder, stage, entry)
-        return entry
-
-    def _settings_file(self, stage: Stage) -> Path:
-        return self.run.path(f".{stage.name}.settings")
+        return begin_attempt(self.run, stage, inputs, resumed)
 
     def _execute(self, stage: Stage, notebook: Path, entry: Entry) -> None:
         """Execute a stage and complete its entry: how long it took, what it read and made, or how it failed."""
         folder, begun, library = self.run.folder, time.monotonic(), library_hash()
 
         def note_kernel(pid: int) -> None:
-            _put_entry(folder, stage, entry, kernel_pid=pid)
+            put_entry(folder, stage, entry, kernel_pid=pid)
             if self.spare is not None and stage != self.run.stages[-1]:
                 self.spare.prepare(library)
 
         num_cells = len(notebook_cells(notebook)) + 1  # papermill adds one
         spare = partial(self.spare.become_kernel, library) if self.spare else None
-        env = {SETTINGS_FILE: str(self._settings_file(stage))}
+        env = {SETTINGS_FILE: str(settings_file(folder, stage))}
         monitor = NotebookMonitor(stage.name, num_cells, note_kernel, spare, env)
 
         def measured() -> Entry:
@@ -303,17 +289,17 @@ class _Chain:
                 raise StageFailed(f"{stage.name} ended without making {', '.join(absent)}. {self._how_to_resume()}")
         except _Stop as stop:
             code = 128 + stop.signum
-            _put_entry(folder, stage, entry, status="failed", exit_code=code, **measured())
+            put_entry(folder, stage, entry, status="failed", exit_code=code, **measured())
             _forget_open_tasks()
             name = signal.Signals(stop.signum).name
             raise RunStopped(f"{stage.name} was stopped by {name}. {self._how_to_resume()}", code) from None
         except BaseException:
-            _put_entry(folder, stage, entry, status="failed", exit_code=1, **measured())
+            put_entry(folder, stage, entry, status="failed", exit_code=1, **measured())
             raise
-        entry.update(measured(), settings_read=recorded_settings(self._settings_file(stage), self.run.config))
+        entry.update(measured(), settings_read=settings_read(self.run, stage))
         made = {"records": record_hash(folder, stage), "artifacts": list_artifacts(folder, stage)}
-        _put_entry(folder, stage, entry, status="complete", exit_code=0, **made)
-        self._settings_file(stage).unlink(missing_ok=True)
+        put_entry(folder, stage, entry, status="complete", exit_code=0, **made)
+        forget_settings(folder, stage)
         _log(f"{stage.name}  done in {duration(entry['seconds'])}")
 
     def _execute_notebook(
@@ -397,15 +383,6 @@ def _invalidate(folder: Path, rerun: Sequence[Stage]) -> None:
     manifest = read_manifest(folder)
     if [stage for stage in rerun if manifest["stages"].pop(stage.name, None)]:
         write_manifest(folder, manifest)
-
-
-def _put_entry(folder: Path, stage: Stage, entry: Entry, **more: Any) -> None:
-    manifest = read_manifest(folder)
-    entry.update(more)
-    if entry["status"] != "running":
-        entry.pop("kernel_pid", None)
-    manifest["stages"][stage.name] = entry
-    write_manifest(folder, manifest)
 
 
 def _describe_run(run: Run) -> None:

@@ -1,0 +1,239 @@
+"""A sweep on a real Slurm, on this machine; its jobs are cancelled in the middle, and the same command resumes them.
+
+    make cluster-test
+
+Linux with Debian's ``slurm-wlm`` and ``munge``. Its own munged, slurmctld and slurmd run from a temporary folder, on
+the loopback device and on free ports; no file outside that folder is written, and it is gone afterwards. Ends with
+status 1 where a file of the cluster's runs is not, byte for byte, that of a local sweep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import hashlib
+import os
+import platform
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from smaflib.files import PROJECT_ROOT, duration
+from smaflib.runs.manifest import read_manifest
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "sinfo", "snakemake")
+START_SECONDS, SWEEP_SECONDS = 60.0, 1800.0
+
+CONFIG = """ClusterName=smaftest
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmctldPort={controller_port}
+SlurmdPort={node_port}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+ReturnToService=2
+KillWait=15
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=2000 State=UNKNOWN
+PartitionName=tiny Nodes=ALL Default=YES MaxTime=30 State=UP
+"""
+
+TINY = [
+    "num_threads=1",
+    "data.num_train=16",
+    "data.num_val=8",
+    "data.image_size=64",
+    "classifier.iterations=40",
+    "classifier.checkpoint_every=4",
+    "classifier.crop_size=48",
+    "classifier.resize_range=[48,72]",
+]
+TIMED = (".ipynb", ".html", ".lock", ".settings")
+"""Endings of files that hold times or are empty: not compared, nor is ``manifest.json``."""
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[None]:
+    """A daemon in the foreground, ended with the block."""
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def free_port() -> int:
+    """A port of the loopback device that nobody listens to."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@contextlib.contextmanager
+def slurm(folder: Path) -> Iterator[dict[str, str]]:
+    """A cluster of this one machine.
+
+    Args:
+        folder: takes its files; munge wants it readable by its owner alone.
+
+    Yields:
+        The environment that its commands need.
+    """
+    for name in ("state", "spool"):
+        (folder / name).mkdir()
+    key, host = folder / "munge.key", platform.node().partition(".")[0]
+    key.write_bytes(secrets.token_bytes(256))
+    key.chmod(0o600)
+    ports = {"controller_port": free_port(), "node_port": free_port()}
+    config = folder / "slurm.conf"
+    config.write_text(CONFIG.format(host=host, user=getpass.getuser(), folder=folder, **ports))
+    environment = os.environ | {"SLURM_CONF": str(config)}
+    # Inside a job the plug-in calls srun without Slurm's variables, so that it would look for a file under /etc.
+    wrapper = folder / "bin" / "srun"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nSLURM_CONF={config} exec {shutil.which("srun")} "$@"\n')
+    wrapper.chmod(0o755)
+    environment["PATH"] = f"{wrapper.parent}{os.pathsep}{environment['PATH']}"
+    paths = [f"--{name}-file={folder / f'munge.{name}'}" for name in ("key", "pid", "log", "seed")]
+    munged = ["munged", "--foreground", "--force", f"--socket={folder / 'munge.socket'}", *paths]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(running(munged, folder / "munged.log", environment))
+        wait_until(lambda: (folder / "munge.socket").exists(), "munged", START_SECONDS)
+        for name in ("slurmctld", "slurmd"):
+            stack.enter_context(running([name, "-D"], folder / f"{name}.log", environment))
+        wait_until(lambda: "idle" in ask(["sinfo", "-h", "-o", "%T"], environment), "slurmd", START_SECONDS)
+        yield environment
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float) -> None:
+    """Return once the condition holds.
+
+    Raises:
+        SystemExit: if it does not in time.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            sys.exit(f"{what} was waited for in vain, {duration(seconds)}")
+        time.sleep(0.2)
+
+
+def ask(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """What a command of Slurm prints; nothing if it fails."""
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60).stdout
+
+
+def write_profile(folder: Path) -> Path:
+    """The profile ``slurm``, edited as its comments say, for a small cluster without GPUs."""
+    profile = yaml.safe_load((PROJECT_ROOT / "workflow" / "profiles" / "slurm" / "config.yaml").read_text())
+    del profile["set-resources"]
+    profile["default-resources"] |= {"slurm_partition": "tiny", "runtime": 20, "mem_mb": 900}
+    profile["set-threads"] = dict.fromkeys(profile["set-threads"], 1)
+    profile |= {"slurm-no-account": True, "slurm-status-command": "squeue", "latency-wait": 10}
+    profile["slurm-init-seconds-before-status-checks"] = 1  # jobs of seconds; of real ones it is 40
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(profile))
+    return folder
+
+
+def sweep_command(out: Path, *options: str) -> list[str]:
+    """Two seeds by two settings of a tiny run, as far as the attention maps."""
+    words = ["sweep", "configs/mini.yaml", "--seeds", "0-1", "--grid", "attention.fusion=sum,max", "--until", "03"]
+    settings = [word for setting in TINY for word in ("--set", setting)]
+    return [sys.executable, "-m", "smaflib", *words, *settings, "--out", str(out), *options]
+
+
+def sweep_with_a_lost_job(command: Sequence[str], out: Path, environment: Mapping[str, str]) -> None:
+    """Start a sweep, cancel all of its jobs that run once a network has been half trained, and wait for its end.
+
+    Raises:
+        SystemExit: if it does not end as one that has lost jobs.
+    """
+    process = subprocess.Popen(command, env=environment, cwd=PROJECT_ROOT)
+    try:
+        half = "*/checkpoints/teacher*"
+        wait_until(lambda: any(out.glob(half)) or process.poll() is not None, "a checkpoint", SWEEP_SECONDS)
+        lost = ask(["squeue", "-h", "-t", "running", "-o", "%i"], environment).split()
+        print(f"cancelled in the middle: jobs {' '.join(lost)}", flush=True)
+        subprocess.run(["scancel", *lost], env=environment, check=True, timeout=60)
+        status = process.wait(timeout=SWEEP_SECONDS)
+    finally:
+        process.terminate()  # it ends Snakemake, which cancels its jobs
+        process.wait(timeout=START_SECONDS)
+    if not lost or status != 1:
+        sys.exit(f"the sweep that lost {len(lost)} jobs ended with status {status}; 1 was expected, of failed runs")
+
+
+def contents(out: Path) -> dict[str, str]:
+    """Hashes of the files of a sweep that are the same wherever it was made."""
+    found = {}
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out).as_posix()
+        hidden = any(part.startswith(".") for part in path.relative_to(out).parts)
+        if path.is_file() and not hidden and path.suffix not in TIMED and path.name != "manifest.json":
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def main() -> None:
+    """Run the test; the last line says how it went."""
+    if absent := [name for name in PROGRAMS if shutil.which(name) is None]:
+        sys.exit(
+            f"{', '.join(absent)} not found; as root on Debian: apt-get install slurm-wlm munge, then make cluster-test"
+        )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # daemons and folder go with this process
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="smaf-cluster-") as name:
+        folder = Path(name)
+        cluster, local = folder / "cluster", folder / "local"
+        (folder / "slurm").mkdir(mode=0o700)
+        command = sweep_command(cluster, "--shards", "2", "--profile", str(write_profile(folder / "profile")))
+        with slurm(folder / "slurm") as environment:
+            sweep_with_a_lost_job(command, cluster, environment)
+            subprocess.run(command, env=environment, cwd=PROJECT_ROOT, check=True, timeout=SWEEP_SECONDS)
+            left = ask(["squeue", "-h"], environment)
+        on_slurm = time.monotonic() - begun
+        subprocess.run(sweep_command(local), cwd=PROJECT_ROOT, check=True, timeout=SWEEP_SECONDS)
+        made, expected = contents(cluster), contents(local)
+        taken_over = sum(
+            "reused_from" in entry for path in cluster.glob("seed*") for entry in read_manifest(path)["stages"].values()
+        )
+    different = sorted(key for key in made.keys() | expected.keys() if made.get(key) != expected.get(key))
+    if different or left:
+        sys.exit(f"differs from the local sweep: {', '.join(different[:10]) or 'nothing'}; jobs left: {left or 'none'}")
+    print(
+        f"\n{len(made)} files of 4 runs are those of the local sweep, byte for byte; {taken_over} stages were taken "
+        f"over; {duration(on_slurm)} on Slurm, {duration(time.monotonic() - begun)} in all"
+    )
+
+
+if __name__ == "__main__":
+    main()
