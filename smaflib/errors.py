@@ -9,6 +9,10 @@ class ConfigError(InputError):
     """A setting that does not exist or does not fit; the message names the setting and the cure."""
 
 
+class PluginError(ConfigError):
+    """Code of somebody's own that a config names does not do what it must; the message names it and what is wrong."""
+
+
 class DataError(InputError):
     """Data that cannot be used; the message names the file, what is wrong and the cure."""
 

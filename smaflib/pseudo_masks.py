@@ -12,6 +12,7 @@ from torch import Tensor
 from smaflib.config import CrfConfig, PseudoMaskConfig
 from smaflib.data.masks import save_mask
 from smaflib.data.sample import Samples
+from smaflib.plugins import of_image
 from smaflib.reactivation import hard_labels, with_background_score
 from smaflib.refinement import refine, refine_many
 from smaflib.runtime import CPU, progress
@@ -66,6 +67,9 @@ def pseudo_masks(
 
     Yields:
         uint8 (H, W) per sample.
+
+    Raises:
+        PluginError: if a refinement of somebody's own does not do what it must; the masks before are whole.
     """
     masks: Iterator[Tensor]
     if config.refinement is None:
@@ -74,7 +78,15 @@ def pseudo_masks(
         jobs = ((samples[index].image, _unary(denoised[index], bg_score, config)) for index in range(len(samples)))
         num_labels, workers = len(samples.class_names) + 1, config.num_workers
         masks = refine_many(jobs, config.refinement, num_labels, workers, config.backend, device)
-    yield from progress(masks, total=len(samples), desc=desc)
+    yield from progress(_naming_images(masks, samples.image_ids), total=len(samples), desc=desc)
+
+
+def _naming_images(masks: Iterator[Tensor], image_ids: Sequence[str]) -> Iterator[Tensor]:
+    """The masks; an error of somebody's own refinement says at which image."""
+    for image_id in image_ids:
+        with of_image(image_id):
+            mask = next(masks)
+        yield mask
 
 
 def write_pseudo_masks(
