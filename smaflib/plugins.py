@@ -252,8 +252,8 @@ def describe(kind: Kind, name: str) -> dict[str, Any]:
     """What a manifest says about somebody's own code, without importing it.
 
     Returns:
-        ``name``; ``module``; its ``file``; ``package`` and version where a distribution brings it, else None;
-        ``sha256`` of the file and of those beside it that it imports.
+        ``name``; ``module``; its ``file``, and the ``folder`` from which it is imported; ``package`` and version where
+        a distribution brings it, else None; ``sha256`` of the file and of those below the folder that it imports.
 
     Raises:
         PluginError: if there is no such module.
@@ -265,6 +265,7 @@ def describe(kind: Kind, name: str) -> dict[str, Any]:
         "name": name,
         "module": module,
         "file": display_path(sources[module]),
+        "folder": display_path(_root(module, sources[module])),
         "package": _package(module),
         "sha256": digest.hexdigest(),
     }
@@ -292,9 +293,13 @@ def source_files(kind: Kind, name: str) -> dict[str, Path]:
     found = {module: file}
     if _package(module):
         return found
-    parts = module.count(".") + (file.name == "__init__.py")
-    _follow(file.parents[parts], module, found)
+    _follow(_root(module, file), module, found)
     return dict(sorted(found.items()))
+
+
+def _root(module: str, file: Path) -> Path:
+    """The folder on Python's path from which a module's file is imported."""
+    return file.parents[module.count(".") + (file.name == "__init__.py")]
 
 
 def _follow(root: Path, module: str, found: dict[str, Path]) -> None:

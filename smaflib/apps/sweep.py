@@ -21,6 +21,7 @@ import yaml
 from smaflib import files
 from smaflib.config import load_config
 from smaflib.errors import ConfigError, RunError, StageFailed
+from smaflib.pipeline import check_plugins
 from smaflib.report.seeds import FORMATS, difference_table, formatted, measurements, spread_table
 from smaflib.runs.manifest import read_manifest
 from smaflib.runs.run import read_run, run_folder
@@ -156,8 +157,13 @@ def sweep(
 
     run_one = run_one or run_notebooks
     planned = plan(seeds, grid)
+    tried = set()
     for each in planned:  # all of them, before hours of the first
-        load_config(config_file, [*overrides, *each.overrides])
+        config = load_config(config_file, [*overrides, *each.overrides])
+        own = (config.attention, config.model, config.data, config.pseudo_masks, config.segmentation.model)
+        if own not in tried:  # seeds have the same code
+            check_plugins(config)
+        tried.add(own)
         run_folder(out, each.name)
     last = stage_named(until_stage, STAGES) if until_stage else STAGES[-1]
     out.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from smaflib.config import load_config
 from smaflib.config.reads import recorded_settings
 from smaflib.errors import RunError, RunStopped, StageFailed
 from smaflib.files import RUNS_FOLDER, SHIPPED, absolute, display_path, duration
-from smaflib.pipeline import check_networks
+from smaflib.pipeline import check_networks, check_plugins
 from smaflib.report.html import write_index
 from smaflib.report.tables import results_text
 from smaflib.runs.code import is_around, library_hash
@@ -40,6 +40,8 @@ from smaflib.runs.inputs import (
     data_hashes,
     difference,
     notebook_cells,
+    plugin_facts,
+    read_plugins,
     stage_inputs,
     why_not_complete,
 )
@@ -102,6 +104,7 @@ def run_notebooks(
     Raises:
         ConfigError: if a setting does not exist or fit.
         FileNotFoundError: if there is no such config file.
+        PluginError: if somebody's own code that a setting names does not do what it must; nothing was written then.
         RunError: if the run cannot start; nothing was executed then.
         StageFailed: if a notebook fails.
         RunStopped: if Ctrl-C or a signal ends the run.
@@ -115,7 +118,8 @@ def run_notebooks(
     sources = [find_run(source, runs, stages).folder for source in reuse]
     if folder in sources:
         raise RunError(f"--reuse {folder.name} is the run itself; name another one")
-    data = data_hashes(config.data)
+    check_plugins(config)
+    data, plugins = data_hashes(config.data), plugin_facts(config)
     run = open_run(folder, config_file, overrides, stages=stages)
     with files.locked(folder, "smaf run"):
         _await_kernel_of_killed_runner(folder)
@@ -125,7 +129,7 @@ def run_notebooks(
         with spare or contextlib.nullcontext():
             if stages == STAGES and _will_train(run, chosen):
                 check_networks(config)
-            chain = _Chain(run, notebooks, data, sources, keep_stale, spare)
+            chain = _Chain(run, notebooks, data, plugins, sources, keep_stale, spare)
             for stage in chosen:
                 chain.run_stage(stage, reused=stage not in rerun)
         index = write_index(run)
@@ -211,6 +215,7 @@ class _Chain:
 
     Attributes:
         data: hashes of the data that the settings name.
+        plugins: facts about somebody's own code, by the settings that name it.
         sources: folders of the runs whose stages may be taken over.
         spare: the process that becomes the next kernel; None: there is none.
     """
@@ -218,6 +223,7 @@ class _Chain:
     run: Run
     notebooks: Path
     data: dict[str, str]
+    plugins: dict[str, Entry]
     sources: Sequence[Path]
     keep_stale: bool
     spare: SpareKernel | None
@@ -225,7 +231,7 @@ class _Chain:
     def run_stage(self, stage: Stage, reused: bool) -> None:
         """Run a stage unless it is complete; with ``reused`` take it over from another run if one has it."""
         folder, config, notebook = self.run.folder, self.run.config, self.notebooks / f"{stage.name}.ipynb"
-        inputs = stage_inputs(folder, stage, notebook, self.data)
+        inputs = stage_inputs(folder, stage, notebook, self.data, self.plugins)
         reason = why_not_complete(folder, stage, config, inputs, all_code=not self.keep_stale)
         if reason is None:
             entry = read_manifest(folder)["stages"][stage.name]
@@ -311,6 +317,7 @@ class _Chain:
             _put_entry(folder, stage, entry, status="failed", exit_code=1, **measured())
             raise
         entry.update(measured(), settings_read=recorded_settings(self._settings_file(stage), self.run.config))
+        entry["plugins"] = read_plugins(entry)
         made = {"records": record_hash(folder, stage), "artifacts": list_artifacts(folder, stage)}
         _put_entry(folder, stage, entry, status="complete", exit_code=0, **made)
         self._settings_file(stage).unlink(missing_ok=True)
