@@ -47,6 +47,13 @@ def multi_scale_cams(
         Per scale (K, h_s, w_s), or (B, K, h_s, w_s): non-negative float32 on the CPU, at the network's stride.
 
     Source: the reference code's multi-scale inference; section 3.2 of the paper.
+
+    Example:
+        >>> from smaflib.models.pretrained import pretrained_network
+        >>> image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+        >>> cams = multi_scale_cams(pretrained_network("teacher"), image, scales=(0.5, 1.0))
+        >>> [tuple(cam.shape) for cam in cams]
+        [(6, 4, 4), (6, 8, 8)]
     """
     images = image if image.dim() == 4 else image[None]
     cams = cams_of_inputs(network, scaled_inputs(images, scales), flip, runtime)
@@ -146,6 +153,13 @@ def fuse_cams(
         PluginError: if a rule of somebody's own does not do what it must.
 
     Source: section 3.2 of the paper; the reference code's sum over scales and flips.
+
+    Example:
+        >>> cams = [torch.tensor([[[0.0, 2.0]]]), torch.tensor([[[1.0, 2.0]]])]
+        >>> fuse_cams(cams, size=(1, 2)).round(decimals=3).tolist()
+        [[[0.25, 1.0]]]
+        >>> fuse_cams(cams, (1, 2), lambda maps, scales: maps.amin(dim=0), scales=(0.5, 1.0)).round(decimals=3).tolist()
+        [[[0.0, 1.0]]]
     """
     if not cams or len({len(cam) for cam in cams}) != 1:
         raise ValueError(f"fuse_cams needs maps of one set of classes, got {[tuple(cam.shape) for cam in cams]}")
@@ -195,7 +209,12 @@ def _checked_weights(weights: Sequence[float], num_maps: int) -> Tensor:
 
 
 def peak_at_one(maps: Tensor) -> Tensor:  # (..., H, W) -> (..., H, W)
-    """Divide each map by its maximum; an all-zero map stays zero."""
+    """Divide each map by its maximum; an all-zero map stays zero.
+
+    Example:
+        >>> peak_at_one(torch.tensor([[2.0, 4.0]])).round(decimals=3).tolist()
+        [[0.5, 1.0]]
+    """
     return maps / (maps.amax(dim=(-2, -1), keepdim=True) + PEAK_EPSILON)
 
 
@@ -226,6 +245,10 @@ def size_adaptive_weights(extent: Tensor, scales: Tensor) -> Tensor:
 
     Returns:
         (S, ...) summing to 1 over the scales.
+
+    Example:
+        >>> size_adaptive_weights(torch.tensor(0.4), torch.tensor([0.5, 1.0, 2.0]))
+        tensor([0.2119, 0.5761, 0.2119])
     """
     best = torch.log2(REFERENCE_EXTENT / extent.clamp(min=1e-3))
     distance = torch.log2(scales).view(-1, *[1] * extent.dim()) - best

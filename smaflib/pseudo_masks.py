@@ -39,6 +39,11 @@ def pseudo_mask(
         uint8 (H, W), 0 is background.
 
     Source: hard labels into the CRF, over all K+1 labels, as in the reference code.
+
+    Example:
+        >>> image, denoised = torch.zeros(3, 1, 2, dtype=torch.uint8), torch.tensor([[[0.5, 0.125]]])
+        >>> pseudo_mask(image, denoised, 0.25, PseudoMaskConfig(refine="none")).tolist()
+        [[1, 0]]
     """
     if config.refinement is None:
         return hard_labels(denoised, bg_score)
