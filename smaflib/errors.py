@@ -10,7 +10,13 @@ class ConfigError(InputError):
 
 
 class PluginError(ConfigError):
-    """Code of somebody's own that a config names does not do what it must; the message names it and what is wrong."""
+    """Code of somebody's own that a config names does not do what it must; the message names it and what is wrong.
+
+    Attributes:
+        names_image: whether the message begins with the image that was at work.
+    """
+
+    names_image = False
 
 
 class DataError(InputError):

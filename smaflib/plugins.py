@@ -67,7 +67,7 @@ class Kind:
         """
         if name in self.built_in or _NAME.fullmatch(name) or name in self.added():
             return name
-        names = [*self.built_in, *self.added()]
+        names = dict.fromkeys([*self.built_in, *self.added()])
         raise ValueError(f"must be {', '.join(names)} or package.module:attribute, code of your own (docs/extend.md)")
 
     def is_own(self, name: str) -> bool:
@@ -189,11 +189,15 @@ def calling(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def of_image(*image_ids: str) -> Iterator[None]:
-    """Name the images that are at work in an error of somebody's own code."""
+    """Name the images that are at work in an error of somebody's own code that names none."""
     try:
         yield
     except PluginError as error:
-        raise PluginError(f"image {', '.join(image_ids)}: {error}") from error
+        if error.names_image:
+            raise
+        named = PluginError(f"image {', '.join(image_ids)}: {error}")
+        named.names_image = True
+        raise named from error
 
 
 def _where(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from smaflib.data.masks import check_mask_values
 from smaflib.data.sample import Sample, SampleFiles, Samples
 from smaflib.errors import DataError, PluginError
 from smaflib.files import is_plain_name
-from smaflib.plugins import DATA, calling, load
+from smaflib.plugins import DATA, calling, load, of_image
 
 
 class Loader(Protocol):
@@ -82,9 +82,14 @@ def _read_checked(
     num_classes: int,
     load_masks: bool,
 ) -> Sample:
-    what = f"{what}, image {files.image_id}"
-    with calling(what):
-        sample = read(files, num_classes, load_masks)
+    with of_image(files.image_id):
+        with calling(what):
+            sample = read(files, num_classes, load_masks)
+        _check_sample(what, sample, files, num_classes, load_masks)
+    return sample if load_masks else replace(sample, mask=None)
+
+
+def _check_sample(what: str, sample: object, files: SampleFiles, num_classes: int, load_masks: bool) -> None:
     if not isinstance(sample, Sample):
         raise PluginError(f"{what}: read() returned a {type(sample).__name__}; it must return a Sample")
     image = _checked(what, "image", sample.image, torch.uint8, (3, None, None))
@@ -102,7 +107,6 @@ def _read_checked(
             check_mask_values(mask, num_classes, files.mask)
         except DataError as error:
             raise PluginError(f"{what}: {error}") from error
-    return sample if load_masks else replace(sample, mask=None)
 
 
 def _checked(what: str, part: str, value: object, dtype: torch.dtype, shape: tuple[int | None, ...]) -> Tensor:

@@ -262,9 +262,11 @@ async function redraw() {
   }
   if (!result) return board.setStatus("no scale takes part in the fusion; switch at least one on", "error");
   const others = DATA.class_names.length - image.classes.length;
-  board.setStatus((image.shrunk ? "This image was shrunk for this page, and its numbers are of the shrunk one. " : "") +
-    (others ? `${others} further classes, which are not in the image label and respond least, are left out here. ` : "") +
-    (isComputed() ? `${state.fusion} is Python: its maps were made with this page, from all scales alike.` : ""), "");
+  board.setStatus([
+    image.shrunk && "This image was shrunk for this page, and its numbers are of the shrunk one.",
+    others && `${others} further classes, which are not in the image label and respond least, are left out here.`,
+    isComputed() && `${state.fusion} is Python: its maps were made with this page, from all scales alike.`,
+  ].filter(Boolean).join(" "), "");
   board.look = { opacity: state.opacity, lut: luts[state.colormap] };
   board.pixel = state.pixel;
   board.reading = readingOf(image, result);
