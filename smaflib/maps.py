@@ -145,7 +145,8 @@ class AttentionMaps:
         """(K, H, W) in [0, 1], of all scales or some."""
         chosen = self.scales if scales is None else scales
         cams, size = self.read(image_id, chosen)
-        return fuse_cams(cams, size, rule, chosen)
+        with of_image(image_id):
+            return fuse_cams(cams, size, rule, chosen)
 
 
 SMALL_IMAGE = 128 * 128

@@ -581,3 +581,14 @@ def test_a_folder_belongs_to_one_version_of_the_code(own: Callable[[str], str], 
         text.write("\nX = 1\n")
     with pytest.raises(ConfigError, match="it holds work of another version of the code of attention.fusion"):
         claim_code(config, stamp, "it")
+
+
+def test_checking_data_lists_every_image_of_an_own_data_set_that_does_not_fit(
+    own: Callable[[str], str], tmp_path: Path
+) -> None:
+    from smaflib.data.tools.check import check_data
+
+    change = "global read; read = changed(image=torch.zeros(3, 4, 5))"
+    module = own(DATA_CODE.replace("{changes}", change) + DATA_HELP)
+    found = check_data(tiny_config(data={"kind": f"{module}:load", "root": str(tmp_path)}))
+    assert len(found.problems) == 8 and found.problems[5].startswith("val: image val1: the data set")
