@@ -8,7 +8,7 @@ each (section 3.2 of the paper).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from smaflib.config import FusionRule
 from smaflib.data.transforms import normalize, resize_image, scaled_size
 from smaflib.models.networks import attention_of
+from smaflib.plugins import FUSION, calling, checked_maps, load, own_name
 from smaflib.runtime import Runtime, device_of
 
-FUSION_RULES: tuple[FusionRule, ...] = get_args(FusionRule)
+FUSION_RULES: tuple[FusionRule, ...] = FUSION.built_in
+"""The library's own."""
 
 PEAK_EPSILON = 0.5e-5
 """Added to a peak before dividing by it: half the reference's 1e-5, which it adds to sums over two flips, not means."""
@@ -45,6 +47,13 @@ def multi_scale_cams(
         Per scale (K, h_s, w_s), or (B, K, h_s, w_s): non-negative float32 on the CPU, at the network's stride.
 
     Source: the reference code's multi-scale inference; section 3.2 of the paper.
+
+    Example:
+        >>> from smaflib.models.pretrained import pretrained_network
+        >>> image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+        >>> cams = multi_scale_cams(pretrained_network("teacher"), image, scales=(0.5, 1.0))
+        >>> [tuple(cam.shape) for cam in cams]
+        [(6, 4, 4), (6, 8, 8)]
     """
     images = image if image.dim() == 4 else image[None]
     cams = cams_of_inputs(network, scaled_inputs(images, scales), flip, runtime)
@@ -94,10 +103,31 @@ def cams_of_inputs(
     return [maps.cpu() for maps in cams]  # after the last scale: a GPU has all of them to work on
 
 
+class Fusion(Protocol):
+    """A fusion rule of somebody's own: joins one image's class attention maps over scales.
+
+    Each class must be joined by itself: the chain fuses the classes of the image label alone, of eighty one or two.
+
+    Args:
+        maps: float32 (S, K, H, W), non-negative and finite, at the image's size; a class may be zero all over.
+        scales: float32 (S,), of the maps; S may be 1.
+
+    Returns:
+        float (K, H, W), non-negative and finite; :func:`fuse_cams` brings each class to a peak of 1.
+    """
+
+    def __call__(self, maps: Tensor, scales: Tensor, /) -> Tensor: ...
+
+
+def fusion_rules(rule: FusionRule) -> tuple[FusionRule, ...]:
+    """The library's rules, and the one that a config names if it is somebody's own: what is compared and offered."""
+    return FUSION_RULES if rule in FUSION_RULES else (*FUSION_RULES, rule)
+
+
 def fuse_cams(
     cams: Sequence[Tensor],
     size: tuple[int, int],
-    rule: FusionRule = "sum",
+    rule: FusionRule | Fusion = "sum",
     scales: Sequence[float] | None = None,
     weights: Sequence[float] | None = None,
 ) -> Tensor:
@@ -110,42 +140,64 @@ def fuse_cams(
     Args:
         cams: per scale (K, h_s, w_s), non-negative, flips already undone.
         size: (H, W) of the original image, in pixels.
-        rule: how the scales are joined.
-        scales: the scale of each map; only ``size_adaptive`` needs them.
+        rule: how the scales are joined; a name as in a config, or a function (:class:`Fusion`).
+        scales: the scale of each map; ``size_adaptive`` and rules of somebody's own need them.
         weights: factor of each map, not negative, on top of what the rule does; None: all alike, as in the paper.
 
     Returns:
         (K, H, W) in [0, 1]; an all-zero class stays zero.
 
     Raises:
-        ValueError: if ``cams`` is empty, the maps disagree on K, ``size_adaptive`` does not get its scales, or the
-            weights do not fit.
+        ValueError: if ``cams`` is empty, the maps disagree on K, a rule does not get its scales, there is no such rule,
+            or the weights do not fit.
+        PluginError: if a rule of somebody's own does not do what it must.
 
     Source: section 3.2 of the paper; the reference code's sum over scales and flips.
+
+    Example:
+        >>> cams = [torch.tensor([[[0.0, 2.0]]]), torch.tensor([[[1.0, 2.0]]])]
+        >>> fuse_cams(cams, size=(1, 2)).round(decimals=3).tolist()
+        [[[0.25, 1.0]]]
+        >>> fuse_cams(cams, (1, 2), lambda maps, scales: maps.amin(dim=0), scales=(0.5, 1.0)).round(decimals=3).tolist()
+        [[[0.0, 1.0]]]
     """
     if not cams or len({len(cam) for cam in cams}) != 1:
         raise ValueError(f"fuse_cams needs maps of one set of classes, got {[tuple(cam.shape) for cam in cams]}")
-    if rule == "size_adaptive" and len(scales or ()) != len(cams):
-        raise ValueError(f"the size_adaptive rule needs the scale of each of the {len(cams)} maps, got {scales}")
+    _check_rule(rule, scales, len(cams))
     upsampled = torch.stack([_upsample(cam, size) for cam in cams])  # (S, K, H, W)
     if rule == "mean":
         upsampled = peak_at_one(upsampled)
     if weights is not None:
         upsampled = upsampled * _checked_weights(weights, len(cams))[:, None, None, None]
+    return peak_at_one(_join(upsampled, rule, torch.tensor(list(scales or ()))))
+
+
+def _check_rule(rule: FusionRule | Fusion, scales: Sequence[float] | None, num_maps: int) -> None:
+    if isinstance(rule, str) and rule not in FUSION_RULES and not FUSION.is_own(rule):
+        raise ValueError(
+            f"there is no fusion rule {rule!r}; there are {', '.join(FUSION_RULES)}, or package.module:attribute"
+        )
+    if rule not in ("sum", "mean", "max") and len(scales or ()) != num_maps:
+        name = rule if isinstance(rule, str) else own_name(rule)
+        raise ValueError(f"the {name} rule needs the scale of each of the {num_maps} maps, got {scales}")
+
+
+def _join(maps: Tensor, rule: FusionRule | Fusion, scales: Tensor) -> Tensor:  # (S, K, H, W) -> (K, H, W)
     if rule == "sum":
-        fused = upsampled.sum(dim=0)
-    elif rule == "max":
-        fused = upsampled.amax(dim=0)
-    elif rule == "mean":
-        fused = upsampled.mean(dim=0)
-    elif rule == "size_adaptive":
+        return maps.sum(dim=0)
+    if rule == "max":
+        return maps.amax(dim=0)
+    if rule == "mean":
+        return maps.mean(dim=0)
+    if rule == "size_adaptive":
         # The sum of all scales is a good enough guess of the extent to choose among them.
-        extent = (peak_at_one(upsampled.sum(dim=0)) > 0.5).float().mean(dim=(1, 2)).sqrt()  # (K,)
-        of_size = size_adaptive_weights(extent, torch.tensor(list(scales or ())))  # (S, K)
-        fused = (of_size[..., None, None] * upsampled).sum(dim=0)
-    else:
-        raise ValueError(f"there is no fusion rule {rule!r}; there are {', '.join(FUSION_RULES)}")
-    return peak_at_one(fused)
+        extent = (peak_at_one(maps.sum(dim=0)) > 0.5).float().mean(dim=(1, 2)).sqrt()  # (K,)
+        of_size = size_adaptive_weights(extent, scales)  # (S, K)
+        return (of_size[..., None, None] * maps).sum(dim=0)
+    function: Fusion = load(FUSION, rule) if isinstance(rule, str) else rule
+    what = f"the fusion rule {rule if isinstance(rule, str) else own_name(rule)}"
+    with calling(what):
+        return checked_maps(what, function(maps, scales), tuple(maps.shape[1:]), "(K, H, W)")
 
 
 def _checked_weights(weights: Sequence[float], num_maps: int) -> Tensor:
@@ -157,7 +209,12 @@ def _checked_weights(weights: Sequence[float], num_maps: int) -> Tensor:
 
 
 def peak_at_one(maps: Tensor) -> Tensor:  # (..., H, W) -> (..., H, W)
-    """Divide each map by its maximum; an all-zero map stays zero."""
+    """Divide each map by its maximum; an all-zero map stays zero.
+
+    Example:
+        >>> peak_at_one(torch.tensor([[2.0, 4.0]])).round(decimals=3).tolist()
+        [[0.5, 1.0]]
+    """
     return maps / (maps.amax(dim=(-2, -1), keepdim=True) + PEAK_EPSILON)
 
 
@@ -188,6 +245,10 @@ def size_adaptive_weights(extent: Tensor, scales: Tensor) -> Tensor:
 
     Returns:
         (S, ...) summing to 1 over the scales.
+
+    Example:
+        >>> size_adaptive_weights(torch.tensor(0.4), torch.tensor([0.5, 1.0, 2.0]))
+        tensor([0.2119, 0.5761, 0.2119])
     """
     best = torch.log2(REFERENCE_EXTENT / extent.clamp(min=1e-3))
     distance = torch.log2(scales).view(-1, *[1] * extent.dim()) - best

@@ -93,6 +93,10 @@ def classification_loss(image_logits: Tensor, image_label: Tensor) -> Tensor:
 
     Returns:
         Scalar.
+
+    Example:
+        >>> f"{classification_loss(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])):.4f}"
+        '0.6931'
     """
     return F.multilabel_soft_margin_loss(image_logits, image_label)
 
@@ -299,7 +303,12 @@ def crop_saliency(sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:
 
 
 def predict_labels(image_logits: Tensor) -> Tensor:
-    """The classes whose logit is above 0, or the likeliest one where none is: (N, K) to float32 (N, K) in {0, 1}."""
+    """The classes whose logit is above 0, or the likeliest one where none is: (N, K) to float32 (N, K) in {0, 1}.
+
+    Example:
+        >>> predict_labels(torch.tensor([[1.0, -1.0], [-2.0, -1.0]])).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
     labels = (image_logits > 0).float()
     labels[torch.arange(len(labels)), image_logits.argmax(dim=1)] = 1  # above 0 already, where any is
     return labels

@@ -9,6 +9,16 @@ class ConfigError(InputError):
     """A setting that does not exist or does not fit; the message names the setting and the cure."""
 
 
+class PluginError(ConfigError):
+    """Code of somebody's own that a config names does not do what it must; the message names it and what is wrong.
+
+    Attributes:
+        names_image: whether the message begins with the image that was at work.
+    """
+
+    names_image = False
+
+
 class DataError(InputError):
     """Data that cannot be used; the message names the file, what is wrong and the cure."""
 

@@ -32,6 +32,11 @@ def confusion_matrix(mask: Tensor, ground_truth: Tensor, num_classes: int) -> Te
 
     Raises:
         ValueError: if the sizes differ or labels above K occur.
+
+    Example:
+        >>> mask, truth = torch.tensor([[[0, 1, 1]], [[0, 1, 255]]], dtype=torch.uint8)
+        >>> confusion_matrix(mask, truth, num_classes=1).tolist()
+        [[1, 0], [0, 1]]
     """
     if mask.shape != ground_truth.shape:
         raise ValueError(f"mask {tuple(mask.shape)} and ground truth {tuple(ground_truth.shape)} must have one size")
@@ -51,13 +56,23 @@ def _refuse_labels_above(num_classes: int, what: str, labels: Tensor, void: bool
 
 
 def intersection_over_union(confusion: Tensor) -> Tensor:
-    """(K+1, K+1) counts to (K+1,) IoU in [0, 1]; nan for a class absent from ground truth and prediction."""
+    """(K+1, K+1) counts to (K+1,) IoU in [0, 1]; nan for a class absent from ground truth and prediction.
+
+    Example:
+        >>> intersection_over_union(torch.tensor([[6, 2], [0, 2]])).tolist()
+        [0.75, 0.5]
+    """
     hits = confusion.diagonal().double()
     return hits / (confusion.sum(dim=0) + confusion.sum(dim=1) - hits)
 
 
 def mean_over_classes(values: Tensor) -> float:
-    """Mean over the classes that have a value; nan if none has."""
+    """Mean over the classes that have a value; nan if none has.
+
+    Example:
+        >>> mean_over_classes(torch.tensor([0.75, float("nan"), 0.5]))
+        0.625
+    """
     return float(values.nanmean())
 
 
@@ -132,6 +147,11 @@ def evaluate(
         ground_truths: per image uint8 (H, W), 255 is void.
         class_names: the K foreground classes.
         config: the limits between object sizes.
+
+    Example:
+        >>> mask, truth = torch.tensor([[[0, 1], [0, 1]], [[0, 1], [1, 1]]], dtype=torch.uint8)
+        >>> f"{evaluate([mask], [truth], ['cat']).miou:.3f}"  # the mean of 1/2 and 2/3
+        '0.583'
     """
     config = config or EvaluationConfig()
     num_classes = len(class_names)
@@ -291,7 +311,13 @@ def evaluate_maps(
 
 
 def image_score(mask: Tensor, ground_truth: Tensor, num_classes: int) -> float:
-    """Mean IoU of one image over the labels that occur in it, to find the best and the worst cases; in [0, 1]."""
+    """Mean IoU of one image over the labels that occur in it, to find the best and the worst cases; in [0, 1].
+
+    Example:
+        >>> mask, truth = torch.tensor([[[0, 1], [0, 1]], [[0, 1], [1, 1]]], dtype=torch.uint8)
+        >>> f"{image_score(mask, truth, num_classes=1):.3f}"
+        '0.583'
+    """
     return mean_over_classes(intersection_over_union(confusion_matrix(mask, ground_truth, num_classes)))
 
 
@@ -309,6 +335,11 @@ def object_scores(
     Returns:
         Per object ``image`` (its number in the sequence), ``class_number`` (0 to K-1), ``share`` of the image's area in
         (0, 1], ``iou`` in [0, 1].
+
+    Example:
+        >>> maps, truth = torch.tensor([[[0.5, 0.125]]]), torch.tensor([[1, 1]], dtype=torch.uint8)
+        >>> object_scores([maps], [truth], ["cat"], bg_score=0.25)
+        [{'image': 0, 'class_number': 0, 'share': 1.0, 'iou': 0.5}]
     """
     objects = []
     for image, (maps, ground_truth) in enumerate(zip(denoised, ground_truths, strict=True)):
@@ -331,6 +362,11 @@ def compare_masks(before: Tensor, after: Tensor, ground_truth: Tensor) -> dict[s
     Returns:
         Counts of pixels: ``both right``, ``gained`` (only ``after`` is right), ``lost`` (only ``before`` is right),
         ``both wrong``.
+
+    Example:
+        >>> before, after, truth = torch.tensor([[[0, 1, 1]], [[1, 1, 0]], [[1, 1, 255]]], dtype=torch.uint8)
+        >>> compare_masks(before, after, truth)
+        {'both right': 1, 'gained': 1, 'lost': 0, 'both wrong': 0}
     """
     counted = ground_truth != VOID_LABEL
     was, now = (before == ground_truth)[counted], (after == ground_truth)[counted]

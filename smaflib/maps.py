@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smaflib.cams import cams_of_inputs, fuse_cams, scaled_inputs
+from smaflib.cams import Fusion, cams_of_inputs, fuse_cams, scaled_inputs
 from smaflib.config import AttentionConfig, FusionRule
 from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import scaled_size
@@ -25,6 +25,7 @@ from smaflib.distributed.ranks import ranks_here, wait_for_all
 from smaflib.errors import DataError
 from smaflib.files import load_arrays, save_arrays
 from smaflib.models.memory import forward_bytes, refuse_what_does_not_fit
+from smaflib.plugins import of_image
 from smaflib.reactivation import blend_saliency
 from smaflib.runtime import Runtime, ahead, progress, release_freed_memory
 
@@ -33,7 +34,7 @@ def fuse_and_denoise(
     cams: Sequence[Tensor],
     size: tuple[int, int],
     image_label: Tensor,
-    rule: FusionRule = "sum",
+    rule: FusionRule | Fusion = "sum",
     scales: Sequence[float] | None = None,
     weights: Sequence[float] | None = None,
 ) -> Tensor:
@@ -46,7 +47,7 @@ def fuse_and_denoise(
         size: (H, W) of the original image, in pixels.
         image_label: (K,) in {0, 1}.
         rule: how the scales are joined.
-        scales: the scale of each map; only ``size_adaptive`` needs them.
+        scales: the scale of each map; as of :func:`~smaflib.cams.fuse_cams`.
         weights: factor of each map.
 
     Returns:
@@ -60,7 +61,7 @@ def fuse_present(
     cams: Sequence[Tensor],
     size: tuple[int, int],
     classes: Tensor,
-    rule: FusionRule = "sum",
+    rule: FusionRule | Fusion = "sum",
     scales: Sequence[float] | None = None,
     weights: Sequence[float] | None = None,
 ) -> Tensor:
@@ -141,11 +142,12 @@ class AttentionMaps:
                 f"{path} is not a complete file of attention maps ({error}); delete it and run again"
             ) from error
 
-    def fused(self, image_id: str, rule: FusionRule = "sum", scales: Sequence[float] | None = None) -> Tensor:
+    def fused(self, image_id: str, rule: FusionRule | Fusion = "sum", scales: Sequence[float] | None = None) -> Tensor:
         """(K, H, W) in [0, 1], of all scales or some."""
         chosen = self.scales if scales is None else scales
         cams, size = self.read(image_id, chosen)
-        return fuse_cams(cams, size, rule, chosen)
+        with of_image(image_id):
+            return fuse_cams(cams, size, rule, chosen)
 
 
 SMALL_IMAGE = 128 * 128
@@ -166,7 +168,8 @@ def write_attention_maps(
     Of several processes (:mod:`smaflib.distributed`) each makes its part.
 
     Args:
-        network: teacher, student or any module with ``attention``.
+        network: teacher, student, a source of maps (:func:`~smaflib.models.sources.source_of`) or any module with
+            ``attention``.
         samples: the split.
         folder: takes one ``.npz`` per image.
         config: scales and flip.
@@ -178,6 +181,7 @@ def write_attention_maps(
 
     Raises:
         ConfigError: if a scale of an image needs more memory than the device has.
+        PluginError: if a source of somebody's own does not give maps; those of the images before are kept.
     """
     maps = AttentionMaps(folder, config.scales)
     runtime.place(network)
@@ -195,7 +199,7 @@ def write_attention_maps(
             yield batch
 
     prepared = ahead(lambda batch: (batch, scaled_inputs(batch.images, config.scales)), fitting(), threads)
-    computed = ((batch, cams_of_inputs(network, inputs, config.flip, runtime)) for batch, inputs in prepared)
+    computed = ((batch, _cams_of_batch(network, batch, inputs, config, runtime)) for batch, inputs in prepared)
 
     def write(result: tuple[Batch, list[Tensor]]) -> int:
         batch, cams = result
@@ -217,6 +221,13 @@ class Batch:
 
     image_ids: list[str]
     images: Tensor
+
+
+def _cams_of_batch(
+    network: nn.Module, batch: Batch, inputs: Sequence[Tensor], config: AttentionConfig, runtime: Runtime
+) -> list[Tensor]:
+    with of_image(*batch.image_ids):
+        return cams_of_inputs(network, inputs, config.flip, runtime)
 
 
 def _check_memory(network: nn.Module, batch: Batch, config: AttentionConfig, runtime: Runtime) -> None:
@@ -265,7 +276,7 @@ class DenoisedMaps(Sequence[Tensor]):
         self,
         maps: AttentionMaps,
         samples: Samples,
-        rule: FusionRule = "sum",
+        rule: FusionRule | Fusion = "sum",
         scales: Sequence[float] | None = None,
         cached: bool = False,
         denoised: bool = True,
@@ -289,8 +300,9 @@ class DenoisedMaps(Sequence[Tensor]):
         label = self.image_labels[index] if self.denoised else torch.ones_like(self.image_labels[index])
         classes = label.nonzero()[:, 0]
         cams, size = self.maps.read(self.image_ids[index], self.scales)
-        # The size-adaptive rule needs to know which scales these are.
-        maps = fuse_present(cams, size, classes, self.rule, self.scales or self.maps.scales)
+        # Some rules need to know which scales these are.
+        with of_image(self.image_ids[index]):
+            maps = fuse_present(cams, size, classes, self.rule, self.scales or self.maps.scales)
         if self.saliency_weight and len(classes):
             maps = blend_saliency(maps, self.saliency[index], self.saliency_weight)
         if not self.cached:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from smaflib import files
 from smaflib.config import Config, Split
 from smaflib.errors import ConfigError, MissingStage
+from smaflib.plugins import DATA
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -200,20 +201,33 @@ def attend(
         network: teacher, student or any module with ``attention``.
         image: uint8 (3, H, W).
         image_label: (K,) in {0, 1}.
-        attention: scales, flip and fusion rule.
+        attention: scales, flip, source of maps and fusion rule.
         bg_score: the background's score.
         runtime: precision; None: float32.
     """
     from smaflib.cams import fuse_cams, multi_scale_cams
+    from smaflib.models.sources import source_of
     from smaflib.reactivation import denoise, reactivate
 
-    cams = multi_scale_cams(network, image, attention.scales, attention.flip, runtime)
+    cams = multi_scale_cams(source_of(network, attention.source), image, attention.scales, attention.flip, runtime)
     fused = fuse_cams(cams, (image.shape[-2], image.shape[-1]), attention.fusion, attention.scales)
     denoised = denoise(fused, image_label)
     return ImageMaps(cams, fused, denoised, reactivate(denoised, bg_score))
 
 
 # ----------------------------------------------------------------------------------------------------- stage by stage
+
+
+def check_plugins(config: Config) -> None:
+    """Try what a config names of somebody's own on tiny inputs, so that what is wrong shows before hours of work.
+
+    Raises:
+        PluginError: naming setting, code, what it did and what it must do.
+    """
+    if config.plugins:
+        from smaflib.trials import try_plugins
+
+        try_plugins(config)
 
 
 def check_networks(config: Config) -> None:
@@ -294,7 +308,7 @@ def train_teacher(work: Workspace) -> tuple[AttentionNetwork, History]:
     from smaflib.training import is_finished
 
     config = work.config
-    if config.classifier.pretraining == "eps":
+    if config.classifier.pretraining == "eps" and not DATA.is_own(config.data.kind):  # which may keep no pictures
         check_saliency_sizes(work.samples())
     trained = config.classifier.checkpoint is None and config.classifier.solve_head is None
     if trained and not is_finished(work.checkpoint("teacher"), config.classifier):
@@ -313,12 +327,15 @@ def train_teacher(work: Workspace) -> tuple[AttentionNetwork, History]:
 def write_maps(work: Workspace, network: str, split: Split = "train") -> AttentionMaps:
     """Stage 2: a network's attention maps of a split."""
     from smaflib.maps import write_attention_maps
+    from smaflib.models.sources import source_of
 
     maps, samples = work.maps(network, split), work.samples(split)
     if all(maps.path(image_id).is_file() for image_id in samples.image_ids):
         return maps
     _share_work(work, "write_maps", network=network, split=split)
-    return write_attention_maps(work.network(network), samples, maps.folder, work.config.attention, work.make_runtime())
+    attention = work.config.attention
+    source = source_of(work.network(network), attention.source)
+    return write_attention_maps(source, samples, maps.folder, attention, work.make_runtime())
 
 
 def resolve_bg_score(work: Workspace) -> float:

@@ -13,6 +13,7 @@ from smaflib.config import CrfConfig, PseudoMaskConfig
 from smaflib.data.masks import save_mask
 from smaflib.data.sample import Samples
 from smaflib.distributed.ranks import ranks_here, wait_for_all
+from smaflib.plugins import of_image
 from smaflib.reactivation import hard_labels, with_background_score
 from smaflib.refinement import refine, refine_many
 from smaflib.runtime import CPU, progress
@@ -39,6 +40,11 @@ def pseudo_mask(
         uint8 (H, W), 0 is background.
 
     Source: hard labels into the CRF, over all K+1 labels, as in the reference code.
+
+    Example:
+        >>> image, denoised = torch.zeros(3, 1, 2, dtype=torch.uint8), torch.tensor([[[0.5, 0.125]]])
+        >>> pseudo_mask(image, denoised, 0.25, PseudoMaskConfig(refine="none")).tolist()
+        [[1, 0]]
     """
     if config.refinement is None:
         return hard_labels(denoised, bg_score)
@@ -67,6 +73,9 @@ def pseudo_masks(
 
     Yields:
         uint8 (H, W) per sample.
+
+    Raises:
+        PluginError: if a refinement of somebody's own does not do what it must; the masks before are whole.
     """
     masks: Iterator[Tensor]
     if config.refinement is None:
@@ -75,7 +84,15 @@ def pseudo_masks(
         jobs = ((samples[index].image, _unary(denoised[index], bg_score, config)) for index in range(len(samples)))
         num_labels, workers = len(samples.class_names) + 1, config.num_workers
         masks = refine_many(jobs, config.refinement, num_labels, workers, config.backend, device)
-    yield from progress(masks, total=len(samples), desc=desc)
+    yield from progress(_naming_images(masks, samples.image_ids), total=len(samples), desc=desc)
+
+
+def _naming_images(masks: Iterator[Tensor], image_ids: Sequence[str]) -> Iterator[Tensor]:
+    """The masks; an error of somebody's own refinement says at which image."""
+    for image_id in image_ids:
+        with of_image(image_id):
+            mask = next(masks)
+        yield mask
 
 
 def write_pseudo_masks(

@@ -22,6 +22,11 @@ def denoise(fused: Tensor, image_label: Tensor) -> Tensor:
 
     Raises:
         ValueError: if the label's shape does not match.
+
+    Example:
+        >>> fused = torch.tensor([[[0.75, 0.25]], [[0.5, 1.0]]])  # two classes, one row of two pixels
+        >>> denoise(fused, image_label=torch.tensor([1.0, 0.0])).tolist()
+        [[[0.75, 0.25]], [[0.0, 0.0]]]
     """
     if image_label.shape != fused.shape[:-2]:
         raise ValueError(
@@ -48,6 +53,10 @@ def blend_saliency(denoised: Tensor, saliency: Tensor, weight: float) -> Tensor:
 
     Raises:
         ValueError: if the maps are of different sizes.
+
+    Example:
+        >>> blend_saliency(torch.tensor([[[0.5, 0.5]]]), saliency=torch.tensor([[1.0, 0.0]]), weight=0.5).tolist()
+        [[[0.75, 0.25]]]
     """
     if saliency.shape != denoised.shape[-2:]:
         raise ValueError(f"a saliency map of {tuple(saliency.shape)} does not fit maps of {tuple(denoised.shape)}")
@@ -71,6 +80,10 @@ def reactivate(denoised: Tensor, bg_score: float) -> Tensor:
 
     Raises:
         ValueError: if ``bg_score`` is not in (0, 1]: with 0, a pixel without any class is divided by 0.
+
+    Example:
+        >>> reactivate(torch.tensor([[[0.5, 0.125]]]), bg_score=0.25).tolist()
+        [[[0.5, 1.0]], [[1.0, 0.5]]]
     """
     if not 0 < bg_score <= 1:
         raise ValueError(f"bg_score must be in (0, 1], got {bg_score}")
@@ -79,7 +92,12 @@ def reactivate(denoised: Tensor, bg_score: float) -> Tensor:
 
 
 def with_background_score(denoised: Tensor, bg_score: float) -> Tensor:
-    """Put a constant background map before the class maps: (..., K, H, W) to (..., K+1, H, W)."""
+    """Put a constant background map before the class maps: (..., K, H, W) to (..., K+1, H, W).
+
+    Example:
+        >>> with_background_score(torch.tensor([[[0.5, 0.125]]]), bg_score=0.25).tolist()
+        [[[0.25, 0.25]], [[0.5, 0.125]]]
+    """
     background = torch.full_like(denoised[..., :1, :, :], bg_score)
     return torch.cat([background, denoised], dim=-3)
 
@@ -93,6 +111,10 @@ def hard_labels(denoised: Tensor, bg_score: float) -> Tensor:
 
     Returns:
         uint8 (H, W), 0 is background.
+
+    Example:
+        >>> hard_labels(torch.tensor([[[0.5, 0.125]]]), bg_score=0.25).tolist()
+        [[1, 0]]
     """
     # Not argmax, which takes several times as long on the CPU; both name the first of equals.
     return with_background_score(denoised, bg_score).max(dim=0).indices.to(torch.uint8)

@@ -95,6 +95,13 @@ def mac_loss(logits: Tensor, target: Tensor, weight: float = 100.0) -> Tensor:
 
     Raises:
         ValueError: if they disagree on K+1.
+
+    Example:
+        >>> import torch
+        >>> target = torch.zeros(1, 2, 8, 8)
+        >>> target[:, 0] = 1  # all background; the student is undecided, 0.5 off in both channels
+        >>> mac_loss(torch.zeros(1, 2, 4, 4), target).item()
+        25.0
     """
     if logits.shape[1] != target.shape[1]:
         raise ValueError(

@@ -34,6 +34,11 @@ def choose_bg_score(denoised: Sequence[Tensor], saliency: Sequence[Tensor] | Non
 
     Raises:
         ValueError: if there is no image.
+
+    Example:
+        >>> maps = torch.tensor([[[0.75, 0.25]]])
+        >>> 0.25 <= choose_bg_score([maps], saliency=[torch.tensor([[1.0, 0.0]])]) < 0.75
+        True
     """
     if not len(denoised):
         raise ValueError("a background score can only be chosen from at least one image")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 from dataclasses import replace
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from smaflib.cams import fuse_cams
 from smaflib.config import dump_config
 from smaflib.data import make_data
 from smaflib.errors import RunError
@@ -108,6 +111,25 @@ def many_classes(num_classes: int, size: tuple[int, int], num: int = 1) -> Galle
 def test_of_many_classes_the_labelled_and_the_strongest_others_are_kept() -> None:
     image = page_image(many_classes(20, (64, 96)), 0)
     assert image["classes"] == [0, *range(20 - MAX_OTHERS, 20)]
+
+
+def test_own_rules_come_with_the_maps_that_python_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_page_rule2.py").write_text("def least(maps, scales): return maps.amin(dim=0)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    gallery = Gallery.pretrained(1)
+    rule = "own_page_rule2:least"
+    attention = gallery.config.attention.model_copy(update={"fusion": rule})
+    gallery.config = gallery.config.model_copy(update={"attention": attention})
+    data = data_of(explorer_page(gallery))
+    assert data["rules"][-1] == [rule, rule] and data["rules"][3] == ["size_adaptive", "size-adaptive"]
+    assert data["computed_rules"] == [rule] and data["start"]["fusion"] == rule
+    image = data["images"][0]
+    prefix, _, content = image["maps"]["student"]["fused"][rule].partition(",")
+    with Image.open(io.BytesIO(base64.b64decode(content))) as picture:
+        assert prefix == "data:image/png;base64" and picture.mode == "L"
+        kept = np.array(picture).reshape(len(image["classes"]), *image["size"]) / 255
+    expected = fuse_cams(gallery.cams(0, "student", True), tuple(image["size"]), rule, gallery.scales)
+    assert np.abs(kept - expected[image["classes"]].numpy()).max() <= 1 / 510 + 1e-6
 
 
 def test_large_images_are_shrunk_with_their_maps() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from smaflib.cams import fuse_cams
 from smaflib.config import CrfConfig
 from smaflib.explorer import widget as explorer_module
 from smaflib.explorer.state import Gallery
@@ -270,3 +272,27 @@ def test_numbers_of_the_view_are_json(explorer: Explorer) -> None:
             assert np.isfinite(value)
 
     check(explorer.board.view)
+
+
+def test_a_rule_of_somebodys_own_is_offered_and_its_errors_are_said(
+    pretrained: Gallery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "def least(maps, scales): return maps.amin(dim=0) - (1 if len(scales) < 3 else 0)\n"
+    (tmp_path / "own_widget_rule.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    attention = pretrained.config.attention.model_copy(update={"fusion": "own_widget_rule:least"})
+    config = pretrained.config.model_copy(update={"attention": attention})
+    explorer = Explorer(replace(pretrained, config=config, _cams=dict(pretrained._cams)))
+    assert explorer.controls["fusion"].options[-1] == ("own_widget_rule:least", "own_widget_rule:least")
+    by_hand = fuse_cams(
+        explorer.gallery.cams(0, "teacher", True), (128, 128), "own_widget_rule:least", (0.5, 1, 1.5, 2)
+    )
+    shown = explorer.settings.class_number
+    assert torch.equal(explorer.exploration.fused, by_hand[shown])
+    explorer.controls["fusion"].value = "sum"
+    assert not torch.equal(explorer.exploration.fused, by_hand[shown])
+    explorer.controls["fusion"].value = "own_widget_rule:least"
+    for name in ("scale_0", "scale_1"):
+        explorer.controls[name].value = False
+    assert explorer.board.status["kind"] == "error"
+    assert "the fusion rule own_widget_rule:least returned negative values" in explorer.board.status["text"]

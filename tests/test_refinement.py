@@ -486,7 +486,7 @@ def test_gpu_batches_are_decoded_ahead_in_order_and_no_further() -> None:
 
 
 def idle_workers() -> list[BaseProcess]:
-    pool, _ = parallel._idle[2]
+    pool, _ = parallel._idle[2, ""]
     return list(pool._processes.values())
 
 
@@ -531,16 +531,16 @@ def test_timer_that_is_done_before_the_call_goes_on_ends_its_workers(monkeypatch
     workers = idle_workers()
     monkeypatch.setattr(threading, "Timer", AtOnce)
     list(refine_many(many_jobs(9), PARAMS, 3, num_workers=2))
-    assert 2 not in parallel._idle
+    assert (2, "") not in parallel._idle
     assert end_codes(workers) == [0] * len(workers)
 
 
 def test_an_interrupt_is_nothing_to_workers() -> None:
-    pool = parallel._take_pool(2)
+    pool = parallel._take_pool((2, ""))
     try:
         assert pool.submit(signal.getsignal, signal.SIGINT).result(timeout=60) == signal.SIG_IGN
     finally:
-        parallel._keep_pool(2, pool)
+        parallel._keep_pool((2, ""), pool)
 
 
 def test_few_images_stay_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

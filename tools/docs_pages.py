@@ -31,10 +31,16 @@ API = {
     "Attention maps": ("cams", "maps"),
     "Denoising and reactivation": ("reactivation", "thresholds"),
     "Training": ("classifier", "self_training", "segmentation", "training"),
-    "Pseudo masks and their refinement": ("pseudo_masks", "refinement.crf", "refinement.par", "refinement.parallel"),
+    "Pseudo masks and their refinement": (
+        "pseudo_masks",
+        "refinement.crf",
+        "refinement.par",
+        "refinement.parallel",
+        "refinement.own",
+    ),
     "Evaluation": ("evaluation", "report.tables", "report.seeds"),
-    "Data": ("data", "data.sample", "data.masks", "data.transforms"),
-    "Networks": ("models.networks", "models.backbones", "models.pretrained"),
+    "Data": ("data", "data.sample", "data.own", "data.masks", "data.transforms"),
+    "Networks": ("models.networks", "models.backbones", "models.sources", "models.pretrained"),
     "The chain over a folder": ("pipeline", "runs.run", "runtime"),
 }
 """Modules whose public names are documented, by the part of the method that they belong to."""

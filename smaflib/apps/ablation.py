@@ -42,6 +42,7 @@ from smaflib.pseudo_masks import pseudo_masks
 from smaflib.reactivation import with_background_score
 from smaflib.runs import Run
 from smaflib.runs.environment import describe_machine
+from smaflib.runs.inputs import claim_code, plugin_facts
 from smaflib.runs.manifest import read_manifest
 
 FULL = "full"
@@ -301,6 +302,7 @@ def _workspace(run: Run, seed: int, sources: Sequence[Run] = ()) -> SeedWorkspac
     if owner:
         for name in ["teacher", "student", *(["student_control"] if config.self_training.control else [])]:
             _take_over(owner, work, name)
+    claim_code(config, work.path("plugins.json"), files.display_path(folder))
     make_data(config, work.data_folder)
     if not len(work.samples().with_ground_truth):
         raise DataError("an ablation needs ground truth, but the training split has no masks; set data.masks")
@@ -332,6 +334,7 @@ def _describe(run: Run, seeds: Sequence[int]) -> dict[str, Any]:
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seeds": list(seeds),
         "settings": run.config.model_dump(mode="json"),
+        "plugins": plugin_facts(run.config),
         **describe_machine(run.make_runtime()),
         "variants": {name: row.how for name, row in ROWS.items()},
     }

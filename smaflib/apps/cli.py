@@ -133,7 +133,9 @@ def ablate(
     """Run the chain without one step at a time, over several seeds; resumes where it stopped. Notebook 08 shows it."""
     with _plain_errors():
         from smaflib.apps.ablation import ROWS, ablate, ablation_table, read_ablation
-        from smaflib.files import RUNS_FOLDER, display_path, find_config
+        from smaflib.config import load_config
+        from smaflib.files import RUNS_FOLDER, absolute, display_path, find_config
+        from smaflib.pipeline import check_plugins
         from smaflib.runs.run import open_run, run_folder
 
         try:
@@ -143,6 +145,7 @@ def ablate(
                 f"--seeds must be numbers joined by commas, such as 0,1,2, got {seeds!r}"
             ) from None
         folder = run_folder(runs.absolute() if runs else RUNS_FOLDER, config.stem if name is None else name)
+        check_plugins(load_config(absolute(find_config(config)), settings or []))  # before there is a folder
         opened = open_run(folder, find_config(config), settings or [])
         sources = [_find(source, runs) for source in reuse or []]
         path = ablate(opened, numbers, rows.split(",") if rows else tuple(ROWS), sources)

@@ -27,6 +27,7 @@ from smaflib.models.networks import load_attention_network
 from smaflib.pipeline import (
     Workspace,
     check_networks,
+    check_plugins,
     read_bg_score,
     resolve_bg_score,
     self_train_rounds,
@@ -34,8 +35,11 @@ from smaflib.pipeline import (
     write_maps,
     write_masks,
 )
+from smaflib.plugins import search_in
 from smaflib.report.html import write_page
 from smaflib.report.plots import overlay_mask
+from smaflib.runs.inputs import claim_code
+from smaflib.runs.manifest import StoredPlugin
 from smaflib.runtime import progress
 
 OVERLAY_SIDE = 480
@@ -56,6 +60,7 @@ def make_masks(config: Config, out: Path) -> Path:
         ConfigError: if ``out`` holds the work on other images, labels or settings.
         DataError: if an image or the table cannot be used.
     """
+    check_plugins(config)
     samples = Workspace(out, config).samples()
     # The classes are stored with the settings: label_images needs them where there is no table.
     config = config.model_copy(update={"data": config.data.model_copy(update={"class_names": samples.class_names})})
@@ -87,6 +92,7 @@ def plan_masks(config: Config, out: Path) -> str:
         ConfigError: if settings, network, memory or ``out`` will not do.
         DataError: if the table cannot be used. Images are not decoded: ``smaf data check`` does that.
     """
+    check_plugins(config)
     samples = Workspace(out, config).samples()
     check_networks(config)
     _refuse_foreign(out)
@@ -128,13 +134,18 @@ def label_images(learned: Path, images: Path, out: Path) -> Path:
     if bg_score is None or not (learned / "config.yaml").is_file():
         raise ConfigError(f"{learned} holds no finished `smaf masks --labels ...`; name the folder that it wrote")
     source = Workspace(learned, load_config(learned / "config.yaml"))
+    if source.config.plugins:
+        facts = files.read_json(learned / "plugins.json", {}, dict[str, StoredPlugin])
+        search_in(*(files.absolute(each["folder"]) for each in facts.values()))
+        check_plugins(source.config)
+        claim_code(source.config, learned / "plugins.json", str(learned))
     class_names = source.config.data.class_names
     teacher, _ = (
         load_attention_network(source.checkpoint(name), source.config.model, len(class_names))
         for name in ("teacher", "student")
     )
     table = out / "labels.csv"
-    unset = {"masks": None, "saliency": None, "max_images": None}
+    unset = {"kind": "folder", "masks": None, "saliency": None, "max_images": None}
     data = source.config.data.model_copy(update={"images": images, "labels": table, **unset})
     # The score is what was chosen on the images that were learned from; a few new ones say less about it. They have no
     # saliency maps.
@@ -171,6 +182,7 @@ def label_images(learned: Path, images: Path, out: Path) -> Path:
 
 def _claim(out: Path, config: Config, samples: Samples) -> None:
     """Make ``out`` the folder of this config and these images, or find that it is so already."""
+    code = out / "plugins.json"
     listing = "\n".join(f"{file.image}:{file.labels}:{file.image.stat().st_size}" for file in samples.files)
     digest = hashlib.sha256(listing.encode()).hexdigest()
     settings, images = out / "config.yaml", out / "images.json"
@@ -179,9 +191,11 @@ def _claim(out: Path, config: Config, samples: Samples) -> None:
         if not same_images or settings.read_text(encoding="utf-8") != dump_config(config):
             what = "settings" if same_images else "images or labels"
             raise ConfigError(f"{out} holds masks made with other {what}; choose another --out, or delete it first")
+        claim_code(config, code, str(out))
         return
     _refuse_foreign(out)
     try:
+        claim_code(config, code, str(out))
         files.write_text(settings, dump_config(config))
         files.write_json(images, {"sha256": digest, "images": len(samples)})
     except OSError as error:
@@ -192,7 +206,7 @@ def _refuse_foreign(out: Path) -> None:
     """Refuse to write into a folder of somebody else's."""
     ours = {"config.yaml", "images.json"}
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if names - {"labels.csv", "config.yaml"} and not ours <= names:
+    if names - {"labels.csv", "config.yaml", "plugins.json"} and not ours <= names:
         raise ConfigError(f"{out} is not empty and holds nothing of smaf's; choose another --out")
 
 

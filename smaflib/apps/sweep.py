@@ -24,6 +24,7 @@ from smaflib.apps.workflow import FOLDER as WORKFLOW_FOLDER
 from smaflib.apps.workflow import Combination, check_workflow, first_open_stage, run_workflow
 from smaflib.config import load_config
 from smaflib.errors import ConfigError, RunError, StageFailed
+from smaflib.pipeline import check_plugins
 from smaflib.report.seeds import FORMATS, difference_table, formatted, measurements, spread_table
 from smaflib.runs.manifest import read_manifest
 from smaflib.runs.run import read_run, run_folder
@@ -164,8 +165,13 @@ def sweep(
         raise ConfigError("--shards needs --profile: without one there is only one process, which makes a stage alone")
     snakemake = check_workflow(profile, shards) if profile is not None else None
     planned = plan(seeds, grid)
+    tried = set()
     for each in planned:  # all of them, before hours of the first
-        load_config(config_file, [*overrides, *each.overrides])
+        config = load_config(config_file, [*overrides, *each.overrides])
+        own = (config.attention, config.model, config.data, config.pseudo_masks, config.segmentation.model)
+        if own not in tried:  # seeds have the same code
+            check_plugins(config)
+        tried.add(own)
         run_folder(out, each.name)
     last = stage_named(until_stage, STAGES).name if until_stage else STAGES[-1].name
     out.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from smaflib.config.presets import PRESET_GROUPS
 from smaflib.config.schema import FREE_SETTINGS, NAMED_WEIGHTS, Config, CrfConfig, DataConfig, ModelConfig
 from smaflib.errors import ConfigError
 from smaflib.files import PROJECT_ROOT
+from smaflib.plugins import search_in
 
 MOST_PROBLEMS = 20
 """Lines of an error message; a file may have thousands of wrong settings."""
@@ -49,7 +50,10 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"{path} must hold settings such as 'seed: 0', got a {type(settings).__name__}")
     for override in overrides:
         _apply_override(settings, override)
-    return _resolve_paths(check_settings(settings, source=str(path)))
+    config = _resolve_paths(check_settings(settings, source=str(path)))
+    if config.plugins:
+        search_in(Path.cwd(), path.parent)
+    return config
 
 
 def check_settings(settings: dict[str, Any], source: str = "the settings") -> Config:

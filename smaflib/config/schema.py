@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from smaflib.config.presets import CRF_PRESETS
 from smaflib.config.variants import Variant
 from smaflib.files import absolute
+from smaflib.plugins import BACKBONE, DATA, FUSION, REFINEMENT, SOURCE, Kind
 
 Split = Literal["train", "val"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -33,6 +34,12 @@ ColorJitter = tuple[Jitter, Jitter, Jitter, Annotated[float, Field(ge=0, le=0.5)
 """Of brightness, contrast, saturation, hue."""
 Dilation = Annotated[int, Field(gt=0, le=1000)]
 
+
+# Names of the library, or code of somebody's own (smaflib/plugins.py): these types only look at how a name is written.
+FusionRule = Annotated[str, AfterValidator(FUSION.check)]
+MapSource = Annotated[str, AfterValidator(SOURCE.check)]
+DataKind = Annotated[str, AfterValidator(DATA.check)]
+RefinementName = Annotated[str, AfterValidator(REFINEMENT.check)]
 
 NAMED_WEIGHTS = ("torchvision", "pretrained", "wheel")
 """Values of ``model.weights`` that are no file."""
@@ -61,7 +68,7 @@ class StageConfig(BaseModel):
 class DataConfig(StageConfig):
     """Where images and image labels come from. Masks are for evaluation only (see ``label_source``)."""
 
-    kind: Literal["mini", "voc", "coco", "folder"] = "voc"
+    kind: DataKind = "voc"  # mini, voc, coco, folder, or package.module:attribute
     # voc: the folder that holds JPEGImages; coco: that holds annotations/ and train2014/; mini: None makes the set in
     # the run folder
     root: Path | None = None
@@ -96,7 +103,8 @@ class ModelConfig(StageConfig):
     """The network that turns an image into class logit maps."""
 
     # "slim" (for CPUs), "resnet38", the name of a torchvision classification model, or timm/ and that of a
-    # convolutional model of timm, such as timm/tf_efficientnet_lite2 or timm/resnet50.a1_in1k
+    # convolutional model of timm, such as timm/tf_efficientnet_lite2 or timm/resnet50.a1_in1k; or
+    # package.module:attribute
     backbone: str = "resnet50"
     # None: random; "pretrained": ImageNet weights that torchvision ("torchvision" says the same) or timm downloads;
     # "wheel": those inside an installed package, for timm/tf_efficientnet_lite0 and _lite2; else a .safetensors, .pth
@@ -168,15 +176,14 @@ class ClassifierConfig(TrainingConfig):
     eps_lambda: Fraction = 0.5  # weight of the foreground estimate against the background's
 
 
-FusionRule = Literal["sum", "mean", "max", "size_adaptive"]
-
-
 class AttentionConfig(StageConfig):
     """Stages 2 and 3: multi-scale attention, fusion, denoising, reactivation."""
 
     scales: tuple[Scale, ...] = Field((0.5, 1.0, 1.5, 2.0), min_length=1)
     flip: bool = True
-    fusion: FusionRule = "sum"
+    # How maps come from teacher and student. network: their own class logit maps; or package.module:attribute
+    source: MapSource = "network"
+    fusion: FusionRule = "sum"  # sum, mean, max, size_adaptive, or package.module:attribute
     # A pixel whose every class stays below this is background. auto: chosen from the teacher's maps, without any
     # ground truth (smaflib/thresholds.py).
     bg_score: BgScore | Literal["auto"] = 0.2
@@ -230,6 +237,16 @@ class CrfConfig(StageConfig):
         return CRF_PRESETS[name] | settings
 
 
+class OwnRefinement(StageConfig):
+    """Somebody's own refinement; it has no settings here.
+
+    Attributes:
+        name: ``package.module:attribute``, or of an entry point.
+    """
+
+    name: str
+
+
 class ParConfig(StageConfig):
     """Pixel-adaptive refinement (Ru et al., "Learning Affinity from Attention", CVPR 2022; constants of its code).
 
@@ -252,7 +269,7 @@ class PseudoMaskConfig(StageConfig):
     bg_score: BgScore | Literal["auto"] | None = None  # None: as for attention; auto: chosen from the student's maps
     # Share of the saliency maps in the masks, with classifier.pretraining: eps; the paper's rule is 0.
     saliency_weight: Fraction = 0.0
-    refine: Literal["crf", "par", "none"] = "crf"
+    refine: RefinementName = "crf"  # crf, par, none, or package.module:attribute
     crf: CrfConfig = CrfConfig()  # or the name of a preset: reference, irn, deeplab, mini, soft
     par: ParConfig = ParConfig()
     # Both give the same masks. auto: torch on a CUDA GPU; on the CPU pydensecrf, or torch where that is not installed.
@@ -260,8 +277,10 @@ class PseudoMaskConfig(StageConfig):
     num_workers: Processes = 0  # processes on the CPU; 0: one per core
 
     @property
-    def refinement(self) -> CrfConfig | ParConfig | None:
+    def refinement(self) -> CrfConfig | ParConfig | OwnRefinement | None:
         """The settings of the refinement that ``refine`` names; None: no refinement."""
+        if REFINEMENT.is_own(self.refine):
+            return OwnRefinement(name=self.refine)
         return {"crf": self.crf, "par": self.par, "none": None}[self.refine]
 
 
@@ -341,6 +360,19 @@ class Config(StageConfig):
         own = self.pseudo_masks.bg_score
         return self.attention.bg_score if own is None else own
 
+    @property
+    def plugins(self) -> dict[str, tuple[Kind, str]]:
+        """The settings that name code of somebody's own, with its kind and name."""
+        models = {"model.backbone": self.model, "segmentation.model.backbone": self.segmentation.model}
+        named = {setting: (BACKBONE, model.backbone) for setting, model in models.items() if model}
+        named |= {
+            FUSION.setting: (FUSION, self.attention.fusion),
+            SOURCE.setting: (SOURCE, self.attention.source),
+            DATA.setting: (DATA, self.data.kind),
+            REFINEMENT.setting: (REFINEMENT, self.pseudo_masks.refine),
+        }
+        return {setting: (kind, name) for setting, (kind, name) in named.items() if kind.is_own(name)}
+
     @model_validator(mode="after")
     def _stages_fit_together(self) -> Config:
         if self.classifier.solve_head is not None and not (
@@ -357,7 +389,8 @@ class Config(StageConfig):
             )
         if self.segmentation.architecture == "deeplabv3" and self.segmentation.skip_channels:
             raise ValueError("segmentation.skip_channels is for deeplabv2; set 0")
-        if self.classifier.pretraining == "eps" and self.data.kind != "mini" and self.data.saliency is None:
+        brings_own = self.data.kind == "mini" or DATA.is_own(self.data.kind)
+        if self.classifier.pretraining == "eps" and not brings_own and self.data.saliency is None:
             raise ValueError(
                 "classifier.pretraining is 'eps', which learns from saliency maps, but data.saliency is not set; "
                 "give the folder of saliency maps or set classifier.pretraining=plain"

@@ -9,10 +9,12 @@ from smaflib.config import Config, DataConfig
 from smaflib.data.coco import coco_masks_folder, load_coco
 from smaflib.data.folder import load_folder
 from smaflib.data.masks import MaskFiles, ground_truth_of, save_mask
+from smaflib.data.own import load_own
 from smaflib.data.prepare import make_data, summarize
 from smaflib.data.sample import Sample, SampleFiles, Samples
 from smaflib.data.voc import load_voc
 from smaflib.errors import DataError
+from smaflib.plugins import DATA
 
 __all__ = [
     "DataError",
@@ -40,7 +42,10 @@ def load_samples(config: Config, split: Literal["train", "val"], run_folder: Pat
 
     Raises:
         DataError: if something is missing or does not fit; the message names the file and the cure.
+        PluginError: if a data set of somebody's own is not what it must be.
     """
+    if DATA.is_own(config.data.kind):
+        return load_own(config.data, split)
     if config.data.kind == "folder":
         return load_folder(config.data, split)
     if config.data.kind == "coco":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from smaflib import cams as cams_module
 from smaflib import files
-from smaflib.cams import FUSION_RULES
+from smaflib.cams import FUSION_RULES, fuse_cams, fusion_rules
 from smaflib.data import Sample
 from smaflib.data.transforms import scaled_size
 from smaflib.explorer.state import (
@@ -31,6 +33,8 @@ from smaflib.explorer.state import (
     class_colors,
     color_table,
     picture_address,
+    rule_title,
+    to_bytes,
 )
 from smaflib.report.html import page_text
 from smaflib.runs import Run
@@ -67,7 +71,9 @@ def explorer_page(
         "class_names": names,
         "colors": class_colors(len(names)),
         "scales": list(gallery.scales),
-        "rules": list(FUSION_RULES),
+        # What the browser cannot compute, the page holds: maps of all scales, made here.
+        "rules": [[rule, rule_title(rule)] for rule in fusion_rules(first.fusion)],
+        "computed_rules": [rule for rule in fusion_rules(first.fusion) if rule not in FUSION_RULES],
         "curve_scores": list(CURVE_SCORES),
         "luts": {name: base64.b64encode(color_table(name)).decode() for name in COLOR_MAPS},
         "constants": {
@@ -124,7 +130,8 @@ def page_image(gallery: Gallery, index: int) -> dict[str, Any]:
     """One image as ``static/explorer_page.js`` reads it: picture, ground truth as run lengths, maps in 8 bits.
 
     Maps: per role ``data``, a byte per cell, scale by scale, class by class; a byte of 255 stands for the map's peak,
-    which is in ``peaks`` (S, C).
+    which is in ``peaks`` (S, C). Of a fusion rule of somebody's own also ``fused``, all classes of all scales, as
+    :func:`grey_picture`.
     """
     sample = gallery.samples[index]
     flip = gallery.config.attention.flip
@@ -132,11 +139,15 @@ def page_image(gallery: Gallery, index: int) -> dict[str, Any]:
     size, sample, by_role = _shrunk(sample, by_role)
     label = torch.nonzero(sample.image_label)[:, 0].tolist()
     classes = _kept_classes(label, list(by_role.values()))
-    maps = {}
+    rule, scales = gallery.config.attention.fusion, gallery.scales
+    maps: dict[str, dict[str, Any]] = {}
     for role, cams in by_role.items():
         levels, peaks = quantize([cam[classes] for cam in cams])
         data = b"".join(level.numpy().tobytes() for level in levels)
         maps[role] = {"data": base64.b64encode(data).decode(), "peaks": peaks.tolist()}
+        if rule not in FUSION_RULES:
+            fused = fuse_cams([cam[classes] for cam in cams], size, rule, scales)
+            maps[role]["fused"] = {rule: grey_picture(fused)}
     return {
         "name": sample.image_id,
         "size": list(size),
@@ -149,6 +160,14 @@ def page_image(gallery: Gallery, index: int) -> dict[str, Any]:
         "shapes": [list(cam.shape[-2:]) for cam in next(iter(by_role.values()))],
         "maps": maps,
     }
+
+
+def grey_picture(maps: Tensor) -> str:
+    """Maps (C, H, W) in [0, 1] as one grey PNG (C * H, W) of 8 bits, inside a web address; JPEG would change them."""
+    picture = Image.frombytes("L", (maps.shape[2], maps.shape[0] * maps.shape[1]), to_bytes(maps))
+    content = io.BytesIO()
+    picture.save(content, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def quantize(cams: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

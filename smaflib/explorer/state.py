@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from smaflib.cams import at_size, fuse_cams, multi_scale_cams
+from smaflib.cams import FUSION_RULES, at_size, fuse_cams, multi_scale_cams
 from smaflib.classifier import classify_image, learned_views, predict_labels
 from smaflib.config import Config, CrfConfig, EvaluationConfig, FusionRule, PseudoMaskConfig
 from smaflib.data import Sample, load_samples
@@ -35,6 +35,7 @@ from smaflib.maps import AttentionMaps, fuse_and_denoise
 from smaflib.models.everyday import EVERYDAY, EverydayNetwork, everyday_config
 from smaflib.models.networks import AttentionNetwork
 from smaflib.models.pretrained import ROLES, UNSEEN_SEED, Role, pretrained_config, pretrained_network
+from smaflib.models.sources import source_of
 from smaflib.pseudo_masks import pseudo_mask
 from smaflib.reactivation import hard_labels, reactivate
 from smaflib.runs import Run, find_run
@@ -83,6 +84,11 @@ def picture_address(image: Tensor, side: int | None = None, ending: str = "JPEG"
     content = io.BytesIO()
     picture.save(content, ending, quality=88)
     return f"data:image/{ending.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def rule_title(rule: str) -> str:
+    """What people read of a fusion rule: ``size-adaptive``; of somebody's own its name as it is."""
+    return rule.replace("_", "-") if rule in FUSION_RULES else rule
 
 
 def to_bytes(values: Tensor) -> bytes:
@@ -431,7 +437,8 @@ class Gallery:
             if self._is_stored(index, role, flip):
                 self._cams[key], _ = self.stored[role].read(sample.image_id)
             elif role in self.networks:
-                self._cams[key] = multi_scale_cams(self.networks[role], sample.image, self.scales, flip)
+                source = source_of(self.networks[role], self.config.attention.source)
+                self._cams[key] = multi_scale_cams(source, sample.image, self.scales, flip)
             else:
                 raise DataError(f"there is no {role} for {sample.image_id}: neither its maps nor its network")
         return self._cams[key]

@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise ImportError(f"the explorer needs {error.name}; install it with: pip install 'smaflib[explorer]'") from error
 
-from smaflib.cams import FUSION_RULES
+from smaflib.cams import fusion_rules
 from smaflib.config import CrfConfig
 from smaflib.errors import InputError
 from smaflib.evaluation import mean_over_classes
@@ -42,6 +42,7 @@ from smaflib.explorer.state import (
     fused_under,
     iou_curve,
     picture_address,
+    rule_title,
     to_bytes,
     with_mask,
 )
@@ -336,7 +337,7 @@ def _panels(result: Exploration, settings: Settings) -> list[dict[str, Any]]:
         key = f"scale {scale:g}"
         panels.append({"key": key, "title": key, "note": note, "off": not weight, "kind": "map", "data": to_bytes(cam)})
     notes = {
-        "fused": settings.fusion.replace("_", "-") + ("" if settings.denoise else ", not denoised"),
+        "fused": rule_title(settings.fusion) + ("" if settings.denoise else ", not denoised"),
         "target": "reactivated" if settings.reactivate else "not reactivated",
         "mask": "before the CRF"
         if result.settings.crf is None and settings.crf
@@ -444,7 +445,7 @@ def _make_controls(gallery: Gallery) -> dict[str, Any]:
         ),
         "role": menu("role", "stage", roles),
         "flip": box("flip", "flip"),
-        "fusion": menu("fusion", "fusion rule", [(rule.replace("_", "-"), rule) for rule in FUSION_RULES]),
+        "fusion": menu("fusion", "fusion rule", [(rule_title(rule), rule) for rule in fusion_rules(first["fusion"])]),
         "bg_score": slider("bg_score", "background", 0.01, 0.98, 0.01),
         "denoise": box("denoise", "denoise"),
         "reactivate": box("reactivate", "reactivate"),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 import torchvision.models
 from torch import Tensor, nn
 
 from smaflib.config import ModelConfig
-from smaflib.errors import ConfigError
+from smaflib.config.schema import NAMED_WEIGHTS
+from smaflib.errors import ConfigError, PluginError
 from smaflib.models.resnet38 import ResNet38
 from smaflib.models.slim import SlimResNet
+from smaflib.models.weights.files import fill, read_weights
 from smaflib.models.weights.sources import load_backbone_weights
+from smaflib.plugins import BACKBONE, calling, load
 
 if TYPE_CHECKING:  # timm takes a third of a second to import, which other backbones need not wait for
     from smaflib.models.timm_backbone import TimmBackbone
@@ -63,7 +67,95 @@ class TorchvisionBackbone(nn.Module):
         return early, self.late(early)
 
 
-Backbone: TypeAlias = "SlimResNet | ResNet38 | TorchvisionBackbone | TimmBackbone"
+class BackboneMaker(Protocol):
+    """A backbone of somebody's own: a class, or a function, that makes a module. A stored network is rebuilt by it.
+
+    The module gets images (B, 3, H, W), with ImageNet's mean and standard deviation, and gives features
+    (B, C, h, w), finite; its attribute ``num_features`` is C. It has weights, and copies of it can be made. It may have
+    ``skip_channels`` and ``features(images)``, which gives the features at stride 4 and the last ones, for
+    ``segmentation.skip_channels``; and ``early_layers()``, the modules that ``model.freeze_early`` freezes.
+
+    Args:
+        config: the settings of the network, for ``output_stride`` and whatever else is of use. A file in ``weights`` is
+            read into the module by this library; it is null when a stored network is rebuilt.
+    """
+
+    def __call__(self, config: ModelConfig, /) -> nn.Module: ...
+
+
+class OwnBackbone(nn.Module):
+    """A backbone of somebody's own, with what the networks ask of every backbone.
+
+    Attributes:
+        num_features: channels C of the maps.
+        skip_channels: channels at stride 4, or 0.
+
+    Raises:
+        PluginError: if there is no such backbone, or it is no module that tells its ``num_features``.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.what = f"the backbone {config.backbone}"
+        make: BackboneMaker = load(BACKBONE, config.backbone)
+        with calling(self.what):
+            made = make(config)
+        if not isinstance(made, nn.Module):
+            raise PluginError(f"{self.what} is made as a {type(made).__name__}; it must be an nn.Module")
+        if not isinstance(getattr(made, "num_features", None), int):
+            raise PluginError(f"{self.what} has no num_features; set it to the number of channels of its features")
+        if config.freeze_early and not hasattr(made, "early_layers"):
+            raise PluginError(f"model.freeze_early is set, but {self.what} has no early_layers(); add it, or set false")
+        self.own: Any = made
+        self.num_features: int = made.num_features  # type: ignore[assignment]
+        self.skip_channels: int = getattr(made, "skip_channels", 0) if hasattr(made, "features") else 0
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, C, h, w)
+        return self._checked(self.own, images)
+
+    def early_layers(self) -> list[nn.Module]:
+        """What ``model.freeze_early`` freezes."""
+        with calling(self.what):
+            return list(self.own.early_layers())
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features at stride 4 (only where ``skip_channels`` is not 0) and at the output stride."""
+        if not self.skip_channels:
+            return images, self(images)
+        with calling(self.what):
+            early, late = self.own.features(images)
+        return early, self._checked(lambda _: late, images)
+
+    def _checked(self, function: Any, images: Tensor) -> Tensor:
+        with calling(self.what):
+            features = function(images)
+        # Whether they are finite shows in the loss; asking here would make a GPU wait at each step.
+        if not isinstance(features, Tensor) or (features.dim(), *features.shape[:2]) != (
+            4,
+            len(images),
+            self.num_features,
+        ):
+            found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise PluginError(
+                f"{self.what} gave {found} for {len(images)} images; it must give features (B, C, h, w) with C = "
+                f"num_features = {self.num_features}"
+            )
+        return features
+
+
+def _build_own(config: ModelConfig) -> OwnBackbone:
+    backbone = OwnBackbone(config)
+    if config.weights in NAMED_WEIGHTS:
+        raise ConfigError(
+            f"model.weights is {config.weights!r}, but {backbone.what} has none of that kind; give a file or null: it "
+            "may load weights by itself"
+        )
+    if config.weights is not None:
+        fill(backbone.own, read_weights(Path(config.weights)), source=config.weights)
+    return backbone
+
+
+Backbone: TypeAlias = "SlimResNet | ResNet38 | TorchvisionBackbone | TimmBackbone | OwnBackbone"
 
 
 def build_backbone(config: ModelConfig) -> Backbone:
@@ -72,6 +164,7 @@ def build_backbone(config: ModelConfig) -> Backbone:
     Raises:
         ConfigError: if there is no such model, it has no convolutional features to make maps of, or timm cannot give
             it the output stride.
+        PluginError: if a backbone of somebody's own is not what it must be.
     """
     if config.backbone.startswith("timm/"):
         from smaflib.models.timm_backbone import build_timm_backbone
@@ -86,11 +179,13 @@ def build_backbone(config: ModelConfig) -> Backbone:
         load_backbone_weights(resnet38, config.weights, "resnet38", config.allow_mask_weights)
         return resnet38
     known = torchvision.models.list_models(module=torchvision.models)
+    if config.backbone not in known and BACKBONE.is_own(config.backbone):
+        return _build_own(config)
     if config.backbone not in known:
         raise ConfigError(
             f"model.backbone is {config.backbone!r}, which is neither 'slim' nor 'resnet38' nor a torchvision "
             "classification model; common ones are resnet50, resnet101 and squeezenet1_0; a model of timm is "
-            "'timm/' and its name"
+            "'timm/' and its name; one of your own is package.module:attribute"
         )
     model = torchvision.models.get_model(config.backbone, weights=None)
     convolutional = hasattr(model, "layer4") or isinstance(getattr(model, "features", None), nn.Sequential)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smaflib.errors import ConfigError
+from smaflib.errors import ConfigError, PluginError
 from smaflib.runtime import Runtime, memory_of
 
 Shape = tuple[int, int, int]
@@ -86,7 +86,7 @@ def refuse_what_does_not_fit(
         return
     try:
         needed = measure(network, shape) // (2 if runtime.precision == "bf16" else 1)
-    except (RuntimeError, NotImplementedError, TypeError):
+    except (RuntimeError, NotImplementedError, TypeError, PluginError):
         return  # somebody's network that computes with more than shapes
     if needed > there:
         raise ConfigError(

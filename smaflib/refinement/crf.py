@@ -43,6 +43,14 @@ def dense_crf(
 
     Source: Kraehenbuehl and Koltun, "Efficient inference in fully connected CRFs", NIPS 2011; constants as in the
     reference code.
+
+    Example:
+        >>> image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+        >>> image[:, :, 4:] = 255  # black, then white
+        >>> labels = (image[0] > 0).long()
+        >>> labels[2, 2] = 1  # wrong
+        >>> dense_crf(image, labels, CrfConfig(), num_labels=2, backend="torch")[2].tolist()
+        [0, 0, 0, 0, 1, 1, 1, 1]
     """
     return dense_crf_batch([image], [scores_or_labels], params, num_labels, backend, device)[0]
 

@@ -16,13 +16,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from smaflib.config import CrfBackend, CrfConfig, ParConfig
+from smaflib.config import CrfBackend, CrfConfig, OwnRefinement, ParConfig
 from smaflib.refinement.crf import choose_backend, dense_crf_batch
+from smaflib.refinement.own import own_refinement
 from smaflib.refinement.par import pixel_adaptive_refinement
 from smaflib.runtime import CPU, num_cores
 
@@ -41,22 +43,25 @@ GPU_BATCH = 8
 Job = tuple[Tensor, Tensor]
 """An image, uint8 (3, H, W), and its hard labels (H, W) or scores (L, H, W)."""
 
+Params: TypeAlias = CrfConfig | ParConfig | OwnRefinement
+"""Which refinement, and its settings."""
+
 
 def refine(
     images: Sequence[Tensor],
     scores_or_labels: Sequence[Tensor],
-    params: CrfConfig | ParConfig,
+    params: Params,
     num_labels: int,
     backend: CrfBackend = "auto",
     device: torch.device = CPU,
 ) -> list[Tensor]:
-    """Refine a few images together, by dense CRF or by pixel-adaptive refinement.
+    """Refine a few images, by dense CRF together, by pixel-adaptive or somebody's own refinement one by one.
 
     Args:
         images: uint8 (3, H, W) each.
         scores_or_labels: per image hard labels, integer (H, W), or scores (num_labels, H, W); scores alone for
-            pixel-adaptive refinement.
-        params: which of the two, and its settings.
+            all but the dense CRF.
+        params: which refinement, and its settings.
         num_labels: K+1.
         backend: of the dense CRF.
         device: where torch computes.
@@ -67,16 +72,19 @@ def refine(
     if isinstance(params, CrfConfig):
         masks = dense_crf_batch(images, scores_or_labels, params, num_labels, backend, device)
     else:
-        masks = [
-            pixel_adaptive_refinement(image, scores.to(device), params).max(dim=0).indices.to(torch.uint8)
+        refined = (
+            own_refinement(image.to(device), scores.to(device), params.name)
+            if isinstance(params, OwnRefinement)
+            else pixel_adaptive_refinement(image, scores.to(device), params)
             for image, scores in zip(images, scores_or_labels, strict=True)
-        ]
+        )
+        masks = [scores.max(dim=0).indices.to(torch.uint8) for scores in refined]
     return [mask.cpu() for mask in masks]
 
 
 def refine_many(
     jobs: Iterable[Job],
-    params: CrfConfig | ParConfig,
+    params: Params,
     num_labels: int,
     num_workers: int = 1,
     backend: CrfBackend = "auto",
@@ -100,8 +108,10 @@ def refine_many(
         backend, device = choose_backend(backend, device)
     if device.type != "cpu":
         for batch in _decoded_ahead(jobs):
-            images, unaries = zip(*batch, strict=True)
-            yield from refine(images, unaries, params, num_labels, backend, device)
+            # Of several images together an error of somebody's own refinement could not tell the one.
+            for jobs_together in [[job] for job in batch] if isinstance(params, OwnRefinement) else [batch]:
+                images, unaries = zip(*jobs_together, strict=True)
+                yield from refine(images, unaries, params, num_labels, backend, device)
         return
     num_workers, rest = num_workers or num_cores(), iter(jobs)
     first = list(itertools.islice(rest, FEW_IMAGES if num_workers > 1 else 0))
@@ -129,9 +139,11 @@ def _decoded_ahead(jobs: Iterable[Job]) -> Iterator[list[Job]]:
 
 
 def _on_all_cores(
-    jobs: Iterable[Job], params: CrfConfig | ParConfig, num_labels: int, num_workers: int, backend: CrfBackend
+    jobs: Iterable[Job], params: Params, num_labels: int, num_workers: int, backend: CrfBackend
 ) -> Iterator[Tensor]:
-    pool, waiting, broken = _take_pool(num_workers), deque[Future[np.ndarray]](), False
+    # Workers that were started for another refinement do not know where to look for somebody's own.
+    key = (num_workers, params.name if isinstance(params, OwnRefinement) else "")
+    pool, waiting, broken = _take_pool(key), deque[Future[np.ndarray]](), False
     try:
         for image, given in jobs:
             # Arrays travel through the pipe by value; tensors would each need a file handle and room in /dev/shm.
@@ -151,31 +163,34 @@ def _on_all_cores(
         for future in waiting:  # whose results nobody takes any more
             future.cancel()
         if not broken:
-            _keep_pool(num_workers, pool)
+            _keep_pool(key, pool)
 
 
-_idle: dict[int, tuple[ProcessPoolExecutor, threading.Timer]] = {}
-"""Pools that no call is using, by their number of workers. One step takes a pool out, so that no two calls get it."""
+PoolKey: TypeAlias = tuple[int, str]
+"""Number of workers, and the name of somebody's own refinement or ``""``."""
+
+_idle: dict[PoolKey, tuple[ProcessPoolExecutor, threading.Timer]] = {}
+"""Pools that no call is using. One step takes a pool out, so that no two calls get it."""
 
 
-def _take_pool(num_workers: int) -> ProcessPoolExecutor:
-    if kept := _idle.pop(num_workers, None):
+def _take_pool(key: PoolKey) -> ProcessPoolExecutor:
+    if kept := _idle.pop(key, None):
         kept[1].cancel()
         return kept[0]
     # Forking a process whose torch threads are running can deadlock.
-    return ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _start_worker)
+    return ProcessPoolExecutor(key[0], multiprocessing.get_context("spawn"), _start_worker)
 
 
-def _keep_pool(num_workers: int, pool: ProcessPoolExecutor) -> None:
-    _end_idle_pool(num_workers)  # if another call at the same time had one of its own
-    timer = threading.Timer(IDLE_SECONDS, _end_idle_pool, [num_workers])
+def _keep_pool(key: PoolKey, pool: ProcessPoolExecutor) -> None:
+    _end_idle_pool(key)  # if another call at the same time had one of its own
+    timer = threading.Timer(IDLE_SECONDS, _end_idle_pool, [key])
     timer.daemon = True  # the program does not wait for it
-    _idle[num_workers] = pool, timer  # before the timer runs: one that finds no pool would leave its workers for ever
+    _idle[key] = pool, timer  # before the timer runs: one that finds no pool would leave its workers for ever
     timer.start()
 
 
-def _end_idle_pool(num_workers: int) -> None:
-    if kept := _idle.pop(num_workers, None):
+def _end_idle_pool(key: PoolKey) -> None:
+    if kept := _idle.pop(key, None):
         kept[1].cancel()
         kept[0].shutdown(wait=False)
 
@@ -219,6 +234,6 @@ class _Packed:
 
 
 def _refine_packed(
-    image: np.ndarray, packed: _Packed, params: CrfConfig | ParConfig, num_labels: int, backend: CrfBackend
+    image: np.ndarray, packed: _Packed, params: Params, num_labels: int, backend: CrfBackend
 ) -> np.ndarray:
     return refine([torch.from_numpy(image)], [packed.unpack()], params, num_labels, backend)[0].numpy()

@@ -14,8 +14,9 @@ from smaflib import files
 from smaflib.config import Config, DataConfig, Split
 from smaflib.config.reads import settings_at
 from smaflib.config.schema import FREE_SETTINGS
-from smaflib.errors import RunError
+from smaflib.errors import ConfigError, RunError
 from smaflib.files import display_path
+from smaflib.plugins import DATA, describe, source_files
 from smaflib.runs.code import PACKAGE, code_only, imported_modules, library_hash
 from smaflib.runs.manifest import Entry, damaged_artifacts, hash_value, read_manifest, record_hash
 from smaflib.runs.stages import Stage
@@ -32,7 +33,9 @@ DATA_FOLDERS = {
 """By ``data.kind``: what lies in ``data.root``; in place of ``{}`` the name of a split."""
 
 
-def stage_inputs(folder: Path, stage: Stage, notebook: Path, data: Mapping[str, str]) -> Entry:
+def stage_inputs(
+    folder: Path, stage: Stage, notebook: Path, data: Mapping[str, str], plugins: Mapping[str, Entry] | None = None
+) -> Entry:
     """Hashes of what decides a stage's result, beside the settings that it will read.
 
     Args:
@@ -40,10 +43,11 @@ def stage_inputs(folder: Path, stage: Stage, notebook: Path, data: Mapping[str, 
         stage: the stage.
         notebook: its notebook.
         data: from :func:`data_hashes`.
+        plugins: from :func:`plugin_facts`.
 
     Returns:
         ``code`` of the notebook; by name ``modules`` of the library that it imports, ``depends_on`` (what earlier
-        stages made), ``data``, ``extra_inputs``.
+        stages made), ``data``, ``extra_inputs``, ``plugins``.
     """
     made = read_manifest(folder)["stages"]
     there = [name for name in stage.extra_inputs if (folder / name).is_file()]
@@ -53,7 +57,50 @@ def stage_inputs(folder: Path, stage: Stage, notebook: Path, data: Mapping[str, 
         "depends_on": {name: hash_value(_passed_on(made.get(name, {}))) for name in stage.depends_on},
         "data": dict(data),
         "extra_inputs": {name: files.file_hash(folder / name) for name in there},
+        "plugins": dict(plugins or {}),
     }
+
+
+def plugin_facts(config: Config) -> dict[str, Entry]:
+    """What a run depends on of somebody's own code, by setting.
+
+    Of :func:`~smaflib.plugins.describe`, and ``modules`` of this library that the code imports, with their hashes.
+
+    Raises:
+        PluginError: if there is no such code.
+    """
+    facts = {}
+    for setting, (kind, name) in config.plugins.items():
+        sources = [path.read_text(encoding="utf-8", errors="replace") for path in source_files(kind, name).values()]
+        facts[setting] = describe(kind, name) | {"modules": imported_modules(sources)}
+    return facts
+
+
+def code_of(plugins: Mapping[str, Entry]) -> dict[str, Entry]:
+    """What counts of :func:`plugin_facts`: not where the code lies."""
+    places = ("file", "folder")
+    return {setting: {key: facts[key] for key in facts if key not in places} for setting, facts in plugins.items()}
+
+
+def claim_code(config: Config, path: Path, folder: str) -> None:
+    """Let a folder belong to the code of somebody's own that its config names: a file in it keeps the facts.
+
+    Args:
+        config: of the work in the folder.
+        path: of the file; without such code none is written.
+        folder: is named in the error.
+
+    Raises:
+        ConfigError: if another version of the code was at work there.
+    """
+    facts = plugin_facts(config)
+    kept = files.read_json(path, {})
+    if kept and (changed := changed_names(code_of(kept), code_of(facts))):
+        raise ConfigError(
+            f"{folder} holds work of another version of the code of {changed[0]}; delete it, or choose another one"
+        )
+    if facts:
+        files.write_json(path, facts)
 
 
 def data_hashes(data: DataConfig) -> dict[str, str]:
@@ -69,8 +116,11 @@ def data_hashes(data: DataConfig) -> dict[str, str]:
     for name, path in lists.items() if data.root else ():
         inside_root = path.is_relative_to(data.root)  # type: ignore[arg-type]
         named[f"data.root/{path.relative_to(data.root).as_posix()}" if inside_root else name] = path  # type: ignore[arg-type]
+    if DATA.is_own(data.kind):  # nobody knows what of it counts
+        named["data.root"] = data.root
     there = {name: path for name, path in named.items() if path and path.exists()}
-    return {name: files.file_hash(path) if path.is_file() else _listing_hash(path) for name, path in there.items()}
+    listing = _tree_listing_hash if DATA.is_own(data.kind) else _listing_hash
+    return {name: files.file_hash(path) if path.is_file() else listing(path) for name, path in there.items()}
 
 
 def notebook_hash(notebook: Path) -> str:
@@ -163,11 +213,25 @@ def difference(
     if entry["code"] != inputs["code"]:
         return "its notebook changed"
     read_data = any(name.split(".")[0] in ("", "data") for name in entry.get("settings_read", [""]))
+    read = {"settings_read": entry.get("settings_read", [""])}
+    before, now = (code_of(read_plugins(read | {"plugins": each.get("plugins", {})})) for each in (entry, inputs))
+    if changed := changed_names(before, now):
+        return f"the code of {changed[0]} changed"
     for key in ("data", "depends_on", "extra_inputs", "modules"):
         changed = [name for name in changed_names(entry[key], inputs[key]) if key != "modules" or counts(name)]
         if changed and (key != "data" or read_data):
             return f"{changed[0]} changed" if len(changed) == 1 else f"{changed[0]} and {len(changed) - 1} more changed"
     return None
+
+
+def read_plugins(entry: Entry) -> dict[str, Entry]:
+    """Of a stage's entry the facts about somebody's own code that the stage has read the setting of."""
+    read = entry.get("settings_read", [""])
+    return {
+        setting: facts
+        for setting, facts in entry.get("plugins", {}).items()
+        if any(f"{setting}.".startswith(f"{name}." if name else "") for name in read)
+    }
 
 
 def changed_names(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -205,6 +269,14 @@ def _passed_on(entry: Entry) -> Entry:
         key: made for key, made in artifacts.items() if not key.startswith("figures/") and not key.endswith(".ipynb")
     }
     return {"artifacts": kept, "records": entry.get("records")}
+
+
+def _tree_listing_hash(folder: Path) -> str:
+    """Of names and sizes of all files below a folder."""
+    listing = sorted(
+        f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}" for path in folder.rglob("*") if path.is_file()
+    )
+    return hashlib.sha256("\n".join(listing).encode()).hexdigest()
 
 
 def _listing_hash(folder: Path) -> str:

@@ -20,6 +20,14 @@ Entry = dict[str, Any]
 """What the manifest says about one stage."""
 
 
+class StoredPlugin(BaseModel):
+    """What an entry must hold of somebody's own code; there is more in it."""
+
+    model_config = ConfigDict(strict=True)
+
+    folder: str
+
+
 class StoredStage(BaseModel):
     """What an entry of a stage must hold for others to be read; there is more in it."""
 
@@ -31,6 +39,7 @@ class StoredStage(BaseModel):
     peak_memory_mb: float | None = None
     artifacts: dict[str, dict[str, Any]] = {}
     parameters: dict[str, Any] = {}
+    plugins: dict[str, StoredPlugin] = {}
 
 
 class StoredManifest(BaseModel):

@@ -19,6 +19,7 @@ from smaflib.config.reads import follow
 from smaflib.errors import ConfigError, MissingStage, RunError, RunMismatch
 from smaflib.files import RUNS_FOLDER, absolute, display_path
 from smaflib.pipeline import Workspace
+from smaflib.plugins import search_in
 from smaflib.runs.manifest import missing_outputs, read_manifest
 from smaflib.runs.metrics import RECORD_DEFAULTS, checked_record, read_records, replace_records
 from smaflib.runs.stages import STAGES, Stage, stage_named
@@ -180,7 +181,11 @@ def read_run(folder: str | Path, stages: tuple[Stage, ...] = STAGES) -> Run:
         raise RunError(f"{display_path(folder)} is not a run folder: it holds no config.yaml")
     manifest = read_manifest(folder)
     config_file = absolute(manifest.get("config_file", stored))
-    return Run(folder, _load_stored(stored), config_file, tuple(manifest.get("overrides", ())), stages)
+    config = _load_stored(stored)
+    if config.plugins:  # code of somebody's own lies beside the config, or where the run found it
+        made = [facts for entry in manifest["stages"].values() for facts in entry.get("plugins", {}).values()]
+        search_in(config_file.parent, *(absolute(facts["folder"]) for facts in made))
+    return Run(folder, config, config_file, tuple(manifest.get("overrides", ())), stages)
 
 
 def find_run(name: str, runs: Path = RUNS_FOLDER, stages: tuple[Stage, ...] = STAGES) -> Run:

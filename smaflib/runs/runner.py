@@ -26,7 +26,7 @@ from smaflib.config import load_config
 from smaflib.config.reads import SETTINGS_FILE
 from smaflib.errors import RunError, RunStopped, StageFailed
 from smaflib.files import RUNS_FOLDER, SHIPPED, absolute, display_path, duration
-from smaflib.pipeline import check_networks
+from smaflib.pipeline import check_networks, check_plugins
 from smaflib.report.html import write_index
 from smaflib.report.tables import results_text
 from smaflib.runs.attempt import begin_attempt, forget_settings, put_entry, settings_file, settings_read
@@ -41,6 +41,8 @@ from smaflib.runs.inputs import (
     difference,
     notebook_cells,
     refuse_other_code,
+    plugin_facts,
+    read_plugins,
     stage_inputs,
     why_not_complete,
 )
@@ -106,6 +108,7 @@ def run_notebooks(
     Raises:
         ConfigError: if a setting does not exist or fit.
         FileNotFoundError: if there is no such config file.
+        PluginError: if somebody's own code that a setting names does not do what it must; nothing was written then.
         RunError: if the run cannot start; nothing was executed then.
         StageFailed: if a notebook fails.
         RunStopped: if Ctrl-C or a signal ends the run.
@@ -120,7 +123,8 @@ def run_notebooks(
     sources = [find_run(source, runs, stages).folder for source in reuse]
     if folder in sources:
         raise RunError(f"--reuse {folder.name} is the run itself; name another one")
-    data = data_hashes(config.data)
+    check_plugins(config)
+    data, plugins = data_hashes(config.data), plugin_facts(config)
     run = open_run(folder, config_file, overrides, stages=stages)
     with files.locked(folder, "smaf run"):
         refuse_beside_shards(folder)
@@ -131,7 +135,7 @@ def run_notebooks(
         with spare or contextlib.nullcontext():
             if stages == STAGES and _will_train(run, chosen):
                 check_networks(config)
-            chain = _Chain(run, notebooks, data, sources, keep_stale, spare, code is not None)
+            chain = _Chain(run, notebooks, data, plugins, sources, keep_stale, spare, code is not None)
             for stage in chosen:
                 chain.run_stage(stage, reused=stage not in rerun)
         index = write_index(run)
@@ -217,6 +221,7 @@ class _Chain:
 
     Attributes:
         data: hashes of the data that the settings name.
+        plugins: facts about somebody's own code, by the settings that name it.
         sources: folders of the runs whose stages may be taken over.
         spare: the process that becomes the next kernel; None: there is none.
         code_agreed: all who work on the run were told which code they must have, so shards of another one are old.
@@ -225,6 +230,7 @@ class _Chain:
     run: Run
     notebooks: Path
     data: dict[str, str]
+    plugins: dict[str, Entry]
     sources: Sequence[Path]
     keep_stale: bool
     spare: SpareKernel | None
@@ -233,7 +239,7 @@ class _Chain:
     def run_stage(self, stage: Stage, reused: bool) -> None:
         """Run a stage unless it is complete; with ``reused`` take it over from another run if one has it."""
         folder, config, notebook = self.run.folder, self.run.config, self.notebooks / f"{stage.name}.ipynb"
-        inputs = stage_inputs(folder, stage, notebook, self.data)
+        inputs = stage_inputs(folder, stage, notebook, self.data, self.plugins)
         reason = why_not_complete(folder, stage, config, inputs, all_code=not self.keep_stale)
         if reason is None:
             entry = read_manifest(folder)["stages"][stage.name]
@@ -297,6 +303,7 @@ class _Chain:
             put_entry(folder, stage, entry, status="failed", exit_code=1, **measured())
             raise
         entry.update(measured(), settings_read=settings_read(self.run, stage))
+        entry["plugins"] = read_plugins(entry)
         made = {"records": record_hash(folder, stage), "artifacts": list_artifacts(folder, stage)}
         put_entry(folder, stage, entry, status="complete", exit_code=0, **made)
         forget_settings(folder, stage)

@@ -209,6 +209,60 @@ def test_background_score_between_the_steps_of_the_slider_is_kept(browser: Brows
     context.close()
 
 
+def own_gallery(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num: int) -> Gallery:
+    """The pretrained networks, fused by a rule that only Python knows: the weakest response over scales."""
+    (tmp_path / "own_page_rule.py").write_text("def least(maps, scales): return maps.amin(dim=0)\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    gallery = Gallery.pretrained(num)
+    attention = gallery.config.attention.model_copy(update={"fusion": "own_page_rule:least"})
+    gallery.config = gallery.config.model_copy(update={"attention": attention})
+    return gallery
+
+
+def test_a_rule_that_only_python_knows_is_shown_by_the_maps_that_python_made(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gallery = own_gallery(monkeypatch, tmp_path, 3)
+    path = tmp_path / "page.html"
+    path.write_text(explorer_page(gallery, index=FIRST), encoding="utf-8")
+    context = browser.new_context(offline=True)
+    static = Static(Watched(context.new_page(), (path.as_uri(),)), gallery, path)
+    assert static.settings.fusion == "own_page_rule:least"
+    shown = static.board.iou()
+    assert agrees(shown, expected_iou(static.expected(gallery), gallery.class_names), FULL_MAPS), shown
+    static.settings = replace(static.settings, fusion="sum")
+    assert abs(100 * static.expected(gallery).miou - shown["mean"]) > FULL_MAPS  # so the sum would be noticed
+    assert "own_page_rule:least is Python" in static.page.locator(".smaf-status").inner_text()
+    assert static.field("on_0").is_disabled() and static.field("weight_3").is_disabled()
+    static.board.after(lambda: static.field("fusion").select_option("sum"))
+    assert static.field("on_0").is_enabled()
+    assert agrees(static.board.iou(), expected_iou(static.expected(gallery), gallery.class_names), FULL_MAPS)
+    static.board.after(lambda: static.field("fusion").select_option("own_page_rule:least"))
+    assert static.board.iou() == shown
+    static.board.after(lambda: static.field("denoise").uncheck())
+    static.settings = replace(static.settings, fusion="own_page_rule:least", denoise=False)
+    expected = expected_iou(static.expected(gallery), gallery.class_names)
+    assert agrees(static.board.iou(), expected, FULL_MAPS), (static.board.iou(), expected)
+    assert static.watched.errors == []
+    context.close()
+
+
+def test_a_rule_that_the_page_does_not_know_is_said_and_not_taken_for_the_sum(browser: Browser, tmp_path: Path) -> None:
+    gallery = Gallery.pretrained(1)
+    page = explorer_page(gallery).replace('["mean", "mean"]', '["median", "median"]')
+    path = tmp_path / "page.html"
+    path.write_text(page, encoding="utf-8")
+    context = browser.new_context(offline=True)
+    static = Static(Watched(context.new_page(), (path.as_uri(),)), gallery, path)
+    before = static.board.picture("fused")
+    static.field("fusion").select_option("median")
+    said = static.page.locator(".smaf-status")
+    said.get_by_text("this page cannot compute the fusion rule median").wait_for(timeout=20_000)
+    assert static.board.picture("fused") == before
+    assert any("cannot compute the fusion rule median" in error for error in static.watched.errors)
+    context.close()
+
+
 def test_screenshot_for_the_readme(static: Static, screenshots: Path | None) -> None:
     if screenshots is None:
         pytest.skip("SMAF_SCREENSHOTS names no folder; `make screenshots` does")

@@ -13,7 +13,7 @@ from smaflib.data.classes import VOID_LABEL
 from smaflib.data.masks import mask_values
 from smaflib.data.sample import Samples
 from smaflib.data.voc import SPLITS
-from smaflib.errors import DataError
+from smaflib.errors import DataError, PluginError
 from smaflib.runtime import progress
 
 RARE = 10
@@ -57,7 +57,7 @@ def _check_split(config: Config, split: Split, found: Findings, run_folder: Path
     """One split after the other, so that only one is in memory."""
     try:
         samples = load_samples(config, split, run_folder)
-    except DataError as error:
+    except (DataError, PluginError) as error:
         found.problems.append(f"{split}: {error}")
         return
     if not len(samples):
@@ -76,7 +76,7 @@ def _check_samples(samples: Samples, found: Findings) -> None:
     for index in progress(range(len(samples)), total=len(samples), desc=f"check {name}"):
         try:
             sample = with_masks[index]
-        except DataError as error:
+        except (DataError, PluginError) as error:
             found.problems.append(f"{name}: {error}")
             continue
         sizes.append((sample.image.shape[2], sample.image.shape[1]))

@@ -26,6 +26,12 @@ async function decodePicture(address, [height, width]) {
   return rgb;
 }
 
+/** Maps in [0, 1], one below the other in a grey picture, one per class. */
+async function decodeMaps(address, { classes, size: [height, width] }) {
+  const rgb = await decodePicture(address, [classes.length * height, width]), num = height * width;
+  return classes.map((_, k) => Float32Array.from({ length: num }, (__, i) => rgb[3 * (k * num + i)] / 255));
+}
+
 /** Maps (h, w) to (H, W), bilinear between the centres of cells, as torch does with align_corners=False. */
 function enlarge(cells, [h, w], [height, width]) {
   const axis = (small, large) => Array.from({ length: large }, (_, at) => {
@@ -59,7 +65,12 @@ async function open(index) {
     const image = DATA.images[index], num = image.size[0] * image.size[1], made = {};
     const mapsOf = (role) => (made[role] ??= enlargeAll(image, image.maps[role]));
     const picture = await decodePicture(image.picture, image.size);
-    opened.set(index, { ...image, picture, mapsOf, truth: image.truth && expandRuns(image.truth, num) });
+    const fused = {}; // [role][rule][class]: of rules that only Python knows
+    for (const [role, maps] of Object.entries(image.maps)) {
+      fused[role] = {};
+      for (const [rule, address] of Object.entries(maps.fused ?? {})) fused[role][rule] = await decodeMaps(address, image);
+    }
+    opened.set(index, { ...image, picture, fused, mapsOf, truth: image.truth && expandRuns(image.truth, num) });
     if (opened.size > KEPT_IMAGES) opened.delete(opened.keys().next().value);
   }
   return opened.get(index);
@@ -70,8 +81,11 @@ async function open(index) {
 const peakOf = (map) => map.reduce((most, value) => (value > most ? value : most), 0);
 const atPeakOne = (map) => { const peak = peakOf(map) + DATA.constants.peak_epsilon; return map.map((value) => value / peak); };
 
+const KNOWN_RULES = ["sum", "mean", "max", "size_adaptive"]; // what is written here; the page holds maps of others
+
 /** fuse_cams for one class: its maps over the scales that take part, their weights. */
 function fuse(maps, weights, scales, rule) {
+  if (!KNOWN_RULES.includes(rule)) throw new Error(`this page cannot compute the fusion rule ${rule}, and holds no maps of it`);
   const parts = maps.map((map, s) => (rule === "mean" ? atPeakOne(map) : map).map((value) => value * weights[s]));
   const joined = (factors) => {
     const sum = new Float32Array(parts[0].length);
@@ -147,12 +161,14 @@ function keep(name, key, make) {
 }
 
 function compute(image) {
-  const taking = DATA.scales.map((_, s) => s).filter((s) => state.on[s] && state.weights[s] > 0);
+  const ready = DATA.computed_rules.includes(state.fusion) ? image.fused[state.role][state.fusion] : null;
+  const taking = DATA.scales.map((_, s) => s).filter((s) => ready || (state.on[s] && state.weights[s] > 0));
   if (!taking.length) return null;
   const maps = image.mapsOf(state.role), num = image.size[0] * image.size[1], at = image.classes.indexOf(state.cls);
   const how = [state.index, state.role, state.fusion, state.denoise, taking, state.weights];
   const clean = keep("clean", how, () => image.classes.map((number, k) => {
     if (state.denoise && !image.label.includes(number)) return new Float32Array(num);
+    if (ready) return ready[k];
     const weights = taking.map((s) => state.weights[s]), scales = taking.map((s) => DATA.scales[s]);
     return fuse(taking.map((s) => maps[s][k]), weights, scales, state.fusion);
   }));
@@ -191,10 +207,11 @@ function toBytes(map) {
 function viewOf(image, result) {
   const panels = [{ key: "image", title: "image", note: image.truth ? "+ ground truth" : "", kind: "image", data: null }];
   DATA.scales.forEach((scale, s) => {
-    const off = !state.on[s] || !state.weights[s], note = off ? "off" : state.weights[s] === 1 ? "" : `x ${state.weights[s]}`;
+    const off = !takesPart(s), note = isComputed() ? "" : off ? "off" : state.weights[s] === 1 ? "" : `x ${state.weights[s]}`;
     panels.push({ key: `scale ${scale}`, title: `scale ${scale}`, note, off, kind: "map", data: toBytes(result.looks[s]) });
   });
-  const rule = state.fusion.replace("_", "-") + (state.denoise ? "" : ", not denoised");
+  const title = DATA.rules.find(([rule]) => rule === state.fusion)?.[1] ?? state.fusion;
+  const rule = title + (state.denoise ? "" : ", not denoised");
   panels.push({ key: "fused", title: "fused", note: rule, kind: "map", data: toBytes(result.fused) });
   const note = state.reactivate ? "reactivated" : "not reactivated";
   panels.push({ key: "target", title: "target", note, kind: "map", data: toBytes(result.target) });
@@ -209,7 +226,7 @@ function viewOf(image, result) {
 function readingOf(image, result) {
   if (!state.pixel.length) return null;
   const [row, col] = state.pixel, i = row * image.size[1] + col;
-  const values = DATA.scales.map((scale, s) => [`scale ${scale}`, result.looks[s][i], !state.on[s] || !state.weights[s]]);
+  const values = DATA.scales.map((scale, s) => [`scale ${scale}`, result.looks[s][i], !takesPart(s)]);
   values.push(["fused", result.fused[i], false], ["target", result.target[i], false]);
   const truth = image.truth ? image.truth[i] : null;
   return { row, col, values, label: result.mask[i], truth, class_name: DATA.class_names[state.cls] };
@@ -236,20 +253,33 @@ async function choose(index) {
 async function redraw() {
   const index = state.index, image = await open(index);
   if (index !== state.index) return;
-  const result = compute(image);
+  let result;
+  try {
+    result = compute(image);
+  } catch (error) {
+    board.setStatus(String(error.message), "error");
+    throw error;
+  }
   if (!result) return board.setStatus("no scale takes part in the fusion; switch at least one on", "error");
   const others = DATA.class_names.length - image.classes.length;
-  board.setStatus((image.shrunk ? "This image was shrunk for this page, and its numbers are of the shrunk one. " : "") +
-    (others ? `${others} further classes, which are not in the image label and respond least, are left out here.` : ""), "");
+  board.setStatus([
+    image.shrunk && "This image was shrunk for this page, and its numbers are of the shrunk one.",
+    others && `${others} further classes, which are not in the image label and respond least, are left out here.`,
+    isComputed() && `${state.fusion} is Python: its maps were made with this page, from all scales alike.`,
+  ].filter(Boolean).join(" "), "");
   board.look = { opacity: state.opacity, lut: luts[state.colormap] };
   board.pixel = state.pixel;
   board.reading = readingOf(image, result);
   board.setView(viewOf(image, result));
 }
 
+const takesPart = (s) => isComputed() || (state.on[s] && state.weights[s] > 0);
+/** Whether the chosen rule's maps came with the page: scales and weights cannot change them. */
+const isComputed = () => DATA.computed_rules.includes(state.fusion);
+
 function buildControls() {
   const menu = (name, text, options) => `<label><span>${text}</span><select name="${name}">${options.map(([value, title]) =>
-    `<option value="${value}">${escapeHtml(title)}</option>`).join("")}</select></label>`;
+    `<option value="${escapeHtml(String(value))}">${escapeHtml(title)}</option>`).join("")}</select></label>`;
   const slider = (name, text, most, step, least = 0) => `<label><span>${text}</span><input type="range" name="${name}" min="${least}"
     max="${most}" step="${step}"><output for="${name}"></output></label>`;
   const box = (name, text) => `<label class="box"><input type="checkbox" name="${name}">${text}</label>`;
@@ -258,7 +288,7 @@ function buildControls() {
     menu("cls", "class", []), menu("role", "stage", roles), "<h3>scales and weights</h3>",
     ...DATA.scales.map((scale, s) => `<div class="scale">${box(`on_${s}`, `scale ${scale}`)}<input type="range" name="weight_${s}"
       min="0" max="2" step="0.1" aria-label="weight of scale ${scale}"><output></output></div>`),
-    menu("fusion", "fusion rule", DATA.rules.map((rule) => [rule, rule.replace("_", "-")])),
+    menu("fusion", "fusion rule", DATA.rules),
     slider("bg", "background", 0.98, 0.01, 0.01), `<div class="boxes">${box("denoise", "denoise")}${box("reactivate", "reactivate")}</div>`,
     slider("opacity", "opacity", 1, 0.05), menu("colormap", "colour map", Object.keys(luts).map((name) => [name, name])),
     `<button type="button" name="reset">reset</button>`,
@@ -287,6 +317,7 @@ function fill() {
 }
 
 function showValues() {
+  DATA.scales.forEach((_, s) => { for (const name of [`on_${s}`, `weight_${s}`]) form.elements[name].disabled = isComputed(); });
   form.querySelectorAll("input[type=range]").forEach((input) => { 
     input.parentElement.querySelector("output").textContent = input.name === "bg" ? state.bg : input.value;
   });

@@ -1,0 +1,594 @@
+"""Code of somebody's own behind a name in a config: found, tried, checked, hashed; what misbehaves is named."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import make_samples, tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from smaflib import plugins
+from smaflib.apps.custom_images import make_masks
+from smaflib.apps.sweep import sweep
+from smaflib.cams import FUSION_RULES, fuse_cams, fusion_rules
+from smaflib.config import PseudoMaskConfig, check_settings, load_config
+from smaflib.data.own import load_own
+from smaflib.errors import ConfigError, PluginError
+from smaflib.files import PARTIAL, PROJECT_ROOT
+from smaflib.maps import AttentionMaps, DenoisedMaps, write_attention_maps
+from smaflib.models.backbones import build_backbone
+from smaflib.models.networks import AttentionNetwork
+from smaflib.models.sources import source_of
+from smaflib.pipeline import check_networks, check_plugins
+from smaflib.plugins import BACKBONE, DATA, FUSION, REFINEMENT, calling, checked_maps, describe, load, source_files
+from smaflib.pseudo_masks import write_pseudo_masks
+from smaflib.runs.inputs import claim_code, plugin_facts
+from smaflib.runs.runner import run_notebooks
+from smaflib.runtime import cpu_runtime
+
+numbers = itertools.count()
+SETTINGS = {
+    "fusion": ("attention", "fusion"),
+    "source": ("attention", "source"),
+    "backbone": ("model", "backbone"),
+    "data": ("data", "kind"),
+    "refine": ("pseudo_masks", "refine"),
+}
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """Writes a module into the folder where the command is called, and returns its name; gone afterwards."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    monkeypatch.setenv(plugins.FOLDERS, "")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
+
+    def write(code: str) -> str:
+        name = f"own_code_{next(numbers)}"
+        header = "import torch\nfrom torch import nn\nfrom smaflib.data import Sample, SampleFiles, Samples\n"
+        (home / f"{name}.py").write_text(header + code, encoding="utf-8")
+        return name
+
+    yield write
+    for name in set(sys.modules) - before:
+        if name.startswith("own_"):
+            del sys.modules[name]
+
+
+def refused(kind: str, name: str, **groups: dict[str, Any]) -> str:
+    """What the check before a run says about a config that names some code."""
+    group, setting = SETTINGS[kind]
+    config = tiny_config(**{**groups, group: groups.get(group, {}) | {setting: name}})
+    with pytest.raises(PluginError) as caught:
+        check_plugins(config)
+    return str(caught.value)
+
+
+# -------------------------------------------------------------------------------------------------------------- naming
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_names_that_are_not_there_say_what_is_missing_and_where_it_was_looked_for(
+    kind: str, own: Callable[[str], str]
+) -> None:
+    setting = ".".join(SETTINGS[kind])
+    said = refused(kind, "no_such_module:rule")
+    assert f"{setting} is 'no_such_module:rule', but there is no module no_such_module" in said
+    assert str(Path.cwd()) in said
+    module = own("def softmax_sum(maps, scales): return maps.sum(dim=0)")
+    said = refused(kind, f"{module}:softmaxsum")
+    assert f"{module}.py has no softmaxsum; did you mean softmax_sum?" in said
+    module = own("rule = 3")
+    assert "which is a int and cannot be called" in refused(kind, f"{module}:rule")
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("import no_such_package", "cannot be imported: ModuleNotFoundError: No module named 'no_such_package'"),
+        ("def f(:", "cannot be imported: SyntaxError"),
+        ("1 / 0", "cannot be imported: ZeroDivisionError: division by zero"),
+        ("raise SystemExit(3)", "cannot be imported: SystemExit: 3"),
+    ],
+)
+def test_modules_that_do_not_import_say_why_and_where(code: str, expected: str, own: Callable[[str], str]) -> None:
+    module = own(code)
+    said = refused("fusion", f"{module}:f")
+    assert expected in said and f"{module}.py, line 4" in said
+
+
+def test_the_ending_of_a_file_is_no_part_of_the_name(own: Callable[[str], str]) -> None:
+    module = own("def f(maps, scales): return maps.sum(dim=0)")
+    assert f"write {module}:..., without the file's ending" in refused("fusion", f"{module}.py:f")
+
+
+@pytest.mark.parametrize("name", ["product", "my rule:f", "a:b:c", "/tmp/rule.py:f", ":f", "a:", "1a:b"])
+def test_other_names_are_refused_by_the_config(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"attention\.fusion: must be sum, mean, max, size_adaptive or package\.mod"):
+        check_settings({"attention": {"fusion": name}, "data": {"kind": "mini"}})
+
+
+def test_reading_a_config_runs_none_of_its_code(tmp_path: Path) -> None:
+    (tmp_path / "loud.py").write_text("print('executed')")
+    (tmp_path / "c.yaml").write_text("data: {kind: 'loud:f'}\nattention: {fusion: 'loud:f', source: 'loud:f'}\n")
+    script = (
+        "import sys; from smaflib.config import load_config; load_config(sys.argv[1]); print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "c.yaml")]
+    env = os.environ | {"PYTHONPATH": str(PROJECT_ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_modules_are_found_where_the_command_is_called_and_beside_the_config(
+    tmp_path: Path, own: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = own("def f(maps, scales): return maps.sum(dim=0)")
+    beside = tmp_path / "configs"
+    beside.mkdir()
+    (beside / "own_beside.py").write_text("def f(maps, scales): return maps.amax(dim=0)")
+    (beside / "c.yaml").write_text("data: {kind: mini}\nattention: {fusion: 'own_beside:f'}\n")
+    load_config(beside / "c.yaml")
+    # A process that is started now, such as a kernel or a worker, stands elsewhere.
+    script = f"from smaflib.plugins import *; print(load(FUSION, '{here}:f'), load(FUSION, 'own_beside:f'))"
+    env = os.environ | {"PYTHONPATH": str(PROJECT_ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], cwd="/", env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("<function f") == 2, done.stderr
+
+
+def test_installed_packages_add_names_but_replace_none(tmp_path: Path, own: Callable[[str], str]) -> None:
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "__init__.py").write_text("def fuse(maps, scales): return maps.amin(dim=0)")
+    info = tmp_path / "own_package-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: own_package\nVersion: 1.2\n")
+    (info / "top_level.txt").write_text("own_package\n")
+    (info / "entry_points.txt").write_text("[smaflib.fusion]\nleast = own_package:fuse\nmax = own_package:fuse\n")
+    sys.path.append(str(tmp_path))
+    caches = (plugins._entry_points, plugins._packages)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        config = tiny_config(attention={"fusion": "least"})
+        check_plugins(config)
+        facts = plugin_facts(config)["attention.fusion"]
+        assert (facts["module"], facts["package"]) == ("own_package", "own_package 1.2")
+        cams = [torch.tensor([[[1.0, 4.0]]]), torch.tensor([[[2.0, 3.0]]])]
+        least = fuse_cams(cams, (1, 2), "least", (1, 2))[0, 0]
+        assert torch.allclose(least, torch.tensor([1 / 3, 1.0]), atol=1e-4)
+        largest = fuse_cams(cams, (1, 2), "max", (1, 2))[0, 0]
+        assert torch.allclose(largest, torch.tensor([0.5, 1.0]), atol=1e-4)
+        with pytest.raises(ConfigError, match="must be sum, mean, max, size_adaptive, least or package"):
+            tiny_config(attention={"fusion": "most"})
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+# --------------------------------------------------------------------------------------------------------- misbehaviour
+
+FUSIONS = {
+    "return maps": r"returned the shape \(2, 3, 18, 14\); it must be \(3, 18, 14\): \(K, H, W\)",
+    "return maps.sum(dim=0)[:, ::2]": r"returned the shape \(3, 9, 14\)",
+    "return maps.sum(dim=0) / maps.sum(dim=(0, 2, 3))[:, None, None]": "returned values that are not finite",
+    "return maps.sum(dim=0) - 1": "returned negative values, the least -1",
+    "return maps.sum(dim=0).tolist()": "returned a list; it must return a tensor of floats",
+    "return maps.argmax(dim=0)": "returned a tensor of torch.int64",
+    "return maps.nope": r"raised AttributeError: 'Tensor' object has no attribute 'nope' \(.*own_code_\d+.py, line 5\)",
+    "return maps.softmax(dim=1).sum(dim=0)": "another map when other classes are left out",
+    "return maps[0] + maps[1]": "raised IndexError",  # one scale alone has no second
+}
+
+
+@pytest.mark.parametrize("body", FUSIONS)
+def test_fusion_rules_that_misbehave_are_named(body: str, own: Callable[[str], str]) -> None:
+    module = own(f"def rule(maps, scales):\n    {body}")
+    said = refused("fusion", f"{module}:rule")
+    assert said.startswith(f"the fusion rule {module}:rule ")
+    assert re.search(FUSIONS[body], said), said
+
+
+SOURCES = {
+    "return images": r"returned the shape \(2, 3, 64, 96\); it must be \(2, 2, any, any\): \(B, K, h, w\)",
+    "return self.network(images)[:, -2:]": "returned negative values",
+    "return self.network(images)[:, -2:] * float('nan')": "returned values that are not finite",
+    "raise RuntimeError('no')": r"raised RuntimeError: no \(.*own_code_\d+.py, line 9\)",
+}
+
+
+@pytest.mark.parametrize("body", SOURCES)
+def test_sources_that_misbehave_are_named(body: str, own: Callable[[str], str]) -> None:
+    lines = ["class Source(nn.Module):", "    def __init__(self, network):", "        super().__init__()"]
+    lines += ["        self.network = network", "    def forward(self, images):", f"        {body}"]
+    module = own("\n".join(lines))
+    said = refused("source", f"{module}:Source")
+    assert said.startswith(f"the source of maps {module}:Source ")
+    assert re.search(SOURCES[body], said), said
+
+
+def test_sources_must_be_modules_of_this_librarys_networks(own: Callable[[str], str]) -> None:
+    module = own("def source(network): return 3")
+    assert "made a int of the network; it must make an nn.Module" in refused("source", f"{module}:source")
+    with pytest.raises(PluginError, match="needs a teacher or a student, got a Linear"):
+        source_of(torch.nn.Linear(1, 1), f"{module}:source")
+    network = torch.nn.Linear(1, 1)
+    assert source_of(network, "network") is network
+
+
+BACKBONES = {
+    "return 3": "is made as a int; it must be an nn.Module",
+    "return nn.Conv2d(3, 4, 1)": "has no num_features",
+    "return with_features(nn.Conv2d(3, 5, 1))": r"gave \(2, 5, 96, 128\) for 2 images; .* num_features = 4",
+    "return with_features(nn.Flatten())": "has no weights",
+    "return with_features(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()))": r"gave \(2, 49152\) for 2 images",
+    "return with_features(nn.Linear(3, 4))": "raised RuntimeError: mat1 and mat2 shapes cannot be multiplied",
+    "raise KeyError('width')": "raised KeyError: 'width'",
+    "return with_features(nn.Sequential(nn.Conv2d(3, 4, 1), Nan()))": "gave features that are not finite",
+}
+
+
+@pytest.mark.parametrize("body", BACKBONES)
+def test_backbones_that_misbehave_are_named(body: str, own: Callable[[str], str]) -> None:
+    module = own(
+        "class Nan(nn.Module):\n    def forward(self, x): return x / 0 * 0\n"
+        "def with_features(module):\n    module.num_features = 4\n    return module\n"
+        f"def make(config):\n    {body}"
+    )
+    said = refused("backbone", f"{module}:make")
+    assert f"the backbone {module}:make " in said
+    assert re.search(BACKBONES[body], said), said
+
+
+BACKBONE_CODE = """
+class Small(nn.Module):
+    num_features = 4
+    def __init__(self, config):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 3, stride=8, padding=1)
+    def forward(self, images): return self.layer(images)
+"""
+
+
+def test_weights_and_options_of_own_backbones(tmp_path: Path, own: Callable[[str], str]) -> None:
+    from smaflib.models.weights.files import write_weights
+
+    name = f"{own(BACKBONE_CODE)}:Small"
+    config = tiny_config(model={"backbone": name}).model
+    first = build_backbone(config)
+    write_weights(tmp_path / "small.safetensors", first.own.state_dict())  # type: ignore[union-attr]
+    again = build_backbone(config.model_copy(update={"weights": str(tmp_path / "small.safetensors")}))
+    images = torch.rand(1, 3, 32, 32)
+    assert torch.equal(first(images), again(images))
+    assert AttentionNetwork(config, 2, True)(images).shape == (1, 3, 4, 4)
+    check_networks(tiny_config(model={"backbone": name}))  # memory is measured on shapes without numbers
+    with pytest.raises(ConfigError, match="has none of that kind; give a file or null"):
+        build_backbone(config.model_copy(update={"weights": "pretrained"}))
+    with pytest.raises(PluginError, match=r"freeze_early is set, but .* has no early_layers"):
+        build_backbone(config.model_copy(update={"freeze_early": True}))
+    with pytest.raises(ConfigError, match="has no features at stride 4; set 0"):
+        check_networks(tiny_config(model={"backbone": name}, segmentation={"skip_channels": 4}))
+
+
+DATA_CODE = """
+def read(files, num_classes, load_masks):
+    image, label = torch.zeros(3, 4, 5, dtype=torch.uint8), torch.zeros(num_classes)
+    label[list(files.labels)] = 1
+    mask = torch.zeros(4, 5, dtype=torch.uint8) if load_masks else None
+    return Sample(files.image_id, image, label, None, mask)
+def load(data, split):
+    files = [SampleFiles(f"{split}{i}", data.root, (i % 2,), None, data.root) for i in range(4)]
+    names = ("a", "b")
+    {changes}
+    return Samples(tuple(files), names, split, read)
+"""
+DATA_CHANGES = {
+    "return files": "returned a list for 'train'; it must return Samples",
+    "raise OSError('gone')": r"raised OSError: gone \(.*line 13\)",
+    "files = [] if split == 'train' else files": "has no image in 'train'",
+    "files = files + files[:1]": "has the image 'train0' twice",
+    "files = [SampleFiles('a/b', data.root, (0,))]": "image_id can be the name of a file",
+    "files = [SampleFiles('a', data.root, (2,))]": r"image a has the labels \(2,\); they must be class numbers, 0 to 1",
+    "names = ('a', 'a')": "the data set .*data.class_names.*'a'",
+    "names = ('a', 'b', split)": "has other classes in 'val' than in 'train'",
+    "return Samples(tuple(files), names, split, lambda *a: 3)": r"^image train0: .*: read\(\) returned a int",
+    "return Samples(tuple(files), names, split, lambda *a: 1 / 0)": "^image train0: .* raised ZeroDivisionError",
+    "global read; read = changed(image=torch.zeros(3, 4, 5))": r"image is torch.float32 \(3, 4, 5\); it must be",
+    "global read; read = changed(image_label=torch.tensor([0.0, 1.0]))": "image_label is .*, but the labels are",
+    "global read; read = changed(mask=torch.full((4, 5), 9, dtype=torch.uint8))": "image train0: .*9",
+    "global read; read = changed(mask=torch.zeros(4, 4, dtype=torch.uint8))": r"mask is torch.uint8 \(4, 4\)",
+}
+DATA_HELP = """
+from dataclasses import replace
+true_read = read
+def changed(**parts): return lambda *given: replace(true_read(*given), **parts)
+"""
+
+
+@pytest.mark.parametrize("change", DATA_CHANGES)
+def test_data_sets_that_misbehave_are_named(change: str, own: Callable[[str], str], tmp_path: Path) -> None:
+    module = own(DATA_CODE.replace("{changes}", change) + DATA_HELP)
+    said = refused("data", f"{module}:load", data={"root": str(tmp_path)})
+    assert f"the data set {module}:load" in said
+    assert re.search(DATA_CHANGES[change], said), said
+
+
+def test_a_data_set_that_behaves_is_limited_and_checked_at_each_image(
+    own: Callable[[str], str], tmp_path: Path
+) -> None:
+    module = own(DATA_CODE.replace("{changes}", "pass"))
+    config = tiny_config(data={"kind": f"{module}:load", "root": str(tmp_path), "max_images": 3})
+    check_plugins(config)
+    samples = load_own(config.data, "val")
+    assert len(samples) == 3 and samples.split == "val" and samples[0].mask is None
+    assert samples.with_masks()[1].mask is not None
+    assert samples.image_labels.tolist() == [[1, 0], [0, 1], [1, 0]]
+
+
+REFINEMENTS = {
+    "return scores[1:]": r"returned the shape \(2, 24, 20\); it must be \(3, 24, 20\): \(K\+1, H, W\)",
+    "return scores.argmax(dim=0)": "returned a tensor of torch.int64",
+    "return scores.log()": "returned values that are not finite",
+    "return -scores": "returned negative values",
+    "return image @ scores": "raised RuntimeError",
+}
+
+
+@pytest.mark.parametrize("body", REFINEMENTS)
+def test_refinements_that_misbehave_are_named(body: str, own: Callable[[str], str]) -> None:
+    module = own(f"def refine(image, scores):\n    {body}")
+    said = refused("refine", f"{module}:refine")
+    assert said.startswith(f"the refinement {module}:refine ")
+    assert re.search(REFINEMENTS[body], said), said
+
+
+# ---------------------------------------------------------------------------------------------- nothing is half-written
+
+
+def test_no_command_leaves_anything_behind_when_code_is_refused(own: Callable[[str], str], tmp_path: Path) -> None:
+    bad = f"{own('def bad(*given): return given')}:bad"
+    overrides = [f"attention.fusion={bad}"]
+    with pytest.raises(PluginError, match="the fusion rule"):
+        run_notebooks("configs/mini.yaml", "mine", overrides, runs=tmp_path / "runs")
+    with pytest.raises(PluginError, match="the fusion rule"):
+        grid = {"attention.fusion": ["sum", bad]}
+        sweep(PROJECT_ROOT / "configs" / "mini.yaml", tmp_path / "sweep", [0, 1], grid)
+    (tmp_path / "labels.csv").write_text("image,labels\n")
+    data = {"kind": "folder", "images": str(tmp_path), "labels": str(tmp_path / "labels.csv")}
+    with pytest.raises(PluginError, match="the refinement"):
+        make_masks(tiny_config(data=data, pseudo_masks={"refine": bad}), tmp_path / "masks")
+    command = [sys.executable, "-m", "smaflib", "ablate", "configs/mini.yaml", "--runs", str(tmp_path / "ablations")]
+    command += ["--set", overrides[0]]
+    env = os.environ | {"PYTHONPATH": f"{PROJECT_ROOT}{os.pathsep}{Path.cwd()}"}
+    done = subprocess.run(command, cwd=PROJECT_ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: the fusion rule {bad} returned a tuple"), (
+        done.stderr
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "labels.csv"]
+
+
+LATER = """
+calls = []
+def good(self_or_first, *rest):
+    calls.append(1)
+    made = {made}
+    return made * float("nan") if len(calls) > {last} else made
+"""
+
+
+def unfinished(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if PARTIAL in path.name]
+
+
+def test_a_refinement_that_fails_later_names_the_image_and_leaves_whole_masks(
+    own: Callable[[str], str], tmp_path: Path
+) -> None:
+    module = own(LATER.format(made="rest[0]", last=2))
+    samples = make_samples(num=5, size=(32, 40))
+    maps = [torch.rand(3, 32, 40)] * 5
+    settings = PseudoMaskConfig(refine=f"{module}:good", num_workers=1)
+    with pytest.raises(PluginError, match=f"^image image2: the refinement {module}:good returned values"):
+        write_pseudo_masks(samples, maps, tmp_path / "masks", 0.3, settings)
+    assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["image0.png", "image1.png"]
+    assert unfinished(tmp_path) == []
+
+
+def test_worker_processes_find_the_refinement_and_name_the_image_too(own: Callable[[str], str], tmp_path: Path) -> None:
+    module = own(
+        "def refine(image, scores):\n"
+        "    import os\n"
+        "    assert os.getpid() != PARENT\n"
+        "    return scores * float('nan') if int(image[0, 0, 0]) == 255 else scores.flip(0)\n"
+        f"PARENT = {os.getpid()}"
+    )
+    samples = make_samples(num=10, size=(16, 20))
+    maps = [torch.rand(3, 16, 20, generator=torch.Generator().manual_seed(index)) for index in range(10)]
+    settings = PseudoMaskConfig(refine=f"{module}:refine", num_workers=2)
+    write_pseudo_masks(samples, maps, tmp_path / "masks", 0.3, settings)
+    from smaflib.data.masks import read_mask
+
+    by_hand = torch.cat([torch.full((1, 16, 20), 0.3), maps[3]]).flip(0).argmax(dim=0)
+    assert torch.equal(read_mask(tmp_path / "masks" / "image3.png").long(), by_hand)
+
+    read = samples.read
+
+    def one_is_white(files: Any, num_classes: int, load_masks: bool) -> Any:
+        sample = read(files, num_classes, load_masks)
+        if files.image_id == "image8":
+            sample.image.fill_(255)
+        return sample
+
+    samples.read = one_is_white
+    with pytest.raises(PluginError, match=f"^image image8: the refinement {module}:refine returned values"):
+        write_pseudo_masks(samples, maps, tmp_path / "again", 0.3, settings)
+    assert len(list((tmp_path / "again").iterdir())) == 8 and unfinished(tmp_path) == []
+
+
+def test_a_source_that_fails_later_names_the_images_and_leaves_whole_maps(
+    own: Callable[[str], str], tmp_path: Path
+) -> None:
+    module = own(
+        LATER.format(made="torch.rand(len(rest[0]), 3, 4, 4)", last=3)
+        + "class Source(nn.Module):\n    def __init__(self, network): super().__init__()\n    forward = good\n"
+    )
+    config = tiny_config(attention={"source": f"{module}:Source"})
+    network = source_of(AttentionNetwork(config.model, 3, True), config.attention.source)
+    samples = make_samples(num=4)
+    with pytest.raises(PluginError, match=f"^image image1: the source of maps {module}:Source returned values"):
+        write_attention_maps(network, samples, tmp_path / "cams", config.attention, cpu_runtime(), batch_size=1)
+    assert [path.name for path in (tmp_path / "cams").iterdir()] == ["image0.npz"] and unfinished(tmp_path) == []
+
+
+def test_a_rule_that_fails_later_names_the_image(own: Callable[[str], str], tmp_path: Path) -> None:
+    module = own(LATER.format(made="self_or_first.sum(dim=0)", last=1))
+    samples, maps = make_samples(num=2), AttentionMaps(tmp_path, (0.5, 1.0))
+    for image_id in samples.image_ids:
+        maps.write(image_id, [torch.rand(3, 4, 5)] * 2, (32, 40))
+    denoised = DenoisedMaps(maps, samples, f"{module}:good")
+    assert denoised[0].shape == (3, 32, 40)
+    with pytest.raises(PluginError, match=f"^image image1: the fusion rule {module}:good returned values"):
+        denoised[1]
+
+
+# ------------------------------------------------------------------------------------------------------------- Python
+
+
+def test_a_callable_rule_needs_no_name(own: Callable[[str], str]) -> None:
+    cams = [torch.tensor([[[1.0, 4.0]]]), torch.tensor([[[2.0, 3.0]]])]
+    fused = fuse_cams(cams, (1, 2), lambda maps, scales: (maps * scales[:, None, None, None]).sum(dim=0), (1.0, 2.0))
+    assert torch.allclose(fused, torch.tensor([[[0.5, 1.0]]]), atol=1e-5)  # 1 + 4, 4 + 6
+    with pytest.raises(ValueError, match=r"<lambda> rule needs the scale of each of the 2 maps, got None"):
+        fuse_cams(cams, (1, 2), lambda maps, scales: maps[0])
+    with pytest.raises(PluginError, match=r"the fusion rule test_plugins:.*<lambda> returned negative values"):
+        fuse_cams(cams, (1, 2), lambda maps, scales: -maps[0], (1.0, 2.0))
+
+
+def test_weights_reach_an_own_rule() -> None:
+    cams = [torch.tensor([[[1.0, 4.0]]]), torch.tensor([[[2.0, 3.0]]])]
+    fused = fuse_cams(cams, (1, 2), lambda maps, scales: maps.sum(dim=0), (1.0, 2.0), weights=(0.0, 1.0))
+    assert torch.allclose(fused, torch.tensor([[[2 / 3, 1.0]]]), atol=1e-5)
+
+
+def test_what_is_compared_and_offered() -> None:
+    assert fusion_rules("max") == FUSION_RULES
+    assert fusion_rules("my_rules:f") == (*FUSION_RULES, "my_rules:f")
+
+
+values = st.one_of(st.floats(width=32), st.just(float("nan")), st.just(float("inf")))
+some_maps = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)).flatmap(
+    lambda shape: st.lists(
+        values, min_size=shape[0] * shape[1] * shape[2], max_size=shape[0] * shape[1] * shape[2]
+    ).map(lambda listed: torch.tensor(listed).view(shape))
+)
+
+
+@given(some_maps)
+def test_maps_pass_just_if_all_of_them_are_finite_and_not_negative(maps: Tensor) -> None:
+    fit = all(0 <= value < float("inf") for value in maps.flatten().tolist())
+    try:
+        checked = checked_maps("it", maps, tuple(maps.shape), "(K, H, W)")
+    except PluginError:
+        assert not fit
+    else:
+        assert fit and torch.equal(checked, maps)
+
+
+@given(some_maps, st.lists(st.integers(1, 3), min_size=1, max_size=4))
+def test_maps_pass_just_in_the_shape_asked_for(maps: Tensor, shape: list[int]) -> None:
+    fine = maps.nan_to_num(posinf=1).abs()
+    if tuple(shape) == tuple(maps.shape):
+        assert checked_maps("it", fine, tuple(shape), "").shape == maps.shape
+    else:
+        with pytest.raises(PluginError, match="returned the shape"):
+            checked_maps("it", fine, tuple(shape), "")
+
+
+def test_checked_maps_are_floats_without_gradient() -> None:
+    maps = torch.rand(2, 2, requires_grad=True).double()
+    checked = checked_maps("it", maps, (2, None), "")
+    assert checked.dtype == torch.float32 and not checked.requires_grad
+
+
+def test_interrupts_are_not_taken_for_errors_of_the_code() -> None:
+    with pytest.raises(KeyboardInterrupt), calling("it"):
+        raise KeyboardInterrupt
+
+
+# -------------------------------------------------------------------------------------------------------------- hashes
+
+
+def test_the_hash_follows_the_file_and_what_it_imports_beside_it(own: Callable[[str], str]) -> None:
+    (Path.cwd() / "own_helper.py").write_text("import own_deeper.inner\n")
+    (Path.cwd() / "own_deeper").mkdir()
+    (Path.cwd() / "own_deeper" / "__init__.py").write_text("")
+    (Path.cwd() / "own_deeper" / "inner.py").write_text("from . import sibling\nX = 1\n")
+    (Path.cwd() / "own_deeper" / "sibling.py").write_text("import json\n")
+    (Path.cwd() / "own_other.py").write_text("")
+    module = own("from own_helper import *\nimport smaflib.cams\ndef f(maps, scales): return maps.sum(dim=0)")
+    name = f"{module}:f"
+    expected = {module, "own_helper", "own_deeper", "own_deeper.inner", "own_deeper.sibling"}
+    assert set(source_files(FUSION, name)) == expected
+    assert module not in sys.modules  # nothing is executed
+    hashes = {describe(FUSION, name)["sha256"]}
+    for file in (
+        f"{module}.py",
+        "own_helper.py",
+        "own_deeper/inner.py",
+        "own_deeper/sibling.py",
+        "own_deeper/__init__.py",
+    ):
+        with (Path.cwd() / file).open("a") as text:
+            text.write("# more\n")
+        hashes.add(describe(FUSION, name)["sha256"])
+    assert len(hashes) == 6
+    (Path.cwd() / "own_other.py").write_text("X = 1")
+    assert describe(FUSION, name)["sha256"] in hashes
+    facts = plugin_facts(tiny_config(attention={"fusion": name}))["attention.fusion"]
+    assert "smaflib.cams" in facts["modules"] and facts["folder"] == str(Path.cwd())
+
+
+def test_facts_of_code_that_is_not_there(own: Callable[[str], str]) -> None:
+    for name in ("no_such_module:f", "no.such.module:f"):
+        with pytest.raises(PluginError, match="there is no module"):
+            describe(REFINEMENT, name)
+    with pytest.raises(PluginError, match="has no file"):
+        describe(DATA, "sys:exit")
+    with pytest.raises(PluginError, match="no backbone and not package.module:attribute"):
+        load(BACKBONE, "resnet5000")
+
+
+def test_a_folder_belongs_to_one_version_of_the_code(own: Callable[[str], str], tmp_path: Path) -> None:
+    module = own("def f(maps, scales): return maps.sum(dim=0)")
+    config, stamp = tiny_config(attention={"fusion": f"{module}:f"}), tmp_path / "plugins.json"
+    claim_code(tiny_config(), stamp, "it")
+    assert not stamp.exists()
+    claim_code(config, stamp, "it")
+    claim_code(config, stamp, "it")
+    with (Path.cwd() / f"{module}.py").open("a") as text:
+        text.write("\nX = 1\n")
+    with pytest.raises(ConfigError, match="it holds work of another version of the code of attention.fusion"):
+        claim_code(config, stamp, "it")
+
+
+def test_checking_data_lists_every_image_of_an_own_data_set_that_does_not_fit(
+    own: Callable[[str], str], tmp_path: Path
+) -> None:
+    from smaflib.data.tools.check import check_data
+
+    change = "global read; read = changed(image=torch.zeros(3, 4, 5))"
+    module = own(DATA_CODE.replace("{changes}", change) + DATA_HELP)
+    found = check_data(tiny_config(data={"kind": f"{module}:load", "root": str(tmp_path)}))
+    assert len(found.problems) == 8 and found.problems[5].startswith("val: image val1: the data set")
