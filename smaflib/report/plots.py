@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -291,21 +292,34 @@ def plot_objects(ious: pd.DataFrame, shares: pd.Series, title: str = "IoU over o
 def plot_pixel_row(
     steps: Mapping[str, Tensor], names: Sequence[str], present: Sequence[bool], ground_truth: Tensor | None = None
 ) -> Figure:
-    """The scores of one row of pixels, an axis per step: labelled classes in colour, absent ones in grey.
+    """The scores of one row of pixels, an axis per step; arguments as of :func:`draw_pixel_row`."""
+    figure, axes = plt.subplots(
+        len(steps), 1, figsize=(8, 1.55 * len(steps) + 0.4), sharex=True, squeeze=False, layout="constrained"
+    )
+    draw_pixel_row(list(axes[:, 0]), steps, names, present, ground_truth)
+    return _finish(figure, "")
+
+
+def draw_pixel_row(
+    axes: Sequence[Axes],
+    steps: Mapping[str, Tensor],
+    names: Sequence[str],
+    present: Sequence[bool],
+    ground_truth: Tensor | None = None,
+) -> None:
+    """Draw the scores of one row of pixels, an axis per step: labelled classes in colour, absent ones in grey.
 
     Args:
+        axes: one per step, from top to bottom.
         steps: name of the step to scores (K, W), or (K+1, W) with the background first, in [0, 1].
         names: of the K classes.
         present: which of them the image label names.
         ground_truth: uint8 (W,) of the row; where it holds an object, a bar of the class's colour lies below the
             curves.
     """
-    figure, axes = plt.subplots(
-        len(steps), 1, figsize=(8, 1.55 * len(steps) + 0.4), sharex=True, squeeze=False, layout="constrained"
-    )
     palette = iter(LINE_COLORS * len(names))
     colors = [next(palette) if there else "0.7" for there in present]
-    for axis, (step, scores) in zip(axes[:, 0], steps.items(), strict=True):
+    for axis, (step, scores) in zip(axes, steps.items(), strict=True):
         if len(scores) > len(names):
             axis.plot(scores[0], color="black", linestyle="--", linewidth=1.2, label="background")
         for k in sorted(range(len(names)), key=lambda k: present[k]):  # labelled classes above the absent ones
@@ -318,9 +332,8 @@ def plot_pixel_row(
         axis.set(ylim=(-0.12, 1.08), yticks=(0, 0.5, 1))
         axis.set_title(step, fontsize=9, loc="left")
         axis.grid(alpha=0.3)
-    axes[-1, 0].legend(fontsize=8, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.3))
-    axes[-1, 0].set_xlabel("pixel")
-    return _finish(figure, "")
+    axes[-1].legend(fontsize=8, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.3))
+    axes[-1].set_xlabel("pixel")
 
 
 def plot_ablation(records: Sequence[Mapping[str, Any]], labels: Mapping[str, str], title: str = "ablation") -> Figure:
