@@ -7,11 +7,16 @@ import numpy as np
 import pandas as pd
 import torch
 
+from smaflib.report.palette import class_colors
 from smaflib.report.plots import (
     GAINED,
     LOST,
+    draw_outline,
+    inmost_pixel,
     mark_pixel,
     overlay_changes,
+    overlay_mask,
+    picture,
     plot_objects,
     plot_pixel_row,
     show_panels,
@@ -84,3 +89,31 @@ def test_window_is_a_square_around_the_objects_that_stays_in_the_image() -> None
     assert window_around(mask, margin=20) == (slice(0, 40), slice(0, 50))
     mask[:] = 0
     assert window_around(mask) == (slice(None), slice(None))
+
+
+def test_names_stand_inside_of_their_regions_and_reach_the_figure() -> None:
+    image, mask = torch.zeros(3, 20, 30, dtype=torch.uint8), torch.zeros(20, 30, dtype=torch.uint8)
+    mask[2:9, 3:10] = 1
+    mask[12:19, 20:27] = 3
+    mask[0, 29] = 255
+    panel = overlay_mask(image, mask, ["ram", "crane", "boat"])
+    assert panel.names == ((5, 6, "ram"), (15, 23, "boat"))
+    assert draw_outline(picture(image), mask, ["ram"]).names == ((5, 6, "ram"),)  # a class without a name has none
+    assert panel[:10].names == ()  # cut out, their places would be wrong
+    (axis,) = show_panels([[panel]]).axes
+    assert [(text.get_text(), text.get_position()) for text in axis.texts] == [("ram", (6, 5)), ("boat", (23, 15))]
+
+
+def test_a_name_stands_in_the_largest_part_of_a_region_also_at_the_border() -> None:
+    region = np.zeros((10, 12), dtype=bool)
+    region[:, 0:5] = True
+    region[0, 8:] = True
+    row, column = inmost_pixel(region)
+    assert column == 2 and 2 <= row <= 7
+
+
+def test_masks_are_drawn_in_the_class_colours() -> None:
+    image, mask = torch.zeros(3, 9, 9, dtype=torch.uint8), torch.full((9, 9), 13, dtype=torch.uint8)
+    mask[4:] = 2
+    panel = overlay_mask(image, mask, opacity=1)
+    assert [panel[1, 4].tolist(), panel[7, 4].tolist()] == class_colors(2)  # the thirteenth begins again

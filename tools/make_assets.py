@@ -60,8 +60,8 @@ def draw_chain(target: Path, image_index: int = 4) -> None:
         "denoised\nabsent classes are zero": [shown[-3]],
         "reactivated\nthe winner of each pixel is 1": [shown[-2]],
         "the student, which has\nlearned such targets, fused": [shown[-1]],
-        "pseudo mask\nstrongest class, dense CRF": [overlay_mask(sample.image, mask)],
-        "(the ground truth, which\nno step has seen)": [overlay_mask(sample.image, sample.mask)],
+        "pseudo mask\nstrongest class, dense CRF": [overlay_mask(sample.image, mask, samples.class_names)],
+        "(the ground truth, which\nno step has seen)": [overlay_mask(sample.image, sample.mask, samples.class_names)],
     }
     figure = plot_chain(titled)
     with replacing(target) as temporary:

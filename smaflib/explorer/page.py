@@ -28,11 +28,11 @@ from smaflib.explorer.state import (
     CURVE_SCORES,
     THUMBNAIL_SIDE,
     Gallery,
-    class_colors,
     color_table,
     picture_address,
 )
 from smaflib.report.html import page_text
+from smaflib.report.palette import class_colors
 from smaflib.runs import Run
 
 STATIC = Path(__file__).parent / "static"

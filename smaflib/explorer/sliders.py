@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets as widgets
@@ -33,6 +33,7 @@ from smaflib.report.plots import (
     overlay_map,
     overlay_mask,
     picture,
+    show_panel,
     show_panels,
     strongest_map,
 )
@@ -121,7 +122,8 @@ def scale_sliders(samples: Samples, maps: AttentionMaps, bg_score: float, fusion
         mask = hard_labels(denoise(fused, sample.image_label), bg_score)
         panels = [overlay_map(sample.image, at_size(cam[number], size)) for cam in cams]
         panels.append(overlay_map(sample.image, fused[number]))
-        row = [picture(sample.image), *_outlined(panels, sample), overlay_mask(sample.image, mask)]
+        names = samples.class_names
+        row = [picture(sample.image), *_outlined(panels, sample, names), overlay_mask(sample.image, mask, names)]
         columns = ["image", *(f"scale {s:g} × {w:g}" for s, w in zip(scales, factors, strict=True)), "fused", "mask"]
         title = f"attention for {samples.class_names[number]}; background score {bg_score:g}"
         captions = ["" for _ in columns[:-1]] + [_score(mask, sample, len(samples.class_names))]
@@ -153,14 +155,14 @@ def row_sliders(sample: Sample, fused: Tensor, bg_score: float, class_names: tup
     def draw(bg_score: float, row: int) -> Figure:
         target, mask = reactivate(denoised, bg_score), hard_labels(denoised, bg_score)
         panels = [overlay_map(sample.image, each) for each in (strongest, strongest_map(target[1:]))]
-        panels = [picture(sample.image), *_outlined(panels, sample), overlay_mask(sample.image, mask)]
+        panels = [picture(sample.image), *_outlined(panels, sample, class_names)]
+        panels.append(overlay_mask(sample.image, mask, class_names))
         names = ["image", "denoised", "target, reactivated", "mask"]
         figure = Figure(figsize=(8, 5.4), layout="constrained")
         above, below = figure.subfigures(2, 1, height_ratios=(1, 1.5))  # type: ignore[misc]  # two, as asked for
         for axis, panel, name in zip(above.subplots(1, len(panels)), panels, names, strict=True):
-            axis.imshow(panel, interpolation="nearest")
+            show_panel(axis, panel)
             axis.axhline(row, color="white", linewidth=1, linestyle="--")
-            axis.set_axis_off()
             axis.set_title(name, fontsize=9)
         steps = {
             "with background": with_background_score(denoised, bg_score)[:, row],
@@ -202,7 +204,7 @@ def crf_sliders(
         after = pseudo_mask(sample.image, denoised, bg_score, with_crf.model_copy(update={"crf": crf}))
         masks = {"before the CRF": before, "after the CRF": after}
         masks |= {} if sample.mask is None else {"ground truth": sample.mask}
-        row = [picture(sample.image), *(overlay_mask(sample.image, mask) for mask in masks.values())]
+        row = [picture(sample.image), *(overlay_mask(sample.image, mask, class_names) for mask in masks.values())]
         captions = ["", *(_score(mask, sample, len(class_names)) for mask in (before, after)), ""]
         return show_panels([row], ["image", *masks], title="the dense CRF", side=2.4, captions=[captions])
 
@@ -224,8 +226,9 @@ def _slider(name: str, least: float, most: float, step: float, value: float, **m
     return kind(value=value, min=least, max=most, step=step, description=name, style=_NAMES, layout=_WIDE, **more)
 
 
-def _outlined(panels: list[Panel], sample: Sample) -> list[Panel]:
-    return panels if sample.mask is None else [draw_outline(panel, sample.mask) for panel in panels]
+def _outlined(panels: list[Panel], sample: Sample, class_names: Sequence[str]) -> list[Panel]:
+    mask = sample.mask
+    return panels if mask is None else [draw_outline(panel, mask, class_names) for panel in panels]
 
 
 def _score(mask: Tensor, sample: Sample, num_classes: int) -> str:

@@ -38,7 +38,6 @@ from smaflib.explorer.state import (
     Gallery,
     Reading,
     Settings,
-    class_colors,
     color_table,
     fused_under,
     iou_curve,
@@ -47,6 +46,7 @@ from smaflib.explorer.state import (
     with_mask,
 )
 from smaflib.models.pretrained import Role
+from smaflib.report.palette import class_colors
 from smaflib.runs import Run
 
 STATIC = Path(__file__).parent / "static"

@@ -6,6 +6,7 @@ lightness, so that they read the same in grey and for colour-blind readers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from smaflib.config import variant_label
 from smaflib.data.classes import VOID_LABEL
-from smaflib.data.masks import VOC_PALETTE
+from smaflib.report.palette import SIZE_COLORS, SIZE_HATCHES, class_colors, fused_style, line_style, scale_style
 
 if TYPE_CHECKING:  # a changed training must not count for what only draws its curves
     from smaflib.training import History
@@ -28,9 +31,15 @@ if TYPE_CHECKING:  # a changed training must not count for what only draws its c
 Panel = np.ndarray
 """uint8 (H, W, 3)."""
 
-SIZE_COLORS = {"small": "#0072b2", "medium": "#e69f00", "large": "#009e73"}  # Okabe and Ito's colour-blind safe set
 
-LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+class NamedPanel(np.ndarray):
+    """A panel that knows what stands on it, for :func:`show_panels` to write; what is cut out of it has no names.
+
+    Attributes:
+        names: (row, column, text) each.
+    """
+
+    names: tuple[tuple[int, int, str], ...] = ()
 
 
 def picture(image: Tensor) -> Panel:
@@ -52,18 +61,19 @@ def overlay_map(image: Tensor, cam: Tensor, colormap: str = "inferno", opacity: 
     return ((1 - opacity) * grey + opacity * colors).astype(np.uint8)
 
 
-def overlay_mask(image: Tensor, mask: Tensor, opacity: float = 0.6) -> Panel:
-    """Lay a mask's classes over an image in VOC's colours, each with a white outline; void stays as it is.
+def overlay_mask(image: Tensor, mask: Tensor, class_names: Sequence[str] = (), opacity: float = 0.6) -> Panel:
+    """Lay a mask's classes over an image in their colours, each with a white outline; void stays as it is.
 
     Args:
         image: uint8 (3, H, W).
         mask: uint8 (H, W).
+        class_names: of the K classes; :func:`show_panels` writes them on the regions.
         opacity: of the colours, in [0, 1].
     """
     panel, labels = picture(image).astype(float), mask.cpu().numpy()
     shown = (labels > 0) & (labels != VOID_LABEL)
-    panel[shown] = (1 - opacity) * panel[shown] + opacity * VOC_PALETTE[labels[shown]]
-    return draw_outline(panel.astype(np.uint8), mask)
+    panel[shown] = (1 - opacity) * panel[shown] + opacity * np.array([[0, 0, 0], *class_colors(254)])[labels[shown]]
+    return draw_outline(panel.astype(np.uint8), mask, class_names=class_names)
 
 
 GAINED, LOST = (0, 114, 178), (230, 159, 0)
@@ -89,16 +99,38 @@ def overlay_changes(image: Tensor, before: Tensor, after: Tensor, ground_truth: 
     return draw_outline(panel.astype(np.uint8), ground_truth)
 
 
-def draw_outline(panel: Panel, mask: Tensor, color: tuple[int, int, int] = (255, 255, 255)) -> Panel:
-    """Draw the outline of a mask's objects into a panel; that of the ground truth shows what a map misses."""
+def draw_outline(
+    panel: Panel, mask: Tensor, class_names: Sequence[str] = (), color: tuple[int, int, int] = (255, 255, 255)
+) -> Panel:
+    """Draw the outline of a mask's objects into a panel; that of the ground truth shows what a map misses.
+
+    Args:
+        panel: uint8 (H, W, 3).
+        mask: uint8 (H, W).
+        class_names: of the K classes; :func:`show_panels` writes them on the regions.
+        color: of the outline.
+    """
     objects = mask.cpu().numpy().copy()
     objects[objects == VOID_LABEL] = 0
     edge = np.zeros(objects.shape, dtype=bool)
     edge[:, 1:] |= objects[:, 1:] != objects[:, :-1]
     edge[1:] |= objects[1:] != objects[:-1]
-    outlined = panel.copy()
+    outlined = panel.copy().view(NamedPanel)
     outlined[edge] = color
+    outlined.names = tuple((*inmost_pixel(objects == k + 1), class_names[k]) for k in _labels_of(objects, class_names))
     return outlined
+
+
+def inmost_pixel(region: np.ndarray) -> tuple[int, int]:
+    """Row and column of the pixel of a region, bool (H, W), that lies farthest from its border: where a name fits."""
+    depth = distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]  # beyond the image is outside, too
+    row, column = np.unravel_index(int(depth.argmax()), depth.shape)
+    return int(row), int(column)
+
+
+def _labels_of(objects: np.ndarray, class_names: Sequence[str]) -> list[int]:
+    """Numbers, 0 to K-1, of the classes that a mask shows and that have a name."""
+    return [label - 1 for label in np.unique(objects).tolist() if 0 < label <= len(class_names)]
 
 
 def mark_pixel(panel: Panel, row: int, column: int) -> Panel:
@@ -144,7 +176,7 @@ def show_panels(
     """A grid of panels.
 
     Args:
-        rows: panels; rows may be of different length.
+        rows: panels; rows may be of different length. Names that a panel carries are written on its regions.
         columns: titles of the columns.
         names: names of the rows.
         title: of the figure.
@@ -165,7 +197,7 @@ def show_panels(
         for axis in row_axes:
             axis.set_axis_off()
         for axis, panel in zip(row_axes, row, strict=False):
-            axis.imshow(panel, interpolation="nearest")
+            show_panel(axis, panel)
     for texts, row_axes in zip(captions, axes, strict=False):
         for axis, text in zip(row_axes, texts, strict=False):
             box = {"facecolor": "black", "alpha": 0.65, "linewidth": 0, "pad": 1.5}
@@ -178,6 +210,17 @@ def show_panels(
             -0.06, 0.5, name, transform=row_axes[0].transAxes, rotation=90, ha="center", va="center", fontsize=8
         )
     return _finish(figure, title)
+
+
+def show_panel(axis: Axes, panel: Panel) -> None:
+    """Show a panel without ticks, its names on its regions in white with a dark rim: readable on every colour."""
+    axis.imshow(panel, interpolation="nearest")
+    axis.set_axis_off()
+    rim = [patheffects.withStroke(linewidth=1.8, foreground="black")]
+    for row, column, name in getattr(panel, "names", ()):
+        place = column / panel.shape[1]
+        side = "left" if place < 0.2 else "right" if place > 0.8 else "center"  # a name must not leave its panel
+        axis.text(column, row, name, ha=side, va="center", fontsize=7, color="white", path_effects=rim, clip_on=True)
 
 
 def plot_chain(steps: Mapping[str, Sequence[Panel]], columns: int = 4) -> Figure:
@@ -197,8 +240,7 @@ def plot_chain(steps: Mapping[str, Sequence[Panel]], columns: int = 4) -> Figure
         for place, panel in enumerate(panels[: side * side]):
             box = (left + place % side * width / side, bottom + (side - 1 - place // side) * height / side)
             axis = figure.add_axes((*box, width / side * 0.98, height / side * 0.98))
-            axis.imshow(panel, interpolation="nearest")
-            axis.set_axis_off()
+            show_panel(axis, panel)
         if number % columns < columns - 1 and number < len(steps) - 2:
             figure.text(left + 0.9 / columns, bottom + height / 2, "→", ha="center", va="center", fontsize=20)
     return _finish(figure, "")
@@ -211,9 +253,10 @@ def plot_history(histories: Mapping[str, History], title: str = "learning curves
         1, max(1, len(losses)), figsize=(4.2 * max(1, len(losses)), 2.8), squeeze=False, layout="constrained"
     )
     for axis, loss in zip(axes[0], losses, strict=False):
-        for name, history in histories.items():
+        for number, (name, history) in enumerate(histories.items()):
             points = [point for point in history if loss in point]
-            axis.plot([point["iteration"] for point in points], [point[loss] for point in points], label=name)
+            values = [point[loss] for point in points]
+            axis.plot([point["iteration"] for point in points], values, label=name, **line_style(number))
         axis.set(title=loss.replace("_", " "), xlabel="iteration", ylim=(0, None))
         axis.grid(alpha=0.3)
         if len(histories) > 1:
@@ -231,11 +274,14 @@ def plot_sweep(metrics: pd.DataFrame, bg_score: float, title: str = "mIoU over t
     """
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
     scales = [f", scale {scale:g}" if scale == scale else "" for scale in metrics["scale"].astype(float)]
-    named = metrics.assign(fusion=metrics["fusion"].fillna(""), scale=scales)
+    named = metrics.assign(fusion=metrics["fusion"].fillna(""), scale=scales, scale_number=metrics["scale"])
+    num_fused = 0
     for (variant, scale, fusion), records in named.groupby(["variant", "scale", "fusion"], sort=False):
         records = records.sort_values("bg_score")
         label = variant_label(str(variant), str(fusion)) + str(scale)
-        axis.plot(records["bg_score"], 100 * records["value"], marker=".", label=label)
+        style = scale_style(float(records["scale_number"].iloc[0])) if scale else fused_style(num_fused)
+        num_fused += not scale
+        axis.plot(records["bg_score"], 100 * records["value"], marker=".", label=label, **style)
     axis.axvline(bg_score, color="grey", linestyle=":", label="used by this run")
     axis.set(xlabel="background score", ylabel="mIoU in %")
     axis.grid(alpha=0.3)
@@ -253,7 +299,8 @@ def plot_sizes(table: pd.DataFrame, title: str = "IoU by object size") -> Figure
     figure, axis = plt.subplots(figsize=(max(5.0, 0.9 * len(table) + 1.5), 3.2), layout="constrained")
     positions = np.arange(len(table))
     for offset, (size, color) in enumerate(SIZE_COLORS.items()):
-        bars = axis.bar(positions + 0.27 * (offset - 1), table[size].fillna(0), 0.25, label=size, color=color)
+        look = {"color": color, "hatch": SIZE_HATCHES[size], "edgecolor": "white", "linewidth": 0}
+        bars = axis.bar(positions + 0.27 * (offset - 1), table[size].fillna(0), 0.25, label=size, **look)
         axis.bar_label(bars, fmt="%.0f", fontsize=7)
     axis.set_xticks(positions, [str(name) for name in table.index], rotation=20, ha="right", fontsize=8)
     highest = max(float(table[list(SIZE_COLORS)].max().max()), 1.0)
@@ -267,7 +314,7 @@ def plot_objects(ious: pd.DataFrame, shares: pd.Series, title: str = "IoU over o
     """A line per view, a scale or the fused maps: mean IoU of the objects of about one size.
 
     Args:
-        ious: a row per object, a column per view, in [0, 1].
+        ious: a row per object, a column per view (``scale 0.5``, else it is fused), in [0, 1].
         shares: of each object, the part of its image's area that it covers, in (0, 1].
         title: of the figure.
         bins: as many groups of equally many objects.
@@ -275,9 +322,13 @@ def plot_objects(ious: pd.DataFrame, shares: pd.Series, title: str = "IoU over o
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
     groups = pd.qcut(shares, min(bins, len(shares)), duplicates="drop")
     middles = 100 * shares.groupby(groups, observed=True).median()
-    for (name, column), color in zip(ious.items(), LINE_COLORS * len(ious.columns), strict=False):
+    num_fused = 0
+    for name, column in ious.items():
         means = 100 * column.groupby(groups, observed=True).mean()
-        axis.plot(middles, means, marker=".", label=str(name), color=color)
+        is_scale = re.fullmatch(r"scale ([\d.]+)", str(name))
+        style = scale_style(float(is_scale[1])) if is_scale else fused_style(num_fused)
+        num_fused += not is_scale
+        axis.plot(middles, means, marker=".", label=str(name), **style)
     axis.set(
         xscale="log", xlabel="share of the image's area in %", ylabel="mean IoU of the objects in %", ylim=(0, None)
     )
@@ -317,18 +368,17 @@ def draw_pixel_row(
         ground_truth: uint8 (W,) of the row; where it holds an object, a bar of the class's colour lies below the
             curves.
     """
-    palette = iter(LINE_COLORS * len(names))
-    colors = [next(palette) if there else "0.7" for there in present]
+    styles = [line_style(sum(present[:k])) if there else {"color": "0.7"} for k, there in enumerate(present)]
     for axis, (step, scores) in zip(axes, steps.items(), strict=True):
         if len(scores) > len(names):
-            axis.plot(scores[0], color="black", linestyle="--", linewidth=1.2, label="background")
+            axis.plot(scores[0], color="black", linestyle=(0, (8, 4)), linewidth=1.2, label="background")
         for k in sorted(range(len(names)), key=lambda k: present[k]):  # labelled classes above the absent ones
             label = names[k] if present[k] else None
             if present[k] or scores[k - len(names)].any():
-                axis.plot(scores[k - len(names)], color=colors[k], linewidth=1.8 if present[k] else 1.0, label=label)
+                axis.plot(scores[k - len(names)], **styles[k], linewidth=1.8 if present[k] else 1.0, label=label)
             if ground_truth is not None and present[k]:
                 there = (ground_truth == k + 1).numpy()
-                axis.fill_between(range(len(there)), -0.1, -0.03, where=there, color=colors[k], step="mid")
+                axis.fill_between(range(len(there)), -0.1, -0.03, where=there, color=styles[k]["color"], step="mid")
         axis.set(ylim=(-0.12, 1.08), yticks=(0, 0.5, 1))
         axis.set_title(step, fontsize=9, loc="left")
         axis.grid(alpha=0.3)
