@@ -275,6 +275,8 @@ def test_metrics_have_every_row_of_the_chain_and_read_in_one_line(run):
 def test_artifacts_lie_where_the_design_says(run):
     assert len(list(run.path("masks").glob("*.png"))) == 16
     assert len(list(run.path("masks_segmenter").glob("*.png"))) == 8
+    compared = {folder.name: len(list(folder.glob("*.png"))) for folder in run.path("masks_compared").iterdir()}
+    assert compared == dict.fromkeys(("teacher_refined", "teacher_fused_refined", "control_fused_refined"), 16)
     assert len(list(run.path("cams", "student").glob("*.npz"))) == 16
     assert {path.stem for path in run.path("checkpoints").glob("*.safetensors")} == {
         "teacher",

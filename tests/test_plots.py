@@ -9,11 +9,13 @@ import torch
 
 from smaflib.report.palette import class_colors
 from smaflib.report.plots import (
+    BOTH,
     GAINED,
     LOST,
     draw_outline,
     inmost_pixel,
     mark_pixel,
+    overlay_alternatives,
     overlay_changes,
     overlay_mask,
     picture,
@@ -36,6 +38,16 @@ def test_changes_are_blue_where_gained_and_orange_where_lost() -> None:
     panel = overlay_changes(image, before, after, ground_truth, opacity=1)
     assert tuple(panel[0, 0]) == GAINED and tuple(panel[3, 3]) == LOST
     assert tuple(panel[1, 1]) == (100, 100, 100) and tuple(panel[0, 3]) == (100, 100, 100)
+
+
+def test_alternatives_are_blue_orange_or_green_where_they_differ_from_the_mask_in_use() -> None:
+    image, used = torch.full((3, 4, 4), 100, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)
+    low, high = used.clone(), used.clone()
+    low[0, 0] = high[3, 3] = low[0, 3] = 1
+    high[0, 3] = 2  # another label than low's, and than the one in use
+    panel = overlay_alternatives(image, low, used, high, opacity=1)
+    assert [tuple(panel[place]) for place in ((0, 0), (3, 3), (0, 3))] == [GAINED, LOST, BOTH]
+    assert tuple(panel[1, 1]) == (100, 100, 100)
 
 
 def test_gained_and_lost_differ_in_lightness() -> None:

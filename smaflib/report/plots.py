@@ -99,6 +99,28 @@ def overlay_changes(image: Tensor, before: Tensor, after: Tensor, ground_truth: 
     return draw_outline(panel.astype(np.uint8), ground_truth)
 
 
+BOTH = (0, 158, 115)
+"""Bluish green of the same set."""
+
+
+def overlay_alternatives(image: Tensor, low: Tensor, used: Tensor, high: Tensor, opacity: float = 0.7) -> Panel:
+    """Lay over a grey image where other masks differ from the one in use, whose outline is white.
+
+    Args:
+        image: uint8 (3, H, W).
+        low: uint8 (H, W); where it alone differs from ``used``, blue.
+        used: the mask in use, uint8 (H, W).
+        high: uint8 (H, W); where it alone differs, orange; where both do, green.
+        opacity: of the colours, in [0, 1].
+    """
+    panel = picture(image).mean(axis=2, keepdims=True).repeat(3, axis=2)
+    by_low, by_high = low != used, high != used
+    for pixels, color in ((by_low & ~by_high, GAINED), (by_high & ~by_low, LOST), (by_low & by_high, BOTH)):
+        chosen = pixels.cpu().numpy()
+        panel[chosen] = (1 - opacity) * panel[chosen] + opacity * np.array(color)
+    return draw_outline(panel.astype(np.uint8), used)
+
+
 def draw_outline(
     panel: Panel, mask: Tensor, class_names: Sequence[str] = (), color: tuple[int, int, int] = (255, 255, 255)
 ) -> Panel:
