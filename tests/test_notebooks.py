@@ -101,10 +101,15 @@ def test_two_exercises_with_an_answer_a_check_and_a_folded_solution(path):
 
 
 @pytest.mark.parametrize("path", OF_STAGES, ids=lambda path: path.stem)
-def test_first_cell_has_an_equation_and_then_explains_its_symbols(path):
-    first = nbformat.read(path, as_version=4).cells[0].source
-    assert "$$" in first, "the idea in one equation"
-    *_, after = first.split("$$")
+def test_the_idea_is_an_equation_whose_symbols_are_explained_after_it(path):
+    cells = nbformat.read(path, as_version=4).cells
+    place = next(place for place, cell in enumerate(cells) if "$$" in cell.source)
+    if path.stem.startswith("00"):  # the whole series begins with an image and its mask
+        shown = [cell.source for cell in cells[:place] if "show_panels(" in cell.source]
+        assert len(shown) == 1 and "overlay_mask(sample.image, sample.mask" in shown[0]
+    else:
+        assert place == 0
+    *_, after = cells[place].source.split("$$")
     assert len(re.findall(r"\$[^$]+\$", after)) >= 2, "what its symbols are"
 
 

@@ -13,12 +13,12 @@ from smaflib.report.plots import (
     GAINED,
     LOST,
     draw_outline,
-    inmost_pixel,
     mark_pixel,
     overlay_alternatives,
     overlay_changes,
     overlay_mask,
     picture,
+    place_of_name,
     plot_objects,
     plot_pixel_row,
     show_panels,
@@ -116,12 +116,19 @@ def test_names_stand_inside_of_their_regions_and_reach_the_figure() -> None:
     assert [(text.get_text(), text.get_position()) for text in axis.texts] == [("ram", (6, 5)), ("boat", (23, 15))]
 
 
-def test_a_name_stands_in_the_largest_part_of_a_region_also_at_the_border() -> None:
+def test_a_name_stands_in_the_widest_part_of_a_region_also_at_the_border() -> None:
     region = np.zeros((10, 12), dtype=bool)
     region[:, 0:5] = True
     region[0, 8:] = True
-    row, column = inmost_pixel(region)
+    row, column = place_of_name(region)
     assert column == 2 and 2 <= row <= 7
+
+
+def test_the_name_of_a_small_object_stands_beside_it() -> None:
+    region = np.zeros((64, 64), dtype=bool)
+    region[40:43, 20:23] = True
+    assert place_of_name(region) == (36, 21)
+    assert place_of_name(np.roll(region, -38, axis=0)) == (11, 21)  # no room above: below
 
 
 def test_masks_are_drawn_in_the_class_colours() -> None:

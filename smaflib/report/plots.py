@@ -26,6 +26,7 @@ from smaflib.data.classes import VOID_LABEL
 from smaflib.report.palette import SIZE_COLORS, SIZE_HATCHES, class_colors, fused_style, line_style, scale_style
 
 if TYPE_CHECKING:  # a changed training must not count for what only draws its curves
+    from smaflib.data import Sample
     from smaflib.training import History
 
 Panel = np.ndarray
@@ -139,14 +140,21 @@ def draw_outline(
     edge[1:] |= objects[1:] != objects[:-1]
     outlined = panel.copy().view(NamedPanel)
     outlined[edge] = color
-    outlined.names = tuple((*inmost_pixel(objects == k + 1), class_names[k]) for k in _labels_of(objects, class_names))
+    outlined.names = tuple((*place_of_name(objects == k + 1), class_names[k]) for k in _labels_of(objects, class_names))
     return outlined
 
 
-def inmost_pixel(region: np.ndarray) -> tuple[int, int]:
-    """Row and column of the pixel of a region, bool (H, W), that lies farthest from its border: where a name fits."""
+def place_of_name(region: np.ndarray) -> tuple[int, int]:
+    """Row and column for the middle of a name: where a region, bool (H, W), is widest; above it if that is too narrow.
+
+    A name in the middle of a small object would hide it.
+    """
     depth = distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]  # beyond the image is outside, too
     row, column = np.unravel_index(int(depth.argmax()), depth.shape)
+    line = len(region) // 16  # about half the height of the text in a panel
+    if depth.max() < line:
+        top = int(np.flatnonzero(region[:, column])[0])
+        row = top - line if top >= 2 * line else min(len(region) - 1, row + 2 * line)
     return int(row), int(column)
 
 
@@ -243,6 +251,37 @@ def show_panel(axis: Axes, panel: Panel) -> None:
         place = column / panel.shape[1]
         side = "left" if place < 0.2 else "right" if place > 0.8 else "center"  # a name must not leave its panel
         axis.text(column, row, name, ha=side, va="center", fontsize=7, color="white", path_effects=rim, clip_on=True)
+
+
+def chain_steps(
+    sample: Sample, cams: Sequence[Tensor], maps: Sequence[Tensor], mask: Tensor, class_names: Sequence[str]
+) -> dict[str, Sequence[Panel]]:
+    """One image's way from its label to a mask, for :func:`plot_chain`; maps show all classes of its label together.
+
+    Args:
+        sample: the image, with its mask.
+        cams: of the teacher, per scale (K, h_s, w_s).
+        maps: (K, H, W) in [0, 1] each: the teacher's fused, denoised and reactivated, the student's denoised.
+        mask: the pseudo mask, uint8 (H, W).
+        class_names: of the K classes.
+    """
+    from smaflib.cams import at_size  # not above: most figures need no network
+
+    assert sample.mask is not None
+    image, numbers = sample.image, sample.image_label.nonzero()[:, 0].tolist()
+    size = (image.shape[1], image.shape[2])
+    scales = [torch.stack([at_size(cam[k], size) for k in numbers]).amax(dim=0) for cam in cams]
+    fused, denoised, target, student = ([overlay_map(image, strongest_map(each))] for each in maps)
+    return {
+        f"an image and its label\n“{', '.join(class_names[k] for k in numbers)}”": [picture(image)],
+        "the teacher's attention\nat several scales": [overlay_map(image, scale) for scale in scales],
+        "fused\nall classes, each peaks at 1": fused,
+        "denoised\nabsent classes are zero": denoised,
+        "reactivated\nthe winner of each pixel is 1": target,
+        "the student, which has\nlearned such targets, fused": student,
+        "pseudo mask\nstrongest class, dense CRF": [overlay_mask(image, mask, class_names)],
+        "(the ground truth, which\nno step has seen)": [overlay_mask(image, sample.mask, class_names)],
+    }
 
 
 def plot_chain(steps: Mapping[str, Sequence[Panel]], columns: int = 4) -> Figure:
