@@ -150,12 +150,12 @@ def place_of_name(region: np.ndarray) -> tuple[int, int]:
     A name in the middle of a small object would hide it.
     """
     depth = distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]  # beyond the image is outside, too
-    row, column = np.unravel_index(int(depth.argmax()), depth.shape)
+    row, column = divmod(int(depth.argmax()), depth.shape[1])
     line = len(region) // 16  # about half the height of the text in a panel
     if depth.max() < line:
         top = int(np.flatnonzero(region[:, column])[0])
         row = top - line if top >= 2 * line else min(len(region) - 1, row + 2 * line)
-    return int(row), int(column)
+    return row, column
 
 
 def _labels_of(objects: np.ndarray, class_names: Sequence[str]) -> list[int]:
@@ -360,7 +360,7 @@ def plot_sizes(table: pd.DataFrame, title: str = "IoU by object size") -> Figure
     figure, axis = plt.subplots(figsize=(max(5.0, 0.9 * len(table) + 1.5), 3.2), layout="constrained")
     positions = np.arange(len(table))
     for offset, (size, color) in enumerate(SIZE_COLORS.items()):
-        look = {"color": color, "hatch": SIZE_HATCHES[size], "edgecolor": "white", "linewidth": 0}
+        look: dict[str, Any] = {"color": color, "hatch": SIZE_HATCHES[size], "edgecolor": "white", "linewidth": 0}
         bars = axis.bar(positions + 0.27 * (offset - 1), table[size].fillna(0), 0.25, label=size, **look)
         axis.bar_label(bars, fmt="%.0f", fontsize=7)
     axis.set_xticks(positions, [str(name) for name in table.index], rotation=20, ha="right", fontsize=8)
