@@ -1,4 +1,4 @@
-"""The explorer inside of a report and of a notebook's output: nothing is cut off, and its theme is that of what is around it."""
+"""The explorer inside of a report and of a notebook's output: nothing is cut off, and the theme fits what is around."""
 
 from __future__ import annotations
 
