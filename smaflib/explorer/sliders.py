@@ -8,6 +8,7 @@ output is the picture that they begin with, and nothing else.
 from __future__ import annotations
 
 import base64
+import html
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -90,7 +91,7 @@ class Sliders:
             self.picture.value = self._png()
             self.trouble.value = ""
         except ValueError as error:  # such as all weights at 0; in a callback it would end in a log that nobody reads
-            self.trouble.value = f'<b role="alert">{error}</b>'
+            self.trouble.value = f'<b role="alert">{html.escape(str(error))}</b>'
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         png = {"image/png": base64.b64encode(self.picture.value).decode(), "text/plain": "sliders over a picture"}

@@ -247,10 +247,11 @@ def show_panel(axis: Axes, panel: Panel) -> None:
     axis.imshow(panel, interpolation="nearest")
     axis.set_axis_off()
     rim = [patheffects.withStroke(linewidth=1.8, foreground="black")]
+    look: dict[str, Any] = {"va": "center", "fontsize": 7, "color": "white", "path_effects": rim, "clip_on": True}
     for row, column, name in getattr(panel, "names", ()):
         place = column / panel.shape[1]
         side = "left" if place < 0.2 else "right" if place > 0.8 else "center"  # a name must not leave its panel
-        axis.text(column, row, name, ha=side, va="center", fontsize=7, color="white", path_effects=rim, clip_on=True)
+        axis.text(column, row, name, ha=side, parse_math=False, **look)  # a name may hold dollars
 
 
 def chain_steps(
