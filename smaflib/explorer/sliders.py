@@ -12,6 +12,8 @@ import html
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import ipywidgets as widgets
@@ -53,32 +55,85 @@ CRF_RANGES: dict[str, tuple[str, float, float, float]] = {  # name in the config
 DPI = 90  # of the picture; half the time of a printed figure's, and enough for a screen
 
 
+@dataclass(frozen=True)
+class Knob:
+    """A setting that a slider or a menu moves.
+
+    Attributes:
+        value: to begin with; a whole number moves in whole numbers.
+        least: the slider's left end.
+        most: its right end.
+        step: from one value to the next.
+        options: of a menu, in place of a slider.
+        gloss: what it is, shown when the pointer rests on it.
+        while_moving: whether the picture follows a slider that is being dragged, or waits until it is let go.
+    """
+
+    value: Any
+    least: float = 0.0
+    most: float = 1.0
+    step: float = 0.01
+    options: tuple[str, ...] = ()
+    gloss: str = ""
+    while_moving: bool = True
+
+    def widget(self, name: str) -> Any:
+        """The control, with the setting's name before it."""
+        look: dict[str, Any] = {
+            "description": name,
+            "layout": {"width": "300px"},
+            "style": {"description_width": "120px"},
+        }
+        if self.options:
+            return widgets.Dropdown(options=self.options, value=self.value, tooltip=self.gloss, **look)
+        kind = widgets.IntSlider if isinstance(self.value, int) else widgets.FloatSlider
+        look |= {"min": self.least, "max": self.most, "step": self.step, "continuous_update": self.while_moving}
+        return kind(value=self.value, tooltip=self.gloss, **look)
+
+
 class Sliders:
     """Controls above a picture that is drawn anew when one of them moves; the last line of a cell shows them.
 
-    Args:
-        draw: takes the controls' values by name, gives the figure.
-        controls: widgets by the name of the setting that they stand for.
+    No widget exists before somebody looks: nbclient keeps the state of every widget in the executed notebook.
 
-    Attributes:
-        controls: as given, to be set from code too: ``sliders.controls["bg_score"].value = 0.5``.
-        picture: the widget that shows the figure, as a PNG.
-        trouble: the widget that says why there is no new picture; empty where there is one.
+    Args:
+        draw: takes the values by name, gives the figure.
+        knobs: by the name of the setting that they stand for.
     """
 
-    def __init__(self, draw: Callable[..., Figure], controls: Mapping[str, Any]) -> None:
-        self._draw, self.controls = draw, dict(controls)
-        self.picture = widgets.Image(value=self._png(), format="png", layout=widgets.Layout(max_width="100%"))
-        self.trouble = widgets.HTML()
-        half = widgets.Layout(grid_template_columns="repeat(auto-fill, minmax(310px, 1fr))", width="100%")
-        grid = widgets.GridBox([*self.controls.values()], layout=half)
-        self.widget = widgets.VBox([grid, self.trouble, self.picture])
-        self.widget.add_class("smaf-sliders")
-        for control in self.controls.values():
-            control.observe(self._redraw, "value")
+    def __init__(self, draw: Callable[..., Figure], knobs: Mapping[str, Knob]) -> None:
+        self._draw, self._knobs = draw, dict(knobs)
 
-    def _png(self) -> bytes:
-        figure = self._draw(**{name: control.value for name, control in self.controls.items()})
+    @cached_property
+    def controls(self) -> dict[str, Any]:
+        """The widgets by name, to be set from code too: ``sliders.controls["bg_score"].value = 0.5``."""
+        controls = {name: knob.widget(name) for name, knob in self._knobs.items()}
+        for control in controls.values():
+            control.observe(self._redraw, "value")
+        return controls
+
+    @cached_property
+    def picture(self) -> Any:
+        """The widget that shows the figure, as a PNG."""
+        return widgets.Image(value=self._png(), format="png", layout={"max_width": "100%"})
+
+    @cached_property
+    def trouble(self) -> Any:
+        """The widget that says why there is no new picture; empty where there is one."""
+        return widgets.HTML()
+
+    @cached_property
+    def widget(self) -> Any:
+        """All of it."""
+        columns = {"grid_template_columns": "repeat(auto-fill, minmax(310px, 1fr))", "width": "100%"}
+        box = widgets.VBox(
+            [widgets.GridBox([*self.controls.values()], layout=columns), self.trouble, self.picture],
+        )
+        box.add_class("smaf-sliders")
+        return box
+
+    def _png(self, **values: Any) -> bytes:
+        figure = self._draw(**({name: knob.value for name, knob in self._knobs.items()} | values))
         figure.set_dpi(DPI)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()  # once; savefig goes over a figure with a constrained layout twice
@@ -88,17 +143,17 @@ class Sliders:
 
     def _redraw(self, change: Any) -> None:
         try:
-            self.picture.value = self._png()
+            self.picture.value = self._png(**{name: control.value for name, control in self.controls.items()})
             self.trouble.value = ""
         except ValueError as error:  # such as all weights at 0; in a callback it would end in a log that nobody reads
             self.trouble.value = f'<b role="alert">{html.escape(str(error))}</b>'
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        png = {"image/png": base64.b64encode(self.picture.value).decode(), "text/plain": "sliders over a picture"}
         # A kernel of the runner has nobody at its sliders: they would stay behind in the notebook and move nothing.
-        if os.environ.get(PROGRESS_FILE):
-            return png
-        return {**self.widget._repr_mimebundle_(**options), **png}
+        alone = bool(os.environ.get(PROGRESS_FILE))
+        png = self._png() if alone else self.picture.value
+        bundle = {} if alone else self.widget._repr_mimebundle_(**options)
+        return bundle | {"image/png": base64.b64encode(png).decode(), "text/plain": "sliders over a picture"}
 
 
 def scale_sliders(samples: Samples, maps: AttentionMaps, bg_score: float, fusion: str = "sum") -> Sliders:
@@ -133,12 +188,9 @@ def scale_sliders(samples: Samples, maps: AttentionMaps, bg_score: float, fusion
     if not len(samples):
         raise ValueError("scale_sliders needs at least one image; give it train.shown(6)")
     rules = list(dict.fromkeys([*FUSION_RULES, fusion]))  # a rule of one's own, beside those that are built in
-    controls: dict[str, Any] = {
-        "image": _slider("image", 0, len(samples) - 1, 1, 0),
-        "fusion": widgets.Dropdown(options=rules, value=fusion, description="fusion", style=_NAMES, layout=_WIDE),
-    }
-    controls |= {name: _slider(name, 0.0, 2.0, 0.1, 1.0) for name in (f"weight of scale {scale:g}" for scale in scales)}
-    return Sliders(draw, controls)
+    knobs = {"image": Knob(0, 0, len(samples) - 1, 1), "fusion": Knob(fusion, options=tuple(rules))}
+    knobs |= {f"weight of scale {scale:g}": Knob(1.0, 0.0, 2.0, 0.1) for scale in scales}
+    return Sliders(draw, knobs)
 
 
 def row_sliders(sample: Sample, fused: Tensor, bg_score: float, class_names: tuple[str, ...]) -> Sliders:
@@ -176,12 +228,11 @@ def row_sliders(sample: Sample, fused: Tensor, bg_score: float, class_names: tup
         return figure
 
     y = int(strongest.amax(dim=1).argmax())
-    low, high = min(0.01, bg_score), max(0.98, bg_score)
-    controls = {
-        "bg_score": _slider("bg_score", low, high, 0.01, bg_score),
-        "row": _slider("row", 0, len(strongest) - 1, 1, y),
+    knobs = {
+        "bg_score": Knob(bg_score, min(0.01, bg_score), max(0.98, bg_score)),
+        "row": Knob(y, 0, len(strongest) - 1, 1),
     }
-    return Sliders(draw, controls)
+    return Sliders(draw, knobs)
 
 
 def crf_sliders(
@@ -209,22 +260,13 @@ def crf_sliders(
         captions = ["", *(_score(mask, sample, len(class_names)) for mask in (before, after)), ""]
         return show_panels([row], ["image", *masks], title="the dense CRF", side=2.4, captions=[captions])
 
-    controls = {}
+    knobs = {}
     for name, (gloss, least, most, step) in CRF_RANGES.items():
         value = getattr(config.crf, name)
         # A run's own setting must stay what it is, even where it lies beyond the usual.
-        controls[name] = _slider(name, min(least, value), max(most, value), step, value, continuous_update=False)
-        controls[name].tooltip = gloss
-    return Sliders(draw, controls)
-
-
-_WIDE = widgets.Layout(width="300px")
-_NAMES = {"description_width": "120px"}
-
-
-def _slider(name: str, least: float, most: float, step: float, value: float, **more: Any) -> Any:
-    kind = widgets.IntSlider if isinstance(value, int) else widgets.FloatSlider
-    return kind(value=value, min=least, max=most, step=step, description=name, style=_NAMES, layout=_WIDE, **more)
+        ends = (min(least, value), max(most, value), step)
+        knobs[name] = Knob(value, *ends, gloss=gloss, while_moving=False)
+    return Sliders(draw, knobs)
 
 
 def _outlined(panels: list[Panel], sample: Sample, class_names: Sequence[str]) -> list[Panel]:
