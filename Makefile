@@ -1,10 +1,12 @@
 # The commands of the project; `make` prints them. Everything is installed into .venv and nowhere else.
 PYTHON ?= python3
 BIN := .venv/bin
-NBSTRIPOUT := $(BIN)/nbstripout --keep-id
+# What JupyterLab writes into a notebook when it saves one, beside outputs and counts.
+SAVED := $(addprefix metadata.language_info.,codemirror_mode file_extension mimetype nbconvert_exporter pygments_lexer version)
+NBSTRIPOUT := $(BIN)/nbstripout --keep-id --extra-keys "$(SAVED)"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test browser cluster-test check format lab docs lock assets screenshots reference photos links clean
+.PHONY: help setup reproduce test browser cluster-test check format gitfilter lab docs lock assets screenshots reference photos links clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,12 +40,18 @@ format: setup  ## bring code into shape and strip the notebooks' outputs
 	$(BIN)/ruff format .
 	$(NBSTRIPOUT) notebooks/*.ipynb
 
+# JupyterLab saves by itself, with outputs. git compares what the filter leaves of a notebook: its text and code. Not jupytext: that would
+# keep each notebook twice, and what people open would not be what papermill runs.
+gitfilter:  ## let git overlook the outputs in notebooks, so that running them changes nothing (setup does it)
+	@! git rev-parse --git-dir >/dev/null 2>&1 || { git config filter.nbstripout.smudge cat && git config \
+	  filter.nbstripout.clean 'if [ -x $(BIN)/nbstripout ]; then $(NBSTRIPOUT); else cat; fi'; }
+
 docs: setup  ## build the documentation, offline: docs/_build/html/index.html
 	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs docs/_build/html
 	@echo docs/_build/html/index.html
 
-lab: setup  ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab notebooks
+lab: setup  ## open the notebooks in JupyterLab; the reports of runs can be opened there, too
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_one_image_end_to_end.ipynb
 
 assets: setup  ## take the pretrained weights and the README's pictures from the run papermill_runs/mini and its ablation
 	$(BIN)/python -m tools.make_assets papermill_runs/mini docs/chain.png
@@ -103,6 +111,7 @@ HEADERS := import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("include")
 	  "and Ubuntu, 'xcode-select --install' on a Mac), then: rm -r .venv && make setup"; fi
 	$(BIN)/python -m pip install --disable-pip-version-check --requirement .venv/requirements.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
+	@$(MAKE) --no-print-directory gitfilter
 	touch $@
 
 # Torch's own CUDA and triton packages stay out (see the lock's header), and so do pip and smaflib itself. appnope is

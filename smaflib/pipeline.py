@@ -87,8 +87,8 @@ class Workspace:
         """The maps that become pseudo masks: as of :meth:`denoised`, with ``pseudo_masks.saliency_weight``."""
         return self.denoised(network, samples, scales, saliency_weight=self.config.mask_saliency_weight)
 
-    def masks(self, samples: Samples, folder: Literal["masks", "masks_segmenter"] = "masks") -> MaskFiles:
-        """The masks of some samples, in their order: pseudo masks, or the segmentation network's.
+    def masks(self, samples: Samples, folder: str = "masks") -> MaskFiles:
+        """The masks of some samples, in their order: pseudo masks, or those of another folder of the run.
 
         Raises:
             DataError: if one is missing.

@@ -67,9 +67,8 @@ def test_every_photo_gets_a_mask_an_overlay_and_a_place_on_the_sheet(config: Con
         with Image.open(tmp_path / "out/overlays" / f"{number}.jpg") as overlay:
             assert overlay.size == (48, 40)
     html = sheet.read_text()
-    assert (
-        html.count("background: #800000") == html.count("background: #008000") == 3
-    )  # VOC's colours of values 1 and 2
+    # The colours of the first two classes, as on the overlays.
+    assert html.count("background: #e69f00") == html.count("background: #56b4e9") == 3
     assert html.count("<figure>") == 6 and "masks/3.png" in html and not network_references(html)
 
 

@@ -4,11 +4,13 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 from packaging.markers import default_environment
@@ -292,3 +294,39 @@ def test_table_of_many_photos_is_that_of_its_numbers():
     for what in ("plan", "check"):  # what a photo takes, in kB
         grown = most[what]["megabytes"] - fewer[what]["megabytes"]
         assert 1000 * grown / (most["photos"] - fewer["photos"]) < 1, what
+
+
+@pytest.mark.skipif(shutil.which("git") is None or shutil.which("make") is None, reason="needs git and make")
+def test_a_notebook_that_jupyterlab_has_saved_is_not_changed_for_git(tmp_path):
+    for name in (".gitattributes", "Makefile"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    strip = tmp_path / ".venv" / "bin" / "nbstripout"
+    strip.write_text(f"#!/bin/sh\nexec '{sys.executable}' -m nbstripout \"$@\"\n")
+    strip.chmod(0o755)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=x", "-c", "user.email=x@x", *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    git("init", "--quiet")
+    subprocess.run(["make", "--silent", "gitfilter"], cwd=tmp_path, check=True)
+    git("add", "--all")
+    for path in sorted((tmp_path / "notebooks").glob("*.ipynb")):
+        stored = git("show", f":notebooks/{path.name}")
+        assert stored == path.read_text(encoding="utf-8"), path.name  # the filter leaves a clean notebook as it is
+    git("commit", "--quiet", "--message", "x")
+
+    path = tmp_path / "notebooks" / "01_data.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.language_info |= {"version": "3.12.1", "codemirror_mode": {"name": "ipython", "version": 3}}
+    notebook.metadata.language_info |= {"file_extension": ".py", "mimetype": "text/x-python"}
+    notebook.metadata.language_info |= {"nbconvert_exporter": "python", "pygments_lexer": "ipython3"}
+    cell = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    cell.execution_count, cell.outputs = 7, [nbformat.v4.new_output("stream", text="hello")]
+    nbformat.write(notebook, path)
+    assert git("status", "--porcelain", "notebooks") == ""
+    cell.source += "\nchanged = True"
+    nbformat.write(notebook, path)
+    assert git("status", "--porcelain", "notebooks") == " M notebooks/01_data.ipynb\n"

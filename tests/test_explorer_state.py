@@ -23,7 +23,6 @@ from smaflib.explorer.state import (
     PHOTO_SIDE,
     Gallery,
     Settings,
-    class_colors,
     color_table,
     explore,
     iou_curve,
@@ -335,8 +334,6 @@ def test_color_maps_rise_in_lightness() -> None:
 def test_bytes_of_maps_and_masks() -> None:
     assert list(to_bytes(torch.tensor([[0.0, 0.5, 1.0, 1.2]]))) == [0, 128, 255, 255]
     assert list(to_bytes(torch.tensor([[0, 3, 255]], dtype=torch.uint8))) == [0, 3, 255]
-    assert class_colors(2) == [[230, 159, 0], [86, 180, 233]]
-    assert class_colors(20)[:2] == [[128, 0, 0], [0, 128, 0]] and len(class_colors(80)) == 80
     image = make_samples(1)[0].image
     assert picture_address(image).startswith("data:image/jpeg;base64,")
 

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,25 +80,36 @@ def test_parameters_are_typed_literals_with_help(path):
 
 
 @pytest.mark.parametrize("path", OF_STAGES, ids=lambda path: path.stem)
-def test_two_exercises_with_folded_solutions(path):
+def test_two_exercises_with_an_answer_a_check_and_a_folded_solution(path):
     cells = nbformat.read(path, as_version=4).cells
-    exercises = [cell for cell in cells if re.match(r"\*\*Exercise \d\.\*\*", cell.source)]
-    assert [cell.source[:15] for cell in exercises] == ["**Exercise 1.**", "**Exercise 2.**"]
-    solutions = [cell for cell in cells if "solution" in cell.metadata.get("tags", [])]
-    assert len(solutions) == 2
-    for exercise, solution in zip(exercises, solutions, strict=True):
-        assert cells.index(solution) == cells.index(exercise) + 1 and solution.cell_type == "code"
+    places = [place for place, cell in enumerate(cells) if re.match(r"\*\*Exercise \d\.\*\*", cell.source)]
+    assert [cells[place].source[:15] for place in places] == ["**Exercise 1.**", "**Exercise 2.**"]
+    for number, place in enumerate(places, 1):
+        answer, check, solution = cells[place + 1 : place + 4]
+        assert [cell.metadata.get("tags") for cell in (answer, check, solution)] == [
+            ["exercise"],
+            ["check"],
+            ["solution"],
+        ]
+        assert answer.source.startswith(f"answer_{number} = None  # ")  # and what belongs there
+        assert re.search(rf"^check\(\s*answer_{number},", check.source, re.MULTILINE)
         # Folded in JupyterLab: an answer that is seen before it is asked for teaches nothing.
+        assert check.metadata["jupyter"] == {"source_hidden": True}
         assert solution.metadata["jupyter"] == {"source_hidden": True, "outputs_hidden": True}
-        # A solution changes nothing of the run.
-        assert not re.search(r"\brun\.(record|save_figure)\b|write_|save_|\.open\(", solution.source)
+        # Neither changes anything of the run.
+        assert not re.search(r"\brun\.(record|save_figure)\b|write_|save_|\.open\(", check.source + solution.source)
 
 
 @pytest.mark.parametrize("path", OF_STAGES, ids=lambda path: path.stem)
-def test_first_cell_has_an_equation_and_then_explains_its_symbols(path):
-    first = nbformat.read(path, as_version=4).cells[0].source
-    assert "$$" in first, "the idea in one equation"
-    *_, after = first.split("$$")
+def test_the_idea_is_an_equation_whose_symbols_are_explained_after_it(path):
+    cells = nbformat.read(path, as_version=4).cells
+    place = next(place for place, cell in enumerate(cells) if "$$" in cell.source)
+    if path.stem.startswith("00"):  # the whole series begins with an image and its mask
+        shown = [cell.source for cell in cells[:place] if "show_panels(" in cell.source]
+        assert len(shown) == 1 and "overlay_mask(sample.image, sample.mask" in shown[0]
+    else:
+        assert place == 0
+    *_, after = cells[place].source.split("$$")
     assert len(re.findall(r"\$[^$]+\$", after)) >= 2, "what its symbols are"
 
 
@@ -161,6 +173,7 @@ def test_executed_notebooks_show_pictures_and_hold_no_progress_bars(run):
         assert any("image/png" in output.get("data", {}) for output in outputs), stage.name
         assert not [output for output in outputs if output.output_type == "error"]
         assert not [output for output in outputs if output.get("name") == "stderr"], stage.name
+        assert "widgets" not in notebook.metadata  # sliders that nobody can move
 
 
 def test_solutions_have_run_and_say_something(run):
@@ -171,6 +184,74 @@ def test_solutions_have_run_and_say_something(run):
         assert all(cell.execution_count and cell.outputs for cell in solutions), stage.name
         page = run.path(f"{stage.name}.html").read_text()
         assert page.count("<summary>Solution</summary>") == 2
+        assert "No answer yet" not in page  # nobody can answer on a page
+        checks = [cell for cell in notebook.cells if "check" in cell.metadata.get("tags", [])]
+        assert ["No answer yet" in cell.outputs[0].text for cell in checks] == [True, True]
+
+
+# Answers as a reader would give them, from what the solution has computed; and a wrong one.
+ANSWERS = {
+    "00_one_image_end_to_end": (
+        ("{samples.class_names[k - 1] for k in noisy.unique().tolist() if k and not image_label[k - 1]}", "{'cat'}"),
+        ("[(pseudo_mask(sample.image, denoised_student, b, config.pseudo_masks) > 0).float().mean().item() "
+         "for b in (0.1, 0.35, 0.7)]", "[0.5, 0.5, 0.5]"),
+    ),
+    "01_data": (("wrong", "wrong + 1"), ("together", "together * 2")),
+    "02_classifier": (
+        ("(maps[train.files[0].labels[0]] > 0).double().mean()", "-1"),
+        ("None\ngrey = shown[0].image.clone()\ngrey[:, 25:38, 25:38] = 128\n"
+         "logits = [teacher.image_logits(teacher(normalize(i)[None]))[0, k] for i in (shown[0].image, grey)]\n"
+         "answer_2 = logits[0] - logits[1]", "[1, 2]"),
+    ),
+    "03_multi_scale_attention": (("by_hand", "by_hand / 2"), ("pd.DataFrame(peaks).mean()", "[0, 0, 0, 0]")),
+    "04_denoise_and_reactivate": (
+        ("differing", "differing + 1"),
+        ("pd.DataFrame(lines).T['labelled background']", "[0.5, 0.5, 0.5]"),
+    ),
+    "05_self_training": (
+        ("[mac_loss(network(whole), target).item() for network in (with_background(run.network('teacher')), student)]",
+         "0.1"),
+        ("[lines[network]['score on objects'] for network in ('teacher', 'student')]", "'teacher'"),
+    ),
+    "06_pseudo_masks": (("totals['gained'] - totals['lost']", "10**9"), ("after.miou", "after.miou - 0.1")),
+    "07_segmentation": (
+        ("shares", "shares.T + 0.1"),
+        ("counts['repeats the mistake'] / sum(counts.values())", "2"),
+    ),
+    "08_results": (("sum(scores) / len(scores)", "2"), ("{'full'}", "set()")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", OF_STAGES, ids=lambda path: path.stem)
+def test_checks_say_right_to_a_readers_answer_and_what_to_look_at_to_a_wrong_one(run, path, tmp_path):
+    folder = tmp_path / run.name
+    shutil.copytree(run.folder, folder)
+    notebook = nbformat.read(path, as_version=4)
+    for number, answers in enumerate(ANSWERS[path.stem], 1):
+        (check,) = [cell for cell in notebook.cells if cell.id == f"{path.stem[:2]}-ex{number}-check"]
+        place = notebook.cells.index(check) + 2  # behind the solution
+        for answer in reversed(answers):
+            source = f"answer_{number} = {answer}\n{check.source}"
+            notebook.cells.insert(place, nbformat.v4.new_code_cell(source, metadata={"tags": ["answered"]}))
+    nbformat.write(notebook, tmp_path / "answered.ipynb")
+    given = {"config_file": str(run.config_file), "overrides": list(run.overrides), "run_dir": str(folder)}
+    with NotebookMonitor(path.stem, 1, lambda pid: None) as monitor:
+        executed = papermill.execute_notebook(
+            tmp_path / "answered.ipynb",
+            None,
+            given,
+            kernel_name="python3",
+            language="python",
+            cwd=tmp_path,
+            progress_bar=False,
+            kernel_manager_class=monitor.kernel_manager_class(),
+        )
+    told = [cell.outputs[0].text for cell in executed.cells if cell.metadata.get("tags") == ["answered"]]
+    first = [text[: len("Not yet")].strip() for text in told]
+    if path.stem.startswith("08"):
+        assert first[:2] == ["Right.", "Not yet"] and "nothing to compare with" in told[2]  # no ablation
+    else:
+        assert first == ["Right.", "Not yet"] * 2, told
 
 
 def test_without_an_ablation_notebook_08_says_which_command_makes_it(run):
@@ -200,6 +281,8 @@ def test_metrics_have_every_row_of_the_chain_and_read_in_one_line(run):
 def test_artifacts_lie_where_the_design_says(run):
     assert len(list(run.path("masks").glob("*.png"))) == 16
     assert len(list(run.path("masks_segmenter").glob("*.png"))) == 8
+    compared = {folder.name: len(list(folder.glob("*.png"))) for folder in run.path("masks_compared").iterdir()}
+    assert compared == dict.fromkeys(("teacher_refined", "teacher_fused_refined", "control_fused_refined"), 16)
     assert len(list(run.path("cams", "student").glob("*.npz"))) == 16
     assert {path.stem for path in run.path("checkpoints").glob("*.safetensors")} == {
         "teacher",

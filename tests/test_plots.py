@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import io
+
 import matplotlib
 import numpy as np
 import pandas as pd
 import torch
 
+from smaflib.report.palette import class_colors
 from smaflib.report.plots import (
+    BOTH,
     GAINED,
     LOST,
+    draw_outline,
     mark_pixel,
+    overlay_alternatives,
     overlay_changes,
+    overlay_mask,
+    picture,
+    place_of_name,
     plot_objects,
     plot_pixel_row,
     show_panels,
@@ -31,6 +40,16 @@ def test_changes_are_blue_where_gained_and_orange_where_lost() -> None:
     panel = overlay_changes(image, before, after, ground_truth, opacity=1)
     assert tuple(panel[0, 0]) == GAINED and tuple(panel[3, 3]) == LOST
     assert tuple(panel[1, 1]) == (100, 100, 100) and tuple(panel[0, 3]) == (100, 100, 100)
+
+
+def test_alternatives_are_blue_orange_or_green_where_they_differ_from_the_mask_in_use() -> None:
+    image, used = torch.full((3, 4, 4), 100, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)
+    low, high = used.clone(), used.clone()
+    low[0, 0] = high[3, 3] = low[0, 3] = 1
+    high[0, 3] = 2  # another label than low's, and than the one in use
+    panel = overlay_alternatives(image, low, used, high, opacity=1)
+    assert [tuple(panel[place]) for place in ((0, 0), (3, 3), (0, 3))] == [GAINED, LOST, BOTH]
+    assert tuple(panel[1, 1]) == (100, 100, 100)
 
 
 def test_gained_and_lost_differ_in_lightness() -> None:
@@ -84,3 +103,39 @@ def test_window_is_a_square_around_the_objects_that_stays_in_the_image() -> None
     assert window_around(mask, margin=20) == (slice(0, 40), slice(0, 50))
     mask[:] = 0
     assert window_around(mask) == (slice(None), slice(None))
+
+
+def test_names_stand_inside_of_their_regions_and_reach_the_figure() -> None:
+    image, mask = torch.zeros(3, 20, 30, dtype=torch.uint8), torch.zeros(20, 30, dtype=torch.uint8)
+    mask[2:9, 3:10] = 1
+    mask[12:19, 20:27] = 3
+    mask[0, 29] = 255
+    panel = overlay_mask(image, mask, ["ram", "crane", "$boat"])
+    assert panel.names == ((5, 6, "ram"), (15, 23, "$boat"))
+    assert draw_outline(picture(image), mask, ["ram"]).names == ((5, 6, "ram"),)  # a class without a name has none
+    assert panel[:10].names == ()  # cut out, their places would be wrong
+    (axis,) = show_panels([[panel]]).axes
+    assert [(text.get_text(), text.get_position()) for text in axis.texts] == [("ram", (6, 5)), ("$boat", (23, 15))]
+    axis.figure.savefig(io.BytesIO())  # a dollar begins no formula
+
+
+def test_a_name_stands_in_the_widest_part_of_a_region_also_at_the_border() -> None:
+    region = np.zeros((10, 12), dtype=bool)
+    region[:, 0:5] = True
+    region[0, 8:] = True
+    row, column = place_of_name(region)
+    assert column == 2 and 2 <= row <= 7
+
+
+def test_the_name_of_a_small_object_stands_beside_it() -> None:
+    region = np.zeros((64, 64), dtype=bool)
+    region[40:43, 20:23] = True
+    assert place_of_name(region) == (36, 21)
+    assert place_of_name(np.roll(region, -38, axis=0)) == (11, 21)  # no room above: below
+
+
+def test_masks_are_drawn_in_the_class_colours() -> None:
+    image, mask = torch.zeros(3, 9, 9, dtype=torch.uint8), torch.full((9, 9), 13, dtype=torch.uint8)
+    mask[4:] = 2
+    panel = overlay_mask(image, mask, opacity=1)
+    assert [panel[1, 4].tolist(), panel[7, 4].tolist()] == class_colors(2)  # the thirteenth begins again

@@ -1,4 +1,5 @@
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,9 +10,10 @@ from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from smaflib.errors import RunError
-from smaflib.report.html import network_references, write_index
+from smaflib.files import PROJECT_ROOT
+from smaflib.report.html import CAPTIONS, network_references, write_index
 from smaflib.report.notebook import notebook_body
-from smaflib.report.tables import class_table, compare_runs, comparison_text, results_table, results_text
+from smaflib.report.tables import class_table, compare_runs, comparison_text, headline, results_table, results_text
 from smaflib.runs import Run, open_run
 
 matplotlib.use("agg")
@@ -173,6 +175,40 @@ def test_index_ties_the_run_together_without_a_network(run):
     assert "secret_code" not in notebook.text
     for html in run.folder.glob("*.html"):
         assert network_references(html.read_text()) == []
+
+
+def test_index_begins_with_the_result_and_the_chain_and_ends_with_the_tables(run):
+    for name in ("00_chain", "00_scales", "03_scales"):
+        figure = Figure()
+        figure.subplots().imshow([[0, 1]])
+        run.save_figure(figure, name)
+    plot = Figure()
+    plot.subplots().plot([0, 1])
+    run.save_figure(plot, "08_sizes")
+    run.record("03", [iou(0.9, "teacher_fused", fusion="sum", split="train")])  # at an oracle threshold
+    run.record("04", [iou(0.611, "teacher_fused", fusion="sum", split="train")])
+    run.record("06", [iou(0.685, "pseudo_masks", split="train")])
+    run.record("07", [iou(0.573, "segmentation", split="val")])
+    text = write_index(run).read_text()
+    page = Page(text)
+    assert headline(run.metrics()) == [
+        ("attention, scales fused (train)", pytest.approx(61.1)),
+        ("pseudo masks (train)", pytest.approx(68.5)),
+        ("segmentation network (val)", pytest.approx(57.3)),
+    ]
+    places = [text.index(part) for part in ("68.5 %", "00_chain.png", "00_scales.png", "08_sizes.png", 'id="results"')]
+    assert places == sorted(places)
+    assert [image["src"] for image in page.images].count("figures/00_chain.png") == 1
+    assert "Compare the last two panels" in page.text and "no scale has all of it" in page.text
+    # A dark page turns the colours of plots, not of photos.
+    assert [image["src"] for image in page.images if image.get("class") == "plot"] == ["figures/08_sizes.png"]
+
+
+def test_every_figure_of_the_notebooks_has_a_caption_that_says_what_to_see():
+    saved = re.compile(r"""save_figure\(\w+, f?\\?"([\w{}]+)""")
+    sources = [path.read_text() for path in (PROJECT_ROOT / "notebooks").glob("0*.ipynb")]
+    names = {name for source in sources for name in saved.findall(source)} - {"08_{kind}_cases"}
+    assert names | {"08_best_cases", "08_worst_cases"} == set(CAPTIONS)
 
 
 def test_best_of_each_split_stands_out(run):

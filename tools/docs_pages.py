@@ -64,7 +64,7 @@ def write_tutorial(folder: Path, name: str) -> None:
     notebook = json.loads((RUNS_FOLDER / "reference" / name).read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
         tags = set(cell["metadata"].get("tags", []))
-        hidden = {"parameters", "injected-parameters"} & tags
+        hidden = {"parameters", "injected-parameters", "exercise", "check"} & tags
         folded = {"solution"} & tags
         cell["metadata"]["tags"] = [*tags, *(["remove-cell"] if hidden else []), *(["hide-cell"] if folded else [])]
         if cell["cell_type"] == "markdown":

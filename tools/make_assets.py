@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from smaflib.cams import at_size
 from smaflib.data import load_samples, make_data
 from smaflib.files import replacing
 from smaflib.models.pretrained import ASSETS, CONFIG_FILE, ROLES, pretrained_network, short_config
@@ -34,36 +33,21 @@ def draw_chain(target: Path, image_index: int = 4) -> None:
         target: a PNG file.
         image_index: which of the images that notebook 00 draws.
     """
-    from smaflib.report.plots import overlay_map, overlay_mask, picture, plot_chain, strongest_map
+    from smaflib.report.plots import chain_steps, plot_chain
 
     with tempfile.TemporaryDirectory() as folder:
         config = short_config(Path(folder) / "data")
         make_data(config, Path(folder))
         samples = load_samples(config, "train").with_masks()
         sample = samples[image_index]
-    label, size = sample.image_label, (sample.image.shape[1], sample.image.shape[2])
     bg_score = Workspace(Path(), config).bg_score
     assert sample.mask is not None
     teacher, student = (
-        attend(pretrained_network(role), sample.image, label, config.attention, bg_score) for role in ROLES
+        attend(pretrained_network(role), sample.image, sample.image_label, config.attention, bg_score) for role in ROLES
     )
     mask = pseudo_mask(sample.image, student.denoised, bg_score, config.pseudo_masks)
-    labels = [name for name, there in zip(samples.class_names, label, strict=True) if there]
-    scales = [torch.stack([at_size(cam[k], size) for k in label.nonzero()[:, 0]]).amax(dim=0) for cam in teacher.cams]
-    steps = (teacher.fused, teacher.denoised, teacher.target[1:], student.denoised)
-    maps = [strongest_map(step) for step in steps]
-    shown = [overlay_map(sample.image, m) for m in [*scales, *maps]]
-    titled = {
-        f"an image and its label\n“{', '.join(labels)}”": [picture(sample.image)],
-        "the teacher's attention\nat several scales": shown[: len(scales)],
-        "fused\nall classes, each peaks at 1": [shown[-4]],
-        "denoised\nabsent classes are zero": [shown[-3]],
-        "reactivated\nthe winner of each pixel is 1": [shown[-2]],
-        "the student, which has\nlearned such targets, fused": [shown[-1]],
-        "pseudo mask\nstrongest class, dense CRF": [overlay_mask(sample.image, mask)],
-        "(the ground truth, which\nno step has seen)": [overlay_mask(sample.image, sample.mask)],
-    }
-    figure = plot_chain(titled)
+    maps = (teacher.fused, teacher.denoised, teacher.target[1:], student.denoised)
+    figure = plot_chain(chain_steps(sample, teacher.cams, maps, mask, samples.class_names))
     with replacing(target) as temporary:
         figure.savefig(temporary, dpi=110, bbox_inches="tight")
 

@@ -218,6 +218,7 @@ def lab(
         import shutil
         import subprocess
         import sys
+        from urllib.parse import quote
 
         from smaflib.files import SHIPPED, replacing
 
@@ -228,7 +229,9 @@ def lab(
                     shutil.copyfile(notebook, temporary)
         typer.echo(f"notebooks: {target}")
         if start:
-            raise typer.Exit(subprocess.run([sys.executable, "-m", "jupyterlab", str(target)]).returncode)
+            # One level up: the runs and their reports lie beside the notebooks.
+            options = [f"--ServerApp.root_dir={target.parent}", f"--LabApp.default_url=/lab/tree/{quote(target.name)}"]
+            raise typer.Exit(subprocess.run([sys.executable, "-m", "jupyterlab", *options]).returncode)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from smaflib import files
 from smaflib.classifier import classify, learned_views, predict_labels
 from smaflib.config import Config, dump_config, load_config
 from smaflib.data.folder import unlabelled_samples
-from smaflib.data.masks import VOC_PALETTE, mask_values, read_mask
+from smaflib.data.masks import mask_values, read_mask
 from smaflib.data.sample import Samples
 from smaflib.data.tools.check import RARE
 from smaflib.errors import ConfigError
@@ -37,6 +37,7 @@ from smaflib.pipeline import (
 )
 from smaflib.plugins import search_in
 from smaflib.report.html import write_page
+from smaflib.report.palette import CLASS_COLORS
 from smaflib.report.plots import overlay_mask
 from smaflib.runs.inputs import claim_code
 from smaflib.runs.manifest import StoredPlugin
@@ -224,9 +225,8 @@ def _write_contact_sheet(samples: Samples, out: Path) -> Path:
             picture.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))
             files.save_image(overlay, picture)
         found = set(mask_values(mask))
-        # As in the mask: a label's value is its class's number plus 1.
         labels = [
-            (samples.class_names[number], number + 1 in found, "#" + bytes(VOC_PALETTE[number + 1]).hex())
+            (samples.class_names[number], number + 1 in found, CLASS_COLORS[number % len(CLASS_COLORS)])
             for number in file.labels
         ]
         share = float((mask > 0).float().mean())

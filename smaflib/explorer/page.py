@@ -30,13 +30,13 @@ from smaflib.explorer.state import (
     CURVE_SCORES,
     THUMBNAIL_SIDE,
     Gallery,
-    class_colors,
     color_table,
     picture_address,
     rule_title,
     to_bytes,
 )
-from smaflib.report.html import page_text
+from smaflib.report.html import FIT_FRAMES, page_text
+from smaflib.report.palette import class_colors
 from smaflib.runs import Run
 
 STATIC = Path(__file__).parent / "static"
@@ -243,10 +243,11 @@ def explorer_frame(gallery: Gallery, index: int = 0, height: int = 960) -> Any:
     Args:
         gallery: images and maps.
         index: of the image to begin with.
-        height: of the frame, in pixels.
+        height: of the frame, in pixels, until the page has told its own.
     """
     from IPython.display import HTML
 
     page = html.escape(explorer_page(gallery, index=index), quote=True)
     style = f"width: 100%; height: {height}px; border: 0"
-    return HTML(f'<div><iframe srcdoc="{page}" style="{style}" title="attention explorer"></iframe></div>')
+    frame = f'<iframe srcdoc="{page}" style="{style}" title="attention explorer"></iframe>'
+    return HTML(f"<div>{frame}<script>{FIT_FRAMES}</script></div>")

@@ -26,7 +26,7 @@ from smaflib.cams import FUSION_RULES, at_size, fuse_cams, multi_scale_cams
 from smaflib.classifier import classify_image, learned_views, predict_labels
 from smaflib.config import Config, CrfConfig, EvaluationConfig, FusionRule, PseudoMaskConfig
 from smaflib.data import Sample, load_samples
-from smaflib.data.masks import VOC_PALETTE, open_picture
+from smaflib.data.masks import open_picture
 from smaflib.data.mini.dataset import make_mini
 from smaflib.errors import DataError, MissingStage, RunError
 from smaflib.evaluation import confusion_matrix, intersection_over_union, mean_over_classes, sweep_thresholds
@@ -47,21 +47,10 @@ CURVE_SCORES: tuple[float, ...] = tuple(round(0.02 * step, 2) for step in range(
 PHOTO_SIDE = 384
 """Longest side, in pixels, to which a custom image is shrunk: all scales of it in a few seconds on a CPU."""
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; beyond seven classes VOC's.
-CLASS_COLORS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
-
-
 COLOR_MAPS: tuple[str, ...] = ("inferno", "viridis", "cividis", "magma", "gray")
 """Those of matplotlib that rise in lightness all along, so that they read the same for colour-blind readers."""
 
 THUMBNAIL_SIDE = 96
-
-
-def class_colors(num_classes: int) -> list[list[int]]:
-    """RGB of each class in the explorer's masks, K times three numbers in 0 to 255."""
-    if num_classes <= len(CLASS_COLORS):
-        return [list(bytes.fromhex(color[1:])) for color in CLASS_COLORS[:num_classes]]
-    return VOC_PALETTE[1 : num_classes + 1].tolist()
 
 
 def color_table(name: str) -> bytes:

@@ -28,6 +28,7 @@ from smaflib.cams import fusion_rules
 from smaflib.config import CrfConfig
 from smaflib.errors import InputError
 from smaflib.evaluation import mean_over_classes
+from smaflib.explorer.sliders import CRF_RANGES
 from smaflib.explorer.state import (
     COLOR_MAPS,
     THUMBNAIL_SIDE,
@@ -37,7 +38,6 @@ from smaflib.explorer.state import (
     Gallery,
     Reading,
     Settings,
-    class_colors,
     color_table,
     fused_under,
     iou_curve,
@@ -47,6 +47,7 @@ from smaflib.explorer.state import (
     with_mask,
 )
 from smaflib.models.pretrained import Role
+from smaflib.report.palette import class_colors
 from smaflib.runs import Run
 
 STATIC = Path(__file__).parent / "static"
@@ -149,7 +150,7 @@ class Explorer:
 
     def _crf(self) -> CrfConfig:
         known = self.gallery.config.pseudo_masks.crf
-        return known.model_copy(update={name: self.controls[name].value for name in CRF_CONTROLS})
+        return known.model_copy(update={name: self.controls[name].value for name in CRF_RANGES})
 
     # ------------------------------------------------------------------------------------------------------ the reader
 
@@ -158,7 +159,7 @@ class Explorer:
         controls, board = self.controls, self.board
         computed = ["class_number", "image_label", "role", "flip", "fusion", "bg_score", "denoise", "reactivate", "crf"]
         computed += [f"{what}_{i}" for i in range(len(self.gallery.scales)) for what in ("scale", "weight")]
-        for name in [*computed, *CRF_CONTROLS]:
+        for name in [*computed, *CRF_RANGES]:
             controls[name].observe(self._heard(lambda change: self._draw()), "value")
         for name in ("opacity", "colormap"):  # appearance, not numbers: the board draws what it has once more
             traitlets.dlink((controls[name], "value"), (board, name))
@@ -391,16 +392,6 @@ def _reading(reading: Reading, row: int, col: int, result: Exploration, gallery:
 
 # -------------------------------------------------------------------------------------------------------- the controls
 
-CRF_CONTROLS: dict[str, tuple[str, float, float, float]] = {  # name: label, least, most, step
-    "iterations": ("iterations", 0, 20, 1),
-    "gt_prob": ("trust in labels", 0.2, 0.99, 0.01),
-    "gaussian_sxy": ("smooth reach", 0.5, 20, 0.5),
-    "gaussian_compat": ("smooth weight", 0, 20, 0.5),
-    "bilateral_sxy": ("colour reach", 1, 120, 1),
-    "bilateral_srgb": ("colour steps", 1, 60, 1),
-    "bilateral_compat": ("colour weight", 0, 20, 0.5),
-}
-
 _WIDE = widgets.Layout(width="310px")
 _LABELS = {"description_width": "104px"}
 
@@ -412,7 +403,7 @@ def _first_values(gallery: Gallery) -> dict[str, Any]:
     values |= {"bg_score": first.bg_score, "denoise": True, "reactivate": True, "crf": False}
     values |= {f"scale_{i}": True for i in range(len(gallery.scales))}
     values |= {f"weight_{i}": 1.0 for i in range(len(gallery.scales))}
-    values |= {name: getattr(crf, name) for name in CRF_CONTROLS}
+    values |= {name: getattr(crf, name) for name in CRF_RANGES}
     return values | {"opacity": 0.75, "colormap": COLOR_MAPS[0]}
 
 
@@ -461,8 +452,8 @@ def _make_controls(gallery: Gallery) -> dict[str, Any]:
         weight = slider(f"weight_{i}", "", 0.0, 2.0, 0.1, readout_format=".1f")
         weight.layout, weight.tooltip = widgets.Layout(width="206px"), f"weight of scale {scale:g}"
         controls[f"weight_{i}"] = weight
-    for name, (text, *bounds) in CRF_CONTROLS.items():
-        controls[name] = slider(name, text, *bounds, continuous_update=False)
+    for name, (gloss, *bounds) in CRF_RANGES.items():
+        controls[name] = slider(name, name, *bounds, continuous_update=False, tooltip=gloss)
         controls[name].layout = widgets.Layout(width="294px")  # as wide as the folded box
         controls[name].style = {"description_width": "112px"}
     return controls
@@ -477,7 +468,7 @@ def _arrange(controls: dict[str, Any], gallery: Gallery) -> list[Any]:
     def head(text: str) -> Any:
         return widgets.HTML(f"<h3>{text}</h3>")
 
-    crf = widgets.Accordion([widgets.VBox([controls[name] for name in CRF_CONTROLS])], titles=("CRF settings",))
+    crf = widgets.Accordion([widgets.VBox([controls[name] for name in CRF_RANGES])], titles=("CRF settings",))
     parts = [row("previous", "next", "reset"), controls["class_number"], controls["role"], head("scales and weights")]
     parts += [row(f"scale_{i}", f"weight_{i}") for i in range(len(gallery.scales))]
     parts += [controls["fusion"], controls["bg_score"], row("flip", "denoise", "reactivate"), row("crf"), crf]

@@ -16,10 +16,52 @@ from PIL import Image
 from smaflib import files
 from smaflib.config import dump_config
 from smaflib.files import duration
-from smaflib.report.tables import class_table, labelled, results_table
+from smaflib.report.tables import class_table, headline, labelled, results_table
 from smaflib.runs import Run
 from smaflib.runs.manifest import read_manifest
 from smaflib.runs.stages import Stage
+
+FIT_FRAMES = """window.addEventListener("message", (event) => {
+  const height = Number(event.data && event.data.smafHeight);
+  const frame = [...document.querySelectorAll("iframe")].find((each) => each.contentWindow === event.source);
+  if (frame && height > 0) frame.style.height = `${height + 4}px`;
+});"""
+"""Script of a page with the explorer in a frame: the frame becomes as high as ``explorer_page.js`` says that it is."""
+
+CHAIN_FIGURE = "00_chain"
+"""The picture that the report begins with."""
+
+CAPTIONS = {
+    CHAIN_FIGURE: "One drawn image from its label to a mask. Compare the last two panels: what is found?",
+    "00_scales": "Compare smallest and largest scale: which finds the small object, which the large one whole?",
+    "00_mask": "From hesitant attention to a sharp mask. White: the ground truth's outline, which no step read.",
+    "01_images_per_class": "A class with few images is learned badly.",
+    "01_samples": "The labels above the images are all that the method is told about them.",
+    "01_object_sizes": "Dotted: the limits of small and large objects in all tables below.",
+    "02_learning_curves": "The loss should fall and level off.",
+    "02_attention": "Look for objects of which the bright area covers one part only.",
+    "03_scales": "Follow one object from left to right: no scale has all of it, and each is wrong in another place.",
+    "03_object_sizes": "Is the scale that is best for small objects also the best for large ones?",
+    "03_objects": "Where the lines cross, the best scale changes.",
+    "03_examples": "The same objects at every scale: follow the IoU from left to right, for small and for large ones.",
+    "03_background_score": "A curve's peak takes the ground truth to find; dotted is what the run chose without.",
+    "04_steps": "Denoising removes classes that are not in the image; reactivation makes what is left certain.",
+    "04_row": "The highest line of each pixel is at 1 in the last row: that is what the student learns.",
+    "05_learning_curves": "The student, and the control that learns from one scale alone.",
+    "05_student": "Compare teacher and student at the same scale: what has the student added, and was it right?",
+    "05_changes": "Blue was gained by self-training, orange was lost; these images are the extremes.",
+    "06_kernels": "What the marked pixel listens to: near pixels, and pixels of its own colour.",
+    "06_pseudo_masks": "The borders move to where colours change. Compare with the last column, the ground truth.",
+    "06_crf_parameters": "Coloured pixels change their label with one parameter. White: this run's mask.",
+    "07_learning_curves": "The segmentation network learns the pseudo masks, mistakes included.",
+    "07_segmentation": "Images that the network was not trained on, and without any label.",
+    "08_sizes": "What each stage gains, for small, medium and large objects.",
+    "08_best_cases": "The best images by mean IoU.",
+    "08_worst_cases": "The worst images: a part for the whole, a neighbour, or a wrong class?",
+    "08_learning_curves": "All trainings of the run.",
+    "08_ablation": "Each dot is a seed. A step has shown its worth if it moves the dots by more than they spread.",
+}
+"""What to see in a figure, by its file name."""
 
 
 def write_index(run: Run, command: str | None = None) -> Path:
@@ -51,6 +93,10 @@ def write_index(run: Run, command: str | None = None) -> Path:
         pages=pages,
         total=duration(sum(stage["seconds"] or 0 for stage in stages)),
         peak=max((stage["peak_memory_mb"] or 0 for stage in stages), default=0),
+        headline=headline(metrics),
+        chain=next((figure for stage in stages for figure in stage["figures"] if figure["name"] == CHAIN_FIGURE), None),
+        chain_figure=CHAIN_FIGURE,
+        fit_frame=FIT_FRAMES,
         results=_table_html(results_table(metrics), "IoU, precision and recall in percent", best=True),
         explorer="explorer.html" if run.path("explorer.html").is_file() else None,
         classes=_table_html(class_table(metrics), "IoU by class, in percent"),
@@ -136,13 +182,15 @@ def _stage_facts(run: Run, stage: Stage, entry: dict[str, Any]) -> dict[str, Any
 
 
 def _figure_facts(path: Path) -> dict[str, Any]:
-    caption = path.stem.partition("_")[2].replace("_", " ")
+    caption = CAPTIONS.get(path.stem, path.stem.partition("_")[2].replace("_", " "))
     with Image.open(path) as image:
         description = str(image.info.get("Description") or caption)
         return {
+            "name": path.stem,
             "path": f"figures/{path.name}",
             "caption": caption,
             "alt": " ".join(description.split()),
+            "plot": image.info.get("Kind") == "plot",
             "width": image.width,
             "height": image.height,
         }

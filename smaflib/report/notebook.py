@@ -17,6 +17,7 @@ _WITH_FOLDED_SOLUTIONS = """{% extends "basic/index.html.j2" %}
 <details class="solution"><summary>Solution</summary>
 <pre tabindex="0"><code>{{ cell.source | e }}</code></pre>
 {{ super() }}</details>
+{% elif "check" in cell.metadata.get("tags", []) %}
 {% else %}
 {{ super() }}
 {% endif %}
@@ -27,7 +28,8 @@ def notebook_body(notebook: Path) -> str:
     """An executed notebook as HTML without code: its text, its formulas as MathML, its outputs.
 
     Cells tagged ``solution`` are folded, and keep their code: it answers the exercise above them, which a reader of
-    the page could not try otherwise. Pictures are described by the heading that they stand under.
+    the page could not try otherwise; those tagged ``check`` are left out, since nobody can answer on a page. Pictures
+    are described by the heading that they stand under.
     """
     document, heading = nbformat.read(notebook, as_version=4), "figure"
     for cell in document.cells:

@@ -48,6 +48,27 @@ def results_table(metrics: pd.DataFrame) -> pd.DataFrame:
     return _in_pipeline_order(table, metrics)
 
 
+def headline(metrics: pd.DataFrame) -> list[tuple[str, float]]:
+    """The chain's results in three numbers, in its order: (what, mIoU in percent) of those that were measured.
+
+    Each at the background score that the run itself has chosen: an oracle threshold would flatter.
+
+    Args:
+        metrics: tidy records as in ``metrics.json``.
+    """
+    table, found = results_table(metrics).reset_index(), []
+    variants, on_train = table["variant"], table["split"] == "train"
+    for what, chosen in {
+        "attention, scales fused": (variants == Variant.TEACHER_FUSED) & table["stage"].str.startswith("04") & on_train,
+        "pseudo masks": (variants == Variant.PSEUDO_MASKS) & on_train,
+        Variant.SEGMENTATION.label: variants == Variant.SEGMENTATION,
+        Variant.FULL_SUPERVISION.label: variants == Variant.FULL_SUPERVISION,
+    }.items():
+        for split, value in table.loc[chosen, ["split", "mIoU"]].dropna().itertuples(index=False, name=None):
+            found.append((f"{what} ({split})", float(value)))
+    return found
+
+
 def class_table(metrics: pd.DataFrame) -> pd.DataFrame:
     """IoU in percent: rows as in :func:`results_table`, a column per class."""
     ious = metrics[(metrics["metric"] == "iou") & (metrics["object_size"] == "all") & (metrics["class_name"] != "mean")]

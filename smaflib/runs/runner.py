@@ -40,9 +40,9 @@ from smaflib.runs.inputs import (
     data_hashes,
     difference,
     notebook_cells,
-    refuse_other_code,
     plugin_facts,
     read_plugins,
+    refuse_other_code,
     stage_inputs,
     why_not_complete,
 )

@@ -76,7 +76,13 @@ STAGES: tuple[Stage, ...] = (
         "06_pseudo_masks",
         "How good are the masks, and what does the dense CRF add?",
         depends_on=("01_data", "03_multi_scale_attention", "05_self_training"),
-        outputs=("masks/**", "bg_scores/student*.json", "bg_scores/teacher_masks.json", "figures/06_*.png"),
+        outputs=(
+            "masks/**",
+            "masks_compared/**",
+            "bg_scores/student*.json",
+            "bg_scores/teacher_masks.json",
+            "figures/06_*.png",
+        ),
         required_outputs=("masks/**",),
     ),
     Stage(

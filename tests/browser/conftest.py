@@ -51,11 +51,17 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """JupyterLab at work in a folder of its own with a copy of explore.ipynb, and none of the user's settings."""
-    home = tmp_path_factory.mktemp("lab")
-    work = home / "work"
+def lab_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that JupyterLab shows."""
+    work = tmp_path_factory.mktemp("lab") / "work"
     work.mkdir()
+    return work
+
+
+@pytest.fixture(scope="module")
+def lab(lab_work: Path) -> Iterator[Any]:
+    """JupyterLab at work in a folder of its own with a copy of explore.ipynb, and none of the user's settings."""
+    work, home = lab_work, lab_work.parent
     shutil.copy(ROOT / "notebooks" / "explore.ipynb", work)
     settings = home / "settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)

@@ -39,7 +39,14 @@ class Watched:
 
 
 def run_notebook(watched: Watched, base: str, name: str) -> None:
-    """Open a notebook and run all its cells."""
+    """Open a notebook with an explorer, run all its cells, and wait for the explorer's first picture."""
+    open_notebook(watched, base, name)
+    run_cells(watched)
+    watched.page.locator(".smaf-board[data-drawn]").first.wait_for(timeout=30_000)
+
+
+def open_notebook(watched: Watched, base: str, name: str) -> None:
+    """Open a notebook and wait for its kernel."""
     page = watched.page
     page.goto(f"{base}/lab/tree/{name}?token=test&reset")
     # A kernel is "idle" before the page is connected to it; run-all would then wait for ever.
@@ -49,6 +56,11 @@ def run_notebook(watched: Watched, base: str, name: str) -> None:
           return kernel && session.isReady && kernel.connectionStatus === "connected" && kernel.status === "idle"; }""",
         timeout=START_SECONDS * 1000,
     )
+
+
+def run_cells(watched: Watched) -> None:
+    """Run all cells of the notebook that is open; none may fail."""
+    page = watched.page
     page.evaluate(
         """() => { window.ran = null; window.jupyterapp.commands.execute("notebook:run-all-cells")
           .then(() => { window.ran = "ok"; }, (error) => { window.ran = String(error); }); }"""
@@ -56,7 +68,6 @@ def run_notebook(watched: Watched, base: str, name: str) -> None:
     page.wait_for_function("() => window.ran !== null", timeout=START_SECONDS * 1000)
     assert page.evaluate("() => window.ran") == "ok"
     assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
-    page.locator(".smaf-board[data-drawn]").first.wait_for(timeout=30_000)
 
 
 class BoardPage:

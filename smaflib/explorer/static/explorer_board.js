@@ -196,7 +196,13 @@ function outlinePath(mask, [height, width]) {
 
 function iouHtml(view) {
   const head = `<h3>IoU of the mask</h3>`;
-  if (!view.iou) return `${head}<p>No ground truth for this image, so there is nothing to compare with.</p>`;
+  if (!view.iou) {
+    const mask = view.panels.find((panel) => panel.kind === "labels").data;
+    const present = [...new Set(mask)].filter((label) => label > 0 && label !== VOID).sort((one, other) => one - other);
+    const legend = present.map((label) => `<span class="smaf-class"><i style="background:rgb(${view.colors[label - 1].join(",")})"></i>` +
+      `${escapeHtml(view.class_names[label - 1])}</span>`).join(" ");
+    return `${head}<p>No ground truth for this image, so there is nothing to compare with. In the mask: ${legend || "background alone"}.</p>`;
+  }
   const rows = view.iou.rows.map(([number, value]) => {
     const name = number ? view.class_names[number - 1] : "background";
     const color = number ? `rgb(${view.colors[number - 1].join(",")})` : "transparent";

@@ -325,3 +325,14 @@ function showValues() {
 
 buildControls();
 choose(state.index);
+
+// In a frame the page tells how high it is, so that the frame can be made to fit; from a file neither may look into the other.
+if (window.parent !== window) {
+  const tell = () => window.parent.postMessage({ smafHeight: Math.ceil(document.body.getBoundingClientRect().height) }, "*");
+  new ResizeObserver(tell).observe(document.body);
+  // JupyterLab has a theme of its own, which need not be the system's.
+  try {
+    const light = window.parent.document.body.dataset.jpThemeLight;
+    if (light) document.documentElement.dataset.theme = light === "true" ? "light" : "dark";
+  } catch { /* a report that was opened as a file: the system's theme is right */ }
+}

@@ -1,0 +1,86 @@
+"""The explorer inside of a report and of a notebook's output: nothing is cut off, and the theme fits what is around."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from playwright.sync_api import Browser, Page
+
+from smaflib.explorer.page import explorer_frame, explorer_page
+from smaflib.explorer.state import Gallery
+from smaflib.report.html import write_index
+from smaflib.runs import open_run
+
+
+@pytest.fixture(scope="module")
+def gallery(browser: Browser) -> Gallery:  # no Chromium: nothing is made
+    return Gallery.pretrained(2)
+
+
+@pytest.fixture(scope="module")
+def index(gallery: Gallery, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "tiny.yaml").write_text("data: {kind: mini, num_train: 2, num_val: 2}\n")
+    run = open_run(folder / "runs" / "tiny", folder / "tiny.yaml")
+    for name, draw in (("08_sizes", "plot"), ("03_scales", "imshow")):
+        figure = Figure()
+        getattr(figure.subplots(), draw)([[0, 1], [1, 0]])
+        run.save_figure(figure, name)
+    run.path("explorer.html").write_text(explorer_page(gallery), encoding="utf-8")
+    return write_index(run)
+
+
+def await_fit(page: Page) -> None:
+    """Wait until the frame is as high as the page in it."""
+    (frame,) = page.frames[1:]
+    frame.locator(".smaf-board[data-drawn]").wait_for(timeout=30_000)
+    frame.wait_for_function(
+        """() => { const inside = document.body.getBoundingClientRect().height;
+          return inside > 300 && Math.abs(window.innerHeight - inside) <= 8
+            && document.documentElement.scrollHeight <= window.innerHeight; }""",
+        timeout=30_000,
+    )
+
+
+def test_a_reports_frame_is_as_high_as_the_explorer_at_any_width(index: Path, browser: Browser) -> None:
+    context = browser.new_context(viewport={"width": 1500, "height": 900}, offline=True)
+    page = context.new_page()
+    page.goto(index.as_uri())
+    page.locator("iframe").scroll_into_view_if_needed()
+    await_fit(page)
+    wide = page.locator("iframe").bounding_box()
+    page.set_viewport_size({"width": 700, "height": 900})
+    await_fit(page)
+    narrow = page.locator("iframe").bounding_box()
+    assert wide and narrow and narrow["height"] > wide["height"] + 200  # the numbers stand below the panels now
+    context.close()
+
+
+def test_a_dark_report_turns_plots_and_dims_pictures(index: Path, browser: Browser) -> None:
+    context = browser.new_context(color_scheme="dark", offline=True)
+    page = context.new_page()
+    page.goto(index.as_uri())
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 29)"
+    filters = {
+        name: page.locator(f"img[src$='{name}.png']").evaluate("img => getComputedStyle(img).filter")
+        for name in ("08_sizes", "03_scales")
+    }
+    assert "invert" in filters["08_sizes"] and "invert" not in filters["03_scales"]
+    context.close()
+
+
+@pytest.mark.parametrize(("light", "background"), [("true", "rgb(251, 250, 248)"), ("false", "rgb(20, 23, 29)")])
+def test_in_jupyterlab_it_has_jupyterlabs_theme(
+    gallery: Gallery, browser: Browser, tmp_path: Path, light: str, background: str
+) -> None:
+    path = tmp_path / "notebook.html"
+    path.write_text(f'<body data-jp-theme-light="{light}">{explorer_frame(gallery).data}</body>', encoding="utf-8")
+    # The system says the opposite.
+    context = browser.new_context(color_scheme="dark" if light == "true" else "light", offline=True)
+    page = context.new_page()
+    page.goto(path.as_uri())
+    await_fit(page)
+    assert page.frames[1].evaluate("getComputedStyle(document.body).backgroundColor") == background
+    context.close()
