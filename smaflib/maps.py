@@ -186,7 +186,8 @@ def write_attention_maps(
     maps = AttentionMaps(folder, config.scales)
     runtime.place(network)
     most_pixels = batch_size * SMALL_IMAGE if runtime.device.type == "cpu" else sys.maxsize
-    missing = [n for n in ranks_here().part(range(len(samples))) if not maps.path(samples.files[n].image_id).is_file()]
+    names = samples.image_ids
+    missing = [index for index in ranks_here().part(range(len(names))) if not maps.path(names[index]).is_file()]
     threads = 0 if host_threads is None and runtime.device.type == "cpu" else host_threads
     decoded = ahead(samples.__getitem__, missing, threads)
 

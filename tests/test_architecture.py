@@ -21,6 +21,7 @@ LAYERS = (
     ("runs.runner",),  # ends a run with its report
     ("report",),
     ("runs",),
+    ("distributed.worker",),  # calls the stages, in processes that they have started
     ("pipeline",),
     (
         "classifier",
@@ -37,6 +38,8 @@ LAYERS = (
     ),
     ("refinement",),
     ("models",),
+    ("distributed.launch",),
+    ("distributed.layers", "distributed.ranks"),
     ("data",),
     ("runtime",),
     ("config",),

@@ -24,13 +24,22 @@ import torch
 from smaflib import errors, files
 from smaflib.config import Config, TrainingConfig, dump_config
 from smaflib.config.reads import not_noting
-from smaflib.distributed import worker
 from smaflib.distributed.ranks import ranks_here
-from smaflib.errors import ConfigError, RunError
+from smaflib.errors import ConfigError, InputError, RunError
 from smaflib.runtime import PROGRESS_FILE, num_cores
 
 RESTARTS = 3
 """Times that torchrun starts all processes again after one was killed. What was written is not computed again."""
+
+WORKER = "smaflib.distributed.worker"
+"""The module that torchrun runs. It stands above the stages, which it calls, and this one below them."""
+
+TASK, FAILURE = "task.json", "failure.json"
+"""Files in the folder that a waiting process and its workers share."""
+
+FINAL = (InputError, RunError, FloatingPointError, OSError, MemoryError, torch.OutOfMemoryError)
+"""What would come again if the processes were started again. An error of communication is none of them: it says that
+another process has ended."""
 
 PACKAGE_FOLDER = str(Path(__file__).resolve().parents[2])
 
@@ -100,10 +109,10 @@ def run_in_processes(task: Task, number: int) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="smaf-ranks-") as name:
         folder = Path(name)
-        _write_task(folder / worker.TASK, task)
+        _write_task(folder / TASK, task)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
         command += [f"--max-restarts={RESTARTS}", f"--log-dir={folder / 'logs'}", "--redirects=3"]
-        command += ["--module", worker.__name__, str(folder)]
+        command += ["--module", WORKER, str(folder)]
         with (folder / "torchrun.log").open("w", encoding="utf-8") as log, _shown_progress(folder) as shown:
             process = subprocess.Popen(command, env=_environment(folder, number), stdout=log, stderr=log)
             try:
@@ -173,11 +182,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _raise_failure(folder: Path) -> None:
-    path = folder / worker.FAILURE
+    path = folder / FAILURE
     if not path.is_file():
         return
     failure = json.loads(path.read_text(encoding="utf-8"))
-    kinds = {kind.__name__: kind for kind in (*worker.FINAL, *vars(errors).values()) if isinstance(kind, type)}
+    kinds = {kind.__name__: kind for kind in (*FINAL, *vars(errors).values()) if isinstance(kind, type)}
     raise kinds.get(failure["type"], RunError)(failure["message"])
 
 

@@ -17,20 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from smaflib import pipeline
 from smaflib.config import check_settings
 from smaflib.config.reads import follow, recording_where_asked
-from smaflib.errors import InputError, RunError
+from smaflib.distributed.launch import FAILURE, FINAL, TASK
 from smaflib.files import write_json
-
-TASK, FAILURE = "task.json", "failure.json"
-
-FINAL = (InputError, RunError, FloatingPointError, OSError, MemoryError, torch.OutOfMemoryError)
-"""What would come again if the processes were started again. An error of communication is none of them: it says that
-another process has ended."""
 
 TIMEOUT = datetime.timedelta(minutes=30)
 """How long a process waits for another one in a collective operation: one may refine its part of the masks later."""

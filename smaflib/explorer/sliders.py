@@ -174,7 +174,7 @@ def scale_sliders(samples: Samples, maps: AttentionMaps, bg_score: float, fusion
         (cams, size), factors = cache[image], [*weights.values()]
         if not any(factors):
             raise ValueError("every scale has weight 0; give one of them more")
-        fused = fuse_cams(cams, size, fusion, scales, factors)  # type: ignore[arg-type]  # one of the rules
+        fused = fuse_cams(cams, size, fusion, scales, factors)  # one of the rules
         mask = hard_labels(denoise(fused, sample.image_label), bg_score)
         panels = [overlay_map(sample.image, at_size(cam[number], size)) for cam in cams]
         panels.append(overlay_map(sample.image, fused[number]))
