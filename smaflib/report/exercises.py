@@ -71,8 +71,8 @@ def _numbers_differ(answer: Any, expected: Any) -> str:
 
 
 def _numbers(values: Any) -> np.ndarray:
-    if isinstance(values, Sequence) and any(isinstance(each, torch.Tensor) for each in values):
-        values = torch.stack(list(values))
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        return np.asarray([_numbers(each) for each in values])
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().numpy()
     if isinstance(values, (pd.DataFrame, pd.Series)):
