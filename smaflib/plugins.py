@@ -242,11 +242,12 @@ def checked_maps(what: str, maps: Any, shape: tuple[int | None, ...], axes: str)
     if not fits:
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise PluginError(f"{what} returned the shape {tuple(maps.shape)}; it must be ({wanted}): {axes}")
+    maps = maps.detach()
     if maps.device.type != "meta" and maps.numel() and not bool((maps >= 0).all() and maps.isfinite().all()):
         finite = bool(maps.isfinite().all())
         found = f"negative values, the least {float(maps.min()):.3g}" if finite else "values that are not finite"
         raise PluginError(f"{what} returned {found}; maps must be finite and not negative, such as after relu()")
-    return maps.detach().float()
+    return maps.float()
 
 
 # -------------------------------------------------------------------------------------------- what a result depends on
