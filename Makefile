@@ -42,7 +42,7 @@ format: setup  ## bring code into shape and strip the notebooks' outputs
 
 # JupyterLab saves by itself, with outputs. git compares what the filter leaves of a notebook: its text and code. Not jupytext: that would
 # keep each notebook twice, and what people open would not be what papermill runs.
-gitfilter:  ## let git overlook the outputs in notebooks, so that running them changes nothing (setup does it)
+gitfilter:  ## let git overlook the outputs in notebooks, so that running them leaves nothing to commit (setup does it)
 	@! git rev-parse --git-dir >/dev/null 2>&1 || { git config filter.nbstripout.smudge cat && git config \
 	  filter.nbstripout.clean 'if [ -x $(BIN)/nbstripout ]; then $(NBSTRIPOUT); else cat; fi'; }
 

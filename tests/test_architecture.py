@@ -39,7 +39,7 @@ LAYERS = (
     ("refinement",),
     ("models",),
     ("distributed.launch",),
-    ("distributed.layers", "distributed.ranks"),
+    ("distributed",),
     ("data",),
     ("runtime",),
     ("config",),

@@ -26,7 +26,7 @@ from torchvision.ops import StochasticDepth
 
 from smaflib.classifier import train_classifier
 from smaflib.config import Config, dump_config
-from smaflib.config.reads import follow, recorded_settings, recording
+from smaflib.config.reads import SETTINGS_FILE, follow, recorded_settings, recording_where_asked
 from smaflib.data import make_data
 from smaflib.data.masks import read_mask
 from smaflib.distributed.launch import RESTARTS, num_processes
@@ -225,7 +225,9 @@ def workspace(folder: Path, processes: int, **groups: Any) -> Workspace:
     return work
 
 
-def test_maps_targets_and_masks_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
+def test_maps_targets_and_masks_of_two_processes_are_those_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Given the same weights, the same bytes."""
     one, two = (workspace(tmp_path / str(number), number, self_training={"refine": "crf"}) for number in (1, 2))
     train_teacher(one)
@@ -234,7 +236,8 @@ def test_maps_targets_and_masks_of_two_processes_are_those_of_one(tmp_path: Path
     for work in (one, two):
         write_maps(work, "teacher")
         resolve_bg_score(work)
-    with recording(tmp_path / "settings"):
+    monkeypatch.setenv(SETTINGS_FILE, str(tmp_path / "settings"))
+    with recording_where_asked():
         follow(two.config)
         student, curve = train_student(two)
     assert curve == load_history(two.checkpoint("student")) and len(curve) == 6

@@ -326,6 +326,9 @@ def test_a_notebook_that_jupyterlab_has_saved_is_not_changed_for_git(tmp_path):
     cell = next(cell for cell in notebook.cells if cell.cell_type == "code")
     cell.execution_count, cell.outputs = 7, [nbformat.v4.new_output("stream", text="hello")]
     nbformat.write(notebook, path)
+    # "git status" names a file of another size until it is added; there is nothing to see or to commit.
+    assert git("diff") == ""
+    git("add", "--all")
     assert git("status", "--porcelain", "notebooks") == ""
     cell.source += "\nchanged = True"
     nbformat.write(notebook, path)
