@@ -40,7 +40,9 @@ def recording(path: Path) -> Iterator[None]:
 
     def read(self: StageConfig, name: str) -> Any:
         value = object.__getattribute__(self, name)
-        whole = name == "__dict__" and not _unnoted.get()
+        if _unnoted.get():
+            return value
+        whole = name == "__dict__"
         if (whole or name in type(self).__pydantic_fields__) and (followed := _followed.get(id(self))):
             for group in list(followed[1]):
                 setting = group if whole else f"{group}.{name}".lstrip(".")
@@ -77,7 +79,7 @@ def recording_where_asked() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def not_noting() -> Iterator[None]:
-    """Do not count a group as read that is copied or handed over whole inside the block."""
+    """Do not count what is read inside the block: copied, handed over, or for what decides no result."""
     token = _unnoted.set(True)
     try:
         yield

@@ -71,13 +71,14 @@ def num_processes(config: Config) -> int:
     Raises:
         ConfigError: if more are asked for than there are GPUs.
     """
-    wanted = config.processes
-    if not ranks_here().alone or wanted == 1:
+    if not ranks_here().alone:
         return 1
-    on_gpu = config.device in ("auto", "cuda") and torch.cuda.is_available()
+    with not_noting():  # how many processes there are decides no result
+        wanted, on_gpu = config.processes, config.device in ("auto", "cuda") and torch.cuda.is_available()
+        smallest_batch = min(training.batch_size for training in trainings(config).values())
     gpus = torch.cuda.device_count() if on_gpu else 0
     if wanted == "auto":
-        return max(1, min(gpus, *(training.batch_size for training in trainings(config).values())))
+        return max(1, min(gpus, smallest_batch))
     if on_gpu and wanted > gpus:
         raise ConfigError(
             f"processes is {wanted}, but there {'is one GPU' if gpus == 1 else f'are {gpus} GPUs'} here; set "

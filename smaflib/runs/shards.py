@@ -27,13 +27,14 @@ from smaflib.config import Split
 from smaflib.config.reads import follow, recording
 from smaflib.errors import InputError, MissingStage, RunError
 from smaflib.files import RUNS_FOLDER, SHIPPED, display_path
-from smaflib.pipeline import Workspace, resolve_mask_bg_score
+from smaflib.pipeline import Workspace, check_plugins, resolve_mask_bg_score
 from smaflib.runs.attempt import begin_attempt, put_entry, settings_file
 from smaflib.runs.code import is_around
 from smaflib.runs.inputs import (
     changed_names,
     data_hashes,
     difference,
+    plugin_facts,
     refuse_other_code,
     stage_inputs,
     why_not_complete,
@@ -97,8 +98,10 @@ def parse_part(text: str) -> Part:
 
 def _attention(work: Workspace, part: Part) -> Iterator[tuple[Samples, Path, str]]:
     from smaflib.maps import write_attention_maps
+    from smaflib.models.sources import source_of
 
-    network, runtime = work.network("teacher"), work.make_runtime()
+    network = source_of(work.network("teacher"), work.config.attention.source)
+    runtime = work.make_runtime()
     for split in get_args(Split):
         samples, folder = work.samples(split), work.maps("teacher", split).folder
         mine = samples.subset(part.of(len(samples)))
@@ -167,6 +170,7 @@ def run_shard(
     """
     stage, run = sharded_stage(stage_name), find_run(name, runs)
     refuse_other_code(code, notebooks)
+    check_plugins(run.config)
     inputs = _inputs_of_complete_stages(run, stage, notebooks)
     with contextlib.ExitStack() as stack:
         with files.locked(run.folder, "smaf run", wait=BEGIN_SECONDS):
@@ -187,16 +191,16 @@ def run_shard(
 
 def _inputs_of_complete_stages(run: Run, stage: Stage, notebooks: Path) -> Entry:
     """The stage's inputs, once every stage that it reads of is complete and unchanged."""
-    data = data_hashes(run.config.data)
+    data, plugins = data_hashes(run.config.data), plugin_facts(run.config)
     for name in stage.depends_on:
         needed = stage_named(name)
-        inputs = stage_inputs(run.folder, needed, notebooks / f"{name}.ipynb", data)
+        inputs = stage_inputs(run.folder, needed, notebooks / f"{name}.ipynb", data, plugins)
         if reason := why_not_complete(run.folder, needed, run.config, inputs):
             raise MissingStage(
                 f"shards of {stage.name} need {name}, which is not complete in {display_path(run.folder)} ({reason}). "
                 f"This command makes it:\n  {run.command('--until', name.partition('_')[2])}"
             )
-    return stage_inputs(run.folder, stage, notebooks / f"{stage.name}.ipynb", data)
+    return stage_inputs(run.folder, stage, notebooks / f"{stage.name}.ipynb", data, plugins)
 
 
 def _join(run: Run, stage: Stage, inputs: Entry, code_agreed: bool) -> None:
