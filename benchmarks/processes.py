@@ -161,7 +161,7 @@ def photo_config() -> Config:
     return check_settings(
         {
             "device": "cpu",
-            "data": {"kind": "mini", "num_train": 44, "num_val": 1, "image_size": 320, "cache": True},
+            "data": {"kind": "mini", "num_train": 24, "num_val": 1, "image_size": 320, "cache": True},
             "model": {"backbone": "timm/tf_efficientnet_lite0", "output_stride": 16},
             "classifier": training,
             "self_training": training,
@@ -198,13 +198,13 @@ def maps_cost(work: Workspace) -> float:
     torch.manual_seed(SEED)
     network = AttentionNetwork(work.config.model, len(work.samples().class_names), background=False)
     write_weights(work.checkpoint("teacher"), network.state_dict(), iteration=0, history=[])
-    return beyond_start(*(per_image(work, number, "cams/teacher", ".npz", "write_maps") for number in (4, 44)))
+    return beyond_start(*(per_image(work, number, "cams/teacher", ".npz", "write_maps") for number in (4, 24)))
 
 
 def crf_cost(work: Workspace) -> float:
     shutil.copytree(work.path("cams", "teacher"), work.path("cams", "student"))
     pipeline.resolve_mask_bg_score(work)
-    return beyond_start(*(per_image(work, number, "masks", ".png", "write_masks") for number in (4, 44)))
+    return beyond_start(*(per_image(work, number, "masks", ".png", "write_masks") for number in (4, 24)))
 
 
 def per_image(work: Workspace, missing: int, folder: str, ending: str, function: str) -> tuple[int, float]:
