@@ -24,6 +24,7 @@ from smaflib.config.reads import follow, recording
 from smaflib.data import make_data
 from smaflib.errors import InputError, MissingStage, RunError
 from smaflib.files import SHIPPED
+from smaflib.models import sources
 from smaflib.pipeline import self_train_rounds, train_teacher, write_maps, write_masks
 from smaflib.runs import Run, open_run, shards
 from smaflib.runs.attempt import put_entry, settings_file, settings_read
@@ -140,6 +141,14 @@ def test_shards_of_masks_make_the_masks_of_the_stage(runs: Path) -> None:
     for folder in ("masks", "bg_scores"):
         assert contents(runs / "run" / folder) == contents(runs / "alone" / folder)
     assert len(contents(runs / "run" / "masks")) == 7
+
+
+def test_shards_ask_the_source_of_attention_that_the_settings_name(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    source_of = sources.source_of
+    monkeypatch.setattr(sources, "source_of", lambda network, name: (asked.append(name), source_of(network, name))[1])
+    run_shard("taught", "03", Part(1, 2), runs)
+    assert asked == [opened(runs, "taught").config.attention.source]
 
 
 def test_part_without_images_makes_nothing(runs: Path) -> None:

@@ -28,7 +28,7 @@ from smaflib import files
 from smaflib.config import load_config
 from smaflib.errors import ConfigError, RunError
 from smaflib.files import HOME, PROJECT_ROOT, SHIPPED, display_path
-from smaflib.runs.inputs import code_hash, data_hashes, stage_inputs, why_not_complete
+from smaflib.runs.inputs import code_hash, data_hashes, plugin_facts, stage_inputs, why_not_complete
 from smaflib.runs.shards import MOST_PARTS, SHARDED, Part
 from smaflib.runs.stages import STAGES, Stage
 
@@ -141,10 +141,10 @@ def plan_jobs(runs: Sequence[Combination], last: str, first_open: Sequence[str |
 def first_open_stage(folder: Path, config_file: Path, overrides: Sequence[str], last: str) -> str | None:
     """The first stage of a run that is not complete and unchanged; None if all are up to ``last``."""
     config = load_config(config_file, list(overrides))
-    data = data_hashes(config.data)
+    data, plugins = data_hashes(config.data), plugin_facts(config)
 
     def is_open(stage: Stage) -> bool:
-        inputs = stage_inputs(folder, stage, SHIPPED / "notebooks" / f"{stage.name}.ipynb", data)
+        inputs = stage_inputs(folder, stage, SHIPPED / "notebooks" / f"{stage.name}.ipynb", data, plugins)
         return why_not_complete(folder, stage, config, inputs) is not None
 
     return next((stage.name for stage in STAGES if stage.name <= last and is_open(stage)), None)

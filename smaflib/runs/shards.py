@@ -34,6 +34,7 @@ from smaflib.runs.inputs import (
     changed_names,
     data_hashes,
     difference,
+    plugin_facts,
     refuse_other_code,
     stage_inputs,
     why_not_complete,
@@ -97,13 +98,15 @@ def parse_part(text: str) -> Part:
 
 def _attention(work: Workspace, part: Part) -> Iterator[tuple[Samples, Path, str]]:
     from smaflib.maps import write_attention_maps
+    from smaflib.models.sources import source_of
 
-    network, runtime = work.network("teacher"), work.make_runtime()
+    attention, runtime = work.config.attention, work.make_runtime()
+    source = source_of(work.network("teacher"), attention.source)
     for split in get_args(Split):
         samples, folder = work.samples(split), work.maps("teacher", split).folder
         mine = samples.subset(part.of(len(samples)))
         yield mine, folder, ".npz"
-        write_attention_maps(network, mine, folder, work.config.attention, runtime)
+        write_attention_maps(source, mine, folder, attention, runtime)
 
 
 def _masks(work: Workspace, part: Part) -> Iterator[tuple[Samples, Path, str]]:
@@ -187,16 +190,16 @@ def run_shard(
 
 def _inputs_of_complete_stages(run: Run, stage: Stage, notebooks: Path) -> Entry:
     """The stage's inputs, once every stage that it reads of is complete and unchanged."""
-    data = data_hashes(run.config.data)
+    data, plugins = data_hashes(run.config.data), plugin_facts(run.config)
     for name in stage.depends_on:
         needed = stage_named(name)
-        inputs = stage_inputs(run.folder, needed, notebooks / f"{name}.ipynb", data)
+        inputs = stage_inputs(run.folder, needed, notebooks / f"{name}.ipynb", data, plugins)
         if reason := why_not_complete(run.folder, needed, run.config, inputs):
             raise MissingStage(
                 f"shards of {stage.name} need {name}, which is not complete in {display_path(run.folder)} ({reason}). "
                 f"This command makes it:\n  {run.command('--until', name.partition('_')[2])}"
             )
-    return stage_inputs(run.folder, stage, notebooks / f"{stage.name}.ipynb", data)
+    return stage_inputs(run.folder, stage, notebooks / f"{stage.name}.ipynb", data, plugins)
 
 
 def _join(run: Run, stage: Stage, inputs: Entry, code_agreed: bool) -> None:
