@@ -46,7 +46,7 @@ def recording(path: Path) -> Iterator[None]:
                 setting = group if whole else f"{group}.{name}".lstrip(".")
                 if isinstance(value, StageConfig):
                     follow(value, setting)
-                else:
+                elif not _unnoted.get():
                     note(setting)
         return value
 
@@ -77,7 +77,7 @@ def recording_where_asked() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def not_noting() -> Iterator[None]:
-    """Do not count a group as read that is copied or handed over whole inside the block."""
+    """Count nothing as read inside the block: what is copied or handed over, or decides no result."""
     token = _unnoted.set(True)
     try:
         yield

@@ -77,7 +77,9 @@ def num_processes(config: Config) -> int:
     on_gpu = config.device in ("auto", "cuda") and torch.cuda.is_available()
     gpus = torch.cuda.device_count() if on_gpu else 0
     if wanted == "auto":
-        return max(1, min(gpus, *(training.batch_size for training in trainings(config).values())))
+        with not_noting():  # a stage that trains nothing does not depend on them
+            smallest = min(training.batch_size for training in trainings(config).values())
+        return max(1, min(gpus, smallest))
     if on_gpu and wanted > gpus:
         raise ConfigError(
             f"processes is {wanted}, but there {'is one GPU' if gpus == 1 else f'are {gpus} GPUs'} here; set "
