@@ -20,10 +20,11 @@ from typer.testing import CliRunner
 from smaflib import files
 from smaflib.apps.cli import app
 from smaflib.config import dump_config
-from smaflib.config.reads import follow, recording
+from smaflib.config.reads import follow, recorded_settings, recording
 from smaflib.data import make_data
 from smaflib.errors import InputError, MissingStage, RunError
 from smaflib.files import SHIPPED
+from smaflib.models import sources
 from smaflib.pipeline import self_train_rounds, train_teacher, write_maps, write_masks
 from smaflib.runs import Run, open_run, shards
 from smaflib.runs.attempt import put_entry, settings_file, settings_read
@@ -142,6 +143,14 @@ def test_shards_of_masks_make_the_masks_of_the_stage(runs: Path) -> None:
     assert len(contents(runs / "run" / "masks")) == 7
 
 
+def test_shards_ask_the_source_of_attention_that_the_settings_name(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    source_of = sources.source_of
+    monkeypatch.setattr(sources, "source_of", lambda network, name: (asked.append(name), source_of(network, name))[1])
+    run_shard("taught", "03", Part(1, 2), runs)
+    assert asked == [opened(runs, "taught").config.attention.source]
+
+
 def test_part_without_images_makes_nothing(runs: Path) -> None:
     assert run_shard("run", "06", Part(9, 9), runs).endswith("part 9/9: 0 made, 0 were there")
 
@@ -156,7 +165,7 @@ def test_settings_that_shards_read_are_those_of_the_stage(runs: Path, tmp_path: 
         follow(alone.config)
         for split in ("train", "val"):
             write_maps(alone, "teacher", split)
-    assert {*read} == {*(tmp_path / "alone").read_text().split()}
+    assert read == recorded_settings(tmp_path / "alone", alone.config)
     assert {"attention.flip", "attention.scales", "model.backbone"} <= {*read}
 
 
