@@ -48,7 +48,7 @@ def recording(path: Path) -> Iterator[None]:
                 setting = group if whole else f"{group}.{name}".lstrip(".")
                 if isinstance(value, StageConfig):
                     follow(value, setting)
-                elif not _unnoted.get():
+                else:
                     note(setting)
         return value
 

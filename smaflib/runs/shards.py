@@ -106,7 +106,7 @@ def _attention(work: Workspace, part: Part) -> Iterator[tuple[Samples, Path, str
         samples, folder = work.samples(split), work.maps("teacher", split).folder
         mine = samples.subset(part.of(len(samples)))
         yield mine, folder, ".npz"
-        write_attention_maps(source, mine, folder, attention, runtime)
+        write_attention_maps(network, mine, folder, work.config.attention, runtime)
 
 
 def _masks(work: Workspace, part: Part) -> Iterator[tuple[Samples, Path, str]]:
