@@ -37,7 +37,7 @@ MAX_BYTES = 6_000_000
 NOTEBOOK_WIDTH = 1000
 """In pixels; wider pictures of notebooks are shrunk."""
 
-JPEG_QUALITY, WEBP_QUALITY = 72, 70
+JPEG_QUALITY, WEBP_QUALITY = 66, 64
 
 README = """# The reference run
 
