@@ -277,7 +277,7 @@ def kill_one(after: float, which: float, hit: threading.Event) -> None:
 
 
 def workers() -> list[int]:
-    table = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
+    table = subprocess.run(["ps", "-ewwo", "pid=,args="], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 1) for line in table.splitlines()]
     return [int(pid) for pid, words in rows if "smaflib.distributed.worker" in words and "distributed.run" not in words]
 

@@ -287,7 +287,7 @@ def test_a_killed_process_is_started_again(tmp_path: Path) -> None:
 
 def workers_of(pid: int) -> list[int]:
     """The processes that torchrun has started for a process."""
-    table = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    table = subprocess.run(["ps", "-ewwo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in table.splitlines()]
     launchers = {row[0] for row in rows if row[1] == str(pid) and "torch.distributed.run" in row[2]}
     return [int(row[0]) for row in rows if row[1] in launchers and "smaflib.distributed.worker" in row[2]]
@@ -318,13 +318,15 @@ def test_processes_end_with_the_one_that_waits(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from smaflib import config, pipeline; folder = Path(sys.argv[1]); "
     code += "pipeline.train_teacher(pipeline.Workspace(folder, config.load_config(folder / 'config.yaml')))"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.DEVNULL)
-    while not work.checkpoint("teacher").is_file():
-        assert process.poll() is None
-        time.sleep(0.05)
-    workers = workers_of(process.pid)
-    assert len(workers) == 2
-    process.kill()
-    process.wait()
+    try:
+        while not work.checkpoint("teacher").is_file():
+            assert process.poll() is None
+            time.sleep(0.05)
+        workers = workers_of(process.pid)
+        assert len(workers) == 2
+    finally:
+        process.kill()
+        process.wait()
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         time.sleep(0.05)
 
