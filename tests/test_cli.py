@@ -34,13 +34,13 @@ def smaf(*arguments: object) -> Result:
 
 def test_run_passes_its_options_on(monkeypatch, config_file, tmp_path):
     given = []
-    monkeypatch.setattr(runner, "run_notebooks", lambda *arguments: given.extend(arguments))
+    monkeypatch.setattr(runner, "run_notebooks", lambda *arguments, code: given.extend([*arguments, code]))
     monkeypatch.chdir(tmp_path)
     words = "run tiny.yaml --name n --set seed=1 --set data.num_val=3 --from 2 --until 4 --runs r --notebooks nb"
-    result = smaf(*words.split(), "--reuse", "m", "--keep-stale")
+    result = smaf(*words.split(), "--reuse", "m", "--keep-stale", "--code", "abc")
     assert result.exit_code == 0
     overrides = ["seed=1", "data.num_val=3"]
-    assert given == [config_file, "n", overrides, "2", "4", tmp_path / "nb", tmp_path / "r", ["m"], True]
+    assert given == [config_file, "n", overrides, "2", "4", tmp_path / "nb", tmp_path / "r", ["m"], True, "abc"]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_run_passes_its_options_on(monkeypatch, config_file, tmp_path):
     ],
 )
 def test_known_errors_are_one_message(monkeypatch, config_file, error, exit_code):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(runner, "run_notebooks", fail)
@@ -104,7 +104,7 @@ def test_networks_that_cannot_be_had_stop_a_run_before_its_first_stage(tmp_path,
 
 
 def raising(error: BaseException):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     return fail

@@ -181,9 +181,8 @@ def test_void_pixels_images_without_ground_truth_and_a_teacher_alone(browser: Br
     context = browser.new_context(offline=True)
     static = Static(Watched(context.new_page(), (path.as_uri(),)), gallery, path)
     assert "No ground truth" in static.board.root.locator(".smaf-iou").inner_text()
-    labels = (
-        static.expected(static.gallery).mask.unique().tolist()
-    )  # without a table of IoU the legend says what is shown
+    # Without a table of IoU the legend says what is shown.
+    labels = static.gallery.explore(0, "teacher", gallery.first_settings(0)).mask.unique().tolist()
     legend = static.board.root.locator(".smaf-iou .smaf-class").all_inner_texts()
     assert legend == [gallery.class_names[label - 1] for label in labels if label] != []
     assert static.board.root.locator(".smaf-curve").inner_text() == ""
