@@ -89,13 +89,13 @@ def _join(rank: int, function: Callable[[Path], None], size: int, folder: Path) 
 
 
 def train_all(folder: Path) -> None:
-    """Teachers, student and segmentation network of frozen statistics after 50 steps; with learned ones after 5."""
+    """Teachers, student and segmentation network of frozen statistics after 50 steps; with learned ones after 2."""
     folder = folder / str(ranks_here().size)
     samples, runtime = make_samples(7), cpu_runtime()
     masks: list[Tensor] = [sample.mask for sample in samples.with_masks()]  # type: ignore[misc]
     masks[0][:, :20] = 255  # so that parts differ in the pixels that count
     for name, frozen in (("frozen", True), ("learned", False)):
-        steps = 50 if frozen else 5
+        steps = 50 if frozen else 2
         for kind in ("plain", "eps"):
             settings = LONG | {"pretraining": kind, "iterations": steps, "checkpoint_every": 10}
             config = tiny_config(model={"freeze_batch_norm": frozen}, classifier=settings)
