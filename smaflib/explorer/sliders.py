@@ -142,8 +142,9 @@ class Sliders:
         return content.getvalue()
 
     def _redraw(self, change: Any) -> None:
+        shown = self.picture  # the first look draws it
         try:
-            self.picture.value = self._png(**{name: control.value for name, control in self.controls.items()})
+            shown.value = self._png(**{name: control.value for name, control in self.controls.items()})
             self.trouble.value = ""
         except ValueError as error:  # such as all weights at 0; in a callback it would end in a log that nobody reads
             self.trouble.value = f'<b role="alert">{html.escape(str(error))}</b>'
