@@ -272,22 +272,51 @@ def test_end_that_no_job_explains_is_an_error() -> None:
         workflow._call([sys.executable, "-c", "raise SystemExit(3)"])
 
 
-def test_sigterm_reaches_snakemake_as_an_interruption() -> None:
-    script = (
-        "import time\ntry:\n    print(flush=True); time.sleep(60)\nexcept KeyboardInterrupt:\n    raise SystemExit(7)"
-    )
-    threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-    begun = time.monotonic()
+def signal_once_there(path: Path, number: signal.Signals, then: Path) -> threading.Thread:
+    """Send this process a signal once a file is there, then make another one."""
+
+    def act() -> None:
+        while not path.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+        then.touch()
+
+    thread = threading.Thread(target=act)
+    thread.start()
+    return thread
+
+
+def test_sigterm_reaches_snakemake_as_an_interruption(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    script = f"""
+import pathlib, time
+try:
+    pathlib.Path({str(ready)!r}).touch()
+    time.sleep(60)
+except KeyboardInterrupt:
+    raise SystemExit(7)
+"""
+    thread = signal_once_there(ready, signal.SIGTERM, tmp_path / "sent")
     with pytest.raises(RunError, match="status 7"):
         workflow._call([sys.executable, "-c", script])
-    assert time.monotonic() - begun < 30
+    thread.join()
 
 
-def test_interruption_is_snakemakes_own_to_answer() -> None:
-    interruption = threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT))
-    interruption.start()
-    workflow._call([sys.executable, "-c", "import time; time.sleep(2); raise SystemExit(1)"])  # it cancels its jobs
-    interruption.join()
+def test_interruption_is_snakemakes_own_to_answer(tmp_path: Path) -> None:
+    """A terminal has sent it to both; this process waits until the other one has ended."""
+    ready, sent, done = (tmp_path / name for name in ("ready", "sent", "done"))
+    script = f"""
+import pathlib, time
+pathlib.Path({str(ready)!r}).touch()
+while not pathlib.Path({str(sent)!r}).exists():
+    time.sleep(0.01)
+pathlib.Path({str(done)!r}).touch()
+raise SystemExit(1)
+"""
+    thread = signal_once_there(ready, signal.SIGINT, sent)
+    workflow._call([sys.executable, "-c", script])
+    thread.join()
+    assert done.exists()
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 

@@ -261,17 +261,23 @@ def _call(command: Sequence[str]) -> None:
     A terminal sends Ctrl-C to both; SIGTERM reaches this process alone, and is passed on as Ctrl-C.
     """
     environment = os.environ | {HOME: str(PROJECT_ROOT)}  # jobs start in another folder
-    with subprocess.Popen(command, env=environment) as process:
+    process, terminated = None, False
 
-        def stop(signum: int, frame: object) -> None:
-            if signum == signal.SIGTERM:
-                process.send_signal(signal.SIGINT)
+    def stop(signum: int, frame: object) -> None:
+        nonlocal terminated
+        terminated |= signum == signal.SIGTERM
+        if terminated and process is not None:
+            process.send_signal(signal.SIGINT)
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            process.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    # Before Snakemake starts: what nohup ignores, the program that is started would ignore as well.
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        process = subprocess.Popen(command, env=environment)
+        if terminated:  # in between
+            process.send_signal(signal.SIGINT)
+        process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if process.returncode not in (0, 1):  # 1: jobs have failed, which the manifests tell better
         raise RunError(f"Snakemake ended with status {process.returncode}; the same command goes on where it stopped")
