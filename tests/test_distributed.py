@@ -89,13 +89,13 @@ def _join(rank: int, function: Callable[[Path], None], size: int, folder: Path) 
 
 
 def train_all(folder: Path) -> None:
-    """Teachers, student and segmentation network of frozen statistics after 50 steps; with learned ones after 2."""
+    """Teachers, student and segmentation network of frozen statistics after 25 steps; with learned ones after 2."""
     folder = folder / str(ranks_here().size)
     samples, runtime = make_samples(7), cpu_runtime()
     masks: list[Tensor] = [sample.mask for sample in samples.with_masks()]  # type: ignore[misc]
     masks[0][:, :20] = 255  # so that parts differ in the pixels that count
     for name, frozen in (("frozen", True), ("learned", False)):
-        steps = 50 if frozen else 2
+        steps = 25 if frozen else 2
         for kind in ("plain", "eps"):
             settings = LONG | {"pretraining": kind, "iterations": steps, "checkpoint_every": 10}
             config = tiny_config(model={"freeze_batch_norm": frozen}, classifier=settings)
@@ -312,7 +312,7 @@ def test_processes_that_die_again_and_again_are_given_up(tmp_path: Path, monkeyp
 
 def test_processes_end_with_the_one_that_waits(tmp_path: Path) -> None:
     """Killed, it can end nothing itself."""
-    settings = LONG | {"iterations": 5000, "checkpoint_every": 50}
+    settings = LONG | {"iterations": 1000, "checkpoint_every": 20}
     work = workspace(tmp_path, 2, classifier=settings)
     (tmp_path / "config.yaml").write_text(dump_config(work.config), encoding="utf-8")
     code = "import sys; from pathlib import Path; from smaflib import config, pipeline; folder = Path(sys.argv[1]); "
