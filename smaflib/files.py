@@ -82,6 +82,11 @@ def is_plain_name(name: str) -> bool:
     return not parts and name.isprintable() and len(name.encode()) <= 200
 
 
+def python_path() -> str:
+    """``PYTHONPATH`` of processes that must import the library that starts them, wherever another one is installed."""
+    return os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
+
+
 def display_path(path: Path) -> str:
     """A path as it is printed and recorded: relative to the checkout where it lies inside."""
     return str(path.relative_to(PROJECT_ROOT)) if path.is_relative_to(PROJECT_ROOT) else str(path)

@@ -7,8 +7,8 @@ code than it runs (:mod:`smaflib.runs.code`), and importing this module imports 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,10 +38,12 @@ class Workspace:
     Attributes:
         folder: takes ``checkpoints/``, ``cams/``, ``bg_scores/``, ``masks/`` and ``masks_segmenter/``.
         config: all settings.
+        data_home: whose folder ``data`` takes data that code makes; None: its own.
     """
 
     folder: Path
     config: Config
+    data_home: Path | None = field(default=None, kw_only=True)
 
     def path(self, *parts: str) -> Path:
         """A path inside the folder."""
@@ -116,7 +118,7 @@ class Workspace:
     @property
     def data_folder(self) -> Path:
         """Where data that code makes lies, in its folder ``data``."""
-        return self.folder
+        return self.data_home or self.folder
 
     def make_runtime(self) -> Runtime:
         """Choose device, precision and seed as the config says, and set torch's threads."""
@@ -280,7 +282,7 @@ def _check_memory(
     refuse_what_does_not_fit(training_bytes, network.train(), shape, runtime, what, "make one of them smaller")
 
 
-def _share_work(work: Workspace, function: str, **arguments: Any) -> None:
+def _share_work(work: Workspace, function: str, is_done: Callable[[], bool], **arguments: Any) -> None:
     """Let several processes do a function's work first, where ``processes`` asks for them (:mod:`smaflib.distributed`).
 
     The function then finds all of it done. In a process that is one of several, nothing happens.
@@ -288,12 +290,18 @@ def _share_work(work: Workspace, function: str, **arguments: Any) -> None:
     Args:
         work: the folder that all of them work in.
         function: the name of the function of this module that calls this one.
+        is_done: whether there is nothing left to do; asked only where processes would be started.
         arguments: of that function, as JSON can hold them.
     """
     from smaflib.distributed.launch import Task, num_processes, run_in_processes
 
-    if (number := num_processes(work.config)) > 1:
+    if (number := num_processes(work.config)) > 1 and not is_done():
         run_in_processes(Task(function, work.folder, work.data_folder, work.config, arguments), number)
+
+
+def _are_there(folder: Path, samples: Samples, ending: str = ".png") -> bool:
+    """Whether every image has its file in a folder."""
+    return all(folder.joinpath(f"{image_id}{ending}").is_file() for image_id in samples.image_ids)
 
 
 def train_teacher(work: Workspace) -> tuple[AttentionNetwork, History]:
@@ -310,9 +318,8 @@ def train_teacher(work: Workspace) -> tuple[AttentionNetwork, History]:
     config = work.config
     if config.classifier.pretraining == "eps" and not DATA.is_own(config.data.kind):  # which may keep no pictures
         check_saliency_sizes(work.samples())
-    trained = config.classifier.checkpoint is None and config.classifier.solve_head is None
-    if trained and not is_finished(work.checkpoint("teacher"), config.classifier):
-        _share_work(work, "train_teacher")
+    if config.classifier.checkpoint is None and config.classifier.solve_head is None:
+        _share_work(work, "train_teacher", lambda: is_finished(work.checkpoint("teacher"), config.classifier))
     return train_classifier(
         work.samples(),
         config.model,
@@ -330,9 +337,9 @@ def write_maps(work: Workspace, network: str, split: Split = "train") -> Attenti
     from smaflib.models.sources import source_of
 
     maps, samples = work.maps(network, split), work.samples(split)
-    if all(maps.path(image_id).is_file() for image_id in samples.image_ids):
+    if _are_there(maps.folder, samples, ".npz"):
         return maps
-    _share_work(work, "write_maps", network=network, split=split)
+    _share_work(work, "write_maps", lambda: False, network=network, split=split)
     attention = work.config.attention
     source = source_of(work.network(network), attention.source)
     return write_attention_maps(source, samples, maps.folder, attention, work.make_runtime())
@@ -422,13 +429,16 @@ def train_student(
     from smaflib.training import is_finished
 
     config, samples, runtime = work.config, work.samples(), work.make_runtime()
-    if targets.rule is None and not is_finished(work.checkpoint(name), config.self_training):
-        _share_work(work, "_train_student_of", name=name, teacher=teacher, **asdict(targets))
-    finished = is_finished(work.checkpoint(name), config.self_training)
+
+    def is_done() -> bool:
+        return is_finished(work.checkpoint(name), config.self_training)
+
+    if targets.rule is None:
+        _share_work(work, "_train_student_of", is_done, name=name, teacher=teacher, **asdict(targets))
     return self_train(
         work.network(teacher),
         samples,
-        [] if finished else _targets(work, teacher, targets, runtime),  # minutes of CRF, for nothing
+        [] if is_done() else _targets(work, teacher, targets, runtime),  # minutes of CRF, for nothing
         config.self_training,
         work.bg_score,
         runtime,
@@ -489,8 +499,7 @@ def write_masks(work: Workspace, network: str = "student") -> MaskFiles:
     from smaflib.pseudo_masks import write_pseudo_masks
 
     samples, bg_score = work.samples(), resolve_mask_bg_score(work, network)
-    if not all(work.path("masks", f"{image_id}.png").is_file() for image_id in samples.image_ids):
-        _share_work(work, "write_masks", network=network)
+    _share_work(work, "write_masks", lambda: _are_there(work.path("masks"), samples), network=network)
     write_pseudo_masks(
         samples,
         work.mask_maps(network, samples),
@@ -516,8 +525,7 @@ def train_segmentation(work: Workspace) -> tuple[SegmentationNetwork, History]:
         masks = ground_truth_of(samples)
     else:
         masks = work.masks(samples)
-    if not is_finished(work.checkpoint("segmenter"), settings):
-        _share_work(work, "train_segmentation")
+    _share_work(work, "train_segmentation", lambda: is_finished(work.checkpoint("segmenter"), settings))
     return train_segmenter(
         samples,
         masks or [],
@@ -536,8 +544,7 @@ def write_segmentation(work: Workspace, split: Split = "val") -> MaskFiles:
 
     samples = work.samples(split)
     masks = work.path("masks_segmenter")
-    if not all(masks.joinpath(f"{image_id}.png").is_file() for image_id in samples.image_ids):
-        _share_work(work, "write_segmentation", split=split)
+    _share_work(work, "write_segmentation", lambda: _are_there(masks, samples), split=split)
     segmentation.write_segmentation(work.segmenter(), samples, masks, work.config.segmentation, work.make_runtime())
     return work.masks(samples, "masks_segmenter")
 

@@ -136,6 +136,8 @@ def _target(kind: Kind, name: str) -> tuple[str, str]:
 
 
 def _import(kind: Kind, name: str, module_name: str) -> ModuleType:
+    if (known := sys.modules.get(module_name)) is not None:  # a rule is called for every image
+        return known
     _extend_search()
     importlib.invalidate_caches()  # the file may be younger than what Python knows of its folder
     try:

@@ -173,7 +173,7 @@ def fit(
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = learning_rate(config, peak, iteration)
         with seeded(derive_seed(batches.seed, "dropout", iteration), runtime.device):
-            losses.append(_step(network, optimizer, batch, loss, runtime, num_terms or _images))
+            losses.append(_step(network, optimizer, batch, loss, runtime, num_terms or _num_images))
         done = iteration + 1
         if done % log_every == 0 or done == config.iterations:
             history.append({"iteration": float(done)} | _means(losses))
@@ -266,21 +266,22 @@ def _step(
     if runtime.device.type == "cpu":
         _refuse_not_finite({name: float(value.detach()) for name, value in losses.items()})
     optimizer.zero_grad(set_to_none=True)
-    share = _share(num_terms(batch))
+    share = _share(batch, num_terms)
     (torch.stack(list(losses.values())).sum() * share).backward()
     sum_gradients(network.parameters())
     optimizer.step()
     return {name: value.detach() * share for name, value in losses.items()}
 
 
-def _images(batch: Batch) -> Tensor:
+def _num_images(batch: Batch) -> Tensor:
     return torch.tensor(len(batch["image"]), device=batch["image"].device)
 
 
-def _share(terms: Tensor) -> Tensor | float:
-    """The part that this process's terms are of those of all processes; 1 if it is alone."""
+def _share(batch: Batch, num_terms: Callable[[Batch], Tensor]) -> Tensor | float:
+    """The part that this process's terms are of those of all processes; 1 if it is alone, and nothing is counted."""
     if ranks_here().alone:
         return 1.0
+    terms = num_terms(batch)
     return (terms.double() / sum_over_ranks(terms).clamp(min=1)).float()
 
 

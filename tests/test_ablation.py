@@ -70,7 +70,7 @@ def tiny_run(folder: Path, *more: str) -> Run:
 
 def work_of(run: Run) -> SeedWorkspace:
     folder = run.path("ablation", "seed0")
-    return SeedWorkspace(folder, run.config, folder)
+    return SeedWorkspace(folder, run.config)
 
 
 @pytest.fixture(scope="module")

@@ -153,24 +153,24 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_several_processes_learn_what_one_learns(trained: Path, size: int = 3) -> None:
+def test_several_processes_learn_what_one_learns(trained: Path) -> None:
     """Batches of five images, so that the parts differ in size.
 
     With statistics that are learned, a rounding is enough for a pixel to end on the other side of a ReLU: one process
     whose first weights are moved by 1e-7 ends as far from itself (benchmarks/processes.py).
     """
-    in_processes(train_all, size, trained)
+    in_processes(train_all, 3, trained)
     names = sorted(path.name for path in (trained / "1").iterdir())
     assert len(names) == 8
     for name in names:
-        one, several = (load_file(trained / str(number) / name) for number in (1, size))
+        one, several = (load_file(trained / str(number) / name) for number in (1, 3))
         assert one.keys() == several.keys()
         for key, value in one.items():
             largest = float(value.float().abs().max())
             difference = float((several[key].float() - value.float()).abs().max())
             bound = 1e-5 * largest if name.startswith("frozen") else 1e-4 * max(largest, 0.1)
             assert difference <= bound, (name, key)
-        curves = [load_history(trained / str(number) / name) for number in (1, size)]
+        curves = [load_history(trained / str(number) / name) for number in (1, 3)]
         for left, right in zip(*curves, strict=True):
             assert right == pytest.approx(left, rel=1e-4)
 

@@ -123,17 +123,7 @@ LABELS = {name: row.label for name, row in ROWS.items()}
 
 @dataclass(frozen=True)
 class SeedWorkspace(Workspace):
-    """What the rows of one seed share.
-
-    Attributes:
-        data_home: folder of the run whose data this seed learns from; its own where code draws the data from the seed.
-    """
-
-    data_home: Path = Path()
-
-    @property
-    def data_folder(self) -> Path:
-        return self.data_home
+    """What the rows of one seed share. Its data is that of a run, or its own where code draws it from the seed."""
 
     def maps_of(self, row: Row, samples: Samples) -> DenoisedMaps:
         """The maps that become a row's masks."""
@@ -298,7 +288,7 @@ def _workspace(run: Run, seed: int, sources: Sequence[Run] = ()) -> SeedWorkspac
     config = run.config.model_copy(update={"seed": seed})
     owner = next((other for other in (run, *sources) if other.config.seed == seed and _has_students(other)), None)
     folder = run.path("ablation", f"seed{seed}")
-    work = SeedWorkspace(folder, config, owner.folder if owner else folder)
+    work = SeedWorkspace(folder, config, data_home=owner.folder if owner else None)
     if owner:
         for name in ["teacher", "student", *(["student_control"] if config.self_training.control else [])]:
             _take_over(owner, work, name)

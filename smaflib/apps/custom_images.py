@@ -37,7 +37,7 @@ from smaflib.pipeline import (
 )
 from smaflib.plugins import search_in
 from smaflib.report.html import write_page
-from smaflib.report.palette import CLASS_COLORS
+from smaflib.report.palette import class_color
 from smaflib.report.plots import overlay_mask
 from smaflib.runs.inputs import claim_code
 from smaflib.runs.manifest import StoredPlugin
@@ -225,10 +225,7 @@ def _write_contact_sheet(samples: Samples, out: Path) -> Path:
             picture.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))
             files.save_image(overlay, picture)
         found = set(mask_values(mask))
-        labels = [
-            (samples.class_names[number], number + 1 in found, CLASS_COLORS[number % len(CLASS_COLORS)])
-            for number in file.labels
-        ]
+        labels = [(samples.class_names[number], number + 1 in found, class_color(number)) for number in file.labels]
         share = float((mask > 0).float().mean())
         cards.append(
             {

@@ -41,8 +41,6 @@ FINAL = (InputError, RunError, FloatingPointError, OSError, MemoryError, torch.O
 """What would come again if the processes were started again. An error of communication is none of them: it says that
 another process has ended."""
 
-PACKAGE_FOLDER = str(Path(__file__).resolve().parents[2])
-
 
 @dataclass(frozen=True)
 class Task:
@@ -145,7 +143,7 @@ def _environment(folder: Path, number: int) -> dict[str, str]:
     own = {
         # Without it torchrun would say that it sets it.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, num_cores() // number)),
-        "PYTHONPATH": os.pathsep.join(filter(None, [PACKAGE_FOLDER, os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": files.python_path(),
         "PYTHONFAULTHANDLER": "1",
         PROGRESS_FILE: os.environ.get(PROGRESS_FILE, str(folder / "progress")),
     }

@@ -13,7 +13,6 @@ import os
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,6 @@ from smaflib.files import write_json
 
 TIMEOUT = datetime.timedelta(minutes=30)
 """How long a process waits for another one in a collective operation: one may refine its part of the masks later."""
-
-
-@dataclass(frozen=True)
-class RankWorkspace(pipeline.Workspace):
-    """The workspace of the process that started this one.
-
-    Attributes:
-        data_home: where data that code makes lies.
-    """
-
-    data_home: Path = Path()
-
-    @property
-    def data_folder(self) -> Path:
-        return self.data_home
 
 
 def main(folder: Path) -> None:
@@ -69,7 +53,7 @@ def _do(task: dict[str, Any], folder: Path) -> None:
     import yaml
 
     config = check_settings(yaml.safe_load(task["config"]))
-    work = RankWorkspace(Path(task["folder"]), config, data_home=Path(task["data_folder"]))
+    work = pipeline.Workspace(Path(task["folder"]), config, data_home=Path(task["data_folder"]))
     on_gpu = work.make_runtime().device.type == "cuda"
     # A file of its own for each start: torchrun's store still holds the addresses of those that were there before.
     meeting = folder / f"meeting{os.environ['TORCHELASTIC_RESTART_COUNT']}"
@@ -87,7 +71,7 @@ def _do(task: dict[str, Any], folder: Path) -> None:
 
 def _write_failure(folder: Path, error: BaseException) -> None:
     if not (folder / FAILURE).exists():  # the first one says why the others failed
-        known = next(kind for kind in (*type(error).__mro__,) if kind.__module__ in ("builtins", "smaflib.errors"))
+        known = next(kind for kind in type(error).__mro__ if kind.__module__ in ("builtins", "smaflib.errors"))
         write_json(folder / FAILURE, {"type": known.__name__, "message": str(error)})
 
 

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from smaflib.cams import FUSION_RULES, at_size, fuse_cams
+from smaflib.cams import at_size, fuse_cams, fusion_rules
 from smaflib.config import CrfConfig, PseudoMaskConfig
 from smaflib.data import Sample, Samples
 from smaflib.evaluation import image_score
@@ -175,7 +175,7 @@ def scale_sliders(samples: Samples, maps: AttentionMaps, bg_score: float, fusion
         (cams, size), factors = cache[image], [*weights.values()]
         if not any(factors):
             raise ValueError("every scale has weight 0; give one of them more")
-        fused = fuse_cams(cams, size, fusion, scales, factors)  # one of the rules
+        fused = fuse_cams(cams, size, fusion, scales, factors)
         mask = hard_labels(denoise(fused, sample.image_label), bg_score)
         panels = [overlay_map(sample.image, at_size(cam[number], size)) for cam in cams]
         panels.append(overlay_map(sample.image, fused[number]))
@@ -188,8 +188,7 @@ def scale_sliders(samples: Samples, maps: AttentionMaps, bg_score: float, fusion
 
     if not len(samples):
         raise ValueError("scale_sliders needs at least one image; give it train.shown(6)")
-    rules = list(dict.fromkeys([*FUSION_RULES, fusion]))  # a rule of one's own, beside those that are built in
-    knobs = {"image": Knob(0, 0, len(samples) - 1, 1), "fusion": Knob(fusion, options=tuple(rules))}
+    knobs = {"image": Knob(0, 0, len(samples) - 1, 1), "fusion": Knob(fusion, options=fusion_rules(fusion))}
     knobs |= {f"weight of scale {scale:g}": Knob(1.0, 0.0, 2.0, 0.1) for scale in scales}
     return Sliders(draw, knobs)
 

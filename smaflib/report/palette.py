@@ -40,10 +40,14 @@ SCALES = (0.5, 1.0, 1.5, 2.0, 0.75, 1.25, 0.25, 1.75, 2.5, 3.0)
 """The paper's first: each has a line of its own, in all plots of all runs."""
 
 
+def class_color(number: int) -> str:
+    """``#rrggbb`` of a class, by its number, 0 to K-1."""
+    return CLASS_COLORS[number % len(CLASS_COLORS)]
+
+
 def class_colors(num_classes: int) -> list[list[int]]:
     """RGB of each class, K times three numbers in 0 to 255."""
-    colors = [list(bytes.fromhex(color[1:])) for color in CLASS_COLORS]
-    return [colors[number % len(colors)] for number in range(num_classes)]
+    return [list(bytes.fromhex(class_color(number)[1:])) for number in range(num_classes)]
 
 
 def line_style(number: int) -> dict[str, Any]:

@@ -16,20 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from smaflib.files import HOME, PROJECT_ROOT
+from smaflib.files import HOME, PROJECT_ROOT, python_path
 
 if TYPE_CHECKING:  # seconds to import, and a run whose stages are all complete needs none of it
     from jupyter_client.manager import AsyncKernelManager
 
 TRACEBACK_LINES = 12
 
-PACKAGE_FOLDER = str(Path(__file__).resolve().parents[2])
-
 KERNEL_ENVIRONMENT = {
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     "PYTHONHASHSEED": "0",
-    # The notebook imports the library that runs it, wherever another one is installed.
-    "PYTHONPATH": os.pathsep.join(filter(None, [PACKAGE_FOLDER, os.environ.get("PYTHONPATH")])),
+    "PYTHONPATH": python_path(),
     HOME: str(PROJECT_ROOT),
 }
 """What every kernel needs from its start, beside the runner's own environment."""
