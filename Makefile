@@ -16,8 +16,10 @@ setup: .venv/.stamp  ## install the versions of requirements.lock into .venv (5 
 reproduce: setup  ## run the whole chain on the mini data set; ends with the results and the path of the report
 	$(BIN)/smaf run configs/mini.yaml
 
+# A test of two processes beside two others wants no more; whole files, since a file shares what its tests set up.
+AT_ONCE := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 test: setup browser  ## run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(AT_ONCE)
 
 # tests/browser/conftest.py tries the same names. Without a browser its tests say so: skipped here, failed in CI.
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable

@@ -37,7 +37,7 @@ EVERY = 3
 
 def percent(metrics: SegmentationMetrics) -> dict[str, float]:
     values = {"mIoU": metrics.miou} | {size: mean_over_classes(metrics.iou_of_size(size)) for size in SIZES}
-    return {name: round(100 * value, 2) for name, value in values.items()}
+    return {name: round(100 * value, 2) for name, value in values.items() if value == value}  # NaN: no such object
 
 
 def score(work: Workspace, network: str, samples: Samples) -> dict[str, Any]:

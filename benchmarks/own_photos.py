@@ -1,0 +1,187 @@
+"""Which recipe makes the best masks of somebody's own few photos? ``configs/custom.yaml``, by folds.
+
+    python -m benchmarks.own_photos PHOTOS choose "today:" "finer: attention.scales=[0.5,0.75,1.0]"
+    python -m benchmarks.own_photos PHOTOS final "today:" "chosen: ..."
+    python -m benchmarks.own_photos PHOTOS page
+
+PHOTOS is a folder in VOC's layout: ``JPEGImages``, ``SegmentationClass`` with VOC's values, ``labels.csv``. Each fold
+of about 40 photos is one user's folder: its classes are the names of its own labels, its masks serve evaluation only.
+``choose`` compares recipes, each a name, a colon and settings, on :data:`FOLDS` folds. ``final`` evaluates on
+:data:`HELD_OUT` folds whose photos ``choose`` never sees, nor any recipe that was chosen before: with ``--tuned TABLE``
+the photos of that table stay in the folds of ``choose``. A recipe named ``teacher ...`` trains no student. Results go
+to results/own_photos.json, a record per recipe and fold, and what is there is not computed again; ``page`` fills
+docs/own_photos.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from benchmarks.student_targets import score
+from smaflib import files
+from smaflib.config import load_config
+from smaflib.data.classes import VOC_CLASSES, VOID_LABEL
+from smaflib.files import PROJECT_ROOT
+from smaflib.pipeline import Workspace, resolve_bg_score, self_train_rounds, train_teacher, write_maps
+from smaflib.report.markdown import fill_page, markdown_table
+from smaflib.runs.environment import git_state
+
+RESULTS = Path(__file__).parent / "results" / "own_photos.json"
+PRESET = PROJECT_ROOT / "configs" / "custom.yaml"
+PAGE = PROJECT_ROOT / "docs" / "own_photos.md"
+COMMAND = "benchmarks/own_photos.py"
+FOLDS, HELD_OUT = 4, 2
+HEAD = {"image": "image", "labels": "labels"}
+NETWORKS = ("teacher", "student")
+
+
+def split(rows: Sequence[dict[str, str]], tuned: Iterable[str] = ()) -> dict[str, list[dict[str, str]]]:
+    """Deal the rows of a table out to folds: ``choose 0`` ... and ``final 0`` ...
+
+    Args:
+        rows: of ``labels.csv``.
+        tuned: names of images that an earlier choice has seen: in no held-out fold.
+
+    Returns:
+        Disjoint folds that hold all rows; those of one purpose differ by one row at most.
+    """
+    seen = set(tuned)
+    new = [row for row in rows if row["image"] not in seen]
+    number = len(rows) * HELD_OUT // (FOLDS + HELD_OUT)
+    held = [new[k] for k in np.linspace(0, len(new) - 1, number).astype(int)]
+    names = {row["image"] for row in held}
+    others = [row for row in rows if row["image"] not in names]
+    final = {f"final {k}": held[k::HELD_OUT] for k in range(HELD_OUT)}
+    return {f"choose {k}": others[k::FOLDS] for k in range(FOLDS)} | final
+
+
+def make_folder(photos: Path, rows: Sequence[dict[str, str]], folder: Path) -> list[str]:
+    """Write the table and the masks of one fold, as its user would have them: with the classes of its labels alone.
+
+    Args:
+        photos: in VOC's layout.
+        rows: of the fold.
+        folder: takes ``labels.csv`` and ``masks``.
+
+    Returns:
+        Settings that name them.
+    """
+    names = sorted({name for row in rows for name in row["labels"].split(";")})
+    value_of = np.full(256, VOID_LABEL, dtype=np.uint8)  # what a photo shows and no label of the fold names is void
+    value_of[0] = 0
+    for value, name in enumerate(names, start=1):
+        value_of[1 + VOC_CLASSES.index(name)] = value
+    files.write_text(folder / "labels.csv", "".join(f"{row['image']},{row['labels']}\n" for row in [HEAD, *rows]))
+    for row in rows:
+        name = Path(row["image"]).with_suffix(".png").name
+        mask = np.asarray(Image.open(photos / "SegmentationClass" / name))
+        files.save_image(folder / "masks" / name, Image.fromarray(value_of[mask]))
+    paths = {"images": photos / "JPEGImages", "labels": folder / "labels.csv", "masks": folder / "masks"}
+    settings = [f"data.{key}={files.absolute(path)}" for key, path in paths.items()]
+    return ["data.kind=folder", f"data.class_names=[{','.join(names)}]", *settings]
+
+
+def measure(name: str, settings: Sequence[str], data: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Train by a recipe on one fold and evaluate teacher and student."""
+    work = Workspace(folder, load_config(PRESET, [*data, *settings]))
+    samples = work.samples().with_ground_truth
+    begun = time.monotonic()
+    train_teacher(work)
+    write_maps(work, "teacher")
+    resolve_bg_score(work)
+    networks = ["teacher"]
+    if not name.startswith("teacher"):
+        self_train_rounds(work)
+        networks.append("student")
+    seconds = round(time.monotonic() - begun)
+    return {"seconds": seconds} | {network: score(work, network, samples) for network in networks}
+
+
+def evaluate_recipes(photos: Path, purpose: str, recipes: Sequence[str], tuned: Path | None, scratch: Path) -> None:
+    """Measure each recipe on each fold of a purpose, and keep the records as they come."""
+    folds = split(read_rows(photos / "labels.csv"), (row["image"] for row in read_rows(tuned)) if tuned else ())
+    for text in recipes:
+        name, _, settings = (part.strip() for part in text.partition(":"))
+        for fold, rows in folds.items():
+            kept = files.read_json(RESULTS, {"records": []})["records"]
+            key = {"recipe": name, "settings": settings.split(), "fold": fold}
+            if not fold.startswith(purpose) or any(key.items() <= record.items() for record in kept):
+                continue
+            slug = f"{name} {fold}".replace(" ", "_")
+            data = make_folder(photos, rows, scratch / fold.replace(" ", "_"))
+            record = key | {"photos": len(rows)} | measure(name, settings.split(), data, scratch / slug) | git_state()
+            files.write_json(RESULTS, {"records": [*kept, record]})
+            print(name, fold, {n: (record[n]["fused"], record[n]["refined_auto"]) for n in NETWORKS if n in record})
+
+
+def read_rows(table: Path) -> list[dict[str, str]]:
+    with table.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# ------------------------------------------------------------------------------------------------------------- page
+
+
+def tables(records: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Markdown: mean and spread over folds, and the paired difference to the first recipe; final rows and choice."""
+    made = {}
+    for purpose in ("final", "choose"):
+        values: dict[str, dict[str, dict[str, float]]] = {}
+        for record in records:
+            if record["fold"].startswith(purpose):
+                by_row = values.setdefault(record["recipe"], {})
+                for row, number in numbers(record).items():
+                    by_row.setdefault(row, {})[record["fold"]] = number
+        settings = {record["recipe"]: record["settings"] for record in records}
+        lines = []
+        for recipe, by_row in values.items():
+            cells = [spread(by_row.get(row, {}).values()) for row in ROWS]
+            what = ", ".join(f"`{setting}`" for setting in settings[recipe]) or "`configs/custom.yaml`"
+            lines.append([recipe, what, *cells])
+        made[purpose] = markdown_table(["recipe", "settings", *ROWS], lines) if lines else "Nothing yet."
+    return made
+
+
+ROWS = ("teacher, fused", "teacher, masks", "student, fused", "student, masks", "minutes")
+
+
+def numbers(record: dict[str, Any]) -> dict[str, float]:
+    """The figures of a record by the rows of the page: mIoU in %, maps at oracle thresholds, masks at ``auto``'s."""
+    found = {"minutes": record["seconds"] / 60}
+    for network in NETWORKS:
+        if network in record:
+            found[f"{network}, fused"] = record[network]["fused"]["mIoU"]
+            found[f"{network}, masks"] = record[network]["refined_auto"]["mIoU"]
+    return found
+
+
+def spread(values: Iterable[float]) -> str:
+    column = pd.Series(list(values), dtype=float)
+    return "" if column.empty else f"{column.mean():.1f} ± {column.std():.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos", metavar="PHOTOS", type=Path)
+    parser.add_argument("purpose", choices=["choose", "final", "page"])
+    parser.add_argument("recipes", nargs="*", metavar="NAME:SETTINGS")
+    parser.add_argument("--tuned", type=Path, metavar="TABLE", help="photos that an earlier choice has seen")
+    parser.add_argument("--scratch", type=Path, default=PROJECT_ROOT / "build" / "own_photos")
+    arguments = parser.parse_intermixed_args()
+    if arguments.purpose != "page":
+        evaluate_recipes(*(getattr(arguments, n) for n in ("photos", "purpose", "recipes", "tuned", "scratch")))
+        return
+    fill_page(PAGE, COMMAND, tables(files.read_json(RESULTS, {"records": []})["records"]))
+
+
+if __name__ == "__main__":
+    main()
