@@ -185,6 +185,34 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def walk(folder: Path | str) -> Iterator[os.DirEntry[str]]:
+    """The files below a folder, in the order of the file system, one after the other: there may be a million of them.
+
+    An entry knows its name and that it is a file; ``stat`` asks the file system. Nothing where there is no folder.
+    """
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_file():
+                yield entry
+            elif entry.is_dir(follow_symlinks=False):
+                yield from walk(entry.path)
+
+
+FEW = 1000
+
+
+def names_there(folder: Path, names: Collection[str]) -> set[str]:
+    """Those of some names that are files of a folder, or none where there is no folder.
+
+    A few are asked for one by one. Of many the folder is listed instead: a million questions take a file server long.
+    """
+    if len(names) < FEW:
+        return {name for name in names if (folder / name).is_file()}
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        return {entry.name for entry in entries if entry.is_file()}.intersection(names)
+    return set()
+
+
 def tree_hash(paths: list[Path], root: Path) -> str:
     """SHA-256 over names and contents of files, whatever the order they are given in."""
     digest = hashlib.sha256()

@@ -21,10 +21,12 @@ from smaflib.files import (
     duration,
     file_hash,
     load_arrays,
+    names_there,
     replacing,
     save_arrays,
     save_image,
     tree_hash,
+    walk,
     write_json,
     write_text,
 )
@@ -112,6 +114,29 @@ def test_image_round_trip(tmp_path: Path) -> None:
 def test_file_hash_is_sha256(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert file_hash(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_walk_finds_every_file_below_a_folder(tmp_path: Path) -> None:
+    for name in ("a.png", "inner/b.png", "inner/deep/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"12")
+    (tmp_path / "link").symlink_to(tmp_path / "inner")  # a folder elsewhere, or this one again
+    (tmp_path / "file").symlink_to(tmp_path / "a.png")
+    found = {Path(entry.path).relative_to(tmp_path).as_posix(): entry.stat().st_size for entry in walk(tmp_path)}
+    assert found == {"a.png": 2, "inner/b.png": 2, "inner/deep/c.png": 2, "file": 2}
+    assert list(walk(tmp_path / "nowhere")) == []
+
+
+@pytest.mark.parametrize("few", [0, 10])
+def test_names_of_files_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int) -> None:
+    """Asked for one by one, and of a listing."""
+    monkeypatch.setattr(files, "FEW", few)
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "c.png").mkdir()
+    assert names_there(tmp_path, ["a.png", "c.png", "d.png"]) == {"a.png"}
+    assert names_there(tmp_path, []) == set()
+    assert names_there(tmp_path / "nowhere", ["a.png"]) == set()
 
 
 def test_tree_hash_depends_on_names_and_contents_and_not_on_order_or_place(tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ def _passed_on(entry: Entry) -> Entry:
 def _tree_listing_hash(folder: Path) -> str:
     """Of names and sizes of all files below a folder."""
     listing = sorted(
-        f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}" for path in folder.rglob("*") if path.is_file()
+        f"{Path(entry.path).relative_to(folder).as_posix()}\0{entry.stat().st_size}" for entry in files.walk(folder)
     )
     return hashlib.sha256("\n".join(listing).encode()).hexdigest()
 
