@@ -77,10 +77,11 @@ def _meet(store: dist.Store, rank: int, size: int, seconds: float) -> None:
     store.set(names[rank], "is here")
     try:
         store.wait(names, datetime.timedelta(seconds=seconds))
-    except dist.DistStoreError as error:
-        absent = ", ".join(name for name in names if not store.check([name]))
+    except RuntimeError as error:  # the time is over
+        if not (absent := [name for name in names if not store.check([name])]):
+            return
         raise RunError(
-            f"{absent} of {size} processes did not come within {duration(seconds)}, before any work began; as a rule "
+            f"{', '.join(absent)} of {size} processes did not come within {duration(seconds)}, before any work began; as a rule "
             "a driver or a file server hangs. Nothing was lost: once that is mended, the same command goes on"
         ) from error
 
