@@ -179,6 +179,39 @@ def copy_file(source: Path, target: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
+def copy_folder(source: Path, target: Path, copied: Collection[str] = ()) -> None:
+    """Copy a folder to a place where none is, all or nothing, by hard links where the file system has them.
+
+    The links get their names under a temporary one of the folder, and only folders are waited for: a million links that
+    are waited for one by one take an hour. A killed process leaves the temporary folder, which the next copy replaces.
+
+    Args:
+        source: the folder.
+        target: must not exist.
+        copied: endings of files that are copied all the same.
+    """
+    temporary = target.with_name(f"{PARTIAL}{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    folders = {temporary}
+    for entry in walk(source):
+        place = temporary / Path(entry.path).relative_to(source)
+        if place.parent not in folders:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            folders.add(place.parent)
+        try:
+            if place.suffix in copied:
+                raise OSError
+            os.link(entry.path, place)
+        except OSError:  # another file system, or one without links
+            with replacing(place) as half:
+                shutil.copyfile(entry.path, half)
+    for folder in folders:
+        _flush(folder)
+    os.replace(temporary, target)
+    _flush(target.parent)
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as handle:
@@ -190,7 +223,7 @@ def walk(folder: Path | str) -> Iterator[os.DirEntry[str]]:
 
     An entry knows its name and that it is a file; ``stat`` asks the file system. Nothing where there is no folder.
     """
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_file():
                 yield entry

@@ -18,6 +18,7 @@ from PIL import Image
 from smaflib import files
 from smaflib.errors import RunError
 from smaflib.files import (
+    copy_folder,
     duration,
     file_hash,
     load_arrays,
@@ -125,6 +126,21 @@ def test_walk_finds_every_file_below_a_folder(tmp_path: Path) -> None:
     found = {Path(entry.path).relative_to(tmp_path).as_posix(): entry.stat().st_size for entry in walk(tmp_path)}
     assert found == {"a.png": 2, "inner/b.png": 2, "inner/deep/c.png": 2, "file": 2}
     assert list(walk(tmp_path / "nowhere")) == []
+
+
+def test_folder_is_copied_by_links_and_replaces_what_a_killed_copy_left(tmp_path: Path) -> None:
+    for name in ("a.npz", "inner/b.npz", "facts.json"):
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source" / name).write_text(name)
+    left = tmp_path / "runs" / f"{files.PARTIAL}target"
+    left.mkdir(parents=True)
+    (left / "half").touch()
+    target = tmp_path / "runs" / "target"
+    copy_folder(tmp_path / "source", target, (".json",))
+    made = {path.relative_to(target).as_posix(): path for path in target.rglob("*.*")}
+    assert {name: path.read_text() for name, path in made.items()} == {name: name for name in made} and len(made) == 3
+    linked = {name for name, path in made.items() if path.samefile(tmp_path / "source" / name)}
+    assert linked == {"a.npz", "inner/b.npz"} and not left.exists()
 
 
 @pytest.mark.parametrize("few", [0, 10])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -105,12 +106,12 @@ def clear_stage(folder: Path, stage: Stage, resumed: Entry | None = None) -> Non
         stage: the stage.
         resumed: the entry of an earlier attempt with the same inputs, whose whole artifacts and records stay.
     """
+    for path in _left_by_killed(folder, stage):  # first: they are no damage
+        _delete(path)
     if resumed is None:
         replace_records(folder, stage.name, ())
         delete = _made_by(folder, stage)
     else:
-        for path in _left_by_killed(folder, stage):  # first: they are no damage
-            _delete(path)
         delete = [folder / key for key in damaged_artifacts(folder, resumed)]
     for path in delete:
         _delete(path)
@@ -132,8 +133,10 @@ def _left_by_killed(folder: Path, stage: Stage) -> list[Path]:
 
     def unfinished(pattern: str) -> Iterator[Path]:
         if pattern.endswith("/**"):
-            below = (entry for made in folder.glob(pattern.removesuffix("/**")) for entry in files.walk(made))
-            return (Path(entry.path) for entry in below if entry.name.startswith(files.PARTIAL))
+            whole = PurePosixPath(pattern.removesuffix("/**"))  # a folder that was being copied
+            below = (entry for made in folder.glob(str(whole)) for entry in files.walk(made))
+            inside = (Path(entry.path) for entry in below if entry.name.startswith(files.PARTIAL))
+            return itertools.chain(inside, folder.glob(str(whole.parent / f"{files.PARTIAL}{whole.name}")))
         path = PurePosixPath(pattern)
         return folder.glob((path.parent / f"{files.PARTIAL}{path.stem}-*{path.suffix}").as_posix())
 
