@@ -52,6 +52,7 @@ COMMANDS = {
     "run": "`smaf run`, all complete",
     "status": "`smaf status`",
     "report": "`smaf report` (`index.html`)",
+    "reuse": "`smaf run --reuse`, all taken over",
     "shard done": "`smaf shard`, stage complete",
     "shard": "`smaf shard --part 1/8`, all there",
 }
@@ -134,10 +135,17 @@ def measure_commands(folder: Path) -> dict[str, Any]:
         "run": ["run", str(folder / "photos.yaml"), "--name", "many", *where],
         "status": ["status", "many", *where],
         "report": ["report", "many", *where],
+        "reuse": ["run", str(folder / "photos.yaml"), "--name", "again", "--reuse", "many", *where],
         "shard done": [*shard, "06"],
     }
-    says = {"run": f"{STAGES[-1].name}  complete, skipped", "shard done": "complete, nothing to do"}
+    last = STAGES[-1].name
+    says = {
+        "run": f"{last}  complete, skipped",
+        "reuse": f"{last}  taken over",
+        "shard done": "complete, nothing to do",
+    }
     complete(folder)
+    shutil.rmtree(folder / "again", ignore_errors=True)
     found: dict[str, Any] = {name: measure(words, says.get(name, "")) for name, words in commands.items()}
     entry = read_manifest(folder / "many")["stages"]["06_pseudo_masks"]
     put_entry(folder / "many", stage_named("06"), entry, status="running", exit_code=None)

@@ -173,17 +173,26 @@ def copy_file(source: Path, target: Path) -> None:
     """
     with replacing(target) as temporary:
         temporary.unlink()
-        try:
-            os.link(source, temporary)
-        except OSError:  # another file system, or one without links
+        if not _link(source, temporary):
             shutil.copyfile(source, temporary)
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Give a file a second name, which must be free; False on another file system, or one without links."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        return False
+    return True
 
 
 def copy_folder(source: Path, target: Path, copied: Collection[str] = ()) -> None:
     """Copy a folder to a place where none is, all or nothing, by hard links where the file system has them.
 
-    The links get their names under a temporary one of the folder, and only folders are waited for: a million links that
-    are waited for one by one take an hour. A killed process leaves the temporary folder, which the next copy replaces.
+    The links get their names under a temporary one of the folder, and only folders are waited for: links that are
+    waited for one by one take long. A killed process leaves the temporary folder, which the next copy replaces.
 
     Args:
         source: the folder.
@@ -199,11 +208,7 @@ def copy_folder(source: Path, target: Path, copied: Collection[str] = ()) -> Non
         if place.parent not in folders:
             place.parent.mkdir(parents=True, exist_ok=True)
             folders.add(place.parent)
-        try:
-            if place.suffix in copied:
-                raise OSError
-            os.link(entry.path, place)
-        except OSError:  # another file system, or one without links
+        if place.suffix in copied or not _link(Path(entry.path), place):
             with replacing(place) as half:
                 shutil.copyfile(entry.path, half)
     for folder in folders:

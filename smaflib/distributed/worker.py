@@ -81,8 +81,8 @@ def _meet(store: dist.Store, rank: int, size: int, seconds: float) -> None:
         if not (absent := [name for name in names if not store.check([name])]):
             return
         raise RunError(
-            f"{', '.join(absent)} of {size} processes did not come within {duration(seconds)}, before any work began; as a rule "
-            "a driver or a file server hangs. Nothing was lost: once that is mended, the same command goes on"
+            f"{', '.join(absent)} of {size} processes did not come within {duration(seconds)}, before any work began; "
+            "as a rule a driver or a file server hangs. Nothing was lost: once that is mended, the same command goes on"
         ) from error
 
 
