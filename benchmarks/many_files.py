@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--fill", action="store_true", help="only make the folders")
     parser.add_argument("--page", action="store_true", help="write the tables of what was measured, measure nothing")
     arguments = parser.parse_args()
-    result = files.read_json(RESULTS, {})
+    result, state = files.read_json(RESULTS, {}), git_state()
     if not arguments.page:
         if arguments.folder is None:
             parser.error("--folder DIR says where")
@@ -224,7 +224,7 @@ def main() -> None:
                     arguments.key: [rows[key] for key in sorted(rows)],
                     "date": datetime.date.today().isoformat(),
                 }
-                files.write_json(RESULTS, result | git_state())
+                files.write_json(RESULTS, result | state)
     if not arguments.fill and arguments.key == "rows":
         fill_page(PAGE, "benchmarks/many_files.py", {name: make(result) for name, make in MARKDOWN.items()})
 
