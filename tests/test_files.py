@@ -172,6 +172,15 @@ def test_tree_hash_depends_on_names_and_contents_and_not_on_order_or_place(tmp_p
     assert first != tree_hash([roots[0] / "x" / "a", roots[0] / "c"], roots[0])
 
 
+def test_tree_hash_takes_a_folder_before_its_neighbours_names(tmp_path: Path) -> None:
+    """The order of paths, which manifests were written with: x/a before x-y, though "-" comes before "/"."""
+    for name in ("x-y", "x/a"):
+        write_text(tmp_path / name, name)
+    lines = (f"{name}\0{hashlib.sha256(name.encode()).hexdigest()}\n" for name in ("x/a", "x-y"))
+    expected = hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert tree_hash([tmp_path / "x-y", tmp_path / "x" / "a"], tmp_path) == expected
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(None, "-"), (0.4, "0 s"), (58, "58 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (8040, "2 h 14 min")],

@@ -150,8 +150,8 @@ def _patterns(stage: Stage) -> list[str]:
 
 def _fingerprint(path: Path) -> Entry:
     if path.is_dir():
-        sizes = {Path(entry.path): entry.stat().st_size for entry in files.walk(path)}
-        return {"files": len(sizes), "bytes": sum(sizes.values()), "sha256": files.tree_hash(list(sizes), path)}
+        sizes = {entry.path: entry.stat().st_size for entry in files.walk(path)}
+        return {"files": len(sizes), "bytes": sum(sizes.values()), "sha256": files.tree_hash(map(Path, sizes), path)}
     return {"bytes": path.stat().st_size, "sha256": files.file_hash(path)}
 
 
