@@ -237,6 +237,7 @@ def walk(folder: Path | str) -> Iterator[os.DirEntry[str]]:
 
 
 FEW = 1000
+"""Names up to which :func:`names_there` asks for each; a listing of a large folder takes longer than that."""
 
 
 def names_there(folder: Path, names: Collection[str]) -> set[str]:

@@ -19,12 +19,12 @@ settings.load_profile("smaflib")
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder that is a disk of a megabyte, in memory; skips where this user may not mount one."""
+    """A folder that is a disk of 32 MB, in memory; skips where this user may not mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     try:
         mounted = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, text=True
+            ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)], capture_output=True, text=True
         )
     except FileNotFoundError:
         pytest.skip("there is no mount command here")

@@ -176,7 +176,7 @@ def sweep_command(out: Path, *options: str) -> list[str]:
 
 
 def sweep_with_losses(command: Sequence[str], out: Path, environment: Mapping[str, str]) -> None:
-    """Start a sweep, take a node down once a network has been half trained, cancel the other jobs; wait for its end.
+    """Start a sweep, take a node down once a network has been half trained, cancel the other job; wait for its end.
 
     Raises:
         SystemExit: if it does not end as one that has lost jobs, or the lost node's job does not go on elsewhere.
@@ -185,14 +185,16 @@ def sweep_with_losses(command: Sequence[str], out: Path, environment: Mapping[st
     try:
         half = "*/checkpoints/teacher*"
         wait_until(lambda: any(out.glob(half)) or process.poll() is not None, "a checkpoint", SWEEP_SECONDS)
-        running = [
-            line.split() for line in ask(["squeue", "-h", "-t", "running", "-o", "%i %N"], environment).split("\n")
+        jobs = [
+            line.split() for line in ask(["squeue", "-h", "-t", "running", "-o", "%i %N"], environment).splitlines()
         ]
-        (job, node), *others = [pair for pair in running if len(pair) == 2] or sys.exit("no job runs")
+        if len(jobs) != len(NODES):
+            sys.exit(f"a job on each node was expected, got {jobs}")
+        (job, node), (cancelled, _) = jobs
         change = ["scontrol", "update", f"NodeName={node}"]
-        print(f"in the middle: node {node} goes down with job {job}; cancelled: {others}", flush=True)
+        print(f"in the middle: node {node} goes down with job {job}, job {cancelled} is cancelled", flush=True)
         call([*change, "State=DOWN", "Reason=test"], environment)
-        call(["scancel", *(each for each, _ in others)], environment) if others else None
+        call(["scancel", cancelled], environment)
         wait_until(lambda: goes_on(job, node, environment), f"job {job} on another node", REQUEUE_SECONDS)
         call([*change, "State=RESUME"], environment)
         print(f"job {job} goes on, on another node", flush=True)
@@ -200,14 +202,14 @@ def sweep_with_losses(command: Sequence[str], out: Path, environment: Mapping[st
     finally:
         process.terminate()  # it ends Snakemake, which cancels its jobs
         process.wait(timeout=START_SECONDS)
-    if not others or status != 1:
-        sys.exit(f"the sweep that lost {len(others)} jobs ended with status {status}; 1 was expected, of failed runs")
+    if status != 1:
+        sys.exit(f"the sweep that lost a job ended with status {status}; 1 was expected, of failed runs")
 
 
 def goes_on(job: str, lost: str, environment: Mapping[str, str]) -> bool:
     """Whether Slurm has started a job again, on another node."""
     facts = dict(word.partition("=")[::2] for word in ask(["scontrol", "show", "job", job], environment).split())
-    return facts["Restarts"] == "1" and facts["JobState"] == "RUNNING" and facts["NodeList"] != lost
+    return (facts.get("Restarts"), facts.get("JobState")) == ("1", "RUNNING") and facts.get("NodeList") != lost
 
 
 def call(command: Sequence[str], environment: Mapping[str, str]) -> None:
