@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from helpers import TRAINING, make_samples, tiny_config
+from helpers import TRAINING, fill_disk, make_samples, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -354,18 +354,13 @@ def test_full_disk_ends_all_processes_and_loses_nothing(
     if work_of is not train_teacher:
         shutil.copy(calm.checkpoint("teacher"), full.checkpoint("teacher"))
     work_of(calm)
-    with (small_disk / "other").open("wb") as other:
-        with contextlib.suppress(OSError):
-            while True:
-                other.write(bytes(4096))
-    with (small_disk / "other").open("r+b") as other:  # room for two files of maps, and for no checkpoint
-        other.truncate((small_disk / "other").stat().st_size - 2 * 4096)
+    other = fill_disk(small_disk, room=2 * 4096)  # for two files of maps, and for no checkpoint
     before = {path: path.read_bytes() for path in full.folder.rglob("*.*") if path.is_file()}
     with pytest.raises(OSError, match="No space left on device"):
         work_of(full)
     assert not workers_of(os.getpid()) and not list(full.folder.rglob(f"{files.PARTIAL}*"))
     assert {path: path.read_bytes() for path in before} == before
-    (small_disk / "other").unlink()
+    other.unlink()
     work_of(full)
     made = [{path.relative_to(work.folder): path.read_bytes() for path in products(work)} for work in (calm, full)]
     assert made[0] == made[1] and len(made[0]) >= 1

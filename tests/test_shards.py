@@ -7,12 +7,12 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import tiny_config
+from helpers import fill_disk, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -207,14 +207,12 @@ def test_full_disk_ends_a_shard_and_what_is_there_stays(runs: Path, small_disk: 
     """The disk of one machine is full: its part ends with an error, and the same command goes on."""
     shutil.copytree(runs / "taught", small_disk / "taught")
     assert run_shard("taught", "03", Part(1, 2), small_disk).endswith("6 made, 0 were there")
-    with (small_disk / "other").open("wb") as other, suppress(OSError):
-        while True:
-            other.write(bytes(4096))
+    other = fill_disk(small_disk)
     before = contents(small_disk / "taught" / "cams")
     with pytest.raises((OSError, RunError), match="No space left on device"):
         run_shard("taught", "03", Part(2, 2), small_disk)
     assert contents(small_disk / "taught" / "cams") == before
-    (small_disk / "other").unlink()
+    other.unlink()
     assert run_shard("taught", "03", Part(2, 2), small_disk).endswith("4 made, 0 were there")
 
 

@@ -59,7 +59,7 @@ def _do(task: dict[str, Any], folder: Path) -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # A file of its own for each start: torchrun's store still holds the addresses of those that were there before.
     meeting = folder / f"meeting{os.environ['TORCHELASTIC_RESTART_COUNT']}"
-    store = dist.FileStore(str(meeting), size)
+    store = dist.FileStore(str(meeting), size)  # type: ignore[attr-defined]
     _meet(store, rank, size, task["meeting_seconds"])
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, timeout=TIMEOUT, rank=rank, world_size=size)
     follow(config)
@@ -67,8 +67,8 @@ def _do(task: dict[str, Any], folder: Path) -> None:
     dist.barrier()  # the first process writes what is common, and must not be ended before
 
 
-def _meet(store: dist.Store, rank: int, size: int, seconds: float) -> None:
-    """Return once every process has come.
+def _meet(store: Any, rank: int, size: int, seconds: float) -> None:
+    """Return once every process has put its name into a store of torch.distributed.
 
     Raises:
         RunError: naming those that have not come in time.
