@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,14 @@ SETTINGS: dict[str, Any] = {
     "pseudo_masks": {"crf": "mini", "num_workers": 1},
     "segmentation": {"enabled": False},
 }
+OWN_FILES = ("manifest.json", "metrics.json", "index.html")
 COMMANDS = {
     "run": "`smaf run`, all complete",
     "status": "`smaf status`",
     "report": "`smaf report` (`index.html`)",
-    "reuse": "`smaf run --reuse`, all taken over",
     "shard done": "`smaf shard`, stage complete",
     "shard": "`smaf shard --part 1/8`, all there",
+    "reuse": "`smaf run --reuse`, all taken over",
 }
 
 
@@ -125,40 +126,27 @@ def complete(folder: Path) -> None:
         put_entry(run, stage, entry | inputs | own)
 
 
-def measure_commands(folder: Path) -> dict[str, Any]:
-    """Seconds and peak memory of each command on the run of :func:`fill`; for the last one stage 06 is not complete."""
+def measure_commands(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    """Seconds and peak memory of each command on the run of :func:`fill`; for the last two stage 06 is not complete."""
     from load import measure  # beside this file, and on the path where this one is run
 
-    where = ["--runs", str(folder)]
-    shard = ["shard", "many", *where, "--part", "1/8"]
-    commands: dict[str, list[str]] = {
-        "run": ["run", str(folder / "photos.yaml"), "--name", "many", *where],
-        "status": ["status", "many", *where],
-        "report": ["report", "many", *where],
-        "reuse": ["run", str(folder / "photos.yaml"), "--name", "again", "--reuse", "many", *where],
-        "shard done": [*shard, "06"],
-    }
-    last = STAGES[-1].name
-    says = {
-        "run": f"{last}  complete, skipped",
-        "reuse": f"{last}  taken over",
-        "shard done": "complete, nothing to do",
-    }
+    where, end = ["--runs", str(folder)], f"{STAGES[-1].name}  "
+    run, shard = (
+        ["run", str(folder / "photos.yaml"), *where, "--name"],
+        ["shard", "many", *where, "--part", "1/8", "06"],
+    )
     complete(folder)
-    shutil.rmtree(folder / "again", ignore_errors=True)
-    found: dict[str, Any] = {name: measure(words, says.get(name, "")) for name, words in commands.items()}
+    sum(len(names) for _, _, names in os.walk(folder))  # brings the names into memory
+    yield "run", measure([*run, "many"], f"{end}complete, skipped")
+    yield "status", measure(["status", "many", *where], f"{end.strip():26} complete")
+    yield "report", measure(["report", "many", *where], "index.html")
+    yield "shard done", measure(shard, "complete, nothing to do")
     entry = read_manifest(folder / "many")["stages"]["06_pseudo_masks"]
     put_entry(folder / "many", stage_named("06"), entry, status="running", exit_code=None)
-    return found | {"shard": measure([*shard, "06"], "0 made")}
-
-
-def measure_size(folder: Path, number: int) -> dict[str, Any]:
-    """All of one number of images."""
-    sizes = {name: (folder / "many" / name).stat().st_size for name in ("manifest.json", "metrics.json", "index.html")}
-    filled = files.read_json(folder / "filled.json", {})
-    row = {"images": number, "commands": measure_commands(folder), "bytes": sizes} | filled
-    print(row, flush=True)
-    return row
+    yield "shard", measure(shard, "0 made")
+    complete(folder)
+    shutil.rmtree(folder / "again", ignore_errors=True)
+    yield "reuse", measure([*run, "again", "--reuse", "many"], f"{end}taken over")
 
 
 # --------------------------------------------------------------------------------------------------------------- table
@@ -168,31 +156,27 @@ def markdown_commands(result: dict[str, Any]) -> str:
     """A line per size, above it the same with the library as it was before this was measured for the first time."""
     before = [(row, "before") for row in result.get("before", [])]
     rows = sorted(before + [(row, "now") for row in result["rows"]], key=lambda pair: pair[0]["images"])
+
+    def cell(found: dict[str, float] | None) -> str:
+        return f"{found['seconds']:.1f} s, {found['megabytes']:.0f} MB" if found else ""
+
     lines = [
-        [
-            f"{row['images']:,}, {when}",
-            *(
-                f"{one['seconds']:.1f} s, {one['megabytes']:.0f} MB"
-                for one in (row["commands"][key] for key in COMMANDS)
-            ),
-        ]
-        for row, when in rows
+        [f"{row['images']:,}, {when}", *(cell(row["commands"].get(key)) for key in COMMANDS)] for row, when in rows
     ]
     return markdown_table(["images", *COMMANDS.values()], lines)
 
 
 def markdown_files(result: dict[str, Any]) -> str:
-    sizes = ("manifest.json", "metrics.json", "index.html")
     rows = [
         [
             f"{row['images']:,}",
             f"{1e6 * row['write_s'] / row['files']:.0f}",
             f"{1e6 * row['hash_s'] / row['hashed']:.0f}",
-            *(f"{row['bytes'][name] / 1000:.0f}" for name in sizes),
+            *(f"{row['bytes'][name] / 1000:.0f}" for name in OWN_FILES),
         ]
         for row in result["rows"]
     ]
-    head = ["images", "writing a file, µs", "listing and hashing a file, µs", *(f"`{name}`, kB" for name in sizes)]
+    head = ["images", "writing a file, µs", "listing and hashing a file, µs", *(f"`{name}`, kB" for name in OWN_FILES)]
     return markdown_table(head, rows)
 
 
