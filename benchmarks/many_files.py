@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--fill", action="store_true", help="only make the folders")
     parser.add_argument("--page", action="store_true", help="write the tables of what was measured, measure nothing")
     arguments = parser.parse_args()
-    result, state = files.read_json(RESULTS, {}), git_state()
+    result, state, today = files.read_json(RESULTS, {}), git_state(), datetime.date.today().isoformat()
     if not arguments.page:
         if arguments.folder is None:
             parser.error("--folder DIR says where")
@@ -203,12 +203,14 @@ def main() -> None:
                 fill(base, folder, number)
             if not arguments.fill:
                 rows = {row["images"]: row for row in result.get(arguments.key, [])}
-                rows[number] = measure_size(folder, number)
-                result |= {
-                    arguments.key: [rows[key] for key in sorted(rows)],
-                    "date": datetime.date.today().isoformat(),
-                }
-                files.write_json(RESULTS, result | state)
+                row = {"images": number, "commands": {}} | files.read_json(folder / "filled.json", {})
+                rows[number] = row
+                result |= {arguments.key: [rows[key] for key in sorted(rows)], "date": today}
+                for name, found in measure_commands(folder):
+                    row["commands"][name] = found
+                    row["bytes"] = {each: (folder / "many" / each).stat().st_size for each in OWN_FILES}
+                    print(number, name, found, flush=True)
+                    files.write_json(RESULTS, result | state)
     if not arguments.fill and arguments.key == "rows":
         fill_page(PAGE, "benchmarks/many_files.py", {name: make(result) for name, make in MARKDOWN.items()})
 
