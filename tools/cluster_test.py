@@ -162,7 +162,8 @@ def write_profile(folder: Path) -> Path:
     profile["default-resources"] |= {"slurm_partition": "tiny", "runtime": 20, "mem_mb": 900}
     profile["set-threads"] = dict.fromkeys(profile["set-threads"], 1)
     profile |= {"slurm-no-account": True, "slurm-status-command": "squeue", "latency-wait": 10}
-    profile["slurm-init-seconds-before-status-checks"] = 1  # jobs of seconds; of real ones it is 40
+    # Jobs of seconds; of real ones it is 40. Each question that finds no job ended makes the next one 10 s later.
+    profile["slurm-init-seconds-before-status-checks"] = 7
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(profile))
     return folder
