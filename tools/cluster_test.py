@@ -134,7 +134,15 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
             stack.enter_context(running(["slurmd", "-D", "-N", node], folder / f"{node}.log", environment))
         states = ["sinfo", "-h", "-N", "-o", "%T"]
         wait_until(lambda: ask(states, environment).split() == ["idle"] * len(NODES), "slurmd", START_SECONDS)
+        stack.callback(end_jobs, environment)  # they would outlive slurmd
         yield environment
+
+
+def end_jobs(environment: Mapping[str, str]) -> None:
+    """Cancel what runs or waits, and wait for its end; nothing where all is done."""
+    if ask(["squeue", "-h"], environment):
+        ask(["scancel", f"--user={getpass.getuser()}"], environment)
+        wait_until(lambda: not ask(["squeue", "-h"], environment), "the end of cancelled jobs", START_SECONDS)
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float) -> None:
@@ -201,10 +209,23 @@ def sweep_with_losses(command: Sequence[str], out: Path, environment: Mapping[st
         print(f"job {job} goes on, on another node", flush=True)
         status = process.wait(timeout=SWEEP_SECONDS)
     finally:
-        process.terminate()  # it ends Snakemake, which cancels its jobs
-        process.wait(timeout=START_SECONDS)
+        end_process(process)  # it ends Snakemake, which cancels its jobs
     if status != 1:
         sys.exit(f"the sweep that lost a job ended with status {status}; 1 was expected, of failed runs")
+
+
+def sweep_to_its_end(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    """The same sweep again.
+
+    Raises:
+        SystemExit: if runs fail.
+    """
+    process = subprocess.Popen(command, env=environment, cwd=PROJECT_ROOT)
+    try:
+        if status := process.wait(timeout=SWEEP_SECONDS):
+            sys.exit(f"the same command again ended with status {status}")
+    finally:
+        end_process(process)
 
 
 def goes_on(job: str, lost: str, environment: Mapping[str, str]) -> bool:
@@ -246,7 +267,7 @@ def main() -> None:
         with running(sweep_command(local), folder / "local.log", os.environ) as alone:
             with slurm(folder / "slurm") as environment:
                 sweep_with_losses(command, cluster, environment)
-                subprocess.run(command, env=environment, cwd=PROJECT_ROOT, check=True, timeout=SWEEP_SECONDS)
+                sweep_to_its_end(command, environment)
                 left = ask(["squeue", "-h"], environment)
             if alone.wait(timeout=SWEEP_SECONDS):
                 sys.exit(f"the local sweep failed:\n{(folder / 'local.log').read_text()}")
