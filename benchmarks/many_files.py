@@ -198,8 +198,7 @@ def main() -> None:
                 fill(base, folder, number)
             if not arguments.fill:
                 rows = {row["images"]: row for row in result.get(arguments.key, [])}
-                row: dict[str, Any] = {"images": number, "commands": {}}
-                rows[number] = row
+                row = rows.setdefault(number, {"images": number, "commands": {}})
                 result |= {arguments.key: [rows[key] for key in sorted(rows)], "date": today}
                 for name, found in measure_commands(folder):
                     row["commands"][name] = found
