@@ -156,15 +156,13 @@ def measure_commands(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
 
 def markdown_commands(result: dict[str, Any]) -> str:
     """A line per size, above it the same with the library as it was before this was measured for the first time."""
-    before = [(row, "before") for row in result.get("before", [])]
-    rows = sorted(before + [(row, "now") for row in result["rows"]], key=lambda pair: pair[0]["images"])
+    before = [(row, ", before") for row in result.get("before", [])]
+    rows = sorted(before + [(row, "") for row in result["rows"]], key=lambda pair: pair[0]["images"])
 
     def cell(found: dict[str, float] | None) -> str:
         return f"{found['seconds']:.1f} s, {found['megabytes']:.0f} MB" if found else ""
 
-    lines = [
-        [f"{row['images']:,}, {when}", *(cell(row["commands"].get(key)) for key in COMMANDS)] for row, when in rows
-    ]
+    lines = [[f"{row['images']:,}{when}", *(cell(row["commands"].get(key)) for key in COMMANDS)] for row, when in rows]
     return markdown_table(["images", *COMMANDS.values()], lines)
 
 
