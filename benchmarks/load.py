@@ -55,23 +55,26 @@ def make_photos(folder: Path, number: int) -> Path:
     return table
 
 
-def measure(words: Sequence[str]) -> dict[str, float]:
-    """Seconds and peak memory of a command in a process of its own."""
+def measure(words: Sequence[str], says: str = "") -> dict[str, float]:
+    """Seconds and peak memory of a command in a process of its own, which must say something."""
     code = (
         "import sys; from smaflib.apps.cli import app\n"
         "try: app(sys.argv[1:])\n"
         "except SystemExit as end: assert not end.code, end.code\n"
     )
-    return measure_code(code, words)
+    return measure_code(code, words, says)
 
 
-def measure_code(code: str, words: Sequence[str] = ()) -> dict[str, float]:
-    """Seconds and peak memory of a program in a process of its own."""
-    code += "\nimport json, resource; print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))"
+def measure_code(code: str, words: Sequence[str] = (), says: str = "") -> dict[str, float]:
+    """Seconds and peak memory of a program in a process of its own, which must say something."""
+    # Not getrusage, whose peak begins with that of the process that started this one.
+    code += "\nprint(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     begun = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
-    kilobytes = json.loads(done.stdout.splitlines()[-1])
-    return {"seconds": round(time.monotonic() - begun, 2), "megabytes": round(kilobytes / 1024, 1)}
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    seconds = time.monotonic() - begun
+    if done.returncode or says not in done.stdout + done.stderr:
+        sys.exit(f"{' '.join(words)} ended with status {done.returncode}:\n{done.stdout}{done.stderr}")
+    return {"seconds": round(seconds, 2), "megabytes": round(int(done.stdout.splitlines()[-1]) / 1024, 1)}
 
 
 def load(folder: Path, number: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import site
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +173,48 @@ def copy_file(source: Path, target: Path) -> None:
     """
     with replacing(target) as temporary:
         temporary.unlink()
-        try:
-            os.link(source, temporary)
-        except OSError:  # another file system, or one without links
+        if not _link(source, temporary):
             shutil.copyfile(source, temporary)
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Give a file a second name, which must be free; False on another file system, or one without links."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def copy_folder(source: Path, target: Path, copied: Collection[str] = ()) -> None:
+    """Copy a folder to a place where none is, all or nothing, by hard links where the file system has them.
+
+    The links get their names under a temporary one of the folder, and only folders are waited for: links that are
+    waited for one by one take long. A killed process leaves the temporary folder, which the next copy replaces.
+
+    Args:
+        source: the folder.
+        target: must not exist.
+        copied: endings of files that are copied all the same.
+    """
+    temporary = target.with_name(f"{PARTIAL}{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    folders = {temporary}
+    for entry in walk(source):
+        place = temporary / Path(entry.path).relative_to(source)
+        if place.parent not in folders:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            folders.add(place.parent)
+        if place.suffix in copied or not _link(Path(entry.path), place):
+            with replacing(place) as half:
+                shutil.copyfile(entry.path, half)
+    for folder in folders:
+        _flush(folder)
+    os.replace(temporary, target)
+    _flush(target.parent)
 
 
 def file_hash(path: Path) -> str:
@@ -185,11 +223,42 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def tree_hash(paths: list[Path], root: Path) -> str:
+def walk(folder: Path | str) -> Iterator[os.DirEntry[str]]:
+    """The files below a folder, in the order of the file system, one after the other: there may be a million of them.
+
+    An entry knows its name and that it is a file; ``stat`` asks the file system. Nothing where there is no folder.
+    """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_file():
+                yield entry
+            elif entry.is_dir(follow_symlinks=False):
+                yield from walk(entry.path)
+
+
+FEW = 1000
+"""Names up to which :func:`names_there` asks for each; a listing of a large folder takes longer than that."""
+
+
+def names_there(folder: Path, names: Collection[str]) -> set[str]:
+    """Those of some names that are files of a folder, or none where there is no folder.
+
+    A few are asked for one by one. Of many the folder is listed instead: a million questions take a file server long.
+    """
+    if len(names) < FEW:
+        return {name for name in names if (folder / name).is_file()}
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        return {entry.name for entry in entries if entry.is_file()}.intersection(names)
+    return set()
+
+
+def tree_hash(paths: Iterable[Path], root: Path) -> str:
     """SHA-256 over names and contents of files, whatever the order they are given in."""
     digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(f"{path.relative_to(root).as_posix()}\0{file_hash(path)}\n".encode())
+    # Names, not paths, which take several times the memory.
+    names = sorted((path.relative_to(root).as_posix() for path in paths), key=lambda name: name.split("/"))
+    for name in names:
+        digest.update(f"{name}\0{file_hash(root / name)}\n".encode())
     return digest.hexdigest()
 
 

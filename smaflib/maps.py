@@ -23,7 +23,7 @@ from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import scaled_size
 from smaflib.distributed.ranks import ranks_here, wait_for_all
 from smaflib.errors import DataError
-from smaflib.files import load_arrays, save_arrays
+from smaflib.files import load_arrays, names_there, save_arrays
 from smaflib.models.memory import forward_bytes, refuse_what_does_not_fit
 from smaflib.plugins import of_image
 from smaflib.reactivation import blend_saliency
@@ -186,8 +186,9 @@ def write_attention_maps(
     maps = AttentionMaps(folder, config.scales)
     runtime.place(network)
     most_pixels = batch_size * SMALL_IMAGE if runtime.device.type == "cpu" else sys.maxsize
-    names = samples.image_ids
-    missing = [index for index in ranks_here().part(range(len(names))) if not maps.path(names[index]).is_file()]
+    names = [f"{image_id}.npz" for image_id in samples.image_ids]
+    there = names_there(folder, names)
+    missing = [index for index in ranks_here().part(range(len(names))) if names[index] not in there]
     threads = 0 if host_threads is None and runtime.device.type == "cpu" else host_threads
     decoded = ahead(samples.__getitem__, missing, threads)
 

@@ -299,9 +299,10 @@ def _share_work(work: Workspace, function: str, is_done: Callable[[], bool], **a
         run_in_processes(Task(function, work.folder, work.data_folder, work.config, arguments), number)
 
 
-def _are_there(folder: Path, samples: Samples, ending: str = ".png") -> bool:
+def are_there(folder: Path, samples: Samples, ending: str = ".png") -> bool:
     """Whether every image has its file in a folder."""
-    return all(folder.joinpath(f"{image_id}{ending}").is_file() for image_id in samples.image_ids)
+    names = [f"{image_id}{ending}" for image_id in samples.image_ids]
+    return len(files.names_there(folder, names)) == len(set(names))
 
 
 def train_teacher(work: Workspace) -> tuple[AttentionNetwork, History]:
@@ -337,7 +338,7 @@ def write_maps(work: Workspace, network: str, split: Split = "train") -> Attenti
     from smaflib.models.sources import source_of
 
     maps, samples = work.maps(network, split), work.samples(split)
-    if _are_there(maps.folder, samples, ".npz"):
+    if are_there(maps.folder, samples, ".npz"):
         return maps
     _share_work(work, "write_maps", lambda: False, network=network, split=split)
     attention = work.config.attention
@@ -499,7 +500,7 @@ def write_masks(work: Workspace, network: str = "student") -> MaskFiles:
     from smaflib.pseudo_masks import write_pseudo_masks
 
     samples, bg_score = work.samples(), resolve_mask_bg_score(work, network)
-    _share_work(work, "write_masks", lambda: _are_there(work.path("masks"), samples), network=network)
+    _share_work(work, "write_masks", lambda: are_there(work.path("masks"), samples), network=network)
     write_pseudo_masks(
         samples,
         work.mask_maps(network, samples),
@@ -544,7 +545,7 @@ def write_segmentation(work: Workspace, split: Split = "val") -> MaskFiles:
 
     samples = work.samples(split)
     masks = work.path("masks_segmenter")
-    _share_work(work, "write_segmentation", lambda: _are_there(masks, samples), split=split)
+    _share_work(work, "write_segmentation", lambda: are_there(masks, samples), split=split)
     segmentation.write_segmentation(work.segmenter(), samples, masks, work.config.segmentation, work.make_runtime())
     return work.masks(samples, "masks_segmenter")
 

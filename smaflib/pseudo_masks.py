@@ -13,6 +13,7 @@ from smaflib.config import CrfConfig, PseudoMaskConfig
 from smaflib.data.masks import save_mask
 from smaflib.data.sample import Samples
 from smaflib.distributed.ranks import ranks_here, wait_for_all
+from smaflib.files import names_there
 from smaflib.plugins import of_image
 from smaflib.reactivation import hard_labels, with_background_score
 from smaflib.refinement import refine, refine_many
@@ -110,13 +111,14 @@ def write_pseudo_masks(
 
     Arguments as of :func:`pseudo_masks`.
     """
-    paths = [folder / f"{image_id}.png" for image_id in samples.image_ids]
-    missing = [index for index in ranks_here().part(range(len(paths))) if not paths[index].is_file()]
+    names = [f"{image_id}.png" for image_id in samples.image_ids]
+    there = names_there(folder, names)
+    missing = [index for index in ranks_here().part(range(len(names))) if names[index] not in there]
     # torch's Subset is lazy, as the maps are: those of a data set do not fit into memory.
     some: Any = torch.utils.data.Subset(denoised, missing)  # type: ignore[arg-type]
     masks = pseudo_masks(samples.subset(missing), some, bg_score, config, device=device, desc="pseudo masks")
     for index, mask in zip(missing, masks, strict=True):
-        save_mask(paths[index], mask)
+        save_mask(folder / names[index], mask)
     wait_for_all()
 
 

@@ -17,6 +17,7 @@ from smaflib.data.masks import save_mask
 from smaflib.data.sample import Samples
 from smaflib.data.transforms import normalize, scaled_size
 from smaflib.distributed.ranks import ranks_here, wait_for_all
+from smaflib.files import names_there
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, SummedBranches
 from smaflib.refinement import dense_crf, refine_many
 from smaflib.runtime import Runtime, derive_seed, device_of, progress, seeded
@@ -219,9 +220,10 @@ def write_segmentation(
         settings: as of :func:`segment_many`.
         runtime: device and precision.
     """
-    paths = [folder / f"{image_id}.png" for image_id in samples.image_ids]
-    missing = [index for index in ranks_here().part(range(len(paths))) if not paths[index].is_file()]
+    names = [f"{image_id}.png" for image_id in samples.image_ids]
+    there = names_there(folder, names)
+    missing = [index for index in ranks_here().part(range(len(names))) if names[index] not in there]
     masks = segment_many(network, (samples[index].image for index in missing), settings, runtime)
     for index, mask in zip(missing, progress(masks, len(missing), f"segment {samples.split}"), strict=True):
-        save_mask(paths[index], mask)
+        save_mask(folder / names[index], mask)
     wait_for_all()

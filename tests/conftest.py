@@ -1,7 +1,11 @@
 """Settings of the whole test run."""
 
 import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -11,3 +15,20 @@ torch.set_num_threads(1)
 # No deadline: the first call of a torch kernel is slow. In CI the examples are the same every time.
 settings.register_profile("smaflib", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("smaflib")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder that is a disk of 32 MB, in memory; skips where this user may not mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)], capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        pytest.skip("there is no mount command here")
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

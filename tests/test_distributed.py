@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TRAINING, make_samples, tiny_config
+from filelock import FileLock
+from helpers import TRAINING, fill_disk, make_samples, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -24,11 +27,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torchvision.ops import StochasticDepth
 
+from smaflib import files
 from smaflib.classifier import train_classifier
 from smaflib.config import Config, dump_config
 from smaflib.config.reads import SETTINGS_FILE, follow, recorded_settings, recording_where_asked
 from smaflib.data import make_data
 from smaflib.data.masks import read_mask
+from smaflib.distributed import launch
 from smaflib.distributed.launch import RESTARTS, num_processes
 from smaflib.distributed.layers import see_whole_batch
 from smaflib.distributed.ranks import Ranks, gather_parts, ranks_here, sum_gradients, sum_over_ranks, wait_for_all
@@ -308,6 +313,78 @@ def test_processes_that_die_again_and_again_are_given_up(tmp_path: Path, monkeyp
     with pytest.raises(RunError, match=r"(?s)2 processes of train_teacher ended 2 times.*dead"):
         train_teacher(workspace(tmp_path / "run", 2))
     assert RESTARTS == 3
+
+
+def test_process_that_never_comes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It hangs before it meets the others, and again when torchrun starts it anew."""
+    monkeypatch.setattr(launch, "MEETING_SECONDS", 3.0)
+    monkeypatch.setattr(launch, "FAILED_SECONDS", 3.0)
+    (tmp_path / "hanging").mkdir()
+    hang = "import os, time\nif os.environ.get('RANK') == '1': time.sleep(3600)\n"
+    (tmp_path / "hanging" / "sitecustomize.py").write_text(hang)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hanging"))
+    begun = time.monotonic()
+    with pytest.raises(RunError, match="rank 1 of 2 processes did not come within 3 s, before any work began"):
+        train_teacher(workspace(tmp_path / "run", 2))
+    assert time.monotonic() - begun < 100
+    assert not workers_of(os.getpid()) and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_port_in_use_is_no_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun takes a free one, whatever an environment says; the processes meet in a file."""
+    with contextlib.ExitStack() as stack:
+        for port in (29400, 29500):  # what torchrun and torch.distributed take where nobody says
+            taken = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):  # then somebody else has it
+                taken.bind(("127.0.0.1", port))
+                taken.listen()
+        monkeypatch.setenv("MASTER_PORT", "29500")
+        _, curve = train_teacher(workspace(tmp_path, 2))
+    assert len(curve) == 6
+
+
+@pytest.mark.parametrize("work_of", [train_teacher, partial(write_maps, network="teacher")], ids=["training", "maps"])
+def test_full_disk_ends_all_processes_and_loses_nothing(
+    tmp_path: Path, small_disk: Path, work_of: Callable[[Workspace], object]
+) -> None:
+    calm, full = (workspace(folder, 2) for folder in (tmp_path / "calm", small_disk / "run"))
+    for work in (calm, full):
+        work.checkpoint("teacher").parent.mkdir()
+    train_teacher(calm)
+    if work_of is not train_teacher:
+        shutil.copy(calm.checkpoint("teacher"), full.checkpoint("teacher"))
+    work_of(calm)
+    other = fill_disk(small_disk, room=2 * 4096)  # for two files of maps, and for no checkpoint
+    before = {path: path.read_bytes() for path in full.folder.rglob("*.*") if path.is_file()}
+    with pytest.raises(OSError, match="No space left on device"):
+        work_of(full)
+    assert not workers_of(os.getpid()) and not list(full.folder.rglob(f"{files.PARTIAL}*"))
+    assert {path: path.read_bytes() for path in before} == before
+    other.unlink()
+    work_of(full)
+    made = [{path.relative_to(work.folder): path.read_bytes() for path in products(work)} for work in (calm, full)]
+    assert made[0] == made[1] and len(made[0]) >= 1
+
+
+def products(work: Workspace) -> list[Path]:
+    return [path for folder in ("checkpoints", "cams") for path in work.path(folder).rglob("*.*") if path.is_file()]
+
+
+def test_folders_of_killed_processes_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    names = {name: tmp_path / f"{launch.PREFIX}{name}" for name in ("dead", "at_work", "of_another_version")}
+    for name, folder in names.items():
+        folder.mkdir()
+        (folder / "torchrun.log").touch()
+        if name != "of_another_version":  # nobody knows whether it is at work
+            (folder / launch.LOCK).touch()
+    with FileLock(names["at_work"] / launch.LOCK), launch._shared_folder() as own:
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+            [own.name, names["at_work"].name, names["of_another_version"].name]
+        )
+        with launch._shared_folder():  # another process's start
+            assert own.is_dir()
+    assert not own.exists()
 
 
 def test_processes_end_with_the_one_that_waits(tmp_path: Path) -> None:

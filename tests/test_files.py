@@ -18,13 +18,16 @@ from PIL import Image
 from smaflib import files
 from smaflib.errors import RunError
 from smaflib.files import (
+    copy_folder,
     duration,
     file_hash,
     load_arrays,
+    names_there,
     replacing,
     save_arrays,
     save_image,
     tree_hash,
+    walk,
     write_json,
     write_text,
 )
@@ -114,6 +117,44 @@ def test_file_hash_is_sha256(tmp_path: Path) -> None:
     assert file_hash(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
+def test_walk_finds_every_file_below_a_folder(tmp_path: Path) -> None:
+    for name in ("a.png", "inner/b.png", "inner/deep/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"12")
+    (tmp_path / "link").symlink_to(tmp_path / "inner")  # a folder elsewhere, or this one again
+    (tmp_path / "file").symlink_to(tmp_path / "a.png")
+    found = {Path(entry.path).relative_to(tmp_path).as_posix(): entry.stat().st_size for entry in walk(tmp_path)}
+    assert found == {"a.png": 2, "inner/b.png": 2, "inner/deep/c.png": 2, "file": 2}
+    assert list(walk(tmp_path / "nowhere")) == []
+
+
+def test_folder_is_copied_by_links_and_replaces_what_a_killed_copy_left(tmp_path: Path) -> None:
+    for name in ("a.npz", "inner/b.npz", "facts.json"):
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source" / name).write_text(name)
+    left = tmp_path / "runs" / f"{files.PARTIAL}target"
+    left.mkdir(parents=True)
+    (left / "half").touch()
+    target = tmp_path / "runs" / "target"
+    copy_folder(tmp_path / "source", target, (".json",))
+    made = {path.relative_to(target).as_posix(): path for path in target.rglob("*.*")}
+    assert {name: path.read_text() for name, path in made.items()} == {name: name for name in made} and len(made) == 3
+    linked = {name for name, path in made.items() if path.samefile(tmp_path / "source" / name)}
+    assert linked == {"a.npz", "inner/b.npz"} and not left.exists()
+
+
+@pytest.mark.parametrize("few", [0, 10])
+def test_names_of_files_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int) -> None:
+    """Asked for one by one, and of a listing."""
+    monkeypatch.setattr(files, "FEW", few)
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "c.png").mkdir()
+    assert names_there(tmp_path, ["a.png", "c.png", "d.png"]) == {"a.png"}
+    assert names_there(tmp_path, []) == set()
+    assert names_there(tmp_path / "nowhere", ["a.png"]) == set()
+
+
 def test_tree_hash_depends_on_names_and_contents_and_not_on_order_or_place(tmp_path: Path) -> None:
     roots = [tmp_path / "one", tmp_path / "two"]
     for root in roots:
@@ -129,6 +170,15 @@ def test_tree_hash_depends_on_names_and_contents_and_not_on_order_or_place(tmp_p
     assert first != tree_hash(lists[1], roots[1])
     (roots[0] / "b").rename(roots[0] / "c")
     assert first != tree_hash([roots[0] / "x" / "a", roots[0] / "c"], roots[0])
+
+
+def test_tree_hash_takes_a_folder_before_its_neighbours_names(tmp_path: Path) -> None:
+    """The order of paths, which manifests were written with: x/a before x-y, though "-" comes before "/"."""
+    for name in ("x-y", "x/a"):
+        write_text(tmp_path / name, name)
+    lines = (f"{name}\0{hashlib.sha256(name.encode()).hexdigest()}\n" for name in ("x/a", "x-y"))
+    expected = hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert tree_hash([tmp_path / "x-y", tmp_path / "x" / "a"], tmp_path) == expected
 
 
 @pytest.mark.parametrize(

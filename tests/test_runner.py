@@ -367,7 +367,7 @@ def test_killed_while_taking_over_then_run_again_is_complete(reading, links):
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     folder = reading.folder / "runs" / f"killed{links}"
-    assert len(list(folder.glob("cams/teacher/*"))) == links
+    assert len(list(folder.glob(".partial-cams/teacher/*"))) == links and not (folder / "cams").exists()
     executed = list(reading.log)
     assert content(reuse(reading, folder.name)) == content(reading.file(""))
     assert reading.log == executed and not list(folder.rglob(".partial-*"))

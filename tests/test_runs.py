@@ -354,15 +354,27 @@ def test_changed_modules_are_named(run, tmp_path, monkeypatch):
     assert reason(run, notebook) == "smaflib.cams and 2 more changed"
 
 
-def test_large_artifacts_are_measured_not_hashed(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("limit", ["HASHED_BYTES", "HASHED_FILES"])
+def test_large_artifacts_and_many_files_are_measured_not_hashed(run, tmp_path, monkeypatch, limit):
     make_stage(run, write_notebook(tmp_path / "01_make.ipynb", "x = 1"))
-    monkeypatch.setattr(manifest, "HASHED_BYTES", 0)
+    monkeypatch.setattr(manifest, limit, 0)
     entry = read_manifest(run.folder)["stages"]["01_make"]
     run.path("cams/teacher/b.npz").write_text("cam of B")
     assert damaged_artifacts(run.folder, entry) == []
     run.path("cams/teacher/b.npz").write_text("cam of")
     assert damaged_artifacts(run.folder, entry) == ["cams/teacher/"]
     run.path("cams/teacher/b.npz").unlink()
+    assert damaged_artifacts(run.folder, entry) == ["cams/teacher/"]
+
+
+def test_files_beyond_a_limit_are_counted(run, tmp_path, monkeypatch):
+    make_stage(run, write_notebook(tmp_path / "01_make.ipynb", "x = 1"))
+    for limit in ("HASHED_FILES", "MEASURED_FILES"):
+        monkeypatch.setattr(manifest, limit, 0)
+    entry = read_manifest(run.folder)["stages"]["01_make"]
+    run.path("cams/teacher/b.npz").write_text("longer than before")
+    assert damaged_artifacts(run.folder, entry) == []
+    run.path("cams/teacher/c.npz").touch()
     assert damaged_artifacts(run.folder, entry) == ["cams/teacher/"]
 
 

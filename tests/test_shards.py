@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import tiny_config
+from helpers import fill_disk, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -201,6 +201,19 @@ def test_shard_resumes_after_a_kill(runs: Path) -> None:
     lost.rename(cams / f"{files.PARTIAL}{lost.name}")  # killed while it wrote
     assert run_shard("taught", "03", Part(1, 2), runs).endswith("1 made, 5 were there")
     assert not list(cams.glob(f"{files.PARTIAL}*"))
+
+
+def test_full_disk_ends_a_shard_and_what_is_there_stays(runs: Path, small_disk: Path) -> None:
+    """The disk of one machine is full: its part ends with an error, and the same command goes on."""
+    shutil.copytree(runs / "taught", small_disk / "taught")
+    assert run_shard("taught", "03", Part(1, 2), small_disk).endswith("6 made, 0 were there")
+    other = fill_disk(small_disk)
+    before = contents(small_disk / "taught" / "cams")
+    with pytest.raises((OSError, RunError), match="No space left on device"):
+        run_shard("taught", "03", Part(2, 2), small_disk)
+    assert contents(small_disk / "taught" / "cams") == before
+    other.unlink()
+    assert run_shard("taught", "03", Part(2, 2), small_disk).endswith("4 made, 0 were there")
 
 
 # --- who may work beside whom -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from smaflib.apps import sweep as sweeps
 from smaflib.apps.cli import app
 from smaflib.apps.sweep import parse_grid, parse_seeds, plan, sweep
 from smaflib.errors import ConfigError, InputError, StageFailed
@@ -141,6 +142,24 @@ def test_tables_by_hand(config: Path, tmp_path: Path) -> None:
     assert r"attention.fusion=sum" in (out / "results.tex").read_text()
     runs = list(csv.DictReader((out / "runs.tsv").read_text().splitlines(), delimiter="\t"))
     assert [(run["run"], run["seed"]) for run in runs][1] == ("seed0-fusion-max", "0")
+
+
+def test_only_the_run_that_has_changed_is_read_again(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    read_run = sweeps.read_run
+    monkeypatch.setattr(sweeps, "read_run", lambda folder: (read.append(folder.name), read_run(folder))[1])
+    names = ["seed0-fusion-sum", "seed0-fusion-max", "seed1-fusion-sum", "seed1-fusion-max"]
+    sweep(config, tmp_path / "sweep", [0, 1], GRID, run_one=FakeChain())
+    assert read == names
+    sweep(config, tmp_path / "sweep", [0, 1], GRID, run_one=lambda *_, **__: None)  # nothing is new
+    assert read == names
+    monkeypatch.setitem(VALUES, ("max", 1), 0.81)
+    sweep(config, tmp_path / "sweep", [0, 1], GRID, run_one=FakeChain())
+    assert read == names * 2  # each has written its records anew
+    (row,) = csv.DictReader((tmp_path / "sweep" / "results.csv").read_text().splitlines())
+    assert row["attention.fusion=max"] == "70.0 ± 15.6 (2)"
 
 
 def test_one_seed_without_a_grid_has_no_spread(config: Path, tmp_path: Path) -> None:

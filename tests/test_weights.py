@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from collections.abc import Callable
@@ -49,6 +50,15 @@ def test_written_weights_read_back_bit_for_bit_with_their_metadata(tmp_path: Pat
     assert again["half"].dtype == torch.float16
     assert read_metadata(path) == {"iteration": "3", "history": '[{"L_cls": 0.5}]'}
     assert [file.name for file in path.parent.iterdir()] == ["a.safetensors"]
+
+
+def test_full_disk_is_an_error_of_the_operating_system_and_the_old_weights_stay(small_disk: Path) -> None:
+    path = small_disk / "a.safetensors"
+    write_weights(path, {"a": torch.ones(2)})
+    with pytest.raises(OSError, match="No space left on device") as error:
+        write_weights(path, {"a": torch.zeros(10_000_000)})  # 40 MB
+    assert error.value.errno == errno.ENOSPC
+    assert read_weights(path)["a"].tolist() == [1, 1] and [file.name for file in small_disk.iterdir()] == [path.name]
 
 
 def test_the_same_weights_are_the_same_bytes_in_every_process(tmp_path: Path) -> None:

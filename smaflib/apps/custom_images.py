@@ -26,6 +26,7 @@ from smaflib.errors import ConfigError
 from smaflib.models.networks import load_attention_network
 from smaflib.pipeline import (
     Workspace,
+    are_there,
     check_networks,
     check_plugins,
     read_bg_score,
@@ -70,7 +71,7 @@ def make_masks(config: Config, out: Path) -> Path:
         check_networks(config)  # before the folder is claimed
     _claim(out, config, samples)
     with files.locked(out, "smaf masks"):
-        if not all(work.path("masks", f"{image_id}.png").is_file() for image_id in samples.image_ids):
+        if not are_there(work.path("masks"), samples):
             train_teacher(work)
             write_maps(work, "teacher")
             resolve_bg_score(work)

@@ -7,11 +7,13 @@ is made once (:mod:`smaflib.runs.reuse`). A killed sweep resumes where it stoppe
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,16 +239,32 @@ def write_tables(out: Path, planned: Sequence[Planned], measure: str) -> None:
 
 def finished_measurements(out: Path, planned: Sequence[Planned], measure: str) -> pd.DataFrame:
     """What the runs have measured so far, a row per run and row of its results."""
-    return measurements(
-        ((each.setting, each.seed, read_run(out / each.name)) for each in _begun(out, planned)), measure
-    )
+    begun = [each for each in planned if (out / each.name / "config.yaml").is_file()]
+    found = [_measured(out, each, measure, _version(out / each.name / "metrics.json")) for each in begun]
+    some = [table for table in found if len(table)]
+    return pd.concat(some, ignore_index=True) if some else measurements([], measure)
 
 
-def _begun(out: Path, planned: Sequence[Planned]) -> Iterator[Planned]:
-    return (each for each in planned if (out / each.name / "config.yaml").is_file())
+# Tables are written after each run, and of a thousand runs only one has changed.
+@functools.lru_cache(maxsize=2 * MOST_RUNS)
+def _measured(out: Path, planned: Planned, measure: str, version: tuple[int, int] | None) -> pd.DataFrame:
+    return measurements([(planned.setting, planned.seed, read_run(out / planned.name))], measure)
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """What a file that is never written in place is known by: its inode and when it was made; None: there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        facts = path.stat()
+        return facts.st_ino, facts.st_mtime_ns
+    return None
 
 
 def _complete(folder: Path) -> int:
+    return _num_complete(folder, _version(folder / "manifest.json"))
+
+
+@functools.lru_cache(maxsize=2 * MOST_RUNS)
+def _num_complete(folder: Path, version: tuple[int, int] | None) -> int:
     try:
         stages = read_manifest(folder)["stages"].values()
     except RunError:  # damaged; running it says so

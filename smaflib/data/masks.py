@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import struct
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -17,7 +18,7 @@ from torch import Tensor
 from smaflib.data.classes import VOID_LABEL
 from smaflib.data.sample import Samples
 from smaflib.errors import DataError
-from smaflib.files import save_image
+from smaflib.files import names_there, save_image
 
 # What Pillow raises on damaged files, found by cutting and flipping bytes of real ones.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
@@ -162,7 +163,11 @@ class MaskFiles(Sequence[Tensor]):
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
-        if missing := [path for path in self.paths if not path.is_file()]:
+        by_folder: dict[Path, list[str]] = defaultdict(list)
+        for path in self.paths:
+            by_folder[path.parent].append(path.name)
+        there = {folder: names_there(folder, names) for folder, names in by_folder.items()}
+        if missing := [path for path in self.paths if path.name not in there[path.parent]]:
             raise DataError(f"{len(missing)} of {len(self.paths)} masks are missing, the first is {missing[0]}")
 
     def __len__(self) -> int:

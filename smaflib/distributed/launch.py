@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from smaflib import errors, files
 from smaflib.config import Config, TrainingConfig, dump_config
@@ -31,8 +34,17 @@ from smaflib.runtime import PROGRESS_FILE, num_cores
 RESTARTS = 3
 """Times that torchrun starts all processes again after one was killed. What was written is not computed again."""
 
+MEETING_SECONDS = 300.0
+"""How long a process waits until all have come. They start together and then import torch, which takes seconds."""
+
+FAILED_SECONDS = 45.0
+"""How long torchrun may take to end once a process has said why it failed: it gives the others half a minute, and
+starts one that hangs again."""
+
 WORKER = "smaflib.distributed.worker"
 """The module that torchrun runs. It stands above the stages, which it calls, and this one below them."""
+
+PREFIX, LOCK = "smaf-ranks-", "lock"
 
 TASK, FAILURE = "task.json", "failure.json"
 """Files in the folder that a waiting process and its workers share."""
@@ -104,10 +116,10 @@ def run_in_processes(task: Task, number: int) -> None:
     Raises:
         ConfigError, DataError, WeightsError, RunError, FloatingPointError, OSError, MemoryError: what the function
             raised in one of the processes.
-        RunError: if processes ended in another way more often than they are started again; with the last words of one.
+        RunError: if a process does not come within :data:`MEETING_SECONDS`; if processes ended in another way more
+            often than they are started again, with the last words of one.
     """
-    with tempfile.TemporaryDirectory(prefix="smaf-ranks-") as name:
-        folder = Path(name)
+    with _shared_folder() as folder:
         _write_task(folder / TASK, task)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
         command += [f"--max-restarts={RESTARTS}", f"--log-dir={folder / 'logs'}", "--redirects=3"]
@@ -115,11 +127,14 @@ def run_in_processes(task: Task, number: int) -> None:
         with (folder / "torchrun.log").open("w", encoding="utf-8") as log, _shown_progress(folder) as shown:
             process = subprocess.Popen(command, env=_environment(folder, number), stdout=log, stderr=log)
             try:
-                while process.poll() is None:
+                deadline = math.inf
+                while process.poll() is None and time.monotonic() < deadline:
                     time.sleep(0.1)
                     shown()
+                    if deadline == math.inf and (folder / FAILURE).is_file():
+                        deadline = time.monotonic() + FAILED_SECONDS
             finally:
-                _end(process)
+                end_process(process)
         _raise_failure(folder)
         if process.returncode:
             raise RunError(
@@ -129,14 +144,26 @@ def run_in_processes(task: Task, number: int) -> None:
             )
 
 
+@contextlib.contextmanager
+def _shared_folder() -> Iterator[Path]:
+    """A temporary folder for the task, the processes' logs and what went wrong; this process holds its lock.
+
+    A process that is killed leaves its folder, with a lock that nobody holds any more: those are deleted first.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
+        with contextlib.suppress(OSError, Timeout):  # another user's; at work
+            with FileLock(left).acquire(timeout=0):
+                shutil.rmtree(left.parent)
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as name, FileLock(Path(name, LOCK)):
+        yield Path(name)
+
+
 def _write_task(path: Path, task: Task) -> None:
     with not_noting():  # the settings that the function reads are this stage's, not those that are handed over
         config = dump_config(task.config)
     places = {"folder": str(task.folder), "data_folder": str(task.data_folder)}
-    files.write_json(
-        path,
-        {"function": task.function, "config": config, "arguments": task.arguments, "parent": os.getpid()} | places,
-    )
+    own = {"parent": os.getpid(), "meeting_seconds": MEETING_SECONDS}
+    files.write_json(path, {"function": task.function, "config": config, "arguments": task.arguments} | places | own)
 
 
 def _environment(folder: Path, number: int) -> dict[str, str]:
@@ -169,12 +196,15 @@ def _shown_progress(folder: Path) -> Iterator[Any]:
         sys.stderr.write("\n")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End torchrun, which ends its processes; kill it if it does not."""
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """End a process, which ends those that it has started; kill it if it has not ended by itself after 45 s.
+
+    torchrun gives its processes 30 s.
+    """
     if process.poll() is None:
         process.terminate()
         try:
-            process.wait(timeout=30)
+            process.wait(timeout=45)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

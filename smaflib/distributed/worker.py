@@ -22,7 +22,8 @@ from smaflib import pipeline
 from smaflib.config import check_settings
 from smaflib.config.reads import follow, recording_where_asked
 from smaflib.distributed.launch import FAILURE, FINAL, TASK
-from smaflib.files import write_json
+from smaflib.errors import RunError
+from smaflib.files import duration, write_json
 
 TIMEOUT = datetime.timedelta(minutes=30)
 """How long a process waits for another one in a collective operation: one may refine its part of the masks later."""
@@ -55,18 +56,34 @@ def _do(task: dict[str, Any], folder: Path) -> None:
     config = check_settings(yaml.safe_load(task["config"]))
     work = pipeline.Workspace(Path(task["folder"]), config, data_home=Path(task["data_folder"]))
     on_gpu = work.make_runtime().device.type == "cuda"
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # A file of its own for each start: torchrun's store still holds the addresses of those that were there before.
     meeting = folder / f"meeting{os.environ['TORCHELASTIC_RESTART_COUNT']}"
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        init_method=f"file://{meeting.as_posix()}",
-        timeout=TIMEOUT,
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-    )
+    store = dist.FileStore(str(meeting), size)  # type: ignore[attr-defined]
+    _meet(store, rank, size, task["meeting_seconds"])
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, timeout=TIMEOUT, rank=rank, world_size=size)
     follow(config)
     getattr(pipeline, task["function"])(work, **task["arguments"])
     dist.barrier()  # the first process writes what is common, and must not be ended before
+
+
+def _meet(store: Any, rank: int, size: int, seconds: float) -> None:
+    """Return once every process has put its name into a store of torch.distributed.
+
+    Raises:
+        RunError: naming those that have not come in time.
+    """
+    names = [f"rank {number}" for number in range(size)]
+    store.set(names[rank], "is here")
+    try:
+        store.wait(names, datetime.timedelta(seconds=seconds))
+    except RuntimeError as error:  # the time is over
+        if not (absent := [name for name in names if not store.check([name])]):
+            return
+        raise RunError(
+            f"{', '.join(absent)} of {size} processes did not come within {duration(seconds)}, before any work began; "
+            "as a rule a driver or a file server hangs. Nothing was lost: once that is mended, the same command goes on"
+        ) from error
 
 
 def _write_failure(folder: Path, error: BaseException) -> None:

@@ -274,13 +274,13 @@ def _passed_on(entry: Entry) -> Entry:
 def _tree_listing_hash(folder: Path) -> str:
     """Of names and sizes of all files below a folder."""
     listing = sorted(
-        f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}" for path in folder.rglob("*") if path.is_file()
+        f"{Path(entry.path).relative_to(folder).as_posix()}\0{entry.stat().st_size}" for entry in files.walk(folder)
     )
     return hashlib.sha256("\n".join(listing).encode()).hexdigest()
 
 
 def _listing_hash(folder: Path) -> str:
-    with os.scandir(folder) as entries:
-        pictures = [entry for entry in entries if entry.name.lower().endswith(PICTURES)]
+    with os.scandir(folder) as entries:  # one after the other: an entry that was asked for its size takes half a kB
+        pictures = (entry for entry in entries if entry.name.lower().endswith(PICTURES))
         listing = sorted(f"{entry.name}\0{entry.stat().st_size}" for entry in pictures if entry.is_file())
     return hashlib.sha256("\n".join(listing).encode()).hexdigest()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -14,7 +16,11 @@ from smaflib import files
 from smaflib.runs.metrics import read_records, replace_records
 from smaflib.runs.stages import Stage
 
-HASHED_BYTES = 200 * 2**20  # a stage's artifacts up to this much are re-hashed when checked, beyond it only measured
+HASHED_BYTES, HASHED_FILES = 200 * 2**20, 20_000
+"""A stage's artifacts up to this much and so many are hashed again when they are checked, beyond it only measured."""
+
+MEASURED_FILES = 100_000
+"""Of a folder with more files the check only counts them: a listing, without a question to the file system for each."""
 
 Entry = dict[str, Any]
 """What the manifest says about one stage."""
@@ -80,14 +86,15 @@ def missing_outputs(folder: Path, stage: Stage) -> list[str]:
     return [
         pattern
         for pattern in stage.required_outputs
-        if not any(path.is_file() for path in folder.glob(_all_of(pattern)))
+        if not any(path.is_file() or any(files.walk(path)) for path in folder.glob(pattern.removesuffix("/**")))
     ]
 
 
 def damaged_artifacts(folder: Path, entry: Entry) -> list[str]:
     """The artifacts of a stage's entry that are gone or are not what was recorded."""
     artifacts = entry.get("artifacts", {})
-    cheap = sum(recorded["bytes"] for recorded in artifacts.values()) <= HASHED_BYTES
+    num_files = sum(recorded.get("files", 1) for recorded in artifacts.values())
+    cheap = num_files <= HASHED_FILES and sum(recorded["bytes"] for recorded in artifacts.values()) <= HASHED_BYTES
     return [key for key, recorded in artifacts.items() if not _is_intact(folder / key, recorded, cheap)]
 
 
@@ -99,12 +106,12 @@ def clear_stage(folder: Path, stage: Stage, resumed: Entry | None = None) -> Non
         stage: the stage.
         resumed: the entry of an earlier attempt with the same inputs, whose whole artifacts and records stay.
     """
+    for path in _left_by_killed(folder, stage):  # first: they are no damage
+        _delete(path)
     if resumed is None:
         replace_records(folder, stage.name, ())
         delete = _made_by(folder, stage)
     else:
-        for path in _left_by_killed(folder, stage):  # first: they are no damage
-            _delete(path)
         delete = [folder / key for key in damaged_artifacts(folder, resumed)]
     for path in delete:
         _delete(path)
@@ -124,13 +131,16 @@ def _made_by(folder: Path, stage: Stage) -> list[Path]:
 def _left_by_killed(folder: Path, stage: Stage) -> list[Path]:
     """Half-written files of a stage, which would count in its folders' sizes and hashes."""
 
-    def unfinished(pattern: str) -> str:
+    def unfinished(pattern: str) -> Iterator[Path]:
         if pattern.endswith("/**"):
-            return f"{pattern}/{files.PARTIAL}*"
+            whole = PurePosixPath(pattern.removesuffix("/**"))  # a folder that was being copied
+            below = (entry for made in folder.glob(str(whole)) for entry in files.walk(made))
+            inside = (Path(entry.path) for entry in below if entry.name.startswith(files.PARTIAL))
+            return itertools.chain(inside, folder.glob(str(whole.parent / f"{files.PARTIAL}{whole.name}")))
         path = PurePosixPath(pattern)
-        return (path.parent / f"{files.PARTIAL}{path.stem}-*{path.suffix}").as_posix()
+        return folder.glob((path.parent / f"{files.PARTIAL}{path.stem}-*{path.suffix}").as_posix())
 
-    return sorted({path for pattern in _patterns(stage) for path in folder.glob(unfinished(pattern))})
+    return sorted({path for pattern in _patterns(stage) for path in unfinished(pattern)})
 
 
 def _patterns(stage: Stage) -> list[str]:
@@ -140,9 +150,8 @@ def _patterns(stage: Stage) -> list[str]:
 
 def _fingerprint(path: Path) -> Entry:
     if path.is_dir():
-        inside = [file for file in path.rglob("*") if file.is_file()]
-        total = sum(file.stat().st_size for file in inside)
-        return {"files": len(inside), "bytes": total, "sha256": files.tree_hash(inside, path)}
+        sizes = {entry.path: entry.stat().st_size for entry in files.walk(path)}
+        return {"files": len(sizes), "bytes": sum(sizes.values()), "sha256": files.tree_hash(map(Path, sizes), path)}
     return {"bytes": path.stat().st_size, "sha256": files.file_hash(path)}
 
 
@@ -151,10 +160,12 @@ def _is_intact(path: Path, recorded: Entry, cheap: bool) -> bool:
         return False
     if cheap:
         return _fingerprint(path) == recorded
-    sizes = (
-        [file.stat().st_size for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path.stat().st_size]
-    )
-    return sum(sizes) == recorded["bytes"] and len(sizes) == recorded.get("files", 1)
+    if not path.is_dir():
+        return path.stat().st_size == recorded["bytes"]
+    if recorded["files"] > MEASURED_FILES:
+        return sum(1 for _ in files.walk(path)) == recorded["files"]
+    sizes = [entry.stat().st_size for entry in files.walk(path)]
+    return (len(sizes), sum(sizes)) == (recorded["files"], recorded["bytes"])
 
 
 def _delete(path: Path) -> None:
@@ -166,7 +177,3 @@ def _delete(path: Path) -> None:
 
 def _key(folder: Path, path: Path) -> str:
     return path.relative_to(folder).as_posix() + ("/" if path.is_dir() else "")
-
-
-def _all_of(pattern: str) -> str:
-    return pattern + "/*" if pattern.endswith("**") else pattern  # glob's ** alone yields folders only

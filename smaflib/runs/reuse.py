@@ -54,9 +54,10 @@ def take_over(source: Path, folder: Path, stage: Stage, config: Config, inputs: 
 
 def _copy(source: Path, target: Path) -> None:
     """Copy a file or a folder, by hard links but for what people edit."""
-    for path in source.rglob("*") if source.is_dir() else (source,):
-        if path.suffix in EDITED:
-            with files.replacing(target / path.relative_to(source)) as temporary:
-                shutil.copyfile(path, temporary)
-        elif path.is_file():
-            files.copy_file(path, target / path.relative_to(source))
+    if source.is_dir():
+        files.copy_folder(source, target, EDITED)
+    elif source.suffix in EDITED:
+        with files.replacing(target) as temporary:
+            shutil.copyfile(source, temporary)
+    else:
+        files.copy_file(source, target)

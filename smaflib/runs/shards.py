@@ -184,8 +184,9 @@ def run_shard(
         follow(run.config)
         made = there = 0
         for samples, folder, ending in SHARDED[stage.name](run, part):
-            missing = sum(not (folder / f"{image_id}{ending}").is_file() for image_id in samples.image_ids)
-            made, there = made + missing, there + len(samples) - missing
+            names = [f"{image_id}{ending}" for image_id in samples.image_ids]
+            found = len(files.names_there(folder, names))
+            made, there = made + len(names) - found, there + found
     return f"{stage.name}  part {part}: {made} made, {there} were there"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 from pathlib import Path
@@ -229,8 +230,17 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor], **metadata: object) -> None:
-    """Write a safetensors file, all or nothing, the same content as the same bytes; metadata values become JSON."""
+    """Write a safetensors file, all or nothing, the same content as the same bytes; metadata values become JSON.
+
+    Raises:
+        OSError: if the disk is full, or the folder cannot be written; the old file stays.
+    """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         values = {name: json.dumps(value) for name, value in sorted(metadata.items())}
-        save_file(whole, temporary, metadata={METADATA_KEY: json.dumps(values)} if values else None)
+        try:
+            save_file(whole, temporary, metadata={METADATA_KEY: json.dumps(values)} if values else None)
+        except SafetensorError as error:  # says the operating system's number in its text alone
+            if found := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+            raise
