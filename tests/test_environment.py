@@ -179,6 +179,30 @@ def test_ci_runs_what_make_test_runs():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
+def test_pages_workflow_builds_the_site_as_make_docs_does():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "pages.yml").read_text(encoding="utf-8"))
+    build, deploy = workflow["jobs"]["build"], workflow["jobs"]["deploy"]
+    assert deploy["needs"] == "build" and workflow["permissions"] == {
+        "contents": "read",
+        "pages": "write",
+        "id-token": "write",
+    }
+    used = [step["uses"] for job in (build, deploy) for step in job["steps"] if "uses" in step]
+    assert [re.fullmatch(r"actions/([\w-]+)@v\d+", each)[1] for each in used] == [
+        "checkout",
+        "setup-python",
+        "configure-pages",
+        "upload-pages-artifact",
+        "deploy-pages",
+    ]
+    (command,) = [step["run"] for step in build["steps"] if "run" in step]
+    (options,) = [step["with"] for step in build["steps"] if step.get("uses", "").startswith("actions/setup-python")]
+    assert (ROOT / options["cache-dependency-path"]).is_file()
+    assert f">={options['python-version']}" == read_pyproject()["project"]["requires-python"]
+    (uploaded,) = [step["with"]["path"] for step in build["steps"] if "upload-pages" in step.get("uses", "")]
+    assert command.startswith("make ") and f"docs {uploaded}" in run_make("--dry-run", command.removeprefix("make "))
+
+
 def test_binder_installs_the_packages_of_environment_yml_but_for_development():
     def lines(path: Path) -> tuple[set[str], set[str]]:
         dependencies = yaml.safe_load(path.read_text())["dependencies"]
