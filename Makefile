@@ -81,6 +81,7 @@ reference: setup  ## renew papermill_runs/reference: the mini preset and its abl
 	$(BIN)/smaf ablate $(REFERENCE_SETTINGS) --seeds 0,1,2
 	$(BIN)/smaf run $(REFERENCE_SETTINGS)
 	$(BIN)/python -m tools.export_reference_run papermill_runs/$(REFERENCE_RUN)
+	$(BIN)/python -m tools.mini_page
 
 photos: setup  ## make every run behind docs/voc12_small.md: VOC2012=folder SALIENCY=folder; hours, resumes where it stopped
 	@[ -n '$(VOC2012)' ] && [ -n '$(SALIENCY)' ] || { echo "say where the photos and their saliency maps are:" \

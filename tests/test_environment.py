@@ -18,9 +18,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import smaflib
-from benchmarks import gpu, kill, load
+from benchmarks import gpu, kill, load, refinement
+from smaflib.config import CRF_PRESETS, CrfConfig
 from smaflib.refinement import pydensecrf_backend
 from smaflib.report.html import network_references
+from smaflib.runs import read_run
+from tools import mini_page
 
 ROOT = Path(__file__).parents[1]
 TEXTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
@@ -300,6 +303,31 @@ def test_tables_of_the_gpu_are_those_of_their_numbers():
     page = gpu.PAGE.read_text(encoding="utf-8")
     for name, part in json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text(encoding="utf-8")).items():
         assert gpu.markdown(name, part) in page, name
+
+
+def test_tables_of_the_mini_page_are_those_of_the_reference_run():
+    page = mini_page.PAGE.read_text(encoding="utf-8")
+    for name, table in mini_page.tables(read_run(mini_page.REFERENCE)).items():
+        assert table in page, f"{name}: python -m tools.mini_page"
+
+
+def test_tables_of_refinements_are_those_of_their_numbers():
+    result = json.loads(refinement.RESULTS.read_text(encoding="utf-8"))
+    page = refinement.PAGE.read_text(encoding="utf-8")
+    for name, text in refinement.tables(result).items():
+        assert text in page, name
+
+
+def test_presets_of_the_crf_are_those_of_the_page():
+    page = refinement.PAGE.read_text(encoding="utf-8")
+    for name in CRF_PRESETS:
+        crf = CrfConfig.model_validate(name)
+        (row,) = re.findall(rf"^\| `{name}` \| (.+) \|$", page, re.MULTILINE)
+        starts, smoothness, appearance, iterations, _ = row.split(" | ")
+        assert starts.startswith(crf.unary)
+        assert smoothness == f"{crf.gaussian_sxy:g}/{crf.gaussian_compat:g}"
+        assert appearance == f"{crf.bilateral_sxy:g}/{crf.bilateral_srgb:g}/{crf.bilateral_compat:g}"
+        assert iterations == str(crf.iterations)
 
 
 def test_table_of_kills_is_that_of_its_records():
