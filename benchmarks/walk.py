@@ -211,6 +211,7 @@ def run_mini(walk: Walk, photos: Path, home: Path) -> None:
     walk.mark("smaf run")
     entries = read_manifest(home / "papermill_runs" / "mini")["stages"].values()
     walk.facts["memory_mb"] = max(entry["peak_memory_mb"] for entry in entries)
+    walk.facts["environment_gb"] = round(sum(path.lstat().st_size for path in Path(sys.prefix).rglob("*")) / 1e9, 1)
 
 
 def walk_researcher(walk: Walk, photos: Path, home: Path) -> None:
@@ -278,7 +279,7 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
     moves = [f"{name.removeprefix('move of ')} {taken:.2f} s" for name, taken in seconds.items() if "move of" in name]
     return {
         "walks": f"{markdown_table(['who', 'to', 'by', 'goal', 'took'], rows)}\n\n{_source(parts, 'student')}",
-        "time": f"`make reproduce` took {seconds['smaf run']:.0f} s after the set-up, and "
+        "time": f"The set-up takes {parts['run']['environment_gb']:.1f} GB of disk. `make reproduce` took {seconds['smaf run']:.0f} s after the set-up, and "
         f"{parts['run']['memory_mb'] / 1000:.1f} GB of memory. {_source(parts, 'run')}",
         "notebooks": markdown_table(["notebook", "in `smaf run`", "*Run All Cells* afterwards"], notebooks),
         "moves": f"From a key to the new picture, median of {MOVES} moves: {', '.join(moves)}. "
