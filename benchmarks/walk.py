@@ -191,6 +191,7 @@ def walk_photos(walk: Walk, photos: Path, home: Path) -> None:
     images = photos / "JPEGImages" if (photos / "JPEGImages").is_dir() else photos
     smaf("masks", "--images", str(images), "--labels", str(photos / "labels.csv"), "--out", "my_masks", folder=home)
     walk.mark("smaf masks is done")
+    walk.facts["photos"] = len(list((home / "my_masks" / "masks").glob("*.png")))
     with new_page() as page:
         page.goto((home / "my_masks" / "index.html").as_uri())
         page.wait_for_function(
@@ -269,7 +270,7 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
     seconds = {step: taken for part in parts.values() for step, taken in part["seconds"].items()}
     seconds["own fusion rule"] = seconds["smaf run"] + seconds["own rule is compared"]
     rows = [
-        [who, step, how.format(photos=result["photos"]), f"{goal} s", f"{seconds[step]:.0f} s"]
+        [who, step, how.format(photos=parts["photos"]["photos"]), f"{goal} s", f"{seconds[step]:.0f} s"]
         for step, (who, how, goal) in GOALS.items()
     ]
     notebooks = [
@@ -279,7 +280,8 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
     moves = [f"{name.removeprefix('move of ')} {taken:.2f} s" for name, taken in seconds.items() if "move of" in name]
     return {
         "walks": f"{markdown_table(['who', 'to', 'by', 'goal', 'took'], rows)}\n\n{_source(parts, 'student')}",
-        "time": f"The set-up takes {parts['run']['environment_gb']:.1f} GB of disk. `make reproduce` took {seconds['smaf run']:.0f} s after the set-up, and "
+        "time": f"The set-up takes {parts['run']['environment_gb']:.1f} GB of disk. `make reproduce` took "
+        f"{seconds['smaf run']:.0f} s after the set-up, and "
         f"{parts['run']['memory_mb'] / 1000:.1f} GB of memory. {_source(parts, 'run')}",
         "notebooks": markdown_table(["notebook", "in `smaf run`", "*Run All Cells* afterwards"], notebooks),
         "moves": f"From a key to the new picture, median of {MOVES} moves: {', '.join(moves)}. "
@@ -310,7 +312,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="make everything here, and leave it")
     parser.add_argument("--pictures", type=Path, help="folder for screenshots")
     arguments = parser.parse_args()
-    result: dict[str, Any] = read_json(RESULTS, {}) or {"parts": {}}
     photos = arguments.photos.resolve()
     with tempfile.TemporaryDirectory(prefix="smaf-walk-") as temporary:
         home = (arguments.work or Path(temporary)).resolve()
@@ -319,9 +320,9 @@ def main() -> None:
             walk = Walk(arguments.pictures)
             PARTS[name](walk, photos, home)
             facts = {"date": datetime.date.today().isoformat(), "commit": git_state()["git_commit"]}
+            result: dict[str, Any] = read_json(RESULTS, {}) or {"parts": {}}
             result["parts"][name] = {"seconds": walk.seconds, "machine": machine()} | facts | walk.facts
-    result["photos"] = len((photos / "labels.csv").read_text(encoding="utf-8").split("\n")) - 2
-    write_json(RESULTS, result)
+            write_json(RESULTS, result)
     if set(result["parts"]) == set(PARTS):
         made = tables(result)
         for page, names in PAGES.items():
