@@ -156,7 +156,7 @@ def prose(text: str) -> str:
     """What people have written: without tables of commands, code, addresses and names of papers."""
     text = re.sub(r"<!-- (\w+) made by.*?<!-- end of \1 made by.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r"`[^`]*`", "", BLOCK.sub("", text))
-    return re.sub(r"\]\([^)]*\)|arXiv:? ?[\d.]+|Python \d\.\d+", "", text)
+    return re.sub(r"\]\([^)]*\)|arXiv:? ?[\d.]+|Python:? \d\.\d+", "", text)
 
 
 def listed(name: str) -> int:
