@@ -11,7 +11,7 @@ NBSTRIPOUT := $(BIN)/nbstripout --keep-id --extra-keys "$(SAVED)"
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: .venv/.stamp  ## install the versions of requirements.lock into .venv (5 GB, a few minutes, once)
+setup: .venv/.stamp  ## install the versions of requirements.lock into .venv (7 GB, a few minutes, once)
 
 reproduce: setup  ## run the whole chain on the mini data set; ends with the results and the path of the report
 	$(BIN)/smaf run configs/mini.yaml

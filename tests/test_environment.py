@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import smaflib
-from benchmarks import gpu, kill, load, refinement
+from benchmarks import gpu, kill, load, refinement, walk
 from smaflib.config import CRF_PRESETS, CrfConfig
 from smaflib.refinement import pydensecrf_backend
 from smaflib.report.html import network_references
@@ -309,6 +309,14 @@ def test_tables_of_the_mini_page_are_those_of_the_reference_run():
     page = mini_page.PAGE.read_text(encoding="utf-8")
     for name, table in mini_page.tables(read_run(mini_page.REFERENCE)).items():
         assert table in page, f"{name}: python -m tools.mini_page"
+
+
+def test_tables_of_the_walks_are_those_of_their_clock():
+    made = walk.tables(json.loads(walk.RESULTS.read_text(encoding="utf-8")))
+    assert sorted(made) == sorted(name for names in walk.PAGES.values() for name in names)
+    for page, names in walk.PAGES.items():
+        for name in names:
+            assert made[name] in page.read_text(encoding="utf-8"), f"{page.name}: {name}"
 
 
 def test_tables_of_refinements_are_those_of_their_numbers():
