@@ -11,7 +11,7 @@ NBSTRIPOUT := $(BIN)/nbstripout --keep-id --extra-keys "$(SAVED)"
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: .venv/.stamp  ## install the versions of requirements.lock into .venv (5 GB, a few minutes, once)
+setup: .venv/.stamp  ## install the versions of requirements.lock into .venv (7 GB, a few minutes, once)
 
 reproduce: setup  ## run the whole chain on the mini data set; ends with the results and the path of the report
 	$(BIN)/smaf run configs/mini.yaml
@@ -83,6 +83,7 @@ reference: setup  ## renew papermill_runs/reference: the mini preset and its abl
 	$(BIN)/smaf ablate $(REFERENCE_SETTINGS) --seeds 0,1,2
 	$(BIN)/smaf run $(REFERENCE_SETTINGS)
 	$(BIN)/python -m tools.export_reference_run papermill_runs/$(REFERENCE_RUN)
+	$(BIN)/python -m tools.mini_page
 
 photos: setup  ## make every run behind docs/voc12_small.md: VOC2012=folder SALIENCY=folder; hours, resumes where it stopped
 	@[ -n '$(VOC2012)' ] && [ -n '$(SALIENCY)' ] || { echo "say where the photos and their saliency maps are:" \

@@ -5,7 +5,7 @@
 All methods take turns on each image in one run, so that what else the machine does hits them alike; figures are medians
 over the images. The baseline is the field's usual call: pydensecrf with all 21 labels, on one core. Without --photos,
 images of the mini set are drawn at the same size. Labels and scores imitate attention: masks on a coarse grid, with
-noise.
+noise. Figures in results/refinement.json become the tables of docs/refinement.md.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from smaflib.data.classes import VOC_CLASSES
 from smaflib.data.masks import read_mask
 from smaflib.data.voc import read_image
 from smaflib.evaluation import evaluate
-from smaflib.files import PROJECT_ROOT, write_json
+from smaflib.files import PROJECT_ROOT, read_json, write_json
 from smaflib.reactivation import hard_labels, with_background_score
 from smaflib.refinement import (
     dense_crf,
@@ -49,9 +49,11 @@ from smaflib.refinement import (
     refine_many,
 )
 from smaflib.refinement.lattice import gaussian_filter
+from smaflib.report.markdown import fill_page, markdown_table
 from smaflib.runs.environment import git_state
 from smaflib.runtime import num_cores, progress
 
+RESULTS, PAGE = PROJECT_ROOT / "benchmarks" / "results" / "refinement.json", PROJECT_ROOT / "docs" / "refinement.md"
 LONGEST_SIDE = 500
 NUM_LABELS = len(VOC_CLASSES) + 1
 BG_SCORE = 0.35
@@ -400,6 +402,68 @@ def measure_batches(cases: list[Case], device: str) -> list[dict[str, Any]]:
     return rows
 
 
+# --- the page -----------------------------------------------------------------------------------------------------
+
+SHOWN = {
+    "pydensecrf, 21 labels": "pydensecrf, 21 labels: the field's usual call",
+    "pydensecrf, 21 labels, absent ones merged": "**pydensecrf, absent labels merged: smaflib's call on a CPU**",
+    "torch, 21 labels, absent ones merged (cpu)": "torch, absent labels merged",
+    "torch, 21 labels": "torch, 21 labels",
+    "pixel-adaptive refinement (cpu)": "pixel-adaptive refinement, labels of the photo",
+    "pydensecrf, 3 labels": "*3 labels:* pydensecrf",
+    "torch, 3 labels": "*3 labels:* torch",
+    "torch, 3 labels, 2 threads": "*3 labels:* torch, 2 threads",
+}
+"""The page's words for the methods of a CPU."""
+
+
+def tables(result: dict[str, Any]) -> dict[str, str]:
+    """The page's tables: speed and memory of each method, what agrees, and mIoU by preset."""
+    facts, speed = result["facts"], {row["method"]: row for row in result["speed"]}
+    memory = {row["method"]: row["peak MB"] for row in result["memory"]}
+    lines = []
+    for name, label in SHOWN.items():
+        row = speed[name]
+        different = f"{row['different pixels']:,}" if "different pixels" in row else ""
+        lines.append(
+            [label, f"{row['ms']:.0f}", f"{row['speed at as many labels']:.2f}", different, f"{memory[name]:.0f}"]
+        )
+    head = [f"{facts['images']} photos, longest side {facts['longest side']}, preset `reference`"]
+    head += ["ms an image", "speed, at as many labels", "pixels that differ", "peak memory, MB"]
+    return {
+        "speed": f"{markdown_table(head, lines)}\n\n{_agreement(result)}\n\n{_source(facts)}",
+        "quality": _quality(result["agreement"], speed),
+    }
+
+
+def _agreement(result: dict[str, Any]) -> str:
+    different, pixels = (sum(row[key] for row in result["agreement"]) for key in ("different pixels", "of"))
+    (whole,) = result["data set"]
+    return (
+        f"Over all presets, from labels and from scores, {different:,} of {pixels / 1e6:.0f} million pixels differ. "
+        f"Two processes refine {whole['images']:,} synthetic images {whole['ratio']:.2f} times as fast as one; memory "
+        f"grows by {whole['memory grows by, MB']:.1f} MB meanwhile."
+    )
+
+
+def _source(facts: dict[str, Any]) -> str:
+    return (
+        f"`{facts['command']}`: all methods in turns, medians over the photos, one thread unless said; "
+        f"{facts['cores']} cores, torch {facts['torch']}, {facts['date']}, commit `{facts['git_commit'][:8]}`."
+    )
+
+
+def _quality(agreement: list[dict[str, Any]], speed: dict[str, dict[str, Any]]) -> str:
+    presets = list(dict.fromkeys(row["preset"] for row in agreement))
+    miou_of = {(row["from"], row["preset"]): f"{row['mIoU']:.1f}" for row in agreement}
+    beside = {"labels": "", "scores": f"{speed['pixel-adaptive refinement (cpu)']['mIoU']:.1f}"}
+    lines = [
+        [f"from {unary}", f"{speed['not refined']['mIoU']:.1f}", *(miou_of[unary, each] for each in presets), adaptive]
+        for unary, adaptive in beside.items()
+    ]
+    return markdown_table(["", "before", *(f"`{each}`" for each in presets), "pixel-adaptive"], lines)
+
+
 # --- all of it ----------------------------------------------------------------------------------------------------
 
 
@@ -431,21 +495,23 @@ def main() -> None:
         "images": len(cases),
         "longest side": LONGEST_SIDE,
     }
-    tables = {
+    measured = {
         "speed": measure_speed(cases, arguments.device, arguments.repeats),
         "agreement": measure_agreement(cases, arguments.device),
         "memory": measure_memory(arguments.photos, arguments.device),
     }
     if arguments.data_set:
-        tables["data set"] = measure_data_set(arguments.data_set)
+        measured["data set"] = measure_data_set(arguments.data_set)
     if arguments.device == "cpu":
-        tables["parts"] = measure_parts(cases, "cpu", 1)
+        measured["parts"] = measure_parts(cases, "cpu", 1)
     else:
-        tables["batches"] = measure_batches(cases, arguments.device)
-        tables["parts"] = [row for n in (1, 8, 32) for row in measure_parts(cases, arguments.device, n)]
+        measured["batches"] = measure_batches(cases, arguments.device)
+        measured["parts"] = [row for n in (1, 8, 32) for row in measure_parts(cases, arguments.device, n)]
     if arguments.json:
-        write_json(arguments.json, {"facts": facts, **tables})
-    for name, rows in tables.items():
+        write_json(arguments.json, {"facts": facts, **measured})
+        if arguments.json.absolute() == RESULTS:
+            fill_page(PAGE, "benchmarks/refinement.py", tables(read_json(RESULTS, {})))
+    for name, rows in measured.items():
         print(f"\n{name}\n{pd.DataFrame(rows).to_string(index=False, na_rep='', float_format='{:.4g}'.format)}")
     print(f"\n{json.dumps(facts)}")
 

@@ -25,6 +25,8 @@ html_theme = "pydata_sphinx_theme"
 html_title = "smaflib"
 html_math_renderer = "mathml"
 html_show_sourcelink = False
+html_static_path, html_css_files = ["_static"], ["site.css"]
+html_sidebars = {"index": [], "start": []}  # pages without others below them: their list would be empty
 html_theme_options = {"show_prev_next": True, "navigation_depth": 2, "footer_start": ["copyright"], "footer_end": []}
 suppress_warnings = ["myst.xref_missing", "mystnb.unknown_mime_type"]
 

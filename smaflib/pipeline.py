@@ -455,7 +455,7 @@ def _train_student_of(work: Workspace, name: str, teacher: str, **targets: Any) 
 
 
 def _targets(work: Workspace, teacher: str, targets: Targets, runtime: Runtime) -> Sequence[Tensor]:
-    """The denoised maps, or with ``self_training.refine: crf`` the masks that the dense CRF makes of them.
+    """The denoised maps, or the masks that ``self_training.refine`` makes of them.
 
     A student of masks learns where its teacher's maps agree with the edges of the images. The masks are kept in memory,
     one byte per pixel.
@@ -470,10 +470,11 @@ def _targets(work: Workspace, teacher: str, targets: Targets, runtime: Runtime) 
     scales = None if targets.fused else [config.attention.single_scale]
     weight = config.target_saliency_weight
     maps = work.denoised(teacher, samples, scales, denoised=targets.denoised, saliency_weight=weight)
-    if config.self_training.refine == "none":
-        maps.cached = config.data.cache  # the CRF below reads each once
+    refine = config.self_training.refine
+    if refine == "none":
+        maps.cached = config.data.cache  # a refinement reads each once
         return maps
-    settings = config.pseudo_masks.model_copy(update={"refine": "crf"})
+    settings = config.pseudo_masks.model_copy(update={"refine": refine})
     part = ranks_here().part(range(len(samples)))
     some: Any = Subset(maps, part)  # type: ignore[arg-type]
     masks = pseudo_masks(samples.subset(part), some, work.bg_score, settings, device=runtime.device, desc="targets")

@@ -230,7 +230,10 @@ def progress(items: Iterable[Item], total: int | None = None, desc: str = "", in
         return
     target = os.environ.get(PROGRESS_FILE)
     if target is None:
-        yield from tqdm(items, total=total, desc=desc, initial=initial, file=sys.stderr, mininterval=0.3)
+        # JupyterLab shows what comes from stderr in red, as it shows errors.
+        in_kernel = type(sys.stderr).__module__.startswith("ipykernel.")
+        file = sys.stdout if in_kernel else sys.stderr
+        yield from tqdm(items, total=total, desc=desc, initial=initial, file=file, mininterval=0.3)
         return
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]

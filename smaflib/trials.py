@@ -37,8 +37,8 @@ def try_plugins(config: Config) -> None:
     with seeded(derive_seed("trial")):
         if FUSION.setting in named:
             _try_fusion(config.attention)
-        if REFINEMENT.setting in named:
-            _try_refinement(config.pseudo_masks.refine)
+        for refinement in sorted({name for kind, name in named.values() if kind.group == REFINEMENT.group}):
+            _try_refinement(refinement)
         for model in (config.model, config.segmentation.model):
             if model is not None and BACKBONE.is_own(model.backbone):
                 _try_backbone(model)

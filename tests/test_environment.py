@@ -18,9 +18,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import smaflib
-from benchmarks import gpu, kill, load
+from benchmarks import gpu, kill, load, refinement, walk
+from smaflib.config import CRF_PRESETS, CrfConfig
 from smaflib.refinement import pydensecrf_backend
 from smaflib.report.html import network_references
+from smaflib.runs import read_run
+from tools import mini_page
 
 ROOT = Path(__file__).parents[1]
 TEXTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
@@ -179,6 +182,30 @@ def test_ci_runs_what_make_test_runs():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
+def test_pages_workflow_builds_the_site_as_make_docs_does():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "pages.yml").read_text(encoding="utf-8"))
+    build, deploy = workflow["jobs"]["build"], workflow["jobs"]["deploy"]
+    assert deploy["needs"] == "build" and workflow["permissions"] == {
+        "contents": "read",
+        "pages": "write",
+        "id-token": "write",
+    }
+    used = [step["uses"] for job in (build, deploy) for step in job["steps"] if "uses" in step]
+    assert [re.fullmatch(r"actions/([\w-]+)@v\d+", each)[1] for each in used] == [
+        "checkout",
+        "setup-python",
+        "configure-pages",
+        "upload-pages-artifact",
+        "deploy-pages",
+    ]
+    (command,) = [step["run"] for step in build["steps"] if "run" in step]
+    (options,) = [step["with"] for step in build["steps"] if step.get("uses", "").startswith("actions/setup-python")]
+    assert (ROOT / options["cache-dependency-path"]).is_file()
+    assert f">={options['python-version']}" == read_pyproject()["project"]["requires-python"]
+    (uploaded,) = [step["with"]["path"] for step in build["steps"] if "upload-pages" in step.get("uses", "")]
+    assert command.startswith("make ") and f"docs {uploaded}" in run_make("--dry-run", command.removeprefix("make "))
+
+
 def test_binder_installs_the_packages_of_environment_yml_but_for_development():
     def lines(path: Path) -> tuple[set[str], set[str]]:
         dependencies = yaml.safe_load(path.read_text())["dependencies"]
@@ -276,6 +303,39 @@ def test_tables_of_the_gpu_are_those_of_their_numbers():
     page = gpu.PAGE.read_text(encoding="utf-8")
     for name, part in json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text(encoding="utf-8")).items():
         assert gpu.markdown(name, part) in page, name
+
+
+def test_tables_of_the_mini_page_are_those_of_the_reference_run():
+    page = mini_page.PAGE.read_text(encoding="utf-8")
+    for name, table in mini_page.tables(read_run(mini_page.REFERENCE)).items():
+        assert table in page, f"{name}: python -m tools.mini_page"
+
+
+def test_tables_of_the_walks_are_those_of_their_clock():
+    made = walk.tables(json.loads(walk.RESULTS.read_text(encoding="utf-8")))
+    assert sorted(made) == sorted(name for names in walk.PAGES.values() for name in names)
+    for page, names in walk.PAGES.items():
+        for name in names:
+            assert made[name] in page.read_text(encoding="utf-8"), f"{page.name}: {name}"
+
+
+def test_tables_of_refinements_are_those_of_their_numbers():
+    result = json.loads(refinement.RESULTS.read_text(encoding="utf-8"))
+    page = refinement.PAGE.read_text(encoding="utf-8")
+    for name, text in refinement.tables(result).items():
+        assert text in page, name
+
+
+def test_presets_of_the_crf_are_those_of_the_page():
+    page = refinement.PAGE.read_text(encoding="utf-8")
+    for name in CRF_PRESETS:
+        crf = CrfConfig.model_validate(name)
+        (row,) = re.findall(rf"^\| `{name}` \| (.+) \|$", page, re.MULTILINE)
+        starts, smoothness, appearance, iterations, _ = row.split(" | ")
+        assert starts.startswith(crf.unary)
+        assert smoothness == f"{crf.gaussian_sxy:g}/{crf.gaussian_compat:g}"
+        assert appearance == f"{crf.bilateral_sxy:g}/{crf.bilateral_srgb:g}/{crf.bilateral_compat:g}"
+        assert iterations == str(crf.iterations)
 
 
 def test_table_of_kills_is_that_of_its_records():

@@ -43,6 +43,7 @@ EXAMPLES = {name: code for name, code in re.findall(r"```python\n# (\w+\.py)\n(.
 NAMES = {
     "attention": {"fusion": "my_rules:softmax_sum", "source": "my_sources:GradCam"},
     "model": {"backbone": "my_networks:ThreeLayers"},
+    "self_training": {"refine": "my_refinements:by_color"},
     "pseudo_masks": {"refine": "my_refinements:by_color"},
 }
 

@@ -174,17 +174,23 @@ def test_targets_are_the_denoised_maps_of_all_scales_or_of_one(
     train_student(copy, "student")
     assert taught.pop()[0] == []
 
-    # With refine: crf the targets are the masks that the CRF makes of the maps.
-    work = changed(copy, self_training={"refine": "crf"}, pseudo_masks={"refine": "none", "num_workers": 1})
-    train_student(work, "another")
-    refined = taught[-1][0]
-    assert isinstance(refined, MaskMaps)
-    settings = work.config.pseudo_masks.model_copy(update={"refine": "crf"})
-    samples = work.samples()
-    for maps, mask in zip(
-        refined, pseudo_masks(samples, work.denoised("teacher", samples), work.bg_score, settings), strict=True
-    ):
-        assert torch.equal(maps, torch.stack([(mask == k + 1).float() for k in range(len(maps))]))
+    # With refine the targets are the masks that the CRF, or code of somebody's own, makes of the maps.
+    code = "def upside_down(image, scores): return scores.flip(1)"
+    (copy.folder / "own_targets.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(copy.folder))
+    samples, made = copy.samples(), {}
+    for refine in ("crf", "par", "own_targets:upside_down"):
+        work = changed(copy, self_training={"refine": refine}, pseudo_masks={"refine": "none", "num_workers": 1})
+        train_student(work, "another")
+        refined = taught[-1][0]
+        assert isinstance(refined, MaskMaps)
+        settings = work.config.pseudo_masks.model_copy(update={"refine": refine})
+        made[refine] = list(pseudo_masks(samples, work.denoised("teacher", samples), work.bg_score, settings))
+        for maps, mask in zip(refined, made[refine], strict=True):
+            assert torch.equal(maps, torch.stack([(mask == k + 1).float() for k in range(len(maps))]))
+    by_hand = [hard_labels(maps, copy.bg_score).flip(0) for maps in copy.denoised("teacher", samples)]
+    assert all(map(torch.equal, made["own_targets:upside_down"], by_hand))
+    assert not all(map(torch.equal, made["crf"], by_hand))
 
 
 def test_auto_is_resolved_once_from_the_teachers_maps_and_stored(copy: Workspace) -> None:

@@ -33,7 +33,7 @@ from smaflib.models.sources import source_of
 from smaflib.pipeline import check_networks, check_plugins
 from smaflib.plugins import BACKBONE, DATA, FUSION, REFINEMENT, calling, checked_maps, describe, load, source_files
 from smaflib.pseudo_masks import write_pseudo_masks
-from smaflib.runs.inputs import claim_code, plugin_facts
+from smaflib.runs.inputs import claim_code, plugin_facts, read_plugins
 from smaflib.runs.runner import run_notebooks
 from smaflib.runtime import cpu_runtime
 
@@ -44,6 +44,7 @@ SETTINGS = {
     "backbone": ("model", "backbone"),
     "data": ("data", "kind"),
     "refine": ("pseudo_masks", "refine"),
+    "targets": ("self_training", "refine"),
 }
 
 
@@ -347,10 +348,11 @@ REFINEMENTS = {
 }
 
 
+@pytest.mark.parametrize("kind", ["refine", "targets"])
 @pytest.mark.parametrize("body", REFINEMENTS)
-def test_refinements_that_misbehave_are_named(body: str, own: Callable[[str], str]) -> None:
+def test_refinements_that_misbehave_are_named(body: str, kind: str, own: Callable[[str], str]) -> None:
     module = own(f"def refine(image, scores):\n    {body}")
-    said = refused("refine", f"{module}:refine")
+    said = refused(kind, f"{module}:refine")
     assert said.startswith(f"the refinement {module}:refine ")
     assert re.search(REFINEMENTS[body], said), said
 
@@ -558,6 +560,17 @@ def test_the_hash_follows_the_file_and_what_it_imports_beside_it(own: Callable[[
     assert describe(FUSION, name)["sha256"] in hashes
     facts = plugin_facts(tiny_config(attention={"fusion": name}))["attention.fusion"]
     assert "smaflib.cams" in facts["modules"] and facts["folder"] == str(Path.cwd())
+
+
+def test_code_counts_for_the_stages_that_read_the_setting_that_names_it(own: Callable[[str], str]) -> None:
+    masks, targets = (f"{own('def refine(image, scores): return scores')}:refine" for _ in range(2))
+    facts = plugin_facts(tiny_config(pseudo_masks={"refine": masks}, self_training={"refine": targets}))
+    assert {setting: each["name"] for setting, each in facts.items()} == {
+        "pseudo_masks.refine": masks,
+        "self_training.refine": targets,
+    }
+    read = {"plugins": facts, "settings_read": ["self_training.refine", "attention.scales"]}
+    assert list(read_plugins(read)) == ["self_training.refine"]
 
 
 def test_facts_of_code_that_is_not_there(own: Callable[[str], str]) -> None:

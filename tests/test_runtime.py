@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -150,6 +151,16 @@ def test_progress_passes_items_on_in_order(monkeypatch: pytest.MonkeyPatch, caps
     assert list(progress(iter("abc"), total=3, desc="letters")) == ["a", "b", "c"]
     captured = capsys.readouterr()
     assert "letters" in captured.err and captured.out == ""  # plain text, and not between the results
+
+
+def test_progress_in_a_notebook_is_not_shown_as_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
+    monkeypatch.delenv(PROGRESS_FILE, raising=False)
+    monkeypatch.setattr("sys.stderr", stream)
+    assert list(progress("abc", total=3, desc="letters")) == ["a", "b", "c"]
+    assert "letters: 100%" in capsys.readouterr().out and stream.getvalue() == ""
 
 
 def test_progress_goes_to_the_runners_file(

@@ -7,6 +7,7 @@ otherwise). A YAML file in ``configs/`` overrides them for a data set, ``--set k
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -200,7 +201,9 @@ class SelfTrainingConfig(TrainingConfig):
     color_jitter: ColorJitter = (0.0, 0.0, 0.0, 0.0)
     rounds: Positive = 1  # in each further round the student of the last one is the teacher
     loss_weight: Annotated[float, Field(gt=0, le=1e6)] = 100.0  # L_mac = loss_weight * mean squared error
-    refine: Literal["none", "crf"] = "none"  # crf: learn the masks that pseudo_masks makes of the fused maps
+    # What makes masks of the fused maps, for the student to learn: crf, par, or package.module:attribute, with the
+    # settings of pseudo_masks. none: the student learns the maps themselves, as in the paper.
+    refine: RefinementName = "none"
     # Share of the saliency maps in the targets, with classifier.pretraining: eps; the paper's rule is 0.
     saliency_weight: Fraction = 0.0
     fresh_head: bool = False  # the student's last layer starts from zero, not from the teacher's
@@ -362,7 +365,7 @@ class Config(StageConfig):
 
     @property
     def plugins(self) -> dict[str, tuple[Kind, str]]:
-        """The settings that name code of somebody's own, with its kind and name."""
+        """The settings that name code of somebody's own, with its kind, as that setting's, and its name."""
         models = {"model.backbone": self.model, "segmentation.model.backbone": self.segmentation.model}
         named = {setting: (BACKBONE, model.backbone) for setting, model in models.items() if model}
         named |= {
@@ -370,8 +373,10 @@ class Config(StageConfig):
             SOURCE.setting: (SOURCE, self.attention.source),
             DATA.setting: (DATA, self.data.kind),
             REFINEMENT.setting: (REFINEMENT, self.pseudo_masks.refine),
+            "self_training.refine": (REFINEMENT, self.self_training.refine),
         }
-        return {setting: (kind, name) for setting, (kind, name) in named.items() if kind.is_own(name)}
+        own = {setting: (kind, name) for setting, (kind, name) in named.items() if kind.is_own(name)}
+        return {setting: (replace(kind, setting=setting), name) for setting, (kind, name) in own.items()}
 
     @model_validator(mode="after")
     def _stages_fit_together(self) -> Config:

@@ -58,6 +58,20 @@ def test_a_reports_frame_is_as_high_as_the_explorer_at_any_width(index: Path, br
     context.close()
 
 
+@pytest.mark.parametrize("width", [400, 700, 1280, 1900])
+def test_a_report_needs_no_sideways_scroll(index: Path, browser: Browser, width: int) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 900}, offline=True)
+    page = context.new_page()
+    page.goto(index.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    frame = page.locator("iframe").bounding_box()
+    assert frame and frame["x"] >= 0 and abs(2 * frame["x"] + frame["width"] - width) <= 2  # in the middle
+    # A wide figure keeps its words readable, and is moved sideways by itself.
+    picture = page.locator("figure.wide img").first.bounding_box()
+    assert picture and picture["width"] >= min(600, width - 80)
+    context.close()
+
+
 def test_a_dark_report_turns_plots_and_dims_pictures(index: Path, browser: Browser) -> None:
     context = browser.new_context(color_scheme="dark", offline=True)
     page = context.new_page()
