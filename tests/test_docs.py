@@ -184,6 +184,7 @@ CHECKED: dict[str, Callable[[], list[str]]] = {
         f"labels, {CrfConfig().gt_prob:g} sure",
         f"to the power {CrfConfig.model_validate('soft').sharpness:g}",
     ],
+    "docs/scaling.md": lambda: [f"a run of {PHOTOS} of VOC", f"measured on {PHOTOS}"],
     "docs/voc_and_coco.md": lambda: [
         f"{PHOTOS} to learn from, {listed('voc12_small_val.txt')} to validate",
         "paper results "
@@ -206,6 +207,7 @@ SAID = {
         # the table of presets, compared in tests/test_environment.py
         *("| 1.5/3 | 20/8/6 |", "| 1.5/1 | 20/8/6 |"),
     ],
+    "docs/scaling.md": ["4 kB of disk each"],  # the smallest piece of a disk that ext4 gives a file
     "docs/voc_and_coco.md": ["ResNet38"],
 }
 """What else has a number, and why that is right."""
