@@ -3,7 +3,7 @@
     python benchmarks/walk.py --photos folder/with/labels.csv
 
 In a checkout after the set-up. JupyterLab and Chromium (``SMAF_CHROMIUM`` names one) start as the README says, menus
-and sliders are moved by mouse and keyboard, commands are those of the pages. What is made goes into a folder that is
+and a slider are moved by mouse and keyboard, commands are those of the pages. What is made goes into a folder that is
 removed, ``--pictures`` keeps screenshots. Results go to results/walk.json, the tables to the pages that
 have a place for them. ``--only`` walks a part and keeps what is known of the others.
 """
@@ -18,7 +18,6 @@ import re
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
-from playwright.sync_api import Locator, Page, sync_playwright
+from playwright.sync_api import Page, sync_playwright
 
 from smaflib.files import PROJECT_ROOT, read_json, write_json
 from smaflib.report.markdown import fill_page, markdown_table
@@ -42,7 +41,6 @@ RESULTS = PROJECT_ROOT / "benchmarks" / "results" / "walk.json"
 EXAMPLES = PROJECT_ROOT / "docs" / "extend.md"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")  # as in the Makefile
 PATIENCE = 60  # seconds for one step in the browser
-MOVES = 20
 
 GOALS = {
     "first picture": ("student", "`make lab`, *Run All Cells* in notebook 00", 20),
@@ -143,37 +141,17 @@ def walk_student(walk: Walk, photos: Path, home: Path) -> None:
         page.locator(".smaf-explorer").first.scroll_into_view_if_needed()  # JupyterLab has gone on to the last cell
         walk.mark("explorer is drawn", page)
         page.evaluate(WATCH)
-        controls = page.locator(".smaf-explorer .widget-hslider")
-        background = controls.filter(has_text="background").locator(".noUi-handle")
-        time_of_move(background, "ArrowRight")
+        slider = page.locator(".smaf-explorer .widget-hslider").filter(has_text="background")
+        slider.locator(".noUi-handle").press("ArrowRight")
+        page.wait_for_function("() => window.drawn")
         walk.mark("first slider moved", page)
-        opacity = controls.filter(has_text="opacity").locator(".noUi-handle")
-        denoise = page.locator(".smaf-explorer").get_by_role("checkbox", name="denoise", exact=True)
-        for name, control, key in (
-            ("background score", background, "ArrowRight"),
-            ("opacity", opacity, "ArrowLeft"),
-            ("denoise", denoise, "Space"),
-        ):
-            taken = [time_of_move(control, key) for _ in range(MOVES)]
-            walk.seconds[f"move of {name}"] = round(statistics.median(taken), 3)
 
 
 WATCH = """() => {
-  new MutationObserver(() => { window.drawnAt = performance.now(); })
+  new MutationObserver(() => { window.drawn = true; })
     .observe(document, { subtree: true, attributes: true, attributeFilter: ["data-drawn"] });
-  for (const kind of ["keydown", "change"])
-    document.addEventListener(kind, () => { window.movedAt ??= performance.now(); }, true);
 }"""
 """The whole page is watched: JupyterLab may take a cell that is out of sight out of the page, and put it back."""
-
-
-def time_of_move(control: Locator, key: str) -> float:
-    """Seconds from a key on a control to the new picture."""
-    page = control.page
-    page.evaluate("() => { window.drawnAt = 0; window.movedAt = null; }")
-    control.press(key)
-    page.wait_for_function("() => window.drawnAt")
-    return float(page.evaluate("() => window.drawnAt - window.movedAt")) / 1000
 
 
 # -------------------------------------------------------------------------------------------------------------- photos
@@ -266,13 +244,12 @@ DOCS = PROJECT_ROOT / "docs"
 PAGES = {
     DOCS / "start.md": ("walks",),
     DOCS / "runs.md": ("time", "notebooks"),
-    DOCS / "explorer.md": ("moves",),
 }
 """The tables that each page has a place for."""
 
 
 def tables(result: dict[str, Any]) -> dict[str, str]:
-    """What the walks took, a run of the mini preset, the notebooks on that run, and moves of the explorer."""
+    """What the walks took, a run of the mini preset, and the notebooks on that run."""
     parts = result["parts"]
     seconds = {step: taken for part in parts.values() for step, taken in part["seconds"].items()}
     if "own rule is compared" in seconds:
@@ -293,7 +270,6 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         [f"`{stage.name}`", f"{seconds[f'first {stage.name}']:.0f} s", f"{seconds[f'again {stage.name}']:.0f} s"]
         for stage in STAGES
     ]
-    moves = [f"{name.removeprefix('move of ')} {taken:.2f} s" for name, taken in seconds.items() if "move of" in name]
     return {
         "walks": f"{markdown_table(['who', 'to', 'by', 'goal', 'took', 'the machine was'], rows)}\n\n"
         f"{_source(parts, 'student')}",
@@ -303,10 +279,6 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         "notebooks": f"{markdown_table(['notebook', 'in `smaf run`', '*Run All Cells* afterwards'], notebooks)}\n\n"
         f"*Run All Cells* starts a kernel and imports the library first; `smaf run` keeps a kernel ready. "
         f"{_source(parts, 'again')}",
-        "moves": f"From a key to the new picture, median of {MOVES} moves: {', '.join(moves)}. "
-        f"{_source(parts, 'student')}"
-        if moves
-        else "How long a move takes has not been measured.",
     }
 
 
