@@ -7,7 +7,7 @@ each (section 3.2 of the paper).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -18,7 +18,7 @@ from smaflib.config import FusionRule
 from smaflib.data.transforms import normalize, resize_image, scaled_size
 from smaflib.models.networks import attention_of
 from smaflib.plugins import FUSION, calling, checked_maps, load, own_name
-from smaflib.runtime import Runtime, device_of
+from smaflib.runtime import Runtime, device_of, start_copy
 
 FUSION_RULES: tuple[FusionRule, ...] = FUSION.built_in
 """The library's own."""
@@ -74,7 +74,6 @@ def scaled_inputs(images: Tensor, scales: Sequence[float]) -> list[Tensor]:
     return [normalize(torch.stack([resize_image(image, size) for image in images])) for size in sizes]
 
 
-@torch.no_grad()
 def cams_of_inputs(
     network: nn.Module, inputs: Sequence[Tensor], flip: bool = True, runtime: Runtime | None = None
 ) -> list[Tensor]:
@@ -89,6 +88,14 @@ def cams_of_inputs(
     Returns:
         Per scale (B, K, h_s, w_s), non-negative float32 on the CPU.
     """
+    return start_cams(network, inputs, flip, runtime)()
+
+
+@torch.no_grad()
+def start_cams(
+    network: nn.Module, inputs: Sequence[Tensor], flip: bool = True, runtime: Runtime | None = None
+) -> Callable[[], list[Tensor]]:
+    """:func:`cams_of_inputs` in two: a GPU is told what to compute, and what is returned waits for the maps."""
     network.eval()
     cams = []
     for scaled in inputs:
@@ -100,7 +107,7 @@ def cams_of_inputs(
             plain, mirrored = maps.chunk(2)
             maps = (plain + mirrored.flip(-1)) / 2
         cams.append(maps)
-    return [maps.cpu() for maps in cams]  # after the last scale: a GPU has all of them to work on
+    return start_copy(cams)  # after the last scale: a GPU has all of them to work on
 
 
 class Fusion(Protocol):
