@@ -31,7 +31,7 @@ from smaflib.files import PROJECT_ROOT, read_json, write_json
 from smaflib.models.networks import AttentionNetwork
 from smaflib.report.markdown import fill_page, markdown_table
 from smaflib.runs.environment import git_state
-from smaflib.runtime import CPU, Runtime, keep_freed_memory, num_cores
+from smaflib.runtime import CPU, Runtime, choose_kernels, keep_freed_memory, num_cores
 
 RESULTS = Path(__file__).parent / "results" / "switches.json"
 PAGE = PROJECT_ROOT / "docs" / "gpu.md"
@@ -75,7 +75,7 @@ def measure(part: str) -> Iterator[dict[str, Any]]:
     expected: list[Tensor] = []
     for switch in SWITCHES:
         runtime = Runtime(CPU, compile=switch == "compile")
-        torch.use_deterministic_algorithms(switch == "deterministic", warn_only=True)
+        choose_kernels(tf32=True, deterministic=switch == "deterministic")
         call = make(runtime.place(copy.deepcopy(start)), runtime)
         seconds: list[float] = []
         made: list[Tensor] = []
@@ -95,7 +95,7 @@ def measure(part: str) -> Iterator[dict[str, Any]]:
                 float((one - other).abs().max()) for one, other in zip(expected, made, strict=True)
             ),
         }
-    torch.use_deterministic_algorithms(False)
+    choose_kernels(tf32=True, deterministic=False)
 
 
 def table(results: dict[str, Any]) -> str:

@@ -176,8 +176,8 @@ def write_attention_maps(
         runtime: device and precision.
         batch_size: images of one size in a forward pass. Photos on a CPU are taken one by one: together they would be
             slower and need more memory.
-        host_threads: that decode and resize the next images and write the last ones while a GPU computes; None: as
-            of :meth:`~smaflib.runtime.Runtime.host_threads`.
+        host_threads: that decode and resize the next images while a GPU computes; as many write the last ones. None:
+            as of :meth:`~smaflib.runtime.Runtime.host_threads`.
 
     Raises:
         ConfigError: if a scale of an image needs more memory than the device has.
@@ -202,10 +202,11 @@ def write_attention_maps(
             maps.write(image_id, [cam[row] for cam in cams], (batch.images.shape[-2], batch.images.shape[-1]))
         return len(batch.image_ids)
 
-    with runtime.host_threads(host_threads) as host:
-        decoded = host.ahead(samples.__getitem__, missing)
-        prepared = host.ahead(prepare, _fitting_batches(decoded, batch_size, network, config, runtime))
-        written = (image for count in host.ahead(write, map(start, prepared)) for image in range(count))
+    # Writers of their own: they wait for the disk, and what is to be decoded would wait behind them.
+    with runtime.host_threads(host_threads) as readers, runtime.host_threads(host_threads) as writers:
+        decoded = readers.ahead(samples.__getitem__, missing)
+        prepared = readers.ahead(prepare, _fitting_batches(decoded, batch_size, network, config, runtime))
+        written = (image for count in writers.ahead(write, map(start, prepared)) for image in range(count))
         for _ in progress(written, total=len(missing), desc=f"attention of {samples.split}"):
             pass
     wait_for_all()

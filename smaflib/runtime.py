@@ -95,7 +95,7 @@ def make_runtime(config: Config) -> Runtime:
         torch.cuda.set_device(device)
     # torch's own default counts hyper-threads and ignores CPU limits of containers.
     torch.set_num_threads(config.num_threads or num_cores())
-    _choose_kernels(config)
+    choose_kernels(config.tf32, config.deterministic)
     keep_freed_memory()
     fastest = fastest_precision(device)
     precision = fastest if config.precision == "auto" else config.precision
@@ -110,13 +110,16 @@ def make_runtime(config: Config) -> Runtime:
     return Runtime(device, precision, config.seed, config.compile)
 
 
-def _choose_kernels(config: Config) -> None:
+def choose_kernels(tf32: bool, deterministic: bool) -> None:
+    """Set what the settings of these names say, for all that torch computes in this process."""
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = config.tf32
+    torch.backends.cudnn.allow_tf32 = tf32
     # What has no deterministic kernel warns and is computed: an error would end a training of hours.
-    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
-    if config.deterministic:  # cuBLAS reads it when the first product is computed
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    # torch would also fill every new tensor, which finds code that reads what nobody has written, and takes time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    if deterministic:  # cuBLAS reads it when the first product is computed
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
@@ -147,7 +150,7 @@ def check_compiler(device: torch.device) -> None:
         missing.append("Python's headers (Python.h)")
     if missing:
         raise ConfigError(
-            f"compile is true, but torch.compile needs {' and '.join(missing)}, which this machine lacks; install it "
+            f"compile is true, but torch.compile needs what this machine lacks: {', '.join(missing)}; install it "
             "(Debian: apt install g++ python3-dev), or set compile=false"
         )
 

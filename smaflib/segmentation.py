@@ -293,10 +293,10 @@ def write_segmentation(
     """
     paths = [folder / f"{image_id}.png" for image_id in samples.image_ids]
     missing = [index for index in ranks_here().part(range(len(paths))) if not paths[index].is_file()]
-    with runtime.host_threads() as host:
-        images = host.ahead(lambda index: samples[index].image, missing)
-        named = zip(missing, segment_many(network, images, settings, runtime, host), strict=True)
-        written = host.ahead(lambda made: save_mask(paths[made[0]], made[1]), named)
+    with runtime.host_threads() as readers, runtime.host_threads() as writers:
+        images = readers.ahead(lambda index: samples[index].image, missing)
+        named = zip(missing, segment_many(network, images, settings, runtime, readers), strict=True)
+        written = writers.ahead(lambda made: save_mask(paths[made[0]], made[1]), named)
         for _ in progress(written, len(missing), f"segment {samples.split}"):
             pass
     wait_for_all()

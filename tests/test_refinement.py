@@ -509,7 +509,8 @@ def test_gpu_batches_are_decoded_ahead_in_order_and_no_further() -> None:
     taken.clear()
     batches = parallel._decoded_ahead(jobs())
     next(batches)
-    batches.close()  # waits for the thread
+    time.sleep(0.1)  # time enough for more
+    batches.close()
     assert len(taken) == 2 * parallel.GPU_BATCH
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,9 +83,14 @@ def test_kernels_are_chosen_as_the_config_says(torch_settings: None) -> None:
 @pytest.mark.parametrize(
     ("device", "programs", "packages", "message"),
     [
-        ("cpu", [], ["triton"], r"needs the C\+\+ compiler .*, which this machine lacks; install it .* compile=false"),
-        ("cuda", [], [], r"needs the package triton and a C compiler, which"),
-        ("cuda", ["gcc"], [], r"needs the package triton, which"),
+        (
+            "cpu",
+            [],
+            ["triton"],
+            r"what this machine lacks: the C\+\+ compiler .+, Python's headers .*; install it .* compile=false",
+        ),
+        ("cuda", [], [], r"lacks: the package triton, a C compiler, Python's headers"),
+        ("cuda", ["gcc"], [], r"lacks: the package triton, Python's headers"),
         ("mps", ["g++"], [], r"on 'mps' nothing is compiled here; set compile=false"),
     ],
 )
@@ -96,16 +102,15 @@ def test_compilation_without_a_compiler_is_refused(
     monkeypatch.setattr(runtime.sysconfig, "get_path", lambda name: str(Path(__file__).parent))
     for variable in ("CC", "CXX"):
         monkeypatch.delenv(variable, raising=False)
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(ConfigError, match=message):
         runtime.check_compiler(torch.device(device))
-    assert "Python.h" in str(caught.value) or device == "mps"  # not in this folder
 
 
 def test_compilation_is_refused_before_anything_starts(
     torch_settings: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
-    with pytest.raises(ConfigError, match="needs the C.* compiler .*no-compiler"):
+    with pytest.raises(ConfigError, match="lacks: the C.* compiler .*no-compiler; install"):
         check_networks(with_settings(device="cpu", compile=True))
     (tmp_path / "no-compiler").touch(mode=0o755)
     monkeypatch.setattr(runtime.sysconfig, "get_path", lambda name: str(tmp_path))
@@ -278,6 +283,7 @@ def test_kinds_of_work_share_the_threads():
 
     def double(number: int) -> int:
         names.add(threading.current_thread().name)
+        time.sleep(0.002)  # so that one thread is not free again at once
         return 2 * number
 
     with HostThreads(2) as host:

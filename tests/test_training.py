@@ -360,8 +360,9 @@ def test_a_gpus_losses_are_read_when_they_are_logged_and_not_before(monkeypatch:
         batches = SameBatch(make_samples(2), config, 0)
         histories.append(fit(network, batches, label_loss(network), kind(torch.device("cpu"))))  # type: ignore[arg-type]
         counts.append(len(reads))
-    assert counts[1] == len(histories[1]) == 50
-    assert counts[0] == 50 + 200 * 2  # a CPU has each of both losses at once
+    assert len(histories[1]) == 50
+    assert counts[1] == 50 + 1  # torch's loader draws a seed, once
+    assert counts[0] == counts[1] + 200 * 2  # a CPU has each of both losses at once
     for one, other in zip(*histories, strict=True):
         assert other == pytest.approx(one, rel=1e-6)
 
@@ -433,10 +434,11 @@ def test_compiled_code_learns_nearly_the_same() -> None:
         check_compiler(torch.device("cpu"))
     except ConfigError as error:
         pytest.skip(str(error))
-    networks = [tiny_network(), tiny_network()]
+    # Not AdamW: where a gradient is next to zero, its first steps are as long as elsewhere, with a rounding's sign.
+    networks, config = [tiny_network(), tiny_network()], training(optimizer="sgd", learning_rate=0.05)
     for network, compiled in zip(networks, (False, True), strict=True):
         runtime = Runtime(torch.device("cpu"), compile=compiled)
-        fit(network, batches_of(training()), label_loss(network), runtime)  # type: ignore[arg-type]
+        fit(network, batches_of(config), label_loss(network), runtime)  # type: ignore[arg-type]
     assert is_compiled(networks[1])
     for one, other in zip(*(network.state_dict().values() for network in networks), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)  # with the same dropout
