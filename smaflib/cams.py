@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smaflib.config import FusionRule
-from smaflib.data.transforms import normalize, resize_image, scaled_size
+from smaflib.data.transforms import normalize, resize_to_each, scaled_size
 from smaflib.models.networks import attention_of
 from smaflib.plugins import FUSION, calling, checked_maps, load, own_name
 from smaflib.runtime import Runtime, device_of, start_copy
@@ -71,7 +71,8 @@ def scaled_inputs(images: Tensor, scales: Sequence[float]) -> list[Tensor]:
         Per scale float32 (B, 3, H_s, W_s), normalised.
     """
     sizes = [scaled_size(images.shape[-2:], scale) for scale in scales]
-    return [normalize(torch.stack([resize_image(image, size) for image in images])) for size in sizes]
+    resized = [resize_to_each(image, sizes) for image in images]
+    return [normalize(torch.stack(of_a_scale)) for of_a_scale in zip(*resized, strict=True)]
 
 
 def cams_of_inputs(
