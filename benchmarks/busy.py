@@ -158,6 +158,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.page:
         keep_freed_memory()  # as smaf runs
+        torch.set_num_threads(1)  # of the thread that starts kernels: what it computes here, a GPU would
         facts = {
             "date": datetime.date.today().isoformat(),
             "cores": num_cores(),
