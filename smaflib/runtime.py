@@ -333,8 +333,7 @@ def start_copy(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
     if not any(tensor.is_cuda for tensor in tensors):
         return lambda: [tensor.cpu() for tensor in tensors]
     copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]  # into pinned memory, as torch does here
-    copied = torch.cuda.Event()
-    copied.record()
+    copied = torch.cuda.current_stream(tensors[0].device).record_event()
 
     def wait() -> list[Tensor]:
         copied.synchronize()

@@ -275,8 +275,10 @@ def _found_ahead(
 
     with contextlib.nullcontext(host) if host else runtime.host_threads() as threads:
         prepared = threads.ahead(prepare, same_size(images, lambda image: image, GPU_BATCH, most_pixels))
-        for found in threads.ahead(wait, map(start, prepared)):
-            yield from found
+        # A thread of its own: those that wait for the GPU do not prepare what it takes next.
+        with HostThreads(min(1, threads.workers)) as waiting:
+            for found in waiting.ahead(wait, map(start, prepared)):
+                yield from found
 
 
 def write_segmentation(
