@@ -94,21 +94,33 @@ def cams_of_inputs(
 
 @torch.no_grad()
 def start_cams(
-    network: nn.Module, inputs: Sequence[Tensor], flip: bool = True, runtime: Runtime | None = None
+    network: nn.Module,
+    inputs: Sequence[Tensor],
+    flip: bool = True,
+    runtime: Runtime | None = None,
+    mirrored: bool = False,
 ) -> Callable[[], list[Tensor]]:
-    """:func:`cams_of_inputs` in two: a GPU is told what to compute, and what is returned waits for the maps."""
+    """:func:`cams_of_inputs` in two: a GPU is told what to compute, and what is returned waits for the maps.
+
+    Arguments as there; ``mirrored``: the inputs have come through :func:`with_mirror_images` already.
+    """
     network.eval()
     cams = []
     for scaled in inputs:
         scaled = scaled.to(device_of(network), non_blocking=True)
         with runtime.autocast() if runtime else torch.autocast("cpu", enabled=False):
-            logits = network(torch.cat([scaled, scaled.flip(-1)]) if flip else scaled)
+            logits = network(with_mirror_images(scaled) if flip and not mirrored else scaled)
             maps = attention_of(network, logits.float())
         if flip:
             plain, mirrored = maps.chunk(2)
             maps = (plain + mirrored.flip(-1)) / 2
         cams.append(maps)
     return start_copy(cams)  # after the last scale: a GPU has all of them to work on
+
+
+def with_mirror_images(images: Tensor) -> Tensor:  # (B, 3, H, W) -> (2B, 3, H, W)
+    """Images, and after them each one's mirror image."""
+    return torch.cat([images, images.flip(-1)])
 
 
 class Fusion(Protocol):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smaflib.cams import Fusion, fuse_cams, scaled_inputs, start_cams
+from smaflib.cams import Fusion, fuse_cams, scaled_inputs, start_cams, with_mirror_images
 from smaflib.config import AttentionConfig, FusionRule
 from smaflib.data.sample import Sample, Samples, same_size
 from smaflib.data.transforms import scaled_size
@@ -188,13 +188,17 @@ def write_attention_maps(
     names = samples.image_ids
     missing = [index for index in ranks_here().part(range(len(names))) if not maps.path(names[index]).is_file()]
 
+    # A GPU makes mirror images itself, and half as much has to be copied there.
+    mirrored = config.flip and not runtime.computes_behind
+
     def prepare(batch: Batch) -> tuple[Batch, list[Tensor]]:
-        return batch, [runtime.pinned(scaled) for scaled in scaled_inputs(batch.images, config.scales)]
+        inputs = scaled_inputs(batch.images, config.scales)
+        return batch, [runtime.pinned(with_mirror_images(scaled) if mirrored else scaled) for scaled in inputs]
 
     def start(batch_and_inputs: tuple[Batch, list[Tensor]]) -> tuple[Batch, Callable[[], list[Tensor]]]:
         batch, inputs = batch_and_inputs
         with of_image(*batch.image_ids):
-            return batch, start_cams(network, inputs, config.flip, runtime)
+            return batch, start_cams(network, inputs, config.flip, runtime, mirrored)
 
     def write(started: tuple[Batch, Callable[[], list[Tensor]]]) -> int:
         batch, cams = started[0], started[1]()
