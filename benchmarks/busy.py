@@ -4,10 +4,10 @@
     python benchmarks/busy.py --page     the table alone
 
 The function that stage 03 calls makes maps at four scales with flips, from JPEG files of VOC's size to files of maps.
-Its network sleeps 30 ms per photo: in the thread that calls it (*sleeps*), or behind it, as a GPU that has a queue and is
-waited for when its results are read (*queue*). Its device is torch's ``meta``, where copies, flips and joins cost
-nothing: beside a GPU they are the GPU's work. All that is the host's is done: decode, resize, normalise, compress, write.
-*Busy* is what all photos sleep, divided by the time from the first forward pass to the end of the last.
+Its network sleeps 30 ms per photo: in the thread that calls it (*sleeps*), or behind it, as a GPU that has a queue and
+is waited for when its results are read (*queue*). Its device is torch's ``meta``, where copies, flips and joins cost
+nothing: beside a GPU they are the GPU's work. All that is the host's is done: decode, resize, normalise, compress,
+write. *Busy* is what all photos sleep, divided by the time from the first forward pass to the end of the last.
 """
 
 from __future__ import annotations
