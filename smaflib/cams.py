@@ -112,8 +112,8 @@ def start_cams(
             logits = network(with_mirror_images(scaled) if flip and not mirrored else scaled)
             maps = attention_of(network, logits.float())
         if flip:
-            plain, mirrored = maps.chunk(2)
-            maps = (plain + mirrored.flip(-1)) / 2
+            plain, of_mirror_images = maps.chunk(2)
+            maps = (plain + of_mirror_images.flip(-1)) / 2
         cams.append(maps)
     return start_copy(cams)  # after the last scale: a GPU has all of them to work on
 
