@@ -170,7 +170,7 @@ def table(result: dict[str, Any]) -> str:
         "images at once",
         "host threads",
         "ms a photo",
-        "of it the host's cores",
+        "CPU ms a photo",
         "busy, %",
     ]
     sizes = {1: "of one size", 2: "lying and upright in turns"}
