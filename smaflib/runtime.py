@@ -118,7 +118,7 @@ def choose_kernels(tf32: bool, deterministic: bool) -> None:
     # What has no deterministic kernel warns and is computed: an error would end a training of hours.
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     # torch would also fill every new tensor, which finds code that reads what nobody has written, and takes time.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if deterministic:  # cuBLAS reads it when the first product is computed
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
