@@ -1,6 +1,7 @@
 """Dense CRF back-ends side by side: speed, agreement, mIoU, memory; pixel-adaptive refinement beside them.
 
     python benchmarks/refinement.py [--photos ../shared/photos] [--device cuda] [--json refinement.json]
+    python benchmarks/refinement.py --only-threads ...     one image with two threads, added to the file
 
 All methods take turns on each image in one run, so that what else the machine does hits them alike; figures are medians
 over the images. The baseline is the field's usual call: pydensecrf with all 21 labels, on one core. Without --photos,
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import itertools
 import json
 import os
 import platform
@@ -204,6 +206,48 @@ def ratio(one: list[float], other: list[float]) -> float:
 
 def miou(masks: list[Tensor], cases: list[Case]) -> float:
     return 100 * evaluate(masks, [mask for _, mask, _ in cases], VOC_CLASSES).miou
+
+
+def measure_threads(cases: list[Case], repeats: int) -> list[dict[str, Any]]:
+    """One image after the other: smaflib's torch call with one thread and with two, beside the field's usual call.
+
+    *kept*: the lattice of positions is there already, as from the second image of a size on.
+    """
+    usual = methods("cpu")["pydensecrf, 21 labels"][1]
+
+    def torch_call(case: Case, kept: bool) -> Tensor:
+        if not kept:
+            mean_field._smoothness_kernel.cache_clear()
+        return dense_crf(case[0], hard_labels(case[2], BG_SCORE), REFERENCE, NUM_LABELS, "torch")
+
+    calls: dict[str, tuple[int, Callable[[Case], Tensor]]] = {"pydensecrf, 21 labels": (1, usual)}
+    for threads, kept in itertools.product((1, 2), (False, True)):
+        name = f"torch, {threads} thread{'s' if threads > 1 else ''}{', kept' if kept else ''}"
+        calls[name] = threads, functools.partial(torch_call, kept=kept)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    different = dict.fromkeys(calls, 0)
+    for case in progress(cases, total=len(cases), desc="threads"):
+        expected = usual(case)
+        for name, (threads, call) in calls.items():
+            torch.set_num_threads(threads)
+            times = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                mask = call(case)
+                times.append(time.perf_counter() - start)
+            seconds[name].append(min(times))
+            different[name] += int((mask != expected).sum())
+    torch.set_num_threads(1)
+    baseline = next(iter(calls))
+    return [
+        {
+            "method": name,
+            "ms": 1000 * statistics.median(seconds[name]),
+            "speed": ratio(seconds[baseline], seconds[name]),
+            "different pixels": different[name],
+        }
+        for name in calls
+    ]
 
 
 # --- agreement ----------------------------------------------------------------------------------------------------
@@ -432,8 +476,25 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
     head += ["ms an image", "speed, at as many labels", "pixels that differ", "peak memory, MB"]
     return {
         "speed": f"{markdown_table(head, lines)}\n\n{_agreement(result)}\n\n{_source(facts)}",
+        "threads": _threads(result["threads"]),
         "quality": _quality(result["agreement"], speed),
     }
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write the JSON, and the tables of the page where it is the one that the page is made of."""
+    write_json(path, result)
+    if path.absolute() == RESULTS:
+        fill_page(PAGE, "benchmarks/refinement.py", tables(result))
+
+
+def _threads(part: dict[str, Any]) -> str:
+    lines = [
+        [row["method"], f"{row['ms']:.0f}", f"{row['speed']:.1f}", f"{row['different pixels']:,}"]
+        for row in part["rows"]
+    ]
+    head = [f"{part['facts']['images']} photos, preset `reference`", "ms an image", "speed", "pixels that differ"]
+    return f"{markdown_table(head, lines)}\n\n{_source(part['facts'])}"
 
 
 def _agreement(result: dict[str, Any]) -> str:
@@ -475,6 +536,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="turns per image; the fastest counts")
     parser.add_argument("--data-set", type=int, default=2000, metavar="N", help="synthetic images; 0: leave out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--only-threads", action="store_true", help="one image with two threads; the rest stays")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
@@ -495,6 +557,12 @@ def main() -> None:
         "images": len(cases),
         "longest side": LONGEST_SIDE,
     }
+    if arguments.only_threads:
+        rows = measure_threads(cases, arguments.repeats)
+        print(pd.DataFrame(rows).to_string(index=False, float_format="{:.4g}".format))
+        if arguments.json:
+            write_result(arguments.json, read_json(arguments.json, {}) | {"threads": {"facts": facts, "rows": rows}})
+        return
     measured = {
         "speed": measure_speed(cases, arguments.device, arguments.repeats),
         "agreement": measure_agreement(cases, arguments.device),
@@ -508,9 +576,8 @@ def main() -> None:
         measured["batches"] = measure_batches(cases, arguments.device)
         measured["parts"] = [row for n in (1, 8, 32) for row in measure_parts(cases, arguments.device, n)]
     if arguments.json:
-        write_json(arguments.json, {"facts": facts, **measured})
-        if arguments.json.absolute() == RESULTS:
-            fill_page(PAGE, "benchmarks/refinement.py", tables(read_json(RESULTS, {})))
+        kept = {"threads": part} if (part := read_json(arguments.json, {}).get("threads")) else {}
+        write_result(arguments.json, {"facts": facts, **measured} | kept)
     for name, rows in measured.items():
         print(f"\n{name}\n{pd.DataFrame(rows).to_string(index=False, na_rep='', float_format='{:.4g}'.format)}")
     print(f"\n{json.dumps(facts)}")

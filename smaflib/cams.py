@@ -7,7 +7,7 @@ each (section 3.2 of the paper).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smaflib.config import FusionRule
-from smaflib.data.transforms import normalize, resize_image, scaled_size
+from smaflib.data.transforms import normalize, resize_to_each, scaled_size
 from smaflib.models.networks import attention_of
 from smaflib.plugins import FUSION, calling, checked_maps, load, own_name
-from smaflib.runtime import Runtime, device_of
+from smaflib.runtime import Runtime, device_of, start_copy
 
 FUSION_RULES: tuple[FusionRule, ...] = FUSION.built_in
 """The library's own."""
@@ -71,10 +71,10 @@ def scaled_inputs(images: Tensor, scales: Sequence[float]) -> list[Tensor]:
         Per scale float32 (B, 3, H_s, W_s), normalised.
     """
     sizes = [scaled_size(images.shape[-2:], scale) for scale in scales]
-    return [normalize(torch.stack([resize_image(image, size) for image in images])) for size in sizes]
+    resized = [resize_to_each(image, sizes) for image in images]
+    return [normalize(torch.stack(of_a_scale)) for of_a_scale in zip(*resized, strict=True)]
 
 
-@torch.no_grad()
 def cams_of_inputs(
     network: nn.Module, inputs: Sequence[Tensor], flip: bool = True, runtime: Runtime | None = None
 ) -> list[Tensor]:
@@ -89,18 +89,38 @@ def cams_of_inputs(
     Returns:
         Per scale (B, K, h_s, w_s), non-negative float32 on the CPU.
     """
+    return start_cams(network, inputs, flip, runtime)()
+
+
+@torch.no_grad()
+def start_cams(
+    network: nn.Module,
+    inputs: Sequence[Tensor],
+    flip: bool = True,
+    runtime: Runtime | None = None,
+    mirrored: bool = False,
+) -> Callable[[], list[Tensor]]:
+    """:func:`cams_of_inputs` in two: a GPU is told what to compute, and what is returned waits for the maps.
+
+    Arguments as there; ``mirrored``: the inputs have come through :func:`with_mirror_images` already.
+    """
     network.eval()
     cams = []
     for scaled in inputs:
         scaled = scaled.to(device_of(network), non_blocking=True)
         with runtime.autocast() if runtime else torch.autocast("cpu", enabled=False):
-            logits = network(torch.cat([scaled, scaled.flip(-1)]) if flip else scaled)
+            logits = network(with_mirror_images(scaled) if flip and not mirrored else scaled)
             maps = attention_of(network, logits.float())
         if flip:
-            plain, mirrored = maps.chunk(2)
-            maps = (plain + mirrored.flip(-1)) / 2
+            plain, of_mirror_images = maps.chunk(2)
+            maps = (plain + of_mirror_images.flip(-1)) / 2
         cams.append(maps)
-    return [maps.cpu() for maps in cams]  # after the last scale: a GPU has all of them to work on
+    return start_copy(cams)  # after the last scale: a GPU has all of them to work on
+
+
+def with_mirror_images(images: Tensor) -> Tensor:  # (B, 3, H, W) -> (2B, 3, H, W)
+    """Images, and after them each one's mirror image."""
+    return torch.cat([images, images.flip(-1)])
 
 
 class Fusion(Protocol):

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +177,10 @@ def standardize_features(
     network.to(runtime.device).eval()
     statistics = ChannelStatistics(network)
     num_batches = min(len(batches), math.ceil(passes * len(batches.samples) / batches.config.batch_size))
-    for index in progress(range(num_batches), total=num_batches, desc="feature statistics"):
-        statistics.add(network.backbone(batches[index]["image"].to(runtime.device)).double().cpu())
+    with runtime.host_threads() as host:
+        crops = host.ahead(lambda index: runtime.pinned(batches[index]["image"]), range(num_batches))
+        for images in progress(crops, total=num_batches, desc="feature statistics"):
+            statistics.add(network.backbone(images.to(runtime.device, non_blocking=True)).double().cpu())
     statistics.fill_layer()
 
 
@@ -241,14 +243,21 @@ def _mean_features(
     statistics = ChannelStatistics(network)
     means: list[Tensor] = []
     labels: list[Tensor] = []
-    for sample in progress(samples, total=len(samples), desc="features"):
-        for view in _views(sample.image, attention):
-            with runtime.autocast():
-                features = network.backbone(view.to(runtime.device))
-            features = features.double().cpu()  # (1 or 2, C, h, w)
-            means += list(features.mean(dim=(2, 3)))
-            labels += [sample.image_label.double()] * len(features)
-            statistics.add(features)
+
+    def prepare(index: int) -> tuple[Tensor, list[Tensor]]:
+        sample = samples[index]
+        return sample.image_label.double(), [runtime.pinned(view) for view in _views(sample.image, attention)]
+
+    with runtime.host_threads() as host:
+        prepared = host.ahead(prepare, range(len(samples)))
+        for label, views in progress(prepared, total=len(samples), desc="features"):
+            for view in views:
+                with runtime.autocast():
+                    features = network.backbone(view.to(runtime.device, non_blocking=True))
+                features = features.double().cpu()  # (1 or 2, C, h, w)
+                means += list(features.mean(dim=(2, 3)))
+                labels += [label] * len(features)
+                statistics.add(features)
     mean, variance = statistics.fill_layer()
     return (torch.stack(means) - mean) / (variance + statistics.layer.eps).sqrt(), torch.stack(labels)
 
@@ -269,7 +278,6 @@ def learned_views(config: Config) -> AttentionConfig:
     return config.attention if config.classifier.solve_head else ONE_VIEW
 
 
-@torch.no_grad()
 def classify_image(network: AttentionNetwork, image: Tensor, runtime: Runtime, views: AttentionConfig) -> Tensor:
     """What a network thinks that an image shows: mean logits over its views, float32 (K,).
 
@@ -280,11 +288,16 @@ def classify_image(network: AttentionNetwork, image: Tensor, runtime: Runtime, v
         views: the scales and mirror images, see :func:`learned_views`. A head that was computed (:func:`solve_head`)
             finds far too many classes in an image of another size.
     """
+    return _mean_logits(network, _views(image, views), runtime)
+
+
+@torch.no_grad()
+def _mean_logits(network: AttentionNetwork, views: Iterable[Tensor], runtime: Runtime) -> Tensor:
     rows = []
-    for view in _views(image, views):
+    for view in views:
         with runtime.autocast():
-            rows.append(network.image_logits(network(view.to(runtime.device))).float().cpu())
-    return torch.cat(rows).mean(dim=0)
+            rows.append(network.image_logits(network(view.to(runtime.device, non_blocking=True))).float())
+    return torch.cat(rows).cpu().mean(dim=0)
 
 
 def classify(
@@ -292,8 +305,13 @@ def classify(
 ) -> Tensor:
     """:func:`classify_image` of every sample, (N, K)."""
     network.to(runtime.device).eval()
-    images = progress(samples, total=len(samples), desc="classify")
-    return torch.stack([classify_image(network, sample.image, runtime, views) for sample in images])
+
+    def prepare(index: int) -> list[Tensor]:
+        return [runtime.pinned(view) for view in _views(samples[index].image, views)]
+
+    with runtime.host_threads() as host:
+        prepared = progress(host.ahead(prepare, range(len(samples))), total=len(samples), desc="classify")
+        return torch.stack([_mean_logits(network, each, runtime) for each in prepared])
 
 
 def crop_saliency(sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smaflib.cams import Fusion, cams_of_inputs, fuse_cams, scaled_inputs
+from smaflib.cams import Fusion, fuse_cams, scaled_inputs, start_cams, with_mirror_images
 from smaflib.config import AttentionConfig, FusionRule
-from smaflib.data.sample import Sample, Samples
+from smaflib.data.sample import Sample, Samples, same_size
 from smaflib.data.transforms import scaled_size
 from smaflib.distributed.ranks import ranks_here, wait_for_all
 from smaflib.errors import DataError
@@ -27,7 +27,7 @@ from smaflib.files import load_arrays, names_there, save_arrays
 from smaflib.models.memory import forward_bytes, refuse_what_does_not_fit
 from smaflib.plugins import of_image
 from smaflib.reactivation import blend_saliency
-from smaflib.runtime import Runtime, ahead, progress, release_freed_memory
+from smaflib.runtime import Runtime, progress, release_freed_memory
 
 
 def fuse_and_denoise(
@@ -176,8 +176,8 @@ def write_attention_maps(
         runtime: device and precision.
         batch_size: images of one size in a forward pass. Photos on a CPU are taken one by one: together they would be
             slower and need more memory.
-        host_threads: that decode and resize the next images and write the last ones while a GPU computes; None: as
-            of :func:`~smaflib.runtime.ahead`, and none beside a CPU, which has its hands full.
+        host_threads: that decode and resize the next images while a GPU computes; as many write the last ones. None:
+            as of :meth:`~smaflib.runtime.Runtime.host_threads`.
 
     Raises:
         ConfigError: if a scale of an image needs more memory than the device has.
@@ -185,33 +185,35 @@ def write_attention_maps(
     """
     maps = AttentionMaps(folder, config.scales)
     runtime.place(network)
-    most_pixels = batch_size * SMALL_IMAGE if runtime.device.type == "cpu" else sys.maxsize
     names = [f"{image_id}.npz" for image_id in samples.image_ids]
     there = names_there(folder, names)
     missing = [index for index in ranks_here().part(range(len(names))) if names[index] not in there]
-    threads = 0 if host_threads is None and runtime.device.type == "cpu" else host_threads
-    decoded = ahead(samples.__getitem__, missing, threads)
 
-    def fitting() -> Iterator[Batch]:
-        largest = 0  # pixels of the largest image that is known to fit
-        for batch in _same_size_batches(decoded, batch_size, most_pixels):
-            if batch.images[:, 0].numel() > largest:
-                largest = batch.images[:, 0].numel()
-                _check_memory(network, batch, config, runtime)
-            yield batch
+    # A GPU makes mirror images itself, and half as much has to be copied there.
+    mirrored = config.flip and not runtime.computes_behind
 
-    prepared = ahead(lambda batch: (batch, scaled_inputs(batch.images, config.scales)), fitting(), threads)
-    computed = ((batch, _cams_of_batch(network, batch, inputs, config, runtime)) for batch, inputs in prepared)
+    def prepare(batch: Batch) -> tuple[Batch, list[Tensor]]:
+        inputs = scaled_inputs(batch.images, config.scales)
+        return batch, [runtime.pinned(with_mirror_images(scaled) if mirrored else scaled) for scaled in inputs]
 
-    def write(result: tuple[Batch, list[Tensor]]) -> int:
-        batch, cams = result
+    def start(batch_and_inputs: tuple[Batch, list[Tensor]]) -> tuple[Batch, Callable[[], list[Tensor]]]:
+        batch, inputs = batch_and_inputs
+        with of_image(*batch.image_ids):
+            return batch, start_cams(network, inputs, config.flip, runtime, mirrored)
+
+    def write(started: tuple[Batch, Callable[[], list[Tensor]]]) -> int:
+        batch, cams = started[0], started[1]()
         for row, image_id in enumerate(batch.image_ids):
             maps.write(image_id, [cam[row] for cam in cams], (batch.images.shape[-2], batch.images.shape[-1]))
         return len(batch.image_ids)
 
-    written = (image for count in ahead(write, computed, threads) for image in range(count))
-    for _ in progress(written, total=len(missing), desc=f"attention of {samples.split}"):
-        pass
+    # Writers of their own: they wait for the disk, and what is to be decoded would wait behind them.
+    with runtime.host_threads(host_threads) as readers, runtime.host_threads(host_threads) as writers:
+        decoded = readers.ahead(samples.__getitem__, missing)
+        prepared = readers.ahead(prepare, _fitting_batches(decoded, batch_size, network, config, runtime))
+        written = (image for count in writers.ahead(write, map(start, prepared)) for image in range(count))
+        for _ in progress(written, total=len(missing), desc=f"attention of {samples.split}"):
+            pass
     wait_for_all()
     release_freed_memory()
     return maps
@@ -225,11 +227,18 @@ class Batch:
     images: Tensor
 
 
-def _cams_of_batch(
-    network: nn.Module, batch: Batch, inputs: Sequence[Tensor], config: AttentionConfig, runtime: Runtime
-) -> list[Tensor]:
-    with of_image(*batch.image_ids):
-        return cams_of_inputs(network, inputs, config.flip, runtime)
+def _fitting_batches(
+    decoded: Iterable[Sample], batch_size: int, network: nn.Module, config: AttentionConfig, runtime: Runtime
+) -> Iterator[Batch]:
+    """Neighbours of one size as batches; each that is larger than all before must fit the device's memory."""
+    largest, most_pixels = 0, sys.maxsize if runtime.computes_behind else batch_size * SMALL_IMAGE
+    for neighbours in same_size(decoded, lambda sample: sample.image, batch_size, most_pixels):
+        images = torch.stack([sample.image for sample in neighbours])
+        batch = Batch([sample.image_id for sample in neighbours], images)
+        if images[:, 0].numel() > largest:
+            largest = images[:, 0].numel()
+            _check_memory(network, batch, config, runtime)
+        yield batch
 
 
 def _check_memory(network: nn.Module, batch: Batch, config: AttentionConfig, runtime: Runtime) -> None:
@@ -241,23 +250,6 @@ def _check_memory(network: nn.Module, batch: Batch, config: AttentionConfig, run
         "leave the scale out of attention.scales",
     )
     refuse_what_does_not_fit(forward_bytes, network.eval(), (views, height, width), runtime, what, cure)
-
-
-def _same_size_batches(samples: Iterable[Sample], most: int, most_pixels: int) -> Iterator[Batch]:
-    """Neighbours of equal size, up to ``most`` together, or fewer if they have more pixels; one at least."""
-    batch: list[Sample] = []
-    for sample in samples:
-        full = len(batch) == most or (len(batch) + 1) * sample.image[0].numel() > most_pixels
-        if batch and (full or batch[0].image.shape != sample.image.shape):
-            yield _joined(batch)
-            batch = []
-        batch.append(sample)
-    if batch:
-        yield _joined(batch)
-
-
-def _joined(batch: Sequence[Sample]) -> Batch:
-    return Batch([sample.image_id for sample in batch], torch.stack([sample.image for sample in batch]))
 
 
 class DenoisedMaps(Sequence[Tensor]):

@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import importlib.util
 import os
+import shutil
 import sys
+import sysconfig
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from smaflib.config import Config
@@ -42,13 +45,31 @@ class Runtime:
     device: torch.device
     precision: str = "float32"
     seed: int = 0
+    compile: bool = False
 
     def place(self, network: Network) -> Network:
-        """Move a network to the device, its convolutions' weights laid out with the channels last.
+        """Move a network to the device, its convolutions' weights laid out with the channels last; compile it if asked.
 
-        torch's convolutions follow the layout of their weights; on CPUs this one is about 1.4 times as fast.
+        torch's convolutions follow the layout of their weights; on CPUs this one is about 1.4 times as fast. A compiled
+        network is the same object with the same weights under the same names; its next calls take the compiled code.
         """
-        return network.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        placed: Network = network.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.compile and not is_compiled(placed):
+            placed.compile(options={"fallback_random": True})  # dropout draws what it draws without compilation
+        return placed
+
+    @property
+    def computes_behind(self) -> bool:
+        """Whether the host goes on while the device computes, as beside a GPU: a value that is read is waited for."""
+        return self.device.type != "cpu"
+
+    def pinned(self, tensor: Tensor) -> Tensor:
+        """A tensor for the device; for a GPU in pinned memory, from which it is copied while the GPU computes."""
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+    def host_threads(self, workers: int | None = None) -> HostThreads:
+        """Threads that work ahead of the device; by default none beside a CPU, whose cores compute."""
+        return HostThreads(0 if workers is None and not self.computes_behind else workers)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bf16 inside convolutions and matrix products, where the config asks for it."""
@@ -56,11 +77,11 @@ class Runtime:
 
 
 def make_runtime(config: Config) -> Runtime:
-    """Choose device and precision, set torch's threads and its deterministic kernels.
+    """Choose device and precision, set torch's threads and how it chooses kernels.
 
     Raises:
-        ConfigError: if the config names a device that this machine does not have, or bf16 where the device would only
-            emulate it.
+        ConfigError: if the config names a device that this machine does not have, bf16 where the device would only
+            emulate it, or compilation where there is no compiler.
     """
     found = torch.accelerator.current_accelerator(check_available=True)
     device = (found or CPU) if config.device == "auto" else torch.device(config.device)
@@ -74,8 +95,7 @@ def make_runtime(config: Config) -> Runtime:
         torch.cuda.set_device(device)
     # torch's own default counts hyper-threads and ignores CPU limits of containers.
     torch.set_num_threads(config.num_threads or num_cores())
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
+    choose_kernels(config.tf32, config.deterministic)
     keep_freed_memory()
     fastest = fastest_precision(device)
     precision = fastest if config.precision == "auto" else config.precision
@@ -85,7 +105,54 @@ def make_runtime(config: Config) -> Runtime:
             f"precision is 'bf16', but {what} has no bf16 arithmetic and would be slower with it; set precision=auto "
             "or precision=float32"
         )
-    return Runtime(device, precision, config.seed)
+    if config.compile:
+        check_compiler(device)
+    return Runtime(device, precision, config.seed, config.compile)
+
+
+def choose_kernels(tf32: bool, deterministic: bool) -> None:
+    """Set what the settings of these names say, for all that torch computes in this process."""
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = tf32
+    # What has no deterministic kernel warns and is computed: an error would end a training of hours.
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    # torch would also fill every new tensor, which finds code that reads what nobody has written, and takes time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if deterministic:  # cuBLAS reads it when the first product is computed
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def is_compiled(network: nn.Module) -> bool:
+    """Whether calls of a network take compiled code."""
+    return network._compiled_call_impl is not None
+
+
+def check_compiler(device: torch.device) -> None:
+    """Return if torch.compile has what it needs on a device.
+
+    Raises:
+        ConfigError: if it does not: what is missing, and what to do.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"compile is true, but on {device.type!r} nothing is compiled here; set compile=false")
+    missing = []
+    if device.type == "cpu":
+        compiler = os.environ.get("CXX") or {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
+        if shutil.which(compiler.split()[0]) is None:
+            missing.append(f"the C++ compiler {compiler}")
+    else:
+        if importlib.util.find_spec("triton") is None:
+            missing.append("the package triton")
+        if not any(map(shutil.which, [os.environ.get("CC") or "gcc", "clang"])):
+            missing.append("a C compiler")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        missing.append("Python's headers (Python.h)")
+    if missing:
+        raise ConfigError(
+            f"compile is true, but torch.compile needs what this machine lacks: {', '.join(missing)}; install it "
+            "(Debian: apt install g++ python3-dev), or set compile=false"
+        )
 
 
 def fastest_precision(device: torch.device) -> Literal["float32", "bf16"]:
@@ -182,41 +249,97 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
 
 
 MOST_THREADS = 8
-"""Of :func:`ahead`: more wait for Python's lock, and each holds an image's maps (``benchmarks/gpu.py``, splits)."""
+"""Of :class:`HostThreads`: more wait for Python's lock, and each holds an image's maps (``benchmarks/gpu.py``)."""
 
 
-def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None) -> Iterator[Result]:
-    """Map in order, computed by threads while the caller works on what came before.
+class HostThreads:
+    """Threads that work ahead of their caller: decode what a GPU takes next, write what it has made.
 
-    For work that leaves Python's lock to others: decoding, resizing, torch's operators on one image. Each thread has
-    one torch thread, so small operators do not wait for each other's parts.
+    For work that leaves Python's lock to others: decoding, resizing, compressing, torch's operators on one image. Each
+    thread has one torch thread, so small operators do not wait for each other's parts. Several kinds of work may share
+    the threads, so that there are never more of them. Used in a ``with`` block, at whose end they are gone.
 
     Args:
-        function: of an item; called in a thread.
-        items: taken as there is room, twice as many as there are threads.
         workers: threads; None: one per core, :data:`MOST_THREADS` at most; 0: no thread, each item is computed when it
             is asked for.
-
-    Yields:
-        The results in the order of the items. What a call raises is raised here, in its place.
     """
-    workers = min(num_cores(), MOST_THREADS) if workers is None else workers
-    if workers == 0:
-        yield from map(function, items)
-        return
-    waiting: deque[Future[Result]] = deque()
-    # Each thread sets its own number; torch's loader does the same in the thread that pins memory.
-    with ThreadPoolExecutor(workers, "ahead", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+
+    def __init__(self, workers: int | None = None) -> None:
+        self.workers = min(num_cores(), MOST_THREADS) if workers is None else workers
+        # A thread would otherwise pin memory for the first GPU, whichever is its caller's.
+        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self._pool = ThreadPoolExecutor(self.workers, "ahead", _start_thread, (gpu,)) if self.workers else None
+
+    def __enter__(self) -> HostThreads:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def ahead(
+        self, function: Callable[[Item], Result], items: Iterable[Item], room: int | None = None
+    ) -> Iterator[Result]:
+        """Map in order, computed by the threads while the caller works on what came before.
+
+        Args:
+            function: of an item; called in a thread.
+            items: taken by the caller, as there is room.
+            room: results that may wait for the caller, unfinished ones included; None: twice as many as threads.
+
+        Yields:
+            The results in the order of the items. What a call raises is raised here, in its place.
+        """
+        if self._pool is None:
+            yield from map(function, items)
+            return
+        room = 2 * self.workers if room is None else room
+        waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > 2 * workers:
+                waiting.append(self._pool.submit(function, item))
+                if len(waiting) > room:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
             for future in waiting:  # whose results nobody takes any more
                 future.cancel()
+
+
+def _start_thread(gpu: int | None) -> None:
+    torch.set_num_threads(1)  # of this thread alone; torch's loader does the same in the thread that pins memory
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+
+
+def ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None, room: int | None = None
+) -> Generator[Result, None, None]:
+    """:meth:`HostThreads.ahead` with threads of its own."""
+    with HostThreads(workers) as threads:
+        yield from threads.ahead(function, items, room)
+
+
+def start_copy(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """Let a GPU copy results to the host once it has computed them, and go on at once.
+
+    Args:
+        tensors: on one device.
+
+    Returns:
+        A function that waits until they are there, and returns them on the CPU.
+    """
+    if not any(tensor.is_cuda for tensor in tensors):
+        return lambda: [tensor.cpu() for tensor in tensors]
+    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]  # into pinned memory, as torch does here
+    copied = torch.cuda.current_stream(tensors[0].device).record_event()
+
+    def wait() -> list[Tensor]:
+        copied.synchronize()
+        return copies
+
+    return wait
 
 
 def progress(items: Iterable[Item], total: int | None = None, desc: str = "", initial: int = 0) -> Iterator[Item]:

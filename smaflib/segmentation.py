@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -11,16 +13,16 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor, nn
 
 from smaflib.classifier import standardize_features
-from smaflib.config import CrfConfig, ModelConfig, SegmentationConfig
+from smaflib.config import ModelConfig, SegmentationConfig
 from smaflib.data.classes import VOID_LABEL
 from smaflib.data.masks import save_mask
-from smaflib.data.sample import Samples
+from smaflib.data.sample import Samples, same_size
 from smaflib.data.transforms import normalize, scaled_size
 from smaflib.distributed.ranks import ranks_here, wait_for_all
 from smaflib.files import names_there
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, SummedBranches
 from smaflib.refinement import dense_crf, refine_many
-from smaflib.runtime import Runtime, derive_seed, device_of, progress, seeded
+from smaflib.runtime import HostThreads, Runtime, derive_seed, device_of, progress, seeded, start_copy
 from smaflib.training import Batch, Batches, CropField, History, fit
 
 
@@ -132,8 +134,10 @@ def segmentation_loss(logits: Tensor, mask: Tensor) -> Tensor:
         Scalar; 0 where every pixel is void.
     """
     upsampled = F.interpolate(logits.float(), size=mask.shape[1:], mode="bilinear", align_corners=False)
-    losses = F.cross_entropy(upsampled, mask.long(), ignore_index=VOID_LABEL, reduction="sum")
-    return losses / (mask != VOID_LABEL).sum().clamp(min=1)
+    # A GPU adds up the losses of all pixels in any order, unless it has to give each.
+    each = logits.is_cuda and torch.are_deterministic_algorithms_enabled()
+    losses = F.cross_entropy(upsampled, mask.long(), ignore_index=VOID_LABEL, reduction="none" if each else "sum")
+    return losses.sum() / (mask != VOID_LABEL).sum().clamp(min=1)
 
 
 def segment(network: nn.Module, image: Tensor, config: SegmentationConfig, runtime: Runtime | None = None) -> Tensor:
@@ -151,35 +155,69 @@ def segment(network: nn.Module, image: Tensor, config: SegmentationConfig, runti
     probabilities = class_probabilities(network, image, config, runtime)
     if config.test_crf is None:
         return probabilities.max(dim=0).indices.to(torch.uint8)
-    given = _crf_start(probabilities, config.test_crf)
+    given = probabilities if config.test_crf.unary == "scores" else probabilities.max(dim=0).indices
     return dense_crf(image, given, config.test_crf, len(probabilities), device=runtime.device if runtime else None)
 
 
-def _crf_start(probabilities: Tensor, crf: CrfConfig) -> Tensor:
-    """What the CRF starts from: the probabilities (K+1, H, W), or the labels (H, W) that they make."""
-    return probabilities if crf.unary == "scores" else probabilities.max(dim=0).indices
-
-
-@torch.no_grad()
 def class_probabilities(
     network: nn.Module, image: Tensor, config: SegmentationConfig, runtime: Runtime | None = None
 ) -> Tensor:
     """Softmax, averaged over the test scales and flips: float32 (K+1, H, W); arguments as of :func:`segment`."""
+    size = (image.shape[-2], image.shape[-1])
+    return probabilities_of_inputs(network, segmentation_inputs(image[None], config), size, config, runtime)[0].cpu()
+
+
+def segmentation_inputs(images: Tensor, config: SegmentationConfig) -> list[Tensor]:
+    """Images as the network takes them, once per test scale: the host's part of :func:`class_probabilities`.
+
+    Args:
+        images: uint8 (B, 3, H, W).
+        config: ``test_scales``.
+
+    Returns:
+        Per scale float32 (B, 3, H_s, W_s), normalised.
+    """
+    sizes = [scaled_size(images.shape[-2:], scale) for scale in config.test_scales]
+    return [normalize(TF.resize(images, list(size), TF.InterpolationMode.BICUBIC)) for size in sizes]
+
+
+@torch.no_grad()
+def probabilities_of_inputs(
+    network: nn.Module,
+    inputs: Sequence[Tensor],
+    size: tuple[int, int],
+    config: SegmentationConfig,
+    runtime: Runtime | None = None,
+) -> Tensor:
+    """The network's part of :func:`class_probabilities`.
+
+    Args:
+        network: as there.
+        inputs: as of :func:`segmentation_inputs`.
+        size: (H, W) of the images.
+        config: ``test_flip``.
+        runtime: as there.
+
+    Returns:
+        float32 (B, K+1, H, W), on the network's device.
+    """
     network.eval()
-    height, width = image.shape[-2:]
-    total = torch.zeros(())
-    for scale in config.test_scales:
-        size = scaled_size(image.shape[-2:], scale)
-        inputs = normalize(TF.resize(image, list(size), TF.InterpolationMode.BICUBIC))[None].to(device_of(network))
-        inputs = torch.cat([inputs, inputs.flip(-1)]) if config.test_flip else inputs
+    total = torch.zeros((), device=device_of(network))
+    for scaled in inputs:
+        views = scaled.to(device_of(network), non_blocking=True)
+        views = torch.cat([views, views.flip(-1)]) if config.test_flip else views
         with runtime.autocast() if runtime else torch.autocast("cpu", enabled=False):
-            logits = network(inputs).float()
-        logits = F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
-        probabilities = logits.softmax(dim=1)
+            logits = network(views).float()
+        probabilities = F.interpolate(logits, size=size, mode="bilinear", align_corners=False).softmax(dim=1)
         if config.test_flip:
-            probabilities = (probabilities[:1] + probabilities[1:].flip(-1)) / 2
-        total = total + probabilities[0].cpu()
+            plain, mirrored = probabilities.chunk(2)
+            probabilities = (plain + mirrored.flip(-1)) / 2
+        total = total + probabilities
     return total / len(config.test_scales)
+
+
+GPU_BATCH = 4
+"""Neighbours of one size that a GPU segments together. A CPU takes images one by one, which needs less memory."""
 
 
 def segment_many(
@@ -187,25 +225,61 @@ def segment_many(
     images: Iterable[Tensor],
     settings: SegmentationConfig,
     runtime: Runtime,
+    host: HostThreads | None = None,
 ) -> Iterator[Tensor]:
     """:func:`segment` of many images, in their order; the CRF, if there is one, on the other cores or on the GPU.
 
     Args:
-        network: gives (B, K+1, h, w) logits.
+        network: gives (B, K+1, h, w) logits; is placed on the runtime's device.
         images: uint8 (3, H, W) each, taken as there is room.
         settings: ``test_scales``, ``test_flip``, ``test_crf``, and the CRF's back-end and processes.
         runtime: device and precision.
+        host: threads that resize the next images while a GPU computes; None: its own, as of
+            :meth:`~smaflib.runtime.Runtime.host_threads`.
 
     Yields:
         uint8 (H, W) per image.
     """
+    runtime.place(network)
     crf = settings.test_crf
+    scores = crf is not None and crf.unary == "scores"
+    found = _found_ahead(network, images, settings, runtime, scores, host)
     if crf is None:
-        yield from (segment(network, image, settings, runtime) for image in images)
+        yield from (labels for _, labels in found)
         return
-    jobs = ((image, _crf_start(class_probabilities(network, image, settings, runtime), crf)) for image in images)
     workers, backend = settings.test_crf_workers, settings.test_crf_backend
-    yield from refine_many(jobs, crf, network.num_classes + 1, workers, backend, runtime.device)
+    yield from refine_many(found, crf, network.num_classes + 1, workers, backend, runtime.device)
+
+
+def _found_ahead(
+    network: nn.Module,
+    images: Iterable[Tensor],
+    settings: SegmentationConfig,
+    runtime: Runtime,
+    scores: bool,
+    host: HostThreads | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each image with its labels, uint8 (H, W), or its probabilities (K+1, H, W), on the CPU."""
+    most_pixels = sys.maxsize if runtime.computes_behind else 0
+
+    def prepare(together: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return together, [runtime.pinned(scaled) for scaled in segmentation_inputs(torch.stack(together), settings)]
+
+    def start(prepared: tuple[list[Tensor], list[Tensor]]) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
+        together, inputs = prepared
+        size = (together[0].shape[-2], together[0].shape[-1])
+        found = probabilities_of_inputs(network, inputs, size, settings, runtime)
+        return together, start_copy([found if scores else found.max(dim=1).indices.to(torch.uint8)])
+
+    def wait(started: tuple[list[Tensor], Callable[[], list[Tensor]]]) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(started[0], started[1]()[0], strict=True))
+
+    with contextlib.nullcontext(host) if host else runtime.host_threads() as threads:
+        prepared = threads.ahead(prepare, same_size(images, lambda image: image, GPU_BATCH, most_pixels))
+        # A thread of its own: those that wait for the GPU do not prepare what it takes next.
+        with HostThreads(min(1, threads.workers)) as waiting:
+            for found in waiting.ahead(wait, map(start, prepared)):
+                yield from found
 
 
 def write_segmentation(
@@ -223,7 +297,10 @@ def write_segmentation(
     names = [f"{image_id}.png" for image_id in samples.image_ids]
     there = names_there(folder, names)
     missing = [index for index in ranks_here().part(range(len(names))) if names[index] not in there]
-    masks = segment_many(network, (samples[index].image for index in missing), settings, runtime)
-    for index, mask in zip(missing, progress(masks, len(missing), f"segment {samples.split}"), strict=True):
-        save_mask(folder / names[index], mask)
+    with runtime.host_threads() as readers, runtime.host_threads() as writers:
+        images = readers.ahead(lambda index: samples[index].image, missing)
+        named = zip(missing, segment_many(network, images, settings, runtime, readers), strict=True)
+        written = writers.ahead(lambda made: save_mask(folder / names[made[0]], made[1]), named)
+        for _ in progress(written, len(missing), f"segment {samples.split}"):
+            pass
     wait_for_all()

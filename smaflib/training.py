@@ -162,11 +162,7 @@ def fit(
         network.eval()
         return history
     peaks = [group["lr"] for group in optimizer.param_groups]
-    # Without a generator of its own it would draw its workers' seeds from the global one.
-    options: dict[str, Any] = {"num_workers": batches.num_workers, "generator": torch.Generator()}
-    options["pin_memory"] = runtime.device.type == "cuda"  # what lies in pinned memory is copied while the GPU computes
-    sampler = range(start, config.iterations)
-    loader: DataLoader[Batch] = DataLoader(batches, batch_size=None, sampler=sampler, **options)
+    loader = _loader(batches, start, runtime)
     losses: list[dict[str, Tensor]] = []  # since the last record
     log_every = max(1, config.iterations // LOG_POINTS)
     for iteration, batch in enumerate(progress(loader, total=len(loader), desc=desc), start=start):
@@ -190,6 +186,19 @@ def fit(
     optimizer.zero_grad()
     release_freed_memory()
     return history
+
+
+def _loader(batches: Batches, start: int, runtime: Runtime) -> DataLoader[Batch]:
+    """Every batch of a training from an iteration on: one pass, so that its workers live as long as the training."""
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(start, batches.config.iterations),
+        num_workers=batches.num_workers,
+        # Without one of its own it would draw its workers' seeds from the global generator.
+        generator=torch.Generator(),
+        pin_memory=runtime.device.type == "cuda",  # what lies in pinned memory is copied while the GPU computes
+    )
 
 
 def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -263,7 +272,7 @@ def _step(
     batch = {name: field.to(runtime.device, non_blocking=True) for name, field in batch.items()}
     with runtime.autocast():
         losses = loss(batch)
-    if runtime.device.type == "cpu":
+    if not runtime.computes_behind:
         _refuse_not_finite({name: float(value.detach()) for name, value in losses.items()})
     optimizer.zero_grad(set_to_none=True)
     share = _share(batch, num_terms)

@@ -34,6 +34,20 @@ def fill_disk(folder: Path, room: int = 0) -> Path:
 
 CLASSES = ("red", "green", "blue")
 
+
+class LikeGpu(Runtime):
+    """The CPU, treated as a GPU is: never waited for, given batches, with threads of the host ahead of it."""
+
+    @property
+    def computes_behind(self) -> bool:
+        return True
+
+
+def compile_without_compiler(network: nn.Module, **options: object) -> None:
+    """In place of ``nn.Module.compile``: torch traces the network and its guards, but generates no code."""
+    network._compiled_call_impl = torch.compile(network._call_impl, backend="eager")
+
+
 TRAINING = {
     "iterations": 4,
     "batch_size": 2,

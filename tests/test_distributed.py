@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from helpers import TRAINING, fill_disk, make_samples, tiny_config
+from helpers import TRAINING, compile_without_compiler, fill_disk, make_samples, same_weights, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -47,7 +47,7 @@ from smaflib.pipeline import (
     write_maps,
     write_masks,
 )
-from smaflib.runtime import cpu_runtime
+from smaflib.runtime import Runtime, cpu_runtime, is_compiled
 from smaflib.segmentation import train_segmenter
 from smaflib.self_training import self_train
 from smaflib.training import load_history
@@ -178,6 +178,24 @@ def test_several_processes_learn_what_one_learns(trained: Path) -> None:
         curves = [load_history(trained / str(number) / name) for number in (1, 3)]
         for left, right in zip(*curves, strict=True):
             assert right == pytest.approx(left, rel=1e-4)
+
+
+def train_compiled(folder: Path) -> None:
+    """A training whose BatchNorm and dropout ask the other process inside of a compiled network."""
+    nn.Module.compile = compile_without_compiler  # type: ignore[method-assign]
+    config = tiny_config(model={"freeze_batch_norm": False}, classifier=LONG | {"iterations": 3})
+    teachers = []
+    for compiled in (False, True):
+        runtime = Runtime(torch.device("cpu"), compile=compiled)
+        teachers.append(train_classifier(make_samples(7), config.model, config.classifier, runtime)[0])
+    assert [is_compiled(teacher) for teacher in teachers] == [False, True]
+    assert same_weights(*teachers)
+    (folder / f"done{ranks_here().rank}").touch()
+
+
+def test_compiled_networks_ask_the_other_processes(tmp_path: Path) -> None:
+    in_processes(train_compiled, 2, tmp_path)
+    assert len(list(tmp_path.glob("done*"))) == 2
 
 
 def test_a_training_goes_on_with_another_number_of_processes(trained: Path, tmp_path: Path) -> None:

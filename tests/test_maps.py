@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import generator, make_samples, slim_network
+from helpers import LikeGpu, compile_without_compiler, generator, make_samples, slim_network
 
 from smaflib.cams import FUSION_RULES, fuse_cams
 from smaflib.config import AttentionConfig, EvaluationConfig
 from smaflib.evaluation import masks_of, sweep_thresholds
 from smaflib.maps import AttentionMaps, DenoisedMaps, MaskMaps, PresentMaps, fuse_and_denoise, write_attention_maps
 from smaflib.reactivation import denoise, hard_labels
-from smaflib.runtime import cpu_runtime
+from smaflib.runtime import Runtime, cpu_runtime, is_compiled
 
 
 @pytest.fixture
@@ -85,6 +87,48 @@ def test_threads_of_the_host_change_no_byte(tmp_path: Path) -> None:
     assert len(written) == 5
     for name in written:
         assert (tmp_path / "3" / name).read_bytes() == (tmp_path / "0" / name).read_bytes()
+
+
+def test_a_gpu_waits_for_nothing_that_threads_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is given batches; inputs are pinned and maps waited for and written by threads; bytes are the same."""
+    where: dict[str, set[str]] = {"pinned": set(), "waited for": set()}
+
+    class Followed(LikeGpu):
+        def pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+            where["pinned"].add(threading.current_thread().name)
+            return tensor
+
+    def start_copy(tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+        assert threading.current_thread() is threading.main_thread()
+
+        def wait() -> list[torch.Tensor]:
+            where["waited for"].add(threading.current_thread().name)
+            return list(tensors)
+
+        return wait
+
+    network, samples, config = slim_network(), make_samples(9), AttentionConfig(scales=(0.5, 1.0))
+    write_attention_maps(network, samples, tmp_path / "plain", config, cpu_runtime())
+    monkeypatch.setattr("smaflib.cams.start_copy", start_copy)
+    gpu = Followed(torch.device("cpu"))
+    write_attention_maps(network, samples, tmp_path / "gpu", config, gpu, host_threads=2)
+    for names in where.values():
+        assert names and all(name.startswith("ahead") for name in names)
+    assert all(len(names) <= 2 for names in where.values())
+    for path in (tmp_path / "plain").iterdir():
+        assert (tmp_path / "gpu" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_maps_of_a_compiled_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_without_compiler)
+    samples, config = make_samples(3), AttentionConfig(scales=(0.5, 1.0))
+    networks = [slim_network(), slim_network()]
+    for network, compiled in zip(networks, (False, True), strict=True):
+        runtime = Runtime(torch.device("cpu"), compile=compiled)
+        write_attention_maps(network, samples, tmp_path / str(compiled), config, runtime)
+    assert [is_compiled(network) for network in networks] == [False, True]
+    for path in (tmp_path / "False").iterdir():
+        assert (tmp_path / "True" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_whole_split_can_be_walked_through(maps: AttentionMaps) -> None:

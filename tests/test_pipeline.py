@@ -41,6 +41,7 @@ from smaflib.pipeline import (
 )
 from smaflib.pseudo_masks import pseudo_mask, pseudo_masks
 from smaflib.reactivation import blend_saliency, denoise, hard_labels, reactivate
+from smaflib.runtime import Runtime
 from smaflib.thresholds import choose_bg_score
 
 
@@ -191,6 +192,20 @@ def test_targets_are_the_denoised_maps_of_all_scales_or_of_one(
     by_hand = [hard_labels(maps, copy.bg_score).flip(0) for maps in copy.denoised("teacher", samples)]
     assert all(map(torch.equal, made["own_targets:upside_down"], by_hand))
     assert not all(map(torch.equal, made["crf"], by_hand))
+
+
+def test_targets_are_refined_on_the_runs_device(copy: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[torch.device] = []
+
+    def note(samples: Any, maps: Any, bg_score: float, settings: Any, *, device: torch.device, desc: str) -> list[Any]:
+        devices.append(device)
+        return [torch.zeros(1, 1, dtype=torch.uint8)] * len(samples)
+
+    monkeypatch.setattr("smaflib.pseudo_masks.pseudo_masks", note)
+    monkeypatch.setattr("smaflib.self_training.self_train", lambda *_, **__: (None, []))
+    monkeypatch.setattr("smaflib.runtime.make_runtime", lambda config: Runtime(torch.device("meta")))
+    train_student(changed(copy, self_training={"refine": "crf"}), "another")
+    assert devices == [torch.device("meta")]
 
 
 def test_auto_is_resolved_once_from_the_teachers_maps_and_stored(copy: Workspace) -> None:

@@ -457,6 +457,34 @@ def test_processes_give_what_this_one_gives(params: CrfConfig | ParConfig) -> No
     assert len({mask.numpy().tobytes() for mask in alone}) == 9
 
 
+def test_pixel_adaptive_refinement_of_a_batch_is_that_of_each() -> None:
+    jobs, params = list(many_jobs(3, soft=True)), ParConfig(dilations=(1, 2), iterations=3)
+    images, scores = (torch.stack(tensors) for tensors in zip(*jobs, strict=True))
+    together = pixel_adaptive_refinement(images, scores, params)
+    for one, (image, soft) in zip(together, jobs, strict=True):
+        torch.testing.assert_close(one, pixel_adaptive_refinement(image, soft, params), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"or \(B, L, H, W\) for images"):
+        pixel_adaptive_refinement(images, scores[:2], params)
+
+
+def test_images_of_a_size_are_adapted_together_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, seen = ParConfig(dilations=(1, 2), iterations=3), []
+    jobs = list(many_jobs(7, soft=True))
+    jobs[2:5] = [(image[:, :12].contiguous(), scores[:, :12].contiguous()) for image, scores in jobs[2:5]]
+    expected = [pixel_adaptive_refinement(image, scores, params).argmax(dim=0) for image, scores in jobs]
+
+    def followed(images: Tensor, scores: Tensor, params: ParConfig) -> Tensor:
+        seen.append(tuple(scores.shape[:3]))
+        return pixel_adaptive_refinement(images, scores, params)
+
+    monkeypatch.setattr(parallel, "pixel_adaptive_refinement", followed)
+    monkeypatch.setattr(parallel, "GPU_PIXELS", 3 * 20 * 24)
+    masks = parallel.refine(*zip(*jobs, strict=True), params, 9)
+    assert [mask.tolist() for mask in masks] == [mask.tolist() for mask in expected]
+    # Four of 20 x 24 pixels in two steps, three of 12 x 24 in one; of nine labels three have a score.
+    assert seen == [(3, 3, 20), (1, 3, 20), (3, 3, 12)]
+
+
 def test_channels_without_scores_do_not_travel() -> None:
     _, scores = next(many_jobs(1, soft=True))
     packed = parallel._Packed.of(scores)
@@ -481,7 +509,8 @@ def test_gpu_batches_are_decoded_ahead_in_order_and_no_further() -> None:
     taken.clear()
     batches = parallel._decoded_ahead(jobs())
     next(batches)
-    batches.close()  # waits for the thread
+    time.sleep(0.1)  # time enough for more
+    batches.close()
     assert len(taken) == 2 * parallel.GPU_BATCH
 
 

@@ -6,6 +6,8 @@ import io
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +17,14 @@ from helpers import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
+from smaflib import runtime
 from smaflib.config import Config
 from smaflib.errors import ConfigError
+from smaflib.pipeline import check_networks
 from smaflib.runtime import (
+    CPU,
     PROGRESS_FILE,
+    HostThreads,
     Runtime,
     ahead,
     cpu_runtime,
@@ -28,15 +34,20 @@ from smaflib.runtime import (
     make_runtime,
     num_cores,
     progress,
+    start_copy,
 )
 
 
 @pytest.fixture
 def torch_settings() -> Iterator[None]:
-    threads, flags = torch.get_num_threads(), (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic)
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    flags = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
+    deterministic = torch.are_deterministic_algorithms_enabled()
     yield
     torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = flags
+    cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = flags
+    torch.use_deterministic_algorithms(deterministic)
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
 def with_settings(**settings: object) -> Config:
@@ -56,6 +67,56 @@ def test_runtime_follows_the_config(torch_settings: None, bf16_circuits: dict[st
     assert runtime == Runtime(torch.device("cpu"), "bf16", 7)
     assert torch.get_num_threads() == 1
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+
+
+def test_kernels_are_chosen_as_the_config_says(torch_settings: None) -> None:
+    cudnn = torch.backends.cudnn
+    for tf32, deterministic in ((False, True), (True, False)):
+        make_runtime(with_settings(device="cpu", tf32=tf32, deterministic=deterministic))
+        assert cudnn.allow_tf32 == tf32 and torch.are_deterministic_algorithms_enabled() == deterministic
+        assert cudnn.deterministic and not cudnn.benchmark
+        # An error in place of a warning would end a training where an operator has no such kernel.
+        assert torch.is_deterministic_algorithms_warn_only_enabled() or not deterministic
+        assert (os.environ.get("CUBLAS_WORKSPACE_CONFIG") == ":4096:8") or not deterministic
+    assert (Config.model_fields["tf32"].default, Config.model_fields["deterministic"].default) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("device", "programs", "packages", "message"),
+    [
+        (
+            "cpu",
+            [],
+            ["triton"],
+            r"what this machine lacks: the C\+\+ compiler .+, Python's headers .*; install it .* compile=false",
+        ),
+        ("cuda", [], [], r"lacks: the package triton, a C compiler, Python's headers"),
+        ("cuda", ["gcc"], [], r"lacks: the package triton, Python's headers"),
+        ("mps", ["g++"], [], r"on 'mps' nothing is compiled here; set compile=false"),
+    ],
+)
+def test_compilation_without_a_compiler_is_refused(
+    device: str, programs: list[str], packages: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: name if name in programs else None)
+    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: name if name in packages else None)
+    monkeypatch.setattr(runtime.sysconfig, "get_path", lambda name: str(Path(__file__).parent))
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(ConfigError, match=message):
+        runtime.check_compiler(torch.device(device))
+
+
+def test_compilation_is_refused_before_anything_starts(
+    torch_settings: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    with pytest.raises(ConfigError, match="lacks: the C.* compiler .*no-compiler; install"):
+        check_networks(with_settings(device="cpu", compile=True))
+    (tmp_path / "no-compiler").touch(mode=0o755)
+    monkeypatch.setattr(runtime.sysconfig, "get_path", lambda name: str(tmp_path))
+    (tmp_path / "Python.h").touch()
+    assert make_runtime(with_settings(device="cpu", compile=True)) == Runtime(CPU, compile=True)
 
 
 def test_auto_precision_is_that_of_the_device(torch_settings: None, bf16_circuits: dict[str, bool]) -> None:
@@ -220,6 +281,61 @@ def test_ahead_keeps_the_order_and_takes_no_more_than_there_is_room_for():
     results = ahead(lambda number: number**2, items(), workers=2)
     assert next(results) == 0 and len(taken) == 5  # two per thread wait, and one was handed out
     assert list(results) == [number**2 for number in range(1, 20)]
+
+
+def test_ahead_takes_no_more_than_it_is_given_room_for():
+    taken: list[int] = []
+    results = ahead(lambda number: number, (taken.append(n) or n for n in range(9)), workers=1, room=1)
+    assert next(results) == 0 and taken == [0, 1]
+
+
+def test_kinds_of_work_share_the_threads():
+    names: set[str] = set()
+
+    def double(number: int) -> int:
+        names.add(threading.current_thread().name)
+        time.sleep(0.002)  # so that one thread is not free again at once
+        return 2 * number
+
+    with HostThreads(2) as host:
+        assert list(host.ahead(double, host.ahead(double, range(30)))) == [4 * number for number in range(30)]
+    assert len(names) == 2 and threading.current_thread().name not in names
+
+
+def test_threads_that_are_left_early_end():
+    with pytest.raises(KeyError), HostThreads(1) as host:
+        for _ in host.ahead(lambda number: number, range(100)):
+            raise KeyError
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+
+
+def test_threads_work_for_their_callers_gpu(monkeypatch: pytest.MonkeyPatch):
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert list(ahead(lambda number: number, range(2), workers=1)) == [0, 1] and chosen == [3]
+
+
+def test_only_a_gpus_inputs_are_pinned(monkeypatch: pytest.MonkeyPatch):
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    tensor = torch.ones(1)
+    assert cpu_runtime().pinned(tensor) is tensor and not pinned
+    assert Runtime(torch.device("cuda")).pinned(tensor) is tensor and len(pinned) == 1
+
+
+def test_results_of_a_cpu_are_there_at_once():
+    tensor = torch.ones(2)
+    assert start_copy([tensor])()[0] is tensor
+
+
+def test_only_a_gpu_has_threads_beside_it_unless_asked_for():
+    for device, asked, expected in (("cpu", None, 0), ("cpu", 2, 2), ("meta", 0, 0)):
+        with Runtime(torch.device(device)).host_threads(asked) as host:
+            assert host.workers == expected
+    with Runtime(torch.device("meta")).host_threads() as host:
+        assert host.workers == min(num_cores(), runtime.MOST_THREADS)
 
 
 def test_ahead_without_threads_computes_when_asked():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import (
     CLASSES,
+    LikeGpu,
     PixelNetwork,
     generator,
     make_samples,
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from smaflib import segmentation
 from smaflib.config import CrfConfig, SegmentationConfig
-from smaflib.data.masks import MaskFiles, save_mask
+from smaflib.data.masks import MaskFiles, read_mask, save_mask
 from smaflib.errors import ConfigError, DataError
 from smaflib.evaluation import evaluate
 from smaflib.models.backbones import TorchvisionBackbone
@@ -239,6 +240,37 @@ def test_bf16_labels_nearly_the_same() -> None:
 
 
 # --- masks from files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crf", [None, CrfConfig(iterations=2), CrfConfig(iterations=2, unary="scores")])
+def test_a_gpu_segments_several_images_together(tmp_path: Path, crf: CrfConfig | None) -> None:
+    settings = tiny_config(segmentation={"test_scales": [0.5, 1.0], "test_crf_workers": 1}).segmentation
+    settings = settings.model_copy(update={"test_crf": crf})
+    network = SegmentationNetwork(tiny_config().model, settings, len(CLASSES))
+    seen: list[int] = []
+    network.register_forward_pre_hook(lambda layer, given: seen.append(len(given[0])))
+    for kind in (Runtime, LikeGpu):
+        runtime = kind(torch.device("cpu"))
+        segmentation.write_segmentation(network, make_samples(6), tmp_path / kind.__name__, settings, runtime)
+        assert set(seen) == ({2} if kind is Runtime else {8, 4})  # each with its mirror image: 1; 4 and then 2
+        seen.clear()
+    for sample in make_samples(6):
+        one, together = (read_mask(tmp_path / name / f"{sample.image_id}.png") for name in ("Runtime", "LikeGpu"))
+        assert (one != together).float().mean() < 0.01  # sums of another order: a tie may fall otherwise
+        assert torch.equal(one, segment(network, sample.image, settings, CPU))
+
+
+def test_the_network_is_brought_to_the_runs_device(tmp_path: Path) -> None:
+    class Noting(Runtime):
+        def place(self, network: Any) -> Any:
+            placed.append(network)
+            return super().place(network)
+
+    placed: list[Any] = []
+    settings = tiny_config().segmentation
+    network = SegmentationNetwork(tiny_config().model, settings, len(CLASSES))
+    segmentation.write_segmentation(network, make_samples(1), tmp_path, settings, Noting(torch.device("cpu")))
+    assert placed == [network]
 
 
 def test_mask_files_are_read_when_asked_for(tmp_path: Path) -> None:

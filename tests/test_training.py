@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import TRAINING, make_samples, same_weights, tiny_config, train_teacher
+from helpers import (
+    TRAINING,
+    LikeGpu,
+    compile_without_compiler,
+    make_samples,
+    same_weights,
+    tiny_config,
+    train_teacher,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,7 +29,7 @@ from smaflib.data import MaskFiles, load_samples, make_data
 from smaflib.errors import ConfigError, WeightsError
 from smaflib.maps import AttentionMaps, DenoisedMaps
 from smaflib.models.weights.files import read_metadata, read_weights
-from smaflib.runtime import Runtime, cpu_runtime
+from smaflib.runtime import Runtime, check_compiler, cpu_runtime, is_compiled
 from smaflib.training import Batch, Batches, CropField, _means, fit, learning_rate, load_history, make_optimizer
 
 
@@ -329,6 +339,50 @@ def test_losses_that_are_read_late_have_their_means_and_are_refused_if_one_is_no
         _means([*steps, {"L_cls": torch.tensor(float("nan")), "L_sal": torch.tensor(float("nan"))}, steps[0]])
 
 
+class SameBatch(Batches):
+    """One batch again and again, so that nothing is read while it is drawn."""
+
+    def __getitem__(self, iteration: int) -> Batch:
+        generator = torch.Generator().manual_seed(0)
+        return {"image": torch.rand(2, 3, 8, 8, generator=generator), "image_label": torch.ones(2, 3)}
+
+
+def test_a_gpus_losses_are_read_when_they_are_logged_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    for name in ("item", "tolist", "__float__", "__int__", "__bool__"):
+        real = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda self, name=name, real=real: reads.append(name) or real(self))
+    config = training(iterations=200, optimizer="sgd", schedule="poly")  # a record for every 4 iterations
+    histories, counts = [], []
+    for kind in (Runtime, LikeGpu):
+        network = tiny_network()
+        reads.clear()
+        batches = SameBatch(make_samples(2), config, 0)
+        histories.append(fit(network, batches, label_loss(network), kind(torch.device("cpu"))))  # type: ignore[arg-type]
+        counts.append(len(reads))
+    assert len(histories[1]) == 50
+    assert counts[1] == 50 + 1  # torch's loader draws a seed, once
+    assert counts[0] == counts[1] + 200 * 2  # a CPU has each of both losses at once
+    for one, other in zip(*histories, strict=True):
+        assert other == pytest.approx(one, rel=1e-6)
+
+
+def test_a_gpus_loss_that_is_not_finite_stops_before_the_next_checkpoint(tmp_path: Path) -> None:
+    network, path, steps = tiny_network(), tmp_path / "net.safetensors", 0
+    config = training(iterations=200, checkpoint_every=20)  # a record for every 4 iterations
+
+    def loss(batch: Batch) -> dict[str, Tensor]:
+        nonlocal steps
+        steps += 1
+        return {"L": label_loss(network)(batch)["L_cls"] * (float("nan") if steps == 38 else 1.0)}
+
+    with pytest.raises(FloatingPointError, match="no longer finite"):
+        fit(network, batches_of(config), loss, LikeGpu(torch.device("cpu")), path)  # type: ignore[arg-type]
+    assert steps == 40  # where the checkpoint would have been written
+    kept = read_weights(path)
+    assert read_metadata(path)["iteration"] == "20" and all(value.isfinite().all() for value in kept.values())
+
+
 def test_bf16_autocast_trains_float32_weights() -> None:
     network, kinds = tiny_network(), set()
 
@@ -343,6 +397,51 @@ def test_bf16_autocast_trains_float32_weights() -> None:
     other = tiny_network()
     fit(other, batches_of(training()), label_loss(other), cpu_runtime())  # type: ignore[arg-type]
     assert not same_weights(network, other)
+
+
+# --- compiled networks ------------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_of_a_compiled_training_are_those_of_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nn.Module, "compile", compile_without_compiler)
+    config, path = training(iterations=6, checkpoint_every=3), tmp_path / "net.safetensors"
+    plain, compiled, calls = tiny_network(), tiny_network(), 0
+    expected = fit(plain, batches_of(config), label_loss(plain), cpu_runtime())  # type: ignore[arg-type]
+
+    def interrupted(batch: Batch) -> dict[str, Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise Killed
+        return label_loss(compiled)(batch)
+
+    runtime = Runtime(torch.device("cpu"), compile=True)
+    with pytest.raises(Killed):
+        fit(compiled, batches_of(config), interrupted, runtime, path)  # type: ignore[arg-type]
+    assert is_compiled(compiled) and compiled.state_dict().keys() == plain.state_dict().keys()
+    assert not any("_orig_mod" in name for name in read_weights(path))
+    resumed = tiny_network()  # not compiled, and read all the same
+    history = fit(resumed, batches_of(config), label_loss(resumed), cpu_runtime(), path)  # type: ignore[arg-type]
+    assert not is_compiled(resumed) and same_weights(resumed, plain) and history == expected
+    copied = copy.deepcopy(compiled)  # as a student is of its teacher
+    assert not is_compiled(copied) and same_weights(copied, compiled)
+
+
+def test_compiled_code_learns_nearly_the_same() -> None:
+    try:
+        check_compiler(torch.device("cpu"))
+    except ConfigError as error:
+        pytest.skip(str(error))
+    # Not AdamW: where a gradient is next to zero, its first steps are as long as elsewhere, with a rounding's sign.
+    networks, config = [tiny_network(), tiny_network()], training(optimizer="sgd", learning_rate=0.05)
+    for network, compiled in zip(networks, (False, True), strict=True):
+        runtime = Runtime(torch.device("cpu"), compile=compiled)
+        fit(network, batches_of(config), label_loss(network), runtime)  # type: ignore[arg-type]
+    assert is_compiled(networks[1])
+    for one, other in zip(*(network.state_dict().values() for network in networks), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)  # with the same dropout
 
 
 # --- loader processes -------------------------------------------------------------------------------------------------
@@ -362,6 +461,38 @@ def test_loader_processes_can_be_spawned(tmp_path: Path) -> None:
         loader = DataLoader(batches, batch_size=None, num_workers=1, multiprocessing_context="spawn")
         for loaded, expected in zip(loader, batches, strict=False):
             assert loaded.keys() == expected.keys() and all(torch.equal(loaded[k], expected[k]) for k in loaded)
+
+
+def test_workers_live_as_long_as_the_training() -> None:
+    def who(sample: object, index: int, crop: object) -> dict[str, Tensor]:
+        return {"process": torch.tensor(os.getpid())}
+
+    network, config, seen = tiny_network(), training(iterations=12), set()
+
+    def loss(batch: Batch) -> dict[str, Tensor]:
+        seen.update(batch["process"].tolist())
+        return label_loss(network)(batch)
+
+    batches = Batches(make_samples(5, size=(10, 12)), config, 0, who, num_workers=2)
+    fit(network, batches, loss, cpu_runtime())  # type: ignore[arg-type]
+    assert len(seen) == 2 and os.getpid() not in seen  # over five passes
+
+
+def test_batches_for_a_gpu_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, object]] = []
+
+    class Loader:
+        def __init__(self, batches: Batches, **options: object) -> None:
+            given.append(options)
+            raise Killed
+
+    monkeypatch.setattr("smaflib.training.DataLoader", Loader)
+    monkeypatch.setattr(Runtime, "place", lambda self, network: network)
+    for device, pinned in (("cpu", False), ("cuda", True)):
+        network = tiny_network()
+        with pytest.raises(Killed):
+            fit(network, batches_of(training()), label_loss(network), Runtime(torch.device(device)))  # type: ignore[arg-type]
+        assert given[-1]["pin_memory"] is pinned
 
 
 def test_training_leaves_global_random_state_alone() -> None:

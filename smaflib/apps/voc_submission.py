@@ -48,7 +48,7 @@ def write_submission(run: Run, image_ids: list[str], images: Path, target: Path,
     if not run.checkpoint("segmenter").is_file():
         raise ConfigError(f"the run {display_path(run.folder)} has no segmentation network; run it to stage 07")
     runtime = run.make_runtime()
-    network = runtime.place(run.segmenter())
+    network = run.segmenter()
     folder = SERVER_FOLDER.format(competition=competition)
     with replacing(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         decoded = (read_image(images / f"{image_id}.jpg") for image_id in image_ids)

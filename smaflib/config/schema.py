@@ -47,7 +47,10 @@ NAMED_WEIGHTS = ("torchvision", "pretrained", "wheel")
 
 
 FREE_SETTINGS = ("processes",)
-"""Settings that decide how long a result takes and not what it is: a run may go on with other ones."""
+"""Settings that decide how long a result takes and not what it is: a run may go on with other ones.
+
+``compile``, ``tf32`` and ``deterministic`` are none of them: they change last bits, as ``precision`` changes digits.
+"""
 
 
 def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
@@ -331,6 +334,16 @@ class Config(StageConfig):
     # bf16: inside convolutions and matrix products (autocast), weights stay float32; auto: bf16 where the device has
     # circuits for it, else float32. The manifest says which it was.
     precision: Literal["auto", "float32", "bf16"] = "float32"
+    # TF32 in the float32 convolutions of a CUDA GPU, torch's own default: factors are rounded to 10 bits, sums stay
+    # float32. false: full float32, slower. Other numbers, from the fourth digit on; no effect on other devices.
+    tf32: bool = True
+    # Kernels that add up in the same order in every run (torch.use_deterministic_algorithms). On a CPU all are so
+    # already: the same bytes. On a GPU some gradients, such as those of a bilinear resize, are sums in any order
+    # otherwise, and a training ends with other last bits in each run; slower. cuDNN's are deterministic either way.
+    deterministic: bool = False
+    # Networks through torch.compile: up to minutes at a stage's start, then less time per image. Sums in another order,
+    # so other last bits. Weights are stored as without it. Needs a C++ compiler, on a GPU triton and a C compiler.
+    compile: bool = False
     num_threads: Annotated[int, Field(ge=0, le=4096)] = 0  # torch's CPU threads; 0: one per core
     # Processes that share the work of a stage on this machine; auto: one per GPU, and one where there is none. Each
     # holds in memory what one alone would hold.

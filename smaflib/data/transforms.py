@@ -43,9 +43,19 @@ def renormalization(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     """uint8 (3, H, W) to (3, H', W') by PIL, whose bicubic the reference's numbers come from."""
-    if tuple(image.shape[-2:]) == size:
-        return image
-    return F.pil_to_tensor(F.resize(F.to_pil_image(image), list(size), InterpolationMode.BICUBIC))
+    return resize_to_each(image, [size])[0]
+
+
+def resize_to_each(image: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """:func:`resize_image` to several sizes."""
+    here = tuple(image.shape[-2:])
+    if all(size == here for size in sizes):
+        return [image] * len(sizes)
+    picture = F.to_pil_image(image)
+    return [
+        image if size == here else F.pil_to_tensor(F.resize(picture, list(size), InterpolationMode.BICUBIC))
+        for size in sizes
+    ]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from smaflib.distributed.ranks import Ranks, ranks_here, sum_over_ranks
+from smaflib.runtime import is_compiled
 
 CHANNELS_LAST = torch.channels_last
 
@@ -37,11 +38,13 @@ def see_whole_batch(network: nn.Module, batch_size: int) -> nn.Module:
     ranks = ranks_here()
     if ranks.alone:
         return network
+    # What talks to other processes stays outside of compiled code.
+    outside: Callable[[Any], Any] = torch.compiler.disable if is_compiled(network) else lambda function: function
     for layer in network.modules():
         if isinstance(layer, (nn.Dropout, nn.Dropout2d, StochasticDepth)):
-            _replace_forward(layer, _whole_dropout(layer, batch_size, ranks))
+            _replace_forward(layer, outside(_whole_dropout(layer, batch_size, ranks)))
         elif isinstance(layer, nn.BatchNorm2d) and not next(network.parameters()).is_cuda:
-            _replace_forward(layer, partial(_batch_norm_over_ranks, layer, batch_size))
+            _replace_forward(layer, outside(partial(_batch_norm_over_ranks, layer, batch_size)))
     if next(network.parameters()).is_cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network

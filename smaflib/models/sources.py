@@ -52,6 +52,9 @@ class OwnSource(nn.Module):
             maps = self.maps_of(images)
             return checked_maps(self.what, maps, (len(images), self.network.num_classes, None, None), "(B, K, h, w)")
 
+    def compile(self, *args: object, **options: object) -> None:
+        """Somebody's own code is called as it is, whatever the setting ``compile`` says: it may look into layers."""
+
     def attention(self, maps: Tensor) -> Tensor:
         """They are attention maps already."""
         return maps

@@ -6,6 +6,7 @@ rest, and outlives the call by a minute: a notebook that refines several sets of
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -26,7 +27,7 @@ from smaflib.config import CrfBackend, CrfConfig, OwnRefinement, ParConfig
 from smaflib.refinement.crf import choose_backend, dense_crf_batch
 from smaflib.refinement.own import own_refinement
 from smaflib.refinement.par import pixel_adaptive_refinement
-from smaflib.runtime import CPU, num_cores
+from smaflib.runtime import CPU, ahead, num_cores
 
 AHEAD = 4
 """Images under way per process: enough that none waits, few enough that memory does not grow with the data set."""
@@ -39,6 +40,9 @@ IDLE_SECONDS = 60.0
 
 GPU_BATCH = 8
 """Images that a GPU refines together, so that its kernels are large enough to fill it."""
+
+GPU_PIXELS = 8 * 512 * 512
+"""Of images that pixel-adaptive refinement takes together: about 1.5 kB of memory each."""
 
 Job = tuple[Tensor, Tensor]
 """An image, uint8 (3, H, W), and its hard labels (H, W) or scores (L, H, W)."""
@@ -55,7 +59,7 @@ def refine(
     backend: CrfBackend = "auto",
     device: torch.device = CPU,
 ) -> list[Tensor]:
-    """Refine a few images, by dense CRF together, by pixel-adaptive or somebody's own refinement one by one.
+    """Refine a few images: together, by somebody's own refinement one by one.
 
     Args:
         images: uint8 (3, H, W) each.
@@ -71,15 +75,39 @@ def refine(
     """
     if isinstance(params, CrfConfig):
         masks = dense_crf_batch(images, scores_or_labels, params, num_labels, backend, device)
+    elif isinstance(params, ParConfig):
+        masks = _adapt_to_pixels(images, scores_or_labels, params, device)
     else:
         refined = (
             own_refinement(image.to(device), scores.to(device), params.name)
-            if isinstance(params, OwnRefinement)
-            else pixel_adaptive_refinement(image, scores.to(device), params)
             for image, scores in zip(images, scores_or_labels, strict=True)
         )
         masks = [scores.max(dim=0).indices.to(torch.uint8) for scores in refined]
     return [mask.cpu() for mask in masks]
+
+
+def _adapt_to_pixels(
+    images: Sequence[Tensor], scores: Sequence[Tensor], params: ParConfig, device: torch.device
+) -> list[Tensor]:
+    """Pixel-adaptive refinement, images of one size together: uint8 (H, W) each, on the device."""
+    by_size: dict[torch.Size, list[int]] = {}
+    for index, image in enumerate(images):
+        by_size.setdefault(image.shape, []).append(index)
+    masks: dict[int, Tensor] = {}
+    for size, indices in by_size.items():
+        together = max(1, GPU_PIXELS // (size[-2] * size[-1]))
+        for first in range(0, len(indices), together):
+            part = indices[first : first + together]
+            batch = torch.stack([scores[index] for index in part])  # (B, L, H, W)
+            # A label without any score gets none from its neighbours: of COCO's 81 few have to be smoothed.
+            shown = batch.flatten(2).any(dim=2).any(dim=0)
+            shown[0] = True  # what is best where no label has a score
+            labels = shown.nonzero()[:, 0]
+            pictures = torch.stack([images[index] for index in part]).to(device)
+            refined = pixel_adaptive_refinement(pictures, batch[:, labels].to(device), params)
+            found = labels.to(torch.uint8).to(device)[refined.max(dim=1).indices]
+            masks |= dict(zip(part, found, strict=True))
+    return [masks[index] for index in range(len(images))]
 
 
 def refine_many(
@@ -128,14 +156,11 @@ def _decoded_ahead(jobs: Iterable[Job]) -> Iterator[list[Job]]:
     """Batches, of which a thread prepares the next one while the GPU works on this one."""
     rest = iter(jobs)
 
-    def take() -> list[Job]:
+    def take(_: int) -> list[Job]:
         return list(itertools.islice(rest, GPU_BATCH))
 
-    with ThreadPoolExecutor(1, thread_name_prefix="decode") as thread:
-        following = thread.submit(take)
-        while batch := following.result():
-            following = thread.submit(take)
-            yield batch
+    with contextlib.closing(ahead(take, itertools.count(), workers=1, room=1)) as batches:
+        yield from itertools.takewhile(bool, batches)
 
 
 def _on_all_cores(
