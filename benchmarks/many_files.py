@@ -159,11 +159,13 @@ def markdown_commands(result: dict[str, Any]) -> str:
     before = [(row, ", before") for row in result.get("before", [])]
     rows = sorted(before + [(row, "") for row in result["rows"]], key=lambda pair: pair[0]["images"])
 
+    measured = [key for key in COMMANDS if any(key in row["commands"] for row, _ in rows)]
+
     def cell(found: dict[str, float] | None) -> str:
         return f"{found['seconds']:.1f} s, {found['megabytes']:.0f} MB" if found else ""
 
-    lines = [[f"{row['images']:,}{when}", *(cell(row["commands"].get(key)) for key in COMMANDS)] for row, when in rows]
-    return markdown_table(["images", *COMMANDS.values()], lines)
+    lines = [[f"{row['images']:,}{when}", *(cell(row["commands"].get(key)) for key in measured)] for row, when in rows]
+    return markdown_table(["images", *(COMMANDS[key] for key in measured)], lines)
 
 
 def markdown_files(result: dict[str, Any]) -> str:

@@ -85,7 +85,10 @@ TIMED = (".ipynb", ".html", ".lock", ".settings")
 def running(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """A process, such as a daemon in the foreground, that is ended with the block."""
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=PROJECT_ROOT)
+        # A session of its own: Ctrl-C must not end the daemons before their jobs are cancelled.
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, cwd=PROJECT_ROOT, start_new_session=True
+        )
     try:
         yield process
     finally:
