@@ -160,7 +160,7 @@ def test_the_picture_is_the_whole_figure() -> None:
 @pytest.mark.parametrize(
     ("notebook", "call"),
     {"03": scale_sliders, "04": row_sliders, "06": crf_sliders}.items(),
-    ids=lambda each: str(each),
+    ids=lambda each: getattr(each, "__name__", each),
 )
 def test_notebooks_show_their_sliders_last_in_a_cell_of_few_lines(notebook: str, call: Callable[..., Sliders]) -> None:
     (path,) = (PROJECT_ROOT / "notebooks").glob(f"{notebook}_*.ipynb")
