@@ -390,16 +390,18 @@ def products(work: Workspace) -> list[Path]:
 
 def test_folders_of_killed_processes_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    names = {name: tmp_path / f"{launch.PREFIX}{name}" for name in ("dead", "at_work", "of_another_version")}
+    names = {name: tmp_path / f"{launch.PREFIX}{name}" for name in ("dead", "young", "at_work", "of_another_version")}
     for name, folder in names.items():
         folder.mkdir()
         (folder / "torchrun.log").touch()
         if name != "of_another_version":  # nobody knows whether it is at work
             (folder / launch.LOCK).touch()
-    with FileLock(names["at_work"] / launch.LOCK), launch._shared_folder() as own:
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-            [own.name, names["at_work"].name, names["of_another_version"].name]
-        )
+    with FileLock(names["at_work"] / launch.LOCK), contextlib.ExitStack() as stack:
+        for name in ("dead", "at_work"):  # begun an hour ago
+            os.utime(names[name] / launch.LOCK, 2 * (time.time() - 3600,))
+        own = stack.enter_context(launch._shared_folder())
+        left = [path.name for path in tmp_path.iterdir()]
+        assert sorted(left) == sorted([own.name, *(folder.name for name, folder in names.items() if name != "dead")])
         with launch._shared_folder():  # another process's start
             assert own.is_dir()
     assert not own.exists()

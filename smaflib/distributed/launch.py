@@ -148,12 +148,14 @@ def run_in_processes(task: Task, number: int) -> None:
 def _shared_folder() -> Iterator[Path]:
     """A temporary folder for the task, the processes' logs and what went wrong; this process holds its lock.
 
-    A process that is killed leaves its folder, with a lock that nobody holds any more: those are deleted first.
+    A process that is killed leaves its folder, with a lock that nobody holds any more: those are deleted first, but for
+    one so young that its process may be about to lock it.
     """
     for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
         with contextlib.suppress(OSError, Timeout):  # another user's; at work
-            with FileLock(left).acquire(timeout=0):
-                shutil.rmtree(left.parent)
+            if time.time() - left.stat().st_mtime > MEETING_SECONDS:
+                with FileLock(left).acquire(timeout=0):
+                    shutil.rmtree(left.parent)
     with tempfile.TemporaryDirectory(prefix=PREFIX) as name, FileLock(Path(name, LOCK)):
         yield Path(name)
 
