@@ -341,8 +341,9 @@ class Config(StageConfig):
     # already: the same bytes. On a GPU some gradients, such as those of a bilinear resize, are sums in any order
     # otherwise, and a training ends with other last bits in each run; slower. cuDNN's are deterministic either way.
     deterministic: bool = False
-    # Networks through torch.compile: minutes at a stage's start, many for a training on a CPU, then less time per image.
-    # Sums in another order, so other last bits. Weights are stored as without it. Needs a C++ compiler, on a GPU triton and a C compiler.
+    # Networks through torch.compile: minutes at the start of a stage, many for a training on a CPU, then less time per
+    # image. Sums in another order, so other last bits. Weights are stored as without it. Needs a C++ compiler, on a GPU
+    # triton and a C compiler.
     compile: bool = False
     num_threads: Annotated[int, Field(ge=0, le=4096)] = 0  # torch's CPU threads; 0: one per core
     # Processes that share the work of a stage on this machine; auto: one per GPU, and one where there is none. Each
