@@ -9,8 +9,8 @@ of about 40 photos is one user's folder: its classes are the names of its own la
 ``choose`` compares recipes, each a name, a colon and settings, on :data:`FOLDS` folds. ``final`` evaluates on
 :data:`HELD_OUT` folds whose photos ``choose`` never sees, nor any recipe that was chosen before: with ``--tuned TABLE``
 the photos of that table stay in the folds of ``choose``. A recipe named ``teacher ...`` trains no student. Results go
-to results/own_photos.json, a record per recipe and fold, and what is there is not computed again; ``page`` fills
-docs/own_photos.md.
+to results/own_photos.json, a record per recipe and fold, and what is there is not computed again. docs/own_photos.md is
+filled after each; ``page`` does only that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 
 from benchmarks.student_targets import score
@@ -33,6 +32,7 @@ from smaflib.data.classes import VOC_CLASSES, VOID_LABEL
 from smaflib.files import PROJECT_ROOT
 from smaflib.pipeline import Workspace, resolve_bg_score, self_train_rounds, train_teacher, write_maps
 from smaflib.report.markdown import fill_page, markdown_table
+from smaflib.report.seeds import spread
 from smaflib.runs.environment import git_state
 
 RESULTS = Path(__file__).parent / "results" / "own_photos.json"
@@ -132,19 +132,19 @@ def read_rows(table: Path) -> list[dict[str, str]]:
 
 
 def tables(records: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Markdown: mean and spread over folds, and the paired difference to the first recipe; final rows and choice."""
+    """Markdown by name, ``final`` and ``choose``: a line per recipe, mean and standard deviation over its folds."""
     made = {}
     for purpose in ("final", "choose"):
-        values: dict[str, dict[str, dict[str, float]]] = {}
+        values: dict[str, dict[str, list[float]]] = {}
         for record in records:
             if record["fold"].startswith(purpose):
                 by_row = values.setdefault(record["recipe"], {})
                 for row, number in numbers(record).items():
-                    by_row.setdefault(row, {})[record["fold"]] = number
+                    by_row.setdefault(row, []).append(number)
         settings = {record["recipe"]: record["settings"] for record in records}
         lines = []
         for recipe, by_row in values.items():
-            cells = [spread(by_row.get(row, {}).values()) for row in ROWS]
+            cells = [spread(by_row.get(row, [])) for row in ROWS]
             what = ", ".join(f"`{setting}`" for setting in settings[recipe]) or "`configs/custom.yaml`"
             lines.append([recipe, what, *cells])
         made[purpose] = markdown_table(["recipe", "settings", *ROWS], lines) if lines else "Nothing yet."
@@ -164,11 +164,6 @@ def numbers(record: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def spread(values: Iterable[float]) -> str:
-    column = pd.Series(list(values), dtype=float)
-    return "" if column.empty else f"{column.mean():.1f} ± {column.std():.1f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", metavar="PHOTOS", type=Path)
@@ -176,10 +171,9 @@ def main() -> None:
     parser.add_argument("recipes", nargs="*", metavar="NAME:SETTINGS")
     parser.add_argument("--tuned", type=Path, metavar="TABLE", help="photos that an earlier choice has seen")
     parser.add_argument("--scratch", type=Path, default=PROJECT_ROOT / "build" / "own_photos")
-    arguments = parser.parse_intermixed_args()
-    if arguments.purpose != "page":
-        evaluate_recipes(*(getattr(arguments, n) for n in ("photos", "purpose", "recipes", "tuned", "scratch")))
-        return
+    given = parser.parse_intermixed_args()
+    if given.purpose != "page":
+        evaluate_recipes(given.photos, given.purpose, given.recipes, given.tuned, given.scratch)
     fill_page(PAGE, COMMAND, tables(files.read_json(RESULTS, {"records": []})["records"]))
 
 

@@ -21,9 +21,9 @@ from smaflib.cams import Fusion, fuse_cams, scaled_inputs, start_cams, with_mirr
 from smaflib.config import AttentionConfig, FusionRule
 from smaflib.data.sample import Sample, Samples, same_size
 from smaflib.data.transforms import scaled_size
-from smaflib.distributed.ranks import ranks_here, wait_for_all
+from smaflib.distributed.ranks import missing_here, wait_for_all
 from smaflib.errors import DataError
-from smaflib.files import load_arrays, names_there, save_arrays
+from smaflib.files import load_arrays, save_arrays
 from smaflib.models.memory import forward_bytes, refuse_what_does_not_fit
 from smaflib.plugins import of_image
 from smaflib.reactivation import blend_saliency
@@ -186,8 +186,7 @@ def write_attention_maps(
     maps = AttentionMaps(folder, config.scales)
     runtime.place(network)
     names = [f"{image_id}.npz" for image_id in samples.image_ids]
-    there = names_there(folder, names)
-    missing = [index for index in ranks_here().part(range(len(names))) if names[index] not in there]
+    missing = missing_here(folder, names)
 
     # A GPU makes mirror images itself, and half as much has to be copied there.
     mirrored = config.flip and not runtime.computes_behind

@@ -12,8 +12,7 @@ from torch import Tensor
 from smaflib.config import CrfConfig, PseudoMaskConfig
 from smaflib.data.masks import save_mask
 from smaflib.data.sample import Samples
-from smaflib.distributed.ranks import ranks_here, wait_for_all
-from smaflib.files import names_there
+from smaflib.distributed.ranks import missing_here, wait_for_all
 from smaflib.plugins import of_image
 from smaflib.reactivation import hard_labels, with_background_score
 from smaflib.refinement import refine, refine_many
@@ -112,8 +111,7 @@ def write_pseudo_masks(
     Arguments as of :func:`pseudo_masks`.
     """
     names = [f"{image_id}.png" for image_id in samples.image_ids]
-    there = names_there(folder, names)
-    missing = [index for index in ranks_here().part(range(len(names))) if names[index] not in there]
+    missing = missing_here(folder, names)
     # torch's Subset is lazy, as the maps are: those of a data set do not fit into memory.
     some: Any = torch.utils.data.Subset(denoised, missing)  # type: ignore[arg-type]
     masks = pseudo_masks(samples.subset(missing), some, bg_score, config, device=device, desc="pseudo masks")

@@ -18,8 +18,7 @@ from smaflib.data.classes import VOID_LABEL
 from smaflib.data.masks import save_mask
 from smaflib.data.sample import Samples, same_size
 from smaflib.data.transforms import normalize, scaled_size
-from smaflib.distributed.ranks import ranks_here, wait_for_all
-from smaflib.files import names_there
+from smaflib.distributed.ranks import missing_here, wait_for_all
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, SummedBranches
 from smaflib.refinement import dense_crf, refine_many
 from smaflib.runtime import HostThreads, Runtime, derive_seed, device_of, progress, seeded, start_copy
@@ -295,8 +294,7 @@ def write_segmentation(
         runtime: device and precision.
     """
     names = [f"{image_id}.png" for image_id in samples.image_ids]
-    there = names_there(folder, names)
-    missing = [index for index in ranks_here().part(range(len(names))) if names[index] not in there]
+    missing = missing_here(folder, names)
     with runtime.host_threads() as readers, runtime.host_threads() as writers:
         images = readers.ahead(lambda index: samples[index].image, missing)
         named = zip(missing, segment_many(network, images, settings, runtime, readers), strict=True)

@@ -27,6 +27,7 @@ from smaflib.apps.ablation import LABELS, read_ablation
 from smaflib.config import Variant, variant_label
 from smaflib.files import PROJECT_ROOT, RUNS_FOLDER
 from smaflib.report.markdown import fill_page, markdown_table
+from smaflib.report.seeds import spread
 from smaflib.report.tables import class_table, results_table
 from smaflib.runs import Run, read_run
 from smaflib.runs.manifest import read_manifest
@@ -43,6 +44,7 @@ README, README_TABLES = PROJECT_ROOT / "README.md", ("summary",)
 LEDGER, LEDGER_TABLES = PROJECT_ROOT / "docs" / "claims.md", ("ledger",)
 DRAWN = RUNS_FOLDER / "reference"
 COMMAND = "tools/real_photos.py"
+SIGNED = "{:+.1f}"
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,7 @@ def _results(rows: pd.DataFrame) -> str:
         beside = plain[_is(plain, dict(zip(keys, cast(tuple[Any, ...], key), strict=True)))]
         sizes = [_mean(group[size]) if size in group else "" for size in ("small", "medium", "large")]
         seeds = " ".join(f"{value:.1f}" for value in group.sort_values("seed")["mIoU"])
-        lines.append([label, split, seeds, _spread(group["mIoU"]), *sizes, _spread(beside["mIoU"])])
+        lines.append([label, split, seeds, spread(group["mIoU"]), *sizes, spread(beside["mIoU"])])
     head = ["EPS mode", "split", "seeds", "mean ± sd", "small", "medium", "large", "plain mode, mean ± sd"]
     return markdown_table(head, lines)
 
@@ -272,7 +274,7 @@ def _summary(rows: pd.DataFrame) -> str:
             for table in (photos, drawn)
         ]
         if any(map(len, values)):
-            lines.append([label, *map(_spread, values)])
+            lines.append([label, *map(spread, values)])
     seeds = photos.loc[photos["kind"] == "chain", "seed"].nunique() if len(photos) else 0
     number = f"{seeds} seed{'s' * (seeds != 1)}"
     head = ["", f"[photos](docs/voc12_small.md), {number}", "[drawn](docs/mini_results.md), 1 seed"]
@@ -289,7 +291,7 @@ def _is(table: pd.DataFrame, values: dict[str, Any]) -> pd.Series[bool]:
 def _claims(rows: pd.DataFrame) -> str:
     """Differences between rows of one seed: attention maps at oracle thresholds, masks at the runs' own scores."""
     lines = [
-        [label, " ".join(f"{gap:+.1f}" for gap in gaps), _spread(gaps, signed=True)]
+        [label, " ".join(f"{gap:+.1f}" for gap in gaps), spread(gaps, SIGNED)]
         for label, gaps in _gaps(rows).items()
         if len(gaps)
     ]
@@ -345,7 +347,7 @@ def _ledger(rows: pd.DataFrame) -> str:
         ours = photos.get(key, pd.Series(dtype=float))
         seeds = f" ({len(ours)} seed{'s' * (len(ours) != 1)})" if len(ours) else ""
         verdict = "not run" if ours.empty else "shown" if ours.mean() >= goal else "not shown"
-        cells = [_spread(ours, signed=True) + seeds, _spread(reference.get(key, ours.head(0)), signed=True)]
+        cells = [spread(ours, SIGNED) + seeds, spread(reference.get(key, ours.head(0)), SIGNED)]
         lines.append([claim, paper, *cells, f">= {goal:+.1f}", verdict])
     head = ["claim", "the paper", "photos", "drawn, 1 seed", "counts as shown from", "photos say"]
     return markdown_table(head, lines)
@@ -358,7 +360,7 @@ def _classes(rows: pd.DataFrame) -> str:
     ]
     groups = {variant_label(str(variant)): group for variant, group in shown.groupby("variant", sort=False)}
     return markdown_table(
-        ["class", *groups], [[name, *(_spread(group[name]) for group in groups.values())] for name in names]
+        ["class", *groups], [[name, *(spread(group[name]) for group in groups.values())] for name in names]
     )
 
 
@@ -373,7 +375,7 @@ def _ablation(ablation: dict[str, Any] | None) -> str:
         for choice in ("own", "oracle"):
             wide = records[records["bg_choice"] == choice].pivot(index="seed", columns="variant", values="value")
             gaps = (wide[name] - wide["full"]).dropna()
-            cells += [_spread(wide[name]), _spread(gaps, signed=True) if name != "full" else ""]
+            cells += [spread(wide[name]), spread(gaps, SIGNED) if name != "full" else ""]
         lines.append([LABELS[name], str(int(wide[name].notna().sum())), *cells])
     return markdown_table(
         ["row", "seeds", "mIoU", "to the whole chain", "mIoU, oracle", "to the whole chain, oracle"], lines
@@ -424,15 +426,6 @@ def _runs(runs: dict[str, Any]) -> str:
 def _mean(values: pd.Series[Any]) -> str:
     column = values.astype(float).dropna()
     return f"{column.mean():.1f}" if len(column) else ""
-
-
-def _spread(values: pd.Series[Any], signed: bool = False) -> str:
-    """Mean ± standard deviation over seeds; of one seed the value."""
-    column = values.astype(float).dropna()
-    if column.empty:
-        return ""
-    mean = f"{column.mean():+.1f}" if signed else f"{column.mean():.1f}"
-    return f"{mean} ± {column.std():.1f}" if len(column) > 1 else mean
 
 
 if __name__ == "__main__":

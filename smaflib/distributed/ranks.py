@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from smaflib.files import names_there
 
 Item = TypeVar("Item")
 
@@ -49,6 +52,12 @@ def ranks_here() -> Ranks:
     if dist.is_available() and dist.is_initialized():
         return Ranks(dist.get_rank(), dist.get_world_size())
     return Ranks()
+
+
+def missing_here(folder: Path, names: Sequence[str]) -> list[int]:
+    """The numbers of the files of a folder that are this process's to make, and are not there yet."""
+    there = names_there(folder, names)
+    return [number for number in ranks_here().part(range(len(names))) if names[number] not in there]
 
 
 def wait_for_all() -> None:

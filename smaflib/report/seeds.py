@@ -51,7 +51,7 @@ def spread_table(values: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Strings such as ``67.8 ± 0.4 (3)``, the number of seeds behind it; of one seed the value alone.
     """
-    return _by_row(values, values["setting"].unique(), lambda column: _spread(column, "{:.1f}"))
+    return _by_row(values, values["setting"].unique(), lambda column: _counted(column, "{:.1f}"))
 
 
 def difference_table(values: pd.DataFrame) -> pd.DataFrame:
@@ -69,7 +69,7 @@ def difference_table(values: pd.DataFrame) -> pd.DataFrame:
     first = values[values["setting"] == settings[0]].set_index(["row", "seed"])["value"]
     paired = values.join(first.rename("first"), on=["row", "seed"])
     paired = paired.assign(value=paired["value"] - paired["first"]).dropna(subset=["value"])
-    table = _by_row(paired, settings[1:], lambda column: _spread(column, "{:+.1f}"))
+    table = _by_row(paired, settings[1:], lambda column: _counted(column, "{:+.1f}"))
     return table.rename(columns={name: f"{name} - {settings[0]}" for name in table.columns})
 
 
@@ -82,11 +82,22 @@ def _by_row(values: pd.DataFrame, settings: Iterable[str], cell: Callable[[pd.Se
     return pd.DataFrame(columns, index=pd.Index(rows, name="row"))
 
 
-def _spread(values: pd.Series[float], form: str) -> str:
-    if values.empty:
+def spread(values: Iterable[float], form: str = "{:.1f}") -> str:
+    """Mean ± standard deviation, such as ``67.8 ± 0.4``; of one value that alone, of none nothing. NaN does not count.
+
+    Args:
+        values: of runs with several seeds, or of folds.
+        form: of the mean; ``{:+.1f}`` for a difference.
+    """
+    column = pd.Series(list(values), dtype=float).dropna()
+    if column.empty:
         return ""
-    mean = form.format(values.mean())
-    return mean if len(values) == 1 else f"{mean} ± {values.std():.1f} ({len(values)})"
+    mean = form.format(column.mean())
+    return mean if len(column) == 1 else f"{mean} ± {column.std():.1f}"
+
+
+def _counted(values: pd.Series[float], form: str) -> str:
+    return f"{spread(values, form)} ({len(values)})" if len(values) > 1 else spread(values, form)
 
 
 def _markdown(table: pd.DataFrame) -> str:
