@@ -87,13 +87,13 @@ def spread(values: Iterable[float], form: str = "{:.1f}") -> str:
 
     Args:
         values: of runs with several seeds, or of folds.
-        form: of the mean; ``{:+.1f}`` for a difference.
+        form: of the mean; ``{:+.1f}`` for a difference. The deviation has as many digits and no sign.
     """
     column = pd.Series(list(values), dtype=float).dropna()
     if column.empty:
         return ""
     mean = form.format(column.mean())
-    return mean if len(column) == 1 else f"{mean} ± {column.std():.1f}"
+    return mean if len(column) == 1 else f"{mean} ± {form.replace('+', '').format(column.std())}"
 
 
 def _counted(values: pd.Series[float], form: str) -> str:
