@@ -34,10 +34,12 @@ def papermill_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ):
         settings = [f"seed={seed}", "data.root=/home/somebody/VOC2012"]
         run = open_run(tmp_path / name, PROJECT_ROOT / real_photos.PRESET, settings)
-        weaker = record("teacher", 0.3 + gain, scale=0.5)
-        run.record(
-            "03", [weaker, record("teacher", 0.5 + gain, scale=1.0), record("teacher_fused", 0.52 + gain, fusion="sum")]
-        )
+        maps = [record("teacher", 0.3 + gain, scale=0.5), record("teacher", 0.5 + gain, scale=1.0)]
+        maps += [record("teacher_fused", 0.52 + gain, fusion="sum")]
+        small = [
+            row | {"object_size": "small", "value": value} for row, value in zip(maps, (0.1, 0.08, 0.15), strict=True)
+        ]
+        run.record("03_multi_scale_attention", maps + small)
         masks = [record("teacher_fused_refined", 0.6 + gain), record("pseudo_masks", 0.63 + 2 * gain)]
         masks += [record("control_fused_refined", 0.62 + gain), record("teacher_refined", 0.58)]
         per_class = record("pseudo_masks", 0.7 + gain, class_name="cat")
@@ -65,11 +67,16 @@ def test_tables_of_finished_runs_by_hand(papermill_runs: Path) -> None:
     result = real_photos.collect({})
     tables = real_photos.tables(result)
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in tables["results"].splitlines()}
-    assert lines["teacher, scale 1"] == "| teacher, scale 1 | train | 50.0 52.0 | 51.0 ± 1.4 |  |  |  | 40.0 |"
-    assert lines["teacher, fused (sum)"].endswith("| 52.0 54.0 | 53.0 ± 1.4 |  |  |  | 42.0 |")
+    assert lines["teacher, scale 1"] == "| teacher, scale 1 | train | 50.0 52.0 | 51.0 ± 1.4 | 8.0 |  |  | 40.0 |"
+    assert lines["teacher, fused (sum)"].endswith("| 52.0 54.0 | 53.0 ± 1.4 | 15.0 |  |  | 42.0 |")
     assert "| 63.0 67.0 | 65.0 ± 2.8 | 31.0 |" in lines["pseudo masks (student, fused + CRF)"]
     assert lines["segmentation network"].startswith("| segmentation network | val | 50.0 52.0 |")
     assert "against the best single scale, all objects | +2.0 +2.0 | +2.0 ± 0.0 | +2.0 | +2.0 |" in tables["claims"]
+    claims = dict(line.split(", small objects | ") for line in tables["claims"].splitlines() if "small" in line)
+    by_hand = {"against the best single scale": 5.0, "against scale 1": 7.0}  # small objects: 10, 8, fused 15
+    for words, gap in by_hand.items():
+        found = [cells for label, cells in claims.items() if words in label]
+        assert found == [f"{gap:+.1f} {gap:+.1f} | {gap:+.1f} ± 0.0 | {gap:+.1f} | {gap:+.1f} |"]
     assert "student + CRF against teacher + CRF | +3.0 +5.0 | +4.0 ± 1.4 | -7.0 | -7.0 |" in tables["claims"]
     assert "fused against single-scale targets | +1.0 +3.0 | +2.0 ± 1.4 | -9.0 | -9.0 |" in tables["claims"]
     assert tables["goals"].splitlines()[2:] == [
