@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def papermill_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_planned_run_is_one_of_the_preset() -> None:
     planned = list(real_photos.planned_runs())
-    assert len({run.name for run in planned}) == len(planned) == 3 + 3 + 3 + 2
+    assert len({run.name for run in planned}) == len(planned) == 3 + 3 + 1 + 3 + 2
     for run in planned:
         words = [run.arguments[i + 1] for i, word in enumerate(run.arguments) if word == "--set"]
         load_config(PROJECT_ROOT / real_photos.PRESET, words)
@@ -130,6 +131,18 @@ def test_a_run_that_is_not_finished_is_left_out(papermill_runs: Path) -> None:
     manifest["stages"]["07_segmentation"] = STAGE | {"status": "running"}
     write_manifest(folder, manifest)
     assert list(real_photos.collect({})["runs"]) == ["voc12-small-supervised", "voc12-small-seed1", "voc12-small-plain"]
+
+
+def test_run_that_had_the_machine_to_itself_by_hand(papermill_runs: Path) -> None:
+    result = real_photos.collect({})
+    assert real_photos.tables(result)["alone"] == "Not run."
+    shutil.copytree(papermill_runs / "voc12-small", papermill_runs / "voc12-small-alone")
+    manifest = read_manifest(papermill_runs / "voc12-small-alone")
+    manifest["stages"]["06_pseudo_masks"] |= {"seconds": 90.0, "peak_memory_mb": 1234}
+    write_manifest(papermill_runs / "voc12-small-alone", manifest)
+    table = real_photos.tables(real_photos.collect({}))["alone"]
+    assert "| `03_multi_scale_attention` | 2.0 | 0.9 |" in table and "| **all** | 3.5 | 1.2 |" in table
+    assert "| **pseudo masks**: student's, fused, dense CRF | 63.0 | 63.0 |" in table
 
 
 def test_ablation_by_hand() -> None:

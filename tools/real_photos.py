@@ -53,7 +53,8 @@ class Planned:
 
     Attributes:
         name: of its folder.
-        kind: ``chain``, ``plain``, ``supervised``, or ``photos`` with their number.
+        kind: ``chain``, ``alone`` (the preset as it is, with nothing beside it), ``plain``, ``supervised``, or
+            ``photos`` with their number.
         seed: of the run.
         arguments: of ``smaf run``, after the two paths.
     """
@@ -71,6 +72,7 @@ def planned_runs() -> Iterator[Planned]:
         supervised = ("--set", "self_training.control=true", "--set", "segmentation.supervision=ground_truth")
         reuse = ("--reuse", _name(seed)) if (RUNS_FOLDER / _name(seed)).exists() else ()
         yield Planned(f"{_name(seed)}-supervised", "supervised", seed, (*reuse, *supervised))
+    yield Planned(f"{BASE}-alone", "alone", 0)
     for seed in SEEDS:
         plain = ("--set", "classifier.pretraining=plain", "--until", "pseudo_masks")
         yield Planned(f"{_name(seed)}-plain", "plain", seed, plain)
@@ -220,6 +222,7 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         "classes": "No run is finished." if classes.empty else _classes(classes),
         "ablation": _ablation(result["ablation"]),
         "tried": _tried(files.read_json(TRIED, {"records": []})["records"]),
+        "alone": _alone(result["runs"], rows),
         "runs": _runs(result["runs"]),
     }
 
@@ -273,18 +276,24 @@ def _summary(rows: pd.DataFrame) -> str:
     """The README's table: the chain on real photos, and beside it on the drawn images of the reference run."""
     photos = _chains(rows) if len(rows) else rows
     drawn = results_table(read_run(DRAWN).metrics()).reset_index()
-    lines = []
-    for label, where in SUMMARY.items():
-        values = [
-            table.loc[_is(table, {"split": "train"} | where), "mIoU"] if len(table) else pd.Series(dtype=float)
-            for table in (photos, drawn)
-        ]
-        if any(map(len, values)):
-            lines.append([label, *map(spread, values)])
+    lines = _beside(photos, drawn)
     seeds = photos.loc[photos["kind"] == "chain", "seed"].nunique() if len(photos) else 0
     number = f"{seeds} seed{'s' * (seeds != 1)}"
     head = ["", f"[photos](docs/voc12_small.md), {number}", "[drawn](docs/mini_results.md), 1 seed"]
     return markdown_table(head, lines)
+
+
+def _beside(*tables: pd.DataFrame) -> list[list[str]]:
+    """The rows of :data:`SUMMARY`, a column per table; what no table has is left out."""
+    lines = []
+    for label, where in SUMMARY.items():
+        values = [
+            table.loc[_is(table, {"split": "train"} | where), "mIoU"] if len(table) else pd.Series(dtype=float)
+            for table in tables
+        ]
+        if any(map(len, values)):
+            lines.append([label, *map(spread, values)])
+    return lines
 
 
 def _is(table: pd.DataFrame, values: dict[str, Any]) -> pd.Series[bool]:
@@ -456,6 +465,25 @@ def _photos(rows: pd.DataFrame) -> str:
             lines.append([kind.removeprefix("photos ").replace("chain", "900"), *cells])
     head = ["photos", "teacher, fused + CRF", "pseudo masks (of these photos)", "segmentation network (on the 200)"]
     return markdown_table(head, lines)
+
+
+def _alone(runs: dict[str, Any], rows: pd.DataFrame) -> str:
+    """Time and memory of each stage of the run that had the machine to itself, and its results beside seed 0's."""
+    facts = next((facts for facts in runs.values() if facts["kind"] == "alone"), None)
+    if facts is None:
+        return "Not run."
+    stages = facts["stages"]
+    lines = [
+        [f"`{name}`", f"{entry['seconds'] / 60:.1f}", f"{entry['peak_memory_mb'] / 1000:.1f}"]
+        for name, entry in stages.items()
+    ]
+    seconds = sum(entry["seconds"] for entry in stages.values())
+    memory = max(entry["peak_memory_mb"] for entry in stages.values())
+    lines.append(["**all**", f"{seconds / 60:.1f}", f"{memory / 1000:.1f}"])
+    of_seed = rows[rows["seed"] == facts["seed"]]
+    compared = _beside(*(of_seed[of_seed["kind"] == kind] for kind in ("chain", "alone")))
+    tables = [(["stage", "minutes", "GB"], lines), (["mIoU", f"`{_name(facts['seed'])}`", "this run"], compared)]
+    return "\n\n".join(markdown_table(head, body) for head, body in tables)
 
 
 def _runs(runs: dict[str, Any]) -> str:
