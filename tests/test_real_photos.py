@@ -167,9 +167,19 @@ def test_what_was_tried_by_hand() -> None:
     measured = {key: {"mIoU": value} for key, value in (("fused", 60), ("refined_auto", 61.25), ("refined_oracle", 62))}
     record = {"run": "voc12-small", "seed": 0, "control": False, "settings": ["pseudo_masks.saliency_weight=0"]}
     records = [record | measured | {"variant": "teacher, no saliency"}, record | measured | {"run": "mini"}]
-    table = real_photos._tried(records).splitlines()
+    again = record | measured | {"variant": "teacher, no saliency", "run": "voc12-small-seed1", "seed": 1}
+    table = real_photos._tried([*records, again]).splitlines()
     assert len(table) == 3  # the mini set's is left out
-    assert table[2] == "| 0 | teacher, no saliency | `pseudo_masks.saliency_weight=0` | 60.0 | 61.2 | 62.0 |"
+    expected = (
+        "| teacher, no saliency | `pseudo_masks.saliency_weight=0` | 0 1 | 60.0 ± 0.0 | 61.2 ± 0.0 | 62.0 ± 0.0 |"
+    )
+    assert table[2] == expected
+    students = [
+        record | measured | {"variant": "student, no saliency", "seed": seed, "refined_auto": {"mIoU": 62.25 + seed}}
+        for seed in (0, 1, 2)
+    ]
+    gaps = real_photos._gaps_of_papers_masks([*records, again, *students])
+    assert [list(gap) for gap in gaps.values()] == [[1.0, 2.0]]  # seed 2 has no teacher, and there is no control
 
 
 def test_runs_of_other_machines_are_not_made_again(

@@ -214,14 +214,20 @@ def write_page() -> None:
 def tables(result: dict[str, Any]) -> dict[str, str]:
     """Markdown tables by name, of what :func:`collect` gives."""
     rows, classes = _frame(result, "rows"), _frame(result, "classes")
-    made = {"results": _results, "goals": _goals, "claims": _claims, "photos": _photos}
+    records = files.read_json(TRIED, {"records": []})["records"]
+    made = {
+        "results": _results,
+        "goals": _goals,
+        "claims": lambda rows: _claims(rows, records),
+        "photos": _photos,
+    }
     return {
         "summary": _summary(rows),
         "ledger": _ledger(rows),
         **{name: "No run is finished." if rows.empty else make(rows) for name, make in made.items()},
         "classes": "No run is finished." if classes.empty else _classes(classes),
         "ablation": _ablation(result["ablation"]),
-        "tried": _tried(files.read_json(TRIED, {"records": []})["records"]),
+        "tried": _tried(records),
         "alone": _alone(result["runs"], rows),
         "runs": _runs(result["runs"]),
     }
@@ -303,12 +309,12 @@ def _is(table: pd.DataFrame, values: dict[str, Any]) -> pd.Series[bool]:
     return chosen
 
 
-def _claims(rows: pd.DataFrame) -> str:
+def _claims(rows: pd.DataFrame, records: list[dict[str, Any]]) -> str:
     """Differences between rows of one seed: attention maps at oracle thresholds, masks at the runs' own scores."""
     plain, none = _gaps(rows, ("plain",)), pd.Series(dtype=float)
     lines = [
         [label, *_per_seed(gaps), *_per_seed(plain.get(label, none))]
-        for label, gaps in _gaps(rows).items()
+        for label, gaps in (_gaps(rows) | _gaps_of_papers_masks(records)).items()
         if len(gaps)
     ]
     head = ["claim", "EPS mode, difference per seed", "mean ± sd", "plain mode, difference per seed", "mean ± sd"]
@@ -442,16 +448,45 @@ def _ablation(ablation: dict[str, Any] | None) -> str:
 
 def _tried(records: list[dict[str, Any]]) -> str:
     """What ``benchmarks/student_targets.py`` has measured on runs of the preset: every third of the photos."""
-    lines = []
-    for record in records:
-        if not record["run"].startswith("voc12"):
-            continue
-        settings = ["single-scale targets"] * record["control"] + [f"`{setting}`" for setting in record["settings"]]
-        fused, auto, oracle = (record[key]["mIoU"] for key in ("fused", "refined_auto", "refined_oracle"))
-        cells = [f"{value:.1f}" for value in (fused, auto, oracle)]
-        lines.append([str(record["seed"]), record["variant"], ", ".join(settings), *cells])
-    head = ["seed", "what", "settings", "fused maps", "masks, auto", "masks, oracle"]
+    tried = _trials(records)
+    lines = [
+        [what, settings, " ".join(map(str, group["seed"])), *(spread(group[column]) for column in MEASURED)]
+        for (what, settings), group in tried.groupby(["what", "settings"], sort=False)
+    ]
+    head = ["what", "settings", "seeds", "fused maps", "masks, auto", "masks, oracle"]
     return markdown_table(head, lines) if lines else "Nothing yet."
+
+
+MEASURED = ("fused", "refined_auto", "refined_oracle")
+
+
+def _trials(records: list[dict[str, Any]]) -> pd.DataFrame:
+    """One row per trial on a run of the preset: ``what``, ``settings``, ``seed``, and mIoU of :data:`MEASURED`."""
+    found = []
+    for record in records:
+        if record["run"].startswith(BASE):
+            settings = ["single-scale targets"] * record["control"] + [f"`{setting}`" for setting in record["settings"]]
+            values = {column: record[column]["mIoU"] for column in MEASURED}
+            found.append({"what": record["variant"], "settings": ", ".join(settings), "seed": record["seed"]} | values)
+    return pd.DataFrame(found, columns=["what", "settings", "seed", *MEASURED]).sort_values("seed", kind="stable")
+
+
+PAPERS_MASKS = "`pseudo_masks.saliency_weight=0`"
+"""The settings of trials whose masks come from attention maps alone, by the paper's rule."""
+
+
+def _gaps_of_papers_masks(records: list[dict[str, Any]]) -> dict[str, pd.Series[float]]:
+    """Claims 3 and 4 as of :func:`_gaps`, for masks by the paper's rule."""
+    trials = _trials(records)
+    trials = trials[trials["settings"] == PAPERS_MASKS]
+    of = {
+        str(what).partition(",")[0]: group.set_index("seed")["refined_auto"] for what, group in trials.groupby("what")
+    }
+    suffix = ", masks without saliency maps (the paper's rule; every third photo)"
+    pairs = {STUDENT + suffix: ("student", "teacher"), FUSED + suffix: ("student", "student_control")}
+    return {
+        label: (of[ours] - of[theirs]).dropna() for label, (ours, theirs) in pairs.items() if {ours, theirs} <= set(of)
+    }
 
 
 def _photos(rows: pd.DataFrame) -> str:
