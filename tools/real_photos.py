@@ -450,8 +450,8 @@ def _tried(records: list[dict[str, Any]]) -> str:
     """What ``benchmarks/student_targets.py`` has measured on runs of the preset: every third of the photos."""
     tried = _trials(records)
     lines = [
-        [what, settings, " ".join(map(str, group["seed"])), *(spread(group[column]) for column in MEASURED)]
-        for (what, settings), group in tried.groupby(["what", "settings"], sort=False)
+        [str(what), str(settings), " ".join(map(str, group["seed"])), *(spread(group[column]) for column in MEASURED)]
+        for (what, settings), group in cast(Any, tried.groupby(["what", "settings"], sort=False))
     ]
     head = ["what", "settings", "seeds", "fused maps", "masks, auto", "masks, oracle"]
     return markdown_table(head, lines) if lines else "Nothing yet."
