@@ -98,7 +98,7 @@ def test_tables_of_finished_runs_by_hand(papermill_runs: Path) -> None:
         "65.0 ± 2.8",
         "63.0 ± 1.4",
         "51.0 ± 1.4",
-        "62.5",  # true masks
+        "62.5 (1 seed)",  # true masks
     ]
     assert (
         "| `voc12-small-seed1` | 2026-11-25 | 4 | 0.9 | teacher 0.3 | 01234567 | cpu (x86_64), bf16, torch 2.15 |"

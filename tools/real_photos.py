@@ -290,16 +290,14 @@ def _summary(rows: pd.DataFrame) -> str:
 
 
 def _beside(*tables: pd.DataFrame) -> list[list[str]]:
-    """The rows of :data:`SUMMARY`, a column per table; what no table has is left out."""
-    lines = []
-    for label, where in SUMMARY.items():
-        values = [
-            table.loc[_is(table, {"split": "train"} | where), "mIoU"] if len(table) else pd.Series(dtype=float)
-            for table in tables
-        ]
-        if any(map(len, values)):
-            lines.append([label, *map(spread, values)])
-    return lines
+    """The rows of :data:`SUMMARY`, a column per table; what no table has is left out, what few seeds have says so."""
+    columns = []
+    for table in tables:
+        seeds = table["seed"].nunique() if "seed" in table else 1
+        found = [table.loc[_is(table, {"split": "train"} | where), "mIoU"] for where in SUMMARY.values() if len(table)]
+        columns.append([_with_seeds(row, "{:.1f}") if len(row) < seeds else spread(row) for row in found])
+    wanted = [column or [""] * len(SUMMARY) for column in columns]
+    return [[label, *cells] for label, *cells in zip(SUMMARY, *wanted, strict=True) if any(cells)]
 
 
 def _is(table: pd.DataFrame, values: dict[str, Any]) -> pd.Series[bool]:
@@ -417,8 +415,8 @@ def _ledger(rows: pd.DataFrame) -> str:
     return markdown_table(head, lines)
 
 
-def _with_seeds(gaps: pd.Series[float]) -> str:
-    return f"{spread(gaps, SIGNED)} ({len(gaps)} seed{'s' * (len(gaps) != 1)})" if len(gaps) else ""
+def _with_seeds(values: pd.Series[float], form: str = SIGNED) -> str:
+    return f"{spread(values, form)} ({len(values)} seed{'s' * (len(values) != 1)})" if len(values) else ""
 
 
 def _classes(rows: pd.DataFrame) -> str:
