@@ -173,6 +173,25 @@ def test_photo_comes_without_ground_truth_and_with_a_label_that_can_be_corrected
     assert set(explorer.exploration.mask.unique().tolist()) <= {0, 2}
 
 
+def test_what_the_network_predicts_is_still_there_when_the_crf_is_done(explorer: Explorer) -> None:
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(content, "PNG")
+
+    async def hand_over() -> None:  # as in a kernel, where the CRF comes later
+        give(explorer, "first.png", content.getvalue())
+        explorer.controls["crf"].value = True
+        give(explorer, "second.png", content.getvalue())
+        assert "refining" in explorer.board.status["text"] and explorer._refining is not None
+        await explorer._refining
+        assert explorer.board.status["text"].startswith("second.png: the network predicts")
+        explorer.controls["bg_score"].value = 0.7
+        assert explorer._refining is not None
+        await explorer._refining
+        assert not explorer.board.status["text"]  # something has moved
+
+    asyncio.run(hand_over())
+
+
 def test_networks_of_drawings_leave_a_photo_to_imagenets(explorer: Explorer) -> None:
     content = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(content, "PNG")
@@ -180,6 +199,9 @@ def test_networks_of_drawings_leave_a_photo_to_imagenets(explorer: Explorer) -> 
     give(explorer, "first.png", content.getvalue())
     assert explorer.board.index == 0 and len(explorer.board.images) == 1
     assert explorer.board.view["class_names"] == list(EVERYDAY) and len(explorer.settings.weights) == 4
+    assert "first.png: the network predicts" in explorer.board.status["text"]
+    score = explorer.controls["bg_score"]
+    score.value = np.nextafter(score.value, 1)  # as a browser rounds it when it shows the slider
     assert "first.png: the network predicts" in explorer.board.status["text"]
     assert explorer._panel is panel and explorer._panel.children != children
     give(explorer, "second.png", content.getvalue())  # the same gallery takes it

@@ -103,7 +103,7 @@ class Explorer:
         self.board.observe(self._heard(lambda change: self._go(change["new"])), "index")
         self.board.observe(self._heard(lambda change: self._read_pixel()), "pixel")
 
-    def _use(self, gallery: Gallery, index: int) -> None:
+    def _use(self, gallery: Gallery, index: int, remark: str = "") -> None:
         """Show a gallery, with controls of its own: another has other classes and scales."""
         self.gallery, self.controls = gallery, _make_controls(gallery)
         self._fused: tuple[Any, Fused] | None = None
@@ -111,7 +111,7 @@ class Explorer:
         self._show_images()
         self._open(index)
         self._connect()
-        self._draw()
+        self._draw(remark)
         self._panel.children = _arrange(self.controls, gallery)
 
     @classmethod
@@ -160,7 +160,7 @@ class Explorer:
         computed = ["class_number", "image_label", "role", "flip", "fusion", "bg_score", "denoise", "reactivate", "crf"]
         computed += [f"{what}_{i}" for i in range(len(self.gallery.scales)) for what in ("scale", "weight")]
         for name in [*computed, *CRF_RANGES]:
-            controls[name].observe(self._heard(lambda change: self._draw()), "value")
+            controls[name].observe(self._heard(lambda change: None if _is_rounding(change) else self._draw()), "value")
         for name in ("opacity", "colormap"):  # appearance, not numbers: the board draws what it has once more
             traitlets.dlink((controls[name], "value"), (board, name))
         controls["previous"].on_click(self._heard(lambda button: self._go(board.index - 1)))
@@ -196,10 +196,10 @@ class Explorer:
     def _log(self, text: str = "", kind: str = "") -> None:
         self.board.status = {"text": text, "kind": kind}
 
-    def _go(self, index: int) -> None:
+    def _go(self, index: int, remark: str = "") -> None:
         index = min(max(index, 0), len(self.gallery.samples) - 1)
         self._open(index)
-        self._draw()
+        self._draw(remark)
 
     def _reset(self) -> None:
         with self._all_at_once():
@@ -216,13 +216,13 @@ class Explorer:
         upload = uploads[0]
         gallery = self.gallery.for_photos()
         index = gallery.add_photo(str(upload["name"]), bytes(upload["content"]))
+        label = ", ".join(gallery.class_names[number] for number in gallery.first_settings(index).image_label)
+        remark = f"{upload['name']}: the network predicts {label}; correct the image label if it is wrong."
         if gallery is self.gallery:
             self._show_images()
-            self._go(index)
+            self._go(index, remark)
         else:
-            self._use(gallery, index)
-        label = ", ".join(gallery.class_names[number] for number in self.settings.image_label)
-        self._log(f"{upload['name']}: the network predicts {label}; correct the image label if it is wrong.")
+            self._use(gallery, index, remark)
 
     # ------------------------------------------------------------------------------------------------------ the picture
 
@@ -246,8 +246,12 @@ class Explorer:
             if flips and controls["flip"].value not in flips:
                 controls["flip"].value = flips[0]
 
-    def _draw(self) -> None:
-        """Show what the controls say; the CRF, which takes longer, follows when nothing moves any more."""
+    def _draw(self, remark: str = "") -> None:
+        """Show what the controls say; the CRF, which takes longer, follows when nothing moves any more.
+
+        Args:
+            remark: stands below the picture once all is drawn, until something moves.
+        """
         if self._refining is not None:
             self._refining.cancel()
             self._refining = None
@@ -257,7 +261,7 @@ class Explorer:
         fused = self._fused_now(plain)
         self._show(with_mask(sample, fused, self.gallery.scales, plain), settings)
         if settings.crf is None:
-            self._log()
+            self._log(remark)
             return
         self._log("refining the mask with the CRF ...", "busy")
 
@@ -268,11 +272,11 @@ class Explorer:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # no kernel: a script or a test
             self._show(refine(), settings)
-            self._log()
+            self._log(remark)
         else:
-            self._refining = loop.create_task(self._refine_later(refine, settings))
+            self._refining = loop.create_task(self._refine_later(refine, settings, remark))
 
-    async def _refine_later(self, refine: Callable[[], Exploration], settings: Settings) -> None:
+    async def _refine_later(self, refine: Callable[[], Exploration], settings: Settings, remark: str) -> None:
         await asyncio.sleep(REST_SECONDS)
         try:
             result = await asyncio.get_running_loop().run_in_executor(self._crf_thread, refine)
@@ -280,7 +284,7 @@ class Explorer:
             self._log(f"the CRF failed: {error}", "error")
             raise
         self._show(result, settings)
-        self._log()
+        self._log(remark)
 
     def _fused_now(self, settings: Settings) -> Fused:
         """The fused maps, kept while only the background score, reactivation or the CRF change."""
@@ -323,6 +327,12 @@ class Explorer:
             return
         row, col = self.board.pixel
         self.board.reading = _reading(self.exploration.read(row, col), row, col, self.exploration, self.gallery)
+
+
+def _is_rounding(change: Any) -> bool:
+    """Whether a value is another in its last bits only: a browser rounds a slider's to steps when it first shows it."""
+    both = change["old"], change["new"]
+    return all(isinstance(value, float) for value in both) and math.isclose(*both)
 
 
 # ------------------------------------------------------------------------------------------------- what the board draws
