@@ -309,7 +309,7 @@ def _is(table: pd.DataFrame, values: dict[str, Any]) -> pd.Series[bool]:
 
 def _claims(rows: pd.DataFrame, records: list[dict[str, Any]]) -> str:
     """Differences between rows of one seed: attention maps at oracle thresholds, masks at the runs' own scores."""
-    plain, none = _gaps(rows, ("plain",)), pd.Series(dtype=float)
+    plain, none = _gaps(rows, "plain"), pd.Series(dtype=float)
     lines = [
         [label, *_per_seed(gaps), *_per_seed(plain.get(label, none))]
         for label, gaps in (_gaps(rows) | _gaps_of_papers_masks(records)).items()
@@ -364,14 +364,14 @@ FUSED = "4. fused against single-scale targets"
 CRF = "teacher, fused + CRF against its scale 1 + CRF"
 
 
-def _gaps(rows: pd.DataFrame, kinds: Sequence[str] = ("chain",)) -> dict[str, pd.Series[float]]:
+def _gaps(rows: pd.DataFrame, kind: str = "chain") -> dict[str, pd.Series[float]]:
     """Differences between two rows of one seed, by what they say about the paper; without the rows, none.
 
     Args:
         rows: of all runs.
-        kinds: of the runs that count.
+        kind: of the runs that count.
     """
-    rows = rows[rows["kind"].isin(kinds)] if len(rows) else rows
+    rows = rows[rows["kind"] == kind] if len(rows) else rows
     gaps: dict[str, pd.Series[float]] = {}
     if rows.empty:
         return gaps
@@ -407,10 +407,9 @@ CLAIMS: tuple[tuple[str, str, str, float], ...] = (
 def _ledger(rows: pd.DataFrame) -> str:
     """Each claim of the paper, what it is worth here, and whether that shows it."""
     drawn = results_table(read_run(DRAWN).metrics()).reset_index().assign(kind="chain", seed=0)
-    photos, plain, reference = _gaps(rows), _gaps(rows, ("plain",)), _gaps(drawn)
-    lines = []
+    photos, plain, reference = _gaps(rows), _gaps(rows, "plain"), _gaps(drawn)
+    lines, none = [], pd.Series(dtype=float)
     for claim, paper, key, goal in CLAIMS:
-        none = pd.Series(dtype=float)
         ours = photos.get(key, none)
         verdict = "not run" if ours.empty else "shown" if ours.mean() >= goal else "not shown"
         cells = [_with_seeds(gaps.get(key, none)) for gaps in (photos, plain)]
