@@ -155,12 +155,19 @@ def test_ablation_by_hand() -> None:
             ("control", 0, 0.5),
             ("control", 1, 0.62),
             ("no_crf", 0, 0.4),
+            ("no_denoising", 0, 0.55),
+            ("no_denoising", 1, 0.68),
         )
     ]
-    table = real_photos.tables({"runs": {}, "ablation": {"records": records}})["ablation"]
+    tables = real_photos.tables({"runs": {}, "ablation": {"records": records}})
+    table, ledger = tables["ablation"], tables["ledger"].splitlines()
     assert "| the whole chain | 2 | 65.0 ± 7.1 |  |" in table
     assert "| control: single-scale targets | 2 | 56.0 ± 8.5 | -9.0 ± 1.4 |" in table
     assert "| without CRF | 1 | 40.0 | -20.0 | 40.0 | -20.0 |" in table
+    denoised, reactivated = ([line for line in ledger if f"| {step}" in line] for step in ("denoised", "reactivated"))
+    assert "| +3.5 ± 2.1 (2 seeds) |" in denoised[0]
+    assert denoised[0].endswith(" | >= +1.0 | shown |")
+    assert reactivated[0].endswith(" | not run |")
 
 
 def test_what_was_tried_by_hand(papermill_runs: Path) -> None:
