@@ -457,7 +457,7 @@ def _ablation(ablation: dict[str, Any] | None) -> str:
         return "The ablation is not finished."
     of = {choice: _ablated(ablation, choice) for choice in ("own", "oracle")}
     lines = []
-    for name in of["own"]:
+    for name in map(str, of["own"]):
         cells = []
         for wide in of.values():
             gaps = (wide[name] - wide["full"]).dropna()
