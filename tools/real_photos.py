@@ -418,7 +418,8 @@ CLAIMS: tuple[tuple[str, str, str, float], ...] = (
     ("a student surpasses its teacher (both fused, with CRF)", "+2.3 (73.9 - 71.6)", STUDENT, 2.0),
     ("fused targets teach more than those of one scale", "no number", FUSED, 1.0),
 )
-"""Claim, the paper's number, which of :func:`_gaps` it is, and the difference from which on it counts as shown."""
+"""Claim, the paper's number, which of :func:`_gaps` or :func:`_gaps_of_ablation` it is, and the difference
+from which on it counts as shown."""
 
 
 def _ledger(rows: pd.DataFrame, ablation: dict[str, Any] | None) -> str:
