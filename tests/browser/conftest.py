@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 from driving import START_SECONDS
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")  # as in the Makefile
@@ -45,6 +45,7 @@ def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         # No sandbox: in containers there is no user namespace for it, and the pages are this project's own.
         arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
+        expect.set_options(timeout=START_SECONDS * 1000)
         chromium = playwright.chromium.launch(executable_path=path, headless=True, args=arguments)
         yield chromium
         chromium.close()
