@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from smaflib.config import load_config
@@ -168,6 +169,20 @@ def test_ablation_by_hand() -> None:
     assert "| +3.5 ± 2.1 (2 seeds) |" in denoised[0]
     assert denoised[0].endswith(" | >= +1.0 | shown |")
     assert reactivated[0].endswith(" | not run |")
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain", "verdict"),
+    [
+        ([], [3.0], "not run"),
+        ([1.0, 3.0], [], "shown"),
+        ([1.0, 2.0], [], "not shown"),
+        ([1.0, 2.0], [1.0, 2.9], "not shown"),
+        ([1.0, 2.0], [1.0, 3.0], "shown in plain mode only"),
+    ],
+)
+def test_verdict_is_on_means_and_names_the_mode(ours: list[float], plain: list[float], verdict: str) -> None:
+    assert real_photos._verdict(pd.Series(ours, dtype=float), pd.Series(plain, dtype=float), 2.0) == verdict
 
 
 def test_what_was_tried_by_hand(papermill_runs: Path) -> None:
