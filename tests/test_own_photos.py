@@ -63,6 +63,13 @@ def test_the_page_says_what_its_json_says():
         assert f"{begin}\n\n{table}\n\n" in page
 
 
+def test_the_preset_is_the_recipe_that_was_chosen():
+    preset = load_config("configs/custom.yaml")
+    chosen = [record for record in files.read_json(RESULTS, {})["records"] if record["recipe"].startswith("chosen")]
+    assert {record["fold"].split()[0] for record in chosen} == {"choose", "final"}
+    assert all(load_config("configs/custom.yaml", record["settings"]) == preset for record in chosen)
+
+
 def test_numbers_of_a_record():
     network = {"fused": {"mIoU": 30.0}, "refined_auto": {"mIoU": 35.0}}
     assert numbers({"seconds": 90, "teacher": network}) == pytest.approx(
