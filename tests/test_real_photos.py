@@ -58,10 +58,9 @@ def papermill_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_planned_run_is_one_of_the_preset() -> None:
     planned = list(real_photos.planned_runs())
-    assert len({run.name for run in planned}) == len(planned) == 3 + 3 + 1 + 3 + 2
+    assert len({run.name for run in planned}) == len(planned) == 3 + 3 + 1 + 3 + 2 + 1
     for run in planned:
-        words = [run.arguments[i + 1] for i, word in enumerate(run.arguments) if word == "--set"]
-        load_config(PROJECT_ROOT / real_photos.PRESET, words)
+        load_config(PROJECT_ROOT / real_photos.PRESET, run.settings)
     assert {run.seed for run in planned if run.kind == "chain"} == {0, 1, 2}
 
 
@@ -112,7 +111,7 @@ def test_numbers_of_other_machines_stay_while_the_preset_does(papermill_runs: Pa
     made = real_photos.collect({})
     other = made["runs"]["voc12-small-seed1"]
     elsewhere = {"voc12-small-seed2": other | {"seed": 2}, "voc12-small": other, "voc12-small-seed9": other}
-    kept = {"preset": made["preset"], "runs": elsewhere, "ablation": {"seeds": [0]}}
+    kept = {"preset": made["preset"], "runs": elsewhere, "ablation": {"seeds": [0]}, "ablation_paper": None}
     merged = real_photos.collect(kept)
     assert list(merged["runs"]) == [
         "voc12-small",
@@ -160,7 +159,8 @@ def test_ablation_by_hand() -> None:
             ("no_denoising", 1, 0.68),
         )
     ]
-    tables = real_photos.tables({"runs": {}, "ablation": {"records": records}})
+    tables = real_photos.tables({"runs": {}, "ablation": {"records": records}, "ablation_paper": None})
+    assert tables["ablation_paper"] == "The ablation is not finished."
     table, ledger = tables["ablation"], tables["ledger"].splitlines()
     assert "| the whole chain | 2 | 65.0 ± 7.1 |  |" in table
     assert "| control: single-scale targets | 2 | 56.0 ± 8.5 | -9.0 ± 1.4 |" in table
@@ -221,6 +221,41 @@ def test_runs_of_other_machines_are_not_made_again(
     real_photos.JSON.write_text(json.dumps(elsewhere | {"preset": "another"}), encoding="utf-8")
     real_photos.make_runs(tmp_path, tmp_path, ["chain"])
     assert made[2:] == ["voc12-small", "voc12-small-seed1", "voc12-small-seed2"]
+
+
+def test_papers_rule_is_run_then_ablated_with_the_same_settings(
+    papermill_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(real_photos, "JSON", tmp_path / "page.json")
+    monkeypatch.setattr(real_photos, "write_page", lambda: None)
+    (papermill_runs / "voc12-small-300").mkdir()  # its teacher is taken over
+    made: list[tuple[str, ...]] = []
+    monkeypatch.setattr(real_photos, "_smaf", lambda *words: made.append(words))
+    real_photos.make_runs(tmp_path, tmp_path, ["paper"])
+    run, ablation = made
+    assert (run[0], ablation[0]) == ("run", "ablate")
+    of_run, of_ablation = (words[words.index("--set") :] for words in made)
+    assert of_run == (*of_ablation[:-2], "--reuse", "voc12-small-300", "--until", "pseudo_masks")
+    assert of_ablation[-2:] == ("--seeds", "0")
+    config = load_config(PROJECT_ROOT / real_photos.PRESET, [word for word in of_run if "=" in word])
+    assert config.self_training.refine == "none" and config.pseudo_masks.saliency_weight == 0
+
+
+def test_claims_by_the_papers_rule_by_hand(papermill_runs: Path) -> None:
+    result = real_photos.collect({})
+    result["runs"]["voc12-small-300-paper"] = result["runs"]["voc12-small"] | {"kind": "paper"}
+    values = {"full": 0.6, "no_denoising": 0.55, "no_reactivation": 0.58, "control": 0.5}
+    where = {"seed": 0, "bg_choice": "own", "object_size": "all"}
+    records = [where | {"variant": name, "value": value} for name, value in values.items()]
+    result["ablation_paper"] = {"records": records}
+    found = real_photos._claims(real_photos._frame(result, "rows"), [], result).splitlines()
+    ruled = [line.split(" | ") for line in found if "all by the paper's rule (300 photos)" in line]
+    assert [(label[2], mean) for label, _, mean, *_ in ruled] == [
+        ("2", "+5.0"),
+        ("2", "+2.0"),
+        ("3", "+3.0"),  # of the run itself, as every other run's
+        ("4", "+1.0"),
+    ]
 
 
 def test_page_is_written_between_its_marks(
