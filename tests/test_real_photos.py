@@ -190,10 +190,12 @@ def test_what_was_tried_by_hand(papermill_runs: Path) -> None:
     record = {"run": "voc12-small", "seed": 0, "control": False, "settings": ["pseudo_masks.saliency_weight=0"]}
     records = [record | measured | {"variant": "teacher, no saliency"}, record | measured | {"run": "mini"}]
     again = record | measured | {"variant": "teacher, no saliency", "run": "voc12-small-seed1", "seed": 1}
-    table = real_photos._tried([*records, again]).splitlines()
-    assert len(table) == 3  # the mini set's is left out
+    fewer = record | measured | {"variant": "student", "run": "voc12-small-300", "refined_auto": {"mIoU": 70}}
+    table = real_photos._tried([fewer, *records, again]).splitlines()
+    assert len(table) == 4  # the mini set's is left out
+    assert table[3].startswith("| student | `pseudo_masks.saliency_weight=0` | 300 | 0 |")
     expected = (
-        "| teacher, no saliency | `pseudo_masks.saliency_weight=0` | 0 1 | 60.0 ± 0.0 | 61.2 ± 0.0 | 62.0 ± 0.0 |"
+        "| teacher, no saliency | `pseudo_masks.saliency_weight=0` | 900 | 0 1 | 60.0 ± 0.0 | 61.2 ± 0.0 | 62.0 ± 0.0 |"
     )
     assert table[2] == expected
     students = [
@@ -203,7 +205,7 @@ def test_what_was_tried_by_hand(papermill_runs: Path) -> None:
     of_preset = record | measured | {"variant": "student", "settings": []}
     rows = real_photos._frame(real_photos.collect({}), "rows")
     assert real_photos._goals(rows, [of_preset]).endswith("| >= -1.0 | -0.8 | 1 | yes |")
-    gaps = real_photos._gaps_of_papers_masks([*records, again, *students])
+    gaps = real_photos._gaps_of_papers_masks([fewer, *records, again, *students])
     assert [list(gap) for gap in gaps.values()] == [[1.0, 2.0]]  # seed 2 has no teacher, and there is no control
 
 

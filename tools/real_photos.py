@@ -35,7 +35,7 @@ from smaflib.runs.manifest import read_manifest
 PRESET = "configs/voc12-small.yaml"
 BASE = "voc12-small"
 SEEDS = (0, 1, 2)
-PHOTOS = (100, 300)
+PHOTOS, ALL_PHOTOS = (100, 300), 900
 """Of the learning curve; the whole list is its last point."""
 PAPERS_RULE = (
     "self_training.refine=none",
@@ -397,7 +397,7 @@ def _goals(rows: pd.DataFrame, records: list[dict[str, Any]]) -> str:
     )
     lines.append(_goal(SHARE, (ours / theirs).dropna(), SHARE_GOAL, "{:.2f}"))
     trials = _trials(records)
-    students = trials[(trials["what"] == "student") & (trials["settings"] == "")]
+    students = trials[_is(trials, {"photos": ALL_PHOTOS, "what": "student", "settings": ""})]
     lines.append(_goal(AUTO, students["refined_auto"] - students["refined_oracle"], AUTO_GOAL, SIGNED))
     return markdown_table(["what", "goal", "mean ± sd", "seeds", "reached"], lines)
 
@@ -540,11 +540,11 @@ def _ablated(ablation: dict[str, Any], choice: str) -> pd.DataFrame:
 def _tried(records: list[dict[str, Any]]) -> str:
     """What ``benchmarks/student_targets.py`` has measured on runs of the preset: every third of the photos."""
     tried = _trials(records)
-    lines = [
-        [str(what), str(settings), " ".join(map(str, group["seed"])), *(spread(group[column]) for column in MEASURED)]
-        for (what, settings), group in cast(Any, tried.groupby(["what", "settings"], sort=False))
-    ]
-    head = ["what", "settings", "seeds", "fused maps", "masks, auto", "masks, oracle"]
+    lines = []
+    for (photos, *words), group in cast(Any, tried.groupby(["photos", "what", "settings"], sort=False)):
+        measured = [spread(group[column]) for column in MEASURED]
+        lines.append([*words, str(photos), " ".join(map(str, group["seed"])), *measured])
+    head = ["what", "settings", "photos", "seeds", "fused maps", "masks, auto", "masks, oracle"]
     return markdown_table(head, lines) if lines else "Nothing yet."
 
 
@@ -552,14 +552,21 @@ MEASURED = ("fused", "refined_auto", "refined_oracle")
 
 
 def _trials(records: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row per trial on a run of the preset: ``what``, ``settings``, ``seed``, and mIoU of :data:`MEASURED`."""
+    """One row per trial on a run of the preset.
+
+    Returns:
+        Columns ``photos``, ``what``, ``settings``, ``seed``, and mIoU of :data:`MEASURED`; all photos come first.
+    """
+    photos_of = {_name(seed): ALL_PHOTOS for seed in SEEDS} | {f"{BASE}-{number}": number for number in PHOTOS}
     found = []
     for record in records:
-        if record["run"].startswith(BASE):
+        if record["run"] in photos_of:
             settings = ["single-scale targets"] * record["control"] + [f"`{setting}`" for setting in record["settings"]]
             values = {column: record[column]["mIoU"] for column in MEASURED}
-            found.append({"what": record["variant"], "settings": ", ".join(settings), "seed": record["seed"]} | values)
-    return pd.DataFrame(found, columns=["what", "settings", "seed", *MEASURED]).sort_values("seed", kind="stable")
+            what = {"what": record["variant"], "settings": ", ".join(settings), "seed": record["seed"]}
+            found.append({"photos": photos_of[record["run"]]} | what | values)
+    table = pd.DataFrame(found, columns=["photos", "what", "settings", "seed", *MEASURED])
+    return table.sort_values(["photos", "seed"], ascending=[False, True], kind="stable")
 
 
 PAPERS_MASKS = "`pseudo_masks.saliency_weight=0`"
@@ -569,7 +576,7 @@ PAPERS_MASKS = "`pseudo_masks.saliency_weight=0`"
 def _gaps_of_papers_masks(records: list[dict[str, Any]]) -> dict[str, pd.Series[float]]:
     """Claims 3 and 4 as of :func:`_gaps`, for masks by the paper's rule."""
     trials = _trials(records)
-    trials = trials[trials["settings"] == PAPERS_MASKS]
+    trials = trials[_is(trials, {"photos": ALL_PHOTOS, "settings": PAPERS_MASKS})]
     of = {
         str(what).partition(",")[0]: group.set_index("seed")["refined_auto"] for what, group in trials.groupby("what")
     }
@@ -588,7 +595,7 @@ def _photos(rows: pd.DataFrame) -> str:
         wanted = (Variant.TEACHER_FUSED_REFINED, Variant.PSEUDO_MASKS, Variant.SEGMENTATION)
         cells = [f"{values[variant].iloc[0]:.1f}" if variant in values else "" for variant in wanted]
         if any(cells):
-            lines.append([kind.removeprefix("photos ").replace("chain", "900"), *cells])
+            lines.append([kind.removeprefix("photos ").replace("chain", str(ALL_PHOTOS)), *cells])
     head = ["photos", "teacher, fused + CRF", "pseudo masks (of these photos)", "segmentation network (on the 200)"]
     return markdown_table(head, lines)
 
