@@ -2,12 +2,13 @@
 
     python benchmarks/student_targets.py RUN "teacher:" "CRF: self_training.refine=crf" "control: control"
 
-RUN is a run whose stages 01 to 03 are complete. A variant is a name, a colon and settings; the word ``control`` stands
-for targets of a single scale. A name that is ``teacher``, ``student`` or ``student_control``, up to a comma, trains
-nothing: it evaluates that network of the run ("student, no saliency: pseudo_masks.saliency_weight=0"). Results go to
-results/student_targets.json, a record per run and variant: mIoU of fused maps and of masks after the CRF, on every
-third image of the training split, at the background score that ``auto`` gives and at the oracle threshold. Trained
-networks and maps are kept.
+RUN is a run whose stages 01 to 03 are complete. A variant is a name, a colon and settings. Three words may stand among
+the settings: ``control``, for targets of a single scale; ``hard``, for targets that are 1 for the strongest class and 0
+for all others; ``of=NETWORK``, whose maps are learned instead of the teacher's. A name that is ``teacher``, ``student``
+or ``student_control``, up to a comma, trains nothing: it evaluates that network of the run ("student, no saliency:
+pseudo_masks.saliency_weight=0"). Results go to results/student_targets.json, a record per run and variant: mIoU of
+fused maps and of masks after the CRF, on every third image of the training split, at the background score that
+``auto`` gives and at the oracle threshold. Trained networks and maps are kept.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
 
 from smaflib import files
 from smaflib.config import load_config
@@ -24,8 +29,9 @@ from smaflib.data.masks import ground_truth_of
 from smaflib.data.sample import Samples
 from smaflib.evaluation import SIZES, SegmentationMetrics, best_threshold, evaluate, mean_over_classes, sweep_thresholds
 from smaflib.maps import write_attention_maps
-from smaflib.pipeline import Targets, Workspace, auto_bg_score, train_student
+from smaflib.pipeline import Targets, Workspace, auto_bg_score, train_student, write_maps
 from smaflib.pseudo_masks import pseudo_masks
+from smaflib.reactivation import with_background_score
 from smaflib.runs import Run, find_run
 from smaflib.runs.environment import git_state
 
@@ -33,6 +39,61 @@ RESULTS = Path(__file__).parent / "results" / "student_targets.json"
 FINISHED = ("teacher", "student", "student_control")
 EVERY = 3
 """One image in so many is evaluated; the others are kept from the choice of settings."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the text of a variant says.
+
+    Attributes:
+        name: of the variant.
+        network: of the run, or what the trained one is called.
+        settings: ``key=value``, on top of the run's.
+        control: targets of a single scale.
+        hard: the strongest class alone.
+        teacher: the network whose maps are learned, and whose weights the student starts from.
+    """
+
+    name: str
+    network: str
+    settings: list[str]
+    control: bool = False
+    hard: bool = False
+    teacher: str = "teacher"
+
+    @property
+    def trains(self) -> bool:
+        """Whether its network is one of its own."""
+        return self.network not in FINISHED
+
+
+def parse(text: str) -> Trial:
+    """Read the text of a variant."""
+    name, _, words = text.partition(":")
+    finished = name.split(",")[0].strip()
+    network = finished if finished in FINISHED else "tried_" + re.sub(r"\W+", "_", name.strip())
+    settings, teacher = [], "teacher"
+    for word in words.split():
+        if word.startswith("of="):
+            teacher = word.removeprefix("of=")
+        elif word not in ("control", "hard"):
+            settings.append(word)
+    control, hard = "control" in words.split(), "hard" in words.split()
+    return Trial(name.strip(), network, settings, control, hard, teacher)
+
+
+def strongest_alone(denoised: Tensor, bg_score: float) -> Tensor:
+    """A target that is 1 where a class, or the background, is strongest, and 0 elsewhere.
+
+    Args:
+        denoised: (B, K, h, w) in [0, 1].
+        bg_score: the background's score.
+
+    Returns:
+        (B, K+1, h, w), background first.
+    """
+    scores = with_background_score(denoised, bg_score)
+    return F.one_hot(scores.argmax(dim=1), scores.shape[1]).movedim(-1, 1).to(scores)
 
 
 def percent(metrics: SegmentationMetrics) -> dict[str, float]:
@@ -72,20 +133,19 @@ def score(work: Workspace, network: str, samples: Samples) -> dict[str, Any]:
 
 def variant(run: Run, text: str) -> dict[str, Any]:
     """Train the student of a variant of a run's settings and evaluate it."""
-    name, _, settings = text.partition(":")
-    words = settings.split()
-    control = "control" in words
-    overrides = [word for word in words if word != "control"]
-    work = Workspace(run.folder, load_config(run.config_file, [*run.overrides, *overrides]))
-    finished = name.split(",")[0].strip() if name.split(",")[0].strip() in FINISHED else None
-    network = finished or "tried_" + re.sub(r"\W+", "_", name.strip())
+    trial = parse(text)
+    work = Workspace(run.folder, load_config(run.config_file, [*run.overrides, *trial.settings]))
     begun = time.monotonic()
-    if not finished:
-        train_student(work, network, targets=Targets(fused=not control))
+    if trial.trains:
+        write_maps(work, trial.teacher)
+        targets = Targets(fused=not trial.control, rule=strongest_alone if trial.hard else None)
+        train_student(work, trial.network, trial.teacher, targets)
     seconds = time.monotonic() - begun
     samples = work.samples().with_ground_truth
-    result = score(work, network, samples.subset(range(0, len(samples), EVERY)))
-    return {"variant": name.strip(), "control": control, "settings": overrides, "seconds": round(seconds), **result}
+    result = score(work, trial.network, samples.subset(range(0, len(samples), EVERY)))
+    words = ["hard"] * trial.hard + [f"of={trial.teacher}"] * (trial.teacher != "teacher")
+    facts = {"variant": trial.name, "control": trial.control, "settings": [*words, *trial.settings]}
+    return facts | {"seconds": round(seconds)} | result
 
 
 def main() -> None:
