@@ -91,9 +91,11 @@ def planned_runs() -> Iterator[Planned]:
         yield Planned(f"{_name(seed)}-plain", "plain", seed, ("classifier.pretraining=plain",), until)
     for number in PHOTOS:
         yield Planned(f"{BASE}-{number}", f"photos {number}", 0, (_photos_of(number),))
-    number = PHOTOS[-1]
-    options = (*_reuse(f"{BASE}-{number}"), *until)
-    yield Planned(PAPER, "paper", 0, (_photos_of(number), control, *PAPERS_RULE), options)
+    fewest, most = PHOTOS[0], PHOTOS[-1]
+    options = (*_reuse(f"{BASE}-{most}"), *until)
+    yield Planned(PAPER, "paper", 0, (_photos_of(most), control, *PAPERS_RULE), options)
+    for seed in SEEDS[1:]:  # whether what self-training gains there is more than one seed's luck
+        yield Planned(f"{_name(seed)}-{fewest}", f"photos {fewest}", seed, (_photos_of(fewest),), until)
 
 
 def _reuse(name: str) -> tuple[str, ...]:
@@ -342,7 +344,7 @@ def _beside(*tables: pd.DataFrame) -> list[list[str]]:
     for table in tables:
         seeds = table["seed"].nunique() if "seed" in table else 1
         found = [table.loc[_is(table, {"split": "train"} | where), "mIoU"] for where in SUMMARY.values() if len(table)]
-        columns.append([_with_seeds(row, "{:.1f}") if len(row) < seeds else spread(row) for row in found])
+        columns.append([_spread(row, seeds) for row in found])
     wanted = [column or [""] * len(SUMMARY) for column in columns]
     return [[label, *cells] for label, *cells in zip(SUMMARY, *wanted, strict=True) if any(cells)]
 
@@ -498,6 +500,11 @@ def _verdict(ours: pd.Series[float], plain: pd.Series[float], goal: float) -> st
     return "shown in plain mode only" if not plain.empty and plain.mean() >= goal else "not shown"
 
 
+def _spread(values: pd.Series[float], seeds: int) -> str:
+    """Mean ± sd; of fewer seeds than what stands beside it, how many."""
+    return _with_seeds(values, "{:.1f}") if len(values) < seeds else spread(values)
+
+
 def _with_seeds(values: pd.Series[float], form: str = SIGNED) -> str:
     return f"{spread(values, form)} ({len(values)} seed{'s' * (len(values) != 1)})" if len(values) else ""
 
@@ -588,16 +595,19 @@ def _gaps_of_papers_masks(records: list[dict[str, Any]]) -> dict[str, pd.Series[
 
 
 def _photos(rows: pd.DataFrame) -> str:
+    """The learning curve; what self-training gains at each of its points."""
     lines = []
+    wanted = (Variant.TEACHER_FUSED_REFINED, Variant.PSEUDO_MASKS, Variant.SEGMENTATION)
     for kind in [*(f"photos {number}" for number in PHOTOS), "chain"]:
-        group = rows[(rows["kind"] == kind) & (rows["seed"] == 0)]
-        values = {variant: group.loc[group["variant"] == variant, "mIoU"] for variant in group["variant"].unique()}
-        wanted = (Variant.TEACHER_FUSED_REFINED, Variant.PSEUDO_MASKS, Variant.SEGMENTATION)
-        cells = [f"{values[variant].iloc[0]:.1f}" if variant in values else "" for variant in wanted]
-        if any(cells):
+        gaps = _gaps(rows, kind)
+        of_kind = rows[rows["kind"] == kind]
+        values = [of_kind.loc[of_kind["variant"] == variant, "mIoU"] for variant in wanted]
+        if STUDENT in gaps:
+            teacher, masks, network = (_spread(column, len(gaps[STUDENT])) for column in values)
+            cells = [teacher, masks, _per_seed(gaps[STUDENT])[0], network]
             lines.append([kind.removeprefix("photos ").replace("chain", str(ALL_PHOTOS)), *cells])
-    head = ["photos", "teacher, fused + CRF", "pseudo masks (of these photos)", "segmentation network (on the 200)"]
-    return markdown_table(head, lines)
+    columns = ["teacher, fused + CRF", "pseudo masks (of these photos)", "difference per seed"]
+    return markdown_table(["photos", *columns, "segmentation network (on the 200)"], lines)
 
 
 def _alone(runs: dict[str, Any], rows: pd.DataFrame) -> str:
