@@ -172,17 +172,23 @@ def test_ablation_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "plain", "verdict"),
+    ("ours", "plain", "by_rule", "verdict"),
     [
-        ([], [3.0], "not run"),
-        ([1.0, 3.0], [], "shown"),
-        ([1.0, 2.0], [], "not shown"),
-        ([1.0, 2.0], [1.0, 2.9], "not shown"),
-        ([1.0, 2.0], [1.0, 3.0], "shown in plain mode only"),
+        ([], [3.0], [3.0], "not run"),
+        ([1.0, 3.0], [], [], "shown"),
+        ([1.0, 2.0], [], [], "not shown"),
+        ([1.0, 2.0], [1.0, 2.9], [1.0], "not shown"),
+        ([1.0, 2.0], [1.0, 3.0], [], "shown in plain mode only"),
+        ([1.0, 2.0], [1.0], [2.0], "shown by the paper's rule only"),
+        ([1.0, 2.0], [2.0], [2.0], "shown in plain mode and by the paper's rule only"),
     ],
 )
-def test_verdict_is_on_means_and_names_the_mode(ours: list[float], plain: list[float], verdict: str) -> None:
-    assert real_photos._verdict(pd.Series(ours, dtype=float), pd.Series(plain, dtype=float), 2.0) == verdict
+def test_verdict_is_on_means_and_names_the_mode(
+    ours: list[float], plain: list[float], by_rule: list[float], verdict: str
+) -> None:
+    of = [pd.Series(values, dtype=float) for values in (ours, plain, by_rule)]
+    others = {"in plain mode": of[1], "by the paper's rule": of[2]}
+    assert real_photos._verdict(of[0], others, 2.0) == verdict
 
 
 def test_what_was_tried_by_hand(papermill_runs: Path) -> None:
