@@ -1,6 +1,7 @@
 """Settings of the whole test run."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ from hypothesis import settings
 
 # One thread: sums in one order, and threads that wait for each other on busy cores take ten times as long.
 torch.set_num_threads(1)
+
+# A shell starts what goes to its background with interrupts ignored, and whatever that starts would ignore them, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: the first call of a torch kernel is slow. In CI the examples are the same every time.
 settings.register_profile("smaflib", deadline=None, derandomize=bool(os.environ.get("CI")))
