@@ -264,6 +264,9 @@ def test_claims_by_the_papers_rule_by_hand(papermill_runs: Path) -> None:
         ("3", "+3.0"),  # of the run itself, as every other run's
         ("4", "+1.0"),
     ]
+    ledger = real_photos._ledger(real_photos._frame(result, "rows"), result).splitlines()
+    (cells,) = (line.split(" | ") for line in ledger if "| reactivated" in line)
+    assert (cells[2], cells[4]) == ("", "+2.0 (1 seed)")  # by the preset itself not run
 
 
 def test_page_is_written_between_its_marks(
