@@ -2,9 +2,11 @@
 
     python benchmarks/student_targets.py RUN "teacher:" "CRF: self_training.refine=crf" "control: control"
 
-RUN is a run whose stages 01 to 03 are complete. A variant is a name, a colon and settings. Three words may stand among
+RUN is a run whose stages 01 to 03 are complete. A variant is a name, a colon and settings. Words that may stand among
 the settings: ``control``, for targets of a single scale; ``hard``, for targets that are 1 for the strongest class and 0
-for all others; ``of=NETWORK``, whose maps are learned instead of the teacher's. A name that is ``teacher``, ``student``
+for all others; ``drop``, for targets of some scales, drawn anew for each crop; ``agree``, for a loss in which a pixel
+counts by how far the scales and their mirrored views agree on it; ``stride=N``, for targets at an N-th of the crop's
+side; ``of=NETWORK``, whose maps are learned instead of the teacher's. A name that is ``teacher``, ``student``
 or ``student_control``, up to a comma, trains nothing: it evaluates that network of the run ("student, no saliency:
 pseudo_masks.saliency_weight=0"). Results go to results/student_targets.json, a record per run and variant: mIoU of
 fused maps and of masks after the CRF, on every third image of the training split, at the background score that
@@ -16,27 +18,33 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from smaflib import files
+from smaflib.cams import at_size
 from smaflib.config import load_config
 from smaflib.data.masks import ground_truth_of
 from smaflib.data.sample import Samples
 from smaflib.evaluation import SIZES, SegmentationMetrics, best_threshold, evaluate, mean_over_classes, sweep_thresholds
-from smaflib.maps import write_attention_maps
+from smaflib.maps import AttentionMaps, DenoisedMaps, write_attention_maps
 from smaflib.pipeline import Targets, Workspace, auto_bg_score, train_student, write_maps
 from smaflib.pseudo_masks import pseudo_masks
-from smaflib.reactivation import with_background_score
+from smaflib.reactivation import reactivate, with_background_score
 from smaflib.runs import Run, find_run
 from smaflib.runs.environment import git_state
+from smaflib.runtime import derive_seed
+from smaflib.self_training import TARGET_STRIDE, self_train
 
 RESULTS = Path(__file__).parent / "results" / "student_targets.json"
 FINISHED = ("teacher", "student", "student_control")
+FLAGS = ("control", "hard", "drop", "agree")
 EVERY = 3
 """One image in so many is evaluated; the others are kept from the choice of settings."""
 
@@ -51,6 +59,9 @@ class Trial:
         settings: ``key=value``, on top of the run's.
         control: targets of a single scale.
         hard: the strongest class alone.
+        drop: some scales, drawn anew for each crop.
+        agree: pixels count by the agreement of scales and mirrored views.
+        stride: of the targets.
         teacher: the network whose maps are learned, and whose weights the student starts from.
     """
 
@@ -59,6 +70,9 @@ class Trial:
     settings: list[str]
     control: bool = False
     hard: bool = False
+    drop: bool = False
+    agree: bool = False
+    stride: int = TARGET_STRIDE
     teacher: str = "teacher"
 
     @property
@@ -66,20 +80,30 @@ class Trial:
         """Whether its network is one of its own."""
         return self.network not in FINISHED
 
+    @property
+    def words(self) -> list[str]:
+        """What is no setting of a config, as it was written."""
+        flags = [word for word in FLAGS if getattr(self, word)]
+        stride = [f"stride={self.stride}"] * (self.stride != TARGET_STRIDE)
+        return flags + stride + [f"of={self.teacher}"] * (self.teacher != "teacher")
+
 
 def parse(text: str) -> Trial:
     """Read the text of a variant."""
     name, _, words = text.partition(":")
     finished = name.split(",")[0].strip()
     network = finished if finished in FINISHED else "tried_" + re.sub(r"\W+", "_", name.strip())
-    settings, teacher = [], "teacher"
+    settings, stride, teacher = [], TARGET_STRIDE, "teacher"
     for word in words.split():
-        if word.startswith("of="):
-            teacher = word.removeprefix("of=")
-        elif word not in ("control", "hard"):
+        key, _, value = word.partition("=")
+        if key == "of":
+            teacher = value
+        elif key == "stride":
+            stride = int(value)
+        elif word not in FLAGS:
             settings.append(word)
-    control, hard = "control" in words.split(), "hard" in words.split()
-    return Trial(name.strip(), network, settings, control, hard, teacher)
+    flags = {flag: flag in words.split() for flag in FLAGS}
+    return Trial(name.strip(), network, settings, **flags, stride=stride, teacher=teacher)
 
 
 def strongest_alone(denoised: Tensor, bg_score: float) -> Tensor:
@@ -94,6 +118,102 @@ def strongest_alone(denoised: Tensor, bg_score: float) -> Tensor:
     """
     scores = with_background_score(denoised, bg_score)
     return F.one_hot(scores.argmax(dim=1), scores.shape[1]).movedim(-1, 1).to(scores)
+
+
+class SomeScales(Sequence[Tensor]):
+    """Denoised maps (K, H, W) per image, of scales that are drawn anew each time they are read; never of none.
+
+    The draw depends on the seed, the image and how often it was read.
+    """
+
+    def __init__(self, maps: DenoisedMaps, seed: int) -> None:
+        self.maps, self.seed, self.times_read = maps, seed, [0] * len(maps)
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, index, self.times_read[index]))
+        self.times_read[index] += 1
+        self.maps.scales = drawn_scales(self.maps.maps.scales, generator)
+        return self.maps[index]
+
+
+def drawn_scales(scales: Sequence[float], generator: torch.Generator) -> list[float]:
+    """Each with probability 1/2, in their order; drawn again if that leaves none."""
+    while True:
+        kept = torch.rand(len(scales), generator=generator) < 0.5
+        if kept.any():
+            return [scale for scale, keep in zip(scales, kept.tolist(), strict=True) if keep]
+
+
+class Agreement(Sequence[Tensor]):
+    """How far scales and mirrored views agree, (H, W) in [0, 1] per image.
+
+    Args:
+        maps: the mean of both views, as the chain keeps them.
+        plain: of the view as it is, of the same images and scales.
+        samples: for order and image labels.
+    """
+
+    def __init__(self, maps: AttentionMaps, plain: AttentionMaps, samples: Samples) -> None:
+        self.maps, self.plain = maps, plain
+        self.image_ids, self.image_labels = samples.image_ids, samples.image_labels
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+        classes = self.image_labels[index].nonzero()[:, 0]
+        means, size = self.maps.read(self.image_ids[index])
+        plains, _ = self.plain.read(self.image_ids[index])
+        views = [view[classes] for mean, plain in zip(means, plains, strict=True) for view in (plain, 2 * mean - plain)]
+        at_image = [torch.stack([at_size(cam.clamp(min=0), size) for cam in view]) for view in views]
+        return agreement(torch.stack(at_image))
+
+
+def agreement(views: Tensor) -> Tensor:
+    """1 where all views say the same of every class; 0 where half of them say 0 and half say 1 of some class.
+
+    Args:
+        views: (V, K, H, W) in [0, 1].
+
+    Returns:
+        (H, W) in [0, 1].
+    """
+    return 1 - 2 * views.std(dim=0, correction=0).amax(dim=0)
+
+
+def train(work: Workspace, trial: Trial) -> None:
+    """The student of a trial; those that the chain can train as well, it trains."""
+    write_maps(work, trial.teacher)
+    rule = strongest_alone if trial.hard else None
+    if not (trial.drop or trial.agree or trial.stride != TARGET_STRIDE):
+        train_student(work, trial.network, trial.teacher, Targets(fused=not trial.control, rule=rule))
+        return
+    config, samples, runtime = work.config, work.samples(), work.make_runtime()
+    if trial.control or config.self_training.refine != "none":
+        raise SystemExit(f"{trial.name}: drop, agree and stride go with fused targets and self_training.refine=none")
+    teacher, maps = work.network(trial.teacher), work.maps(trial.teacher)
+    denoised = work.denoised(trial.teacher, samples, saliency_weight=config.target_saliency_weight)
+    pixel_weights = None
+    if trial.agree:
+        folder = maps.folder.with_name(f"{maps.folder.name}_one_view")
+        one_view = config.attention.model_copy(update={"flip": False})
+        plain = write_attention_maps(teacher, samples, folder, one_view, runtime)
+        pixel_weights = Agreement(maps, plain, samples)
+    self_train(
+        teacher,
+        samples,
+        SomeScales(denoised, config.seed) if trial.drop else denoised,
+        config.self_training,
+        work.bg_score,
+        runtime,
+        checkpoint=work.checkpoint(trial.network),
+        make_target=rule or reactivate,
+        target_stride=trial.stride,
+        pixel_weights=pixel_weights,
+    )
 
 
 def percent(metrics: SegmentationMetrics) -> dict[str, float]:
@@ -137,13 +257,11 @@ def variant(run: Run, text: str) -> dict[str, Any]:
     work = Workspace(run.folder, load_config(run.config_file, [*run.overrides, *trial.settings]))
     begun = time.monotonic()
     if trial.trains:
-        write_maps(work, trial.teacher)
-        targets = Targets(fused=not trial.control, rule=strongest_alone if trial.hard else None)
-        train_student(work, trial.network, trial.teacher, targets)
+        train(work, trial)
     seconds = time.monotonic() - begun
     samples = work.samples().with_ground_truth
     result = score(work, trial.network, samples.subset(range(0, len(samples), EVERY)))
-    words = ["hard"] * trial.hard + [f"of={trial.teacher}"] * (trial.teacher != "teacher")
+    words = [word for word in trial.words if word != "control"]
     facts = {"variant": trial.name, "control": trial.control, "settings": [*words, *trial.settings]}
     return facts | {"seconds": round(seconds)} | result
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from smaflib.errors import ConfigError
 from smaflib.models.networks import Network, with_background
 from smaflib.reactivation import reactivate
 from smaflib.runtime import Runtime, derive_seed
-from smaflib.training import Batch, Batches, CropField, History, fit
+from smaflib.training import Batch, Batches, CropField, CropFieldsTogether, History, fit
 
 TargetRule = Callable[[Tensor, float], Tensor]
 """From denoised maps (B, K, h, w) and the background score to a target (B, K+1, h, w)."""
@@ -36,6 +37,8 @@ def self_train(
     *,
     checkpoint: Path | None = None,
     make_target: TargetRule = reactivate,
+    target_stride: int = TARGET_STRIDE,
+    pixel_weights: Sequence[Tensor] | None = None,
     num_workers: int = 0,
 ) -> tuple[Network, History]:
     """Train a student on the teacher's denoised maps, which are reactivated crop by crop.
@@ -52,6 +55,9 @@ def self_train(
         runtime: device, precision and seed.
         checkpoint: where weights are kept; an unfinished training resumes from there.
         make_target: what a crop's maps become; only the ablation takes another rule than reactivation.
+        target_stride: the crop's side over the target's.
+        pixel_weights: per sample (H, W), not negative: how much each pixel counts in the loss; what lies outside the
+            image counts 1. None: all alike, as in the paper.
         num_workers: loader processes.
 
     Returns:
@@ -70,25 +76,35 @@ def self_train(
             )
         nn.init.zeros_(head.weight)
     seed = derive_seed(runtime.seed, "student")
-    batches = Batches(samples, settings, seed, CropField("denoised", denoised), num_workers)
+    fields = [CropField("denoised", denoised)]
+    if pixel_weights is not None:
+        fields.append(CropField("pixel_weights", pixel_weights, fill=1))
+    batches = Batches(samples, settings, seed, CropFieldsTogether(fields), num_workers)
 
     def loss(batch: Batch) -> dict[str, Tensor]:
-        side = batch["image"].shape[-1] // TARGET_STRIDE
-        attention = F.interpolate(batch["denoised"], size=(side, side), mode="bilinear", align_corners=True)
-        target = make_target(attention, bg_score)
-        return {"L_mac": mac_loss(student(batch["image"]), target, settings.loss_weight)}
+        side = batch["image"].shape[-1] // target_stride
+        target = make_target(_at_side(batch["denoised"], side), bg_score)
+        weights = batch.get("pixel_weights")
+        at_target = None if weights is None else _at_side(weights[:, None], side)[:, 0]
+        return {"L_mac": mac_loss(student(batch["image"]), target, settings.loss_weight, at_target)}
 
     history = fit(student, batches, loss, runtime, checkpoint, desc="self-training")
     return student, history
 
 
-def mac_loss(logits: Tensor, target: Tensor, weight: float = 100.0) -> Tensor:
+def _at_side(field: Tensor, side: int) -> Tensor:  # (B, C, H, W) -> (B, C, side, side)
+    return F.interpolate(field, size=(side, side), mode="bilinear", align_corners=True)
+
+
+def mac_loss(logits: Tensor, target: Tensor, weight: float = 100.0, pixel_weights: Tensor | None = None) -> Tensor:
     """L_mac: mean squared error between the student's softmax and the reactivated target.
 
     Args:
         logits: (B, K+1, h, w), background first; upsampled (bilinear, corners aligned) to the target's size.
         target: (B, K+1, H, W) in [0, 1], background first.
         weight: the loss's factor; 100 in the reference code.
+        pixel_weights: (B, H, W), not negative: the mean is a weighted one, so that only their ratios count; zero
+            everywhere gives a loss of 0.
 
     Returns:
         Scalar.
@@ -109,4 +125,7 @@ def mac_loss(logits: Tensor, target: Tensor, weight: float = 100.0) -> Tensor:
             "background, first, and one per class"
         )
     upsampled = F.interpolate(logits.float(), size=target.shape[2:], mode="bilinear", align_corners=True)
-    return weight * F.mse_loss(upsampled.softmax(dim=1), target)
+    if pixel_weights is None:
+        return weight * F.mse_loss(upsampled.softmax(dim=1), target)
+    errors = F.mse_loss(upsampled.softmax(dim=1), target, reduction="none").mean(dim=1)
+    return weight * (errors * pixel_weights).sum() / pixel_weights.sum().clamp_min(torch.finfo(errors.dtype).tiny)

@@ -58,6 +58,16 @@ class CropField:
         return {self.name: crop.apply(self.items[index], self.interpolation, self.fill)}
 
 
+@dataclass(frozen=True)
+class CropFieldsTogether:
+    """Several :class:`CropField` as one; their names differ."""
+
+    fields: Sequence[CropField]
+
+    def __call__(self, sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:
+        return {name: cut for field in self.fields for name, cut in field(sample, index, crop).items()}
+
+
 class Batches(Dataset[Batch]):
     """Batch number ``iteration`` of a training: drawn, cropped, normalised.
 

@@ -51,6 +51,18 @@ def test_mac_loss_is_computed_in_float32() -> None:
     assert torch.equal(mac_loss(logits.bfloat16(), target), mac_loss(logits.bfloat16().float(), target))
 
 
+def test_mac_loss_with_pixel_weights_by_hand() -> None:
+    # Two pixels whose softmax is (1/2, 1/2): one is wrong by 1/2, the other by 1/4, in both channels.
+    target = torch.tensor([[1.0, 0.75], [0.0, 0.25]]).view(1, 2, 1, 2)
+    logits = torch.zeros(1, 2, 1, 2)
+    weights = torch.tensor([[[1.0, 3.0]]])
+    assert float(mac_loss(logits, target, 1.0, weights)) == pytest.approx((1 * 1 / 4 + 3 * 1 / 16) / 4, rel=1e-6)
+    assert float(mac_loss(logits, target, 1.0, 7 * weights)) == pytest.approx(7 / 64, rel=1e-6)  # only ratios count
+    alike = mac_loss(logits, target, pixel_weights=torch.full((1, 1, 2), 0.5))
+    assert float(alike) == pytest.approx(float(mac_loss(logits, target)), rel=1e-6)
+    assert float(mac_loss(logits, target, pixel_weights=torch.zeros(1, 1, 2))) == 0
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -58,7 +70,7 @@ def test_student_learns_what_make_target_says(monkeypatch: pytest.MonkeyPatch) -
     config, samples = tiny_config(self_training={"iterations": 1}), make_samples(ground_truth=False)
     targets: list[Tensor] = []
     monkeypatch.setattr(
-        self_training, "mac_loss", lambda logits, target, _: targets.append(target) or logits.square().mean()
+        self_training, "mac_loss", lambda logits, target, *_: targets.append(target) or logits.square().mean()
     )
     for rule in (reactivate, with_background_score):
         train_student(new_teacher(config, 3, CPU), samples, masks_as_maps(), config, CPU, make_target=rule)
@@ -92,9 +104,9 @@ def test_student_learns_its_targets() -> None:
 def test_targets_are_reactivated_crops_at_a_quarter_of_the_side(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Tensor, float]] = []
 
-    def spy(logits: Tensor, target: Tensor, weight: float) -> Tensor:
+    def spy(logits: Tensor, target: Tensor, weight: float, pixel_weights: None) -> Tensor:
         seen.append((target, weight))
-        return mac_loss(logits, target, weight)
+        return mac_loss(logits, target, weight, pixel_weights)
 
     monkeypatch.setattr(self_training, "mac_loss", spy)
     config = tiny_config(
@@ -112,6 +124,32 @@ def test_targets_are_reactivated_crops_at_a_quarter_of_the_side(monkeypatch: pyt
         assert bool(inside.any()) and bool((target[:, 0][inside] <= 1).all())
         assert float(target[:, 0].min()) == pytest.approx(0.5, abs=0.01)  # 0.5 divided by a peak of 1
     assert len(seen) == 2
+
+
+def test_pixel_weights_are_cut_like_the_image_and_are_1_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def spy(logits: Tensor, target: Tensor, weight: float, pixel_weights: Tensor) -> Tensor:
+        seen.append((target, pixel_weights))
+        return mac_loss(logits, target, weight, pixel_weights)
+
+    monkeypatch.setattr(self_training, "mac_loss", spy)
+    config = tiny_config(self_training={"iterations": 3, "crop_size": 64, "resize_range": [32, 32]})
+    # Both fields are 0 in the left half of each image and tell the right half from what lies outside.
+    maps = [torch.zeros(3, 32, 40) for _ in range(5)]
+    weights = [torch.full((32, 40), 0.25) for _ in range(5)]
+    for field in (*maps, *weights):
+        field[..., :20] = 0
+    for image in maps:
+        image[0, :, 20:] = 1
+    teacher, options = new_teacher(config, 3, CPU), {"target_stride": 2, "pixel_weights": weights}
+    self_training.self_train(teacher, make_samples(), maps, config.self_training, 0.3, CPU, **options)
+    assert len(seen) == 3
+    for target, of_pixels in seen:
+        assert target.shape == (2, 4, 32, 32) and of_pixels.shape == (2, 32, 32)
+        right, left = of_pixels == 0.25, of_pixels == 0
+        assert bool((target[:, 1][right] == 1).all()) and bool((target[:, 1][left] == 0).all())
+        assert float((of_pixels == 1).float().mean()) > 0.5  # at least half of the crop is padding
 
 
 def test_image_and_target_are_cut_alike(monkeypatch: pytest.MonkeyPatch) -> None:
