@@ -140,6 +140,12 @@ def test_relative_paths_are_relative_to_the_checkout(monkeypatch, tmp_path, conf
     assert run.command("--until", "classifier") == "smaf run configs/mini.yaml --name x --until classifier"
 
 
+def test_shown_overrides_do_not_say_where_data_lie(run):
+    given = ("seed=1", "data.root=/home/me/voc", "data.saliency=/maps", "data.train_split=/home/me/300.txt")
+    shown = dataclasses.replace(run, overrides=(*given, "data.val_split=val")).shown_overrides
+    assert shown == ["seed=1", "data.train_split=300.txt", "data.val_split=val"]
+
+
 def test_folder_of_other_settings_is_refused_and_kept(run, config_file):
     before = run.path("config.yaml").read_text()
     with pytest.raises(RunMismatch, match="--name") as error:

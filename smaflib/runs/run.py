@@ -51,8 +51,18 @@ class Run(Workspace):
 
     @property
     def shown_overrides(self) -> list[str]:
-        """The overrides without folders of data: where somebody's photos lie is nobody's business."""
-        return [override for override in self.overrides if not override.startswith(("data.root=", "data.saliency="))]
+        """The overrides without folders of data: where somebody's photos lie is nobody's business.
+
+        Of a list of images, its name stays.
+        """
+        shown = []
+        for override in self.overrides:
+            key, _, value = override.partition("=")
+            if key in ("data.train_split", "data.val_split"):
+                shown.append(f"{key}={Path(value).name}")
+            elif key not in ("data.root", "data.saliency"):
+                shown.append(override)
+        return shown
 
     def record(self, stage: str, records: Iterable[dict[str, Any]]) -> None:
         """Write a stage's measurements to ``metrics.json``, in place of those it wrote before.
