@@ -223,7 +223,8 @@ def percent(metrics: SegmentationMetrics) -> dict[str, float]:
 
 def score(work: Workspace, network: str, samples: Samples) -> dict[str, Any]:
     """Fused maps, and masks after the CRF, at the score that auto gives and at the oracle threshold."""
-    true, names = ground_truth_of(samples) or [], samples.class_names
+    true: Sequence[Tensor] = ground_truth_of(samples) or []
+    names = samples.class_names
     maps = work.maps(network)
     write_attention_maps(work.network(network), samples, maps.folder, work.config.attention, work.make_runtime())
     fused, for_masks = work.denoised(network, samples), work.mask_maps(network, samples)
