@@ -1,11 +1,11 @@
 """What does a CRF at test time give a segmentation network? Each image's softmax once, then several CRFs on it.
 
-    python -m benchmarks.segmentation_crf RUN LIST [CRF ...]
+    python -m benchmarks.segmentation_crf RUN IMAGES [CRF ...]
 
-RUN is a run whose stage 07 is complete. LIST is ``train``, ``val``, or a file of image ids of the run's data. It is
-best one that the network did not learn from: on its own photos a network looks better than it is. CRF is the name of
+RUN is a run whose stage 07 is complete. IMAGES is ``val``, ``train``, or ``others``: every third of those that the
+config's list has and the run did not learn from, for choices that validation images must not see. CRF is the name of
 settings (``reference``, ``irn``, ``deeplab``, ``soft``; all four where none is named). Results go to
-results/segmentation_crf.json, a record per run, list and CRF: mIoU in percent, and seconds per image,
+results/segmentation_crf.json, a record per run, images and CRF: mIoU in percent, and seconds per image,
 without the network's.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.student_targets import percent
+from benchmarks.student_targets import EVERY, percent
 from smaflib import files
 from smaflib.config import CRF_PRESETS, CrfConfig, Split, load_config
 from smaflib.data.masks import ground_truth_of
@@ -77,30 +77,37 @@ def measure(work: Workspace, samples: Samples, crfs: Sequence[str]) -> list[dict
     return records
 
 
-def open_list(run: Run, images: str) -> tuple[Workspace, Samples]:
-    """A run, and the images of its data that a word or a file names."""
-    split: Split = "val" if images == "val" else "train"
-    listed = [] if images in ("train", "val") else [f"data.train_split={Path(images).resolve()}"]
-    work = Workspace(run.folder, load_config(run.config_file, [*run.overrides, *listed]))
-    return work, work.samples(split).with_ground_truth
+def images_of(run: Run, which: str) -> Samples:
+    """The images of a run's data that a word stands for."""
+    if which != "others":
+        split: Split = "val" if which == "val" else "train"
+        return Workspace(run.folder, run.config).samples(split).with_ground_truth
+    learned = set(Workspace(run.folder, run.config).samples().image_ids)
+    overrides = [override for override in run.overrides if not override.startswith("data.train_split=")]
+    samples = Workspace(run.folder, load_config(run.config_file, overrides)).samples().with_ground_truth
+    others = [index for index, image_id in enumerate(samples.image_ids) if image_id not in learned]
+    if not others:
+        raise SystemExit(f"{run.name} has learned from all images of {run.config_file.name}; give val")
+    return samples.subset(others[::EVERY])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="name or path of a run")
-    parser.add_argument("images", metavar="LIST", help="train, val, or a file of image ids")
+    parser.add_argument("images", metavar="IMAGES", choices=("val", "train", "others"))
     names = ", ".join(CRF_PRESETS)
     parser.add_argument("crfs", metavar="CRF", nargs="*", help=f"of {names}; default: {' '.join(CRFS)}")
     arguments = parser.parse_args()
     if unknown := set(arguments.crfs) - set(CRF_PRESETS):
         parser.error(f"there are no settings {', '.join(sorted(unknown))}; there are {names}")
     run = find_run(arguments.run)
-    where = {"run": run.name, "seed": run.config.seed, "list": Path(arguments.images).stem}
-    records = measure(*open_list(run, arguments.images), arguments.crfs or CRFS)
+    where = {"run": run.name, "seed": run.config.seed, "split": arguments.images}
+    samples = images_of(run, arguments.images)
+    records = measure(Workspace(run.folder, run.config), samples, arguments.crfs or CRFS)
     measured = [where | record | git_state() for record in records]
-    new = {(record["run"], record["list"], record["crf"]) for record in measured}
+    new = {(record["run"], record["split"], record["crf"]) for record in measured}
     kept = files.read_json(RESULTS, {"records": []})["records"]
-    kept = [record for record in kept if (record["run"], record["list"], record["crf"]) not in new]
+    kept = [record for record in kept if (record["run"], record["split"], record["crf"]) not in new]
     files.write_json(RESULTS, {"records": kept + measured})
     for record in measured:
         print(record)
