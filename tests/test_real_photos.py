@@ -204,6 +204,10 @@ def test_what_was_tried_by_hand(papermill_runs: Path) -> None:
         "| teacher, no saliency | `pseudo_masks.saliency_weight=0` | 900 | 0 1 | 60.0 ± 0.0 | 61.2 ± 0.0 | 62.0 ± 0.0 |"
     )
     assert table[2] == expected
+    settings = [real_photos.PAPERS_RULE[3], "hard", *real_photos.PAPERS_RULE[:3]]  # in any order
+    by_rule = record | measured | {"variant": "hard", "control": True, "settings": settings}
+    cells = "| hard | single-scale targets, all by the paper's rule, `hard` | 900 | 0 |"
+    assert real_photos._tried([by_rule]).splitlines()[2].startswith(cells)
     students = [
         record | measured | {"variant": "student, no saliency", "seed": seed, "refined_auto": {"mIoU": 62.25 + seed}}
         for seed in (0, 1, 2)
@@ -211,8 +215,27 @@ def test_what_was_tried_by_hand(papermill_runs: Path) -> None:
     of_preset = record | measured | {"variant": "student", "settings": []}
     rows = real_photos._frame(real_photos.collect({}), "rows")
     assert real_photos._goals(rows, [of_preset]).endswith("| >= -1.0 | -0.8 | 1 | yes |")
-    gaps = real_photos._gaps_of_papers_masks([fewer, *records, again, *students])
+    gaps = real_photos._gaps_of_trials([fewer, *records, again, *students])
     assert [list(gap) for gap in gaps.values()] == [[1.0, 2.0]]  # seed 2 has no teacher, and there is no control
+
+
+def test_gaps_of_hard_targets_by_hand() -> None:
+    rule = list(real_photos.PAPERS_RULE)
+    trials = (  # seed 1 has no single-scale targets
+        ("teacher, no saliency", rule[3:], False, {0: 57.0, 1: 58.0}),
+        ("the paper's rule", rule, False, {0: 10.0, 1: 10.0}),
+        ("the paper's rule, hard", ["hard", *rule], False, {0: 58.5, 1: 58.25}),
+        ("the paper's rule, hard, one scale", ["hard", *rule], True, {0: 56.0}),
+    )
+    records = [
+        {"run": run, "seed": seed, "control": control, "settings": settings, "variant": variant}
+        | {key: {"mIoU": value} for key in real_photos.MEASURED}
+        for variant, settings, control, of_seed in trials
+        for (seed, value), run in zip(of_seed.items(), ("voc12-small-300", "voc12-small-seed1-300"), strict=False)
+    ]
+    gaps = real_photos._gaps_of_trials(records)
+    assert [list(gap) for gap in gaps.values()] == [[1.5, 0.25], [2.5]]
+    assert all("hard targets (every third of 300 photos)" in label for label in gaps)
 
 
 def test_runs_of_other_machines_are_not_made_again(
