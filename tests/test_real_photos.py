@@ -14,7 +14,7 @@ from smaflib.config import load_config
 from smaflib.files import PROJECT_ROOT
 from smaflib.runs import open_run
 from smaflib.runs.manifest import read_manifest, write_manifest
-from tools import real_photos
+from tools import real_photos, real_photos_curves
 
 STAGE = {"status": "complete", "started": "2026-11-25T03:00:00+00:00", "seconds": 120.0, "peak_memory_mb": 900}
 FACTS = {"device": "cpu (x86_64)", "precision": "bf16", "git_commit": "0123456789", "packages": {"torch": "2.15"}}
@@ -301,7 +301,9 @@ def test_page_is_written_between_its_marks(
         copy.write_text(getattr(real_photos, name).read_text(encoding="utf-8"), encoding="utf-8")
         monkeypatch.setattr(real_photos, name, copy)
     monkeypatch.setattr(real_photos, "JSON", tmp_path / "page.json")
+    monkeypatch.setattr(real_photos, "CURVES", tmp_path / "curves.png")
     real_photos.write_page()
+    assert real_photos.CURVES.is_file()
     first, in_readme = page.read_text(), readme.read_text()
     assert "| segmentation network | val | 50.0 52.0 |" in first and "## What was tried" in first
     assert "| **segmentation network**, new images | 51.0 ± 1.4 |" in in_readme and "## Two commands" in in_readme
@@ -323,3 +325,50 @@ def test_committed_page_holds_the_tables_of_the_committed_numbers() -> None:
         assert name in real_photos.README_TABLES or table in where, f"{name}: python -m tools.real_photos page"
     readme = real_photos.README.read_text(encoding="utf-8")
     assert all(made[name] in readme for name in real_photos.README_TABLES), "python -m tools.real_photos page"
+
+
+def test_curves_by_hand(tmp_path: Path) -> None:
+    """Two seeds of the chain, one of 300 photos; what is of another kind or split is left out."""
+    maps = {"stage": "03_multi_scale_attention", "split": "train", "fusion": ""}
+    masks = {"stage": "06_pseudo_masks", "split": "train", "fusion": "", "scale": ""}
+    of = {"scale": maps | {"variant": "teacher", "scale": "0.5"}, "val": maps | {"variant": "teacher", "scale": "0.5"}}
+    of |= {"fused": maps | {"variant": "teacher_fused", "scale": "", "fusion": "sum"}}
+    of |= {"max": of["fused"] | {"fusion": "max"}, "teacher": masks | {"variant": "teacher_fused_refined"}}
+    of |= {"masks": masks | {"variant": "pseudo_masks"}}
+    of["val"] = of["val"] | {"split": "val"}
+    values = (
+        ("chain", 0, {"scale": 50.0, "val": 10.0, "fused": 60.0, "max": 1.0, "teacher": 60.0, "masks": 62.0}),
+        ("chain", 1, {"scale": 52.0, "fused": 60.0, "teacher": 64.0}),
+        ("photos 300", 0, {"scale": 1.0, "teacher": 40.0, "masks": 43.0}),
+    )
+    rows = pd.DataFrame(
+        [
+            {"kind": kind, "seed": seed, "mIoU": value, "small": value / 2, "medium": value, "large": value} | of[row]
+            for kind, seed, of_row in values
+            for row, value in of_row.items()
+        ]
+    )
+    points = real_photos_curves.curves(rows)
+    found = {tuple(point[:3]): (point[3], point[4]) for point in points.itertuples(index=False)}
+    assert found["object size over scale", "small objects", "0.5"] == (25.5, pytest.approx(0.5**0.5))
+    assert found["object size over scale", "all objects", "fused"] == (60.0, 0.0)
+    assert found["number of photos", "teacher's masks", "900"] == (62.0, pytest.approx(8**0.5))
+    assert found["number of photos", "pseudo masks", "300"][0] == 43.0
+    gains = points[points["panel"] == "what self-training gains"]
+    assert gains[["line", "x", "mean"]].to_numpy().tolist() == [
+        ["EPS, 900 photos", "60.000", 2.0],  # seed 1 has no student
+        ["EPS, 300", "40.000", 3.0],
+    ]
+    picture = tmp_path / "curves.png"
+    real_photos_curves.write_curves(picture, rows)
+    made = picture.stat().st_mtime_ns
+    real_photos_curves.write_curves(picture, rows)
+    assert picture.stat().st_mtime_ns == made  # the same numbers
+    real_photos_curves.write_curves(picture, rows.assign(mIoU=rows["mIoU"] + 1))
+    assert picture.stat().st_mtime_ns != made
+
+
+def test_committed_curves_show_the_committed_numbers() -> None:
+    rows = real_photos._frame(json.loads(real_photos.JSON.read_text(encoding="utf-8")), "rows")
+    shown = real_photos_curves.shown_digest(real_photos.CURVES)
+    assert shown == real_photos_curves.digest(real_photos_curves.curves(rows)), "python -m tools.real_photos page"

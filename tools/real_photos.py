@@ -3,7 +3,8 @@
     python -m tools.real_photos run VOC2012 SALIENCY    hours on two cores; resumes where it stopped
     python -m tools.real_photos page                    docs/voc12_small.json and .md, of what is finished
 
-Runs lie in ``papermill_runs/`` like any others. The page has numbers only: photos of VOC are not for a repository.
+Runs lie in ``papermill_runs/`` like any others. The page has numbers and their
+curves only: photos of VOC are not for a repository.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from smaflib.report.seeds import spread
 from smaflib.report.tables import class_table, results_table
 from smaflib.runs import Run, read_run
 from smaflib.runs.manifest import read_manifest
+from tools.real_photos_curves import write_curves
 
 PRESET = "configs/voc12-small.yaml"
 BASE = "voc12-small"
@@ -50,6 +52,7 @@ ABLATIONS = {"ablation": BASE, "ablation_paper": PAPER}
 """By the key of the JSON and the name of the table; of which run."""
 
 JSON, PAGE = PROJECT_ROOT / "docs" / "voc12_small.json", PROJECT_ROOT / "docs" / "voc12_small.md"
+CURVES = PROJECT_ROOT / "docs" / "voc12_small.png"
 TRIED = PROJECT_ROOT / "benchmarks" / "results" / "student_targets.json"
 README, README_TABLES = PROJECT_ROOT / "README.md", ("summary",)
 LEDGER, LEDGER_TABLES = PROJECT_ROOT / "docs" / "claims.md", ("ledger",)
@@ -255,6 +258,8 @@ def write_page() -> None:
     result = collect(files.read_json(JSON, {}))
     files.write_json(JSON, result)
     made = tables(result)
+    if result["runs"]:
+        write_curves(CURVES, _frame(result, "rows"))
     own = [name for name in made if name not in (*README_TABLES, *LEDGER_TABLES)]
     for page, names in ((PAGE, own), (README, README_TABLES), (LEDGER, LEDGER_TABLES)):
         fill_page(page, COMMAND, {name: made[name] for name in names})
