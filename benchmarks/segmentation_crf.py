@@ -4,7 +4,7 @@
 
 RUN is a run whose stage 07 is complete. IMAGES is ``val``, ``train``, or ``others``: every third of those that the
 config's list has and the run did not learn from, for choices that validation images must not see. CRF is the name of
-settings (``reference``, ``irn``, ``deeplab``, ``soft``; all four where none is named). Results go to
+settings (``reference``, ``deeplab``, ``soft`` where none is named). Results go to
 results/segmentation_crf.json, a record per run, images and CRF: mIoU in percent, and seconds per image,
 without the network's.
 """
@@ -34,7 +34,7 @@ from smaflib.segmentation import class_probabilities
 
 RESULTS = Path(__file__).parent / "results" / "segmentation_crf.json"
 NO_CRF = "none"
-CRFS = ("reference", "irn", "deeplab", "soft")
+CRFS = ("reference", "deeplab", "soft")
 
 
 def label(image: Tensor, probabilities: Tensor, name: str) -> Tensor:

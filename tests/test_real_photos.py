@@ -219,6 +219,22 @@ def test_what_was_tried_by_hand(papermill_runs: Path) -> None:
     assert [list(gap) for gap in gaps.values()] == [[1.0, 2.0]]  # seed 2 has no teacher, and there is no control
 
 
+def test_table_of_the_crf_at_test_time_by_hand() -> None:
+    others = {"run": "voc12-small-300", "split": "others", "images": 200}
+    val = {"run": "voc12-small", "split": "val", "images": 199}
+    records = [
+        others | {"crf": "none", "mIoU": 40.0},
+        others | {"crf": "deeplab", "mIoU": 41.26},
+        val | {"crf": "none", "mIoU": 50.0},
+    ]
+    assert real_photos._test_crf(records).splitlines() == [
+        "| photos learned from | evaluated on | no CRF | deeplab |",
+        "| --- | --- | --- | --- |",
+        "| 300 | 200, of the 900, not learned from | 40.0 | 41.3 |",
+        "| 900 | 199, validation | 50.0 |  |",
+    ]
+
+
 def test_gaps_of_hard_targets_by_hand() -> None:
     rule = list(real_photos.PAPERS_RULE)
     trials = (  # seed 1 has no single-scale targets

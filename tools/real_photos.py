@@ -54,6 +54,7 @@ ABLATIONS = {"ablation": BASE, "ablation_paper": PAPER}
 JSON, PAGE = PROJECT_ROOT / "docs" / "voc12_small.json", PROJECT_ROOT / "docs" / "voc12_small.md"
 CURVES = PROJECT_ROOT / "docs" / "voc12_small.png"
 TRIED = PROJECT_ROOT / "benchmarks" / "results" / "student_targets.json"
+TEST_CRF = PROJECT_ROOT / "benchmarks" / "results" / "segmentation_crf.json"
 README, README_TABLES = PROJECT_ROOT / "README.md", ("summary",)
 LEDGER, LEDGER_TABLES = PROJECT_ROOT / "docs" / "claims.md", ("ledger",)
 DRAWN = RUNS_FOLDER / "reference"
@@ -282,6 +283,7 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         "classes": "No run is finished." if classes.empty else _classes(classes),
         **{key: _ablation(result[key]) for key in ABLATIONS},
         "tried": _tried(records),
+        "test_crf": _test_crf(files.read_json(TEST_CRF, {"records": []})["records"]),
         "alone": _alone(result["runs"], rows),
         "runs": _runs(result["runs"]),
     }
@@ -568,7 +570,31 @@ def _tried(records: list[dict[str, Any]]) -> str:
     return markdown_table(head, lines) if lines else "Nothing yet."
 
 
+def _test_crf(records: list[dict[str, Any]]) -> str:
+    """What ``benchmarks/segmentation_crf.py`` has measured: a line per network and images, a column per CRF."""
+    if not records:
+        return "Nothing yet."
+    photos_of = _photos_of_runs()
+    table = pd.DataFrame(records)
+    crfs = list(dict.fromkeys(table["crf"]))
+    lines = []
+    for (run, split), group in table.groupby(["run", "split"], sort=False):
+        miou = group.set_index("crf")["mIoU"]
+        which = {"val": "validation", "others": "of the 900, not learned from"}[str(split)]
+        cells = [f"{miou[crf]:.1f}" if crf in miou else "" for crf in crfs]
+        lines.append([str(photos_of[str(run)]), f"{group['images'].iloc[0]}, {which}", *cells])
+    return markdown_table(
+        ["photos learned from", "evaluated on", *("no CRF" if c == "none" else c for c in crfs)], lines
+    )
+
+
 MEASURED = ("fused", "refined_auto", "refined_oracle")
+
+
+def _photos_of_runs() -> dict[str, int]:
+    """By a run's name, how many photos it learns from."""
+    photos_of = {_name(seed): ALL_PHOTOS for seed in SEEDS}
+    return photos_of | {f"{_name(seed)}-{number}": number for seed in SEEDS for number in PHOTOS}
 
 
 def _trials(records: list[dict[str, Any]]) -> pd.DataFrame:
@@ -577,8 +603,7 @@ def _trials(records: list[dict[str, Any]]) -> pd.DataFrame:
     Returns:
         Columns ``photos``, ``what``, ``settings``, ``seed``, and mIoU of :data:`MEASURED`; all photos come first.
     """
-    photos_of = {_name(seed): ALL_PHOTOS for seed in SEEDS}
-    photos_of |= {f"{_name(seed)}-{number}": number for seed in SEEDS for number in PHOTOS}
+    photos_of = _photos_of_runs()
     found = []
     for record in records:
         if record["run"] in photos_of:
