@@ -4,9 +4,8 @@
 
 RUN is a run whose stage 07 is complete. IMAGES is ``val``, ``train``, or ``others``: every third of those that the
 config's list has and the run did not learn from, for choices that validation images must not see. CRF is the name of
-settings (``reference``, ``deeplab``, ``soft`` where none is named). Results go to
-results/segmentation_crf.json, a record per run, images and CRF: mIoU in percent, and seconds per image,
-without the network's.
+settings (``reference``, ``deeplab``, ``soft`` where none is named). Results go to results/segmentation_crf.json, a
+record per run, images and CRF: mIoU in percent, and seconds per image, without the network's.
 """
 
 from __future__ import annotations
