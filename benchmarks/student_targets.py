@@ -3,10 +3,10 @@
     python benchmarks/student_targets.py RUN "teacher:" "CRF: self_training.refine=crf" "control: control"
 
 RUN is a run whose stages 01 to 03 are complete. A variant is a name, a colon and settings. Words that may stand among
-the settings: ``control``, for targets of a single scale; ``hard``, for targets that are 1 for the strongest class and 0
-for all others; ``drop``, for targets of some scales, drawn anew for each crop; ``agree``, for a loss in which a pixel
-counts by how far the scales and their mirrored views agree on it; ``stride=N``, for targets at an N-th of the crop's
-side; ``of=NETWORK``, whose maps are learned instead of the teacher's. A name that is ``teacher``, ``student``
+the settings: ``control``, for targets of a single scale; ``drop``, for targets of some scales, drawn anew for each
+crop; ``agree``, for a loss in which a pixel counts by how far the scales and their mirrored views agree on it;
+``stride=N``, for targets at an N-th of the crop's side; ``of=NETWORK``, whose maps are learned instead of the
+teacher's. A name that is ``teacher``, ``student``
 or ``student_control``, up to a comma, trains nothing: it evaluates that network of the run ("student, no saliency:
 pseudo_masks.saliency_weight=0"). Results go to results/student_targets.json, a record per run and variant: mIoU of
 fused maps and of masks after the CRF, on every third image of the training split, at the background score that
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from smaflib import files
@@ -36,7 +35,6 @@ from smaflib.evaluation import SIZES, SegmentationMetrics, best_threshold, evalu
 from smaflib.maps import AttentionMaps, DenoisedMaps, write_attention_maps
 from smaflib.pipeline import Targets, Workspace, auto_bg_score, train_student, write_maps
 from smaflib.pseudo_masks import pseudo_masks
-from smaflib.reactivation import reactivate, with_background_score
 from smaflib.runs import Run, find_run
 from smaflib.runs.environment import git_state
 from smaflib.runtime import derive_seed
@@ -44,7 +42,7 @@ from smaflib.self_training import TARGET_STRIDE, self_train
 
 RESULTS = Path(__file__).parent / "results" / "student_targets.json"
 FINISHED = ("teacher", "student", "student_control")
-FLAGS = ("control", "hard", "drop", "agree")
+FLAGS = ("control", "drop", "agree")
 EVERY = 3
 """One image in so many is evaluated; the others are kept from the choice of settings."""
 
@@ -58,7 +56,6 @@ class Trial:
         network: of the run, or what the trained one is called.
         settings: ``key=value``, on top of the run's.
         control: targets of a single scale.
-        hard: the strongest class alone.
         drop: some scales, drawn anew for each crop.
         agree: pixels count by the agreement of scales and mirrored views.
         stride: of the targets.
@@ -69,7 +66,6 @@ class Trial:
     network: str
     settings: list[str]
     control: bool = False
-    hard: bool = False
     drop: bool = False
     agree: bool = False
     stride: int = TARGET_STRIDE
@@ -104,20 +100,6 @@ def parse(text: str) -> Trial:
             settings.append(word)
     flags = {flag: flag in words.split() for flag in FLAGS}
     return Trial(name.strip(), network, settings, **flags, stride=stride, teacher=teacher)
-
-
-def strongest_alone(denoised: Tensor, bg_score: float) -> Tensor:
-    """A target that is 1 where a class, or the background, is strongest, and 0 elsewhere.
-
-    Args:
-        denoised: (B, K, h, w) in [0, 1].
-        bg_score: the background's score.
-
-    Returns:
-        (B, K+1, h, w), background first.
-    """
-    scores = with_background_score(denoised, bg_score)
-    return F.one_hot(scores.argmax(dim=1), scores.shape[1]).movedim(-1, 1).to(scores)
 
 
 class SomeScales(Sequence[Tensor]):
@@ -187,9 +169,8 @@ def agreement(views: Tensor) -> Tensor:
 def train(work: Workspace, trial: Trial) -> None:
     """The student of a trial; those that the chain can train as well, it trains."""
     write_maps(work, trial.teacher)
-    rule = strongest_alone if trial.hard else None
     if not (trial.drop or trial.agree or trial.stride != TARGET_STRIDE):
-        train_student(work, trial.network, trial.teacher, Targets(fused=not trial.control, rule=rule))
+        train_student(work, trial.network, trial.teacher, Targets(fused=not trial.control))
         return
     config, samples, runtime = work.config, work.samples(), work.make_runtime()
     if trial.control or config.self_training.refine != "none":
@@ -210,7 +191,6 @@ def train(work: Workspace, trial: Trial) -> None:
         work.bg_score,
         runtime,
         checkpoint=work.checkpoint(trial.network),
-        make_target=rule or reactivate,
         target_stride=trial.stride,
         pixel_weights=pixel_weights,
     )

@@ -406,7 +406,7 @@ class Targets:
     Attributes:
         fused: over all scales; else the maps of ``attention.single_scale`` alone.
         denoised: absent classes are zero; else each of them has a map that peaks at 1, like the others.
-        rule: what makes a target of maps and background score; None: :func:`~smaflib.reactivation.reactivate`.
+        rule: what makes a target of maps and background score; None: what ``self_training.targets`` says.
     """
 
     fused: bool = True
@@ -425,7 +425,6 @@ def train_student(
         teacher: whose maps are learned, and whose weights the student starts from.
         targets: how they are made. A rule of one's own keeps the training in this process.
     """
-    from smaflib.reactivation import reactivate
     from smaflib.self_training import self_train
     from smaflib.training import is_finished
 
@@ -444,7 +443,7 @@ def train_student(
         work.bg_score,
         runtime,
         checkpoint=work.checkpoint(name),
-        make_target=targets.rule or reactivate,
+        make_target=targets.rule,
         num_workers=config.data.num_workers,
     )
 

@@ -91,6 +91,27 @@ def reactivate(denoised: Tensor, bg_score: float) -> Tensor:
     return scores / scores.amax(dim=-3, keepdim=True)
 
 
+def hard_targets(denoised: Tensor, bg_score: float) -> Tensor:
+    """What :func:`reactivate` gives, with 0 for all that is not strongest: targets that a softmax can reach.
+
+    The scores of a reactivated pixel sum to more than 1 where two are near each other, those of a softmax never do. The
+    paper does not do this.
+
+    Args:
+        denoised: as there.
+        bg_score: as there.
+
+    Returns:
+        (K+1, H, W) or (B, K+1, H, W) of 0 and 1, background first; one 1 per pixel, the first of equals.
+
+    Example:
+        >>> hard_targets(torch.tensor([[[0.5, 0.125]]]), bg_score=0.25).tolist()
+        [[[0.0, 1.0]], [[1.0, 0.0]]]
+    """
+    scores = with_background_score(denoised, bg_score)
+    return torch.zeros_like(scores).scatter_(-3, scores.argmax(dim=-3, keepdim=True), 1.0)
+
+
 def with_background_score(denoised: Tensor, bg_score: float) -> Tensor:
     """Put a constant background map before the class maps: (..., K, H, W) to (..., K+1, H, W).
 

@@ -16,7 +16,7 @@ from smaflib.config import SelfTrainingConfig
 from smaflib.data.sample import Samples
 from smaflib.errors import ConfigError
 from smaflib.models.networks import Network, with_background
-from smaflib.reactivation import reactivate
+from smaflib.reactivation import hard_targets, reactivate
 from smaflib.runtime import Runtime, derive_seed
 from smaflib.training import Batch, Batches, CropField, CropFieldsTogether, History, fit
 
@@ -36,7 +36,7 @@ def self_train(
     runtime: Runtime,
     *,
     checkpoint: Path | None = None,
-    make_target: TargetRule = reactivate,
+    make_target: TargetRule | None = None,
     target_stride: int = TARGET_STRIDE,
     pixel_weights: Sequence[Tensor] | None = None,
     num_workers: int = 0,
@@ -54,7 +54,7 @@ def self_train(
         bg_score: the background's score in the targets.
         runtime: device, precision and seed.
         checkpoint: where weights are kept; an unfinished training resumes from there.
-        make_target: what a crop's maps become; only the ablation takes another rule than reactivation.
+        make_target: what a crop's maps become; None: what ``settings.targets`` says. Only the ablation takes another.
         target_stride: the crop's side over the target's.
         pixel_weights: per sample (H, W), not negative: how much each pixel counts in the loss; what lies outside the
             image counts 1. None: all alike, as in the paper.
@@ -75,6 +75,7 @@ def self_train(
                 f"self_training.fresh_head needs a network with a head; {type(teacher).__name__} has none"
             )
         nn.init.zeros_(head.weight)
+    rule = make_target or (hard_targets if settings.targets == "hard" else reactivate)
     seed = derive_seed(runtime.seed, "student")
     fields = [CropField("denoised", denoised)]
     if pixel_weights is not None:
@@ -83,7 +84,7 @@ def self_train(
 
     def loss(batch: Batch) -> dict[str, Tensor]:
         side = batch["image"].shape[-1] // target_stride
-        target = make_target(_at_side(batch["denoised"], side), bg_score)
+        target = rule(_at_side(batch["denoised"], side), bg_score)
         weights = batch.get("pixel_weights")
         at_target = None if weights is None else _at_side(weights[:, None], side)[:, 0]
         return {"L_mac": mac_loss(student(batch["image"]), target, settings.loss_weight, at_target)}

@@ -15,7 +15,6 @@ from smaflib.classifier import train_classifier
 from smaflib.config import Config, check_settings
 from smaflib.data.sample import Sample, SampleFiles, Samples
 from smaflib.models.networks import AttentionNetwork, Network, SegmentationNetwork
-from smaflib.reactivation import reactivate
 from smaflib.runtime import Runtime, derive_seed, seeded
 from smaflib.segmentation import train_segmenter
 from smaflib.self_training import TargetRule, self_train
@@ -184,7 +183,7 @@ def train_student(
     config: Config,
     runtime: Runtime,
     checkpoint: Path | None = None,
-    make_target: TargetRule = reactivate,
+    make_target: TargetRule | None = None,
 ) -> tuple[Network, History]:
     """Stage 4 with the settings of a config."""
     assert config.attention.bg_score != "auto"

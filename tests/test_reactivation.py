@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from smaflib.reactivation import blend_saliency, denoise, reactivate, with_background_score
+from smaflib.reactivation import blend_saliency, denoise, hard_labels, hard_targets, reactivate, with_background_score
 
 SIDES = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5))  # K, H, W
 MAPS = SIDES.flatmap(lambda shape: hnp.arrays("float32", shape, elements=st.floats(0, 1, width=32)))
@@ -135,3 +135,21 @@ def test_background_score_without_sense_is_refused(bg_score: float) -> None:
 def test_background_comes_first() -> None:
     scores = with_background_score(torch.zeros(2, 3, 1, 1), 0.5)
     assert scores[:, :, 0, 0].tolist() == [[0.5, 0, 0, 0]] * 2
+
+
+# --- hard targets -----------------------------------------------------------------------------------------------------
+
+
+def test_hard_targets_by_hand() -> None:
+    denoised = torch.tensor([[[0.75, 0.25, 0.375]], [[0.5, 0.125, 0.375]]])  # two classes, one row of three pixels
+    expected = [[[0.0, 1.0, 1.0]], [[1.0, 0.0, 0.0]], [[0.0, 0.0, 0.0]]]  # the last pixel: the first of equals
+    assert hard_targets(denoised, bg_score=0.375).tolist() == expected
+    assert torch.equal(hard_targets(denoised[None], bg_score=0.375)[0], torch.tensor(expected))
+
+
+@settings(max_examples=50)
+@given(maps=MAPS, bg_score=BG_SCORES)
+def test_hard_targets_are_the_mask_of_the_maps(maps: Tensor, bg_score: float) -> None:
+    target = hard_targets(maps, bg_score)
+    assert torch.equal(target.sum(dim=0), torch.ones(maps.shape[1:]))
+    assert torch.equal(target.argmax(dim=0), hard_labels(maps, bg_score).long())

@@ -204,9 +204,9 @@ def test_what_was_tried_by_hand(papermill_runs: Path) -> None:
         "| teacher, no saliency | `pseudo_masks.saliency_weight=0` | 900 | 0 1 | 60.0 ± 0.0 | 61.2 ± 0.0 | 62.0 ± 0.0 |"
     )
     assert table[2] == expected
-    settings = [real_photos.PAPERS_RULE[3], "hard", *real_photos.PAPERS_RULE[:3]]  # in any order
+    settings = [real_photos.PAPERS_RULE[3], "self_training.targets=hard", *real_photos.PAPERS_RULE[:3]]  # in any order
     by_rule = record | measured | {"variant": "hard", "control": True, "settings": settings}
-    cells = "| hard | single-scale targets, all by the paper's rule, `hard` | 900 | 0 |"
+    cells = "| hard | single-scale targets, all by the paper's rule, `self_training.targets=hard` | 900 | 0 |"
     assert real_photos._tried([by_rule]).splitlines()[2].startswith(cells)
     students = [
         record | measured | {"variant": "student, no saliency", "seed": seed, "refined_auto": {"mIoU": 62.25 + seed}}
@@ -240,8 +240,8 @@ def test_gaps_of_hard_targets_by_hand() -> None:
     trials = (  # seed 1 has no single-scale targets
         ("teacher, no saliency", rule[3:], False, {0: 57.0, 1: 58.0}),
         ("the paper's rule", rule, False, {0: 10.0, 1: 10.0}),
-        ("the paper's rule, hard", ["hard", *rule], False, {0: 58.5, 1: 58.25}),
-        ("the paper's rule, hard, one scale", ["hard", *rule], True, {0: 56.0}),
+        ("the paper's rule, hard", ["self_training.targets=hard", *rule], False, {0: 58.5, 1: 58.25}),
+        ("the paper's rule, hard, one scale", ["self_training.targets=hard", *rule], True, {0: 56.0}),
     )
     records = [
         {"run": run, "seed": seed, "control": control, "settings": settings, "variant": variant}

@@ -72,9 +72,18 @@ def test_student_learns_what_make_target_says(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         self_training, "mac_loss", lambda logits, target, *_: targets.append(target) or logits.square().mean()
     )
-    for rule in (reactivate, with_background_score):
-        train_student(new_teacher(config, 3, CPU), samples, masks_as_maps(), config, CPU, make_target=rule)
-    divided, as_is = targets
+    hard_config = tiny_config(self_training={"iterations": 1, "targets": "hard"})
+    for settings, rule in (
+        (config, None),
+        (config, with_background_score),
+        (hard_config, None),
+        (hard_config, reactivate),
+    ):
+        train_student(new_teacher(config, 3, CPU), samples, masks_as_maps(), settings, CPU, make_target=rule)
+    divided, as_is, hard, by_rule = targets
+    assert torch.equal(hard, hard.round()) and bool((hard.sum(dim=1) == 1).all())
+    assert torch.equal(hard.argmax(dim=1), divided.argmax(dim=1))
+    assert torch.equal(by_rule, divided)  # a rule of one's own comes first
     assert float(divided.amax(dim=1).min()) == 1  # the strongest class of every pixel is at 1
     assert as_is[:, 0].unique().tolist() == [pytest.approx(config.attention.bg_score)]
     assert torch.allclose(as_is / as_is.amax(dim=1, keepdim=True), divided)

@@ -8,17 +8,17 @@ import torch
 from helpers import make_samples
 from torch import Tensor
 
-from benchmarks.student_targets import Agreement, SomeScales, Trial, agreement, drawn_scales, parse, strongest_alone
+from benchmarks.student_targets import Agreement, SomeScales, Trial, agreement, drawn_scales, parse
 from smaflib.cams import fuse_cams
 from smaflib.maps import AttentionMaps, DenoisedMaps
 
 
 def test_text_of_a_variant() -> None:
-    words = "second round, hard: hard of=student self_training.iterations=120"
+    words = "second round, short: of=student self_training.iterations=120"
     settings = ["self_training.iterations=120"]
-    expected = Trial("second round, hard", "tried_second_round_hard", settings, hard=True, teacher="student")
+    expected = Trial("second round, short", "tried_second_round_short", settings, teacher="student")
     assert parse(words) == expected and expected.trains
-    assert expected.words == ["hard", "of=student"]
+    assert expected.words == ["of=student"]
     assert parse("single: control") == Trial("single", "tried_single", [], control=True)
     fine = parse("fine: drop agree stride=2 seed=1")
     assert fine == Trial("fine", "tried_fine", ["seed=1"], drop=True, agree=True, stride=2)
@@ -29,12 +29,6 @@ def test_a_network_of_the_run_is_not_trained() -> None:
     trial = parse("student, no saliency: pseudo_masks.saliency_weight=0")
     assert (trial.network, trial.trains) == ("student", False)
     assert trial.settings == ["pseudo_masks.saliency_weight=0"]
-
-
-def test_hard_target_is_the_strongest_class_alone() -> None:
-    denoised = torch.tensor([[[0.75, 0.25]], [[0.5, 0.125]]])[None]  # two classes, one row of two pixels
-    target = strongest_alone(denoised, bg_score=0.375)
-    assert target.tolist() == [[[[0.0, 1.0]], [[1.0, 0.0]], [[0.0, 0.0]]]]
 
 
 def test_agreement_by_hand() -> None:

@@ -625,7 +625,8 @@ def _settings(settings: list[str]) -> list[str]:
 
 PAPERS_MASKS = "`pseudo_masks.saliency_weight=0`"
 """The settings of trials whose masks come from attention maps alone, by the paper's rule."""
-HARD, HARD_OF_ONE_SCALE = "all by the paper's rule, `hard`", "single-scale targets, all by the paper's rule, `hard`"
+HARD = "all by the paper's rule, `self_training.targets=hard`"
+HARD_OF_ONE_SCALE = f"single-scale targets, {HARD}"
 """The settings of trials that are by the paper's rule but for targets of the strongest class alone."""
 
 

@@ -207,6 +207,9 @@ class SelfTrainingConfig(TrainingConfig):
     # What makes masks of the fused maps, for the student to learn: crf, par, or package.module:attribute, with the
     # settings of pseudo_masks. none: the student learns the maps themselves, as in the paper.
     refine: RefinementName = "none"
+    # soft: the reactivated maps, as in the paper; hard: 1 for the strongest class of a pixel or the background, 0 for
+    # all others. What a refinement makes is a mask, and soft leaves the background its score on objects.
+    targets: Literal["soft", "hard"] = "soft"
     # Share of the saliency maps in the targets, with classifier.pretraining: eps; the paper's rule is 0.
     saliency_weight: Fraction = 0.0
     fresh_head: bool = False  # the student's last layer starts from zero, not from the teacher's
