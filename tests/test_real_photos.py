@@ -235,7 +235,7 @@ def test_table_of_the_crf_at_test_time_by_hand() -> None:
     ]
 
 
-def test_gaps_of_hard_targets_by_hand() -> None:
+def test_gaps_of_hard_targets_by_hand(papermill_runs: Path) -> None:
     rule = list(real_photos.PAPERS_RULE)
     trials = (  # seed 1 has no single-scale targets
         ("teacher, no saliency", rule[3:], False, {0: 57.0, 1: 58.0}),
@@ -252,6 +252,13 @@ def test_gaps_of_hard_targets_by_hand() -> None:
     gaps = real_photos._gaps_of_trials(records)
     assert [list(gap) for gap in gaps.values()] == [[1.5, 0.25], [2.5]]
     assert all("hard targets (every third of 300 photos)" in label for label in gaps)
+    result = real_photos.collect({})
+    (cells,) = (
+        line.split(" | ")
+        for line in real_photos._ledger(real_photos._frame(result, "rows"), records, result).splitlines()
+        if "| fused targets" in line
+    )
+    assert cells[5] == "+2.5 (1 seed)"
 
 
 def test_runs_of_other_machines_are_not_made_again(
@@ -303,7 +310,7 @@ def test_claims_by_the_papers_rule_by_hand(papermill_runs: Path) -> None:
         ("3", "+3.0"),  # of the run itself, as every other run's
         ("4", "+1.0"),
     ]
-    ledger = real_photos._ledger(real_photos._frame(result, "rows"), result).splitlines()
+    ledger = real_photos._ledger(real_photos._frame(result, "rows"), [], result).splitlines()
     (cells,) = (line.split(" | ") for line in ledger if "| reactivated" in line)
     assert (cells[2], cells[4]) == ("", "+2.0 (1 seed)")  # by the preset itself not run
 
