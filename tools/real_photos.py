@@ -497,7 +497,7 @@ def _ledger(rows: pd.DataFrame, records: list[dict[str, Any]], result: dict[str,
     drawn = _gaps(rows_of_drawn) | _gaps_of_ablation(read_ablation(reference))
     lines, none = [], pd.Series(dtype=float)
     for claim, paper, key, goal in CLAIMS:
-        hard = trials.get(key + WITH_HARD_TARGETS, none)
+        hard = trials.get(key + WITH_HARD_TARGETS.format(PHOTOS[-1]), none)
         others = {"in plain mode": plain.get(key, none), "by the paper's rule": by_rule.get(key, none)}
         verdict = _verdict(photos.get(key, none), others | {"with hard targets": hard}, goal)
         found = [gaps.get(key, none) for gaps in (photos, plain, by_rule)]
@@ -628,7 +628,7 @@ def _settings(settings: list[str]) -> list[str]:
 
 PAPERS_MASKS = "`pseudo_masks.saliency_weight=0`"
 """The settings of trials whose masks come from attention maps alone, by the paper's rule."""
-WITH_HARD_TARGETS = f", by the paper's rule with hard targets (every third of {PHOTOS[-1]} photos)"
+WITH_HARD_TARGETS = ", by the paper's rule with hard targets (every third of {} photos)"
 HARD = "all by the paper's rule, `self_training.targets=hard`"
 HARD_OF_ONE_SCALE = f"single-scale targets, {HARD}"
 """The settings of trials that are by the paper's rule but for targets of the strongest class alone."""
@@ -644,13 +644,16 @@ def _gaps_of_trials(records: list[dict[str, Any]]) -> dict[str, pd.Series[float]
         ours = trials[_is(trials, {"photos": photos, "settings": settings})]
         return ours[ours["what"].str.startswith(f"{network},")].set_index("seed")["refined_auto"]
 
-    found = {}
-    for label, photos, ours, theirs in (
+    pairs = [
         (STUDENT + masks, ALL_PHOTOS, student, teacher),
         (FUSED + masks, ALL_PHOTOS, student, ("student_control", PAPERS_MASKS)),
-        (STUDENT + WITH_HARD_TARGETS, PHOTOS[-1], ("the paper's rule", HARD), teacher),
-        (FUSED + WITH_HARD_TARGETS, PHOTOS[-1], ("the paper's rule", HARD), ("the paper's rule", HARD_OF_ONE_SCALE)),
-    ):
+    ]
+    for photos in (PHOTOS[-1], ALL_PHOTOS):
+        label, hard = WITH_HARD_TARGETS.format(photos), ("the paper's rule", HARD)
+        pairs.append((STUDENT + label, photos, hard, teacher))
+        pairs.append((FUSED + label, photos, hard, ("the paper's rule", HARD_OF_ONE_SCALE)))
+    found = {}
+    for label, photos, ours, theirs in pairs:
         gaps = (auto(photos, *ours) - auto(photos, *theirs)).dropna()
         if len(gaps):
             found[label] = gaps
