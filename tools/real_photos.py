@@ -499,7 +499,7 @@ def _ledger(rows: pd.DataFrame, records: list[dict[str, Any]], result: dict[str,
     for claim, paper, key, goal in CLAIMS:
         hard = trials.get(key + WITH_HARD_TARGETS.format(PHOTOS[-1]), none)
         others = {"in plain mode": plain.get(key, none), "by the paper's rule": by_rule.get(key, none)}
-        verdict = _verdict(photos.get(key, none), others | {"with hard targets": hard}, goal)
+        verdict = _verdict(photos.get(key, none), others | {f"with hard targets on {PHOTOS[-1]} photos": hard}, goal)
         found = [gaps.get(key, none) for gaps in (photos, plain, by_rule)]
         cells = [_with_seeds(gaps) for gaps in (*found, hard, drawn.get(key, none))]
         lines.append([claim, paper, *cells, f">= {goal:+.1f}", verdict])
