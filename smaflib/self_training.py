@@ -82,14 +82,17 @@ def self_train(
         fields.append(CropField("pixel_weights", pixel_weights, fill=1))
     batches = Batches(samples, settings, seed, CropFieldsTogether(fields), num_workers)
 
-    def loss(batch: Batch) -> dict[str, Tensor]:
-        side = batch["image"].shape[-1] // target_stride
-        target = rule(_at_side(batch["denoised"], side), bg_score)
-        weights = batch.get("pixel_weights")
-        at_target = None if weights is None else _at_side(weights[:, None], side)[:, 0]
-        return {"L_mac": mac_loss(student(batch["image"]), target, settings.loss_weight, at_target)}
+    def weights_of(batch: Batch) -> Tensor:  # (B, side, side), of the target
+        return _at_side(batch["pixel_weights"][:, None], batch["image"].shape[-1] // target_stride)[:, 0]
 
-    history = fit(student, batches, loss, runtime, checkpoint, desc="self-training")
+    def loss(batch: Batch) -> dict[str, Tensor]:
+        target = rule(_at_side(batch["denoised"], batch["image"].shape[-1] // target_stride), bg_score)
+        weights = None if pixel_weights is None else weights_of(batch)
+        return {"L_mac": mac_loss(student(batch["image"]), target, settings.loss_weight, weights)}
+
+    # A process's part of a batch counts by the weight of its pixels, as in one process.
+    num_terms = None if pixel_weights is None else (lambda batch: weights_of(batch).sum())
+    history = fit(student, batches, loss, runtime, checkpoint, desc="self-training", num_terms=num_terms)
     return student, history
 
 

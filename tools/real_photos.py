@@ -3,8 +3,8 @@
     python -m tools.real_photos run VOC2012 SALIENCY    hours on two cores; resumes where it stopped
     python -m tools.real_photos page                    docs/voc12_small.json and .md, of what is finished
 
-Runs lie in ``papermill_runs/`` like any others. The page has numbers and their
-curves only: photos of VOC are not for a repository.
+Runs lie in ``papermill_runs/`` like any others. The page has numbers and their curves only:
+photos of VOC are not for a repository.
 """
 
 from __future__ import annotations
@@ -575,15 +575,16 @@ def _tried(records: list[dict[str, Any]]) -> str:
 
 def _test_crf(records: list[dict[str, Any]]) -> str:
     """What ``benchmarks/segmentation_crf.py`` has measured: a line per network and images, a column per CRF."""
+    photos_of = _photos_of_runs()
+    records = [record for record in records if record["run"] in photos_of]
     if not records:
         return "Nothing yet."
-    photos_of = _photos_of_runs()
     table = pd.DataFrame(records)
     crfs = list(dict.fromkeys(table["crf"]))
     lines = []
     for (run, split), group in table.groupby(["run", "split"], sort=False):
         miou = group.set_index("crf")["mIoU"]
-        which = {"val": "validation", "others": "of the 900, not learned from"}[str(split)]
+        which = {"val": "validation", "others": "of the 900, not learned from", "train": "learned from"}[str(split)]
         cells = [f"{miou[crf]:.1f}" if crf in miou else "" for crf in crfs]
         lines.append([str(photos_of[str(run)]), f"{group['images'].iloc[0]}, {which}", *cells])
     return markdown_table(
