@@ -94,8 +94,8 @@ def reactivate(denoised: Tensor, bg_score: float) -> Tensor:
 def hard_targets(denoised: Tensor, bg_score: float) -> Tensor:
     """What :func:`reactivate` gives, with 0 for all that is not strongest: targets that a softmax can reach.
 
-    The scores of a reactivated pixel sum to more than 1 where two are near each other, those of a softmax never do. The
-    paper does not do this.
+    The scores of a reactivated pixel sum to more than 1 wherever a second one is above 0, those of a softmax never do.
+    The paper does not do this.
 
     Args:
         denoised: as there.

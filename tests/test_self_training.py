@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,21 +111,28 @@ def test_student_learns_its_targets() -> None:
     assert history[-1]["L_mac"] < 0.5 * history[0]["L_mac"]
 
 
+def watch_mac_loss(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What the loss is given from now on, one entry per step: target, the loss's factor, pixel weights."""
+    seen: list[tuple[Any, ...]] = []
+
+    def watched(logits: Tensor, *given: Any) -> Tensor:
+        seen.append(given)
+        return mac_loss(logits, *given)
+
+    monkeypatch.setattr(self_training, "mac_loss", watched)
+    return seen
+
+
 def test_targets_are_reactivated_crops_at_a_quarter_of_the_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Tensor, float]] = []
-
-    def spy(logits: Tensor, target: Tensor, weight: float, pixel_weights: None) -> Tensor:
-        seen.append((target, weight))
-        return mac_loss(logits, target, weight, pixel_weights)
-
-    monkeypatch.setattr(self_training, "mac_loss", spy)
+    seen = watch_mac_loss(monkeypatch)
     config = tiny_config(
         attention={"bg_score": 0.5},
         # The image is half as large as the crop: at least half of the crop is padding.
         self_training={"iterations": 2, "crop_size": 64, "resize_range": [32, 32], "loss_weight": 7.0},
     )
     train_student(new_teacher(config, 3, CPU), make_samples(), masks_as_maps(), config, CPU)
-    for target, weight in seen:
+    for target, weight, pixel_weights in seen:
+        assert pixel_weights is None
         assert target.shape == (2, 4, 16, 16) and weight == 7.0
         assert bool((target.amax(dim=1) == 1).all())
         outside = (target[:, 0] == 1) & (target[:, 1:] == 0).all(dim=1)  # no attention there: background
@@ -136,13 +144,7 @@ def test_targets_are_reactivated_crops_at_a_quarter_of_the_side(monkeypatch: pyt
 
 
 def test_pixel_weights_are_cut_like_the_image_and_are_1_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def spy(logits: Tensor, target: Tensor, weight: float, pixel_weights: Tensor) -> Tensor:
-        seen.append((target, pixel_weights))
-        return mac_loss(logits, target, weight, pixel_weights)
-
-    monkeypatch.setattr(self_training, "mac_loss", spy)
+    seen = watch_mac_loss(monkeypatch)
     config = tiny_config(self_training={"iterations": 3, "crop_size": 64, "resize_range": [32, 32]})
     # Both fields are 0 in the left half of each image and tell the right half from what lies outside.
     maps = [torch.zeros(3, 32, 40) for _ in range(5)]
@@ -154,7 +156,7 @@ def test_pixel_weights_are_cut_like_the_image_and_are_1_outside(monkeypatch: pyt
     teacher, options = new_teacher(config, 3, CPU), {"target_stride": 2, "pixel_weights": weights}
     self_training.self_train(teacher, make_samples(), maps, config.self_training, 0.3, CPU, **options)
     assert len(seen) == 3
-    for target, of_pixels in seen:
+    for target, _, of_pixels in seen:
         assert target.shape == (2, 4, 32, 32) and of_pixels.shape == (2, 32, 32)
         right, left = of_pixels == 0.25, of_pixels == 0
         assert bool((target[:, 1][right] == 1).all()) and bool((target[:, 1][left] == 0).all())
