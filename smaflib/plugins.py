@@ -21,6 +21,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import pkgutil
 import re
 import sys
 import sysconfig
@@ -31,7 +32,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from smaflib.errors import PluginError
+from smaflib.errors import ConfigError, PluginError
 from smaflib.files import PROJECT_ROOT, display_path, file_hash
 
 if TYPE_CHECKING:
@@ -343,3 +344,49 @@ def _package(module: str) -> str | None:
     """Distribution and version that bring a module."""
     names = _packages().get(module.partition(".")[0])
     return f"{names[0]} {importlib.metadata.version(names[0])}" if names else None
+
+
+# ------------------------------------------------------------------- the new API; everything above goes once nobody calls it
+
+
+def is_custom(name: str) -> bool:
+    """Whether a name stands for custom code: ``package.module:attribute``."""
+    return ":" in name
+
+
+def load_custom(name: str) -> Callable[..., Any]:
+    """Import what a name such as ``my_rules:softmax_sum`` stands for.
+
+    A module is searched for as Python does, then in the working directory, beside the config file, and in the checkout.
+
+    Raises:
+        ConfigError: if it cannot be imported or called; with the name and the cause.
+    """
+    _extend_search()
+    try:
+        value = pkgutil.resolve_name(name)
+    except (Exception, SystemExit) as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"cannot load {name}: {cause}. Modules are searched for in {', '.join(_folders())}"
+        ) from error
+    if not callable(value):
+        raise ConfigError(f"{name} is a {type(value).__name__} and cannot be called")
+    return value
+
+
+def custom_file(name: str) -> Path:
+    """The file of the module that a name stands for, without importing it; its hash goes into the manifest.
+
+    Raises:
+        ConfigError: if there is no such module, or it has no file.
+    """
+    _extend_search()
+    module = name.partition(":")[0]
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"cannot load {name}: {error}") from error
+    if spec is None or not spec.has_location or spec.origin is None:
+        raise ConfigError(f"cannot load {name}: there is no file of {module} in {', '.join(_folders())}")
+    return Path(spec.origin)

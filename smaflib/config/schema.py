@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from smaflib.config.presets import CRF_PRESETS
 from smaflib.config.variants import Variant
 from smaflib.files import absolute
-from smaflib.plugins import BACKBONE, DATA, FUSION, REFINEMENT, SOURCE, Kind
+from smaflib.plugins import BACKBONE, DATA, FUSION, REFINEMENT, SOURCE, Kind, is_custom
 
 Split = Literal["train", "val"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -379,6 +379,21 @@ class Config(StageConfig):
         """The background's score in the pseudo masks: their own, or where that is null, that of attention."""
         own = self.pseudo_masks.bg_score
         return self.attention.bg_score if own is None else own
+
+    @property
+    def custom_code(self) -> dict[str, str]:
+        """The settings that name custom code: ``{"attention.fusion": "my_rules:softmax_sum"}``."""
+        student = self.segmentation.model
+        named = {
+            "data.kind": self.data.kind,
+            "model.backbone": self.model.backbone,
+            "segmentation.model.backbone": student.backbone if student else "",
+            "attention.source": self.attention.source,
+            "attention.fusion": self.attention.fusion,
+            "self_training.refine": self.self_training.refine,
+            "pseudo_masks.refine": self.pseudo_masks.refine,
+        }
+        return {setting: name for setting, name in named.items() if is_custom(name)}
 
     @property
     def plugins(self) -> dict[str, tuple[Kind, str]]:
