@@ -8,7 +8,7 @@ code than it runs (:mod:`smaflib.runs.code`), and importing this module imports 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,13 +21,12 @@ from smaflib.plugins import DATA
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from smaflib.config import AttentionConfig, FusionRule, TrainingConfig, Variant
+    from smaflib.config import AttentionConfig, FusionRule, SelfTrainingConfig, TrainingConfig, Variant
     from smaflib.data.masks import MaskFiles
     from smaflib.data.sample import Samples
     from smaflib.maps import AttentionMaps, DenoisedMaps
     from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
     from smaflib.runtime import Runtime
-    from smaflib.self_training import TargetRule
     from smaflib.training import History
 
 
@@ -399,61 +398,40 @@ def auto_bg_score(work: Workspace, denoised: Sequence[Tensor], samples: Samples)
     return choose_bg_score(denoised, SaliencyMaps(samples) if work.config.classifier.pretraining == "eps" else None)
 
 
-@dataclass(frozen=True)
-class Targets:
-    """How a student's targets are made of its teacher's maps.
-
-    Attributes:
-        fused: over all scales; else the maps of ``attention.single_scale`` alone.
-        denoised: absent classes are zero; else each of them has a map that peaks at 1, like the others.
-        rule: what makes a target of maps and background score; None: what ``self_training.targets`` says.
-    """
-
-    fused: bool = True
-    denoised: bool = True
-    rule: TargetRule | None = None
-
-
 def train_student(
-    work: Workspace, name: str = "student", teacher: str = "teacher", targets: Targets = Targets()
+    work: Workspace, name: str = "student", teacher: str = "teacher", **changes: Any
 ) -> tuple[AttentionNetwork, History]:
-    """Stage 4: one student of one teacher's maps of the training split.
+    """Stage 4: train one student on one teacher's maps of the training split.
 
     Args:
         work: holds the teacher's checkpoint and maps, and takes the student's checkpoint.
         name: of the student.
         teacher: whose maps are learned, and whose weights the student starts from.
-        targets: how they are made. A rule of one's own keeps the training in this process.
+        changes: settings of ``self_training`` for this student alone, such as ``fused=False`` for the control.
     """
     from smaflib.self_training import self_train
     from smaflib.training import is_finished
 
     config, samples, runtime = work.config, work.samples(), work.make_runtime()
+    settings = config.self_training.model_copy(update=changes)
 
     def is_done() -> bool:
-        return is_finished(work.checkpoint(name), config.self_training)
+        return is_finished(work.checkpoint(name), settings)
 
-    if targets.rule is None:
-        _share_work(work, "_train_student_of", is_done, name=name, teacher=teacher, **asdict(targets))
+    _share_work(work, "train_student", is_done, name=name, teacher=teacher, **changes)
     return self_train(
         work.network(teacher),
         samples,
-        [] if is_done() else _targets(work, teacher, targets, runtime),  # minutes of CRF, for nothing
-        config.self_training,
+        [] if is_done() else _targets(work, teacher, settings, runtime),  # minutes of CRF, for nothing
+        settings,
         work.bg_score,
         runtime,
         checkpoint=work.checkpoint(name),
-        make_target=targets.rule,
         num_workers=config.data.num_workers,
     )
 
 
-def _train_student_of(work: Workspace, name: str, teacher: str, **targets: Any) -> None:
-    """:func:`train_student` by arguments that JSON can hold."""
-    train_student(work, name, teacher, Targets(**targets))
-
-
-def _targets(work: Workspace, teacher: str, targets: Targets, runtime: Runtime) -> Sequence[Tensor]:
+def _targets(work: Workspace, teacher: str, settings: SelfTrainingConfig, runtime: Runtime) -> Sequence[Tensor]:
     """The denoised maps, or the masks that ``self_training.refine`` makes of them.
 
     A student of masks learns where its teacher's maps agree with the edges of the images. The masks are kept in memory,
@@ -466,17 +444,16 @@ def _targets(work: Workspace, teacher: str, targets: Targets, runtime: Runtime) 
     from smaflib.pseudo_masks import pseudo_masks
 
     config, samples = work.config, work.samples()
-    scales = None if targets.fused else [config.attention.single_scale]
+    scales = None if settings.fused else [config.attention.single_scale]
     weight = config.target_saliency_weight
-    maps = work.denoised(teacher, samples, scales, denoised=targets.denoised, saliency_weight=weight)
-    refine = config.self_training.refine
-    if refine == "none":
+    maps = work.denoised(teacher, samples, scales, denoised=settings.denoise, saliency_weight=weight)
+    if settings.refine == "none":
         maps.cached = config.data.cache  # a refinement reads each once
         return maps
-    settings = config.pseudo_masks.model_copy(update={"refine": refine})
+    refinement = config.pseudo_masks.model_copy(update={"refine": settings.refine})
     part = ranks_here().part(range(len(samples)))
     some: Any = Subset(maps, part)  # type: ignore[arg-type]
-    masks = pseudo_masks(samples.subset(part), some, work.bg_score, settings, device=runtime.device, desc="targets")
+    masks = pseudo_masks(samples.subset(part), some, work.bg_score, refinement, device=runtime.device, desc="targets")
     return MaskMaps(gather_parts(list(masks)), len(samples.class_names))
 
 

@@ -17,7 +17,7 @@ from smaflib.data.sample import Sample, SampleFiles, Samples
 from smaflib.models.networks import AttentionNetwork, Network, SegmentationNetwork
 from smaflib.runtime import Runtime, derive_seed, seeded
 from smaflib.segmentation import train_segmenter
-from smaflib.self_training import TargetRule, self_train
+from smaflib.self_training import self_train
 from smaflib.training import History
 
 
@@ -183,12 +183,11 @@ def train_student(
     config: Config,
     runtime: Runtime,
     checkpoint: Path | None = None,
-    make_target: TargetRule | None = None,
 ) -> tuple[Network, History]:
     """Stage 4 with the settings of a config."""
     assert config.attention.bg_score != "auto"
-    options: dict[str, Any] = {"checkpoint": checkpoint, "make_target": make_target}
-    return self_train(teacher, samples, denoised, config.self_training, config.attention.bg_score, runtime, **options)
+    settings, bg_score = config.self_training, config.attention.bg_score
+    return self_train(teacher, samples, denoised, settings, bg_score, runtime, checkpoint=checkpoint)
 
 
 def train_segmentation(

@@ -37,8 +37,7 @@ from smaflib.errors import ConfigError, DataError, RunError
 from smaflib.evaluation import evaluate, masks_of
 from smaflib.files import PROJECT_ROOT, locked
 from smaflib.maps import DenoisedMaps
-from smaflib.pipeline import Targets, train_student
-from smaflib.reactivation import with_background_score
+from smaflib.pipeline import train_student
 from smaflib.report.plots import plot_ablation
 from smaflib.runs import Run, open_run
 from smaflib.runs.inputs import stage_inputs
@@ -112,46 +111,45 @@ def test_oracle_threshold_is_never_worse_than_the_runs_own_score(done: Run) -> N
 
 
 def taught(run: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Sequence[Tensor], Any]:
-    """The maps and the target rule that a student is trained with."""
+    """The maps and settings that a student is trained with."""
     given: list[Any] = []
 
-    def note(teacher: Any, samples: Any, denoised: Any, *_: Any, make_target: Any, **options: Any) -> Any:
-        given.extend([denoised, make_target])
+    def note(teacher: Any, samples: Any, denoised: Any, settings: Any, *_: Any, **options: Any) -> Any:
+        given.extend([denoised, settings])
         return teacher, []
 
     monkeypatch.setattr("smaflib.self_training.self_train", note)
     work = work_of(run)
     work.checkpoint(name).unlink()  # a finished student is given no targets
-    train_student(work, name, targets=STUDENTS[name])
+    train_student(work, name, **STUDENTS[name])
     return given[0], given[1]
 
 
 def test_without_denoising_the_targets_hold_absent_classes(copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    denoised, rule = taught(copy, "student_undenoised", monkeypatch)
+    denoised, settings = taught(copy, "student_undenoised", monkeypatch)
     work = work_of(copy)
     fused = work.maps("teacher").fused(work.samples().image_ids[0], copy.config.attention.fusion)
     absent = work.samples().image_labels[0] == 0
     assert torch.allclose(denoised[0], fused, atol=1e-3)  # kept in half precision
     assert (denoised[0][absent].amax(dim=(1, 2)) > 0.99).all()  # each of them peaks at 1
-    assert rule is None  # reactivation, as self_training.targets says
+    assert settings.reactivate
 
 
 def test_without_reactivation_the_targets_are_the_scores_as_they_are(
     copy: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    denoised, rule = taught(copy, "student_unreactivated", monkeypatch)
+    denoised, settings = taught(copy, "student_unreactivated", monkeypatch)
     expected, _ = taught(copy, "student", monkeypatch)
     assert torch.equal(denoised[0], expected[0])
-    assert rule is with_background_score
-    assert rule(torch.full((1, 1, 1), 0.5), 0.25).flatten().tolist() == [0.25, 0.5]
+    assert not settings.reactivate
 
 
 def test_the_controls_targets_come_from_one_scale(copy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    denoised, rule = taught(copy, "student_control", monkeypatch)
+    denoised, settings = taught(copy, "student_control", monkeypatch)
     work = work_of(copy)
     expected = work.denoised("teacher", work.samples(), [1.0])
     assert torch.allclose(denoised[0], expected[0], atol=1e-3)
-    assert rule is None  # reactivation, as self_training.targets says
+    assert settings.reactivate
 
 
 def test_without_crf_is_the_full_variant_before_the_crf(done: Run) -> None:
@@ -185,10 +183,10 @@ def test_killed_ablation_goes_on_and_ends_with_the_same_numbers(
 ) -> None:
     run = tiny_run(tmp_path / "killed")
 
-    def train_and_die(work: SeedWorkspace, name: str, targets: Targets) -> None:
+    def train_and_die(work: SeedWorkspace, name: str, **changes: bool) -> None:
         if name == "student_undenoised":
             raise KeyboardInterrupt
-        train_student(work, name, targets=targets)
+        train_student(work, name, **changes)
 
     monkeypatch.setattr(ablation, "train_student", train_and_die)
     with pytest.raises(KeyboardInterrupt):

@@ -111,10 +111,6 @@ def train_all(folder: Path) -> None:
         maps = [torch.rand(3, 32, 40, generator=torch.Generator().manual_seed(n)) for n in range(7)]
         path = folder / f"{name}_student.safetensors"
         self_train(teacher, samples, maps, config.self_training, 0.3, runtime, checkpoint=path)
-        if frozen:  # parts differ in the weight of their pixels, too
-            options = {"pixel_weights": [n * field[0] for n, field in enumerate(maps)]}
-            path = folder / "frozen_weighted.safetensors"
-            self_train(teacher, samples, maps, config.self_training, 0.3, runtime, checkpoint=path, **options)
         path = folder / f"{name}_segmenter.safetensors"
         train_segmenter(samples, masks, config.model, config.segmentation, runtime, checkpoint=path)
     if not ranks_here().alone:

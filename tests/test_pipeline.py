@@ -24,7 +24,6 @@ from smaflib.errors import DataError, InputError, MissingStage
 from smaflib.evaluation import evaluate, masks_of
 from smaflib.maps import DenoisedMaps, MaskMaps, SaliencyMaps
 from smaflib.pipeline import (
-    Targets,
     Workspace,
     attend,
     check_networks,
@@ -163,8 +162,10 @@ def test_targets_are_the_denoised_maps_of_all_scales_or_of_one(
         return teacher, []
 
     monkeypatch.setattr("smaflib.self_training.self_train", note)
-    for targets in (Targets(), Targets(fused=False), Targets(denoised=False)):
-        train_student(copy, "another", targets=targets)
+    for settings in ({}, {"fused": False}, {"denoise": False}):
+        train_student(changed(copy, self_training=settings), "another")
+    train_student(copy, "another", fused=False)
+    assert taught.pop()[0].scales == [1.0]
     (fused, bg_score), (single, _), (noisy, _) = taught
     label = copy.samples()[0].image_label
     assert bg_score == copy.config.attention.bg_score

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from smaflib.errors import ConfigError
 from smaflib.maps import write_attention_maps
 from smaflib.models import with_background
 from smaflib.models.networks import attention_of
-from smaflib.reactivation import reactivate, with_background_score
 from smaflib.runtime import Runtime, cpu_runtime
 from smaflib.self_training import mac_loss
 
@@ -52,41 +50,23 @@ def test_mac_loss_is_computed_in_float32() -> None:
     assert torch.equal(mac_loss(logits.bfloat16(), target), mac_loss(logits.bfloat16().float(), target))
 
 
-def test_mac_loss_with_pixel_weights_by_hand() -> None:
-    # Two pixels whose softmax is (1/2, 1/2): one is wrong by 1/2, the other by 1/4, in both channels.
-    target = torch.tensor([[1.0, 0.75], [0.0, 0.25]]).view(1, 2, 1, 2)
-    logits = torch.zeros(1, 2, 1, 2)
-    weights = torch.tensor([[[1.0, 3.0]]])
-    assert float(mac_loss(logits, target, 1.0, weights)) == pytest.approx((1 * 1 / 4 + 3 * 1 / 16) / 4, rel=1e-6)
-    assert float(mac_loss(logits, target, 1.0, 7 * weights)) == pytest.approx(7 / 64, rel=1e-6)  # only ratios count
-    alike = mac_loss(logits, target, pixel_weights=torch.full((1, 1, 2), 0.5))
-    assert float(alike) == pytest.approx(float(mac_loss(logits, target)), rel=1e-6)
-    assert float(mac_loss(logits, target, pixel_weights=torch.zeros(1, 1, 2))) == 0
-
-
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_student_learns_what_make_target_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, samples = tiny_config(self_training={"iterations": 1}), make_samples(ground_truth=False)
+def test_settings_decide_what_a_target_is(monkeypatch: pytest.MonkeyPatch) -> None:
     targets: list[Tensor] = []
     monkeypatch.setattr(
         self_training, "mac_loss", lambda logits, target, *_: targets.append(target) or logits.square().mean()
     )
-    hard_config = tiny_config(self_training={"iterations": 1, "targets": "hard"})
-    for settings, rule in (
-        (config, None),
-        (config, with_background_score),
-        (hard_config, None),
-        (hard_config, reactivate),
-    ):
-        train_student(new_teacher(config, 3, CPU), samples, masks_as_maps(), settings, CPU, make_target=rule)
-    divided, as_is, hard, by_rule = targets
+    bg_score = tiny_config().attention.bg_score
+    for settings in ({}, {"reactivate": False}, {"targets": "hard"}):
+        config = tiny_config(self_training={"iterations": 1} | settings)
+        train_student(new_teacher(config, 3, CPU), make_samples(ground_truth=False), masks_as_maps(), config, CPU)
+    divided, as_is, hard = targets
     assert torch.equal(hard, hard.round()) and bool((hard.sum(dim=1) == 1).all())
     assert torch.equal(hard.argmax(dim=1), divided.argmax(dim=1))
-    assert torch.equal(by_rule, divided)  # a rule of one's own comes first
     assert float(divided.amax(dim=1).min()) == 1  # the strongest class of every pixel is at 1
-    assert as_is[:, 0].unique().tolist() == [pytest.approx(config.attention.bg_score)]
+    assert as_is[:, 0].unique().tolist() == [pytest.approx(bg_score)]
     assert torch.allclose(as_is / as_is.amax(dim=1, keepdim=True), divided)
 
 
@@ -111,28 +91,20 @@ def test_student_learns_its_targets() -> None:
     assert history[-1]["L_mac"] < 0.5 * history[0]["L_mac"]
 
 
-def watch_mac_loss(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What the loss is given from now on, one entry per step: target, the loss's factor, pixel weights."""
-    seen: list[tuple[Any, ...]] = []
-
-    def watched(logits: Tensor, *given: Any) -> Tensor:
-        seen.append(given)
-        return mac_loss(logits, *given)
-
-    monkeypatch.setattr(self_training, "mac_loss", watched)
-    return seen
-
-
 def test_targets_are_reactivated_crops_at_a_quarter_of_the_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = watch_mac_loss(monkeypatch)
+    seen: list[tuple[Tensor, float]] = []
+    monkeypatch.setattr(
+        self_training,
+        "mac_loss",
+        lambda logits, target, weight: seen.append((target, weight)) or mac_loss(logits, target, weight),
+    )
     config = tiny_config(
         attention={"bg_score": 0.5},
         # The image is half as large as the crop: at least half of the crop is padding.
         self_training={"iterations": 2, "crop_size": 64, "resize_range": [32, 32], "loss_weight": 7.0},
     )
     train_student(new_teacher(config, 3, CPU), make_samples(), masks_as_maps(), config, CPU)
-    for target, weight, pixel_weights in seen:
-        assert pixel_weights is None
+    for target, weight in seen:
         assert target.shape == (2, 4, 16, 16) and weight == 7.0
         assert bool((target.amax(dim=1) == 1).all())
         outside = (target[:, 0] == 1) & (target[:, 1:] == 0).all(dim=1)  # no attention there: background
@@ -141,26 +113,6 @@ def test_targets_are_reactivated_crops_at_a_quarter_of_the_side(monkeypatch: pyt
         assert bool(inside.any()) and bool((target[:, 0][inside] <= 1).all())
         assert float(target[:, 0].min()) == pytest.approx(0.5, abs=0.01)  # 0.5 divided by a peak of 1
     assert len(seen) == 2
-
-
-def test_pixel_weights_are_cut_like_the_image_and_are_1_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = watch_mac_loss(monkeypatch)
-    config = tiny_config(self_training={"iterations": 3, "crop_size": 64, "resize_range": [32, 32]})
-    # Both fields are 0 in the left half of each image and tell the right half from what lies outside.
-    maps = [torch.zeros(3, 32, 40) for _ in range(5)]
-    weights = [torch.full((32, 40), 0.25) for _ in range(5)]
-    for field in (*maps, *weights):
-        field[..., :20] = 0
-    for image in maps:
-        image[0, :, 20:] = 1
-    teacher, options = new_teacher(config, 3, CPU), {"target_stride": 2, "pixel_weights": weights}
-    self_training.self_train(teacher, make_samples(), maps, config.self_training, 0.3, CPU, **options)
-    assert len(seen) == 3
-    for target, _, of_pixels in seen:
-        assert target.shape == (2, 4, 32, 32) and of_pixels.shape == (2, 32, 32)
-        right, left = of_pixels == 0.25, of_pixels == 0
-        assert bool((target[:, 1][right] == 1).all()) and bool((target[:, 1][left] == 0).all())
-        assert float((of_pixels == 1).float().mean()) > 0.5  # at least half of the crop is padding
 
 
 def test_image_and_target_are_cut_alike(monkeypatch: pytest.MonkeyPatch) -> None:

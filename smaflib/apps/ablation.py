@@ -30,7 +30,6 @@ from smaflib.errors import ConfigError, DataError
 from smaflib.evaluation import SIZES, SegmentationMetrics, evaluate, mean_over_classes, sweep_thresholds
 from smaflib.maps import DenoisedMaps
 from smaflib.pipeline import (
-    Targets,
     Workspace,
     auto_bg_score,
     resolve_bg_score,
@@ -39,7 +38,6 @@ from smaflib.pipeline import (
     write_maps,
 )
 from smaflib.pseudo_masks import pseudo_masks
-from smaflib.reactivation import with_background_score
 from smaflib.runs import Run
 from smaflib.runs.environment import describe_machine
 from smaflib.runs.inputs import claim_code, plugin_facts
@@ -59,13 +57,13 @@ ORACLE_IMAGES = 400
 """And on at most so many images, evenly over the split. The score that wins is then evaluated on all of them."""
 
 
-STUDENTS: dict[str, Targets] = {
-    "student": Targets(),
-    "student_control": Targets(fused=False),
-    "student_undenoised": Targets(denoised=False),
-    "student_unreactivated": Targets(rule=with_background_score),
+STUDENTS: dict[str, dict[str, Any]] = {
+    "student": {},
+    "student_control": {"fused": False},
+    "student_undenoised": {"denoise": False},
+    "student_unreactivated": {"reactivate": False},
 }
-"""By the name of its checkpoint. The first two are those of notebook 05."""
+"""What differs in ``self_training``, by the name of its checkpoint. The first two are those of notebook 05."""
 
 
 @dataclass(frozen=True)
@@ -203,11 +201,11 @@ def ablate_seed(
     write_maps(work, "teacher")
     resolve_bg_score(work)
     needed = {ROWS[name].network for name in rows}
-    for name, targets in STUDENTS.items():
+    for name, changes in STUDENTS.items():
         if name not in needed:
             continue
         log(f"seed {seed}: {name}")
-        train_student(work, name, targets=targets)
+        train_student(work, name, **changes)
         write_maps(work, name)
     records = []
     for name, row in ROWS.items():

@@ -203,6 +203,10 @@ class SelfTrainingConfig(TrainingConfig):
 
     color_jitter: ColorJitter = (0.0, 0.0, 0.0, 0.0)
     rounds: Positive = 1  # in each further round the student of the last one is the teacher
+    # Three steps of the targets, for ablations; the paper takes all of them.
+    fused: bool = True  # targets from maps fused over all scales; false: from the single scale nearest to 1
+    denoise: bool = True  # set the maps of classes without image label to zero
+    reactivate: bool = True  # divide each pixel by its strongest score; false: the target is the scores themselves
     loss_weight: Annotated[float, Field(gt=0, le=1e6)] = 100.0  # L_mac = loss_weight * mean squared error
     # What makes masks of the fused maps, for the student to learn: crf, par, or package.module:attribute, with the
     # settings of pseudo_masks. none: the student learns the maps themselves, as in the paper.
