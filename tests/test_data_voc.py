@@ -335,8 +335,7 @@ def test_grey_saliency_may_be_stored_as_colour_but_must_be_grey(tmp_path: Path) 
 
 @pytest.fixture
 def mini_root(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    mini = pytest.importorskip("smaflib.data.mini.dataset")
-    monkeypatch.setattr(mini, "CLASS_NAMES", CLASSES)
+    monkeypatch.setattr("minidata.CLASS_NAMES", CLASSES)
     run_folder = root.parent / "run"
     run_folder.mkdir()
     return root.rename(run_folder / "data")
@@ -358,7 +357,6 @@ def replace_data(settings: Config, **data: Any) -> Any:
 
 
 def test_missing_mini_set_says_what_makes_it(tmp_path: Path) -> None:
-    pytest.importorskip("smaflib.data.mini.dataset")
     settings = Config.model_validate({"data": {"kind": "mini"}})
     with pytest.raises(DataError, match="no mini data set in .*data; notebook 01 makes it, as does `smaf run CONFIG"):
         load_samples(settings, "train", tmp_path)

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from smaflib.data.mini import dataset as mini
-from smaflib.data.mini.dataset import CLASS_NAMES, FAMILIES, PREFERRED_SCENES, VOID, Scene, draw_scene, make_mini
-from smaflib.data.mini.drawing import CLASSES, DISTRACTORS, SCENES, TRIM, Sprite, render_object
+from minidata import dataset as mini
+from minidata.dataset import CLASS_NAMES, FAMILIES, PREFERRED_SCENES, VOID, Scene, draw_scene, make_mini
+from minidata.drawing import CLASSES, DISTRACTORS, SCENES, TRIM, Sprite, render_object
 
 SIZE = 128
 

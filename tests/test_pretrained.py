@@ -2,11 +2,11 @@
 
 import torch
 
+from minidata.dataset import CLASS_NAMES, make_mini
 from smaflib.cams import fuse_cams, multi_scale_cams
 from smaflib.config import load_config
 from smaflib.data import load_samples
 from smaflib.data.masks import ground_truth_of
-from smaflib.data.mini.dataset import CLASS_NAMES, make_mini
 from smaflib.evaluation import evaluate, masks_of
 from smaflib.models.pretrained import ASSETS, pretrained_config, pretrained_network, short_config
 from smaflib.models.weights.files import read_weights, write_weights

@@ -57,8 +57,7 @@ def load_samples(config: Config, split: Literal["train", "val"], run_folder: Pat
 
 def _mini_as_voc(data: DataConfig, run_folder: Path | None) -> DataConfig:
     """The settings that make the VOC loader read the mini set."""
-    # Imported late: the package mini uses this package's modules, and only this data set needs the drawing code.
-    from smaflib.data.mini.dataset import CLASS_NAMES
+    from minidata import CLASS_NAMES  # minidata imports this package
 
     root = data.root or (run_folder / "data" if run_folder else None)
     if root is None:

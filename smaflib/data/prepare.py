@@ -11,7 +11,6 @@ import torch
 from smaflib.config import Config, EvaluationConfig
 from smaflib.data.classes import VOID_LABEL
 from smaflib.data.coco import coco_masks_folder, write_coco_masks
-from smaflib.data.mini.dataset import make_mini
 from smaflib.data.sample import Samples
 from smaflib.data.voc import SPLITS
 from smaflib.runtime import num_cores, progress
@@ -29,6 +28,8 @@ def make_data(config: Config, run_folder: Path) -> None:
             write_coco_masks(data, split, coco_masks_folder(data, split, run_folder))
     root = data.root or run_folder / "data"
     if data.kind == "mini" and not (root.is_dir() and any(root.iterdir())):
+        from minidata import make_mini  # minidata imports this package
+
         make_mini(
             root,
             data.num_train,

@@ -22,12 +22,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from minidata.dataset import make_mini
 from smaflib.cams import FUSION_RULES, at_size, fuse_cams, multi_scale_cams
 from smaflib.classifier import classify_image, learned_views, predict_labels
 from smaflib.config import Config, CrfConfig, EvaluationConfig, FusionRule, PseudoMaskConfig
 from smaflib.data import Sample, load_samples
 from smaflib.data.masks import open_picture
-from smaflib.data.mini.dataset import make_mini
 from smaflib.errors import DataError, MissingStage, RunError
 from smaflib.evaluation import confusion_matrix, intersection_over_union, mean_over_classes, sweep_thresholds
 from smaflib.files import display_path

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, get_args
 
+from minidata.dataset import CLASS_NAMES
 from smaflib.config import Config, load_config
-from smaflib.data.mini.dataset import CLASS_NAMES
 from smaflib.models.networks import AttentionNetwork, load_attention_network
 
 ASSETS = Path(__file__).parent / "assets"

@@ -37,8 +37,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from smaflib.data.masks import VOC_PALETTE
-from smaflib.data.mini.drawing import (
+from minidata.drawing import (
     CLASSES,
     DISTRACTORS,
     SCENES,
@@ -48,6 +47,7 @@ from smaflib.data.mini.drawing import (
     render_object,
     smooth_noise,
 )
+from smaflib.data.masks import VOC_PALETTE
 
 FAMILIES: tuple[tuple[str, str], ...] = (("llama", "ram"), ("crane", "mixer"), ("amphora", "plant"))
 CLASS_NAMES: tuple[str, ...] = tuple(name for family in FAMILIES for name in family)
