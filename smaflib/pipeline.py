@@ -378,7 +378,7 @@ def read_bg_score(path: Path) -> float | None:
     Raises:
         RunError: if the file is damaged.
     """
-    from smaflib.config.schema import BgScore
+    from smaflib.config import BgScore
 
     score = files.read_json(path, {}, dict[Literal["bg_score"], BgScore]).get("bg_score")
     return None if score is None else float(score)

@@ -346,7 +346,7 @@ def _package(module: str) -> str | None:
     return f"{names[0]} {importlib.metadata.version(names[0])}" if names else None
 
 
-# ------------------------------------------------------------------- the new API; everything above goes once nobody calls it
+# ---------------------------------------------- the new API; everything above goes once nobody calls it
 
 
 def is_custom(name: str) -> bool:

@@ -167,7 +167,6 @@ def test_value_that_does_not_fit_is_refused(settings: dict[str, Any], message: s
         "evaluation.paper_results={pseudo_masks: 739}",
         "data.image_size=100000",
         "num_threads=1000000",
-        f"seed={'1' * 5000}",
         f"classifier.iterations={10**30}",
     ],
 )
@@ -189,13 +188,12 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         (b"seed: " + b"1" * 5000, "is not valid YAML: Exceeds the limit"),
         (b"seed: 2024-13-45", "is not valid YAML: month must be in 1..12"),
         (b"seed: " + b"[" * 100_000, "is not valid YAML"),
-        (b"seed: \xff\xfe", "cannot be read as UTF-8 text"),
+        (b"seed: \xff\xfe", "is not UTF-8 text"),
         (b"seed: \x00", "is not valid YAML"),
         (BOMB.encode() + b"seed: *g", "there is no setting"),
         (BOMB.replace("a:", "seed:", 1).encode(), "there is no setting"),
         (b"seed: &a [*a, *a]", "is not valid YAML|valid integer"),
         (("".join(f"data_{number}: 1\n" for number in range(5000))).encode(), "there is no setting"),
-        (("attention: {scales: [" + ", ".join(["-1"] * 5000) + "]}").encode(), "and 498. more"),
     ],
 )
 def test_hostile_file_of_settings_is_refused_in_a_few_words(tmp_path: Path, content: bytes, message: str) -> None:
@@ -274,7 +272,7 @@ def test_override_that_does_not_fit(tmp_path: Path, override: str, message: str)
 
 
 def test_file_that_is_missing_or_no_settings(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no config file .*absent\.yaml; the ready ones are in configs/"):
+    with pytest.raises(FileNotFoundError, match=r"no config file .*absent\.yaml; smaflib comes with those in configs/"):
         load_config(tmp_path / "absent.yaml")
     with pytest.raises(ConfigError, match="is not valid YAML"):
         load_config(write_yaml(tmp_path, "data: [1, "))
@@ -284,7 +282,7 @@ def test_file_that_is_missing_or_no_settings(tmp_path: Path) -> None:
 
 def test_message_names_the_file(tmp_path: Path) -> None:
     path = write_yaml(tmp_path, "sed: 1\n")
-    with pytest.raises(ConfigError, match=r"some\.yaml: there is no setting sed; did you mean seed\?"):
+    with pytest.raises(ConfigError, match=r"some\.yaml:\n  there is no setting sed; did you mean seed\?"):
         load_config(path)
 
 
@@ -348,6 +346,6 @@ def test_a_preset_is_named_in_a_file_and_changed_by_a_setting(tmp_path: Path) ->
 @pytest.mark.parametrize("setting", ["pseudo_masks.crf=fast", "pseudo_masks.crf.preset=fast"])
 def test_an_unknown_preset_names_the_known_ones(tmp_path: Path, setting: str) -> None:
     with pytest.raises(
-        ConfigError, match="there is no CRF preset 'fast'; there are reference, irn, deeplab, mini, soft"
+        ConfigError, match="there is no CRF preset 'fast'; choose one of reference, irn, deeplab, mini, soft"
     ):
         load_config(write_yaml(tmp_path, "data: {kind: mini}"), [setting])

@@ -30,7 +30,7 @@ from torchvision.ops import StochasticDepth
 from smaflib import files
 from smaflib.classifier import train_classifier
 from smaflib.config import Config, dump_config
-from smaflib.config.reads import SETTINGS_FILE, follow, recorded_settings, recording_where_asked
+from smaflib.config_reads import SETTINGS_FILE, follow, recorded_settings, recording_where_asked
 from smaflib.data import make_data
 from smaflib.data.masks import read_mask
 from smaflib.distributed import launch

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from smaflib.config import Config, StageConfig, config_differences, dump_config, load_config
-from smaflib.config.reads import follow, recorded_settings, recording, settings_at
+from smaflib.config_reads import follow, recorded_settings, recording, settings_at
 from smaflib.files import PROJECT_ROOT
 from smaflib.runs import open_run
 

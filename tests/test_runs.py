@@ -14,7 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
 
 from smaflib.config import DataConfig
-from smaflib.config.reads import settings_at
+from smaflib.config_reads import settings_at
 from smaflib.errors import ConfigError, MissingStage, RunError, RunMismatch
 from smaflib.files import PARTIAL, PROJECT_ROOT, absolute, replacing
 from smaflib.runs import Run, find_run, manifest, open_run, read_run

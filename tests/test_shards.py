@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from smaflib import files
 from smaflib.apps.cli import app
 from smaflib.config import dump_config
-from smaflib.config.reads import follow, recorded_settings, recording
+from smaflib.config_reads import follow, recorded_settings, recording
 from smaflib.data import make_data
 from smaflib.errors import InputError, MissingStage, RunError
 from smaflib.files import SHIPPED

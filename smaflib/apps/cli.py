@@ -322,8 +322,7 @@ def masks(
     """Make pixel masks for custom images, from a list of what each shows. Resumes where it stopped."""
     with _plain_errors():
         from smaflib.apps.custom_images import label_images, make_masks, plan_masks
-        from smaflib.config import load_config
-        from smaflib.config.schema import NAMED_WEIGHTS
+        from smaflib.config import NAMED_WEIGHTS, load_config
         from smaflib.files import SHIPPED
 
         if (labels is None) == (learned is None):

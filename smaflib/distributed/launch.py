@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from smaflib import errors, files
 from smaflib.config import Config, TrainingConfig, dump_config
-from smaflib.config.reads import not_noting
+from smaflib.config_reads import not_noting
 from smaflib.distributed.ranks import ranks_here
 from smaflib.errors import ConfigError, InputError, RunError
 from smaflib.runtime import PROGRESS_FILE, num_cores

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from smaflib import pipeline
 from smaflib.config import check_settings
-from smaflib.config.reads import follow, recording_where_asked
+from smaflib.config_reads import follow, recording_where_asked
 from smaflib.distributed.launch import FAILURE, FINAL, TASK
 from smaflib.errors import RunError
 from smaflib.files import duration, write_json

@@ -9,8 +9,7 @@ import torch
 import torchvision.models
 from torch import Tensor, nn
 
-from smaflib.config import ModelConfig
-from smaflib.config.schema import NAMED_WEIGHTS
+from smaflib.config import NAMED_WEIGHTS, ModelConfig
 from smaflib.errors import ConfigError, PluginError
 from smaflib.models.resnet38 import ResNet38
 from smaflib.models.slim import SlimResNet

@@ -11,8 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from smaflib.config import ModelConfig
-from smaflib.config.schema import NAMED_WEIGHTS
+from smaflib.config import NAMED_WEIGHTS, ModelConfig
 from smaflib.data.transforms import IMAGENET_MEAN, IMAGENET_STD, renormalization
 from smaflib.errors import ConfigError
 from smaflib.models.weights.files import check_weights, read_weights

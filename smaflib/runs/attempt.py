@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from smaflib import files
-from smaflib.config.reads import recorded_settings
+from smaflib.config_reads import recorded_settings
 from smaflib.files import display_path
 from smaflib.runs.inputs import config_hash
 from smaflib.runs.manifest import Entry, clear_stage, read_manifest, write_manifest

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from smaflib import files
-from smaflib.config import Config, DataConfig, Split
-from smaflib.config.reads import settings_at
-from smaflib.config.schema import FREE_SETTINGS
+from smaflib.config import FREE_SETTINGS, Config, DataConfig, Split
+from smaflib.config_reads import settings_at
 from smaflib.errors import ConfigError, RunError
 from smaflib.files import display_path
 from smaflib.plugins import DATA, describe, source_files

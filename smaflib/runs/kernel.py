@@ -4,7 +4,7 @@
 what the notebooks import, then waits for its orders on standard input (:class:`SpareKernel`): nine notebooks that each
 wait five seconds for their imports would spend a sixth of the mini run on that.
 
-Where the environment names a file for it (:mod:`smaflib.config.reads`), the kernel notes there which settings its
+Where the environment names a file for it (:mod:`smaflib.config_reads`), the kernel notes there which settings its
 notebook reads. ipykernel ends a kernel whose parent was killed, but not the worker processes that the kernel started:
 this one ends them, too.
 """
@@ -151,7 +151,7 @@ def recording_settings() -> contextlib.AbstractContextManager[None]:
     """Note which settings are read, if the environment asks for it."""
     # A library that does not import fails again in the notebook's own cell, where its reader sees it.
     with contextlib.suppress(Exception):
-        from smaflib.config.reads import recording_where_asked
+        from smaflib.config_reads import recording_where_asked
 
         return recording_where_asked()
     return contextlib.nullcontext()

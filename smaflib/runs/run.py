@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from smaflib import files
 from smaflib.config import Config, config_differences, dump_config, load_config
-from smaflib.config.reads import follow
+from smaflib.config_reads import follow
 from smaflib.errors import ConfigError, MissingStage, RunError, RunMismatch
 from smaflib.files import RUNS_FOLDER, absolute, display_path
 from smaflib.pipeline import Workspace

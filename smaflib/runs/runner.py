@@ -23,7 +23,7 @@ from typing import Any
 
 from smaflib import files
 from smaflib.config import load_config
-from smaflib.config.reads import SETTINGS_FILE
+from smaflib.config_reads import SETTINGS_FILE
 from smaflib.errors import RunError, RunStopped, StageFailed
 from smaflib.files import RUNS_FOLDER, SHIPPED, absolute, display_path, duration
 from smaflib.pipeline import check_networks, check_plugins

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, get_args
 
 from smaflib import files
 from smaflib.config import Split
-from smaflib.config.reads import follow, recording
+from smaflib.config_reads import follow, recording
 from smaflib.errors import InputError, MissingStage, RunError
 from smaflib.files import RUNS_FOLDER, SHIPPED, display_path
 from smaflib.pipeline import Workspace, check_plugins, resolve_mask_bg_score

@@ -13,7 +13,7 @@ from smaflib.errors import RunError
 class Stage:
     """One notebook of the chain.
 
-    Which settings it reads is found while it runs (:mod:`smaflib.config.reads`), which code by reading its notebook
+    Which settings it reads is found while it runs (:mod:`smaflib.config_reads`), which code by reading its notebook
     (:mod:`smaflib.runs.code`).
 
     Attributes:

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from smaflib.config.schema import FREE_SETTINGS, Config, StageConfig
+from smaflib.config import FREE_SETTINGS, Config, StageConfig
 
 SETTINGS_FILE = "SMAF_SETTINGS_FILE"
 """Environment variable: a file that takes the names of the settings that are read."""
