@@ -6,7 +6,7 @@ SAVED := $(addprefix metadata.language_info.,codemirror_mode file_extension mime
 NBSTRIPOUT := $(BIN)/nbstripout --keep-id --extra-keys "$(SAVED)"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test browser cluster-test check format gitfilter lab docs lock assets screenshots reference photos links clean
+.PHONY: help setup reproduce test browser cluster-test check format gitfilter lab docs lock assets screenshots reference curves links clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,17 +83,14 @@ reference: setup  ## renew papermill_runs/reference: the mini preset and its abl
 	$(BIN)/smaf ablate $(REFERENCE_SETTINGS) --seeds 0,1,2
 	$(BIN)/smaf run $(REFERENCE_SETTINGS)
 	$(BIN)/python -m tools.export_reference_run papermill_runs/$(REFERENCE_RUN)
-	$(BIN)/python -m tools.mini_page
 
-photos: setup  ## make every run behind docs/voc12_small.md: VOC2012=folder SALIENCY=folder; hours, resumes where it stopped
-	@[ -n '$(VOC2012)' ] && [ -n '$(SALIENCY)' ] || { echo "say where the photos and their saliency maps are:" \
-	  "make photos VOC2012=data/VOCdevkit/VOC2012 SALIENCY=data/saliency" >&2; exit 1; }
-	$(BIN)/python -m tools.real_photos run '$(VOC2012)' '$(SALIENCY)'
+curves: setup  ## draw docs/voc12_small.png from docs/voc12_small.json
+	$(BIN)/python -m tools.photo_curves
 
-links:  ## put REPOSITORY=owner/name (on GitHub) into the links for Colab and Binder
+links:  ## put REPOSITORY=owner/name (on GitHub) into the notebook for Colab
 	@case '$(REPOSITORY)' in */*) ;; *) echo "say which: make links REPOSITORY=owner/name" >&2; exit 1;; esac
-	sed -i.bak 's#OWNER/NAME#$(REPOSITORY)#g' docs/in_the_browser.md binder/colab.ipynb
-	rm docs/in_the_browser.md.bak binder/colab.ipynb.bak
+	sed -i.bak 's#OWNER/NAME#$(REPOSITORY)#g' binder/colab.ipynb
+	rm binder/colab.ipynb.bak
 
 clean:  ## remove caches and build leftovers; .venv and papermill_runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,44 +1,42 @@
-"""Which recipe makes the best masks of somebody's own few photos? ``configs/custom.yaml``, by folds.
+"""Which recipe makes the best masks of a few custom photos? ``configs/custom.yaml``, by folds.
 
     python -m benchmarks.own_photos PHOTOS choose "today:" "finer: attention.scales=[0.5,0.75,1.0]"
     python -m benchmarks.own_photos PHOTOS final "today:" "chosen: ..."
-    python -m benchmarks.own_photos PHOTOS page
 
 PHOTOS is a folder in VOC's layout: ``JPEGImages``, ``SegmentationClass`` with VOC's values, ``labels.csv``. Each fold
-of about 40 photos is one user's folder: its classes are the names of its own labels, its masks serve evaluation only.
-``choose`` compares recipes, each a name, a colon and settings, on :data:`FOLDS` folds. ``final`` evaluates on
-:data:`HELD_OUT` folds whose photos ``choose`` never sees, nor any recipe that was chosen before: with ``--tuned TABLE``
-the photos of that table stay in the folds of ``choose``. A recipe named ``teacher ...`` trains no student. Results go
-to results/own_photos.json, a record per recipe and fold, and what is there is not computed again. docs/own_photos.md is
-filled after each; ``page`` does only that.
+of about 40 photos stands for one user's folder: its classes are the names in its labels, its masks serve evaluation
+only. ``choose`` compares recipes, each a name, a colon and settings, on :data:`FOLDS` folds. ``final`` evaluates on
+:data:`HELD_OUT` folds whose photos ``choose`` never sees; photos in ``--tuned TABLE`` are never held out. A recipe
+named ``teacher ...`` trains no student. Results go to results/own_photos.json, a record per recipe and fold; existing
+records are not computed again.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import shutil
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
-from benchmarks.student_targets import score
 from smaflib import files
 from smaflib.config import load_config
 from smaflib.data.classes import VOC_CLASSES, VOID_LABEL
+from smaflib.data.masks import ground_truth_of
+from smaflib.data.sample import Samples
+from smaflib.evaluation import evaluate, sweep_thresholds
 from smaflib.files import PROJECT_ROOT
-from smaflib.pipeline import Workspace, resolve_bg_score, self_train_rounds, train_teacher, write_maps
-from smaflib.report.markdown import fill_page, markdown_table
-from smaflib.report.seeds import spread
+from smaflib.pipeline import Workspace, resolve_bg_score, self_train_rounds, train_teacher, write_maps, write_masks
 from smaflib.runs.environment import git_state
 
 RESULTS = Path(__file__).parent / "results" / "own_photos.json"
 PRESET = PROJECT_ROOT / "configs" / "custom.yaml"
-PAGE = PROJECT_ROOT / "docs" / "own_photos.md"
-COMMAND = "benchmarks/own_photos.py"
 FOLDS, HELD_OUT = 4, 2
 HEAD = {"image": "image", "labels": "labels"}
 NETWORKS = ("teacher", "student")
@@ -106,6 +104,18 @@ def measure(name: str, settings: Sequence[str], data: Sequence[str], folder: Pat
     return {"seconds": seconds} | {network: score(work, network, samples) for network in networks}
 
 
+def score(work: Workspace, network: str, samples: Samples) -> dict[str, Any]:
+    """mIoU in % of the fused maps at their oracle threshold, and of the masks at the run's own."""
+    true, names = ground_truth_of(samples) or [], samples.class_names
+    sweep = sweep_thresholds(work.denoised(network, samples), true, names, work.config.evaluation)
+    shutil.rmtree(work.path("masks"), ignore_errors=True)
+    masks = evaluate(write_masks(work, network), true, names, work.config.evaluation)
+    return {
+        "fused": {"mIoU": 100 * max(each.miou for each in sweep.values())},
+        "refined_auto": {"mIoU": 100 * masks.miou},
+    }
+
+
 def evaluate_recipes(photos: Path, purpose: str, recipes: Sequence[str], tuned: Path | None, scratch: Path) -> None:
     """Measure each recipe on each fold of a purpose, and keep the records as they come."""
     folds = split(read_rows(photos / "labels.csv"), (row["image"] for row in read_rows(tuned)) if tuned else ())
@@ -128,53 +138,28 @@ def read_rows(table: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-# ------------------------------------------------------------------------------------------------------------- page
-
-
-def tables(records: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Markdown by name, ``final`` and ``choose``: a line per recipe, mean and standard deviation over its folds."""
-    made = {}
-    for purpose in ("final", "choose"):
-        values: dict[str, dict[str, list[float]]] = {}
-        for record in records:
-            if record["fold"].startswith(purpose):
-                by_row = values.setdefault(record["recipe"], {})
-                for row, number in numbers(record).items():
-                    by_row.setdefault(row, []).append(number)
-        settings = {record["recipe"]: record["settings"] for record in records}
-        lines = []
-        for recipe, by_row in values.items():
-            cells = [spread(by_row.get(row, [])) for row in ROWS]
-            what = ", ".join(f"`{setting}`" for setting in settings[recipe]) or "`configs/custom.yaml`"
-            lines.append([recipe, what, *cells])
-        made[purpose] = markdown_table(["recipe", "settings", *ROWS], lines) if lines else "Nothing yet."
-    return made
-
-
-ROWS = ("teacher, fused", "teacher, masks", "student, fused", "student, masks", "minutes")
-
-
-def numbers(record: dict[str, Any]) -> dict[str, float]:
-    """The figures of a record by the rows of the page: mIoU in %, maps at oracle thresholds, masks at ``auto``'s."""
-    found = {"minutes": record["seconds"] / 60}
-    for network in NETWORKS:
-        if network in record:
-            found[f"{network}, fused"] = record[network]["fused"]["mIoU"]
-            found[f"{network}, masks"] = record[network]["refined_auto"]["mIoU"]
-    return found
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Mean and standard deviation over folds, a row per purpose and recipe; mIoU in %."""
+    rows = [
+        {"purpose": record["fold"].split()[0], "recipe": record["recipe"], "minutes": record["seconds"] / 60}
+        | {f"{network}, fused": record[network]["fused"]["mIoU"] for network in NETWORKS if network in record}
+        | {f"{network}, masks": record[network]["refined_auto"]["mIoU"] for network in NETWORKS if network in record}
+        for record in records
+    ]
+    folds = pd.DataFrame(rows).groupby(["purpose", "recipe"], sort=False)
+    return (folds.mean().map("{:.1f}".format) + " ± " + folds.std().map("{:.1f}".format)).to_string()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", metavar="PHOTOS", type=Path)
-    parser.add_argument("purpose", choices=["choose", "final", "page"])
+    parser.add_argument("purpose", choices=["choose", "final"])
     parser.add_argument("recipes", nargs="*", metavar="NAME:SETTINGS")
     parser.add_argument("--tuned", type=Path, metavar="TABLE", help="photos that an earlier choice has seen")
     parser.add_argument("--scratch", type=Path, default=PROJECT_ROOT / "build" / "own_photos")
     given = parser.parse_intermixed_args()
-    if given.purpose != "page":
-        evaluate_recipes(given.photos, given.purpose, given.recipes, given.tuned, given.scratch)
-    fill_page(PAGE, COMMAND, tables(files.read_json(RESULTS, {"records": []})["records"]))
+    evaluate_recipes(given.photos, given.purpose, given.recipes, given.tuned, given.scratch)
+    print(table(files.read_json(RESULTS, {"records": []})["records"]))
 
 
 if __name__ == "__main__":

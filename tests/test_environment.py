@@ -1,7 +1,6 @@
 """What is installed: pyproject.toml, environment.yml, requirements.lock and the Makefile say the same thing."""
 
 import importlib.metadata
-import json
 import os
 import re
 import shutil
@@ -18,15 +17,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import smaflib
-from benchmarks import gpu, kill, load, refinement, walk
-from smaflib.config import CRF_PRESETS, CrfConfig
 from smaflib.refinement import pydensecrf_backend
-from smaflib.report.html import network_references
-from smaflib.runs import read_run
-from tools import mini_page
 
 ROOT = Path(__file__).parents[1]
-TEXTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
 CONDA_NAMES = {
     "huggingface-hub": "huggingface_hub",
     "torch": "pytorch",
@@ -170,40 +163,10 @@ def test_readme_names_the_commands_of_the_makefile():
     assert run_make("--dry-run", "reproduce").splitlines()[-1] == ".venv/bin/smaf run configs/mini.yaml"
 
 
-def test_texts_name_files_that_exist():
-    for path in (*TEXTS, *ROOT.glob("configs/*.yaml")):
-        named = re.findall(r"\b(?:smaflib|tests|tools|benchmarks|configs)/[\w/]+\.\w+", path.read_text())
-        assert [name for name in named if not (ROOT / name).is_file()] == [], path.name
-
-
 def test_ci_runs_what_make_test_runs():
     last_line = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
     assert last_line == "exec make --no-print-directory test"
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
-
-
-def test_pages_workflow_builds_the_site_as_make_docs_does():
-    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "pages.yml").read_text(encoding="utf-8"))
-    build, deploy = workflow["jobs"]["build"], workflow["jobs"]["deploy"]
-    assert deploy["needs"] == "build" and workflow["permissions"] == {
-        "contents": "read",
-        "pages": "write",
-        "id-token": "write",
-    }
-    used = [step["uses"] for job in (build, deploy) for step in job["steps"] if "uses" in step]
-    assert [re.fullmatch(r"actions/([\w-]+)@v\d+", each)[1] for each in used] == [
-        "checkout",
-        "setup-python",
-        "configure-pages",
-        "upload-pages-artifact",
-        "deploy-pages",
-    ]
-    (command,) = [step["run"] for step in build["steps"] if "run" in step]
-    (options,) = [step["with"] for step in build["steps"] if step.get("uses", "").startswith("actions/setup-python")]
-    assert (ROOT / options["cache-dependency-path"]).is_file()
-    assert f">={options['python-version']}" == read_pyproject()["project"]["requires-python"]
-    (uploaded,) = [step["with"]["path"] for step in build["steps"] if "upload-pages" in step.get("uses", "")]
-    assert command.startswith("make ") and f"docs {uploaded}" in run_make("--dry-run", command.removeprefix("make "))
 
 
 def test_binder_installs_the_packages_of_environment_yml_but_for_development():
@@ -223,137 +186,6 @@ def test_binder_installs_the_packages_of_environment_yml_but_for_development():
     assert binder_conda - {"setuptools>=77"} == needed
     assert binder_pip == {line for line in pip - {"-e ."} if Requirement(line).name not in development}
     assert os.access(ROOT / "binder" / "postBuild", os.X_OK)
-
-
-def test_links_take_the_repositorys_name(tmp_path):
-    for folder in ("binder", "docs"):
-        (tmp_path / folder).mkdir()
-    for name in ("docs/in_the_browser.md", "binder/colab.ipynb"):
-        assert "OWNER/NAME" in (ROOT / name).read_text() or "smaflib" in (ROOT / name).read_text()
-        (tmp_path / name).write_text((ROOT / name).read_text())
-    makefile = tmp_path / "Makefile"
-    makefile.write_text((ROOT / "Makefile").read_text())
-    subprocess.run(["make", "links", "REPOSITORY=a/b"], cwd=tmp_path, check=True, capture_output=True)
-    assert "github/a/b/blob" in (tmp_path / "docs/in_the_browser.md").read_text()
-    assert (
-        '"a/b\\"' in (tmp_path / "binder/colab.ipynb").read_text()
-        or "a/b" in (tmp_path / "binder/colab.ipynb").read_text()
-    )
-    refused = subprocess.run(["make", "links"], cwd=tmp_path, capture_output=True, text=True)
-    assert refused.returncode != 0 and "REPOSITORY=owner/name" in refused.stderr
-
-
-def test_links_of_the_texts_lead_somewhere():
-    for path in TEXTS:
-        text = path.read_text(encoding="utf-8")
-        for address in re.findall(r"\]\(([^)\s]+)\)", text):
-            if not address.startswith(("https://", "generated/")):  # the site's own are tested with the site
-                name, _, heading = address.partition("#")
-                target = (path.parent / name).resolve() if name else path
-                assert target.exists(), f"{path.name}: {address}"
-                headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8") if heading else "", re.MULTILINE)
-                anchors = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings}
-                assert not heading or heading in anchors, f"{path.name}: {address}"
-
-
-def test_every_page_is_in_the_site_and_in_the_readme_if_it_is_no_index():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    pages = {path.stem: path.read_text(encoding="utf-8") for path in ROOT.glob("docs/*.md")}
-    trees = [tree for text in pages.values() for tree in re.findall(r"```{toctree}(.*?)```", text, re.DOTALL)]
-    in_site = {name for tree in trees for name in tree.split()}
-    assert set(pages) - in_site == {"index"}
-    indices = {name for name, text in pages.items() if "```{toctree}" in text}
-    assert [name for name in set(pages) - indices if f"(docs/{name}.md" not in readme] == []
-
-
-def test_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
-    docs = tmp_path / "docs"
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", str(ROOT / "docs"), str(docs)]
-    built = subprocess.run([*command, "-d", str(tmp_path / "trees")], capture_output=True, text=True)
-    assert (built.returncode, built.stderr) == (0, "")
-    pages = {path.relative_to(docs).as_posix(): path.read_text(encoding="utf-8") for path in docs.rglob("*.html")}
-    assert {"generated/api.html", "generated/tutorial/08_results.html", "claims.html"} <= set(pages)
-    assert {name: network_references(text) for name, text in pages.items() if network_references(text)} == {}
-    for name, text in pages.items():
-        for address in re.findall(r'<a [^>]*href="([^"#:]+\.html)', text):
-            assert (docs / name).parent.joinpath(address).resolve().is_file(), f"{name}: {address}"
-        assert not re.search(r'<span class="xref', text), f"{name} has a link that leads nowhere"
-    assert "smaflib.cams.fuse_cams" in pages["generated/api.html"]
-    assert "attention.scales" in pages["generated/settings.html"]
-    assert "<math" in pages["generated/tutorial/03_multi_scale_attention.html"]
-
-
-def test_readme_is_short():
-    assert 700 < len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1200
-
-
-def test_python_of_the_readme_runs_as_it_stands(tmp_path):
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(code) == 1
-    ran = subprocess.run([sys.executable, "-c", code[0]], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert 30 < float(re.fullmatch(r"mIoU ([\d.]+)%\n", ran.stdout)[1]) < 90
-
-
-def test_glossary_has_a_line_for_each_word():
-    glossary = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
-    assert len(re.findall(r"^\| [^|]+ \| [^|]+ \|$", glossary, re.MULTILINE)) == 12 + 1  # and the head
-
-
-def test_tables_of_the_gpu_are_those_of_their_numbers():
-    page = gpu.PAGE.read_text(encoding="utf-8")
-    for name, part in json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text(encoding="utf-8")).items():
-        assert gpu.markdown(name, part) in page, name
-
-
-def test_tables_of_the_mini_page_are_those_of_the_reference_run():
-    page = mini_page.PAGE.read_text(encoding="utf-8")
-    for name, table in mini_page.tables(read_run(mini_page.REFERENCE)).items():
-        assert table in page, f"{name}: python -m tools.mini_page"
-
-
-def test_tables_of_the_walks_are_those_of_their_clock():
-    made = walk.tables(json.loads(walk.RESULTS.read_text(encoding="utf-8")))
-    assert sorted(made) == sorted(name for names in walk.PAGES.values() for name in names)
-    for page, names in walk.PAGES.items():
-        for name in names:
-            assert made[name] in page.read_text(encoding="utf-8"), f"{page.name}: {name}"
-
-
-def test_tables_of_refinements_are_those_of_their_numbers():
-    result = json.loads(refinement.RESULTS.read_text(encoding="utf-8"))
-    page = refinement.PAGE.read_text(encoding="utf-8")
-    for name, text in refinement.tables(result).items():
-        assert text in page, name
-
-
-def test_presets_of_the_crf_are_those_of_the_page():
-    page = refinement.PAGE.read_text(encoding="utf-8")
-    for name in CRF_PRESETS:
-        crf = CrfConfig.model_validate(name)
-        (row,) = re.findall(rf"^\| `{name}` \| (.+) \|$", page, re.MULTILINE)
-        starts, smoothness, appearance, iterations, _ = row.split(" | ")
-        assert starts.startswith(crf.unary)
-        assert smoothness == f"{crf.gaussian_sxy:g}/{crf.gaussian_compat:g}"
-        assert appearance == f"{crf.bilateral_sxy:g}/{crf.bilateral_srgb:g}/{crf.bilateral_compat:g}"
-        assert iterations == str(crf.iterations)
-
-
-def test_table_of_kills_is_that_of_its_records():
-    result = json.loads(kill.RESULTS.read_text(encoding="utf-8"))
-    assert kill.markdown(result) in kill.PAGE.read_text(encoding="utf-8")
-    assert all(record["identical"] and not record["processes left"] for record in result["records"])
-    assert {record["work"] for record in result["records"]} == {"smaf run", "smaf masks"}
-
-
-def test_table_of_many_photos_is_that_of_its_numbers():
-    result = json.loads(load.RESULTS.read_text(encoding="utf-8"))
-    page = load.PAGE.read_text(encoding="utf-8")
-    for part, make in load.MARKDOWN.items():
-        assert make(result[part]) in page, part
-    most, fewer = result["photos"][-1], result["photos"][-2]
-    for what in ("plan", "check"):  # what a photo takes, in kB
-        grown = most[what]["megabytes"] - fewer[what]["megabytes"]
-        assert 1000 * grown / (most["photos"] - fewer["photos"]) < 1, what
 
 
 @pytest.mark.skipif(shutil.which("git") is None or shutil.which("make") is None, reason="needs git and make")

@@ -1,17 +1,15 @@
-"""The choice of the recipe for own photos, by folds: who sees which photo, and the page that says what came out."""
+"""The choice of the recipe for custom photos, by folds."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from benchmarks.own_photos import COMMAND, PAGE, RESULTS, make_folder, numbers, split, tables
+from benchmarks.own_photos import RESULTS, make_folder, split
 from smaflib import files
 from smaflib.config import load_config
 from smaflib.data import load_samples
 from smaflib.data.classes import VOC_CLASSES
-from smaflib.report.markdown import MARK
 
 
 @given(st.integers(12, 120), st.data())
@@ -55,23 +53,8 @@ def test_a_fold_is_a_folder_with_the_classes_of_its_own_labels(tmp_path):
     assert samples.with_masks()[0].mask.tolist() == [[0, 1, 2, 255], [255, 1, 1, 0]]
 
 
-def test_the_page_says_what_its_json_says():
-    page, records = PAGE.read_text(encoding="utf-8"), files.read_json(RESULTS, {"records": []})["records"]
-    assert records
-    for name, table in tables(records).items():
-        begin = MARK.format(name=name, command=COMMAND)
-        assert f"{begin}\n\n{table}\n\n" in page
-
-
 def test_the_preset_is_the_recipe_that_was_chosen():
     preset = load_config("configs/custom.yaml")
     chosen = [record for record in files.read_json(RESULTS, {})["records"] if record["recipe"].startswith("chosen")]
     assert {record["fold"].split()[0] for record in chosen} == {"choose", "final"}
     assert all(load_config("configs/custom.yaml", record["settings"]) == preset for record in chosen)
-
-
-def test_numbers_of_a_record():
-    network = {"fused": {"mIoU": 30.0}, "refined_auto": {"mIoU": 35.0}}
-    assert numbers({"seconds": 90, "teacher": network}) == pytest.approx(
-        {"minutes": 1.5, "teacher, fused": 30.0, "teacher, masks": 35.0}
-    )

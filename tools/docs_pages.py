@@ -21,10 +21,9 @@ import typer
 from pydantic import BaseModel
 from typer.cli import get_docs_for_click
 
+from smaflib import config as schema
 from smaflib.apps.cli import app
-from smaflib.config import schema
 from smaflib.files import RUNS_FOLDER, write_text
-from smaflib.report.markdown import markdown_table
 from smaflib.runs.stages import STAGES
 
 API = {
@@ -45,12 +44,25 @@ API = {
 }
 """Modules whose public names are documented, by the part of the method that they belong to."""
 
+TUTORIAL = """# Tutorial
+
+The notebooks as executed in the reference run, on drawn images. Each asks one question, answers it with a picture,
+and ends with two exercises whose solutions are folded. `make lab` opens them.
+
+```{{toctree}}
+:maxdepth: 1
+
+{}
+```
+"""
+
 
 def write_pages(folder: Path) -> None:
     """Make every page anew; what was made before goes."""
     shutil.rmtree(folder, ignore_errors=True)
     for stage in STAGES:
         write_tutorial(folder / "tutorial", f"{stage.name}.ipynb")
+    write_text(folder / "tutorial" / "index.md", TUTORIAL.format("\n".join(stage.name for stage in STAGES)))
     write_text(folder / "api.md", api_page())
     write_text(folder / "command_line.md", command_line_page())
     write_text(folder / "settings.md", settings_page())
@@ -105,14 +117,12 @@ def settings_page() -> str:
     parts = ["# Settings", "A config file in `configs/` holds them, `--set key=value` sets one for a run."]
     for path, model in models(schema.Config):
         notes = comments_of(model)
-        own = [
-            [f"`{path}{name}`", f"`{annotation}`", f"`{default}`", notes.get(name, "")]
-            for name, annotation, default in declared(model)
-        ]
+        lines = ["| setting | type | default | |", "|---|---|---|---|"]
+        for name, annotation, default in declared(model):
+            cells = [f"`{path}{name}`", f"`{annotation}`", f"`{default}`", notes.get(name, "")]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts.append(f"## {path.rstrip('.') or 'the run'}\n\n{inspect.cleandoc(model.__doc__ or '')}")
-        parts.append(
-            markdown_table(["setting", "type", "default", ""], [[c.replace("|", "\\|") for c in r] for r in own])
-        )
+        parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 

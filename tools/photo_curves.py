@@ -53,7 +53,7 @@ def _draw_sizes(axis: Axes, rows: pd.DataFrame) -> None:
         means, spreads = single[column].mean(), single[column].std()
         axis.errorbar(range(len(means)), means, spreads, label=line, **style)
         axis.errorbar([len(means)], [fused[column].mean()], [fused[column].std()], **style)
-    scales = [f"{float(scale):g}" for scale in single.groups]
+    scales = [f"{float(str(scale)):g}" for scale in single.groups]
     axis.set_xticks(range(len(scales) + 1), [*scales, "fused"])
     axis.set(title="teacher's attention maps by object size", xlabel="scale", ylabel="mean IoU in %", ylim=(0, None))
 
