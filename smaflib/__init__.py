@@ -1,11 +1,10 @@
 """smaflib: multi-scale attention fusion and self-training for weakly supervised semantic segmentation.
 
-The straight path of the method stands here; notebook 00 and the README walk along it line by line. A name is imported
-when it is first used, so that ``import smaflib`` does not wait for torch.
+These are the steps of the method; notebook 00 and the README use them line by line. Each is imported on first use, so
+that ``import smaflib`` does not wait for torch.
 """
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,12 +41,6 @@ _HOMES = {
     "evaluate": "evaluation",
     "Config": "config",
 }
-
-# Read when torch is imported: how long OpenMP's threads spin while they wait for each other before they sleep. Two
-# threads on two cores, a training step of the mini classifier: 20000 rounds take 0.04 s alone and 0.4 s beside a second
-# job; five times as many 1.2 s beside it; sleeping at once 0.08 s alone and 0.14 s beside it.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-
 
 if not TYPE_CHECKING:  # a type checker that sees this function believes in every name
 

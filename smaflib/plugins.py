@@ -196,10 +196,10 @@ def of_image(*image_ids: str) -> Iterator[None]:
     try:
         yield
     except PluginError as error:
-        if error.names_image:
+        if getattr(error, "names_image", False):
             raise
         named = PluginError(f"image {', '.join(image_ids)}: {error}")
-        named.names_image = True
+        named.names_image = True  # type: ignore[attr-defined]
         raise named from error
 
 

@@ -194,7 +194,7 @@ def test_finished_masks_are_not_learned_again(config: Config, tmp_path: Path, mo
             ),
             "student.safetensors",
         ),
-        (lambda out: (out / "bg_scores/student.json").write_text('{"bg_score": 7}'), "student.json does not fit"),
+        (lambda out: (out / "bg_scores/student.json").write_text('{"bg_score": 7}'), "student.json is damaged"),
         (lambda out: (out / "config.yaml").write_text("seed: [1"), "config.yaml"),
     ],
 )

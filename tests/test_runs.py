@@ -494,7 +494,7 @@ def test_half_written_files_of_a_killed_attempt_go_and_others_stay(run, tmp_path
 
 def test_manifest_that_is_no_json_is_an_error(run):
     run.path("manifest.json").write_text("{")
-    with pytest.raises(RunError, match=r"manifest\.json is not valid JSON"):
+    with pytest.raises(RunError, match=r"manifest\.json is damaged"):
         read_manifest(run.folder)
 
 
