@@ -1,10 +1,9 @@
-"""Stage 7: how good masks are, over all pixels, per class and object size; the only stage that needs ground truth."""
+"""Stage 7: scores of masks over all pixels, per class and per object size. The only stage that needs ground truth."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +13,12 @@ from smaflib.config import EvaluationConfig
 from smaflib.data.classes import VOID_LABEL
 from smaflib.maps import DenoisedMaps
 from smaflib.reactivation import hard_labels, reactivate
-from smaflib.runtime import ahead
 
 SIZES = ("small", "medium", "large")
 
 
 def confusion_matrix(mask: Tensor, ground_truth: Tensor, num_classes: int) -> Tensor:
-    """Count pixels by true and predicted label; void pixels of the ground truth count nowhere.
+    """Count pixels by true and predicted label, without the void pixels of the ground truth.
 
     Args:
         mask: uint8 (H, W) in [0, K].
@@ -31,7 +29,7 @@ def confusion_matrix(mask: Tensor, ground_truth: Tensor, num_classes: int) -> Te
         int64 (K+1, K+1), rows are the ground truth.
 
     Raises:
-        ValueError: if the sizes differ or labels above K occur.
+        ValueError: if the sizes differ or a label is above K.
 
     Example:
         >>> mask, truth = torch.tensor([[[0, 1, 1]], [[0, 1, 255]]], dtype=torch.uint8)
@@ -39,11 +37,13 @@ def confusion_matrix(mask: Tensor, ground_truth: Tensor, num_classes: int) -> Te
         [[1, 0], [0, 1]]
     """
     if mask.shape != ground_truth.shape:
-        raise ValueError(f"mask {tuple(mask.shape)} and ground truth {tuple(ground_truth.shape)} must have one size")
+        raise ValueError(
+            f"mask {tuple(mask.shape)} and ground truth {tuple(ground_truth.shape)} must have the same size"
+        )
     _refuse_labels_above(num_classes, "mask", mask, void=False)
     _refuse_labels_above(num_classes, "ground truth", ground_truth)
     side = num_classes + 1
-    # Void pixels are counted in a row of their own, which is cheaper than to pick the others out.
+    # Void pixels get a separate row, which is cheaper than selecting the others.
     cells = ground_truth.int() * side + mask
     counts = torch.bincount(cells.flatten(), minlength=(VOID_LABEL + 1) * side)
     return counts[: side * side].view(side, side)
@@ -67,24 +67,19 @@ def intersection_over_union(confusion: Tensor) -> Tensor:
 
 
 def mean_over_classes(values: Tensor) -> float:
-    """Mean over the classes that have a value; nan if none has.
-
-    Example:
-        >>> mean_over_classes(torch.tensor([0.75, float("nan"), 0.5]))
-        0.625
-    """
+    """Mean over the classes with a value; nan if there is none."""
     return float(values.nanmean())
 
 
 @dataclass(frozen=True)
 class SegmentationMetrics:
-    """What was counted over a split.
+    """Pixel counts over a split.
 
     Attributes:
-        confusion: int64 (K+1, K+1), rows are the ground truth, over all pixels.
-        by_size: int64 (3, K, 3): for small, medium and large, per foreground class, hits, false alarms and misses.
-            An object is what an image shows of one class; all its counts go to its size. False alarms of classes
-            that an image does not show have no size and count in ``confusion`` only.
+        confusion: int64 (K+1, K+1), rows are the ground truth.
+        by_size: int64 (3, K, 3): for small, medium and large objects, per foreground class, true positives, false
+            positives and false negatives. An object is all that an image shows of one class. False positives of a class
+            that is absent from the image have no size and count in ``confusion`` only.
         class_names: the K foreground classes.
     """
 
@@ -104,24 +99,24 @@ class SegmentationMetrics:
 
     @property
     def precision(self) -> Tensor:
-        """(K+1,): share of the pixels given a label that have it."""
+        """(K+1,): true positives / predicted pixels."""
         return self.confusion.diagonal().double() / self.confusion.sum(dim=0)
 
     @property
     def recall(self) -> Tensor:
-        """(K+1,): share of the pixels of a label that were given it."""
+        """(K+1,): true positives / true pixels."""
         return self.confusion.diagonal().double() / self.confusion.sum(dim=1)
 
     def iou_of_size(self, size: str) -> Tensor:
-        """(K,) IoU of the objects of one size; nan for a class that has none."""
+        """(K,) IoU of the objects of one size; nan for a class without any."""
         hits, alarms, misses = self.by_size[SIZES.index(size)].double().unbind(dim=1)
         return hits / (hits + alarms + misses)
 
     def records(self, **where: Any) -> list[dict[str, Any]]:
-        """Tidy records for ``metrics.json``: mean and per class IoU, precision and recall, mean IoU per object size.
+        """Tidy records for ``metrics.json``: IoU, precision and recall per class and their means, mean IoU per size.
 
         Args:
-            where: fields that all records share: stage, variant, split, scale, bg_score.
+            where: fields of every record: stage, variant, split, scale, bg_score.
         """
         records = []
         for metric, values in (("iou", self.iou), ("precision", self.precision), ("recall", self.recall)):
@@ -140,13 +135,13 @@ def evaluate(
     class_names: Sequence[str],
     config: EvaluationConfig | None = None,
 ) -> SegmentationMetrics:
-    """Compare masks with the ground truth over a whole split.
+    """Compare masks with the ground truth of a whole split.
 
     Args:
         masks: per image uint8 (H, W).
         ground_truths: per image uint8 (H, W), 255 is void.
         class_names: the K foreground classes.
-        config: the limits between object sizes.
+        config: limits of the object sizes.
 
     Example:
         >>> mask, truth = torch.tensor([[[0, 1], [0, 1]], [[0, 1], [1, 1]]], dtype=torch.uint8)
@@ -160,20 +155,12 @@ def evaluate(
     for mask, ground_truth in zip(masks, ground_truths, strict=True):
         counts = confusion_matrix(mask, ground_truth, num_classes)
         confusion += counts
-        add_by_size(by_size, counts[None], ground_truth.numel(), config)
+        _add_by_size(by_size[None], counts[None], ground_truth.numel(), config)
     return SegmentationMetrics(confusion, by_size, tuple(class_names))
 
 
-def add_by_size(by_size: Tensor, counts: Tensor, num_pixels: int, config: EvaluationConfig) -> None:
-    """Add one image's counts to the size of each of its objects.
-
-    Args:
-        by_size: (3, K, 3) or (T, 3, K, 3), changed in place.
-        counts: (T, K+1, K+1) confusion matrices of the image against the same ground truth.
-        num_pixels: of the image, void included.
-        config: the limits between object sizes.
-    """
-    target = by_size if by_size.dim() == 4 else by_size[None]
+def _add_by_size(by_size: Tensor, counts: Tensor, num_pixels: int, config: EvaluationConfig) -> None:
+    """Add an image's counts (T, K+1, K+1), T masks of it, to the sizes of its objects (T, 3, K, 3), in place."""
     hits = counts.diagonal(dim1=1, dim2=2)[:, 1:]  # (T, K)
     area = counts.sum(dim=2)[:, 1:]
     alarms = counts.sum(dim=1)[:, 1:] - hits
@@ -181,7 +168,7 @@ def add_by_size(by_size: Tensor, counts: Tensor, num_pixels: int, config: Evalua
     share = area[0] / num_pixels
     small, large = config.size_limits
     for index, chosen in enumerate((share < small, (share >= small) & (share < large), share >= large)):
-        target[:, index] += kinds * (chosen & (area[0] > 0))[:, None]
+        by_size[:, index] += kinds * (chosen & (area[0] > 0))[:, None]
 
 
 def sweep_thresholds(
@@ -190,13 +177,13 @@ def sweep_thresholds(
     class_names: Sequence[str],
     config: EvaluationConfig | None = None,
 ) -> dict[float, SegmentationMetrics]:
-    """Scores of attention maps for every background score in ``config.thresholds``.
+    """Scores of attention maps at every background threshold in ``config.thresholds``.
 
     Args:
         denoised: per image (K, H, W) in [0, 1].
         ground_truths: per image uint8 (H, W), 255 is void.
         class_names: the K foreground classes.
-        config: thresholds and the limits between object sizes.
+        config: thresholds and limits of the object sizes.
     """
     config = config or EvaluationConfig()
     rising = sorted(set(config.thresholds))  # searchsorted needs the order
@@ -204,75 +191,40 @@ def sweep_thresholds(
     confusion = torch.zeros(steps, num_labels, num_labels, dtype=torch.int64)
     by_size = torch.zeros(steps, len(SIZES), num_labels - 1, 3, dtype=torch.int64)
 
-    def count(image: tuple[Strongest, Callable[[], Tensor]]) -> tuple[Tensor, int]:
-        # One histogram over (ground truth, strongest class, how many thresholds it exceeds) holds every threshold's
-        # matrix.
-        strongest, read_ground_truth = image
-        (score, winner), ground_truth = strongest(), read_ground_truth()
+    for (score, winner), ground_truth in zip(_strongest(denoised), ground_truths, strict=True):
         _refuse_labels_above(num_labels - 1, "ground truth", ground_truth)
-        exceeded = torch.searchsorted(thresholds, score.contiguous())  # strictly below the score
+        # One histogram over (ground truth, best class, number of thresholds below its score) holds the confusion
+        # matrices of all thresholds.
+        exceeded = torch.searchsorted(thresholds, score.contiguous())
         cell = (ground_truth.long() * num_labels + winner + 1) * (steps + 1) + exceeded
         size = num_labels * num_labels * (steps + 1)
-        cell = cell.where(ground_truth != VOID_LABEL, size)  # void has a cell of its own, behind the others
+        cell = cell.where(ground_truth != VOID_LABEL, size)  # a last cell for void
         histogram = torch.bincount(cell.flatten(), minlength=size + 1)[:size].view(num_labels, num_labels, steps + 1)
-        total = histogram.sum(dim=(1, 2))  # (K+1,) pixels of each true label
         found = histogram.flip(2).cumsum(dim=2).flip(2)[..., 1:].permute(2, 0, 1).clone()  # (T, ground truth, class)
-        found[:, :, 0] = total - found.sum(dim=2)
-        return found, ground_truth.numel()
-
-    for found, num_pixels in ahead(count, zip(_strongest(denoised), _when_asked(ground_truths), strict=True)):
+        found[:, :, 0] = histogram.sum(dim=(1, 2)) - found.sum(dim=2)  # the other pixels of each true label
         confusion += found
-        add_by_size(by_size, found, num_pixels, config)
+        _add_by_size(by_size, found, ground_truth.numel(), config)
     names = tuple(class_names)
     return {t: SegmentationMetrics(confusion[i], by_size[i], names) for i, t in enumerate(rising)}
 
 
-Strongest = Callable[[], tuple[Tensor, Tensor]]
-"""Gives per pixel the highest score (H, W) and its class (H, W), when it is called."""
-
-
-def _strongest(denoised: Iterable[Tensor]) -> Iterator[Strongest]:
-    """Per image, at the cost of the classes that it shows where the maps know them."""
-    if isinstance(denoised, DenoisedMaps):
-        yield from (partial(_strongest_present, denoised, index) for index in range(len(denoised)))
+def _strongest(denoised: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Per image the highest score (H, W) of each pixel and its class (H, W)."""
+    if isinstance(denoised, DenoisedMaps):  # of the classes in the image only
+        yield from (denoised.present(index).strongest() for index in range(len(denoised)))
     else:
-        yield from (partial(_strongest_of, read) for read in _when_asked(denoised))
-
-
-def _strongest_present(denoised: DenoisedMaps, index: int) -> tuple[Tensor, Tensor]:
-    return denoised.present(index).strongest()
-
-
-def _strongest_of(read: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    score, winner = read().max(dim=0)
-    return score, winner
-
-
-def _when_asked(items: Iterable[Tensor]) -> Iterator[Callable[[], Tensor]]:
-    """Items of a sequence are read by whoever calls, in a thread as a rule; others as they come."""
-    if isinstance(items, Sequence):
-        yield from (partial(items.__getitem__, index) for index in range(len(items)))
-    else:
-        yield from (partial(_itself, item) for item in items)
-
-
-def _itself(item: Tensor) -> Tensor:
-    return item
+        yield from (maps.max(dim=0) for maps in denoised)
 
 
 def best_threshold(sweep: dict[float, SegmentationMetrics]) -> float:
-    """The oracle threshold, the background score with the highest mIoU: choose it on one split, report on another."""
+    """The oracle: the threshold with the highest mIoU. Choose it on one split, report on another."""
     return max(sweep, key=lambda threshold: sweep[threshold].miou)
 
 
-def masks_of(denoised: Iterable[Tensor], bg_score: float) -> Iterable[Tensor]:
-    """Unrefined masks of attention maps: uint8 (H, W) each, as of :func:`~smaflib.reactivation.hard_labels`."""
-
-    def mask(strongest: Strongest) -> Tensor:
-        score, winner = strongest()
-        return ((winner + 1) * (score > bg_score)).to(torch.uint8)
-
-    return ahead(mask, _strongest(denoised))
+def masks_of(denoised: Iterable[Tensor], bg_score: float) -> Iterator[Tensor]:
+    """Masks of attention maps without refinement: uint8 (H, W) each, as :func:`~smaflib.reactivation.hard_labels`."""
+    for score, winner in _strongest(denoised):
+        yield ((winner + 1) * (score > bg_score)).to(torch.uint8)
 
 
 def evaluate_maps(
@@ -283,18 +235,18 @@ def evaluate_maps(
     bg_score: float | None = None,
     **where: Any,
 ) -> tuple[list[dict[str, Any]], float | None]:
-    """Evaluate attention maps, at a given background score or at their oracle threshold, the best one for them.
+    """Evaluate attention maps at a background threshold.
 
     Args:
         denoised: per image (K, H, W) in [0, 1].
-        ground_truths: per image uint8 (H, W); None where the data has none: then there are no records.
+        ground_truths: per image uint8 (H, W), 255 is void; None: no ground truth and no records.
         class_names: the K foreground classes.
-        config: thresholds and the limits between object sizes.
-        bg_score: None chooses the oracle threshold of this split; give it to evaluate another split.
-        where: fields of the records: variant, split, scale.
+        config: thresholds to sweep and limits of the object sizes.
+        bg_score: the background threshold; None: the oracle of this split.
+        where: fields of every record: variant, split, scale.
 
     Returns:
-        Tidy records, with ``iou_sweep`` for every threshold, and the background score of the evaluation.
+        Tidy records, with ``iou_sweep`` for every threshold, and the background threshold.
     """
     if ground_truths is None:
         return [], None
@@ -311,7 +263,7 @@ def evaluate_maps(
 
 
 def image_score(mask: Tensor, ground_truth: Tensor, num_classes: int) -> float:
-    """Mean IoU of one image over the labels that occur in it, to find the best and the worst cases; in [0, 1].
+    """Mean IoU of one image over the labels in its mask and ground truth, in [0, 1].
 
     Example:
         >>> mask, truth = torch.tensor([[[0, 1], [0, 1]], [[0, 1], [1, 1]]], dtype=torch.uint8)
@@ -324,17 +276,17 @@ def image_score(mask: Tensor, ground_truth: Tensor, num_classes: int) -> float:
 def object_scores(
     denoised: Iterable[Tensor], ground_truths: Iterable[Tensor], class_names: Sequence[str], bg_score: float
 ) -> list[dict[str, Any]]:
-    """IoU of every object by itself: all that an image shows of one class.
+    """IoU of every object; an object is all that an image shows of one class.
 
     Args:
         denoised: per image (K, H, W) in [0, 1].
         ground_truths: per image uint8 (H, W), 255 is void.
         class_names: the K foreground classes.
-        bg_score: the background's score.
+        bg_score: the background threshold.
 
     Returns:
-        Per object ``image`` (its number in the sequence), ``class_number`` (0 to K-1), ``share`` of the image's area in
-        (0, 1], ``iou`` in [0, 1].
+        Per object ``image`` (index), ``class_number`` (0 to K-1), ``share`` of the image area in (0, 1], ``iou`` in
+        [0, 1].
 
     Example:
         >>> maps, truth = torch.tensor([[[0.5, 0.125]]]), torch.tensor([[1, 1]], dtype=torch.uint8)
@@ -352,15 +304,15 @@ def object_scores(
 
 
 def compare_masks(before: Tensor, after: Tensor, ground_truth: Tensor) -> dict[str, int]:
-    """Pixels that one mask has right and another wrong, void left out.
+    """Count the pixels that each of two masks labels correctly.
 
     Args:
         before: uint8 (H, W).
         after: uint8 (H, W).
-        ground_truth: uint8 (H, W), 255 is void.
+        ground_truth: uint8 (H, W), 255 is void and not counted.
 
     Returns:
-        Counts of pixels: ``both right``, ``gained`` (only ``after`` is right), ``lost`` (only ``before`` is right),
+        Numbers of pixels: ``both right``, ``gained`` (only ``after`` is right), ``lost`` (only ``before``),
         ``both wrong``.
 
     Example:
@@ -377,16 +329,16 @@ def compare_masks(before: Tensor, after: Tensor, ground_truth: Tensor) -> dict[s
 def score_on_objects(
     denoised: Iterable[Tensor], ground_truths: Iterable[Tensor], bg_score: float
 ) -> dict[tuple[str, str], float]:
-    """How sure maps are of the right class, before and after reactivation.
+    """Mean scores on objects and background, before and after reactivation.
 
     Args:
         denoised: per image (K, H, W) in [0, 1].
         ground_truths: per image uint8 (H, W), 255 is void.
-        bg_score: the background's score in the reactivation.
+        bg_score: the background threshold of the reactivation.
 
     Returns:
-        By ("denoised" or "reactivated", "score on objects" or "score on background"): on objects the mean score of
-        the true class, on background the mean score of the strongest class; both in [0, 1].
+        By ("denoised" or "reactivated", "score on objects" or "score on background"): the mean score of the true class
+        on objects, of the best class on background; in [0, 1].
     """
     sums = {(step, place): [0.0, 0] for step in ("denoised", "reactivated") for place in ("objects", "background")}
     for maps, ground_truth in zip(denoised, ground_truths, strict=True):

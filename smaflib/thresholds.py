@@ -1,8 +1,8 @@
-"""Choose the background score without any ground truth.
+"""Choose the background threshold (``bg_score``) without ground truth.
 
-The field tunes it on masks. That is a leak: with image labels alone it cannot be done. Here saliency maps decide where
-the teacher has learned from them, else the attention maps alone, by Otsu's criterion. ``benchmarks/bg_score.py``
-compares both with other criteria, and all with the oracle threshold, the score that is best on the ground truth.
+Tuning it on masks, as is common, uses pixel labels. Here saliency maps decide if the teacher learned from them, else
+Otsu's criterion on the attention maps. ``benchmarks/bg_score.py`` compares both with other criteria and the oracle, the
+best threshold on the ground truth.
 """
 
 from __future__ import annotations
@@ -13,21 +13,19 @@ import torch
 from torch import Tensor
 
 CANDIDATES: tuple[float, ...] = tuple(round(0.05 * step, 2) for step in range(2, 15))
-"""Background scores among which the choice is made: 0.1 to 0.7."""
-
+"""0.1 to 0.7."""
 
 MAX_IMAGES = 1000
-"""As many images are read, evenly over the split; the choice does not move with more."""
+"""Images used, evenly spaced over the split; more do not change the choice."""
 
 
 def choose_bg_score(denoised: Sequence[Tensor], saliency: Sequence[Tensor] | None = None) -> float:
-    """The background score whose foreground agrees best with the saliency maps, or without them separates best.
+    """The threshold with the best :func:`agreement` with saliency maps or, without any, the best :func:`separation`.
 
     Args:
-        denoised: per image (K, H, W) in [0, 1], fused and denoised; at least one; may be lazy. At most
-            :data:`MAX_IMAGES` are read, evenly over the split.
-        saliency: per image (H, W) in [0, 1]; may be lazy. Agreement is :func:`agreement`, over all pixels together;
-            separation is :func:`separation`, the mean over the images.
+        denoised: per image (K, H, W) in [0, 1], fused and denoised; at least one; may be lazy.
+        saliency: per image (H, W) in [0, 1]; may be lazy. Agreement is counted over all pixels, separation is the mean
+            over the images.
 
     Returns:
         One of :data:`CANDIDATES`.
@@ -41,7 +39,7 @@ def choose_bg_score(denoised: Sequence[Tensor], saliency: Sequence[Tensor] | Non
         True
     """
     if not len(denoised):
-        raise ValueError("a background score can only be chosen from at least one image")
+        raise ValueError("a background threshold can only be chosen from at least one image")
     chosen = range(0, len(denoised), -(-len(denoised) // MAX_IMAGES))
     if saliency is None:
         values = torch.tensor([separation(denoised[index]) for index in chosen], dtype=torch.float64).mean(dim=0)
@@ -52,32 +50,32 @@ def choose_bg_score(denoised: Sequence[Tensor], saliency: Sequence[Tensor] | Non
 
 
 def agreement(denoised: Tensor, saliency: Tensor) -> Tensor:
-    """How well the foreground of each candidate covers the salient pixels.
+    """Overlap of the foreground at each candidate with the salient pixels.
 
     Args:
         denoised: (K, H, W) in [0, 1].
         saliency: (H, W) in [0, 1]; above 0.5 a pixel is salient.
 
     Returns:
-        float64 (2, candidates): pixels that are both, and pixels that are either; their ratio is the IoU.
+        float64 (2, candidates): intersection and union in pixels.
     """
     rising = torch.tensor(CANDIDATES)
-    exceeded = torch.searchsorted(rising, denoised.amax(dim=0).contiguous())  # how many are strictly below the score
+    exceeded = torch.searchsorted(rising, denoised.amax(dim=0).contiguous())  # number of candidates below the score
     salient = saliency > 0.5
-    above = [exceeded[salient], exceeded[~salient]]  # a pixel is foreground of the first so many candidates
+    above = [exceeded[salient], exceeded[~salient]]  # a pixel is foreground at the first so many candidates
     hits, alarms = (torch.bincount(part, minlength=len(rising) + 1).flip(0).cumsum(0).flip(0)[1:] for part in above)
     return torch.stack([hits, salient.sum() + alarms]).double()
 
 
 def separation(denoised: Tensor) -> list[float]:
-    """How well each candidate separates the scores of an image's pixels into two groups.
+    """Otsu's criterion for the pixel scores of one image.
 
     Args:
         denoised: (K, H, W) in [0, 1].
 
     Returns:
-        Per candidate, in [0, 1]: the variance between the pixels above and those not above it, as a share of all
-        variance of the strongest class's scores; 0 where one of the groups is empty.
+        Per candidate the between-class variance of the best scores as a share of their variance, in [0, 1]; 0 if all
+        pixels are on one side.
 
     Source: Otsu, "A threshold selection method from gray-level histograms", 1979.
     """

@@ -102,7 +102,7 @@ def test_perfect_mask_scores_1(seed: int) -> None:
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"mask \(1, 2\) and ground truth \(1, 3\) must have one size"):
+    with pytest.raises(ValueError, match=r"mask \(1, 2\) and ground truth \(1, 3\) must have the same size"):
         confusion_matrix(labels([0, 1]), labels([0, 1, 1]), 1)
     with pytest.raises(ValueError, match="mask holds label 5, but there are 4 classes"):
         confusion_matrix(labels([0, 5]), labels([0, 1]), 4)
