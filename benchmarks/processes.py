@@ -193,7 +193,7 @@ def beyond_start(few: tuple[int, float], many: tuple[int, float]) -> float:
 
 def maps_cost(work: Workspace) -> float:
     from smaflib.models.networks import AttentionNetwork
-    from smaflib.models.weights.files import write_weights
+    from smaflib.models.weights import write_weights
 
     torch.manual_seed(SEED)
     network = AttentionNetwork(work.config.model, len(work.samples().class_names), background=False)

@@ -20,7 +20,7 @@ from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import Crop, normalize, resize_image, scaled_size
 from smaflib.errors import ConfigError
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, load_attention_network
-from smaflib.models.weights.files import fill, read_weights, write_weights
+from smaflib.models.weights import fill, read_weights, write_weights
 from smaflib.runtime import Runtime, derive_seed, progress, seeded
 from smaflib.training import Batch, Batches, History, fit, load_history
 

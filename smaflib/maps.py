@@ -20,11 +20,9 @@ from torch import Tensor, nn
 from smaflib.cams import Fusion, fuse_cams, scaled_inputs, start_cams, with_mirror_images
 from smaflib.config import AttentionConfig, FusionRule
 from smaflib.data.sample import Sample, Samples, same_size
-from smaflib.data.transforms import scaled_size
 from smaflib.distributed.ranks import missing_here, wait_for_all
 from smaflib.errors import DataError
 from smaflib.files import load_arrays, save_arrays
-from smaflib.models.memory import forward_bytes, refuse_what_does_not_fit
 from smaflib.plugins import of_image
 from smaflib.reactivation import blend_saliency
 from smaflib.runtime import Runtime, progress, release_freed_memory
@@ -180,7 +178,6 @@ def write_attention_maps(
             as of :meth:`~smaflib.runtime.Runtime.host_threads`.
 
     Raises:
-        ConfigError: if a scale of an image needs more memory than the device has.
         PluginError: if a source of somebody's own does not give maps; those of the images before are kept.
     """
     maps = AttentionMaps(folder, config.scales)
@@ -209,7 +206,7 @@ def write_attention_maps(
     # Writers of their own: they wait for the disk, and what is to be decoded would wait behind them.
     with runtime.host_threads(host_threads) as readers, runtime.host_threads(host_threads) as writers:
         decoded = readers.ahead(samples.__getitem__, missing)
-        prepared = readers.ahead(prepare, _fitting_batches(decoded, batch_size, network, config, runtime))
+        prepared = readers.ahead(prepare, _batches(decoded, batch_size, runtime))
         written = (image for count in writers.ahead(write, map(start, prepared)) for image in range(count))
         for _ in progress(written, total=len(missing), desc=f"attention of {samples.split}"):
             pass
@@ -226,29 +223,12 @@ class Batch:
     images: Tensor
 
 
-def _fitting_batches(
-    decoded: Iterable[Sample], batch_size: int, network: nn.Module, config: AttentionConfig, runtime: Runtime
-) -> Iterator[Batch]:
-    """Neighbours of one size as batches; each that is larger than all before must fit the device's memory."""
-    largest, most_pixels = 0, sys.maxsize if runtime.computes_behind else batch_size * SMALL_IMAGE
+def _batches(decoded: Iterable[Sample], batch_size: int, runtime: Runtime) -> Iterator[Batch]:
+    """Neighbours of one size."""
+    most_pixels = sys.maxsize if runtime.computes_behind else batch_size * SMALL_IMAGE
     for neighbours in same_size(decoded, lambda sample: sample.image, batch_size, most_pixels):
         images = torch.stack([sample.image for sample in neighbours])
-        batch = Batch([sample.image_id for sample in neighbours], images)
-        if images[:, 0].numel() > largest:
-            largest = images[:, 0].numel()
-            _check_memory(network, batch, config, runtime)
-        yield batch
-
-
-def _check_memory(network: nn.Module, batch: Batch, config: AttentionConfig, runtime: Runtime) -> None:
-    """Refuse the largest scale of a batch that does not fit the device's memory."""
-    scale, views = max(config.scales), len(batch.images) * (2 if config.flip else 1)
-    height, width = scaled_size(batch.images.shape[-2:], scale)
-    what, cure = (
-        f"attention of image {batch.image_ids[0]!r} at scale {scale:g}",
-        "leave the scale out of attention.scales",
-    )
-    refuse_what_does_not_fit(forward_bytes, network.eval(), (views, height, width), runtime, what, cure)
+        yield Batch([sample.image_id for sample in neighbours], images)
 
 
 class DenoisedMaps(Sequence[Tensor]):

@@ -21,7 +21,7 @@ from smaflib.plugins import DATA
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from smaflib.config import AttentionConfig, FusionRule, SelfTrainingConfig, TrainingConfig, Variant
+    from smaflib.config import AttentionConfig, FusionRule, SelfTrainingConfig, Variant
     from smaflib.data.masks import MaskFiles
     from smaflib.data.sample import Samples
     from smaflib.maps import AttentionMaps, DenoisedMaps
@@ -235,24 +235,19 @@ def check_networks(config: Config) -> None:
     """Build the networks that a chain will train, once, so that what is wrong with them shows before hours of work.
 
     Raises:
-        ConfigError: if a backbone, its stride, its weights or the device and precision are not to be had, or a training
-            needs more memory than the device has.
+        ConfigError: if a backbone, its stride, its weights or the device and precision are not available.
         WeightsError: if a file of weights is missing, damaged or of another network.
     """
     from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
     from smaflib.runtime import make_runtime
 
-    runtime = make_runtime(config)
+    make_runtime(config)
     _check_processes(config)
     if config.classifier.checkpoint is None:
-        network = AttentionNetwork(config.model, num_classes=1, background=True)
-        if config.classifier.solve_head is None:
-            _check_memory(network, "classifier", config.classifier, runtime)
-        _check_memory(network, "self_training", config.self_training, runtime)
+        AttentionNetwork(config.model, num_classes=1, background=True)
     if config.segmentation.enabled:
         settings = config.segmentation
-        segmenter = SegmentationNetwork(settings.model or config.model, settings, num_classes=1)
-        _check_memory(segmenter, "segmentation", settings, runtime, max(settings.loss_scales))
+        SegmentationNetwork(settings.model or config.model, settings, num_classes=1)
 
 
 def _check_processes(config: Config) -> None:
@@ -266,19 +261,6 @@ def _check_processes(config: Config) -> None:
                 f"{name}.batch_size is {settings.batch_size}, too few images for {number} processes; set "
                 f"processes={settings.batch_size}, or a larger batch_size"
             )
-
-
-def _check_memory(
-    network: nn.Module, stage: str, settings: TrainingConfig, runtime: Runtime, scale: float = 1.0
-) -> None:
-    """Refuse a training whose steps do not fit the device's memory."""
-    from smaflib.models.memory import refuse_what_does_not_fit, training_bytes
-
-    side = settings.resize_range[1] if settings.whole_images else settings.crop_size
-    shape = (settings.batch_size, round(side * scale), round(side * scale))
-    sizes = "resize_range" if settings.whole_images else "crop_size"
-    what = f"{stage}.batch_size={settings.batch_size} with {stage}.{sizes}={side}"
-    refuse_what_does_not_fit(training_bytes, network.train(), shape, runtime, what, "make one of them smaller")
 
 
 def _share_work(work: Workspace, function: str, is_done: Callable[[], bool], **arguments: Any) -> None:

@@ -23,7 +23,7 @@ from smaflib.data.sample import Sample
 from smaflib.data.transforms import Crop, draw_crop, jitter_colors, normalize, whole_image
 from smaflib.distributed.layers import see_whole_batch
 from smaflib.distributed.ranks import Ranks, ranks_here, sum_gradients, sum_over_ranks, wait_for_all
-from smaflib.models.weights.files import OPTIMIZER, fill, read_metadata, read_weights, write_weights
+from smaflib.models.weights import OPTIMIZER, fill, read_metadata, read_weights, write_weights
 from smaflib.runtime import Runtime, derive_seed, progress, release_freed_memory, seeded
 
 Batch = dict[str, Tensor]

@@ -22,16 +22,13 @@ from typer.testing import CliRunner
 
 from smaflib.apps.cli import app
 from smaflib.apps.voc_submission import write_submission
-from smaflib.config import Config, ModelConfig
+from smaflib.config import Config
 from smaflib.data.masks import read_mask, save_mask
 from smaflib.data.tools.check import check_data
 from smaflib.data.tools.cls_labels import cls_labels_to_csv, read_cls_labels
 from smaflib.data.tools.fetch import Archive, fetch_voc12
 from smaflib.errors import ConfigError, DataError
-from smaflib.models.networks import AttentionNetwork
-from smaflib.models.slim import SlimResNet
-from smaflib.models.weights.files import write_weights
-from smaflib.models.weights.inspect import describe_weights
+from smaflib.models.weights import write_weights
 from smaflib.runs import Run
 from smaflib.runtime import cpu_runtime
 from smaflib.segmentation import segment
@@ -243,38 +240,6 @@ def test_fetch_from_a_server_that_is_down(archive: Archive, tmp_path: Path) -> N
     nobody = Archive("http://127.0.0.1:9/voc.tar", "voc.tar", archive.md5)
     with pytest.raises(DataError, match=r"The server is down from time to time.*put it at .*voc\.tar"):
         fetch_voc12(tmp_path, nobody)
-
-
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-
-def test_inspect_names_format_fit_and_what_is_missing(tmp_path: Path) -> None:
-    state = SlimResNet().state_dict()
-    write_weights(tmp_path / "slim.safetensors", state)
-    text = describe_weights(tmp_path / "slim.safetensors")
-    assert f"safetensors, {len(state)} tensors" in text and "\nfits the backbone slim" in text
-    state["extra.weight"] = torch.ones(1)
-    del state["layer1.conv1.weight"]
-    torch.save({"state_dict": state}, tmp_path / "slim.pth")
-    text = describe_weights(tmp_path / "slim.pth")
-    assert "PyTorch checkpoint" in text and "does not fit the backbone slim" in text
-    assert "missing (1): layer1.conv1.weight" in text and "beside the backbone (1): extra.weight" in text
-    assert "does not fit the backbone resnet18" in describe_weights(tmp_path / "slim.pth", "resnet18")
-    with pytest.raises(ConfigError, match="there is no backbone 'resnet'"):
-        describe_weights(tmp_path / "slim.pth", "resnet")
-
-
-@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_0"])
-def test_teacher_around_a_backbone_of_torchvision_fits_it(name: str, tmp_path: Path) -> None:
-    teacher = AttentionNetwork(ModelConfig(backbone=name), 3, background=False)
-    write_weights(tmp_path / "teacher.safetensors", teacher.state_dict())
-    text = describe_weights(tmp_path / "teacher.safetensors")
-    assert f"\nfits the backbone {name}" in text and "a head of attention maps" in text and "missing" not in text
-
-
-def test_inspect_on_the_command_line(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["weights", "inspect", str(tmp_path / "none.pth")])
-    assert result.exit_code == 2 and "error: there is no weights file" in result.output
 
 
 # --- VOC's server -----------------------------------------------------------------------------------------------------

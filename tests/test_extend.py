@@ -86,8 +86,8 @@ def test_a_whole_chain_of_examples(beside: Path) -> None:
     assert 0 < evaluate(masks, [sample.mask for sample in samples], samples.class_names).miou < 1
     # The stored networks are built again by the example's class.
     rebuilt = work.network("student")
-    assert type(rebuilt.backbone.own).__name__ == "ThreeLayers"  # type: ignore[union-attr]
-    assert type(work.segmenter().backbone.own).__name__ == "ThreeLayers"  # type: ignore[union-attr]
+    assert type(rebuilt.backbone).__name__ == "ThreeLayers"  # type: ignore[union-attr]
+    assert type(work.segmenter().backbone).__name__ == "ThreeLayers"  # type: ignore[union-attr]
     # Rule and refinement by hand.
     import my_refinements
     import my_rules

@@ -31,7 +31,7 @@ from smaflib.data.labels import read_label_rows
 from smaflib.data.tools.cls_labels import read_cls_labels
 from smaflib.errors import ConfigError, DataError, RunError
 from smaflib.maps import AttentionMaps
-from smaflib.models.weights.files import read_weights, state_of_checkpoint
+from smaflib.models.weights import read_weights
 from smaflib.runs.manifest import read_manifest
 
 
@@ -459,19 +459,6 @@ def test_any_header_is_safetensors_or_an_error(tmp_path: Path, header: Any, leng
 
 
 @BUDGET
-@given(shape=st.lists(st.integers(-(2**31), 2**31 - 1), max_size=5), values=st.binary(max_size=60), name=st.binary())
-def test_any_shape_is_an_mxnet_file_or_an_error(tmp_path: Path, shape: list[int], values: bytes, name: bytes) -> None:
-    path = tmp_path / "any.params"
-    packed = struct.pack("<QQQ", 0x112, 0, 1) + struct.pack("<IiI", 0xF993FAC9, 0, len(shape))
-    packed += b"".join(struct.pack("<q", side) for side in shape) + struct.pack("<iii", 1, 0, 0) + values
-    path.write_bytes(packed + struct.pack("<QQ", 1, len(name)) + name)
-    try:
-        read_weights(path)
-    except ConfigError as error:
-        assert str(path) in str(error)
-
-
-@BUDGET
 @given(value=ANY_JSON, cut=st.integers(0, 80))
 def test_any_pickle_is_image_labels_or_an_error(tmp_path: Path, value: Any, cut: int) -> None:
     path = tmp_path / "cls_labels.npy"
@@ -483,14 +470,3 @@ def test_any_pickle_is_image_labels_or_an_error(tmp_path: Path, value: Any, cut:
         assert str(path) in str(error)
     else:
         assert labels and all(max(numbers, default=0) < num_classes for numbers in labels.values())
-
-
-def test_checkpoints_that_hold_themselves_or_are_deeply_nested_end() -> None:
-    ring: dict[str, Any] = {"weights": {"layer.weight": torch.ones(2)}}
-    ring["again"] = ring
-    assert list(state_of_checkpoint(ring, Path("ring.pth"))) == ["layer.weight"]
-    deep: dict[str, Any] = {}
-    for _ in range(50_000):
-        deep = {"inside": deep}
-    with pytest.raises(ConfigError, match=r"deep\.pth holds no state dict"):
-        state_of_checkpoint(deep, Path("deep.pth"))

@@ -1,4 +1,4 @@
-"""Backbones and networks: strides, dilation, frozen layers, the student's start."""
+"""The networks: logit maps, frozen layers, the student's start, checkpoints."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 from helpers import generator, same_weights, tiny_config
 from torch import Tensor, nn
 
 from smaflib.config import ModelConfig, SegmentationConfig
-from smaflib.errors import ConfigError, WeightsError
+from smaflib.errors import WeightsError
 from smaflib.models import AttentionNetwork, SegmentationNetwork, with_background
-from smaflib.models.backbones import TorchvisionBackbone, build_backbone
 from smaflib.models.networks import load_attention_network
-from smaflib.models.weights.files import has_segmentation_head, write_weights
+from smaflib.models.weights import write_weights
 
 
 def model_config(backbone: str = "slim", **settings: object) -> ModelConfig:
@@ -35,104 +33,6 @@ def alive(network: nn.Module, seed: int = 0) -> nn.Module:
 
 def random_images(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=generator(seed))
-
-
-# --- backbones --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "output_stride", "stride"),
-    [
-        *(("resnet18", stride, stride) for stride in (8, 16, 32)),
-        *(("vgg11", stride, stride) for stride in (8, 16, 32)),
-        *(("mobilenet_v2", stride, stride) for stride in (8, 16, 32)),
-        ("resnet50", 8, 8),
-        ("slim", 8, 8),
-        ("slim", 16, 8),  # has no other
-        ("squeezenet1_0", 8, 8),
-        ("squeezenet1_0", 16, 16),
-        ("squeezenet1_0", 32, 16),  # has stride 16 by itself
-        ("densenet121", 8, 32),  # average pools: keeps the stride that it has
-        ("convnext_tiny", 8, 32),  # 2x2 convolutions: likewise
-    ],
-)
-def test_output_stride_is_as_promised(name: str, output_stride: int, stride: int) -> None:
-    with torch.device("meta"):  # shapes without arithmetic
-        backbone = build_backbone(model_config(name, output_stride=output_stride))
-        small, large = backbone(torch.empty(2, 3, 96, 160)), backbone(torch.empty(2, 3, 160, 288))
-        early, late = backbone.features(torch.empty(2, 3, 96, 160))
-    assert small.shape[:2] == (2, backbone.num_features) and late.shape == small.shape
-    # So many cells more for so many pixels more; borders may differ by a cell.
-    assert (large.shape[2] - small.shape[2]) * stride == 160 - 96
-    assert (large.shape[3] - small.shape[3]) * stride == 288 - 160
-    assert abs(small.shape[2] * stride - 96) <= stride
-    if backbone.skip_channels:
-        assert early.shape == (2, backbone.skip_channels, 24, 40)
-
-
-def test_backbone_at_its_own_stride_is_torchvisions_model() -> None:
-    torch.manual_seed(0)
-    backbone = build_backbone(model_config("resnet18", output_stride=32))
-    assert isinstance(backbone, TorchvisionBackbone)
-    model = torchvision.models.resnet18()
-    stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool, model.layer1)
-    features = nn.Sequential(stem, nn.Sequential(model.layer2, model.layer3, model.layer4))
-    features.load_state_dict(dict(zip(features.state_dict(), backbone.state_dict().values(), strict=True)))
-    images = random_images(1, 3, 64, 96)
-    assert torch.equal(alive(backbone)(images), alive(features)(images))
-
-
-@pytest.mark.parametrize(
-    ("name", "output_stride"), [("resnet18", 8), ("resnet18", 16), ("resnet50", 8), ("mobilenet_v2", 16)]
-)
-def test_dilation_keeps_the_pretrained_function(name: str, output_stride: int) -> None:
-    """The dilated network gives the strided one's features, and others between them (the "hole algorithm")."""
-    torch.manual_seed(0)
-    strided = alive(build_backbone(model_config(name, output_stride=32)))
-    with torch.device("meta"):
-        dense = build_backbone(model_config(name, output_stride=output_stride)).eval()
-    dense.load_state_dict(strided.state_dict(), assign=True)
-    images, step = random_images(1, 3, 64, 96), 32 // output_stride
-    with torch.no_grad():
-        expected, given = strided(images), dense(images)
-    assert given.shape[2:] == (64 // output_stride, 96 // output_stride)
-    torch.testing.assert_close(given[..., ::step, ::step], expected, rtol=1e-4, atol=1e-4 * float(expected.max()))
-
-
-def test_dilated_resnet50_is_torchvisions_dilated_resnet50() -> None:
-    with torch.device("meta"):
-        ours = build_backbone(model_config("resnet50", output_stride=8))
-        theirs = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True])
-
-    def geometry(module: nn.Module) -> list[tuple[object, ...]]:
-        convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
-        return [(part.kernel_size, part.stride, part.dilation, part.padding) for part in convolutions]
-
-    assert geometry(ours) == geometry(theirs)
-
-
-def test_slim_network_ends_at_stride_8_and_skips_at_stride_4() -> None:
-    with torch.device("meta"):
-        early, late = build_backbone(model_config()).features(torch.empty(1, 3, 64, 48))
-    assert early.shape == (1, 32, 16, 12) and late.shape == (1, 96, 8, 6)
-
-
-def test_unknown_backbone_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'resnet5', which is neither 'slim' nor 'resnet38' nor a"):
-        build_backbone(model_config("resnet5"))
-    with pytest.raises(
-        ConfigError, match="'fcn_resnet50', which is neither"
-    ):  # torchvision's, but no classification model
-        build_backbone(model_config("fcn_resnet50"))
-
-
-@pytest.mark.parametrize("name", ["mnasnet0_5", "shufflenet_v2_x0_5", "swin_t"])
-def test_backbone_without_convolutional_feature_maps_is_refused(name: str) -> None:
-    with (
-        torch.device("meta"),
-        pytest.raises(ConfigError, match=f"{name}' has no plain convolutional features; choose a"),
-    ):
-        build_backbone(model_config(name))
 
 
 # --- the attention network --------------------------------------------------------------------------------------------
@@ -286,32 +186,9 @@ def test_torchvisions_deeplabv3_head_on_the_same_backbone() -> None:
     assert not torch.equal(logits[0], logits[1])
 
 
-def test_segmentation_weights_are_refused_unless_allowed(tmp_path: Path) -> None:
-    segmenter = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None)
-    write_weights(tmp_path / "coco.safetensors", segmenter.state_dict())
-    config = model_config("resnet50", weights=str(tmp_path / "coco.safetensors"))
-    with pytest.raises(ConfigError, match="it has learned from pixel masks.* set allow_mask_weights=true"):
-        build_backbone(config)
-    backbone = build_backbone(config.model_copy(update={"allow_mask_weights": True}))
-    assert torch.equal(backbone.early[0].weight, segmenter.backbone.conv1.weight)
-
-
-@pytest.mark.parametrize(
-    "name", ["aspp.0.weight", "scale.base.layer5.conv2d_list.0.weight", "layer5.conv2d_list.0.bias"]
-)
-def test_heads_of_deeplab_codes_are_known(name: str) -> None:
-    assert has_segmentation_head({name: torch.ones(1)})
-    assert not has_segmentation_head({"classifier.1.weight": torch.ones(1), "features.0.weight": torch.ones(1)})
-
-
 def test_skip_gives_maps_at_stride_4() -> None:
     config = SegmentationConfig(aspp_dilations=(1,), skip_channels=8)
     assert SegmentationNetwork(model_config(), config, 2)(random_images(2, 3, 32, 48)).shape == (2, 3, 8, 12)
-    with (
-        torch.device("meta"),
-        pytest.raises(ConfigError, match="'squeezenet1_0' has no features at stride 4"),
-    ):
-        SegmentationNetwork(model_config("squeezenet1_0"), config, 2)
 
 
 # --- networks from checkpoints ----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from smaflib.data import load_samples
 from smaflib.data.masks import ground_truth_of
 from smaflib.evaluation import evaluate, masks_of
 from smaflib.models.pretrained import ASSETS, pretrained_config, pretrained_network, short_config
-from smaflib.models.weights.files import read_weights, write_weights
+from smaflib.models.weights import read_weights, write_weights
 from smaflib.reactivation import denoise
 from tools.make_assets import export_networks
 

@@ -26,7 +26,7 @@ from smaflib.config import CrfConfig, SegmentationConfig
 from smaflib.data.masks import MaskFiles, read_mask, save_mask
 from smaflib.errors import ConfigError, DataError
 from smaflib.evaluation import evaluate
-from smaflib.models.backbones import TorchvisionBackbone
+from smaflib.models.backbones import TimmBackbone
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
 from smaflib.refinement import dense_crf
 from smaflib.runtime import Runtime, cpu_runtime
@@ -303,6 +303,6 @@ def test_views_of_several_scales_and_their_maximum() -> None:
 
 def test_own_backbone_for_segmentation() -> None:
     config = tiny_config(segmentation={"model": {"backbone": "resnet18"}, "aspp_dilations": [1]})
-    assert isinstance(new_segmenter(config, 3, CPU).backbone, TorchvisionBackbone)
+    assert isinstance(new_segmenter(config, 3, CPU).backbone, TimmBackbone)
     with pytest.raises(ConfigError, match="segmentation.model names a backbone of its own"):
         tiny_config(segmentation={"model": {"backbone": "resnet18"}, "initial_weights": "student"})

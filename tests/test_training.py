@@ -28,7 +28,7 @@ from smaflib.config import TrainingConfig
 from smaflib.data import MaskFiles, load_samples, make_data
 from smaflib.errors import ConfigError, WeightsError
 from smaflib.maps import AttentionMaps, DenoisedMaps
-from smaflib.models.weights.files import read_metadata, read_weights
+from smaflib.models.weights import read_metadata, read_weights
 from smaflib.runtime import Runtime, check_compiler, cpu_runtime, is_compiled
 from smaflib.training import Batch, Batches, CropField, _means, fit, learning_rate, load_history, make_optimizer
 

@@ -11,7 +11,7 @@ import torch
 from smaflib.data import load_samples, make_data
 from smaflib.files import replacing
 from smaflib.models.pretrained import ASSETS, CONFIG_FILE, ROLES, pretrained_network, short_config
-from smaflib.models.weights.files import read_weights, write_weights
+from smaflib.models.weights import read_weights, write_weights
 from smaflib.pipeline import Workspace, attend
 from smaflib.pseudo_masks import pseudo_mask
 

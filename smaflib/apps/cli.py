@@ -22,9 +22,7 @@ app = typer.Typer(
 )
 
 data_app = typer.Typer(help="Data sets: check, fetch, convert labels.", no_args_is_help=True)
-weights_app = typer.Typer(help="Weights files.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-app.add_typer(weights_app, name="weights")
 
 Settings = Annotated[
     list[str] | None,
@@ -305,7 +303,7 @@ def masks(
     ] = None,
     backbone: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Of torchvision, or timm/NAME; timm/tf_efficientnet_lite2 by default."),
+        typer.Option(metavar="NAME", help="timm/NAME; timm/tf_efficientnet_lite2 by default."),
     ] = None,
     weights: Annotated[
         str | None,
@@ -396,20 +394,6 @@ def data_labels(
         names = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}.get(classes) or classes.split(",")
         written, empty = cls_labels_to_csv(path, target, names)
         typer.echo(f"{target}: {written} images" + (f"; {empty} without any label left out" if empty else ""))
-
-
-@weights_app.command("inspect")
-def weights_inspect(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="safetensors, PyTorch or MXNet .params.")],
-    backbone: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Compare with this backbone; by default the one that fits best.")
-    ] = None,
-) -> None:
-    """Say what a weights file is, what fits and what is missing."""
-    with _plain_errors():
-        from smaflib.models.weights.inspect import describe_weights
-
-        typer.echo(describe_weights(path, backbone))
 
 
 @app.command()

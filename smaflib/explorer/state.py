@@ -11,7 +11,7 @@ import base64
 import io
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -32,7 +33,7 @@ from smaflib.errors import DataError, MissingStage, RunError
 from smaflib.evaluation import confusion_matrix, intersection_over_union, mean_over_classes, sweep_thresholds
 from smaflib.files import display_path
 from smaflib.maps import AttentionMaps, fuse_and_denoise
-from smaflib.models.everyday import EVERYDAY, EverydayNetwork, everyday_config
+from smaflib.models.imagenet import ImageNetClassifier, imagenet_config
 from smaflib.models.networks import AttentionNetwork
 from smaflib.models.pretrained import ROLES, UNSEEN_SEED, Role, pretrained_config, pretrained_network
 from smaflib.models.sources import source_of
@@ -43,6 +44,9 @@ from smaflib.runtime import Runtime, device_of
 
 CURVE_SCORES: tuple[float, ...] = tuple(round(0.02 * step, 2) for step in range(1, 50))
 """Background scores at which the curve of the IoU is drawn."""
+
+LIKELIEST_CLASSES = 5
+"""Of ImageNet's thousand, the classes of a photo that can be chosen in the explorer."""
 
 PHOTO_SIDE = 384
 """Longest side, in pixels, to which a custom image is shrunk: all scales of it in a few seconds on a CPU."""
@@ -319,7 +323,7 @@ class Gallery:
     samples: list[Sample]
     class_names: tuple[str, ...]
     config: Config
-    networks: dict[Role, AttentionNetwork | EverydayNetwork]
+    networks: dict[Role, AttentionNetwork | ImageNetClassifier]
     stored: dict[Role, AttentionMaps] = field(default_factory=dict)
     source: str = ""
     bg_score: float | None = None
@@ -337,22 +341,22 @@ class Gallery:
             data = config.data.model_copy(update={"root": root})
             samples = load_samples(config.model_copy(update={"data": data}), "train").with_masks()
             images, class_names = list(samples), samples.class_names
-        networks: dict[Role, AttentionNetwork | EverydayNetwork] = {role: pretrained_network(role) for role in ROLES}
+        networks: dict[Role, AttentionNetwork | ImageNetClassifier] = {role: pretrained_network(role) for role in ROLES}
         source = "pretrained networks, images drawn on the spot"
         return cls(images, class_names, config, networks, source=source, knows_photos=False)
 
     @classmethod
-    def everyday(cls) -> Gallery:
-        """ImageNet's classifier, for custom images (:meth:`add_photo`); there are none in it to begin with.
+    def imagenet(cls) -> Gallery:
+        """ImageNet's classifier, for custom images (:meth:`add_photo`); it has no images and no classes to begin with.
 
         Raises:
             ConfigError: if the package that holds its weights is not installed.
         """
-        return cls([], tuple(EVERYDAY), everyday_config(), {"teacher": EverydayNetwork()}, source="ImageNet's network")
+        return cls([], (), imagenet_config(), {"teacher": ImageNetClassifier()}, source="ImageNet's network")
 
     def for_photos(self) -> Gallery:
         """The gallery that a custom image belongs into: this one, or where its networks know drawings only, another."""
-        return self if self.knows_photos else Gallery.everyday()
+        return self if self.knows_photos else Gallery.imagenet()
 
     @classmethod
     def of_run(cls, run: Run | str | Path, num_images: int = 8) -> Gallery:
@@ -364,7 +368,7 @@ class Gallery:
         """
         run = run if isinstance(run, Run) else find_run(str(run))
         split = run.samples("train")
-        networks: dict[Role, AttentionNetwork | EverydayNetwork] = {}
+        networks: dict[Role, AttentionNetwork | ImageNetClassifier] = {}
         stored: dict[Role, AttentionMaps] = {}
         samples = list(split.shown(num_images))
         for role in ROLES:
@@ -454,11 +458,23 @@ class Gallery:
             raise DataError("a photo needs a network to compute its maps, and this run has kept none")
         image = read_photo(name, content)
         network = self.networks[next(role for role in ROLES if role in self.networks)]
+        if isinstance(network, ImageNetClassifier):
+            self._add_classes(network, image)
         sample = Sample(Path(name).stem, image, predict_label(network, image, self.config))
         self.samples.append(sample)
         index = len(self.samples) - 1
         self._photos.add(index)
         return index
+
+    def _add_classes(self, network: ImageNetClassifier, image: Tensor) -> None:
+        """Let the gallery have the classes that a photo is likeliest to show, beside those of the photos before."""
+        likeliest = network.likeliest_classes(image, LIKELIEST_CLASSES)
+        network.classes += [number for number in likeliest if number not in network.classes]
+        self.class_names = network.class_names
+        self._cams.clear()
+        for index, sample in enumerate(self.samples):
+            padded = F.pad(sample.image_label, (0, len(self.class_names) - len(sample.image_label)))
+            self.samples[index] = replace(sample, image_label=padded)
 
     def _is_stored(self, index: int, role: Role, flip: bool) -> bool:
         # A photo may have the name of an image of the run, whose maps are not the photo's.
@@ -492,7 +508,7 @@ def predict_label(network: Any, image: Tensor, config: Config) -> Tensor:
     """The classes whose logit is above 0, or the likeliest one where none is, as in ``smaf masks --learned``.
 
     Args:
-        network: teacher, student or :class:`~smaflib.models.everyday.EverydayNetwork`.
+        network: teacher, student or :class:`~smaflib.models.imagenet.ImageNetClassifier`.
         image: uint8 (3, H, W).
         config: of the run.
 

@@ -215,10 +215,11 @@ class Explorer:
             self.controls["upload"].value = ()  # so that the same file can be given again
         upload = uploads[0]
         gallery = self.gallery.for_photos()
+        classes = gallery.class_names
         index = gallery.add_photo(str(upload["name"]), bytes(upload["content"]))
         label = ", ".join(gallery.class_names[number] for number in gallery.first_settings(index).image_label)
         remark = f"{upload['name']}: the network predicts {label}; correct the image label if it is wrong."
-        if gallery is self.gallery:
+        if gallery is self.gallery and classes == gallery.class_names:
             self._show_images()
             self._go(index, remark)
         else:

@@ -2,7 +2,7 @@
 
 from smaflib.errors import WeightsError
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, load_attention_network, with_background
-from smaflib.models.weights.files import read_weights
+from smaflib.models.weights import read_weights
 
 __all__ = [
     "AttentionNetwork",

@@ -13,8 +13,8 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 from smaflib.config import ModelConfig, SegmentationConfig
 from smaflib.errors import ConfigError, WeightsError
-from smaflib.models.backbones import Backbone, build_backbone
-from smaflib.models.weights.files import attention_state, fill, network_state
+from smaflib.models.backbones import build_backbone
+from smaflib.models.weights import attention_state, fill, network_state
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -31,7 +31,7 @@ class AttentionNetwork(nn.Module):
         self.config, self.num_classes, self.background = config, num_classes, background
         self.backbone = build_backbone(config)
         width = self.backbone.num_features
-        # A frozen backbone's channels differ in scale by orders of magnitude; a linear head needs them alike.
+        # The channels of a frozen backbone differ in scale by orders of magnitude, which a linear head learns slowly.
         self.standardize = nn.BatchNorm2d(width, affine=False) if config.freeze_backbone else nn.Identity()
         self.neck: nn.Module = nn.Identity()
         if config.head_channels:
@@ -59,19 +59,19 @@ class AttentionNetwork(nn.Module):
         return int(self.background)
 
     def new_layers(self) -> list[nn.Module]:
-        """Layers without pretrained weights, which learn faster."""
+        """Layers without pretrained weights; they get a higher learning rate."""
         return [self.neck, self.head]
 
     def train(self, mode: bool = True) -> AttentionNetwork:
         super().train(mode)
         freeze_as_configured(self, self.config)
-        if self.config.freeze_batch_norm:  # the reference freezes every one, also the new one of its head
+        if self.config.freeze_batch_norm:  # the reference freezes all, including the new one in its head
             _freeze_batch_norm(self.neck)
         return self
 
 
 class SummedBranches(nn.ModuleList):
-    """Layers side by side, whose results are added."""
+    """Parallel layers whose outputs are summed."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([branch(x) for branch in self]).sum(dim=0)
@@ -82,16 +82,19 @@ class SegmentationNetwork(nn.Module):
 
     ``deeplabv2``: parallel dilated 3x3 convolutions, summed. ``deeplabv3``: torchvision's head, with a pooled branch.
 
-    With ``skip_channels`` features of stride 4 join before the classifier, so that small objects have pixels to be
-    seen on (the idea of DeepLab-V3+'s decoder).
+    With ``skip_channels``, features of stride 4 join before the classifier, so that small objects cover more cells
+    (the idea of DeepLab-V3+'s decoder).
 
     Source: Chen et al., "DeepLab", TPAMI 2018, section 3.2.
+
+    Raises:
+        ConfigError: if ``skip_channels`` is set and the backbone has no features at stride 4.
     """
 
     def __init__(self, model: ModelConfig, config: SegmentationConfig, num_classes: int) -> None:
         super().__init__()
         self.config, self.num_classes = model, num_classes
-        self.backbone: Backbone = build_backbone(model)
+        self.backbone = build_backbone(model)
         self.standardize = (
             nn.BatchNorm2d(self.backbone.num_features, affine=False) if model.freeze_backbone else nn.Identity()
         )
@@ -106,11 +109,12 @@ class SegmentationNetwork(nn.Module):
             )
         self.skip = bool(config.skip_channels)
         if self.skip:
-            if not self.backbone.skip_channels:
+            early_channels = getattr(self.backbone, "skip_channels", 0)
+            if not early_channels:
                 raise ConfigError(
                     f"segmentation.skip_channels is set, but {model.backbone!r} has no features at stride 4; set 0"
                 )
-            self.early = nn.Conv2d(self.backbone.skip_channels, width, 1, bias=False)
+            self.early = nn.Conv2d(early_channels, width, 1, bias=False)
             self.mix = nn.Sequential(
                 nn.BatchNorm2d(width),
                 nn.ReLU(inplace=True),
@@ -121,16 +125,15 @@ class SegmentationNetwork(nn.Module):
             )
 
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, K+1, h, w) logits, background first
-        early, late = self.backbone.features(images)
-        late = self.standardize(late)
-        logits = self.aspp(late)
         if not self.skip:
-            return logits
+            return self.aspp(self.standardize(self.backbone(images)))
+        early, late = self.backbone.features(images)
+        logits = self.aspp(self.standardize(late))
         finer = F.interpolate(logits, size=early.shape[2:], mode="bilinear", align_corners=False)
         return self.mix(finer + self.early(early))
 
     def new_layers(self) -> list[nn.Module]:
-        """Layers without pretrained weights, which learn faster."""
+        """Layers without pretrained weights; they get a higher learning rate."""
         return [self.aspp, *([self.early, self.mix] if self.skip else [])]
 
     def train(self, mode: bool = True) -> SegmentationNetwork:
@@ -140,7 +143,7 @@ class SegmentationNetwork(nn.Module):
 
 
 def freeze_as_configured(network: AttentionNetwork | SegmentationNetwork, config: ModelConfig) -> None:
-    """Keep frozen layers in eval mode and without gradients, whatever mode the network is in."""
+    """Put frozen layers into eval mode, without gradients."""
     if config.freeze_backbone:
         network.backbone.eval().requires_grad_(False)
         network.standardize.eval()
@@ -158,26 +161,16 @@ def _freeze_batch_norm(layers: nn.Module) -> None:
 
 
 def attention_of(network: nn.Module, logits: Tensor) -> Tensor:
-    """Class attention maps by the network's own ``attention``: any module that has such a method will do.
-
-    Raises:
-        TypeError: if it has none.
-    """
-    attention = getattr(network, "attention", None)
-    if not callable(attention):
-        raise TypeError(
-            f"{type(network).__name__} has no method attention(logits) that makes class attention maps (B, K, h, w) of "
-            "its logit maps; give it one"
-        )
-    maps: Tensor = attention(logits)
+    """Class attention maps (B, K, h, w) by the network's method ``attention(logits)``, which any module may have."""
+    maps: Tensor = network.attention(logits)  # type: ignore[operator]
     return maps
 
 
 def with_background(teacher: Network) -> Network:
-    """A copy that starts from the teacher's weights and has a background map: the student before it learns.
+    """The student before training: a copy of the teacher with a background map.
 
-    A plain teacher has no background map; the student's starts at a logit of 0, so that a pixel where all class
-    logits are negative begins as background. A network of another class is copied as it is, and must have one.
+    A plain teacher has no background map. Its student's starts at a logit of 0, so that a pixel where all class logits
+    are negative begins as background. A network of another class is copied unchanged, and must have a background map.
     """
     student = copy.deepcopy(teacher)
     if isinstance(student, AttentionNetwork) and not student.background:

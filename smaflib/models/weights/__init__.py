@@ -1,1 +1,0 @@
-"""Weights files: reading them without running code, and saying what they are."""

@@ -1,0 +1,115 @@
+"""MXNet's .params files: the bytes of the format in all three versions, and the names of ResNet38."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from smaflib.config import ModelConfig
+from smaflib.errors import ConfigError, WeightsError
+from smaflib.models.backbones import build_backbone
+from smaflib.models.resnet38 import ResNet38
+from smaflib.models.weights import read_weights
+from tools.convert_resnet38 import convert, read_mxnet_params, resnet38_state
+
+TYPES = {"float32": 0, "float64": 1, "float16": 2, "uint8": 3, "int32": 4, "int8": 5, "int64": 6}
+
+
+def params_bytes(arrays: dict[str, np.ndarray], version: int) -> bytes:
+    """The NDArray list format, written out from its description."""
+    parts = [struct.pack("<QQQ", 0x112, 0, len(arrays))]
+    for array in arrays.values():
+        if version == 2:
+            parts.append(struct.pack("<Ii", 0xF993FAC9, 0))
+        elif version == 1:
+            parts.append(struct.pack("<I", 0xF993FAC8))
+        side = "I" if version == 0 else "q"
+        parts.append(struct.pack(f"<I{array.ndim}{side}", array.ndim, *array.shape))
+        parts.append(struct.pack("<iii", 1, 0, TYPES[array.dtype.name]))
+        parts.append(array.astype(array.dtype.newbyteorder("<")).tobytes())
+    parts.append(struct.pack("<Q", len(arrays)))
+    for name in arrays:
+        parts.append(struct.pack("<Q", len(name)) + name.encode())
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("version", [0, 1, 2])
+def test_all_versions_and_types_and_every_cut(tmp_path: Path, version: int) -> None:
+    path = tmp_path / "net.params"
+    for dtype in TYPES:
+        arrays = {"arg:a": np.arange(6).reshape(2, 3).astype(dtype), "aux:b": np.array([7, 99]).astype(dtype)}
+        path.write_bytes(params_bytes(arrays, version))
+        again = read_mxnet_params(path)
+        assert list(again) == ["arg:a", "aux:b"]
+        for name, array in arrays.items():
+            assert again[name].dtype == getattr(torch, dtype) and np.array_equal(again[name].numpy(), array)
+    whole = params_bytes({"arg:a": np.ones((2, 2), dtype=np.float32)}, version)
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ConfigError, match=r"is not a complete MXNet \.params file; download it again"):
+            read_mxnet_params(path)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, struct.pack("<Q", 5), "is no MXNet .params file"),
+        (24, struct.pack("<I", 0xF993FACF), "damaged, or in an unknown version"),
+        (28, struct.pack("<i", 1), "sparse"),
+        (36, struct.pack("<q", -4), "damaged"),
+        (52, struct.pack("<i", 99), "damaged"),
+        (36, struct.pack("<q", 2**60), "not a complete"),  # a claim that no memory could hold
+    ],
+)
+def test_damage_is_refused(tmp_path: Path, position: int, value: bytes, message: str) -> None:
+    whole = bytearray(params_bytes({"arg:a": np.ones(4, dtype=np.float32)}, version=2))
+    whole[position : position + len(value)] = value
+    (tmp_path / "net.params").write_bytes(whole)
+    with pytest.raises(ConfigError, match=message):
+        read_mxnet_params(tmp_path / "net.params")
+
+
+def mxnet_name(name: str) -> str:
+    """The name in the ImageNet file of a weight of ResNet38, from the facts in the file's description."""
+    statistics = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_var"}
+    layer, _, what = name.rpartition(".")
+    prefix = "aux:" if what.startswith("running") else "arg:"
+    if layer == "conv1a":
+        return "arg:conv1a_weight"
+    if layer == "bn7":
+        return f"{prefix}bn7_{statistics[what]}"
+    block, part = layer.split(".")
+    stage, _, number = block[1:].partition("_")
+    place = f"{stage}b{number}" if number else f"{stage}a"
+    kind, _, branch = part.partition("_")
+    return f"arg:res{place}_{branch}_weight" if kind == "conv" else f"{prefix}bn{place}_{branch}_{statistics[what]}"
+
+
+def test_every_name_of_resnet38_is_translated() -> None:
+    with torch.device("meta"):
+        names = [name for name in ResNet38().state_dict() if not name.endswith("num_batches_tracked")]
+    arrays = {mxnet_name(name): torch.tensor(number) for number, name in enumerate(names)}
+    assert "arg:res3b1_branch2a_weight" in arrays and "aux:bn6a_branch2b2_moving_var" in arrays
+    state = resnet38_state(arrays | {"arg:linear1000_weight": torch.zeros(1), "arg:strange": torch.zeros(1)})
+    assert [int(state[name]) for name in names] == list(range(len(names))) and state.keys() - names == {"strange"}
+
+
+def test_converted_file_loads_into_the_network(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path = tmp_path / "ilsvrc-cls_rna-a1_cls1000_ep-0001.params"
+    state = {name: value for name, value in ResNet38().state_dict().items() if "num_batches_tracked" not in name}
+    arrays = {mxnet_name(name): value.numpy().astype(np.float16) for name, value in state.items()}
+    path.write_bytes(params_bytes(arrays | {"arg:linear1000_weight": np.ones((1000, 1), dtype=np.float16)}, version=2))
+    with pytest.raises(ConfigError, match=r"is an MXNet file; .*python tools/convert_resnet38\.py"):
+        read_weights(path)
+    loaded = build_backbone(ModelConfig(backbone="resnet38", weights=str(convert(path)))).state_dict()
+    assert all(torch.equal(loaded[name], value.half().float()) for name, value in state.items())
+
+    del arrays["aux:bn7_moving_var"]
+    path.write_bytes(params_bytes(arrays, version=2))
+    with pytest.raises(WeightsError, match=r"missing: bn7\.running_var"):
+        convert(path)
