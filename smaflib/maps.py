@@ -163,7 +163,7 @@ def write_attention_maps(
 ) -> AttentionMaps:
     """Attention maps of a whole split; images that have theirs already are skipped.
 
-    Of several processes (:mod:`smaflib.distributed`) each makes its part.
+    Of several processes (:mod:`smaflib.processes`) each makes its part.
 
     Args:
         network: teacher, student, a source of maps (:func:`~smaflib.models.sources.source_of`) or any module with

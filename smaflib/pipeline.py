@@ -8,14 +8,14 @@ code than it runs (:mod:`smaflib.runs.code`), and importing this module imports 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from smaflib import files
 from smaflib.config import Config, Split
-from smaflib.errors import ConfigError, MissingStage
+from smaflib.errors import MissingStage
 from smaflib.plugins import DATA
 
 if TYPE_CHECKING:
@@ -239,32 +239,20 @@ def check_networks(config: Config) -> None:
         WeightsError: if a file of weights is missing, damaged or of another network.
     """
     from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
+    from smaflib.processes import num_processes
     from smaflib.runtime import make_runtime
+    from smaflib.training import check_batch_norm
 
-    make_runtime(config)
-    _check_processes(config)
+    device, number = make_runtime(config).device, num_processes(config)
     if config.classifier.checkpoint is None:
-        AttentionNetwork(config.model, num_classes=1, background=True)
+        check_batch_norm(AttentionNetwork(config.model, num_classes=1, background=True), number, device)
     if config.segmentation.enabled:
         settings = config.segmentation
-        SegmentationNetwork(settings.model or config.model, settings, num_classes=1)
-
-
-def _check_processes(config: Config) -> None:
-    """Refuse a training whose batches have fewer images than there are processes."""
-    from smaflib.distributed.launch import num_processes, trainings
-
-    number = num_processes(config)
-    for name, settings in trainings(config).items():
-        if settings.batch_size < number:
-            raise ConfigError(
-                f"{name}.batch_size is {settings.batch_size}, too few images for {number} processes; set "
-                f"processes={settings.batch_size}, or a larger batch_size"
-            )
+        check_batch_norm(SegmentationNetwork(settings.model or config.model, settings, num_classes=1), number, device)
 
 
 def _share_work(work: Workspace, function: str, is_done: Callable[[], bool], **arguments: Any) -> None:
-    """Let several processes do a function's work first, where ``processes`` asks for them (:mod:`smaflib.distributed`).
+    """Let several processes do a function's work first, where ``processes`` asks for them (:mod:`smaflib.processes`).
 
     The function then finds all of it done. In a process that is one of several, nothing happens.
 
@@ -272,12 +260,24 @@ def _share_work(work: Workspace, function: str, is_done: Callable[[], bool], **a
         work: the folder that all of them work in.
         function: the name of the function of this module that calls this one.
         is_done: whether there is nothing left to do; asked only where processes would be started.
-        arguments: of that function, as JSON can hold them.
+        arguments: of that function.
     """
-    from smaflib.distributed.launch import Task, num_processes, run_in_processes
+    from smaflib.config_reads import not_noting
+    from smaflib.processes import num_processes, num_ranks, run_in_processes
 
-    if (number := num_processes(work.config)) > 1 and not is_done():
-        run_in_processes(Task(function, work.folder, work.data_folder, work.config, arguments), number)
+    with not_noting():  # how many processes there are decides no result
+        number = num_processes(work.config)
+    if number > 1 and num_ranks() == 1 and not is_done():
+        with not_noting():
+            run_in_processes(number, _take_part, replace(work), function, **arguments)
+
+
+def _take_part(work: Workspace, function: str, **arguments: Any) -> None:
+    from smaflib.config_reads import follow, recording_where_asked
+
+    with recording_where_asked():
+        follow(work.config)
+        globals()[function](work, **arguments)
 
 
 def are_there(folder: Path, samples: Samples, ending: str = ".png") -> bool:
@@ -421,8 +421,8 @@ def _targets(work: Workspace, teacher: str, settings: SelfTrainingConfig, runtim
     """
     from torch.utils.data import Subset
 
-    from smaflib.distributed.ranks import gather_parts, ranks_here
     from smaflib.maps import MaskMaps
+    from smaflib.processes import gather, part
     from smaflib.pseudo_masks import pseudo_masks
 
     config, samples = work.config, work.samples()
@@ -433,10 +433,11 @@ def _targets(work: Workspace, teacher: str, settings: SelfTrainingConfig, runtim
         maps.cached = config.data.cache  # a refinement reads each once
         return maps
     refinement = config.pseudo_masks.model_copy(update={"refine": settings.refine})
-    part = ranks_here().part(range(len(samples)))
-    some: Any = Subset(maps, part)  # type: ignore[arg-type]
-    masks = pseudo_masks(samples.subset(part), some, work.bg_score, refinement, device=runtime.device, desc="targets")
-    return MaskMaps(gather_parts(list(masks)), len(samples.class_names))
+    numbers = part(range(len(samples)))
+    some: Any = Subset(maps, numbers)  # type: ignore[arg-type]
+    own = samples.subset(numbers)
+    masks = pseudo_masks(own, some, work.bg_score, refinement, device=runtime.device, desc="targets")
+    return MaskMaps(gather(list(masks)), len(samples.class_names))
 
 
 def self_train_rounds(work: Workspace) -> dict[str, History]:

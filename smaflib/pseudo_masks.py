@@ -106,7 +106,7 @@ def write_pseudo_masks(
 ) -> None:
     """Write a palette PNG per image, ``<image_id>.png``; images that have theirs already are skipped.
 
-    Of several processes (:mod:`smaflib.distributed`) each makes its part.
+    Of several processes (:mod:`smaflib.processes`) each makes its part.
 
     Arguments as of :func:`pseudo_masks`.
     """

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from smaflib.config import TrainingConfig
 from smaflib.data.sample import Sample
 from smaflib.data.transforms import Crop, draw_crop, jitter_colors, normalize, whole_image
-from smaflib.distributed.layers import see_whole_batch
-from smaflib.distributed.ranks import Ranks, ranks_here, sum_gradients, sum_over_ranks, wait_for_all
+from smaflib.errors import ConfigError
 from smaflib.models.weights import OPTIMIZER, fill, read_metadata, read_weights, write_weights
+from smaflib.processes import barrier, num_ranks, rank, sum_gradients, sum_over_ranks
 from smaflib.runtime import Runtime, derive_seed, progress, release_freed_memory, seeded
 
 Batch = dict[str, Tensor]
@@ -90,20 +90,21 @@ class Batches(Dataset[Batch]):
         num_workers: int = 0,
     ) -> None:
         self.samples, self.config, self.seed = samples, config, seed
-        self.crop_fields, self.num_workers, self.ranks = crop_fields, num_workers, Ranks()
+        self.crop_fields, self.num_workers = crop_fields, num_workers
+        self.rank, self.num_ranks = 0, 1
 
-    def of(self, ranks: Ranks) -> Batches:
-        """The part of each batch that belongs to one of several processes; the batches are the same for any number."""
-        part = copy.copy(self)
-        part.ranks = ranks
-        return part
+    def of_this_process(self) -> Batches:
+        """This process's part of each batch; the batches are the same for any number of processes."""
+        own = copy.copy(self)
+        own.rank, own.num_ranks = rank(), num_ranks()
+        return own
 
     def __len__(self) -> int:
         return self.config.iterations
 
     def __getitem__(self, iteration: int) -> Batch:
         first = iteration * self.config.batch_size
-        positions = self.ranks.part(range(first, first + self.config.batch_size))
+        positions = range(first, first + self.config.batch_size)[self.rank :: self.num_ranks]
         drawn = [self._draw(position) for position in positions]
         return {name: torch.stack([item[name] for item in drawn]) for name in drawn[0]}
 
@@ -139,7 +140,7 @@ def fit(
 ) -> History:
     """Optimise a network in place; ends in eval mode.
 
-    Several processes (:mod:`smaflib.distributed`) each take their part of every batch, and make the same steps as one.
+    Several processes (:mod:`smaflib.processes`) each take their part of every batch, and make the same steps as one.
 
     Args:
         network: what learns; its ``new_layers()``, if there are any, learn at ``head_multiplier`` times the rate.
@@ -160,14 +161,15 @@ def fit(
         FloatingPointError: if the loss is no longer finite. A GPU would wait for each loss that is read, so there they
             are read when they are logged: before a checkpoint, and after some steps more.
     """
-    config, ranks = batches.config, ranks_here()
-    batches = batches.of(ranks)
+    config, batches = batches.config, batches.of_this_process()
     runtime.place(network).train()
-    network = see_whole_batch(network, config.batch_size)
+    check_batch_norm(network, num_ranks(), runtime.device)
+    if num_ranks() > 1 and runtime.device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     optimizer = make_optimizer(network, config)
     started_from = [p.detach().clone() for p in network.parameters()] if config.start_share else []
     history, start = _resume(network, optimizer, checkpoint)
-    wait_for_all()  # before the first process writes the next checkpoint
+    barrier()  # before the first process writes the next checkpoint
     if start >= config.iterations:
         network.eval()
         return history
@@ -178,7 +180,7 @@ def fit(
     for iteration, batch in enumerate(progress(loader, total=len(loader), desc=desc), start=start):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = learning_rate(config, peak, iteration)
-        with seeded(derive_seed(batches.seed, "dropout", iteration), runtime.device):
+        with seeded(derive_seed(batches.seed, "dropout", iteration) + rank(), runtime.device):
             losses.append(_step(network, optimizer, batch, loss, runtime, num_terms or _num_images))
         done = iteration + 1
         if done % log_every == 0 or done == config.iterations:
@@ -186,13 +188,13 @@ def fit(
             losses = []
         # Checkpoints fall on log points, so that no half of a mean is lost.
         at_checkpoint = done < config.iterations and done % _rounded_up(config.checkpoint_every, log_every) == 0
-        if checkpoint and ranks.first and at_checkpoint:
+        if checkpoint and rank() == 0 and at_checkpoint:
             _save(checkpoint, network, history, done, optimizer)
     network.eval()
     _keep_start(network, started_from, config.start_share)
-    if checkpoint and ranks.first:
+    if checkpoint and rank() == 0:
         _save(checkpoint, network, history, config.iterations, None)
-    wait_for_all()  # until what was learned can be read
+    barrier()  # until what was learned can be read
     optimizer.zero_grad()
     release_freed_memory()
     return history
@@ -209,6 +211,20 @@ def _loader(batches: Batches, start: int, runtime: Runtime) -> DataLoader[Batch]
         generator=torch.Generator(),
         pin_memory=runtime.device.type == "cuda",  # what lies in pinned memory is copied while the GPU computes
     )
+
+
+def check_batch_norm(network: nn.Module, num_processes: int, device: torch.device) -> None:
+    """Refuse to share a training on a CPU if it learns batch statistics, which torch synchronises on GPUs only.
+
+    Raises:
+        ConfigError: naming the cure.
+    """
+    learned = any(isinstance(layer, nn.BatchNorm2d) and layer.training for layer in network.train().modules())
+    if learned and num_processes > 1 and device.type == "cpu":
+        raise ConfigError(
+            "batch norm cannot learn its statistics in several processes on a CPU; set processes=1 (one process uses "
+            "all cores), or model.freeze_batch_norm=true"
+        )
 
 
 def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -298,7 +314,7 @@ def _num_images(batch: Batch) -> Tensor:
 
 def _share(batch: Batch, num_terms: Callable[[Batch], Tensor]) -> Tensor | float:
     """The part that this process's terms are of those of all processes; 1 if it is alone, and nothing is counted."""
-    if ranks_here().alone:
+    if num_ranks() == 1:
         return 1.0
     terms = num_terms(batch)
     return (terms.double() / sum_over_ranks(terms).clamp(min=1)).float()

@@ -22,7 +22,7 @@ LAYERS = (
     ("config", "config_reads", "plugins", "files", "errors"),
     ("data", "models", "refinement", "processes", "distributed", "runtime"),
     tuple(STAGES.split()),
-    ("pipeline", "distributed.worker"),
+    ("pipeline",),
     ("runs", "report"),
     ("explorer", "apps", "__main__"),
 )

@@ -1,0 +1,209 @@
+"""Several processes on one machine that share the work of a stage.
+
+A *rank* is a process's number among them, from 0 on. All of them must call the collective functions (:func:`barrier`,
+:func:`gather`, the sums) in the same order. A process that works alone has rank 0 of 1, and there they do nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from multiprocessing import connection
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from smaflib.config import Config
+from smaflib.errors import ConfigError, RunError
+from smaflib.runtime import LOCAL_RANK, LOCAL_SIZE
+
+Item = TypeVar("Item")
+Call = Callable[[], object]
+
+RESTARTS = 3
+"""How often all processes are started again after one was killed. Finished files are not made again."""
+
+TIMEOUT = datetime.timedelta(minutes=30)
+"""How long a process waits for another: one may refine its part of the masks much later."""
+
+RAISED = 3
+"""Exit code of a process whose function raised an error, which it has sent to the process that waits."""
+
+
+def num_processes(config: Config) -> int:
+    """How many processes share a stage's work: ``processes``, where ``auto`` is one per GPU, and one without a GPU.
+
+    Raises:
+        ConfigError: if there are fewer GPUs, or fewer images in a batch.
+    """
+    trainings = [config.classifier, config.self_training]
+    trainings += [config.segmentation] if config.segmentation.enabled else []
+    smallest_batch = min(training.batch_size for training in trainings)
+    on_gpu = config.device in ("auto", "cuda") and torch.cuda.is_available()
+    gpus = torch.cuda.device_count() if on_gpu else 0
+    if config.processes == "auto":
+        return max(1, min(gpus, smallest_batch))
+    if on_gpu and config.processes > gpus:
+        raise ConfigError(f"processes is {config.processes}, but this machine has {gpus} GPU(s); set processes=auto")
+    if config.processes > smallest_batch:
+        raise ConfigError(
+            f"processes is {config.processes}, but the smallest training batch has {smallest_batch} images; set "
+            f"processes={smallest_batch}, or a larger batch_size"
+        )
+    return config.processes
+
+
+def run_in_processes(number: int, function: Callable[..., object], *arguments: Any, **named: Any) -> None:
+    """Call a function in several new processes at once; returns when it has returned in all of them.
+
+    With one process, or inside one of several, nothing is called: the caller does the work. If a process is killed,
+    the others are ended and all are started again. They end with the process that started them, however that ends.
+
+    Args:
+        number: of processes.
+        function: defined at the top of a module; it must go on where it stopped, and write its results to files.
+        arguments: of the function; must be picklable.
+
+    Raises:
+        Exception: what the function raised in one of the processes, with its traceback as a note.
+        RunError: if processes were killed more than :data:`RESTARTS` times.
+    """
+    if number == 1 or num_ranks() > 1:
+        return
+    for _ in range(1 + RESTARTS):
+        with tempfile.TemporaryDirectory(prefix="smaf-ranks-") as folder:
+            codes = _run_once(number, Path(folder, "meeting"), partial(function, *arguments, **named))
+        if not codes:
+            return
+    raise RunError(
+        f"{number} processes of {function.__name__} ended {1 + RESTARTS} times, at last with exit code "
+        f"{', '.join(map(str, codes))}. Code -9 usually means that the memory was full: lower processes or batch_size"
+    )
+
+
+def _run_once(number: int, meeting: Path, call: Call) -> list[int]:
+    """Exit codes of processes that were killed; none if all have finished."""
+    context = multiprocessing.get_context("spawn")  # a process that has used a GPU cannot be forked
+    errors: SimpleQueue[Exception] = context.SimpleQueue()
+    processes = [context.Process(target=_work, args=(rank, number, meeting, errors, call)) for rank in range(number)]
+    try:
+        for process in processes:
+            process.start()
+        running = processes
+        while running and not any(process.exitcode for process in processes):
+            connection.wait([process.sentinel for process in running])
+            running = [process for process in running if process.exitcode is None]
+        codes = [process.exitcode for process in processes if process.exitcode]
+        # Where one was killed, the errors of the others only say that they have lost it.
+        if set(codes) == {RAISED}:
+            raise errors.get()
+        return codes
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.kill()
+                process.join()
+
+
+def _work(rank: int, number: int, meeting: Path, errors: SimpleQueue[Exception], call: Call) -> None:
+    end_with_parent()
+    os.environ |= {LOCAL_RANK: str(rank), LOCAL_SIZE: str(number)}
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        store = dist.FileStore(str(meeting), number)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, timeout=TIMEOUT, rank=rank, world_size=number)
+        call()
+        barrier()
+        dist.destroy_process_group()
+    except Exception as error:
+        errors.put(_sendable(error, rank))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(RAISED)  # at once, without waiting for the other processes
+
+
+def _sendable(error: Exception, rank: int) -> Exception:
+    error.add_note(f"In process {rank}:\n" + "".join(traceback.format_exception(error)))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RunError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def end_with_parent() -> None:
+    """End this process at once when the process that started it through ``multiprocessing`` is gone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def rank() -> int:
+    """This process's number, from 0 on."""
+    return dist.get_rank() if num_ranks() > 1 else 0
+
+
+def num_ranks() -> int:
+    """How many processes share the work here and now."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def part(items: Sequence[Item]) -> Sequence[Item]:
+    """This process's share of the items: item n belongs to rank ``n % num_ranks()``."""
+    return items[rank() :: num_ranks()]
+
+
+def missing_files(folder: Path, names: Sequence[str]) -> list[int]:
+    """The numbers of the files that this process has to make: its part of the names, without existing files."""
+    there = set(os.listdir(folder)) if folder.is_dir() else set()
+    return [number for number in part(range(len(names))) if names[number] not in there]
+
+
+def barrier() -> None:
+    """Return once every process is here."""
+    sum_over_ranks(torch.zeros(1))  # dist.barrier would take a GPU for it
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, without gradient: the same bits in each; alone the tensor itself."""
+    if num_ranks() == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace every gradient by its sum over all processes, sent as one message."""
+    if num_ranks() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    total = sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, summed in zip(gradients, total.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(summed.view(gradient.shape))
+
+
+def gather(items: Sequence[Item]) -> list[Item]:
+    """The whole of which every process holds its :func:`part`, in order, in every process."""
+    if num_ranks() == 1:
+        return list(items)
+    parts: list[list[Item]] = [[] for _ in range(num_ranks())]
+    dist.all_gather_object(parts, list(items))
+    return [parts[number % len(parts)][number // len(parts)] for number in range(sum(map(len, parts)))]
