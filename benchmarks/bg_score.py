@@ -20,7 +20,7 @@ from smaflib.config import Config
 from smaflib.data.masks import ground_truth_of
 from smaflib.data.sample import Samples
 from smaflib.evaluation import sweep_thresholds
-from smaflib.maps import AttentionMaps, DenoisedMaps, SaliencyMaps
+from smaflib.maps import AttentionMaps, FusedMaps, SaliencyMaps
 from smaflib.reactivation import hard_labels
 from smaflib.runs import find_run
 from smaflib.runtime import progress
@@ -73,8 +73,8 @@ CRITERIA: dict[str, Criterion] = {
 
 
 def choose(criterion: Criterion, maps: AttentionMaps, samples: Samples, config: Config) -> float:
-    fused = DenoisedMaps(maps, samples, config.attention.fusion)
-    singles = [DenoisedMaps(maps, samples, "sum", [scale]) for scale in maps.scales]
+    fused = FusedMaps(maps, samples, config.attention.fusion)
+    singles = [FusedMaps(maps, samples, "sum", [scale]) for scale in maps.scales]
     totals = torch.zeros(len(CANDIDATES), dtype=torch.float64)
     for index in progress(range(len(samples)), total=len(samples), desc=criterion.__name__):
         values = criterion(fused[index], [single[index] for single in singles])
@@ -90,7 +90,7 @@ def rows_of(name: str, max_images: int) -> list[dict[str, object]]:
     for role in ("teacher", "student"):
         maps = AttentionMaps(run.path("cams", role), config.attention.scales)
         limits = config.evaluation.model_copy(update={"thresholds": CANDIDATES})
-        denoised = DenoisedMaps(maps, samples, config.attention.fusion)
+        denoised = FusedMaps(maps, samples, config.attention.fusion)
         sweep = sweep_thresholds(denoised, ground_truth_of(samples) or [], samples.class_names, limits)
         miou = {threshold: 100 * scores.miou for threshold, scores in sweep.items()}
         best = max(miou, key=lambda threshold: miou[threshold])
@@ -99,7 +99,7 @@ def rows_of(name: str, max_images: int) -> list[dict[str, object]]:
             chosen = choose(criterion, maps, some, config)
             row[label] = f"{miou[chosen] - miou[best]:+.1f} at {chosen}"
         if some.has_saliency:
-            fused = DenoisedMaps(maps, some, config.attention.fusion)
+            fused = FusedMaps(maps, some, config.attention.fusion)
             chosen = choose_bg_score(fused, SaliencyMaps(some))
             row["agreement with saliency"] = f"{miou[chosen] - miou[best]:+.1f} at {chosen}"
         row[f"fixed {PAPERS}"] = f"{miou[PAPERS] - miou[best]:+.1f}"

@@ -142,7 +142,6 @@ def measure(num: int) -> list[dict[str, Any]]:
                         folder / f"{kind}{threads}",
                         AttentionConfig(scales=SCALES),
                         runtime,
-                        host_threads=threads,
                     )
                 assert all(maps.path(image_id).is_file() for image_id in samples.image_ids)
                 taken = network.last - network.first

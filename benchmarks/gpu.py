@@ -29,9 +29,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from smaflib.cams import cams_of_inputs, scaled_inputs
+from smaflib.cams import class_attention
 from smaflib.config import AttentionConfig, CrfConfig, ModelConfig, variant_label
 from smaflib.data.sample import Sample, SampleFiles, Samples
+from smaflib.data.views import views_of
 from smaflib.files import PROJECT_ROOT, RUNS_FOLDER, read_json, write_json
 from smaflib.maps import write_attention_maps
 from smaflib.models.networks import AttentionNetwork, attention_of
@@ -98,7 +99,7 @@ def measure_maps(backbones: Sequence[str], runtimes: Sequence[Runtime], clock: C
     for backbone, runtime, images in itertools.product(backbones, runtimes, (1, 4)):
         network = network_of(backbone, runtime).eval()
         pictures = torch.randint(0, 256, (images, 3, *PHOTO), dtype=torch.uint8)
-        inputs = scaled_inputs(pictures, SCALES)
+        inputs = [torch.stack(same) for same in zip(*(views_of(picture, SCALES) for picture in pictures), strict=True)]
         there = [torch.cat([each, each.flip(-1)]).to(clock.device) for each in inputs]
 
         @torch.no_grad()
@@ -108,8 +109,8 @@ def measure_maps(backbones: Sequence[str], runtimes: Sequence[Runtime], clock: C
                     attention_of(network, network(each).float())
 
         alone, memory = clock.time(bare)
-        from_host, _ = clock.time(functools.partial(cams_of_inputs, network, inputs, True, runtime))
-        host, _ = clock.time(functools.partial(scaled_inputs, pictures, SCALES))
+        from_host, _ = clock.time(lambda: [class_attention(network, each, True, runtime).cpu() for each in inputs])  # noqa: B023
+        host, _ = clock.time(lambda: [views_of(picture, SCALES) for picture in pictures])  # noqa: B023
         yield {
             "backbone": backbone,
             "precision": runtime.precision,
@@ -121,9 +122,7 @@ def measure_maps(backbones: Sequence[str], runtimes: Sequence[Runtime], clock: C
         }
 
 
-def measure_splits(
-    backbone: str, runtime: Runtime, cases: list[Any], num: int, threads: Sequence[int]
-) -> Iterator[Row]:
+def measure_splits(backbone: str, runtime: Runtime, cases: list[Any], num: int) -> Iterator[Row]:
     """A whole split from files to files, by the function that stage 03 calls."""
     from torchvision.io import decode_jpeg, encode_jpeg, read_file, write_file
 
@@ -139,17 +138,10 @@ def measure_splits(
         listed = tuple(SampleFiles(name, Path(folder, f"{name}.jpg"), (0,)) for name in names)
         samples, config = Samples(listed, tuple(map(str, range(20))), "train", read), AttentionConfig(scales=SCALES)
         write_attention_maps(network, samples[:16], Path(folder, "warm"), config, runtime)  # chooses kernels
-        for number in threads:
-            start = time.perf_counter()
-            write_attention_maps(network, samples, Path(folder, str(number)), config, runtime, host_threads=number)
-            taken = time.perf_counter() - start
-            yield {
-                "backbone": backbone,
-                "precision": runtime.precision,
-                "photos": num,
-                "host threads": number,
-                "photos a second": num / taken,
-            }
+        start = time.perf_counter()
+        write_attention_maps(network, samples, Path(folder, "all"), config, runtime)
+        rate = num / (time.perf_counter() - start)
+        yield {"backbone": backbone, "precision": runtime.precision, "photos": num, "photos a second": rate}
 
 
 def measure_training(backbones: Sequence[str], runtimes: Sequence[Runtime], clock: Clock) -> Iterator[Row]:
@@ -315,10 +307,9 @@ def main() -> None:
     runtimes = [Runtime(device, precision) for precision in (("float32",) if quick else ("float32", "bf16"))]
     clock = Clock(device, arguments.seconds)
     cases = load_cases(arguments.photos, 2 if quick else arguments.images)
-    threads = (0, 2) if quick else (0, 2, 4, 8, 16)
     measures: dict[str, Callable[[], Iterator[Row]]] = {
         "maps": lambda: measure_maps(backbones, runtimes, clock),
-        "splits": lambda: measure_splits(backbones[0], runtimes[-1], cases, 6 if quick else 128, threads),
+        "splits": lambda: measure_splits(backbones[0], runtimes[-1], cases, 6 if quick else 128),
         "training": lambda: measure_training(backbones, runtimes, clock),
         "crf": lambda: measure_crf(cases, labels, (1, 2) if quick else BATCHES, clock),
     }

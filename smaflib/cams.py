@@ -1,27 +1,22 @@
 """Stage 2: class attention maps of one image at several scales, and their fusion into one.
 
-A network finds objects of about the size that it was trained on. Enlarged, small objects come into its reach; shrunk,
-large ones do. So the maps of different scales are wrong in different places, and their fusion is better than
-each (section 3.2 of the paper).
+A network finds objects of about the size that it was trained on. Enlarging the image brings small objects into that
+range, shrinking it brings large ones. Maps of different scales err in different places, so their fusion is better than
+any one of them (section 3.2 of the paper).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smaflib.config import FusionRule
-from smaflib.data.transforms import normalize, resize_to_each, scaled_size
+from smaflib.data.views import views_of
 from smaflib.models.networks import attention_of
-from smaflib.plugins import FUSION, calling, checked_maps, load, own_name
-from smaflib.runtime import Runtime, device_of, start_copy
-
-FUSION_RULES: tuple[FusionRule, ...] = FUSION.built_in
-"""The library's own."""
+from smaflib.plugins import load_custom
+from smaflib.runtime import Runtime, device_of
 
 PEAK_EPSILON = 0.5e-5
 """Added to a peak before dividing by it: half the reference's 1e-5, which it adds to sums over two flips, not means."""
@@ -38,13 +33,13 @@ def multi_scale_cams(
 
     Args:
         network: teacher, student or any module with ``attention``; put in eval mode.
-        image: uint8 (3, H, W), or (B, 3, H, W) for images of one size.
+        image: uint8 (3, H, W).
         scales: factors of the image's size, resized bicubically.
-        flip: also take a forward pass of the mirror image, and average.
+        flip: average with the maps of the mirror image.
         runtime: precision; None: float32. The device is the network's.
 
     Returns:
-        Per scale (K, h_s, w_s), or (B, K, h_s, w_s): non-negative float32 on the CPU, at the network's stride.
+        Per scale (K, h_s, w_s): non-negative float32 on the CPU, at the network's stride.
 
     Source: the reference code's multi-scale inference; section 3.2 of the paper.
 
@@ -55,99 +50,74 @@ def multi_scale_cams(
         >>> [tuple(cam.shape) for cam in cams]
         [(6, 4, 4), (6, 8, 8)]
     """
-    images = image if image.dim() == 4 else image[None]
-    cams = cams_of_inputs(network, scaled_inputs(images, scales), flip, runtime)
-    return cams if image.dim() == 4 else [cam[0] for cam in cams]
-
-
-def scaled_inputs(images: Tensor, scales: Sequence[float]) -> list[Tensor]:
-    """Images as the network takes them, once per scale: the host's part of :func:`multi_scale_cams`.
-
-    Args:
-        images: uint8 (B, 3, H, W).
-        scales: factors of their size; bicubic.
-
-    Returns:
-        Per scale float32 (B, 3, H_s, W_s), normalised.
-    """
-    sizes = [scaled_size(images.shape[-2:], scale) for scale in scales]
-    resized = [resize_to_each(image, sizes) for image in images]
-    return [normalize(torch.stack(of_a_scale)) for of_a_scale in zip(*resized, strict=True)]
-
-
-def cams_of_inputs(
-    network: nn.Module, inputs: Sequence[Tensor], flip: bool = True, runtime: Runtime | None = None
-) -> list[Tensor]:
-    """The network's part of :func:`multi_scale_cams`.
-
-    Args:
-        network: as there.
-        inputs: as of :func:`scaled_inputs`.
-        flip: as there.
-        runtime: as there.
-
-    Returns:
-        Per scale (B, K, h_s, w_s), non-negative float32 on the CPU.
-    """
-    return start_cams(network, inputs, flip, runtime)()
+    return [class_attention(network, view[None], flip, runtime)[0].cpu() for view in views_of(image, scales)]
 
 
 @torch.no_grad()
-def start_cams(
-    network: nn.Module,
-    inputs: Sequence[Tensor],
-    flip: bool = True,
-    runtime: Runtime | None = None,
-    mirrored: bool = False,
-) -> Callable[[], list[Tensor]]:
-    """:func:`cams_of_inputs` in two: a GPU is told what to compute, and what is returned waits for the maps.
-
-    Arguments as there; ``mirrored``: the inputs have come through :func:`with_mirror_images` already.
-    """
-    network.eval()
-    cams = []
-    for scaled in inputs:
-        scaled = scaled.to(device_of(network), non_blocking=True)
-        with runtime.autocast() if runtime else torch.autocast("cpu", enabled=False):
-            logits = network(with_mirror_images(scaled) if flip and not mirrored else scaled)
-            maps = attention_of(network, logits.float())
-        if flip:
-            plain, of_mirror_images = maps.chunk(2)
-            maps = (plain + of_mirror_images.flip(-1)) / 2
-        cams.append(maps)
-    return start_copy(cams)  # after the last scale: a GPU has all of them to work on
-
-
-def with_mirror_images(images: Tensor) -> Tensor:  # (B, 3, H, W) -> (2B, 3, H, W)
-    """Images, and after them each one's mirror image."""
-    return torch.cat([images, images.flip(-1)])
-
-
-class Fusion(Protocol):
-    """A fusion rule of somebody's own: joins one image's class attention maps over scales.
-
-    Each class must be joined by itself: the chain fuses the classes of the image label alone, of eighty one or two.
+def class_attention(network: nn.Module, images: Tensor, flip: bool = True, runtime: Runtime | None = None) -> Tensor:
+    """Class attention maps of a batch: one forward pass.
 
     Args:
-        maps: float32 (S, K, H, W), non-negative and finite, at the image's size; a class may be zero all over.
-        scales: float32 (S,), of the maps; S may be 1.
+        network: as of :func:`multi_scale_cams`.
+        images: float32 (B, 3, H, W), normalised.
+        flip: average with the maps of the mirror images.
+        runtime: precision; None: float32.
 
     Returns:
-        float (K, H, W), non-negative and finite; :func:`fuse_cams` brings each class to a peak of 1.
+        (B, K, h, w), non-negative float32, on the network's device.
+    """
+    network.eval()
+    images = images.to(device_of(network))
+    with runtime.autocast() if runtime else torch.autocast("cpu", enabled=False):
+        logits = network(torch.cat([images, images.flip(-1)]) if flip else images)
+        maps = attention_of(network, logits.float())
+    if flip:
+        plain, mirrored = maps.chunk(2)
+        maps = (plain + mirrored.flip(-1)) / 2
+    return maps
+
+
+class CustomSource(nn.Module):
+    """Class attention maps that custom code computes with a trained network, such as Grad-CAM.
+
+    Args:
+        network: teacher or student, in eval mode; ``network.num_classes`` is K.
+        source: makes of the network a module from images, float32 (B, 3, H, W) with ImageNet's mean and standard
+            deviation, to maps (B, K, h, w), non-negative, of any h and w. Gradients are enabled inside it.
     """
 
-    def __call__(self, maps: Tensor, scales: Tensor, /) -> Tensor: ...
+    def __init__(self, network: nn.Module, source: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.network, self.maps_of = network, source(network).eval()
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, K, h, w)
+        with torch.enable_grad():
+            return self.maps_of(images).detach()
+
+    def attention(self, maps: Tensor) -> Tensor:
+        return maps
 
 
-def fusion_rules(rule: FusionRule) -> tuple[FusionRule, ...]:
-    """The library's rules, and the one that a config names if it is somebody's own: what is compared and offered."""
-    return FUSION_RULES if rule in FUSION_RULES else (*FUSION_RULES, rule)
+def source_of(network: nn.Module, name: str) -> nn.Module:
+    """The module whose maps ``attention.source`` names: ``network`` itself, or custom code around it."""
+    return network if name == "network" else CustomSource(network, load_custom(name))
+
+
+# ------------------------------------------------------------------------------------------------------------ fusion
+
+
+Fusion = Callable[[Tensor, Tensor], Tensor]
+"""Joins one image's maps over scales: maps (S, K, H, W) at the image's size and scales (S,) to (K, H, W).
+
+Maps and result are non-negative and finite; S may be 1 and a class may be zero everywhere. Each class must be joined
+independently: only the classes of the image label are fused, one or two of eighty.
+"""
 
 
 def fuse_cams(
     cams: Sequence[Tensor],
     size: tuple[int, int],
-    rule: FusionRule | Fusion = "sum",
+    rule: str | Fusion = "sum",
     scales: Sequence[float] | None = None,
     weights: Sequence[float] | None = None,
 ) -> Tensor:
@@ -160,17 +130,15 @@ def fuse_cams(
     Args:
         cams: per scale (K, h_s, w_s), non-negative, flips already undone.
         size: (H, W) of the original image, in pixels.
-        rule: how the scales are joined; a name as in a config, or a function (:class:`Fusion`).
-        scales: the scale of each map; ``size_adaptive`` and rules of somebody's own need them.
-        weights: factor of each map, not negative, on top of what the rule does; None: all alike, as in the paper.
+        rule: one of :data:`FUSIONS`, ``package.module:attribute``, or a function.
+        scales: scale of each map; ``size_adaptive`` and custom rules need them.
+        weights: non-negative factor of each map, before the rule; None: all 1, as in the paper.
 
     Returns:
         (K, H, W) in [0, 1]; an all-zero class stays zero.
 
     Raises:
-        ValueError: if ``cams`` is empty, the maps disagree on K, a rule does not get its scales, there is no such rule,
-            or the weights do not fit.
-        PluginError: if a rule of somebody's own does not do what it must.
+        ValueError: if ``cams`` is empty, the maps disagree on K, there is no such rule, or it lacks its scales.
 
     Source: section 3.2 of the paper; the reference code's sum over scales and flips.
 
@@ -183,49 +151,32 @@ def fuse_cams(
     """
     if not cams or len({len(cam) for cam in cams}) != 1:
         raise ValueError(f"fuse_cams needs maps of one set of classes, got {[tuple(cam.shape) for cam in cams]}")
-    _check_rule(rule, scales, len(cams))
-    upsampled = torch.stack([_upsample(cam, size) for cam in cams])  # (S, K, H, W)
+    if rule not in ("sum", "mean", "max") and len(scales or ()) != len(cams):
+        raise ValueError(f"the rule {rule} needs the scale of each of the {len(cams)} maps, got {scales}")
+    maps = torch.stack([_upsample(cam, size) for cam in cams])  # (S, K, H, W)
     if rule == "mean":
-        upsampled = peak_at_one(upsampled)
+        maps = peak_at_one(maps)
     if weights is not None:
-        upsampled = upsampled * _checked_weights(weights, len(cams))[:, None, None, None]
-    return peak_at_one(_join(upsampled, rule, torch.tensor(list(scales or ()))))
+        maps = maps * torch.tensor(list(weights), dtype=torch.float32).view(-1, 1, 1, 1)
+    return peak_at_one(fusion_rule(rule)(maps, torch.tensor(list(scales or ()))))
 
 
-def _check_rule(rule: FusionRule | Fusion, scales: Sequence[float] | None, num_maps: int) -> None:
-    if isinstance(rule, str) and rule not in FUSION_RULES and not FUSION.is_own(rule):
-        raise ValueError(
-            f"there is no fusion rule {rule!r}; there are {', '.join(FUSION_RULES)}, or package.module:attribute"
-        )
-    if rule not in ("sum", "mean", "max") and len(scales or ()) != num_maps:
-        name = rule if isinstance(rule, str) else own_name(rule)
-        raise ValueError(f"the {name} rule needs the scale of each of the {num_maps} maps, got {scales}")
+def fusion_rule(rule: str | Fusion) -> Fusion:
+    """The function behind the name of a rule.
+
+    Raises:
+        ValueError: if there is no such rule.
+    """
+    if not isinstance(rule, str):
+        return rule
+    if rule not in FUSIONS and ":" not in rule:
+        raise ValueError(f"there is no fusion rule {rule!r}; use {', '.join(FUSIONS)} or package.module:attribute")
+    return FUSIONS.get(rule) or load_custom(rule)
 
 
-def _join(maps: Tensor, rule: FusionRule | Fusion, scales: Tensor) -> Tensor:  # (S, K, H, W) -> (K, H, W)
-    if rule == "sum":
-        return maps.sum(dim=0)
-    if rule == "max":
-        return maps.amax(dim=0)
-    if rule == "mean":
-        return maps.mean(dim=0)
-    if rule == "size_adaptive":
-        # The sum of all scales is a good enough guess of the extent to choose among them.
-        extent = (peak_at_one(maps.sum(dim=0)) > 0.5).float().mean(dim=(1, 2)).sqrt()  # (K,)
-        of_size = size_adaptive_weights(extent, scales)  # (S, K)
-        return (of_size[..., None, None] * maps).sum(dim=0)
-    function: Fusion = load(FUSION, rule) if isinstance(rule, str) else rule
-    what = f"the fusion rule {rule if isinstance(rule, str) else own_name(rule)}"
-    with calling(what):
-        return checked_maps(what, function(maps, scales), tuple(maps.shape[1:]), "(K, H, W)")
-
-
-def _checked_weights(weights: Sequence[float], num_maps: int) -> Tensor:
-    if len(weights) != num_maps or min(weights) < 0 or not any(weights):
-        raise ValueError(
-            f"weights must be {num_maps} numbers of which none is negative and one is above 0, got {list(weights)}"
-        )
-    return torch.tensor(list(weights), dtype=torch.float32)
+def fusion_rules(rule: str) -> tuple[str, ...]:
+    """The names of the library's rules, and that of a config if it is custom: what is compared and offered."""
+    return tuple(dict.fromkeys([*FUSIONS, rule]))
 
 
 def peak_at_one(maps: Tensor) -> Tensor:  # (..., H, W) -> (..., H, W)
@@ -239,7 +190,7 @@ def peak_at_one(maps: Tensor) -> Tensor:  # (..., H, W) -> (..., H, W)
 
 
 def at_size(cam: Tensor, size: tuple[int, int]) -> Tensor:
-    """One class's map of one scale, (h, w), at the image's size (H, W) and with its peak at 1: to be shown."""
+    """One class's map of one scale, (h, w), at the image's size (H, W) with a peak of 1, for display."""
     return peak_at_one(_upsample(cam[None], size))[0]
 
 
@@ -247,10 +198,8 @@ def _upsample(cam: Tensor, size: tuple[int, int]) -> Tensor:  # (K, h, w) -> (K,
     return F.interpolate(cam[None].float(), size=size, mode="bilinear", align_corners=False)[0]
 
 
-# --- the size-adaptive rule ---------------------------------------------------------------------------------------
-
 REFERENCE_EXTENT = 0.4
-"""Share of the image's side that an object has at which scale 1 serves best."""
+"""Share of the image's side of an object that scale 1 serves best."""
 
 SIZE_SHARPNESS = 1.0
 """How fast the weight of a scale falls with its distance (in octaves) from the scale that serves best."""
@@ -273,3 +222,18 @@ def size_adaptive_weights(extent: Tensor, scales: Tensor) -> Tensor:
     best = torch.log2(REFERENCE_EXTENT / extent.clamp(min=1e-3))
     distance = torch.log2(scales).view(-1, *[1] * extent.dim()) - best
     return torch.softmax(-SIZE_SHARPNESS * distance.square(), dim=0)
+
+
+def _size_adaptive_sum(maps: Tensor, scales: Tensor) -> Tensor:  # (S, K, H, W) -> (K, H, W)
+    # The sum of all scales is a good enough estimate of the extent to choose among them.
+    extent = (peak_at_one(maps.sum(dim=0)) > 0.5).float().mean(dim=(1, 2)).sqrt()  # (K,)
+    weights = size_adaptive_weights(extent, scales)  # (S, K)
+    return (weights[..., None, None] * maps).sum(dim=0)
+
+
+FUSIONS: dict[str, Fusion] = {
+    "sum": lambda maps, scales: maps.sum(dim=0),
+    "mean": lambda maps, scales: maps.mean(dim=0),  # fuse_cams brings the scales to a peak of 1 first
+    "max": lambda maps, scales: maps.amax(dim=0),
+    "size_adaptive": _size_adaptive_sum,
+}

@@ -7,17 +7,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from smaflib.config import AttentionConfig, ClassifierConfig, Config, HeadSolverConfig, ModelConfig
 from smaflib.data.sample import Sample, Samples
-from smaflib.data.transforms import Crop, normalize, resize_image, scaled_size
+from smaflib.data.transforms import Crop
+from smaflib.data.views import load_views, views_of
 from smaflib.errors import ConfigError
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, load_attention_network
 from smaflib.models.weights import fill, read_weights, write_weights
@@ -135,7 +137,7 @@ def saliency_loss(logits: Tensor, saliency: Tensor, image_label: Tensor, config:
 
 
 class ChannelStatistics:
-    """Mean and variance of features per channel, summed up in float64 over cells of any number of batches."""
+    """Mean and variance of a frozen backbone's features per channel, accumulated in float64 over batches."""
 
     def __init__(self, network: AttentionNetwork | SegmentationNetwork) -> None:
         layer = network.standardize
@@ -165,8 +167,8 @@ def standardize_features(
 ) -> None:
     """Measure mean and variance of a frozen backbone's features, once, over the first crops of a training.
 
-    Over the crops and not the whole images: features depend on the size at which objects are shown. A mean of another
-    size leaves every image the same rest, which the head uses as a bias, and the maps lose their zero point.
+    Crops and not whole images, since features depend on the size at which objects are shown: a mean measured at
+    another size leaves every image the same offset, which the head uses as a bias, and the maps lose their zero point.
 
     Args:
         network: its ``standardize`` layer is filled in place.
@@ -177,10 +179,15 @@ def standardize_features(
     network.to(runtime.device).eval()
     statistics = ChannelStatistics(network)
     num_batches = min(len(batches), math.ceil(passes * len(batches.samples) / batches.config.batch_size))
-    with runtime.host_threads() as host:
-        crops = host.ahead(lambda index: runtime.pinned(batches[index]["image"]), range(num_batches))
-        for images in progress(crops, total=num_batches, desc="feature statistics"):
-            statistics.add(network.backbone(images.to(runtime.device, non_blocking=True)).double().cpu())
+    loader: DataLoader[Batch] = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(num_batches),
+        num_workers=batches.num_workers,
+        generator=torch.Generator(),  # else the loader would draw from the global generator
+    )
+    for batch in progress(loader, total=num_batches, desc="feature statistics"):
+        statistics.add(network.backbone(batch["image"].to(runtime.device)).double().cpu())
     statistics.fill_layer()
 
 
@@ -194,18 +201,18 @@ def solve_head(
 ) -> History:
     """Compute the last layer on a frozen backbone: a logistic regression on each image's mean feature.
 
-    A linear layer may trade places with the spatial mean, so an image at one scale is one vector, and the loss is
-    convex in the layer's weights: L-BFGS finds the one minimum, where training could stop short of it. Every image is
-    taken whole, at every scale of ``attention`` and mirrored: the views of :func:`~smaflib.cams.multi_scale_cams`.
-    The loss is L_cls plus ``weight_decay`` times the squared weights of a class, mean over the classes.
+    A linear layer commutes with the spatial mean, so an image at one scale is one vector, and the loss is convex in the
+    layer's weights: L-BFGS finds its minimum, where training could stop short of it. The images are whole, at every
+    scale of ``attention`` and mirrored: the views of :func:`~smaflib.cams.multi_scale_cams`. The loss is L_cls plus
+    ``weight_decay`` times the squared weights of a class, averaged over the classes.
 
     Args:
         network: a plain teacher; its ``standardize`` layer and its head are filled in place; ends in eval mode.
         samples: the training split.
-        settings: the most steps, and the penalty.
+        settings: the maximal number of steps, and the penalty.
         attention: scales and flip.
         runtime: device and precision.
-        checkpoint: where weights are kept; if it is there already, it is only loaded.
+        checkpoint: file of the weights; if it exists, it is only loaded.
 
     Returns:
         The losses of each evaluation, as a learning curve.
@@ -243,30 +250,17 @@ def _mean_features(
     statistics = ChannelStatistics(network)
     means: list[Tensor] = []
     labels: list[Tensor] = []
-
-    def prepare(index: int) -> tuple[Tensor, list[Tensor]]:
-        sample = samples[index]
-        return sample.image_label.double(), [runtime.pinned(view) for view in _views(sample.image, attention)]
-
-    with runtime.host_threads() as host:
-        prepared = host.ahead(prepare, range(len(samples)))
-        for label, views in progress(prepared, total=len(samples), desc="features"):
-            for view in views:
-                with runtime.autocast():
-                    features = network.backbone(view.to(runtime.device, non_blocking=True))
-                features = features.double().cpu()  # (1 or 2, C, h, w)
-                means += list(features.mean(dim=(2, 3)))
-                labels += [label] * len(features)
-                statistics.add(features)
+    image_labels = samples.image_labels.double()
+    for batch in load_views(samples, attention.scales, runtime, desc="features"):
+        for images in batch.views:
+            with runtime.autocast():
+                features = network.backbone(torch.cat([images, images.flip(-1)]) if attention.flip else images)
+            features = features.double().cpu()  # (B or 2B, C, h, w)
+            means.append(features.mean(dim=(2, 3)))
+            labels.append(image_labels[batch.indices].repeat(len(features) // len(images), 1))
+            statistics.add(features)
     mean, variance = statistics.fill_layer()
-    return (torch.stack(means) - mean) / (variance + statistics.layer.eps).sqrt(), torch.stack(labels)
-
-
-def _views(image: Tensor, attention: AttentionConfig) -> Iterator[Tensor]:
-    """An image, uint8 (3, H, W), at each scale: (1, 3, h, w) normalised, or with its mirror image (2, 3, h, w)."""
-    for scale in attention.scales:
-        view = normalize(resize_image(image, scaled_size(image.shape[-2:], scale)))[None]
-        yield torch.cat([view, view.flip(-1)]) if attention.flip else view
+    return (torch.cat(means) - mean) / (variance + statistics.layer.eps).sqrt(), torch.cat(labels)
 
 
 ONE_VIEW = AttentionConfig(scales=(1.0,), flip=False)
@@ -274,44 +268,47 @@ ONE_VIEW = AttentionConfig(scales=(1.0,), flip=False)
 
 
 def learned_views(config: Config) -> AttentionConfig:
-    """The views of an image that tell what it shows: those that the head was computed from, or the image as it is."""
+    """The views in which an image is classified: those that a solved head was computed from, else the image itself.
+
+    A head that was computed (:func:`solve_head`) finds far too many classes in an image of another size.
+    """
     return config.attention if config.classifier.solve_head else ONE_VIEW
 
 
-def classify_image(network: AttentionNetwork, image: Tensor, runtime: Runtime, views: AttentionConfig) -> Tensor:
-    """What a network thinks that an image shows: mean logits over its views, float32 (K,).
+def classify(
+    network: AttentionNetwork, samples: Sequence[Sample], runtime: Runtime, views: AttentionConfig = ONE_VIEW
+) -> Tensor:
+    """What a network recognises in each image: logits averaged over its views.
 
     Args:
-        network: teacher or student, in eval mode and on the runtime's device.
-        image: uint8 (3, H, W).
+        network: teacher or student.
+        samples: the images.
         runtime: device and precision.
-        views: the scales and mirror images, see :func:`learned_views`. A head that was computed (:func:`solve_head`)
-            finds far too many classes in an image of another size.
+        views: scales and flip, see :func:`learned_views`.
+
+    Returns:
+        float32 (N, K) on the CPU.
     """
-    return _mean_logits(network, _views(image, views), runtime)
+    network.to(runtime.device).eval()
+    batches = load_views(samples, views.scales, runtime, desc="classify")
+    return torch.cat([_mean_logits(network, batch.views, views.flip, runtime) for batch in batches])
+
+
+def classify_image(network: AttentionNetwork, image: Tensor, runtime: Runtime, views: AttentionConfig) -> Tensor:
+    """:func:`classify` of one image, uint8 (3, H, W): (K,)."""
+    of_scale = [view[None].to(runtime.device) for view in views_of(image, views.scales)]
+    return _mean_logits(network, of_scale, views.flip, runtime)[0]
 
 
 @torch.no_grad()
-def _mean_logits(network: AttentionNetwork, views: Iterable[Tensor], runtime: Runtime) -> Tensor:
+def _mean_logits(network: AttentionNetwork, views: Sequence[Tensor], flip: bool, runtime: Runtime) -> Tensor:
+    """Per scale (B, 3, H_s, W_s) to (B, K)."""
     rows = []
-    for view in views:
+    for images in views:
         with runtime.autocast():
-            rows.append(network.image_logits(network(view.to(runtime.device, non_blocking=True))).float())
-    return torch.cat(rows).cpu().mean(dim=0)
-
-
-def classify(
-    network: AttentionNetwork, samples: Samples, runtime: Runtime, views: AttentionConfig = ONE_VIEW
-) -> Tensor:
-    """:func:`classify_image` of every sample, (N, K)."""
-    network.to(runtime.device).eval()
-
-    def prepare(index: int) -> list[Tensor]:
-        return [runtime.pinned(view) for view in _views(samples[index].image, views)]
-
-    with runtime.host_threads() as host:
-        prepared = progress(host.ahead(prepare, range(len(samples))), total=len(samples), desc="classify")
-        return torch.stack([_mean_logits(network, each, runtime) for each in prepared])
+            logits = network(torch.cat([images, images.flip(-1)]) if flip else images)
+            rows.append(network.image_logits(logits).float())  # (B or 2B, K)
+    return torch.cat(rows).cpu().unflatten(0, (-1, len(views[0]))).mean(dim=0)
 
 
 def crop_saliency(sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:

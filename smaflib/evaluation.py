@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smaflib.config import EvaluationConfig
 from smaflib.data.classes import VOID_LABEL
-from smaflib.maps import DenoisedMaps
+from smaflib.maps import FusedMaps
 from smaflib.reactivation import hard_labels, reactivate
 
 SIZES = ("small", "medium", "large")
@@ -210,8 +210,8 @@ def sweep_thresholds(
 
 def _strongest(denoised: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Per image the highest score (H, W) of each pixel and its class (H, W)."""
-    if isinstance(denoised, DenoisedMaps):  # of the classes in the image only
-        yield from (denoised.present(index).strongest() for index in range(len(denoised)))
+    if isinstance(denoised, FusedMaps):  # of the classes in the image only
+        yield from (denoised.strongest(index) for index in range(len(denoised)))
     else:
         yield from (maps.max(dim=0) for maps in denoised)
 

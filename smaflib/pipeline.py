@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from smaflib.config import AttentionConfig, FusionRule, SelfTrainingConfig, Variant
     from smaflib.data.masks import MaskFiles
     from smaflib.data.sample import Samples
-    from smaflib.maps import AttentionMaps, DenoisedMaps
+    from smaflib.maps import AttentionMaps, FusedMaps
     from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
     from smaflib.runtime import Runtime
     from smaflib.training import History
@@ -67,7 +67,7 @@ class Workspace:
         rule: FusionRule | None = None,
         denoised: bool = True,
         saliency_weight: float = 0.0,
-    ) -> DenoisedMaps:
+    ) -> FusedMaps:
         """A network's maps of some samples, fused and denoised, read when asked for.
 
         Args:
@@ -78,13 +78,13 @@ class Workspace:
             denoised: False leaves the maps of absent classes in.
             saliency_weight: share of the samples' saliency maps, for targets and masks.
         """
-        from smaflib.maps import DenoisedMaps
+        from smaflib.maps import FusedMaps
 
         rule = rule or ("sum" if scales is not None and len(scales) == 1 else self.config.attention.fusion)
         maps = self.maps(network, _split(samples))
-        return DenoisedMaps(maps, samples, rule, scales, denoised=denoised, saliency_weight=saliency_weight)
+        return FusedMaps(maps, samples, rule, scales, denoise=denoised, saliency_weight=saliency_weight)
 
-    def mask_maps(self, network: str, samples: Samples, scales: Sequence[float] | None = None) -> DenoisedMaps:
+    def mask_maps(self, network: str, samples: Samples, scales: Sequence[float] | None = None) -> FusedMaps:
         """The maps that become pseudo masks: as of :meth:`denoised`, with ``pseudo_masks.saliency_weight``."""
         return self.denoised(network, samples, scales, saliency_weight=self.config.mask_saliency_weight)
 
@@ -206,8 +206,7 @@ def attend(
         bg_score: the background's score.
         runtime: precision; None: float32.
     """
-    from smaflib.cams import fuse_cams, multi_scale_cams
-    from smaflib.models.sources import source_of
+    from smaflib.cams import fuse_cams, multi_scale_cams, source_of
     from smaflib.reactivation import denoise, reactivate
 
     cams = multi_scale_cams(source_of(network, attention.source), image, attention.scales, attention.flip, runtime)
@@ -315,8 +314,8 @@ def train_teacher(work: Workspace) -> tuple[AttentionNetwork, History]:
 
 def write_maps(work: Workspace, network: str, split: Split = "train") -> AttentionMaps:
     """Stage 2: a network's attention maps of a split."""
+    from smaflib.cams import source_of
     from smaflib.maps import write_attention_maps
-    from smaflib.models.sources import source_of
 
     maps, samples = work.maps(network, split), work.samples(split)
     if are_there(maps.folder, samples, ".npz"):
@@ -345,7 +344,7 @@ def resolve_mask_bg_score(work: Workspace, network: str = "student") -> float:
     return _resolve(work, stored, work.config.mask_bg_score, work.mask_maps(network, samples), samples)
 
 
-def _resolve(work: Workspace, name: str, score: float | Literal["auto"], maps: DenoisedMaps, samples: Samples) -> float:
+def _resolve(work: Workspace, name: str, score: float | Literal["auto"], maps: FusedMaps, samples: Samples) -> float:
     stored = work.path("bg_scores", f"{name}.json")
     if score == "auto":
         kept = read_bg_score(stored)

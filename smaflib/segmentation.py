@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as TF
 from torch import Tensor, nn
 
 from smaflib.classifier import standardize_features
 from smaflib.config import ModelConfig, SegmentationConfig
 from smaflib.data.classes import VOID_LABEL
 from smaflib.data.masks import save_mask
-from smaflib.data.sample import Samples, same_size
-from smaflib.data.transforms import normalize, scaled_size
-from smaflib.distributed.ranks import missing_here, wait_for_all
+from smaflib.data.sample import Sample, Samples
+from smaflib.data.transforms import scaled_size
+from smaflib.data.views import load_views, views_of
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, SummedBranches
+from smaflib.processes import barrier, missing_files
 from smaflib.refinement import dense_crf, refine_many
-from smaflib.runtime import HostThreads, Runtime, derive_seed, device_of, progress, seeded, start_copy
+from smaflib.runtime import Runtime, derive_seed, device_of, seeded
 from smaflib.training import Batch, Batches, CropField, History, fit
 
 
@@ -143,7 +141,7 @@ def segment(network: nn.Module, image: Tensor, config: SegmentationConfig, runti
     """Label an image's pixels: the most probable class, after the CRF if the config has one.
 
     Args:
-        network: gives (B, K+1, h, w) logits.
+        network: (B, 3, H, W) to logits (B, K+1, h, w).
         image: uint8 (3, H, W).
         config: ``test_scales``, ``test_flip``, ``test_crf``.
         runtime: device and precision; None: float32 on the CPU.
@@ -151,154 +149,97 @@ def segment(network: nn.Module, image: Tensor, config: SegmentationConfig, runti
     Returns:
         uint8 (H, W).
     """
-    probabilities = class_probabilities(network, image, config, runtime)
+    views = [view[None] for view in views_of(image, config.test_scales)]
+    size = (image.shape[-2], image.shape[-1])
+    probabilities = class_probabilities(network, views, size, config, runtime)[0].cpu()
     if config.test_crf is None:
         return probabilities.max(dim=0).indices.to(torch.uint8)
     given = probabilities if config.test_crf.unary == "scores" else probabilities.max(dim=0).indices
     return dense_crf(image, given, config.test_crf, len(probabilities), device=runtime.device if runtime else None)
 
 
-def class_probabilities(
-    network: nn.Module, image: Tensor, config: SegmentationConfig, runtime: Runtime | None = None
-) -> Tensor:
-    """Softmax, averaged over the test scales and flips: float32 (K+1, H, W); arguments as of :func:`segment`."""
-    size = (image.shape[-2], image.shape[-1])
-    return probabilities_of_inputs(network, segmentation_inputs(image[None], config), size, config, runtime)[0].cpu()
-
-
-def segmentation_inputs(images: Tensor, config: SegmentationConfig) -> list[Tensor]:
-    """Images as the network takes them, once per test scale: the host's part of :func:`class_probabilities`.
-
-    Args:
-        images: uint8 (B, 3, H, W).
-        config: ``test_scales``.
-
-    Returns:
-        Per scale float32 (B, 3, H_s, W_s), normalised.
-    """
-    sizes = [scaled_size(images.shape[-2:], scale) for scale in config.test_scales]
-    return [normalize(TF.resize(images, list(size), TF.InterpolationMode.BICUBIC)) for size in sizes]
-
-
 @torch.no_grad()
-def probabilities_of_inputs(
+def class_probabilities(
     network: nn.Module,
-    inputs: Sequence[Tensor],
+    views: Sequence[Tensor],
     size: tuple[int, int],
     config: SegmentationConfig,
     runtime: Runtime | None = None,
 ) -> Tensor:
-    """The network's part of :func:`class_probabilities`.
+    """Softmax, averaged over test scales and flips.
 
     Args:
-        network: as there.
-        inputs: as of :func:`segmentation_inputs`.
+        network: as of :func:`segment`.
+        views: per scale float32 (B, 3, H_s, W_s), normalised.
         size: (H, W) of the images.
         config: ``test_flip``.
-        runtime: as there.
+        runtime: precision; None: float32.
 
     Returns:
         float32 (B, K+1, H, W), on the network's device.
     """
     network.eval()
     total = torch.zeros((), device=device_of(network))
-    for scaled in inputs:
-        views = scaled.to(device_of(network), non_blocking=True)
-        views = torch.cat([views, views.flip(-1)]) if config.test_flip else views
+    for view in views:
+        images = view.to(device_of(network))
         with runtime.autocast() if runtime else torch.autocast("cpu", enabled=False):
-            logits = network(views).float()
+            logits = network(torch.cat([images, images.flip(-1)]) if config.test_flip else images).float()
         probabilities = F.interpolate(logits, size=size, mode="bilinear", align_corners=False).softmax(dim=1)
         if config.test_flip:
             plain, mirrored = probabilities.chunk(2)
             probabilities = (plain + mirrored.flip(-1)) / 2
         total = total + probabilities
-    return total / len(config.test_scales)
-
-
-GPU_BATCH = 4
-"""Neighbours of one size that a GPU segments together. A CPU takes images one by one, which needs less memory."""
+    return total / len(views)
 
 
 def segment_many(
     network: SegmentationNetwork,
-    images: Iterable[Tensor],
+    samples: Sequence[Sample],
     settings: SegmentationConfig,
     runtime: Runtime,
-    host: HostThreads | None = None,
+    indices: Sequence[int] | None = None,
+    desc: str = "segment",
 ) -> Iterator[Tensor]:
-    """:func:`segment` of many images, in their order; the CRF, if there is one, on the other cores or on the GPU.
+    """:func:`segment` of many images; the CRF runs on the other cores or on the GPU.
 
     Args:
-        network: gives (B, K+1, h, w) logits; is placed on the runtime's device.
-        images: uint8 (3, H, W) each, taken as there is room.
-        settings: ``test_scales``, ``test_flip``, ``test_crf``, and the CRF's back-end and processes.
+        network: is moved to the runtime's device.
+        samples: the images.
+        settings: ``test_scales``, ``test_flip``, ``test_crf``, its back-end and processes.
         runtime: device and precision.
-        host: threads that resize the next images while a GPU computes; None: its own, as of
-            :meth:`~smaflib.runtime.Runtime.host_threads`.
+        indices: of the samples to segment; None: all.
+        desc: name on the progress bar.
 
     Yields:
-        uint8 (H, W) per image.
+        uint8 (H, W) per image, in order.
     """
     runtime.place(network)
     crf = settings.test_crf
-    scores = crf is not None and crf.unary == "scores"
-    found = _found_ahead(network, images, settings, runtime, scores, host)
+
+    def unrefined() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in load_views(samples, settings.test_scales, runtime, indices, desc):
+            probabilities = class_probabilities(network, batch.views, batch.size, settings, runtime)
+            soft = crf is not None and crf.unary == "scores"
+            given = probabilities if soft else probabilities.max(dim=1).indices.to(torch.uint8)
+            yield from zip(batch.images, given.cpu(), strict=True)
+
     if crf is None:
-        yield from (labels for _, labels in found)
-        return
-    workers, backend = settings.test_crf_workers, settings.test_crf_backend
-    yield from refine_many(found, crf, network.num_classes + 1, workers, backend, runtime.device)
-
-
-def _found_ahead(
-    network: nn.Module,
-    images: Iterable[Tensor],
-    settings: SegmentationConfig,
-    runtime: Runtime,
-    scores: bool,
-    host: HostThreads | None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each image with its labels, uint8 (H, W), or its probabilities (K+1, H, W), on the CPU."""
-    most_pixels = sys.maxsize if runtime.computes_behind else 0
-
-    def prepare(together: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        return together, [runtime.pinned(scaled) for scaled in segmentation_inputs(torch.stack(together), settings)]
-
-    def start(prepared: tuple[list[Tensor], list[Tensor]]) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
-        together, inputs = prepared
-        size = (together[0].shape[-2], together[0].shape[-1])
-        found = probabilities_of_inputs(network, inputs, size, settings, runtime)
-        return together, start_copy([found if scores else found.max(dim=1).indices.to(torch.uint8)])
-
-    def wait(started: tuple[list[Tensor], Callable[[], list[Tensor]]]) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(started[0], started[1]()[0], strict=True))
-
-    with contextlib.nullcontext(host) if host else runtime.host_threads() as threads:
-        prepared = threads.ahead(prepare, same_size(images, lambda image: image, GPU_BATCH, most_pixels))
-        # A thread of its own: those that wait for the GPU do not prepare what it takes next.
-        with HostThreads(min(1, threads.workers)) as waiting:
-            for found in waiting.ahead(wait, map(start, prepared)):
-                yield from found
+        yield from (labels for _, labels in unrefined())
+    else:
+        workers, backend = settings.test_crf_workers, settings.test_crf_backend
+        yield from refine_many(unrefined(), crf, network.num_classes + 1, workers, backend, runtime.device)
 
 
 def write_segmentation(
     network: SegmentationNetwork, samples: Samples, folder: Path, settings: SegmentationConfig, runtime: Runtime
 ) -> None:
-    """Segment a split into palette PNGs, ``<image_id>.png``; images that have theirs already are skipped.
+    """Segment a split into palette PNGs, ``<image_id>.png``; existing files are skipped.
 
-    Args:
-        network: trained.
-        samples: the split.
-        folder: takes the masks.
-        settings: as of :func:`segment_many`.
-        runtime: device and precision.
+    Several processes (:mod:`smaflib.processes`) share the images.
     """
     names = [f"{image_id}.png" for image_id in samples.image_ids]
-    missing = missing_here(folder, names)
-    with runtime.host_threads() as readers, runtime.host_threads() as writers:
-        images = readers.ahead(lambda index: samples[index].image, missing)
-        named = zip(missing, segment_many(network, images, settings, runtime, readers), strict=True)
-        written = writers.ahead(lambda made: save_mask(folder / names[made[0]], made[1]), named)
-        for _ in progress(written, len(missing), f"segment {samples.split}"):
-            pass
-    wait_for_all()
+    missing = missing_files(folder, names)
+    masks = segment_many(network, samples, settings, runtime, missing, f"segment {samples.split}")
+    for index, mask in zip(missing, masks, strict=True):
+        save_mask(folder / names[index], mask)
+    barrier()

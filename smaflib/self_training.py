@@ -42,7 +42,7 @@ def self_train(
         teacher: is not changed; an :class:`~smaflib.models.networks.AttentionNetwork`, or any module that returns logit
             maps (B, K+1, h, w), background first.
         samples: the training split; masks are not read.
-        denoised: per sample (K, H, W) in [0, 1]; may be lazy (:class:`~smaflib.maps.DenoisedMaps`).
+        denoised: per sample (K, H, W) in [0, 1]; may be lazy (:class:`~smaflib.maps.FusedMaps`).
         settings: of stage 4.
         bg_score: background threshold of the targets.
         runtime: device, precision and seed.

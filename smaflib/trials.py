@@ -11,12 +11,11 @@ import copy
 import torch
 from torch import Tensor
 
-from smaflib.cams import fuse_cams
+from smaflib.cams import fuse_cams, source_of
 from smaflib.config import AttentionConfig, Config, DataConfig, ModelConfig
 from smaflib.data.own import load_own
 from smaflib.errors import PluginError
 from smaflib.models.networks import AttentionNetwork
-from smaflib.models.sources import source_of
 from smaflib.plugins import BACKBONE, DATA, FUSION, REFINEMENT, SOURCE, calling, load
 from smaflib.refinement.own import own_refinement
 from smaflib.runtime import derive_seed, seeded

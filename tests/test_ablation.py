@@ -36,7 +36,7 @@ from smaflib.data.sample import Samples
 from smaflib.errors import ConfigError, DataError, RunError
 from smaflib.evaluation import evaluate, masks_of
 from smaflib.files import PROJECT_ROOT, locked
-from smaflib.maps import DenoisedMaps
+from smaflib.maps import FusedMaps
 from smaflib.pipeline import train_student
 from smaflib.report.plots import plot_ablation
 from smaflib.runs import Run, open_run
@@ -266,7 +266,7 @@ def test_oracle_threshold_is_searched_on_some_images_and_evaluated_on_all(
     work, refined = work_of(done), []
     monkeypatch.setattr(ablation, "ORACLE_IMAGES", 3)
 
-    def note(samples: Samples, maps: DenoisedMaps, bg_score: float, *_: Any, **__: Any) -> list[Tensor]:
+    def note(samples: Samples, maps: FusedMaps, bg_score: float, *_: Any, **__: Any) -> list[Tensor]:
         refined.append((samples.image_ids, maps.image_ids, bg_score))
         # The masks are best at 0.4, by a pixel of the background that is right.
         true = [sample.mask for sample in samples.with_masks()]

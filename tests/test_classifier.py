@@ -234,7 +234,7 @@ def test_solved_head_leaves_the_backbone_alone_and_is_stored(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("wrong", [{"model": {"freeze_backbone": False}}, {"classifier": {"pretraining": "eps"}}])
 def test_solved_head_needs_a_frozen_plain_classifier(wrong: dict[str, dict[str, object]]) -> None:
-    with pytest.raises(ConfigError, match="classifier.solve_head computes one linear layer from image labels"):
+    with pytest.raises(ConfigError, match="classifier.solve_head needs model.freeze_backbone"):
         tiny_config(
             model={"freeze_backbone": True} | wrong.get("model", {}),
             classifier={"solve_head": {}} | wrong.get("classifier", {}),

@@ -106,7 +106,7 @@ def test_a_whole_chain_of_examples(beside: Path) -> None:
 
 
 def test_grad_cam_of_a_linear_head_is_its_class_activation_map(beside: Path) -> None:
-    from smaflib.models.sources import source_of
+    from smaflib.cams import source_of
 
     network = AttentionNetwork(tiny().model, 3, background=False).eval()
     images = torch.randn(2, 3, 64, 48, generator=torch.Generator().manual_seed(0))

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import LikeGpu, compile_without_compiler, generator, make_samples, slim_network
+from helpers import generator, make_samples
 
-from smaflib.cams import FUSION_RULES, fuse_cams
+from smaflib.cams import FUSIONS, fuse_cams
 from smaflib.config import AttentionConfig, EvaluationConfig
+from smaflib.data.views import load_views, views_of
+from smaflib.errors import ConfigError
 from smaflib.evaluation import masks_of, sweep_thresholds
-from smaflib.maps import AttentionMaps, DenoisedMaps, MaskMaps, PresentMaps, fuse_and_denoise, write_attention_maps
+from smaflib.maps import AttentionMaps, FusedMaps, MaskMaps, fuse_and_denoise, write_attention_maps
 from smaflib.reactivation import denoise, hard_labels
-from smaflib.runtime import Runtime, cpu_runtime, is_compiled
+from smaflib.runtime import Runtime, cpu_runtime
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def maps(tmp_path: Path) -> AttentionMaps:
 
 def test_denoised_maps_are_fused_and_denoised_in_the_order_of_the_split(maps: AttentionMaps) -> None:
     samples = make_samples(3).subset([2, 0])
-    denoised = DenoisedMaps(maps, samples, rule="max", scales=[1.0])
+    denoised = FusedMaps(maps, samples, rule="max", scales=[1.0])
     assert len(denoised) == 2
     for index, sample in enumerate(samples):
         expected = denoise(maps.fused(sample.image_id, "max", [1.0]), sample.image_label)
@@ -40,7 +41,7 @@ def test_denoised_maps_are_fused_and_denoised_in_the_order_of_the_split(maps: At
 
 def test_denoised_maps_can_be_kept_in_half_precision(maps: AttentionMaps) -> None:
     samples = make_samples(3)
-    lazy, cached = DenoisedMaps(maps, samples), DenoisedMaps(maps, samples, cached=True)
+    lazy, cached = FusedMaps(maps, samples), FusedMaps(maps, samples, cached=True)
     first = cached[1]
     torch.testing.assert_close(first, lazy[1], rtol=1e-3, atol=1e-4)
     maps.path("image1").unlink()
@@ -50,19 +51,19 @@ def test_denoised_maps_can_be_kept_in_half_precision(maps: AttentionMaps) -> Non
 
 
 def test_only_maps_of_classes_that_are_there_are_kept(maps: AttentionMaps) -> None:
-    cached = DenoisedMaps(maps, make_samples(3), cached=True)
+    cached = FusedMaps(maps, make_samples(3), cached=True)
     for index in range(3):  # image i shows class i
-        assert torch.equal(cached[index], DenoisedMaps(maps, make_samples(3))[index].half().float())
+        assert torch.equal(cached[index], FusedMaps(maps, make_samples(3))[index].half().float())
         kept = cached._cache[index]
-        assert kept.maps.shape == (1, 32, 40) and kept.maps.dtype == torch.float16 and kept.classes.tolist() == [index]
-    everything = DenoisedMaps(maps, make_samples(3), cached=True, denoised=False)
-    assert len(everything[0]) == len(everything._cache[0].maps) == 3
+        assert kept.shape == (1, 32, 40) and kept.dtype == torch.float16
+    everything = FusedMaps(maps, make_samples(3), cached=True, denoise=False)
+    assert len(everything[0]) == len(everything._cache[0]) == 3
 
 
-@pytest.mark.parametrize("settings", [{}, {"denoised": False}, {"cached": True}, {"saliency_weight": 0.3}])
+@pytest.mark.parametrize("settings", [{}, {"denoise": False}, {"cached": True}, {"saliency_weight": 0.3}])
 def test_present_maps_are_evaluated_as_whole_ones(maps: AttentionMaps, settings: dict[str, Any]) -> None:
     samples, names, config = make_samples(3), ["a", "b", "c"], EvaluationConfig(thresholds=(0.2, 0.5, 0.9))
-    denoised = DenoisedMaps(maps, samples, **settings)
+    denoised = FusedMaps(maps, samples, **settings)
     true = [torch.randint(0, 4, (32, 40), generator=generator(seed), dtype=torch.uint8) for seed in range(3)]
     sparse, whole = (sweep_thresholds(each, true, names, config) for each in (denoised, list(denoised)))
     for threshold in config.thresholds:
@@ -73,69 +74,50 @@ def test_present_maps_are_evaluated_as_whole_ones(maps: AttentionMaps, settings:
 
 
 def test_image_without_any_class_is_background(maps: AttentionMaps) -> None:
-    present = PresentMaps(3, torch.tensor([], dtype=torch.int64), torch.zeros(0, 2, 2))
-    assert present.whole().tolist() == torch.zeros(3, 2, 2).tolist()
-    assert present.strongest()[0].tolist() == [[0, 0], [0, 0]]
+    samples = make_samples(1)
+    samples = replace(samples, files=(replace(samples.files[0], labels=()),))
+    denoised = FusedMaps(maps, samples)
+    assert denoised[0].shape == (3, 32, 40) and not denoised[0].any()
+    assert [mask.any().item() for mask in masks_of(denoised, 0.5)] == [False]
 
 
-def test_threads_of_the_host_change_no_byte(tmp_path: Path) -> None:
-    network, samples, config = slim_network(), make_samples(5), AttentionConfig(scales=(0.5, 1.0))
-    for threads in (0, 3):
-        folder = tmp_path / str(threads)
-        write_attention_maps(network, samples, folder, config, cpu_runtime(), batch_size=2, host_threads=threads)
-    written = sorted(path.name for path in (tmp_path / "0").iterdir())
-    assert len(written) == 5
-    for name in written:
-        assert (tmp_path / "3" / name).read_bytes() == (tmp_path / "0" / name).read_bytes()
+@pytest.mark.parametrize(("device", "num_workers", "sizes"), [("cpu", 0, [4, 1]), ("cpu", 2, [4, 1])])
+def test_views_of_a_split_are_those_of_each_image(device: str, num_workers: int, sizes: list[int]) -> None:
+    samples, runtime = make_samples(5), Runtime(torch.device(device))
+    batches = list(load_views(samples, (0.5, 1.0), runtime, num_workers=num_workers))
+    assert [len(batch.indices) for batch in batches] == sizes
+    for batch in batches:
+        for row, index in enumerate(batch.indices):
+            assert torch.equal(batch.images[row], samples[index].image)
+            for views, view in zip(batch.views, views_of(samples[index].image, (0.5, 1.0)), strict=True):
+                assert torch.equal(views[row], view)
 
 
-def test_a_gpu_waits_for_nothing_that_threads_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is given batches; inputs are pinned and maps waited for and written by threads; bytes are the same."""
-    where: dict[str, set[str]] = {"pinned": set(), "waited for": set()}
-
-    class Followed(LikeGpu):
-        def pinned(self, tensor: torch.Tensor) -> torch.Tensor:
-            where["pinned"].add(threading.current_thread().name)
-            return tensor
-
-    def start_copy(tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
-        assert threading.current_thread() is threading.main_thread()
-
-        def wait() -> list[torch.Tensor]:
-            where["waited for"].add(threading.current_thread().name)
-            return list(tensors)
-
-        return wait
-
-    network, samples, config = slim_network(), make_samples(9), AttentionConfig(scales=(0.5, 1.0))
-    write_attention_maps(network, samples, tmp_path / "plain", config, cpu_runtime())
-    monkeypatch.setattr("smaflib.cams.start_copy", start_copy)
-    gpu = Followed(torch.device("cpu"))
-    write_attention_maps(network, samples, tmp_path / "gpu", config, gpu, host_threads=2)
-    for names in where.values():
-        assert names and all(name.startswith("ahead") for name in names)
-    assert all(len(names) <= 2 for names in where.values())
-    for path in (tmp_path / "plain").iterdir():
-        assert (tmp_path / "gpu" / path.name).read_bytes() == path.read_bytes()
+def test_large_images_come_one_by_one_on_a_cpu_and_sizes_are_not_mixed() -> None:
+    samples = [*make_samples(3, size=(150, 130)), *make_samples(2, size=(300, 200)), *make_samples(1, size=(64, 64))]
+    batches = load_views(samples, (1.0,), cpu_runtime(), indices=[0, 1, 2, 3, 4, 5])
+    assert [batch.indices for batch in batches] == [[0, 1, 2], [3], [4], [5]]
 
 
-def test_maps_of_a_compiled_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_without_compiler)
-    samples, config = make_samples(3), AttentionConfig(scales=(0.5, 1.0))
-    networks = [slim_network(), slim_network()]
-    for network, compiled in zip(networks, (False, True), strict=True):
-        runtime = Runtime(torch.device("cpu"), compile=compiled)
-        write_attention_maps(network, samples, tmp_path / str(compiled), config, runtime)
-    assert [is_compiled(network) for network in networks] == [False, True]
-    for path in (tmp_path / "False").iterdir():
-        assert (tmp_path / "True" / path.name).read_bytes() == path.read_bytes()
+def test_a_scale_that_does_not_fit_into_memory_is_named(tmp_path: Path) -> None:
+    class Full(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError
+
+    config = AttentionConfig(scales=(0.5, 2.0))
+    with pytest.raises(ConfigError, match=r"image0 needs more memory at scale 2 .*leave that scale out of attention"):
+        write_attention_maps(Full(), make_samples(2), tmp_path, config, cpu_runtime())
 
 
 def test_whole_split_can_be_walked_through(maps: AttentionMaps) -> None:
-    assert [tuple(denoised.shape) for denoised in DenoisedMaps(maps, make_samples(3))] == [(3, 32, 40)] * 3
+    assert [tuple(denoised.shape) for denoised in FusedMaps(maps, make_samples(3))] == [(3, 32, 40)] * 3
 
 
-@pytest.mark.parametrize("rule", FUSION_RULES)
+@pytest.mark.parametrize("rule", FUSIONS)
 def test_fusing_the_labelled_classes_alone_changes_nothing(rule: str) -> None:
     torch.manual_seed(0)
     cams, scales = [torch.rand(4, 2, 3), torch.rand(4, 5, 4)], (0.5, 1.0)
@@ -147,9 +129,9 @@ def test_fusing_the_labelled_classes_alone_changes_nothing(rule: str) -> None:
 
 def test_maps_of_absent_classes_stay_where_they_are_asked_for(maps: AttentionMaps) -> None:
     samples = make_samples(3)
-    noisy = DenoisedMaps(maps, samples, denoised=False)
+    noisy = FusedMaps(maps, samples, denoise=False)
     assert torch.equal(noisy[1], maps.fused("image1"))
-    assert not torch.equal(noisy[1], DenoisedMaps(maps, samples)[1])
+    assert not torch.equal(noisy[1], FusedMaps(maps, samples)[1])
 
 
 def test_masks_are_maps_of_zero_and_one() -> None:

@@ -22,7 +22,7 @@ from smaflib.data.sample import SampleFiles, Samples
 from smaflib.data.voc import check_saliency_sizes
 from smaflib.errors import DataError, InputError, MissingStage
 from smaflib.evaluation import evaluate, masks_of
-from smaflib.maps import DenoisedMaps, MaskMaps, SaliencyMaps
+from smaflib.maps import FusedMaps, MaskMaps, SaliencyMaps
 from smaflib.pipeline import (
     Workspace,
     attend,
@@ -140,7 +140,7 @@ def test_each_rounds_student_is_the_next_rounds_teacher(copy: Workspace, monkeyp
     taught: list[Any] = []
     original = __import__("smaflib.self_training").self_training.self_train
 
-    def note(teacher: Any, samples: Any, denoised: DenoisedMaps, *rest: Any, **options: Any) -> Any:
+    def note(teacher: Any, samples: Any, denoised: FusedMaps, *rest: Any, **options: Any) -> Any:
         taught.append((teacher, denoised.maps.folder.name))
         return original(teacher, samples, denoised, *rest, **options)
 

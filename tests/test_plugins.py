@@ -21,21 +21,18 @@ from torch import Tensor
 from smaflib import plugins
 from smaflib.apps.custom_images import make_masks
 from smaflib.apps.sweep import sweep
-from smaflib.cams import FUSION_RULES, fuse_cams, fusion_rules
+from smaflib.cams import fuse_cams
 from smaflib.config import PseudoMaskConfig, check_settings, load_config
 from smaflib.data.own import load_own
 from smaflib.errors import ConfigError, PluginError
 from smaflib.files import PARTIAL, PROJECT_ROOT
-from smaflib.maps import AttentionMaps, DenoisedMaps, write_attention_maps
 from smaflib.models.backbones import build_backbone
 from smaflib.models.networks import AttentionNetwork
-from smaflib.models.sources import source_of
 from smaflib.pipeline import check_networks, check_plugins
 from smaflib.plugins import BACKBONE, DATA, FUSION, REFINEMENT, calling, checked_maps, describe, load, source_files
 from smaflib.pseudo_masks import write_pseudo_masks
 from smaflib.runs.inputs import claim_code, plugin_facts, read_plugins
 from smaflib.runs.runner import run_notebooks
-from smaflib.runtime import cpu_runtime
 
 numbers = itertools.count()
 SETTINGS = {
@@ -181,53 +178,6 @@ def test_installed_packages_add_names_but_replace_none(tmp_path: Path, own: Call
 
 
 # --------------------------------------------------------------------------------------------------------- misbehaviour
-
-FUSIONS = {
-    "return maps": r"returned the shape \(2, 3, 18, 14\); it must be \(3, 18, 14\): \(K, H, W\)",
-    "return maps.sum(dim=0)[:, ::2]": r"returned the shape \(3, 9, 14\)",
-    "return maps.sum(dim=0) / maps.sum(dim=(0, 2, 3))[:, None, None]": "returned values that are not finite",
-    "return maps.sum(dim=0) - 1": "returned negative values, the least -1",
-    "return maps.sum(dim=0).tolist()": "returned a list; it must return a tensor of floats",
-    "return maps.argmax(dim=0)": "returned a tensor of torch.int64",
-    "return maps.nope": r"raised AttributeError: 'Tensor' object has no attribute 'nope' \(.*own_code_\d+.py, line 5\)",
-    "return maps.softmax(dim=1).sum(dim=0)": "another map when other classes are left out",
-    "return maps[0] + maps[1]": "raised IndexError",  # one scale alone has no second
-}
-
-
-@pytest.mark.parametrize("body", FUSIONS)
-def test_fusion_rules_that_misbehave_are_named(body: str, own: Callable[[str], str]) -> None:
-    module = own(f"def rule(maps, scales):\n    {body}")
-    said = refused("fusion", f"{module}:rule")
-    assert said.startswith(f"the fusion rule {module}:rule ")
-    assert re.search(FUSIONS[body], said), said
-
-
-SOURCES = {
-    "return images": r"returned the shape \(2, 3, 64, 96\); it must be \(2, 2, any, any\): \(B, K, h, w\)",
-    "return self.network(images)[:, -2:]": "returned negative values",
-    "return self.network(images)[:, -2:] * float('nan')": "returned values that are not finite",
-    "raise RuntimeError('no')": r"raised RuntimeError: no \(.*own_code_\d+.py, line 9\)",
-}
-
-
-@pytest.mark.parametrize("body", SOURCES)
-def test_sources_that_misbehave_are_named(body: str, own: Callable[[str], str]) -> None:
-    lines = ["class Source(nn.Module):", "    def __init__(self, network):", "        super().__init__()"]
-    lines += ["        self.network = network", "    def forward(self, images):", f"        {body}"]
-    module = own("\n".join(lines))
-    said = refused("source", f"{module}:Source")
-    assert said.startswith(f"the source of maps {module}:Source ")
-    assert re.search(SOURCES[body], said), said
-
-
-def test_sources_must_be_modules_of_this_librarys_networks(own: Callable[[str], str]) -> None:
-    module = own("def source(network): return 3")
-    assert "made a int of the network; it must make an nn.Module" in refused("source", f"{module}:source")
-    with pytest.raises(PluginError, match="needs a teacher or a student, got a Linear"):
-        source_of(torch.nn.Linear(1, 1), f"{module}:source")
-    network = torch.nn.Linear(1, 1)
-    assert source_of(network, "network") is network
 
 
 BACKBONE_CODE = """
@@ -413,54 +363,7 @@ def test_worker_processes_find_the_refinement_and_name_the_image_too(own: Callab
     assert len(list((tmp_path / "again").iterdir())) == 8 and unfinished(tmp_path) == []
 
 
-def test_a_source_that_fails_later_names_the_images_and_leaves_whole_maps(
-    own: Callable[[str], str], tmp_path: Path
-) -> None:
-    module = own(
-        LATER.format(made="torch.rand(len(rest[0]), 3, 4, 4)", last=3)
-        + "class Source(nn.Module):\n    def __init__(self, network): super().__init__()\n    forward = good\n"
-    )
-    config = tiny_config(attention={"source": f"{module}:Source"})
-    network = source_of(AttentionNetwork(config.model, 3, True), config.attention.source)
-    samples = make_samples(num=4)
-    with pytest.raises(PluginError, match=f"^image image1: the source of maps {module}:Source returned values"):
-        write_attention_maps(network, samples, tmp_path / "cams", config.attention, cpu_runtime(), batch_size=1)
-    assert [path.name for path in (tmp_path / "cams").iterdir()] == ["image0.npz"] and unfinished(tmp_path) == []
-
-
-def test_a_rule_that_fails_later_names_the_image(own: Callable[[str], str], tmp_path: Path) -> None:
-    module = own(LATER.format(made="self_or_first.sum(dim=0)", last=1))
-    samples, maps = make_samples(num=2), AttentionMaps(tmp_path, (0.5, 1.0))
-    for image_id in samples.image_ids:
-        maps.write(image_id, [torch.rand(3, 4, 5)] * 2, (32, 40))
-    denoised = DenoisedMaps(maps, samples, f"{module}:good")
-    assert denoised[0].shape == (3, 32, 40)
-    with pytest.raises(PluginError, match=f"^image image1: the fusion rule {module}:good returned values"):
-        denoised[1]
-
-
 # ------------------------------------------------------------------------------------------------------------- Python
-
-
-def test_a_callable_rule_needs_no_name(own: Callable[[str], str]) -> None:
-    cams = [torch.tensor([[[1.0, 4.0]]]), torch.tensor([[[2.0, 3.0]]])]
-    fused = fuse_cams(cams, (1, 2), lambda maps, scales: (maps * scales[:, None, None, None]).sum(dim=0), (1.0, 2.0))
-    assert torch.allclose(fused, torch.tensor([[[0.5, 1.0]]]), atol=1e-5)  # 1 + 4, 4 + 6
-    with pytest.raises(ValueError, match=r"<lambda> rule needs the scale of each of the 2 maps, got None"):
-        fuse_cams(cams, (1, 2), lambda maps, scales: maps[0])
-    with pytest.raises(PluginError, match=r"the fusion rule test_plugins:.*<lambda> returned negative values"):
-        fuse_cams(cams, (1, 2), lambda maps, scales: -maps[0], (1.0, 2.0))
-
-
-def test_weights_reach_an_own_rule() -> None:
-    cams = [torch.tensor([[[1.0, 4.0]]]), torch.tensor([[[2.0, 3.0]]])]
-    fused = fuse_cams(cams, (1, 2), lambda maps, scales: maps.sum(dim=0), (1.0, 2.0), weights=(0.0, 1.0))
-    assert torch.allclose(fused, torch.tensor([[[2 / 3, 1.0]]]), atol=1e-5)
-
-
-def test_what_is_compared_and_offered() -> None:
-    assert fusion_rules("max") == FUSION_RULES
-    assert fusion_rules("my_rules:f") == (*FUSION_RULES, "my_rules:f")
 
 
 values = st.one_of(st.floats(width=32), st.just(float("nan")), st.just(float("inf")))

@@ -10,7 +10,6 @@ import pytest
 import torch
 from helpers import (
     CLASSES,
-    LikeGpu,
     PixelNetwork,
     generator,
     make_samples,
@@ -243,21 +242,15 @@ def test_bf16_labels_nearly_the_same() -> None:
 
 
 @pytest.mark.parametrize("crf", [None, CrfConfig(iterations=2), CrfConfig(iterations=2, unary="scores")])
-def test_a_gpu_segments_several_images_together(tmp_path: Path, crf: CrfConfig | None) -> None:
+def test_a_split_is_segmented_like_each_image(tmp_path: Path, crf: CrfConfig | None) -> None:
     settings = tiny_config(segmentation={"test_scales": [0.5, 1.0], "test_crf_workers": 1}).segmentation
     settings = settings.model_copy(update={"test_crf": crf})
     network = SegmentationNetwork(tiny_config().model, settings, len(CLASSES))
-    seen: list[int] = []
-    network.register_forward_pre_hook(lambda layer, given: seen.append(len(given[0])))
-    for kind in (Runtime, LikeGpu):
-        runtime = kind(torch.device("cpu"))
-        segmentation.write_segmentation(network, make_samples(6), tmp_path / kind.__name__, settings, runtime)
-        assert set(seen) == ({2} if kind is Runtime else {8, 4})  # each with its mirror image: 1; 4 and then 2
-        seen.clear()
+    segmentation.write_segmentation(network, make_samples(6), tmp_path, settings, CPU)
     for sample in make_samples(6):
-        one, together = (read_mask(tmp_path / name / f"{sample.image_id}.png") for name in ("Runtime", "LikeGpu"))
-        assert (one != together).float().mean() < 0.01  # sums of another order: a tie may fall otherwise
-        assert torch.equal(one, segment(network, sample.image, settings, CPU))
+        mask = read_mask(tmp_path / f"{sample.image_id}.png")
+        # Several images in a forward pass are sums of another order: a tie may be decided otherwise.
+        assert (mask != segment(network, sample.image, settings, CPU)).float().mean() < 0.01
 
 
 def test_the_network_is_brought_to_the_runs_device(tmp_path: Path) -> None:
@@ -304,5 +297,5 @@ def test_views_of_several_scales_and_their_maximum() -> None:
 def test_own_backbone_for_segmentation() -> None:
     config = tiny_config(segmentation={"model": {"backbone": "resnet18"}, "aspp_dilations": [1]})
     assert isinstance(new_segmenter(config, 3, CPU).backbone, TimmBackbone)
-    with pytest.raises(ConfigError, match="segmentation.model names a backbone of its own"):
+    with pytest.raises(ConfigError, match="segmentation.initial_weights"):
         tiny_config(segmentation={"model": {"backbone": "resnet18"}, "initial_weights": "student"})

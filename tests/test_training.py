@@ -27,7 +27,7 @@ from smaflib.classifier import crop_saliency
 from smaflib.config import TrainingConfig
 from smaflib.data import MaskFiles, load_samples, make_data
 from smaflib.errors import ConfigError, WeightsError
-from smaflib.maps import AttentionMaps, DenoisedMaps
+from smaflib.maps import AttentionMaps, FusedMaps
 from smaflib.models.weights import read_metadata, read_weights
 from smaflib.runtime import Runtime, check_compiler, cpu_runtime, is_compiled
 from smaflib.training import Batch, Batches, CropField, _means, fit, learning_rate, load_history, make_optimizer
@@ -453,7 +453,7 @@ def test_loader_processes_can_be_spawned(tmp_path: Path) -> None:
     make_data(config, tmp_path)
     samples = load_samples(config, "train")
     masks = MaskFiles([files.mask for files in samples.files if files.mask])
-    maps = DenoisedMaps(AttentionMaps(tmp_path / "cams", (1.0,)), samples)
+    maps = FusedMaps(AttentionMaps(tmp_path / "cams", (1.0,)), samples)
     for sample in samples:
         maps.maps.write(sample.image_id, [torch.rand(6, 4, 4)], (64, 64))
     for field in (crop_saliency, CropField("mask", masks, "nearest", 255), CropField("denoised", maps)):

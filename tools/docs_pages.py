@@ -39,7 +39,7 @@ API = {
     ),
     "Evaluation": ("evaluation", "report.tables", "report.seeds"),
     "Data": ("data", "data.sample", "data.own", "data.masks", "data.transforms"),
-    "Networks": ("models.networks", "models.backbones", "models.sources", "models.pretrained"),
+    "Networks": ("models.networks", "models.backbones", "models.pretrained"),
     "The chain over a folder": ("pipeline", "runs.run", "runtime"),
 }
 """Modules whose public names are documented, by the part of the method that they belong to."""

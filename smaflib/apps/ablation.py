@@ -28,7 +28,7 @@ from smaflib.data.masks import ground_truth_of
 from smaflib.data.sample import Samples
 from smaflib.errors import ConfigError, DataError
 from smaflib.evaluation import SIZES, SegmentationMetrics, evaluate, mean_over_classes, sweep_thresholds
-from smaflib.maps import DenoisedMaps
+from smaflib.maps import FusedMaps
 from smaflib.pipeline import (
     Workspace,
     auto_bg_score,
@@ -123,7 +123,7 @@ LABELS = {name: row.label for name, row in ROWS.items()}
 class SeedWorkspace(Workspace):
     """What the rows of one seed share. Its data is that of a run, or its own where code draws it from the seed."""
 
-    def maps_of(self, row: Row, samples: Samples) -> DenoisedMaps:
+    def maps_of(self, row: Row, samples: Samples) -> FusedMaps:
         """The maps that become a row's masks."""
         return self.mask_maps(row.network, samples, None if row.fused else [self.config.attention.single_scale])
 

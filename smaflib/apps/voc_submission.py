@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import zipfile
 from pathlib import Path
@@ -9,11 +10,11 @@ from pathlib import Path
 from PIL import Image
 
 from smaflib.data.masks import VOC_PALETTE
-from smaflib.data.voc import read_image
+from smaflib.data.sample import SampleFiles, Samples
+from smaflib.data.voc import read_sample
 from smaflib.errors import ConfigError, DataError
 from smaflib.files import display_path, is_plain_name, replacing
 from smaflib.runs import Run
-from smaflib.runtime import progress
 from smaflib.segmentation import segment_many
 
 SERVER_FOLDER = "results/VOC2012/Segmentation/{competition}_test_cls"
@@ -49,12 +50,12 @@ def write_submission(run: Run, image_ids: list[str], images: Path, target: Path,
         raise ConfigError(f"the run {display_path(run.folder)} has no segmentation network; run it to stage 07")
     runtime = run.make_runtime()
     network = run.segmenter()
+    listed = tuple(SampleFiles(image_id, images / f"{image_id}.jpg", ()) for image_id in image_ids)
+    samples = Samples(listed, run.samples().class_names, "test", functools.partial(read_sample, oriented=False))
     folder = SERVER_FOLDER.format(competition=competition)
     with replacing(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        decoded = (read_image(images / f"{image_id}.jpg") for image_id in image_ids)
-        masks = segment_many(network, decoded, run.config.segmentation, runtime)
-        bar = progress(masks, total=len(image_ids), desc="segment the test images")
-        for image_id, mask in zip(image_ids, bar, strict=True):
+        masks = segment_many(network, samples, run.config.segmentation, runtime, desc="segment the test images")
+        for image_id, mask in zip(image_ids, masks, strict=True):
             picture = Image.fromarray(mask.numpy())
             picture.putpalette(VOC_PALETTE.tobytes())
             buffer = io.BytesIO()

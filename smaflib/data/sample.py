@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from smaflib.errors import DataError
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -136,26 +134,3 @@ class Samples(Sequence[Sample]):
             first = f"the first is {self.image_ids[0]!r}" if self.files else "it is empty"
             raise KeyError(f"there is no image {image_id!r} in the split {self.split!r}; {first}")
         return self[self.image_ids.index(image_id)]
-
-
-def same_size(
-    items: Iterable[Item], image_of: Callable[[Item], Tensor], most: int, most_pixels: int
-) -> Iterator[list[Item]]:
-    """Neighbours whose images are of one size, so that a network can take them together.
-
-    Args:
-        items: in their order.
-        image_of: an item's image, (3, H, W).
-        most: items together.
-        most_pixels: of all images together; one item at least, however large it is.
-    """
-    together: list[Item] = []
-    for item in items:
-        image = image_of(item)
-        full = len(together) == most or (len(together) + 1) * image[0].numel() > most_pixels
-        if together and (full or image_of(together[0]).shape != image.shape):
-            yield together
-            together = []
-        together.append(item)
-    if together:
-        yield together

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from smaflib import cams as cams_module
 from smaflib import files
-from smaflib.cams import FUSION_RULES, fuse_cams, fusion_rules
+from smaflib.cams import FUSIONS, fuse_cams, fusion_rules
 from smaflib.data import Sample
 from smaflib.data.transforms import scaled_size
 from smaflib.explorer.state import (
@@ -73,7 +73,7 @@ def explorer_page(
         "scales": list(gallery.scales),
         # What the browser cannot compute, the page holds: maps of all scales, made here.
         "rules": [[rule, rule_title(rule)] for rule in fusion_rules(first.fusion)],
-        "computed_rules": [rule for rule in fusion_rules(first.fusion) if rule not in FUSION_RULES],
+        "computed_rules": [rule for rule in fusion_rules(first.fusion) if rule not in FUSIONS],
         "curve_scores": list(CURVE_SCORES),
         "luts": {name: base64.b64encode(color_table(name)).decode() for name in COLOR_MAPS},
         "constants": {
@@ -145,7 +145,7 @@ def page_image(gallery: Gallery, index: int) -> dict[str, Any]:
         levels, peaks = quantize([cam[classes] for cam in cams])
         data = b"".join(level.numpy().tobytes() for level in levels)
         maps[role] = {"data": base64.b64encode(data).decode(), "peaks": peaks.tolist()}
-        if rule not in FUSION_RULES:
+        if rule not in FUSIONS:
             fused = fuse_cams([cam[classes] for cam in cams], size, rule, scales)
             maps[role]["fused"] = {rule: grey_picture(fused)}
     return {

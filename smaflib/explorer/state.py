@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from minidata.dataset import make_mini
-from smaflib.cams import FUSION_RULES, at_size, fuse_cams, multi_scale_cams
+from smaflib.cams import FUSIONS, at_size, fuse_cams, multi_scale_cams, source_of
 from smaflib.classifier import classify_image, learned_views, predict_labels
 from smaflib.config import Config, CrfConfig, EvaluationConfig, FusionRule, PseudoMaskConfig
 from smaflib.data import Sample, load_samples
@@ -36,7 +36,6 @@ from smaflib.maps import AttentionMaps, fuse_and_denoise
 from smaflib.models.imagenet import ImageNetClassifier, imagenet_config
 from smaflib.models.networks import AttentionNetwork
 from smaflib.models.pretrained import ROLES, UNSEEN_SEED, Role, pretrained_config, pretrained_network
-from smaflib.models.sources import source_of
 from smaflib.pseudo_masks import pseudo_mask
 from smaflib.reactivation import hard_labels, reactivate
 from smaflib.runs import Run, find_run
@@ -81,7 +80,7 @@ def picture_address(image: Tensor, side: int | None = None, ending: str = "JPEG"
 
 def rule_title(rule: str) -> str:
     """What people read of a fusion rule: ``size-adaptive``; of somebody's own its name as it is."""
-    return rule.replace("_", "-") if rule in FUSION_RULES else rule
+    return rule.replace("_", "-") if rule in FUSIONS else rule
 
 
 def to_bytes(values: Tensor) -> bytes:

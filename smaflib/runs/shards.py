@@ -97,8 +97,8 @@ def parse_part(text: str) -> Part:
 
 
 def _attention(work: Workspace, part: Part) -> Iterator[tuple[Samples, Path, str]]:
+    from smaflib.cams import source_of
     from smaflib.maps import write_attention_maps
-    from smaflib.models.sources import source_of
 
     network = source_of(work.network("teacher"), work.config.attention.source)
     runtime = work.make_runtime()

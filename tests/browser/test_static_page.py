@@ -16,7 +16,7 @@ import pytest
 from driving import BoardPage, Watched, agrees, expected_iou, keep_screenshot, shown_values
 from playwright.sync_api import Browser, Locator
 
-from smaflib.cams import FUSION_RULES
+from smaflib.cams import FUSIONS
 from smaflib.explorer.page import dequantize, explorer_page, quantize
 from smaflib.explorer.state import Exploration, Gallery
 from smaflib.models.pretrained import Role
@@ -83,7 +83,7 @@ def test_each_kind_of_control_changes_picture_and_numbers(static: Static) -> Non
     static.change("fused", lambda: static.field("on_0").uncheck(), weights=(0.0, 1.0, 1.0, 1.0))
     assert "off" in static.board.root.locator('figure[data-key="scale 0.5"] figcaption').inner_text()
     static.change("fused", lambda: static.slide("weight_3", 0.4), weights=(0.0, 1.0, 1.0, 0.4))
-    for rule in FUSION_RULES[::-1] if static.settings.fusion != FUSION_RULES[-1] else FUSION_RULES:
+    for rule in FUSIONS[::-1] if static.settings.fusion != FUSIONS[-1] else FUSIONS:
         static.change("fused", lambda rule=rule: static.field("fusion").select_option(rule), fusion=rule)
         if rule == "size_adaptive":
             assert "size-adaptive" in static.board.root.locator('figure[data-key="fused"]').inner_text()
