@@ -345,7 +345,6 @@ def test_upright_saliency_maps_of_turned_photos_are_fine(tmp_path: Path) -> None
         ({"model": {"backbone": "timm/tf_efficientnet_lite7"}}, "timm/tf_efficientnet_lite"),
         ({"segmentation": {"model": ModelConfig(backbone="resnet5")}}, "resnet5"),
         ({"segmentation": {"model": ModelConfig(weights="gone.safetensors")}}, r"gone\.safetensors"),
-        ({"segmentation": {"skip_channels": 8, "model": ModelConfig(backbone="vgg11", output_stride=32)}}, "stride 4"),
     ],
 )
 def test_networks_that_cannot_be_built_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from smaflib import self_training
 from smaflib.errors import ConfigError
 from smaflib.maps import write_attention_maps
 from smaflib.models import with_background
-from smaflib.models.networks import attention_of
 from smaflib.runtime import Runtime, cpu_runtime
 from smaflib.self_training import mac_loss
 
@@ -193,5 +192,3 @@ def test_networks_that_cannot_be_students_say_why() -> None:
     fresh = tiny_config(self_training={"iterations": 1, "fresh_head": True})
     with pytest.raises(ConfigError, match="fresh_head needs a network with a head; ColourNetwork has none"):
         train_student(ColourNetwork(), samples, masks_as_maps(2), fresh, CPU)
-    with pytest.raises(TypeError, match=r"Conv2d has no method attention"):
-        attention_of(nn.Conv2d(3, 4, 1), torch.zeros(1, 4, 2, 2))
