@@ -63,16 +63,11 @@ assets: setup  ## take the pretrained weights and the README's pictures from the
 screenshots: setup browser  ## take the pictures of the explorer again, in a real browser
 	SMAF_SCREENSHOTS=docs $(BIN)/python -m pytest tests/browser -k screenshot
 
-# Snakemake lies in an environment of its own: jobs call smaf from .venv, and the lock stays what the set-up installs.
-CLUSTER := build/cluster
-EXTRA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["cluster"])
 cluster-test: setup  ## run a sweep on a real Slurm on this machine; root on Debian or Ubuntu gets it from apt-get
 	@mkdir -p build; command -v slurmctld >/dev/null && command -v munged >/dev/null || { apt="apt-get -qq -o Acquire::Retries=3"; \
 	  $$apt update && DEBIAN_FRONTEND=noninteractive $$apt install --no-install-recommends slurm-wlm munge \
 	  >build/slurm.log 2>&1; } || { echo "apt-get could not install slurm-wlm and munge: build/slurm.log" >&2; exit 1; }
-	$(PYTHON) -m venv $(CLUSTER)
-	$(CLUSTER)/bin/python -m pip install --disable-pip-version-check --quiet $$($(CLUSTER)/bin/python -c '$(EXTRA)')
-	PATH="$(CURDIR)/$(CLUSTER)/bin:$$PATH" $(BIN)/python -m tools.cluster_test
+	$(BIN)/python -m tools.cluster_test
 
 # Which run is exported; one thread, so that the numbers do not depend on the cores of this machine.
 REFERENCE_RUN ?= mini-reference

@@ -2,5 +2,4 @@
 
 from smaflib.apps.cli import app
 
-if __name__ == "__main__":
-    app(prog_name="smaf")
+app(prog_name="smaf")

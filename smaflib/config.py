@@ -362,6 +362,7 @@ class Variant(StrEnum):
     CONTROL_FUSED = "control_fused", "control student, fused"
     TEACHER_REFINED = "teacher_refined", "teacher, single scale + CRF"
     TEACHER_FUSED_REFINED = "teacher_fused_refined", "teacher, fused + CRF"
+    STUDENT_REFINED = "student_refined", "student, single scale + CRF"
     UNREFINED_MASKS = "unrefined_masks", "student, fused, before the CRF"
     PSEUDO_MASKS = "pseudo_masks", "pseudo masks (student, fused + CRF)"
     CONTROL_FUSED_REFINED = "control_fused_refined", "control student, fused + CRF"

@@ -1,4 +1,3 @@
-import errno
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from smaflib.apps.cli import app
+from smaflib.errors import ConfigError, RunError
 from smaflib.files import PROJECT_ROOT
 from smaflib.runs import Run, open_run, runner
 from smaflib.runs.manifest import write_manifest
@@ -34,20 +34,20 @@ def smaf(*arguments: object) -> Result:
 
 def test_run_passes_its_options_on(monkeypatch, config_file, tmp_path):
     given = []
-    monkeypatch.setattr(runner, "run_notebooks", lambda *arguments, code: given.extend([*arguments, code]))
+    monkeypatch.setattr(runner, "run_notebooks", lambda *arguments: given.extend(arguments))
     monkeypatch.chdir(tmp_path)
     words = "run tiny.yaml --name n --set seed=1 --set data.num_val=3 --from 2 --until 4 --runs r --notebooks nb"
-    result = smaf(*words.split(), "--reuse", "m", "--keep-stale", "--code", "abc")
+    result = smaf(*words.split(), "--reuse", "m", "--keep-stale")
     assert result.exit_code == 0
     overrides = ["seed=1", "data.num_val=3"]
-    assert given == [config_file, "n", overrides, "2", "4", tmp_path / "nb", tmp_path / "r", ["m"], True, "abc"]
+    assert given == [config_file, "n", overrides, "2", "4", tmp_path / "nb", tmp_path / "r", ["m"], True]
 
 
 @pytest.mark.parametrize(
     ("error", "exit_code"),
     [
-        (runner.StageFailed("02_classifier.ipynb failed in cell 3"), 1),
-        (runner.RunStopped("02_classifier was stopped", 143), 143),
+        (RunError("02_classifier.ipynb failed in cell 3", exit_code=1), 1),
+        (RunError("02_classifier was stopped", exit_code=143), 143),
         (FileNotFoundError("there is no config file"), 2),
         (KeyboardInterrupt(), 130),
     ],
@@ -103,43 +103,26 @@ def test_networks_that_cannot_be_had_stop_a_run_before_its_first_stage(tmp_path,
     ]
 
 
-def raising(error: BaseException):
-    def fail(*_: object, **__: object) -> None:
-        raise error
+def test_debug_shows_the_traceback_and_faults_always_do(monkeypatch, config_file):
+    def fail(error: Exception) -> None:
+        def raise_it(*_: object, **__: object) -> None:
+            raise error
 
-    return fail
+        monkeypatch.setattr(runner, "run_notebooks", raise_it)
 
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (
-            OSError(errno.ENOSPC, "No space left on device", "/runs/x.npz"),
-            "/runs/x.npz: no space left on device; make room",
-        ),
-        (PermissionError(errno.EACCES, "Permission denied", "a"), "a: permission denied; change its rights"),
-        (OSError(errno.EMFILE, "Too many open files"), "too many open files; raise the limit"),
-        (OSError(errno.EIO, "Input/output error", "b"), "b: input/output error; with smaf --debug"),
-        (FileNotFoundError("there is no config file x"), "there is no config file x"),
-        (MemoryError(), "there is not enough memory; smaller batches"),
-        (ValueError("embedded null byte"), "embedded null byte"),
-    ],
-)
-def test_errors_of_the_system_are_one_sentence_with_a_cure(monkeypatch, config_file, error, message):
-    monkeypatch.setattr(runner, "run_notebooks", raising(error))
+    fail(ConfigError("no such\x1b[2J setting"))
     result = smaf("run", config_file)
-    assert result.exit_code == 2 and result.stderr.startswith(f"error: {message}")
-    assert "Traceback" not in result.stderr and result.stderr.count("\n") == 1
-    with pytest.raises(type(error)):
-        CliRunner().invoke(app, ["--debug", "run", str(config_file)], catch_exceptions=False)
-
-
-def test_faults_of_the_library_keep_their_traceback(monkeypatch, config_file):
-    monkeypatch.setattr(runner, "run_notebooks", raising(ValueError("a fault")))
+    assert (
+        result.exit_code == 2 and result.stderr == "error: no such\\x1b[2J setting\n"
+    )  # nothing that a terminal obeys
+    assert isinstance(smaf("--debug", "run", config_file).exception, ConfigError)
+    fail(PermissionError(13, "Permission denied", "a.npz"))
+    assert smaf("run", config_file).stderr == "error: [Errno 13] Permission denied: 'a.npz'\n"
+    fail(ValueError("a fault"))
     assert isinstance(smaf("run", config_file).exception, ValueError)
 
 
-@pytest.mark.parametrize("place", ["x" * 5000, "/proc/nothing/here", "tiny.yaml/inside", "a\0b", "loop"])
+@pytest.mark.parametrize("place", ["x" * 5000, "tiny.yaml/inside", "loop"])
 @pytest.mark.parametrize("command", ["run", "ablate", "masks", "submit", "report", "compare", "status", "check"])
 def test_odd_paths_are_refused_in_a_sentence(monkeypatch, config_file, command, place):
     monkeypatch.chdir(config_file.parent)
@@ -161,35 +144,13 @@ def test_odd_paths_are_refused_in_a_sentence(monkeypatch, config_file, command, 
     assert sorted(config_file.parent.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"[]",
-        b"7",
-        b"null",
-        b'"text"',
-        b"\xff\xfe\x00",
-        b"[" * 100_000,
-        b'{"stages": {"01_data": {"status"',
-        b'{"stages": []}',
-        b'{"stages": {"01_data": 3}}',
-        b'{"stages": {"01_data": {"status": "well"}}}',
-        b'{"stages": {"01_data": {"status": "complete", "seconds": "long"}}}',
-        b'{"records": 1}',
-        b'[{"stage": 3, "metric": "iou", "value": 0.5}]',
-        b'[{"metric": "iou", "value": 0.5}]',
-        b'[{"stage": "03_multi_scale_attention", "metric": "iou", "value": "half"}]',
-        b"[1, 2]",
-        None,  # a folder
-    ],
-)
-@pytest.mark.parametrize("name", ["manifest.json", "metrics.json", "config.yaml", "ablation/ablation.json"])
+@pytest.mark.parametrize("content", [b"[]", b"\xff\xfe\x00", b"[" * 100_000, b'{"stages": {"01_data": {"status"', None])
+@pytest.mark.parametrize("name", ["manifest.json", "metrics.json", "config.yaml"])
 @pytest.mark.parametrize("command", ["status", "report", "compare"])
 def test_damaged_file_of_a_run_is_named(run, name, content, command):
     write_manifest(run.folder, {"stages": {"01_data": {"status": "complete", "seconds": 1.0}}})
-    path = run.path(*name.split("/"))
+    path = run.path(name)
     path.unlink(missing_ok=True)
-    path.parent.mkdir(exist_ok=True)
     path.mkdir() if content is None else path.write_bytes(content)
     result = smaf(command, run.folder, *([run.folder] if command == "compare" else []))
     assert result.exit_code in (0, 2), result.exception  # 0: the command does not need the file, or it fits after all
@@ -206,7 +167,7 @@ def test_status_lists_all_stages(run):
     assert len(lines) == len(run.stages)
     assert lines[0].split() == ["00_one_image_end_to_end", "not", "run", "-"]
     assert lines[1].split() == ["01_data", "complete", "1", "min", "01", "s"]
-    assert lines[2].endswith("1 min 01 s  taken over from papermill_runs/x")
+    assert lines[2].endswith("1 min 01 s  reused from papermill_runs/x")
 
 
 def test_report_prints_results_and_its_path(run):

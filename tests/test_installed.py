@@ -71,14 +71,10 @@ def test_chain_begins_by_the_name_of_its_settings(home: Path) -> None:
     assert str(home / "env") in call(home, "python", "-c", "import smaflib; print(smaflib.__file__)").stdout
 
 
-def test_masks_of_a_folder_are_planned(home: Path) -> None:
-    example = next((home / "work" / "papermill_runs" / "mini" / "data").rglob("JPEGImages"))
-    images = home / "work" / "photos"
-    images.mkdir()
-    names = [Path(shutil.copy(path, images)).name for path in sorted(example.iterdir())[:3]]
-    (images / "labels.csv").write_text("image,labels\n" + "".join(f"{name},cat\n" for name in names))
-    done = call(home, "smaf", "masks", "--images", "photos", "--labels", "photos/labels.csv", "--out", "out", "--plan")
-    assert done.returncode == 0 and "3" in done.stdout, done.stderr[-2000:]
+def test_masks_command_finds_its_preset(home: Path) -> None:
+    (home / "work" / "labels.csv").write_text("image,labels\na.jpg,cat\n")
+    done = call(home, "smaf", "masks", "--images", ".", "--labels", "labels.csv", "--out", "out")
+    assert done.returncode == 2 and "a.jpg" in done.stderr, done.stderr[-2000:]
     assert not (home / "work" / "out").exists()
 
 
@@ -93,10 +89,3 @@ def test_notebooks_are_copied_and_those_that_are_there_stay(home: Path) -> None:
 def test_module_is_the_command(home: Path) -> None:
     done = call(home, "python", "-m", "smaflib", "--help")
     assert done.returncode == 0 and "sweep" in done.stdout
-
-
-def test_workflow_comes_with_the_package(home: Path) -> None:
-    refused = call(home, "smaf", "sweep", "mini", "--out", "swept", "--seeds", "0", "--profile", "nobodys")
-    assert refused.returncode == 2 and "--profile must be one of local and slurm" in refused.stderr
-    assert (home / "env" / "share" / "smaflib" / "workflow" / "Snakefile").is_file()
-    assert not (home / "work" / "swept").exists()

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smaflib import plugins
-from smaflib.apps.custom_images import make_masks
+from smaflib.apps.masks import make_masks
 from smaflib.apps.sweep import sweep
 from smaflib.cams import fuse_cams
 from smaflib.config import PseudoMaskConfig, check_settings, load_config

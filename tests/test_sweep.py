@@ -1,4 +1,4 @@
-"""A sweep over seeds and settings: what it plans, its tables worked out by hand, what it refuses."""
+"""Sweeps over seeds and settings: plans, tables worked out by hand, parts, clusters, refusals."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from smaflib.apps import sweep as sweeps
+from smaflib import files
 from smaflib.apps.cli import app
-from smaflib.apps.sweep import parse_grid, parse_seeds, plan, sweep
-from smaflib.errors import ConfigError, InputError, StageFailed
-from smaflib.runs import open_run
+from smaflib.apps.sweep import Job, parse_grid, parse_part, parse_seeds, plan, shared_stage, sweep
+from smaflib.errors import ConfigError, RunError
+from smaflib.runs import open_run, runner
+from smaflib.runs.stages import STAGES
 
 VALUES = {("sum", 0): 0.60, ("sum", 1): 0.64, ("max", 0): 0.59, ("max", 1): 0.61}
 GRID = {"attention.fusion": ["sum", "max"]}
@@ -30,11 +31,11 @@ def config(tmp_path: Path) -> Path:
 
 
 class FakeChain:
-    """Stands for the runner: opens the run, records an mIoU that depends on fusion and seed."""
+    """In place of the runner: opens the run and records an mIoU that depends on fusion rule and seed."""
 
-    def __init__(self, failing: str = "") -> None:
-        self.calls: list[tuple[str, list[str]]] = []
-        self.failing = failing
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str, list[str]]] = []
+        self.failing = ""
 
     def __call__(
         self,
@@ -45,14 +46,28 @@ class FakeChain:
         runs: Path,
         reuse: Sequence[str],
     ) -> None:
-        self.calls.append((name, list(reuse)))
+        self.calls.append((name, until_stage[:2], list(reuse)))
         run = open_run(runs / name, config_file, overrides)
         if name == self.failing:
-            raise StageFailed("02_classifier failed\nand a traceback")
+            raise RunError("02_classifier failed\nand a traceback", exit_code=1)
         value = VALUES[run.config.attention.fusion, run.config.seed]
         run.record(
             "03_multi_scale_attention", [{"variant": "fused", "metric": "iou", "value": value, "split": "train"}]
         )
+
+
+@pytest.fixture
+def chain(monkeypatch: pytest.MonkeyPatch) -> FakeChain:
+    fake = FakeChain()
+    monkeypatch.setattr(runner, "run_notebooks", fake)
+    return fake
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -63,7 +78,7 @@ def test_seeds(text: str, seeds: list[int]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "4-1", "-1", "1.5", "0-99999999", "1,,2", "9" * 5000])
-def test_seeds_that_are_none(text: str) -> None:
+def test_wrong_seeds(text: str) -> None:
     with pytest.raises(ConfigError, match="--seeds must be numbers such as 0,1,2 or a range"):
         parse_seeds(text)
 
@@ -75,6 +90,13 @@ def test_any_text_is_seeds_or_an_error(text: str) -> None:
     except ConfigError:
         return
     assert seeds and len(set(seeds)) == len(seeds)
+
+
+def test_parts() -> None:
+    assert parse_part("2/3") == (2, 3)
+    for text in ("", "3", "0/2", "3/2", "1/0", "1/2/3", "a/b"):
+        with pytest.raises(ConfigError, match="--part must be I/N"):
+            parse_part(text)
 
 
 def test_grid() -> None:
@@ -97,130 +119,175 @@ def test_grid() -> None:
         (["seed=1,2"], "gives 'seed' a second time; --seeds sets it"),
     ],
 )
-def test_grid_that_is_none(texts: list[str], message: str) -> None:
+def test_wrong_grid(texts: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_grid(texts)
 
 
-def test_plan_is_seed_by_seed_with_names_that_are_folders() -> None:
-    planned = plan([0, 1], GRID | {"attention.scales": [[0.5, 1.0]]})
-    assert [each.name for each in planned] == [
+def test_plan_is_seed_by_seed_with_names_that_are_folders(config: Path, tmp_path: Path) -> None:
+    planned = plan([0, 1], GRID | {"attention.scales": [[0.5, 1.0]]}, config, tmp_path, ["num_threads=1"])
+    assert [job.name for job in planned] == [
         "seed0-fusion-sum-scales-_0.5_1.0_",
         "seed0-fusion-max-scales-_0.5_1.0_",
         "seed1-fusion-sum-scales-_0.5_1.0_",
         "seed1-fusion-max-scales-_0.5_1.0_",
     ]
     assert planned[1].setting == "attention.fusion=max, attention.scales=[0.5, 1.0]"
-    assert planned[1].overrides == ("seed=0", 'attention.fusion="max"', "attention.scales=[0.5, 1.0]")
-    assert [each.name for each in plan([3], {})] == ["seed3"]
-
-
-def test_settings_that_would_share_a_folder_get_numbers() -> None:
-    names = [each.name for each in plan([0], {"a.b": ["x/y", "x_y"]})]
+    varied = ("seed=0", 'attention.fusion="max"', "attention.scales=[0.5, 1.0]")
+    assert planned[1].overrides == ("num_threads=1", *varied)
+    assert [job.name for job in plan([3], {}, config, tmp_path)] == ["seed3"]
+    names = [job.name for job in plan([0], {"a.b": ["x/y", "x_y"]}, config, tmp_path)]
     assert len(set(names)) == 2 and all(name.startswith("seed0-b-x_y.") for name in names)
     with pytest.raises(ConfigError, match=r"2 seeds by 600 settings are more than 1,000 runs"):
-        plan([0, 1], {"a": list(range(600))})
+        plan([0, 1], {"a": list(range(600))}, config, tmp_path)
 
 
-def test_tables_by_hand(config: Path, tmp_path: Path) -> None:
-    chain, out = FakeChain(), tmp_path / "sweep"
-    assert sweep(config, out, [0, 1], GRID, run_one=chain) == []
-    # A run may take over stages of the runs of its seed that are there.
+# --- runs and tables --------------------------------------------------------------------------------------------------
+
+
+def test_tables_by_hand(chain: FakeChain, config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    assert sweep(config, out, [0, 1], GRID) == []
+    # A run reuses stages of the earlier runs of its seed.
     assert chain.calls == [
-        ("seed0-fusion-sum", []),
-        ("seed0-fusion-max", ["seed0-fusion-sum"]),
-        ("seed1-fusion-sum", []),
-        ("seed1-fusion-max", ["seed1-fusion-sum"]),
+        ("seed0-fusion-sum", "08", []),
+        ("seed0-fusion-max", "08", ["seed0-fusion-sum"]),
+        ("seed1-fusion-sum", "08", []),
+        ("seed1-fusion-max", "08", ["seed1-fusion-sum"]),
     ]
-    (row,) = csv.DictReader((out / "results.csv").read_text().splitlines())
+    (row,) = rows_of(out / "results.csv")
     assert row["attention.fusion=sum"] == "62.0 ± 2.8 (2)" and row["attention.fusion=max"] == "60.0 ± 1.4 (2)"
     assert row["row"] == "03 fused, train"
-    (row,) = csv.DictReader((out / "differences.csv").read_text().splitlines())
+    (row,) = rows_of(out / "differences.csv")
     assert row["attention.fusion=max - attention.fusion=sum"] == "-2.0 ± 1.4 (2)"  # -1 and -3: paired
-    assert "| 62.0 ± 2.8 (2) | 60.0 ± 1.4 (2) |" in (out / "results.md").read_text()
-    assert r"62.0 $\pm$ 2.8 (2) & 60.0 $\pm$ 1.4 (2) \\" in (out / "results.tex").read_text()
-    assert r"attention.fusion=sum" in (out / "results.tex").read_text()
-    runs = list(csv.DictReader((out / "runs.tsv").read_text().splitlines(), delimiter="\t"))
-    assert [(run["run"], run["seed"]) for run in runs][1] == ("seed0-fusion-max", "0")
+    markdown, latex = (out / "results.md").read_text(), (out / "results.tex").read_text()
+    assert markdown.endswith("\n| --- | --- | --- |\n| 03 fused, train | 62.0 ± 2.8 (2) | 60.0 ± 1.4 (2) |\n")
+    assert r"62.0 $\pm$ 2.8 (2) & 60.0 $\pm$ 1.4 (2) \\" in latex and "attention.fusion=sum" in latex
+    assert [(run["run"], run["seed"]) for run in rows_of(out / "runs.tsv")][1] == ("seed0-fusion-max", "0")
 
 
-def test_only_the_run_that_has_changed_is_read_again(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[str] = []
-    read_run = sweeps.read_run
-    monkeypatch.setattr(sweeps, "read_run", lambda folder: (read.append(folder.name), read_run(folder))[1])
-    names = ["seed0-fusion-sum", "seed0-fusion-max", "seed1-fusion-sum", "seed1-fusion-max"]
-    sweep(config, tmp_path / "sweep", [0, 1], GRID, run_one=FakeChain())
-    assert read == names
-    sweep(config, tmp_path / "sweep", [0, 1], GRID, run_one=lambda *_, **__: None)  # nothing is new
-    assert read == names
-    monkeypatch.setitem(VALUES, ("max", 1), 0.81)
-    sweep(config, tmp_path / "sweep", [0, 1], GRID, run_one=FakeChain())
-    assert read == names * 2  # each has written its records anew
-    (row,) = csv.DictReader((tmp_path / "sweep" / "results.csv").read_text().splitlines())
-    assert row["attention.fusion=max"] == "70.0 ± 15.6 (2)"
-
-
-def test_one_seed_without_a_grid_has_no_spread(config: Path, tmp_path: Path) -> None:
-    sweep(config, tmp_path / "sweep", [0], {}, ["attention.fusion=sum"], run_one=FakeChain())
-    (row,) = csv.DictReader((tmp_path / "sweep" / "results.csv").read_text().splitlines())
+def test_one_seed_without_a_grid_has_no_spread(chain: FakeChain, config: Path, tmp_path: Path) -> None:
+    sweep(config, tmp_path / "sweep", [0], {}, ["attention.fusion=sum"])
+    (row,) = rows_of(tmp_path / "sweep" / "results.csv")
     assert row["value"] == "60.0"
-    assert (tmp_path / "sweep" / "differences.md").read_text() == "nothing is measured yet\n"
+    assert (tmp_path / "sweep" / "differences.md").read_text() == "no measurements yet\n"
 
 
-def test_seed_that_failed_is_named_and_the_others_are_made(config: Path, tmp_path: Path) -> None:
-    chain = FakeChain(failing="seed0-fusion-max")
-    failures = sweep(config, tmp_path / "sweep", [0, 1], GRID, run_one=chain)
+def test_failed_seed_is_named_and_the_others_run(chain: FakeChain, config: Path, tmp_path: Path) -> None:
+    chain.failing, out = "seed0-fusion-max", tmp_path / "sweep"
+    failures = sweep(config, out, [0, 1], GRID)
     assert failures == ["seed0-fusion-max: 02_classifier failed"] and len(chain.calls) == 4
-    (row,) = csv.DictReader((tmp_path / "sweep" / "results.csv").read_text().splitlines())
+    (row,) = rows_of(out / "results.csv")
     assert row["attention.fusion=max"] == "61.0"
-    (row,) = csv.DictReader((tmp_path / "sweep" / "differences.csv").read_text().splitlines())
+    (row,) = rows_of(out / "differences.csv")
     assert row["attention.fusion=max - attention.fusion=sum"] == "-3.0"  # of the seed that both have
-    sweep(config, tmp_path / "sweep", [0, 1], GRID, run_one=FakeChain())  # the same call tries again
-    (row,) = csv.DictReader((tmp_path / "sweep" / "results.csv").read_text().splitlines())
+    chain.failing = ""
+    sweep(config, out, [0, 1], GRID)
+    (row,) = rows_of(out / "results.csv")
     assert row["attention.fusion=max"] == "60.0 ± 1.4 (2)"
+
+
+def test_parts_share_the_seeds_and_the_tables(chain: FakeChain, config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    with files.locked(out, "smaf sweep", ".lock-1-of-2"):  # the other part is running
+        sweep(config, out, [0, 1], GRID, part=(2, 2))
+    assert {name for name, *_ in chain.calls} == {"seed1-fusion-sum", "seed1-fusion-max"}
+    sweep(config, out, [0, 1], GRID, part=(1, 2))
+    (row,) = rows_of(out / "results.csv")
+    assert row["attention.fusion=sum"] == "62.0 ± 2.8 (2)" and len(chain.calls) == 4
 
 
 @pytest.mark.parametrize("grid", [{"attention.fusion": ["sum", "mode"]}, {"attention.bogus": [1]}])
 def test_settings_that_do_not_fit_are_refused_before_anything_runs(
-    config: Path, tmp_path: Path, grid: dict[str, Any]
+    chain: FakeChain, config: Path, tmp_path: Path, grid: dict[str, Any]
 ) -> None:
-    chain = FakeChain()
     with pytest.raises(ConfigError, match=next(iter(grid)).partition(".")[2]):
-        sweep(config, tmp_path / "sweep", [0, 1], grid, run_one=chain)
+        sweep(config, tmp_path / "sweep", [0, 1], grid)
     assert not chain.calls and not (tmp_path / "sweep").exists()
 
 
-def test_measure_that_is_none(config: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the measure must be one of mIoU, small"):
-        sweep(config, tmp_path / "sweep", [0], {}, measure="IoU", run_one=FakeChain())
+# --- clusters ---------------------------------------------------------------------------------------------------------
 
 
-def test_command(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chain = FakeChain(failing="seed1-fusion-sum")
-    monkeypatch.setattr("smaflib.runs.runner.run_notebooks", chain)
-    words = [
-        "sweep",
-        str(config),
-        "--out",
-        str(tmp_path / "out"),
-        "--seeds",
-        "0-1",
-        "--grid",
-        "attention.fusion=sum,max",
+@pytest.mark.skipif(not hasattr(STAGES[0], "settings"), reason="stages do not declare their settings yet")
+def test_stage_that_the_runs_of_a_seed_share(config: Path, tmp_path: Path) -> None:
+    def shared(grid: dict[str, list[Any]], until: str = "08_results") -> str | None:
+        return shared_stage(plan([0], grid, config, tmp_path, until=until))
+
+    assert shared(GRID) == "02_classifier"
+    assert shared({"segmentation.batch_size": [1, 2]}) == "06_pseudo_masks"
+    assert shared({"segmentation.batch_size": [1, 2]}, "03_multi_scale_attention") == "03_multi_scale_attention"
+    assert shared({"segmentation": [{}, {"enabled": False}]}) == "06_pseudo_masks"
+    assert shared({"model.backbone": ["slim", "resnet38"]}) is None  # only the data is shared
+    assert shared({}) is None
+
+
+@pytest.mark.skipif(not hasattr(STAGES[0], "settings"), reason="stages do not declare their settings yet")
+def test_jobs_of_a_cluster_wait_for_what_they_share(chain: FakeChain, config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    assert sweep(config, out, [0, 1], GRID, until_stage="04", cluster="debug") == []
+    assert [(name, until) for name, until, _ in chain.calls] == [
+        ("seed0-fusion-sum", "02"),
+        ("seed1-fusion-sum", "02"),
+        ("seed0-fusion-sum", "04"),
+        ("seed0-fusion-max", "04"),
+        ("seed1-fusion-sum", "04"),
+        ("seed1-fusion-max", "04"),
     ]
+    assert chain.calls[3][2] == ["seed0-fusion-sum"]
+    assert rows_of(out / "results.csv")[0]["attention.fusion=sum"] == "62.0 ± 2.8 (2)"
+
+
+def test_processes_of_a_cluster_report_what_failed(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    with files.locked(out / "seed0", "smaf run"):
+        (failure,) = sweep(config, out, [0], {}, cluster="local")
+    log = Path(failure.partition("log: ")[2])
+    assert failure.startswith("seed0: failed or cancelled") and "RunError: another smaf run" in log.read_text()
+
+
+def test_preempted_job_leaves_no_result(monkeypatch: pytest.MonkeyPatch, config: Path, tmp_path: Path) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise RunError("stopped by SIGTERM", exit_code=143)
+
+    monkeypatch.setattr(runner, "run_notebooks", stop)
+    job = Job("seed0", "", 0, (), config, tmp_path, "08_results")
+    with pytest.raises(SystemExit) as stopped:
+        job()
+    assert stopped.value.code == 143 and job.checkpoint().function is job
+
+
+@pytest.mark.parametrize(
+    ("cluster", "options", "message"),
+    [("slurm", [], "srun"), ("moon", [], "moon"), ("local", ["bogus=1"], "bogus"), ("local", ["time=[1"], "expected")],
+)
+def test_cluster_that_is_not_available(
+    cluster: str, options: list[str], message: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match=rf"--cluster {cluster}: [\s\S]*{message}"):
+        sweep(config, tmp_path / "sweep", [0], {}, cluster=cluster, options=options)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_command(chain: FakeChain, config: Path, tmp_path: Path) -> None:
+    chain.failing = "seed1-fusion-sum"
+    words = ["sweep", str(config), "--out", str(tmp_path / "out"), "--seeds", "0-1"]
+    words += ["--grid", "attention.fusion=sum,max"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 1 and "1 runs failed; the same command tries them again" in result.output
     assert "60.0" in result.output and "-1.0" in result.output
     chain.failing = ""
     assert CliRunner().invoke(app, words).exit_code == 0
-    refused = CliRunner().invoke(app, [*words, "--seeds", "x"])
-    assert refused.exit_code == 2 and "--seeds must be numbers" in refused.output
+    for wrong in (["--seeds", "x"], ["--part", "2"], ["--measure", "IoU"]):
+        refused = CliRunner().invoke(app, [*words, *wrong])
+        assert refused.exit_code == 2 and wrong[0] in refused.output
 
 
-def test_compare_writes_the_formats_of_the_tables(config: Path, tmp_path: Path) -> None:
-    sweep(config, tmp_path / "out", [0], GRID, run_one=FakeChain())
+def test_compare_writes_the_formats_of_the_tables(chain: FakeChain, config: Path, tmp_path: Path) -> None:
+    sweep(config, tmp_path / "out", [0], GRID)
     names = [str(tmp_path / "out" / name) for name in ("seed0-fusion-sum", "seed0-fusion-max")]
     outputs = {form: CliRunner().invoke(app, ["compare", *names, "--format", form]) for form in ("csv", "md", "tex")}
     assert "60.0,59.0,-1.0" in outputs["csv"].output and "| 60.0 | 59.0 | -1.0 |" in outputs["md"].output

@@ -1,20 +1,17 @@
-"""A sweep: the same settings over several seeds, and over a grid of some of them; mean, spread, paired differences.
+"""A sweep: the same settings over several seeds and over a grid of values; mean ± sd and paired differences.
 
-``smaf sweep`` runs what is missing, one run after the other, or through Snakemake beside each other
-(:mod:`smaflib.apps.workflow`). Each run is a folder like any other, and a stage that two runs of a seed have in common
-is made once (:mod:`smaflib.runs.reuse`). A killed sweep resumes where it stopped.
+Every run is an ordinary run folder. Runs of one seed reuse each other's finished stages, so what they share is computed
+once, and a killed sweep resumes with the same command.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
 import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,110 +19,114 @@ import pandas as pd
 import yaml
 
 from smaflib import files
-from smaflib.apps.workflow import FOLDER as WORKFLOW_FOLDER
-from smaflib.apps.workflow import Combination, check_workflow, first_open_stage, run_workflow
 from smaflib.config import load_config
-from smaflib.errors import ConfigError, RunError, StageFailed
+from smaflib.errors import ConfigError, RunError
 from smaflib.pipeline import check_plugins
-from smaflib.report.seeds import FORMATS, difference_table, formatted, measurements, spread_table
+from smaflib.report.tables import FORMATS, difference_table, measurements, spread_table
 from smaflib.runs.manifest import read_manifest
 from smaflib.runs.run import read_run, run_folder
 from smaflib.runs.stages import STAGES, stage_named
 
-TABLE = "runs.tsv"
-MOST_RUNS = 1000
-MOST_SEEDS = 10_000
+MAX_RUNS = 1000
+JOB_MINUTES = 24 * 60
+"""Default time limit of a cluster job; a job that reaches it is requeued and resumes."""
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A run of a sweep.
+class Job:
+    """One run of a sweep; calling it executes the run's notebooks, here or on a node of a cluster.
 
     Attributes:
-        name: of its folder.
-        setting: what the grid sets for it, as people read it; empty without a grid.
+        name: of the run folder, ``seed<N>`` or ``seed<N>-<settings>``.
+        setting: label of the settings that the sweep varies; empty without a grid.
         seed: of the run.
-        overrides: ``key=value``, the seed and the grid's.
+        overrides: ``key=value`` settings on top of the config file, seed and grid included.
+        config_file: a YAML file of settings.
+        runs: folder of the run folders.
+        until: name of the last stage.
+        reuse: paths of further runs whose finished stages may be reused.
     """
 
     name: str
     setting: str
     seed: int
     overrides: tuple[str, ...]
+    config_file: Path
+    runs: Path
+    until: str
+    reuse: tuple[str, ...] = ()
+
+    def __call__(self) -> None:
+        from smaflib.runs import runner  # imports papermill, which is slow
+
+        begun = sorted(path.parent.name for path in self.runs.glob(f"seed{self.seed}-*/config.yaml"))
+        reuse = [*(name for name in begun if name != self.name), *self.reuse]
+        try:
+            runner.run_notebooks(
+                self.config_file, self.name, self.overrides, until_stage=self.until, runs=self.runs, reuse=reuse
+            )
+        except RunError as error:
+            if error.exit_code < 128:
+                raise
+            # Stopped by a signal. For submitit this is no result, so that it waits for a preempted job's second start.
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(error.exit_code) from None
+
+    def checkpoint(self) -> Any:
+        """Called by submitit near the time limit: requeue the same run, which resumes by itself."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
 
 
 def parse_seeds(text: str) -> list[int]:
-    """``"0-4"``, ``"0,1,7"`` or both together, in the order given, each once.
+    """``"0-4"``, ``"0,1,7"`` or both joined by commas, to seeds without repetitions.
 
     Raises:
-        ConfigError: if it is anything else.
+        ConfigError: if the text is anything else.
     """
     seeds: list[int] = []
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?\s*", part)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-        if not first <= last < first + MOST_SEEDS:
+        if not first <= last < first + MAX_RUNS:
             raise ConfigError(f"--seeds must be numbers such as 0,1,2 or a range such as 0-4, got {text[:100]!r}")
         seeds += range(first, last + 1)
     return list(dict.fromkeys(seeds))
 
 
-def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """``["attention.fusion=sum,max"]`` to the values of each setting; a list of lists in YAML's way, ``[[1], [1, 2]]``.
+def parse_part(text: str) -> tuple[int, int]:
+    """``"2/3"`` to (2, 3), the second of three parts.
 
     Raises:
-        ConfigError: if one is no ``KEY=VALUE,VALUE``, or a setting is given twice.
+        ConfigError: if the text is anything else.
+    """
+    found = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise ConfigError(f"--part must be I/N with I from 1 to N, such as 2/3, got {text[:100]!r}")
+    return int(found[1]), int(found[2])
+
+
+def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """``["attention.scales=[1],[1, 2]"]`` to the values of each setting, which are YAML.
+
+    Raises:
+        ConfigError: if a text is not ``KEY=VALUE,VALUE``, or names a setting twice.
     """
     grid: dict[str, list[Any]] = {}
     for text in texts:
-        key, equals, values = text.partition("=")
+        key, _, values = text.partition("=")
         try:
             parsed = yaml.safe_load(f"[{values}]")
         except (yaml.YAMLError, ValueError, RecursionError):
             parsed = None
-        if not equals or not key.strip() or not isinstance(parsed, list) or not parsed:
+        if not key.strip() or not isinstance(parsed, list) or not parsed:
             raise ConfigError(f"--grid must be a setting and its values, KEY=VALUE,VALUE, got {text[:100]!r}")
         if key.strip() in (*grid, "seed"):
             cure = "--seeds sets it" if key.strip() == "seed" else "put all its values into one --grid"
             raise ConfigError(f"--grid gives {key.strip()!r} a second time; {cure}")
         grid[key.strip()] = parsed
     return grid
-
-
-def plan(seeds: Sequence[int], grid: Mapping[str, Sequence[Any]]) -> list[Planned]:
-    """Every run of a sweep: seed by seed, so that the first whole comparison comes early.
-
-    Raises:
-        ConfigError: if there are more than :data:`MOST_RUNS`.
-    """
-    combinations = list(itertools.product(*grid.values()))
-    if len(seeds) * len(combinations) > MOST_RUNS:
-        raise ConfigError(
-            f"{len(seeds)} seeds by {len(combinations)} settings are more than {MOST_RUNS:,} runs; take fewer"
-        )
-    planned = []
-    for seed, values in itertools.product(seeds, combinations):
-        pairs = list(zip(grid, values, strict=True))
-        setting = ", ".join(f"{key}={_text(value)}" for key, value in pairs)
-        slug = "".join(f"-{key.rpartition('.')[2]}-{_text(value)}" for key, value in pairs)
-        name = f"seed{seed}" + re.sub(r"[^\w.+-]+", "_", slug)[:80]
-        planned.append(Planned(name, setting, seed, (f"seed={seed}", *(f"{k}={json.dumps(v)}" for k, v in pairs))))
-    return _with_names_of_their_own(planned)
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _with_names_of_their_own(planned: Sequence[Planned]) -> list[Planned]:
-    """Where two settings would have one folder, each gets its number."""
-    names = [each.name for each in planned]
-    return [
-        Planned(f"{each.name}.{number}", each.setting, each.seed, each.overrides)
-        if names.count(each.name) > 1
-        else each
-        for number, each in enumerate(planned)
-    ]
 
 
 def sweep(
@@ -136,137 +137,195 @@ def sweep(
     overrides: Sequence[str] = (),
     until_stage: str | None = None,
     measure: str = "mIoU",
-    run_one: Callable[..., object] | None = None,
-    profile: str | None = None,
-    shards: int = 1,
+    part: tuple[int, int] = (1, 1),
+    cluster: str | None = None,
+    options: Sequence[str] = (),
 ) -> list[str]:
-    """Make the runs that are missing, and the tables.
+    """Execute the runs that are not complete, and write tables of all that are.
 
     Args:
         config_file: a YAML file of settings.
-        out: takes a folder per run, ``runs.tsv``, and ``results`` and ``differences`` in every format of
-            :data:`~smaflib.report.seeds.FORMATS`.
+        out: folder for a folder per run, ``runs.tsv``, and ``results`` and ``differences`` in all formats of
+            :data:`~smaflib.report.tables.FORMATS`.
         seeds: of the runs.
-        grid: settings and the values that each takes; every combination is a run.
+        grid: settings with the values of each; every combination is a run.
         overrides: ``key=value`` settings of all runs.
-        until_stage: the last stage of each run.
-        measure: of the tables, a column of :func:`~smaflib.report.tables.results_table`.
-        run_one: what makes a run, called as :func:`~smaflib.runs.runner.run_notebooks`, which it is by default.
-        profile: of Snakemake, which then makes the runs; None: this process does, one after the other.
-        shards: parts of each stage that has shards; with a profile.
+        until_stage: last stage of each run.
+        measure: column of :func:`~smaflib.report.tables.results_table` for the tables.
+        part: as of :func:`run_jobs`.
+        cluster: as of :func:`run_jobs`.
+        options: as of :func:`run_jobs`.
 
     Returns:
-        What failed, a line per run; the others were made all the same.
+        A line per failed run; the others were executed.
 
     Raises:
-        ConfigError: if any of the runs has settings that do not fit, or there is no Snakemake or no such profile;
-            nothing was executed then.
-        RunError: if the folder belongs to another sweep, or another one is at work there.
+        ConfigError: if the settings of a run do not fit; nothing was executed then.
+        RunError: if the same sweep is running, or a run folder belongs to other settings.
     """
-    if shards != 1 and profile is None:
-        raise ConfigError("--shards needs --profile: without one there is only one process, which makes a stage alone")
-    snakemake = check_workflow(profile, shards) if profile is not None else None
-    planned = plan(seeds, grid)
-    tried = set()
-    for each in planned:  # all of them, before hours of the first
-        config = load_config(config_file, [*overrides, *each.overrides])
-        own = (config.attention, config.model, config.data, config.pseudo_masks, config.segmentation.model)
-        if own not in tried:  # seeds have the same code
-            check_plugins(config)
-        tried.add(own)
-        run_folder(out, each.name)
-    last = stage_named(until_stage, STAGES).name if until_stage else STAGES[-1].name
-    out.mkdir(parents=True, exist_ok=True)
-    with files.locked(out, "smaf sweep"):
-        write_tables(out, planned, measure)
-        if snakemake is None:
-            return _make_in_order(config_file, out, planned, overrides, last, measure, run_one)
-        runs = [Combination(each.name, tuple(overrides), each.overrides) for each in planned]
-        try:
-            run_workflow(*snakemake, config_file, out, runs, last, shards)
-        finally:
-            write_tables(out, planned, measure)
-        return [
-            f"{each.name}: not complete; logs: {out / WORKFLOW_FOLDER / 'logs' / each.name}"
-            for each in planned
-            if first_open_stage(out / each.name, config_file, [*overrides, *each.overrides], last)
-        ]
+    until = (stage_named(until_stage) if until_stage else STAGES[-1]).name
+    jobs = plan(seeds, grid, config_file, out, overrides, until)
+    return run_jobs(jobs, part, cluster, options, lambda: write_tables(out, jobs, measure))
 
 
-def _make_in_order(
+def plan(
+    seeds: Sequence[int],
+    grid: Mapping[str, Sequence[Any]],
     config_file: Path,
     out: Path,
-    planned: Sequence[Planned],
-    overrides: Sequence[str],
-    last: str,
-    measure: str,
-    run_one: Callable[..., object] | None,
-) -> list[str]:
-    """Make the runs one after the other, and the tables after each."""
-    from smaflib.runs.runner import run_notebooks  # papermill, which plans and tables do not need
+    overrides: Sequence[str] = (),
+    until: str = STAGES[-1].name,
+) -> list[Job]:
+    """All runs of a sweep, seed by seed, so that the first seed's comparison is complete early."""
+    combinations = [list(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    if len(seeds) * len(combinations) > MAX_RUNS:
+        raise ConfigError(f"{len(seeds)} seeds by {len(combinations)} settings are more than {MAX_RUNS:,} runs")
+    names = ["".join(f"-{key.rpartition('.')[2]}-{_text(value)}" for key, value in pairs) for pairs in combinations]
+    names = [re.sub(r"[^\w.+-]+", "_", name)[:80] for name in names]
+    jobs = []
+    for seed, (number, pairs) in itertools.product(seeds, enumerate(combinations)):
+        name = names[number] + (f".{number}" if names.count(names[number]) > 1 else "")
+        label = ", ".join(f"{key}={_text(value)}" for key, value in pairs)
+        settings = (*overrides, f"seed={seed}", *(f"{key}={json.dumps(value)}" for key, value in pairs))
+        jobs.append(Job(f"seed{seed}{name}", label, seed, settings, config_file, out, until))
+    return jobs
 
-    failures = []
-    for number, each in enumerate(planned, start=1):
-        print(f"\n{number} of {len(planned)}: {each.name}", file=sys.stderr, flush=True)
-        others = [
-            other.name
-            for other in planned
-            if other is not each and other.seed == each.seed and (out / other.name / "config.yaml").is_file()
-        ]
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    part: tuple[int, int],
+    cluster: str | None,
+    options: Sequence[str],
+    write: Callable[[], None],
+) -> list[str]:
+    """Execute jobs that share a folder of runs, seed by seed.
+
+    Args:
+        jobs: all of them; each is checked before the first one starts.
+        part: (i, n): execute every n-th seed, beginning with the i-th.
+        cluster: ``slurm``, ``local`` or ``debug``, for submitit; None: in this process, one after the other.
+        options: ``key=value`` options of sbatch.
+        write: renews the tables, before, in between and at the end.
+
+    Returns:
+        A line per failed job.
+
+    Raises:
+        ConfigError: if settings, names or custom code of a job do not fit, or the cluster is not available.
+        RunError: if the same part is running, or a run folder belongs to other settings.
+    """
+    checked = []
+    for job in jobs:
+        run_folder(job.runs, job.name)
+        config = load_config(job.config_file, list(job.overrides)).model_copy(update={"seed": 0})
+        if config not in checked:
+            check_plugins(config)
+            checked.append(config)
+    number, count = part
+    seeds = list(dict.fromkeys(job.seed for job in jobs))[number - 1 :: count]
+    chosen = [[job for job in jobs if job.seed == seed] for seed in seeds]
+    lock = ".lock" if count == 1 else f".lock-{number}-of-{count}"
+    with files.locked(jobs[0].runs, "smaf sweep", lock):
+        write()
+        if cluster is None:
+            return _run_here([job for group in chosen for job in group], write)
         try:
-            settings = [*overrides, *each.overrides]
-            (run_one or run_notebooks)(config_file, each.name, settings, until_stage=last, runs=out, reuse=others)
-        except StageFailed as error:  # the others may well do; a signal or settings that do not fit end it
-            failures.append(f"{each.name}: {str(error).splitlines()[0]}")
-            print(f"{failures[-1]}; going on with the next run", file=sys.stderr, flush=True)
-        write_tables(out, planned, measure)
+            return _run_on_cluster(chosen, cluster, options)
+        finally:
+            write()
+
+
+def _run_here(jobs: Sequence[Job], write: Callable[[], None]) -> list[str]:
+    failures = []
+    for number, job in enumerate(jobs, start=1):
+        print(f"\n{number} of {len(jobs)}: {job.name}", file=sys.stderr, flush=True)
+        try:
+            job()
+        except RunError as error:
+            if error.exit_code != 1:  # not a failed stage, after which the other runs may succeed
+                raise
+            failures.append(f"{job.name}: {str(error).splitlines()[0]}")
+            print(f"{failures[-1]}; the next run follows", file=sys.stderr, flush=True)
+        write()
     return failures
 
 
-def write_tables(out: Path, planned: Sequence[Planned], measure: str) -> None:
-    """Write the table of runs, and results and paired differences of what is finished."""
-    rows = [
-        {"run": each.name, "seed": each.seed, "setting": each.setting, "stages complete": _complete(out / each.name)}
-        for each in planned
-    ]
-    files.write_text(out / TABLE, pd.DataFrame(rows).to_csv(sep="\t", index=False, lineterminator="\n"))
-    values = finished_measurements(out, planned, measure)
-    tables = {"results": spread_table(values), "differences": difference_table(values)}
-    for name, table in tables.items():
-        for ending, make in FORMATS.items():
-            files.write_text(out / f"{name}.{ending}", formatted(table, make))
+def _run_on_cluster(groups: Sequence[Sequence[Job]], cluster: str, options: Sequence[str]) -> list[str]:
+    """Queue the jobs of each seed and wait for them; Ctrl-C cancels them.
 
-
-def finished_measurements(out: Path, planned: Sequence[Planned], measure: str) -> pd.DataFrame:
-    """What the runs have measured so far, a row per run and row of its results."""
-    begun = [each for each in planned if (out / each.name / "config.yaml").is_file()]
-    found = [_measured(out, each, measure, _version(out / each.name / "metrics.json")) for each in begun]
-    some = [table for table in found if len(table)]
-    return pd.concat(some, ignore_index=True) if some else measurements([], measure)
-
-
-# Tables are written after each run, and of a thousand runs only one has changed.
-@functools.lru_cache(maxsize=2 * MOST_RUNS)
-def _measured(out: Path, planned: Planned, measure: str, version: tuple[int, int] | None) -> pd.DataFrame:
-    return measurements([(planned.setting, planned.seed, read_run(out / planned.name))], measure)
-
-
-def _version(path: Path) -> tuple[int, int] | None:
-    """What a file that is never written in place is known by: its inode and when it was made; None: there is none."""
-    with contextlib.suppress(FileNotFoundError):
-        facts = path.stat()
-        return facts.st_ino, facts.st_mtime_ns
-    return None
-
-
-def _complete(folder: Path) -> int:
-    return _num_complete(folder, _version(folder / "manifest.json"))
-
-
-@functools.lru_cache(maxsize=2 * MOST_RUNS)
-def _num_complete(folder: Path, version: tuple[int, int] | None) -> int:
+    First an array with a job per seed, up to the last stage that the runs of a seed share; then, per seed, an array
+    with a job per run, which depends on it.
+    """
+    executor = _executor(groups[0][0].runs / ".jobs", cluster, options)
+    last = shared_stage(groups[0])
+    first = executor.submit_array([replace(group[0], until=last) for group in groups]) if last else []
+    tasks = [(group[0].name, task) for group, task in zip(groups, first, strict=False)]
     try:
-        stages = read_manifest(folder)["stages"].values()
-    except RunError:  # damaged; running it says so
-        return 0
-    return sum(entry["status"] == "complete" for entry in stages)
+        for group, task in itertools.zip_longest(groups, first):
+            if task is not None and cluster == "slurm":
+                executor.update_parameters(slurm_dependency=f"afterok:{task.job_id}")
+            elif task is not None and task.exception() is not None:
+                continue
+            queued = executor.submit_array(group)
+            tasks += zip((job.name for job in group), queued, strict=True)
+        print(f"{len(tasks)} jobs; logs: {files.display_path(executor.folder)}", file=sys.stderr, flush=True)
+        failed = {name: task.paths.stderr for name, task in tasks if task.exception() is not None}
+    except KeyboardInterrupt:
+        for _, task in tasks:
+            task.cancel(check=False)
+        raise
+    return [f"{name}: failed or cancelled; log: {files.display_path(log)}" for name, log in failed.items()]
+
+
+def _executor(folder: Path, cluster: str, options: Sequence[str]) -> Any:
+    try:
+        import submitit
+    except ModuleNotFoundError as error:
+        raise ConfigError("--cluster needs submitit: pip install 'smaflib[cluster]'") from error
+    try:
+        executor = submitit.AutoExecutor(folder, cluster)
+        given = {key: yaml.safe_load(value) for key, _, value in (option.partition("=") for option in options)}
+        # Without the additional parameter, jobs whose first job failed would wait for ever.
+        defaults = {"time": JOB_MINUTES, "additional_parameters": {"kill-on-invalid-dep": "yes"}}
+        executor.update_parameters(name="smaf", timeout_min=JOB_MINUTES)
+        executor.update_parameters(**{f"slurm_{key}": value for key, value in (defaults | given).items()})
+    except (RuntimeError, ValueError, NameError, yaml.YAMLError) as error:
+        raise ConfigError(f"--cluster {cluster}: {error}") from error
+    return executor
+
+
+def shared_stage(jobs: Sequence[Job]) -> str | None:
+    """The last stage that jobs of one seed share; None if that is the data, which is made in seconds, or nothing."""
+    common = set.intersection(*(set(job.overrides) for job in jobs))
+    varied = {setting.partition("=")[0] for job in jobs for setting in set(job.overrides) - common}
+    first = min((_first_stage(setting) for setting in varied), default=0)
+    return min(STAGES[first - 1].name, jobs[0].until) if first > 2 else None
+
+
+def _first_stage(setting: str) -> int:
+    """Number of the first stage that declares a setting, its group or a part of it; 0 if there is none."""
+    for number, stage in enumerate(STAGES):
+        for declared in getattr(stage, "settings", ()):
+            if f"{setting}.".startswith(f"{declared}.") or declared.startswith(f"{setting}."):
+                return number
+    return 0
+
+
+def write_tables(out: Path, jobs: Sequence[Job], measure: str) -> None:
+    """Write ``runs.tsv``, and results and paired differences of the runs that have measured something."""
+    rows, begun = [], []
+    for job in jobs:
+        stages = read_manifest(out / job.name)["stages"].values()
+        complete = sum(entry["status"] == "complete" for entry in stages)
+        rows.append({"run": job.name, "seed": job.seed, "setting": job.setting, "stages complete": complete})
+        if (out / job.name / "config.yaml").is_file():
+            begun.append((job.setting, job.seed, read_run(out / job.name)))
+    files.write_text(out / "runs.tsv", pd.DataFrame(rows).to_csv(sep="\t", index=False, lineterminator="\n"))
+    values = measurements(begun, measure)
+    for name, table in {"results": spread_table(values), "differences": difference_table(values)}.items():
+        for ending, formatted in FORMATS.items():
+            files.write_text(out / f"{name}.{ending}", formatted(table) if len(table) else "no measurements yet\n")

@@ -1,8 +1,8 @@
-"""Tables of results."""
+"""Tables of results: of a run, of several runs, and of seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +199,90 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     """Names of runs; where two share one, the folder's path."""
     names = [run.name for run in runs]
     return [run.name if names.count(run.name) == 1 else str(run.folder) for run in runs]
+
+
+# -------------------------------------------------------------------------------------------------------------- seeds
+
+
+def measurements(runs: Iterable[tuple[str, int, Run]], measure: str = "mIoU") -> pd.DataFrame:
+    """One measure of several runs, in percent.
+
+    Args:
+        runs: label of the settings, seed, and the run.
+        measure: a column of :func:`results_table`.
+
+    Returns:
+        Columns ``setting``, ``seed``, ``row`` (such as ``06 pseudo masks, train``) and ``value``.
+    """
+    found = []
+    for setting, seed, run in runs:
+        metrics = run.metrics()
+        table = labelled(results_table(metrics)).reset_index() if len(metrics) else pd.DataFrame()
+        for record in table.dropna(subset=[measure]).to_dict("records") if len(table) else ():
+            scale = f", scale {record['scale']}" if record["scale"] else ""
+            row = f"{record['stage'][:2]} {record['variant']}, {record['split']}{scale}"
+            found.append({"setting": setting, "seed": seed, "row": row, "value": float(record[measure])})
+    return pd.DataFrame(found, columns=["setting", "seed", "row", "value"])
+
+
+def spread_table(values: pd.DataFrame) -> pd.DataFrame:
+    """Mean ± standard deviation over seeds: a line per row of :func:`measurements`, a column per setting.
+
+    A cell such as ``67.8 ± 0.4 (3)`` ends with the number of seeds; a single seed gives its value alone.
+    """
+    return _cells(values, "{:.1f}")
+
+
+def difference_table(values: pd.DataFrame) -> pd.DataFrame:
+    """Differences to the first setting between runs of the same seed, as mean ± standard deviation over seeds.
+
+    A column per other setting; a seed that only one of the two settings has is left out.
+    """
+    first = values[values["setting"] == values["setting"].iloc[0]] if len(values) else values
+    paired = values.merge(first, on=["row", "seed"], suffixes=("", "_first"))
+    paired["value"] -= paired["value_first"]
+    table = _cells(paired[paired["setting"] != paired["setting_first"]], "{:+.1f}")
+    return table.rename(columns=lambda setting: f"{setting} - {first['setting'].iloc[0]}")
+
+
+def _cells(values: pd.DataFrame, form: str) -> pd.DataFrame:
+    def cell(group: pd.Series[float]) -> str:
+        return spread(group, form) + (f" ({len(group)})" if len(group) > 1 else "")
+
+    cells = values.groupby(["row", "setting"], sort=False)["value"].agg(cell).unstack("setting", fill_value="")
+    order = [setting for setting in values["setting"].unique() if setting in cells]
+    return cells.reindex(values["row"].unique())[order].rename(columns={"": "value"}).rename_axis(columns=None)
+
+
+def spread(values: Iterable[float], form: str = "{:.1f}") -> str:
+    """Mean ± standard deviation, such as ``67.8 ± 0.4``; a single value alone, and nothing for none. NaN is ignored.
+
+    Args:
+        values: one per seed.
+        form: of the mean; ``{:+.1f}`` for a difference. The deviation has as many digits and no sign.
+    """
+    column = pd.Series(list(values), dtype=float).dropna()
+    if column.empty:
+        return ""
+    mean = form.format(column.mean())
+    return mean if len(column) == 1 else f"{mean} ± {form.replace('+', '').format(column.std())}"
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    head = [str(table.index.name), *map(str, table.columns)]
+    rows = [head, ["---"] * len(head), *table.reset_index().to_numpy().tolist()]
+    return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |\n" for row in rows)
+
+
+def _latex(table: pd.DataFrame) -> str:
+    form = "l" + "r" * len(table.columns)
+    return table.reset_index().to_latex(index=False, escape=True, column_format=form).replace("±", r"$\pm$")
+
+
+FORMATS: Mapping[str, Callable[[pd.DataFrame], str]] = {
+    "csv": lambda table: table.to_csv(lineterminator="\n"),
+    "md": _markdown,
+    "tex": _latex,
+    "txt": lambda table: table.to_string() + "\n",
+}
+"""How a table of text is written, by file ending."""

@@ -13,7 +13,7 @@ from driving import Watched
 from playwright.sync_api import Browser
 from test_notebooks import TINY
 
-from smaflib.apps.custom_images import make_masks
+from smaflib.apps.masks import make_masks
 from smaflib.config import load_config
 from smaflib.data import load_samples, make_data
 from smaflib.files import PROJECT_ROOT
