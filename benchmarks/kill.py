@@ -49,7 +49,7 @@ TINY = (
         for stage, iterations in (("classifier", 40), ("self_training", 20), ("segmentation", 20))
         for setting in (
             f"iterations={iterations}",
-            "checkpoint_every=4",
+            "checkpoint_minutes=0",
             "crop_size=48",
             "resize_range=[48, 72]",
         )

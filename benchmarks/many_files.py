@@ -36,7 +36,7 @@ from smaflib.runs.stages import STAGES, stage_named
 RESULTS = Path(__file__).parent / "results" / "many_files.json"
 PAGE = files.PROJECT_ROOT / "docs" / "scaling.md"
 SIZES, DRAWN, LINKS = (10_000, 100_000, 1_000_000), 8, 30_000
-TRAINING = {"iterations": 4, "batch_size": 4, "crop_size": 48, "resize_range": [48, 64], "checkpoint_every": 4}
+TRAINING = {"iterations": 4, "batch_size": 4, "crop_size": 48, "resize_range": [48, 64]}
 SETTINGS: dict[str, Any] = {
     "device": "cpu",
     "num_threads": 1,

@@ -82,7 +82,7 @@ def train_classifier(
             losses["L_sal"] = saliency_loss(logits, batch["saliency"], batch["image_label"], settings)
         return losses
 
-    history = fit(network, batches, loss, runtime, checkpoint, desc="classifier")
+    history = fit(network, batches, loss, runtime, checkpoint, stage="classifier")
     return network, history
 
 

@@ -169,7 +169,7 @@ class TrainingConfig(StageConfig):
     # 2022). Helps a short training on few images that starts from a working network: a student, or a segmentation
     # network with initial_weights: student.
     start_share: Fraction = 0.0
-    checkpoint_every: Positive = 500  # iterations between two points from which a killed run resumes
+    checkpoint_minutes: Weight = 2.0  # between two checkpoints; a killed run loses no more
 
 
 class HeadSolverConfig(StageConfig):
@@ -394,17 +394,6 @@ class Config(StageConfig):
     # bf16: autocast in convolutions and matrix products, float32 weights; auto: bf16 where the device accelerates it,
     # else float32. The manifest records the choice.
     precision: Literal["auto", "float32", "bf16"] = "float32"
-    # TF32 in the float32 convolutions of a CUDA GPU, torch's own default: factors are rounded to 10 bits, sums stay
-    # float32. false: full float32, slower. Other numbers, from the fourth digit on; no effect on other devices.
-    tf32: bool = True
-    # Kernels that add up in the same order in every run (torch.use_deterministic_algorithms). On a CPU all are so
-    # already: the same bytes. On a GPU some gradients, such as those of a bilinear resize, are sums in any order
-    # otherwise, and a training ends with other last bits in each run; slower. cuDNN's are deterministic either way.
-    deterministic: bool = False
-    # Networks through torch.compile: minutes at the start of a stage, many for a training on a CPU, then less time per
-    # image. Sums in another order, so other last bits. Weights are stored as without it. Needs a C++ compiler, on a GPU
-    # triton and a C compiler.
-    compile: bool = False
     num_threads: Annotated[int, Field(ge=0, le=4096)] = 0  # torch's CPU threads; 0: one per core
     # Processes that share the work of a stage on this machine; auto: one per GPU, one without GPUs. Each needs the
     # memory of a single process.

@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
-import importlib.util
 import os
-import shutil
 import sys
-import sysconfig
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -29,11 +26,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Network = TypeVar("Network", bound=nn.Module)
 PROGRESS_FILE = "SMAF_PROGRESS_FILE"
-"""Environment variable: a file that takes the state of the running progress bar, for the runner's terminal."""
-
+"""Environment variable: a file for the state of the progress bar, which the headless runner shows."""
 
 LOCAL_RANK, LOCAL_SIZE = "LOCAL_RANK", "LOCAL_WORLD_SIZE"
-"""Environment variables that torchrun sets: a process's number among those on this machine, and how many there are."""
+"""Environment variables: number of this process among those that share a stage's work, and how many there are."""
 
 CPU = torch.device("cpu")
 
@@ -45,18 +41,13 @@ class Runtime:
     device: torch.device
     precision: str = "float32"
     seed: int = 0
-    compile: bool = False
 
     def place(self, network: Network) -> Network:
-        """Move a network to the device, its convolutions' weights laid out with the channels last; compile it if asked.
+        """Move a network to the device, its weights in the memory format that convolutions run fastest in.
 
-        torch's convolutions follow the layout of their weights; on CPUs this one is about 1.4 times as fast. A compiled
-        network is the same object with the same weights under the same names; its next calls take the compiled code.
+        On CPUs channels last takes about 0.7 times as long.
         """
-        placed: Network = network.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self.compile and not is_compiled(placed):
-            placed.compile(options={"fallback_random": True})  # dropout draws what it draws without compilation
-        return placed
+        return network.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def computes_behind(self) -> bool:
@@ -77,11 +68,10 @@ class Runtime:
 
 
 def make_runtime(config: Config) -> Runtime:
-    """Choose device and precision, set torch's threads and how it chooses kernels.
+    """Choose device and precision, and set the number of torch's threads.
 
     Raises:
-        ConfigError: if the config names a device that this machine does not have, bf16 where the device would only
-            emulate it, or compilation where there is no compiler.
+        ConfigError: if this machine lacks the device, or the device would only emulate bf16.
     """
     found = torch.accelerator.current_accelerator(check_available=True)
     device = (found or CPU) if config.device == "auto" else torch.device(config.device)
@@ -90,80 +80,30 @@ def make_runtime(config: Config) -> Runtime:
             f"device is {device.type!r}, but torch finds {'only ' + found.type if found else 'no accelerator'} here; "
             "set device=auto or device=cpu"
         )
-    if device.type == "cuda" and LOCAL_RANK in os.environ:  # torchrun's word for this process's number on this machine
+    if device.type == "cuda" and LOCAL_RANK in os.environ:
         device = torch.device("cuda", int(os.environ[LOCAL_RANK]))
         torch.cuda.set_device(device)
     # torch's own default counts hyper-threads and ignores CPU limits of containers.
     torch.set_num_threads(config.num_threads or num_cores())
-    choose_kernels(config.tf32, config.deterministic)
+    torch.backends.cudnn.deterministic = True
     keep_freed_memory()
     fastest = fastest_precision(device)
     precision = fastest if config.precision == "auto" else config.precision
     if precision == "bf16" and device.type != "mps" and fastest != "bf16":
         what = "this CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
-        raise ConfigError(
-            f"precision is 'bf16', but {what} has no bf16 arithmetic and would be slower with it; set precision=auto "
-            "or precision=float32"
-        )
-    if config.compile:
-        check_compiler(device)
-    return Runtime(device, precision, config.seed, config.compile)
-
-
-def choose_kernels(tf32: bool, deterministic: bool) -> None:
-    """Set what the settings of these names say, for all that torch computes in this process."""
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = tf32
-    # What has no deterministic kernel warns and is computed: an error would end a training of hours.
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    # torch would also fill every new tensor, which finds code that reads what nobody has written, and takes time.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if deterministic:  # cuBLAS reads it when the first product is computed
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-def is_compiled(network: nn.Module) -> bool:
-    """Whether calls of a network take compiled code."""
-    return network._compiled_call_impl is not None
-
-
-def check_compiler(device: torch.device) -> None:
-    """Return if torch.compile has what it needs on a device.
-
-    Raises:
-        ConfigError: if it does not: what is missing, and what to do.
-    """
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"compile is true, but on {device.type!r} nothing is compiled here; set compile=false")
-    missing = []
-    if device.type == "cpu":
-        compiler = os.environ.get("CXX") or {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
-        if shutil.which(compiler.split()[0]) is None:
-            missing.append(f"the C++ compiler {compiler}")
-    else:
-        if importlib.util.find_spec("triton") is None:
-            missing.append("the package triton")
-        if not any(map(shutil.which, [os.environ.get("CC") or "gcc", "clang"])):
-            missing.append("a C compiler")
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        missing.append("Python's headers (Python.h)")
-    if missing:
-        raise ConfigError(
-            f"compile is true, but torch.compile needs what this machine lacks: {', '.join(missing)}; install it "
-            "(Debian: apt install g++ python3-dev), or set compile=false"
-        )
+        raise ConfigError(f"{what} would only emulate precision=bf16; set precision=auto or precision=float32")
+    return Runtime(device, precision, config.seed)
 
 
 def fastest_precision(device: torch.device) -> Literal["float32", "bf16"]:
-    """bf16 where the device multiplies bf16 numbers in its own circuits, else float32.
+    """bf16 where the device has instructions for it, else float32.
 
-    A CPU without them converts back and forth, which takes longer than float32. For EfficientNet-Lite2 on two cores of
-    an AMD EPYC with avx512_bf16, bf16 takes 0.5 times as long (benchmarks/backbones.py).
+    On two cores of an AMD EPYC with avx512_bf16 EfficientNet-Lite2 takes half the time in bf16; CPUs without such
+    instructions are slower than in float32 (``benchmarks/backbones.py``).
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    # torch.cpu says so since torch 2.11 or so; an older one means float32.
+    # Older versions of torch have no get_capabilities.
     flags: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return "bf16" if flags.get("avx512_bf16") or flags.get("amx_bf16") else "float32"
 
@@ -181,57 +121,46 @@ def memory_of(device: torch.device) -> int | None:
     return min(limits)
 
 
-def keep_freed_memory(keep: bool = True) -> bool:
-    """Let the C library keep the memory that torch frees, for the next layer's output.
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that torch frees, for the output of the next layer.
 
-    glibc asks the kernel for every block above 32 MB and gives it back at once, and the kernel fills each with zeros
-    anew. A photo's features at scales 1.5 and 2 have several such blocks; ``benchmarks/backbones.py --size 750 1000``
-    shows what they cost.
-
-    Args:
-        keep: False: glibc's own way again.
-
-    Returns:
-        Whether this C library could be told; others are left as they are.
+    By default it returns blocks above 32 MB to the kernel, which has to zero them again for the next layer.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        return False
-    most_blocks, kept_bytes = (0, 2**31 - 1) if keep else (65536, 2**26)
-    # Numbers of malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD.
-    return all([mallopt(-4, most_blocks), mallopt(-1, kept_bytes), mallopt(-3, 2**25)])
+    if mallopt := _glibc("mallopt"):
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def release_freed_memory() -> None:
-    """Give what :func:`keep_freed_memory` has kept back to the system: at the end of work of one kind.
-
-    The blocks that a training leaves do not fit the maps that follow it, so both would be held.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
+    """Return what :func:`keep_freed_memory` has kept: the blocks of a training do not fit the maps that follow it."""
+    if trim := _glibc("malloc_trim"):
         trim(0)
 
 
+def _glibc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+
+
 def cpu_runtime(seed: int = 0) -> Runtime:
-    """A runtime that needs no config: float32 on the CPU."""
+    """float32 on the CPU."""
     return Runtime(CPU, seed=seed)
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The device that a module's weights are on."""
+    """The device of a module's weights."""
     return next(module.parameters()).device
 
 
 def num_cores() -> int:
-    """CPU cores that this process may use: of several that share a stage's work, its part of them."""
+    """CPU cores that this process may use; its part of them where several processes share a stage's work."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get(LOCAL_SIZE, "1")))
 
 
 def derive_seed(*parts: object) -> int:
-    """A seed in [0, 2**63) that depends on every part, e.g. ``derive_seed(config.seed, "classifier", iteration)``.
+    """A seed in [0, 2**63) that depends on every part, such as ``derive_seed(config.seed, "classifier", iteration)``.
 
-    Neighbouring seeds must not give neighbouring random streams, and Python's own ``hash`` differs between processes.
+    Neighbouring seeds give independent random streams. Python's own ``hash`` differs between processes.
     """
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -239,9 +168,9 @@ def derive_seed(*parts: object) -> int:
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
-    """Random numbers that depend on ``seed`` alone inside the block; global random state is untouched outside.
+    """Seed torch's global generators inside the block, and restore them after it.
 
-    Initial weights and dropout take no generator of their own in torch: they read the global one.
+    For initial weights and dropout, which take no generator.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -343,19 +272,16 @@ def start_copy(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
 
 
 def progress(items: Iterable[Item], total: int | None = None, desc: str = "", initial: int = 0) -> Iterator[Item]:
-    """Iterate with a progress bar: on the terminal and in JupyterLab as text, headless into the runner's bar.
+    """Iterate with a progress bar: as text in a terminal and in JupyterLab, in a file for the headless runner.
 
-    ``tqdm.auto`` would leave dead widgets in saved notebooks, so this is the plain one. Of several processes that share
-    a stage's work the first shows its own. Where there is nothing to do, nothing is shown.
+    Of several processes only the first shows its bar. ``tqdm.auto`` would leave dead widgets in saved notebooks.
     """
     if os.environ.get(LOCAL_RANK, "0") != "0" or total == 0:
         yield from items
         return
-    target = os.environ.get(PROGRESS_FILE)
-    if target is None:
-        # JupyterLab shows what comes from stderr in red, as it shows errors.
-        in_kernel = type(sys.stderr).__module__.startswith("ipykernel.")
-        file = sys.stdout if in_kernel else sys.stderr
+    if (target := os.environ.get(PROGRESS_FILE)) is None:
+        # JupyterLab shows stderr in red, as it shows errors.
+        file = sys.stdout if type(sys.stderr).__module__.startswith("ipykernel.") else sys.stderr
         yield from tqdm(items, total=total, desc=desc, initial=initial, file=file, mininterval=0.3)
         return
     if total is None and hasattr(items, "__len__"):
@@ -366,7 +292,6 @@ def progress(items: Iterable[Item], total: int | None = None, desc: str = "", in
             yield item
             now = time.monotonic()
             if now - written > 0.3:
-                # A reader may see a half-written line once; it is redrawn a moment later.
                 meter = tqdm.format_meter(count, total or count, now - start, prefix=desc, initial=initial)
                 Path(target).write_text(meter, encoding="utf-8")
                 written = now

@@ -66,7 +66,7 @@ def train_segmenter(
     def num_terms(batch: Batch) -> Tensor:
         return (batch["mask"] != VOID_LABEL).sum()
 
-    history = fit(network, batches, loss, runtime, checkpoint, desc="segmentation", num_terms=num_terms)
+    history = fit(network, batches, loss, runtime, checkpoint, stage="segmentation", num_terms=num_terms)
     return network, history
 
 

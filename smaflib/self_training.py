@@ -75,7 +75,7 @@ def self_train(
 
     seed = derive_seed(runtime.seed, "student")
     batches = Batches(samples, settings, seed, CropField("denoised", denoised), num_workers)
-    return student, fit(student, batches, loss, runtime, checkpoint, desc="self-training")
+    return student, fit(student, batches, loss, runtime, checkpoint, stage="self_training")
 
 
 def mac_loss(logits: Tensor, target: Tensor, weight: float = 100.0) -> Tensor:

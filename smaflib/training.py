@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from smaflib.data.sample import Sample
 from smaflib.data.transforms import Crop, draw_crop, jitter_colors, normalize, whole_image
 from smaflib.errors import ConfigError
 from smaflib.models.weights import OPTIMIZER, fill, read_metadata, read_weights, write_weights
-from smaflib.processes import barrier, num_ranks, rank, sum_gradients, sum_over_ranks
+from smaflib.processes import num_ranks, rank, sum_gradients, sum_over_ranks
 from smaflib.runtime import Runtime, derive_seed, progress, release_freed_memory, seeded
 
 Batch = dict[str, Tensor]
@@ -56,16 +57,6 @@ class CropField:
 
     def __call__(self, sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:
         return {self.name: crop.apply(self.items[index], self.interpolation, self.fill)}
-
-
-@dataclass(frozen=True)
-class CropFieldsTogether:
-    """Several :class:`CropField` as one; their names differ."""
-
-    fields: Sequence[CropField]
-
-    def __call__(self, sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:
-        return {name: cut for field in self.fields for name, cut in field(sample, index, crop).items()}
 
 
 class Batches(Dataset[Batch]):
@@ -135,31 +126,31 @@ def fit(
     loss: Callable[[Batch], dict[str, Tensor]],
     runtime: Runtime,
     checkpoint: Path | None = None,
-    desc: str = "training",
+    stage: str = "training",
     num_terms: Callable[[Batch], Tensor] | None = None,
 ) -> History:
-    """Optimise a network in place; ends in eval mode.
+    """Optimise a network in place; it ends in eval mode.
 
-    Several processes (:mod:`smaflib.processes`) each take their part of every batch, and make the same steps as one.
+    Several processes (:mod:`smaflib.processes`) compute a part of every batch each, and take the steps of one process.
 
     Args:
-        network: what learns; its ``new_layers()``, if there are any, learn at ``head_multiplier`` times the rate.
-        batches: what it learns from, and the settings of the optimisation.
+        network: layers of its ``new_layers()``, if it has that method, learn at ``head_multiplier`` times the rate.
+        batches: the data, the seed and the settings.
         loss: from a batch on the runtime's device to named losses, which are summed.
         runtime: device and precision.
-        checkpoint: a safetensors file, written every ``checkpoint_every`` iterations and at the end; training resumes
-            from it, and is done if it is complete. With ``start_share``, the network must come as it started the first
-            time.
-        desc: name on the progress bar.
-        num_terms: how many terms a batch's losses are a mean of, such as pixels that count; None: the same number for
-            each image. With it the parts' means become the mean of the whole batch.
+        checkpoint: a safetensors file, written every ``checkpoint_minutes`` and at the end. A killed training resumes
+            from it. With ``start_share``, the network must come with the same weights as the first time.
+        stage: name of the settings, for the progress bar and in errors.
+        num_terms: the number of terms that the losses of a batch are the mean of, such as labelled pixels; defaults to
+            the number of images. Weights the parts of several processes.
 
     Returns:
         The learning curve.
 
     Raises:
-        FloatingPointError: if the loss is no longer finite. A GPU would wait for each loss that is read, so there they
-            are read when they are logged: before a checkpoint, and after some steps more.
+        FloatingPointError: if a loss is no longer finite. On a GPU, losses are read only when they are logged or a
+            checkpoint is written, since reading waits for the device.
+        ConfigError: if the device runs out of memory, or batch norm cannot be shared (:func:`check_batch_norm`).
     """
     config, batches = batches.config, batches.of_this_process()
     runtime.place(network).train()
@@ -167,34 +158,40 @@ def fit(
     if num_ranks() > 1 and runtime.device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     optimizer = make_optimizer(network, config)
-    started_from = [p.detach().clone() for p in network.parameters()] if config.start_share else []
-    history, start = _resume(network, optimizer, checkpoint)
-    barrier()  # before the first process writes the next checkpoint
+    initial = [parameter.detach().clone() for parameter in network.parameters()] if config.start_share else []
+    start, history, losses = _resume(network, optimizer, checkpoint)
     if start >= config.iterations:
         network.eval()
         return history
     peaks = [group["lr"] for group in optimizer.param_groups]
     loader = _loader(batches, start, runtime)
-    losses: list[dict[str, Tensor]] = []  # since the last record
-    log_every = max(1, config.iterations // LOG_POINTS)
-    for iteration, batch in enumerate(progress(loader, total=len(loader), desc=desc), start=start):
+    log_every, saved = max(1, config.iterations // LOG_POINTS), time.monotonic()
+    for iteration, batch in enumerate(progress(loader, total=len(loader), desc=stage), start=start):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = learning_rate(config, peak, iteration)
+        # Each process has other images of the batch, so it draws other dropout masks.
         with seeded(derive_seed(batches.seed, "dropout", iteration) + rank(), runtime.device):
-            losses.append(_step(network, optimizer, batch, loss, runtime, num_terms or _num_images))
+            try:
+                losses.append(_step(network, optimizer, batch, loss, runtime, num_terms))
+            except torch.OutOfMemoryError as error:
+                size = "resize_range" if config.whole_images else "crop_size"
+                raise ConfigError(
+                    f"{runtime.device} ran out of memory; lower {stage}.batch_size or {stage}.{size}"
+                ) from error
         done = iteration + 1
         if done % log_every == 0 or done == config.iterations:
-            history.append({"iteration": float(done)} | _means(losses))
+            history.append({"iteration": float(done)} | _means(_numbers(losses)))
             losses = []
-        # Checkpoints fall on log points, so that no half of a mean is lost.
-        at_checkpoint = done < config.iterations and done % _rounded_up(config.checkpoint_every, log_every) == 0
-        if checkpoint and rank() == 0 and at_checkpoint:
-            _save(checkpoint, network, history, done, optimizer)
+        is_due = done < config.iterations and time.monotonic() - saved >= 60 * config.checkpoint_minutes
+        if checkpoint and rank() == 0 and is_due:
+            _save_unfinished(checkpoint, network, optimizer, done, history, _numbers(losses))
+            saved = time.monotonic()
     network.eval()
-    _keep_start(network, started_from, config.start_share)
+    with torch.no_grad():
+        for parameter, value in zip(network.parameters(), initial, strict=bool(initial)):
+            parameter.lerp_(value, config.start_share)
     if checkpoint and rank() == 0:
-        _save(checkpoint, network, history, config.iterations, None)
-    barrier()  # until what was learned can be read
+        write_weights(checkpoint, network.state_dict(), iteration=config.iterations, history=history)
     optimizer.zero_grad()
     release_freed_memory()
     return history
@@ -292,77 +289,64 @@ def _step(
     batch: Batch,
     loss: Callable[[Batch], dict[str, Tensor]],
     runtime: Runtime,
-    num_terms: Callable[[Batch], Tensor],
-) -> dict[str, Tensor]:
-    """One step; the losses, times the share that this process's part has in those of the whole batch."""
+    num_terms: Callable[[Batch], Tensor] | None,
+) -> dict[str, Tensor | float]:
+    """Take one step; returns the losses of the whole batch."""
     batch = {name: field.to(runtime.device, non_blocking=True) for name, field in batch.items()}
     with runtime.autocast():
         losses = loss(batch)
+    values = {name: value.detach() for name, value in losses.items()}
     if not runtime.computes_behind:
-        _refuse_not_finite({name: float(value.detach()) for name, value in losses.items()})
+        _numbers([values])  # before a loss that is not finite ruins the weights
+    terms = num_terms(batch) if num_terms else torch.tensor(len(batch["image"]), device=runtime.device)
+    share = terms / sum_over_ranks(terms).clamp(min=1) if num_ranks() > 1 else 1.0
     optimizer.zero_grad(set_to_none=True)
-    share = _share(batch, num_terms)
     (torch.stack(list(losses.values())).sum() * share).backward()
     sum_gradients(network.parameters())
     optimizer.step()
-    return {name: value.detach() * share for name, value in losses.items()}
+    return {name: sum_over_ranks(value * share) for name, value in values.items()}
 
 
-def _num_images(batch: Batch) -> Tensor:
-    return torch.tensor(len(batch["image"]), device=batch["image"].device)
-
-
-def _share(batch: Batch, num_terms: Callable[[Batch], Tensor]) -> Tensor | float:
-    """The part that this process's terms are of those of all processes; 1 if it is alone, and nothing is counted."""
-    if num_ranks() == 1:
-        return 1.0
-    terms = num_terms(batch)
-    return (terms.double() / sum_over_ranks(terms).clamp(min=1)).float()
-
-
-def _means(losses: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """The mean of each loss over some steps, of all processes together; waits for the device.
+def _numbers(losses: Sequence[Mapping[str, Tensor | float]]) -> list[dict[str, float]]:
+    """The losses of some steps as numbers; waits for the device.
 
     Raises:
-        FloatingPointError: if a loss of one of them is not finite.
+        FloatingPointError: if one is not finite.
     """
-    names = list(losses[0])
-    parts = torch.stack([torch.stack([step[name].float() for name in names]) for step in losses])
-    table = sum_over_ranks(parts).tolist()
-    for values in table:
-        _refuse_not_finite(dict(zip(names, values, strict=True)))
-    return {name: sum(column) / len(table) for name, column in zip(names, zip(*table, strict=True), strict=True)}
+    numbers = [{name: float(value) for name, value in step.items()} for step in losses]
+    for step in numbers:
+        if not all(map(math.isfinite, step.values())):
+            raise FloatingPointError(f"the loss is no longer finite ({step}); lower the learning rate of this stage")
+    return numbers
 
 
-def _refuse_not_finite(values: dict[str, float]) -> None:
-    if not all(map(math.isfinite, values.values())):
-        raise FloatingPointError(f"the loss is no longer finite ({values}); lower the learning rate of this stage")
+def _means(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
 
 
-@torch.no_grad()
-def _keep_start(network: nn.Module, started_from: Sequence[Tensor], share: float) -> None:
-    """Move the weights back, a share of the way to where they started. Statistics of BatchNorm stay as they are."""
-    if started_from:
-        for parameter, at_start in zip(network.parameters(), started_from, strict=True):
-            parameter.lerp_(at_start, share)
-
-
-def _save(
-    path: Path, network: nn.Module, history: History, iteration: int, optimizer: torch.optim.Optimizer | None
+def _save_unfinished(
+    path: Path,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    iteration: int,
+    history: History,
+    losses: Sequence[dict[str, float]],
 ) -> None:
+    """Write all that a resumed training needs; the losses are those since the last record of the history."""
     tensors = dict(network.state_dict())
-    if optimizer is not None:
-        # The optimizer's state as plain tensors: a torch checkpoint would be a pickle.
-        for index, slots in optimizer.state_dict()["state"].items():
-            tensors |= {f"{OPTIMIZER}{index}.{name}": value for name, value in slots.items() if value is not None}
-    write_weights(path, tensors, iteration=iteration, history=history)
+    # The optimizer's state as plain tensors: a torch checkpoint would be a pickle.
+    for index, slots in optimizer.state_dict()["state"].items():
+        tensors |= {f"{OPTIMIZER}{index}.{name}": value for name, value in slots.items() if value is not None}
+    write_weights(path, tensors, iteration=iteration, history=history, losses=losses)
 
 
-def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path | None) -> tuple[History, int]:
+def _resume(
+    network: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path | None
+) -> tuple[int, History, list[Mapping[str, Tensor | float]]]:
+    """Fill network and optimizer from a checkpoint: iterations done, history, losses since its last record."""
     if checkpoint is None or not checkpoint.is_file():
-        return [], 0
-    tensors = read_weights(checkpoint)
-    iteration = int(json.loads(read_metadata(checkpoint).get("iteration", "0")))
+        return 0, [], []
+    tensors, metadata = read_weights(checkpoint), read_metadata(checkpoint)
     fill(network, {k: v for k, v in tensors.items() if not k.startswith(OPTIMIZER)}, source=str(checkpoint))
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
@@ -371,12 +355,9 @@ def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Pa
             state.setdefault(int(index), {})[slot] = value
     if state:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return load_history(checkpoint), iteration
+    iteration, losses = (json.loads(metadata.get(name, "null")) for name in ("iteration", "losses"))
+    return iteration or 0, load_history(checkpoint), losses or []
 
 
 def _generator(*parts: object) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(*parts))
-
-
-def _rounded_up(value: int, step: int) -> int:
-    return -(-value // step) * step

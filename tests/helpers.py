@@ -42,11 +42,6 @@ class LikeGpu(Runtime):
         return True
 
 
-def compile_without_compiler(network: nn.Module, **options: object) -> None:
-    """In place of ``nn.Module.compile``: torch traces the network and its guards, but generates no code."""
-    network._compiled_call_impl = torch.compile(network._call_impl, backend="eager")
-
-
 TRAINING = {
     "iterations": 4,
     "batch_size": 2,

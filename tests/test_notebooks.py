@@ -337,7 +337,7 @@ def test_a_run_is_explored_with_what_it_made(run):
 
 
 def test_every_stage_reads_the_settings_of_its_part_of_the_method(run):
-    machine = {"compile", "deterministic", "device", "num_threads", "precision", "seed", "tf32"}
+    machine = {"device", "num_threads", "precision", "seed"}
     expected = {
         "00": machine,
         "01": {"seed", "data", "evaluation"},

@@ -117,20 +117,21 @@ def test_a_training_resumes_with_another_number_of_processes(tmp_path: Path) -> 
 
 
 def half_way() -> Config:
-    settings = LONG | {"iterations": 20, "checkpoint_every": 10, "momentum": 0.9}
+    settings = LONG | {"iterations": 20, "checkpoint_minutes": 0, "momentum": 0.9}
     return tiny_config(model=FROZEN, classifier=settings)
 
 
 def stop_half_way(path: Path) -> None:
     import smaflib.training
 
-    save = smaflib.training._save
+    save = smaflib.training._save_unfinished
 
     def save_and_stop(*arguments: Any) -> None:
         save(*arguments)
-        raise RuntimeError("stopped half way")
+        if arguments[3] == 10:
+            raise RuntimeError("stopped half way")
 
-    smaflib.training._save = save_and_stop
+    smaflib.training._save_unfinished = save_and_stop
     config = half_way()
     train_classifier(make_samples(7), config.model, config.classifier, cpu_runtime(), checkpoint=path)
 
@@ -140,7 +141,7 @@ def stop_half_way(path: Path) -> None:
 
 def workspace(folder: Path, number: int, **groups: Any) -> Workspace:
     data = {"num_train": 7, "num_val": 3, "image_size": 64, "cache": True}
-    trainings = {name: LONG | {"iterations": 6, "checkpoint_every": 2} for name in ("classifier", "self_training")}
+    trainings = {name: LONG | {"iterations": 6} for name in ("classifier", "self_training")}
     for name, group in groups.items():
         trainings[name] = trainings.get(name, {}) | group
     config = tiny_config(data=data, model=FROZEN, segmentation={"enabled": False}, **trainings)
@@ -189,7 +190,7 @@ def children_of(pid: int) -> list[int]:
 
 def test_a_killed_process_is_started_again(tmp_path: Path) -> None:
     """After its first checkpoint one of the two is killed; the result is that of an undisturbed training."""
-    settings = LONG | {"iterations": 60, "checkpoint_every": 5}
+    settings = LONG | {"iterations": 60, "checkpoint_minutes": 0}
     calm, hit = (workspace(tmp_path / str(number), number, classifier=settings) for number in (1, 2))
     killed: list[int] = []
 
@@ -259,7 +260,7 @@ def test_full_disk_ends_all_processes_and_loses_nothing(
 
 
 def test_processes_end_with_the_one_that_waits(tmp_path: Path) -> None:
-    work = workspace(tmp_path, 2, classifier=LONG | {"iterations": 1000, "checkpoint_every": 20})
+    work = workspace(tmp_path, 2, classifier=LONG | {"iterations": 1000, "checkpoint_minutes": 0})
     (tmp_path / "config.yaml").write_text(dump_config(work.config), encoding="utf-8")
     code = "import sys; from pathlib import Path; from smaflib import config, pipeline; folder = Path(sys.argv[1]); "
     code += "pipeline.train_teacher(pipeline.Workspace(folder, config.load_config(folder / 'config.yaml')))"

@@ -20,9 +20,7 @@ from hypothesis import strategies as st
 from smaflib import runtime
 from smaflib.config import Config
 from smaflib.errors import ConfigError
-from smaflib.pipeline import check_networks
 from smaflib.runtime import (
-    CPU,
     PROGRESS_FILE,
     HostThreads,
     Runtime,
@@ -41,13 +39,10 @@ from smaflib.runtime import (
 @pytest.fixture
 def torch_settings() -> Iterator[None]:
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
-    flags = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic = cudnn.deterministic
     yield
     torch.set_num_threads(threads)
-    cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = flags
-    torch.use_deterministic_algorithms(deterministic)
-    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    cudnn.deterministic = deterministic
 
 
 def with_settings(**settings: object) -> Config:
@@ -69,56 +64,6 @@ def test_runtime_follows_the_config(torch_settings: None, bf16_circuits: dict[st
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
 
 
-def test_kernels_are_chosen_as_the_config_says(torch_settings: None) -> None:
-    cudnn = torch.backends.cudnn
-    for tf32, deterministic in ((False, True), (True, False)):
-        make_runtime(with_settings(device="cpu", tf32=tf32, deterministic=deterministic))
-        assert cudnn.allow_tf32 == tf32 and torch.are_deterministic_algorithms_enabled() == deterministic
-        assert cudnn.deterministic and not cudnn.benchmark
-        # An error in place of a warning would end a training where an operator has no such kernel.
-        assert torch.is_deterministic_algorithms_warn_only_enabled() or not deterministic
-        assert (os.environ.get("CUBLAS_WORKSPACE_CONFIG") == ":4096:8") or not deterministic
-    assert (Config.model_fields["tf32"].default, Config.model_fields["deterministic"].default) == (True, False)
-
-
-@pytest.mark.parametrize(
-    ("device", "programs", "packages", "message"),
-    [
-        (
-            "cpu",
-            [],
-            ["triton"],
-            r"what this machine lacks: the C\+\+ compiler .+, Python's headers .*; install it .* compile=false",
-        ),
-        ("cuda", [], [], r"lacks: the package triton, a C compiler, Python's headers"),
-        ("cuda", ["gcc"], [], r"lacks: the package triton, Python's headers"),
-        ("mps", ["g++"], [], r"on 'mps' nothing is compiled here; set compile=false"),
-    ],
-)
-def test_compilation_without_a_compiler_is_refused(
-    device: str, programs: list[str], packages: list[str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runtime.shutil, "which", lambda name: name if name in programs else None)
-    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: name if name in packages else None)
-    monkeypatch.setattr(runtime.sysconfig, "get_path", lambda name: str(Path(__file__).parent))
-    for variable in ("CC", "CXX"):
-        monkeypatch.delenv(variable, raising=False)
-    with pytest.raises(ConfigError, match=message):
-        runtime.check_compiler(torch.device(device))
-
-
-def test_compilation_is_refused_before_anything_starts(
-    torch_settings: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
-    with pytest.raises(ConfigError, match="lacks: the C.* compiler .*no-compiler; install"):
-        check_networks(with_settings(device="cpu", compile=True))
-    (tmp_path / "no-compiler").touch(mode=0o755)
-    monkeypatch.setattr(runtime.sysconfig, "get_path", lambda name: str(tmp_path))
-    (tmp_path / "Python.h").touch()
-    assert make_runtime(with_settings(device="cpu", compile=True)) == Runtime(CPU, compile=True)
-
-
 def test_auto_precision_is_that_of_the_device(torch_settings: None, bf16_circuits: dict[str, bool]) -> None:
     config = with_settings(device="cpu", precision="auto")
     assert make_runtime(config).precision == "bf16"
@@ -128,7 +73,7 @@ def test_auto_precision_is_that_of_the_device(torch_settings: None, bf16_circuit
 
 def test_bf16_is_refused_where_it_would_be_emulated(torch_settings: None, bf16_circuits: dict[str, bool]) -> None:
     bf16_circuits["avx512_bf16"] = False
-    with pytest.raises(ConfigError, match="precision is 'bf16', but this CPU has no bf16 .*precision=auto or"):
+    with pytest.raises(ConfigError, match="this CPU would only emulate precision=bf16; set precision=auto or"):
         make_runtime(with_settings(device="cpu", precision="bf16"))
 
 
@@ -248,10 +193,10 @@ def test_progress_of_any_name_in_a_locale_without_utf8(tmp_path: Path) -> None:
 
 
 ONE_BLOCK = """
-import sys, torch
+import torch
 from smaflib.runtime import keep_freed_memory, release_freed_memory
 resident = lambda: int(open("/proc/self/statm").read().split()[1])
-assert keep_freed_memory(sys.argv[1] == "keep")
+keep_freed_memory()
 before = resident()
 block = torch.ones(25_000_000)
 del block
@@ -261,13 +206,12 @@ print(kept, resident() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other C libraries are left as they are")
-@pytest.mark.parametrize(("choice", "least", "most"), [("keep", 90, 120), ("give back", -5, 10)])
-def test_freed_memory_is_kept_or_given_back(choice: str, least: float, most: float) -> None:
-    """Resident memory after 100 MB were written and freed; in a process whose memory nothing else uses."""
-    done = subprocess.run([sys.executable, "-c", ONE_BLOCK, choice], capture_output=True, text=True, check=True)
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_freed_memory_is_kept_until_it_is_released() -> None:
+    """Resident memory after 100 MB were written and freed."""
+    done = subprocess.run([sys.executable, "-c", ONE_BLOCK], capture_output=True, text=True, check=True)
     kept, released = (int(pages) * os.sysconf("SC_PAGESIZE") / 1e6 for pages in done.stdout.split())
-    assert least < kept < most and -5 < released < 10
+    assert 90 < kept < 120 and -5 < released < 10
 
 
 def test_ahead_keeps_the_order_and_takes_no_more_than_there_is_room_for():

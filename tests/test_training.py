@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import (
     TRAINING,
     LikeGpu,
-    compile_without_compiler,
     make_samples,
     same_weights,
     tiny_config,
@@ -29,8 +28,8 @@ from smaflib.data import MaskFiles, load_samples, make_data
 from smaflib.errors import ConfigError, WeightsError
 from smaflib.maps import AttentionMaps, FusedMaps
 from smaflib.models.weights import read_metadata, read_weights
-from smaflib.runtime import Runtime, check_compiler, cpu_runtime, is_compiled
-from smaflib.training import Batch, Batches, CropField, _means, fit, learning_rate, load_history, make_optimizer
+from smaflib.runtime import Runtime, cpu_runtime
+from smaflib.training import Batch, Batches, CropField, fit, learning_rate, load_history, make_optimizer
 
 
 class TinyNetwork(nn.Module):
@@ -220,24 +219,39 @@ class Killed(Exception):
     """Stands for a kill."""
 
 
+def minute_per_step(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A clock for fit: a minute for each item that the test appends to this list."""
+    steps: list[int] = []
+    monkeypatch.setattr("smaflib.training.time", SimpleNamespace(monotonic=lambda: 60.0 * len(steps)))
+    return steps
+
+
 SGD, PLAIN_SGD, ADAMW = ("sgd", "poly", 0.9), ("sgd", "poly", 0.0), ("adamw", "onecycle", 0.0)
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "schedule", "momentum", "iterations", "every", "killed_at"),
+    ("optimizer", "schedule", "momentum", "iterations", "minutes", "killed_at"),
     [
         (*SGD, 9, 3, [2]),  # before the first checkpoint
         *((*kind, 9, 3, [7]) for kind in (SGD, PLAIN_SGD, ADAMW)),
         (*SGD, 9, 3, [3, 4, 8]),  # right after a checkpoint, and again, and again
-        (*ADAMW, 102, 25, [40]),  # records every 2 iterations, so the first checkpoint moves from 25 to 26
+        (*ADAMW, 102, 25, [40]),  # records every 2 iterations, so the checkpoint at 25 holds half a mean
+        (*SGD, 160, 0, [80]),  # records every 3 iterations, a checkpoint at each
     ],
 )
-def test_killed_training_goes_on_as_if_nothing_had_happened(
-    tmp_path: Path, optimizer: str, schedule: str, momentum: float, iterations: int, every: int, killed_at: list[int]
+def test_killed_training_resumes_as_if_nothing_had_happened(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    optimizer: str,
+    schedule: str,
+    momentum: float,
+    iterations: int,
+    minutes: int,
+    killed_at: list[int],
 ) -> None:
     config = training(
         iterations=iterations,
-        checkpoint_every=every,
+        checkpoint_minutes=minutes,
         optimizer=optimizer,
         schedule=schedule,
         momentum=momentum,
@@ -245,10 +259,10 @@ def test_killed_training_goes_on_as_if_nothing_had_happened(
         bias_multiplier=2,
         start_share=0.25,
     )
-    whole = tiny_network()
-    expected = fit(whole, batches_of(config), label_loss(whole), cpu_runtime())  # type: ignore[arg-type]
+    whole, undisturbed = tiny_network(), tmp_path / "undisturbed.safetensors"
+    expected = fit(whole, batches_of(config), label_loss(whole), cpu_runtime(), undisturbed)  # type: ignore[arg-type]
 
-    path = tmp_path / "net.safetensors"
+    steps, path = minute_per_step(monkeypatch), tmp_path / "net.safetensors"
     for kill in [*killed_at, None]:
         network = tiny_network()
         inner, start = label_loss(network), int(read_metadata(path)["iteration"]) if path.is_file() else 0
@@ -257,6 +271,7 @@ def test_killed_training_goes_on_as_if_nothing_had_happened(
         def loss(batch: Batch, inner=inner, calls=calls, kill=kill) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
             if next(calls) == kill:
                 raise Killed
+            steps.append(1)
             return inner(batch)
 
         if kill is None:
@@ -264,10 +279,11 @@ def test_killed_training_goes_on_as_if_nothing_had_happened(
         else:
             with pytest.raises(Killed):
                 fit(network, batches_of(config), loss, cpu_runtime(), path)  # type: ignore[arg-type]
-            assert path.is_file() == (kill >= every)
-    assert start > 0 or killed_at == [2]  # it did resume from a checkpoint
+            assert path.is_file() == (kill >= minutes)
+    assert start == {2: 0, 7: 6, 8: 6, 40: 25, 80: 80}[killed_at[-1]]
     assert same_weights(network, whole)
     assert history == expected == load_history(path)
+    assert path.read_bytes() == undisturbed.read_bytes()
 
 
 def test_a_share_of_the_start_is_kept_in_the_end(tmp_path: Path) -> None:
@@ -332,55 +348,30 @@ def test_loss_that_is_not_finite_stops_before_it_ruins_the_weights(tmp_path: Pat
     assert not path.exists()
 
 
-def test_losses_that_are_read_late_have_their_means_and_are_refused_if_one_is_not_finite() -> None:
-    steps = [{"L_cls": torch.tensor(value), "L_sal": torch.tensor(2 * value)} for value in (1.0, 2.0, 6.0)]
-    assert _means(steps) == {"L_cls": 3.0, "L_sal": 6.0}
-    with pytest.raises(FloatingPointError, match=r"no longer finite \(\{'L_cls': nan, 'L_sal': nan\}\)"):
-        _means([*steps, {"L_cls": torch.tensor(float("nan")), "L_sal": torch.tensor(float("nan"))}, steps[0]])
+def test_out_of_memory_names_the_settings_to_lower() -> None:
+    def loss(batch: Batch) -> dict[str, Tensor]:
+        raise torch.OutOfMemoryError("Tried to allocate 20.00 MiB")
+
+    for whole, size in ((False, "crop_size"), (True, "resize_range")):
+        batches = batches_of(training(whole_images=whole))
+        with pytest.raises(ConfigError, match=f"ran out of memory; lower classifier.batch_size or classifier.{size}"):
+            fit(tiny_network(), batches, loss, cpu_runtime(), stage="classifier")
 
 
-class SameBatch(Batches):
-    """One batch again and again, so that nothing is read while it is drawn."""
-
-    def __getitem__(self, iteration: int) -> Batch:
-        generator = torch.Generator().manual_seed(0)
-        return {"image": torch.rand(2, 3, 8, 8, generator=generator), "image_label": torch.ones(2, 3)}
-
-
-def test_a_gpus_losses_are_read_when_they_are_logged_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    reads: list[str] = []
-    for name in ("item", "tolist", "__float__", "__int__", "__bool__"):
-        real = getattr(Tensor, name)
-        monkeypatch.setattr(Tensor, name, lambda self, name=name, real=real: reads.append(name) or real(self))
-    config = training(iterations=200, optimizer="sgd", schedule="poly")  # a record for every 4 iterations
-    histories, counts = [], []
-    for kind in (Runtime, LikeGpu):
-        network = tiny_network()
-        reads.clear()
-        batches = SameBatch(make_samples(2), config, 0)
-        histories.append(fit(network, batches, label_loss(network), kind(torch.device("cpu"))))  # type: ignore[arg-type]
-        counts.append(len(reads))
-    assert len(histories[1]) == 50
-    assert counts[1] == 50 + 1  # torch's loader draws a seed, once
-    assert counts[0] == counts[1] + 200 * 2  # a CPU has each of both losses at once
-    for one, other in zip(*histories, strict=True):
-        assert other == pytest.approx(one, rel=1e-6)
-
-
-def test_a_gpus_loss_that_is_not_finite_stops_before_the_next_checkpoint(tmp_path: Path) -> None:
-    network, path, steps = tiny_network(), tmp_path / "net.safetensors", 0
-    config = training(iterations=200, checkpoint_every=20)  # a record for every 4 iterations
+def test_a_gpus_loss_that_is_not_finite_stops_before_the_next_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, path, steps = tiny_network(), tmp_path / "net.safetensors", minute_per_step(monkeypatch)
+    config = training(iterations=1000, checkpoint_minutes=15)  # a record for every 20 iterations
 
     def loss(batch: Batch) -> dict[str, Tensor]:
-        nonlocal steps
-        steps += 1
-        return {"L": label_loss(network)(batch)["L_cls"] * (float("nan") if steps == 38 else 1.0)}
+        steps.append(1)
+        return {"L": label_loss(network)(batch)["L_cls"] * (float("nan") if len(steps) == 18 else 1.0)}
 
     with pytest.raises(FloatingPointError, match="no longer finite"):
         fit(network, batches_of(config), loss, LikeGpu(torch.device("cpu")), path)  # type: ignore[arg-type]
-    assert steps == 40  # where the checkpoint would have been written
-    kept = read_weights(path)
-    assert read_metadata(path)["iteration"] == "20" and all(value.isfinite().all() for value in kept.values())
+    assert len(steps) == 20 and read_metadata(path)["iteration"] == "15"
+    assert all(value.isfinite().all() for value in read_weights(path).values())
 
 
 def test_bf16_autocast_trains_float32_weights() -> None:
@@ -397,51 +388,6 @@ def test_bf16_autocast_trains_float32_weights() -> None:
     other = tiny_network()
     fit(other, batches_of(training()), label_loss(other), cpu_runtime())  # type: ignore[arg-type]
     assert not same_weights(network, other)
-
-
-# --- compiled networks ------------------------------------------------------------------------------------------------
-
-
-def test_checkpoints_of_a_compiled_training_are_those_of_the_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(nn.Module, "compile", compile_without_compiler)
-    config, path = training(iterations=6, checkpoint_every=3), tmp_path / "net.safetensors"
-    plain, compiled, calls = tiny_network(), tiny_network(), 0
-    expected = fit(plain, batches_of(config), label_loss(plain), cpu_runtime())  # type: ignore[arg-type]
-
-    def interrupted(batch: Batch) -> dict[str, Tensor]:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            raise Killed
-        return label_loss(compiled)(batch)
-
-    runtime = Runtime(torch.device("cpu"), compile=True)
-    with pytest.raises(Killed):
-        fit(compiled, batches_of(config), interrupted, runtime, path)  # type: ignore[arg-type]
-    assert is_compiled(compiled) and compiled.state_dict().keys() == plain.state_dict().keys()
-    assert not any("_orig_mod" in name for name in read_weights(path))
-    resumed = tiny_network()  # not compiled, and read all the same
-    history = fit(resumed, batches_of(config), label_loss(resumed), cpu_runtime(), path)  # type: ignore[arg-type]
-    assert not is_compiled(resumed) and same_weights(resumed, plain) and history == expected
-    copied = copy.deepcopy(compiled)  # as a student is of its teacher
-    assert not is_compiled(copied) and same_weights(copied, compiled)
-
-
-def test_compiled_code_learns_nearly_the_same() -> None:
-    try:
-        check_compiler(torch.device("cpu"))
-    except ConfigError as error:
-        pytest.skip(str(error))
-    # Not AdamW: where a gradient is next to zero, its first steps are as long as elsewhere, with a rounding's sign.
-    networks, config = [tiny_network(), tiny_network()], training(optimizer="sgd", learning_rate=0.05)
-    for network, compiled in zip(networks, (False, True), strict=True):
-        runtime = Runtime(torch.device("cpu"), compile=compiled)
-        fit(network, batches_of(config), label_loss(network), runtime)  # type: ignore[arg-type]
-    assert is_compiled(networks[1])
-    for one, other in zip(*(network.state_dict().values() for network in networks), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)  # with the same dropout
 
 
 # --- loader processes -------------------------------------------------------------------------------------------------
@@ -476,23 +422,6 @@ def test_workers_live_as_long_as_the_training() -> None:
     batches = Batches(make_samples(5, size=(10, 12)), config, 0, who, num_workers=2)
     fit(network, batches, loss, cpu_runtime())  # type: ignore[arg-type]
     assert len(seen) == 2 and os.getpid() not in seen  # over five passes
-
-
-def test_batches_for_a_gpu_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[dict[str, object]] = []
-
-    class Loader:
-        def __init__(self, batches: Batches, **options: object) -> None:
-            given.append(options)
-            raise Killed
-
-    monkeypatch.setattr("smaflib.training.DataLoader", Loader)
-    monkeypatch.setattr(Runtime, "place", lambda self, network: network)
-    for device, pinned in (("cpu", False), ("cuda", True)):
-        network = tiny_network()
-        with pytest.raises(Killed):
-            fit(network, batches_of(training()), label_loss(network), Runtime(torch.device(device)))  # type: ignore[arg-type]
-        assert given[-1]["pin_memory"] is pinned
 
 
 def test_training_leaves_global_random_state_alone() -> None:

@@ -73,7 +73,7 @@ TINY = [
     "data.num_val=4",
     "data.image_size=64",
     "classifier.iterations=40",
-    "classifier.checkpoint_every=4",
+    "classifier.checkpoint_minutes=0",
     "classifier.crop_size=48",
     "classifier.resize_range=[48,72]",
 ]
