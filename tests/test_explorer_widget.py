@@ -1,21 +1,19 @@
-"""The explorer's controls, without a browser: what they say reaches the numbers, and errors reach the reader."""
+"""The explorer's controls without a browser: they set the numbers, and errors are shown."""
 
 from __future__ import annotations
 
 import asyncio
 import io
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from smaflib.cams import fuse_cams
 from smaflib.config import CrfConfig
 from smaflib.explorer import widget as explorer_module
-from smaflib.explorer.state import Gallery
+from smaflib.explorer.state import LIKELIEST_CLASSES, Exploration, Gallery
 from smaflib.explorer.widget import Explorer
 
 
@@ -26,24 +24,13 @@ def pretrained() -> Gallery:
 
 @pytest.fixture
 def explorer(pretrained: Gallery) -> Explorer:
-    # Maps once for all tests; each has a list of images of its own to add to.
+    # Maps once for all tests; each test has its own list of images to add to.
     return Explorer(replace(pretrained, samples=list(pretrained.samples), _cams=dict(pretrained._cams)), index=2)
 
 
-def expected(explorer: Explorer) -> torch.Tensor:
+def expected(explorer: Explorer) -> Exploration:
     flip = explorer.controls["flip"].value
-    return explorer.gallery.explore(explorer.board.index, explorer.role, explorer.settings, flip).mask
-
-
-def test_it_begins_with_the_runs_settings(explorer: Explorer) -> None:
-    assert explorer.settings == explorer.gallery.first_settings(2)
-    assert explorer.board.index == 2 and len(explorer.board.images) == 3
-    assert torch.equal(explorer.exploration.mask, expected(explorer))
-    panels = explorer.board.view["panels"]
-    keys = ["image", "scale 0.5", "scale 1", "scale 1.5", "scale 2", "fused", "target", "mask"]
-    assert [panel["key"] for panel in panels] == keys
-    assert panels[-1]["data"] == explorer.exploration.mask.numpy().tobytes()
-    assert len(panels[1]["data"]) == 128 * 128
+    return explorer.gallery.explore(explorer.board.index, explorer.role, explorer.settings, flip)
 
 
 @pytest.mark.parametrize(
@@ -66,39 +53,41 @@ def test_it_begins_with_the_runs_settings(explorer: Explorer) -> None:
         ),
     ],
 )
-def test_every_control_reaches_the_numbers(explorer: Explorer, name: str, value: object, setting: dict) -> None:
+def test_every_control_sets_the_numbers_and_reset_undoes_it(
+    explorer: Explorer, name: str, value: object, setting: dict
+) -> None:
     before, view = explorer.settings, explorer.board.view
+    assert before == explorer.gallery.first_settings(2)
     explorer.controls[name].value = value
     assert explorer.settings == replace(before, **setting)
-    assert explorer.exploration.settings == explorer.settings
-    assert torch.equal(explorer.exploration.mask, expected(explorer))
-    assert explorer.board.view != view and explorer.board.status["kind"] == ""
+    assert torch.equal(explorer.exploration.mask, expected(explorer).mask)
+    assert explorer.board.view != view and explorer.board.view["mask"] == explorer.exploration.mask.numpy().tobytes()
+    explorer.controls["reset"].click()
+    assert explorer.settings == before and explorer.role == "teacher"
 
 
-def test_iou_and_curve_on_the_board_are_those_of_the_exploration(explorer: Explorer) -> None:
-    iou = explorer.exploration.iou
-    assert iou is not None
-    known = [[label, value] for label, value in enumerate(iou.tolist()) if value == value]
-    assert explorer.board.view["iou"] == {"rows": known, "mean": explorer.exploration.miou}
-    assert [label for label, _ in known] == [0, 1, 3]  # background, llama, crane
-    curve = explorer.board.view["curve"]
-    assert curve["at"] == [explorer.settings.bg_score, iou[1].item(), explorer.exploration.miou]
-    explorer.controls["class_number"].value = 5  # neither in the ground truth nor in the mask: nothing, not NaN
-    assert explorer.board.view["curve"]["at"][1] is None
+def test_numbers_on_the_board_are_those_of_the_exploration_and_json(explorer: Explorer) -> None:
+    explorer.controls["class_number"].value = 5  # neither in the ground truth nor in the mask
+    iou, curve, view = explorer.exploration.iou, explorer.exploration.iou_curve(), explorer.board.view
+    assert iou is not None and curve is not None
+    assert view["iou"] == [None if value != value else value for value in iou.tolist()] and view["iou"][6] is None
+    assert view["curve"]["at"] == [explorer.settings.bg_score, view["iou"]]
+    assert np.allclose(np.array(view["curve"]["ious"], dtype=float), curve, equal_nan=True)
+    opacity = explorer.controls["opacity"]
+    opacity.value = 0.4
+    assert explorer.board.opacity == 0.4 and explorer.board.view is view  # appearance only
 
 
 def test_pixel_is_read_again_when_the_settings_change(explorer: Explorer) -> None:
     explorer.board.pixel = [80, 60]
     first = explorer.exploration.read(80, 60)
-    assert explorer.board.reading["values"] == [[name, value, False] for name, value in first.values.items()]
+    assert explorer.board.reading["values"] == [list(pair) for pair in first.items()]
     explorer.controls["weight_0"].value = 0.0
-    assert explorer.board.reading["values"][0] == ["scale 0.5", first.values["scale 0.5"], True]
-    assert explorer.board.reading["values"][4][1] == explorer.exploration.read(80, 60).values["fused"]
-    explorer.board.pixel = []
-    assert explorer.board.reading == {}
+    assert explorer.board.reading["values"][4] == ["fused", explorer.exploration.read(80, 60)["fused"]]
+    assert explorer.board.reading["label"] == int(explorer.exploration.mask[80, 60])
 
 
-def test_other_image_has_its_own_label_and_keeps_the_class_it_can(explorer: Explorer) -> None:
+def test_other_image_has_its_own_label_and_keeps_the_class_if_it_can(explorer: Explorer) -> None:
     explorer.board.pixel = [80, 60]
     explorer.controls["class_number"].value = 2  # crane, which image 1 shows too
     explorer.controls["previous"].click()
@@ -108,30 +97,9 @@ def test_other_image_has_its_own_label_and_keeps_the_class_it_can(explorer: Expl
     assert explorer.settings.image_label == (5,) and explorer.settings.class_number == 5
     explorer.controls["previous"].click()
     assert explorer.board.index == 0  # there is none before
-    for _ in range(5):
-        explorer.controls["next"].click()
-    assert explorer.board.index == 2
 
 
-def test_reset_gives_the_first_settings_back(explorer: Explorer) -> None:
-    first = explorer.settings
-    changes = {"bg_score": 0.9, "scale_0": False, "weight_1": 0.2, "fusion": "max", "iterations": 1, "opacity": 0.1}
-    for name, value in (changes | {"image_label": (), "class_number": 5, "role": "student"}).items():
-        explorer.controls[name].value = value
-    explorer.controls["reset"].click()
-    assert explorer.settings == first and explorer.role == "teacher"
-    assert explorer.controls["iterations"].value == 5 and explorer.board.opacity == 0.75
-
-
-def test_appearance_goes_to_the_board_and_changes_no_number(explorer: Explorer) -> None:
-    view = explorer.board.view
-    explorer.controls["opacity"].value = 0.4
-    explorer.controls["colormap"].value = "cividis"
-    assert (explorer.board.opacity, explorer.board.colormap) == (0.4, "cividis")
-    assert explorer.board.view is view
-
-
-def test_no_scale_at_all_is_said_and_the_picture_stays(explorer: Explorer) -> None:
+def test_errors_are_shown_and_the_picture_stays(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
         explorer.controls[f"scale_{number}"].value = False
     assert explorer.board.status["kind"] == "error" and "switch at least one on" in explorer.board.status["text"]
@@ -139,32 +107,32 @@ def test_no_scale_at_all_is_said_and_the_picture_stays(explorer: Explorer) -> No
     explorer.controls["scale_3"].value = True
     assert explorer.board.status["text"] == ""
 
-
-def test_error_of_the_library_is_said(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(explorer_module, "fused_under", fail)
+    monkeypatch.setattr(explorer_module, "explore", fail)
     with pytest.raises(RuntimeError):
         explorer.controls["denoise"].value = False
     assert explorer.board.status == {"text": "RuntimeError: out of memory", "kind": "error"}
 
 
-def upload(name: str, content: bytes) -> tuple[dict, ...]:
-    return (
-        {"name": name, "type": "image/png", "size": len(content), "content": memoryview(content), "last_modified": 0},
-    )
-
-
-def give(explorer: Explorer, name: str, content: bytes) -> None:
-    explorer._take_photo(upload(name, content))
-
-
-def test_photo_comes_without_ground_truth_and_with_a_label_that_can_be_corrected(explorer: Explorer) -> None:
+def picture(seed: int = 0) -> bytes:
     content = io.BytesIO()
-    Image.fromarray(explorer.gallery.samples[0].image.permute(1, 2, 0).numpy()).save(content, "PNG")
-    explorer.gallery.knows_photos = True  # as that of a run on photos
-    give(explorer, "mine.png", content.getvalue())
+    pixels = np.random.default_rng(seed).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(content, "PNG")
+    return content.getvalue()
+
+
+def upload(explorer: Explorer, name: str, content: bytes) -> None:
+    given = {"name": name, "type": "image/png", "size": len(content), "content": memoryview(content)}
+    explorer._reporting(lambda change: explorer._add_photo(change["new"]))({"new": (given,)})
+
+
+def test_photo_has_no_ground_truth_and_a_label_that_can_be_corrected(explorer: Explorer) -> None:
+    explorer.gallery.knows_photos = True  # like a run on photos
+    upload(explorer, "letter.jpg", b"dear sir")
+    assert explorer.board.status["kind"] == "error" and "letter.jpg cannot be read" in explorer.board.status["text"]
+    upload(explorer, "mine.png", picture())
     assert explorer.board.index == 3 and len(explorer.board.images) == 4
     assert explorer.board.view["iou"] is None and explorer.board.view["curve"] is None
     assert "mine.png: the network predicts" in explorer.board.status["text"]
@@ -172,74 +140,32 @@ def test_photo_comes_without_ground_truth_and_with_a_label_that_can_be_corrected
     assert set(explorer.exploration.mask.unique().tolist()) <= {0, 2}
 
 
-def test_what_the_network_predicts_is_still_there_when_the_crf_is_done(explorer: Explorer) -> None:
-    content = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(content, "PNG")
-
-    async def hand_over() -> None:  # as in a kernel, where the CRF comes later
-        give(explorer, "first.png", content.getvalue())
-        explorer.controls["crf"].value = True
-        give(explorer, "second.png", content.getvalue())
-        assert "refining" in explorer.board.status["text"] and explorer._refining is not None
-        await explorer._refining
-        assert explorer.board.status["text"].startswith("second.png: the network predicts")
-        explorer.controls["bg_score"].value = 0.7
-        assert explorer._refining is not None
-        await explorer._refining
-        assert not explorer.board.status["text"]  # something has moved
-
-    asyncio.run(hand_over())
-
-
 def test_networks_of_drawings_leave_a_photo_to_imagenets(explorer: Explorer) -> None:
-    content = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(content, "PNG")
-    panel, children = explorer._panel, explorer._panel.children
-    give(explorer, "first.png", content.getvalue())
+    upload(explorer, "first.png", picture())
     assert explorer.board.index == 0 and len(explorer.board.images) == 1
-    assert len(explorer.board.view["class_names"]) == 5 and len(explorer.settings.weights) == 4
+    assert len(explorer.board.view["class_names"]) == LIKELIEST_CLASSES
     assert "first.png: the network predicts" in explorer.board.status["text"]
     score = explorer.controls["bg_score"]
     score.value = np.nextafter(score.value, 1)  # as a browser rounds it when it shows the slider
     assert "first.png: the network predicts" in explorer.board.status["text"]
-    assert explorer._panel is panel and explorer._panel.children != children
-    give(explorer, "second.png", content.getvalue())  # the same gallery takes it
+    upload(explorer, "second.png", picture(1))  # the same gallery takes it
     assert explorer.board.index == 1 and len(explorer.board.images) == 2
-    explorer.controls["previous"].click()
-    assert explorer.board.index == 0
-    explorer.controls["bg_score"].value = 0.7
-    assert explorer.exploration.settings.bg_score == 0.7
+    explorer.controls["bg_score"].value = 0.7  # other controls: there are more classes now
+    assert explorer.exploration.settings.bg_score == 0.7 and not explorer.board.status["text"]
 
 
-def test_photo_is_refused_where_imagenets_weights_are_missing(
+def test_in_a_kernel_the_crf_waits_for_a_rest_and_runs_once(
     explorer: Explorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smaflib.models.weights.importlib.util.find_spec", lambda name: None)
-    before = explorer.board.view
-    explorer._heard(lambda change: explorer._take_photo(change["new"]))({"new": upload("a.png", b"any")})
-    assert explorer.board.status["kind"] == "error" and "pip install" in explorer.board.status["text"]
-    assert explorer.board.view is before and len(explorer.board.images) == 3
-
-
-def test_file_that_is_no_picture_breaks_nothing(explorer: Explorer) -> None:
-    handler = explorer._heard(lambda change: explorer._take_photo(change["new"]))
-    handler({"new": upload("letter.jpg", b"dear sir")})
-    assert explorer.board.status["kind"] == "error" and "letter.jpg cannot be read" in explorer.board.status["text"]
-    assert explorer.board.index == 2 and len(explorer.board.images) == 3
-    explorer.controls["bg_score"].value = 0.5
-    assert explorer.board.status["text"] == "" and explorer.exploration.settings.bg_score == 0.5
-
-
-def test_in_a_kernel_the_crf_waits_for_rest_and_runs_once(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(explorer_module, "REST_SECONDS", 0.05)
     refined = []
-    with_mask = explorer_module.with_mask
+    explore = explorer_module.explore
 
-    def counted(sample, fused, scales, settings):  # type: ignore[no-untyped-def]
+    def counted(sample, cams, scales, settings):  # type: ignore[no-untyped-def]
         refined.extend([settings.bg_score] if settings.crf else [])
-        return with_mask(sample, fused, scales, settings)
+        return explore(sample, cams, scales, settings)
 
-    monkeypatch.setattr(explorer_module, "with_mask", counted)
+    monkeypatch.setattr(explorer_module, "explore", counted)
 
     async def drag() -> None:
         explorer.controls["crf"].value = True
@@ -254,66 +180,16 @@ def test_in_a_kernel_the_crf_waits_for_rest_and_runs_once(explorer: Explorer, mo
     asyncio.run(drag())
     assert refined == [pytest.approx(0.44)]
     assert explorer.exploration.settings == explorer.settings and explorer.settings.crf is not None
-    assert explorer.board.status["kind"] == "" and torch.equal(explorer.exploration.mask, expected(explorer))
+    assert explorer.board.status["kind"] == "" and torch.equal(explorer.exploration.mask, expected(explorer).mask)
 
 
-def test_gallery_without_a_network_of_a_role_offers_what_there_is() -> None:
+def test_a_runs_own_settings_and_networks_are_offered_as_they_are() -> None:
     gallery = Gallery.pretrained(1)
     del gallery.networks["student"]
-    explorer = Explorer(gallery)
-    assert explorer.controls["role"].options == (("classifier (teacher)", "teacher"),)
-
-
-def test_it_shows_itself_as_a_widget(explorer: Explorer) -> None:
-    bundle = explorer._repr_mimebundle_()
-    assert "application/vnd.jupyter.widget-view+json" in bundle
-
-
-def test_settings_beyond_the_usual_range_stay_what_they_are() -> None:
-    gallery = Gallery.pretrained(1)
     crf = gallery.config.pseudo_masks.crf.model_copy(update={"bilateral_sxy": 250.0, "iterations": 40})
     masks = gallery.config.pseudo_masks.model_copy(update={"crf": crf})
     gallery.config = gallery.config.model_copy(update={"pseudo_masks": masks})
     explorer = Explorer(gallery)
     explorer.controls["crf"].value = True
-    assert explorer.settings.crf == crf
-
-
-def test_numbers_of_the_view_are_json(explorer: Explorer) -> None:
-    explorer.controls["class_number"].value = 5
-
-    def check(value: object) -> None:
-        if isinstance(value, dict):
-            assert all(isinstance(key, str) for key in value)
-            value = list(value.values())
-        if isinstance(value, (list, tuple)):
-            for item in value:
-                check(item)
-        elif isinstance(value, float):
-            assert np.isfinite(value)
-
-    check(explorer.board.view)
-
-
-def test_a_rule_of_somebodys_own_is_offered_and_its_errors_are_said(
-    pretrained: Gallery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code = "def least(maps, scales): return maps.amin(dim=0) - (1 if len(scales) < 3 else 0)\n"
-    (tmp_path / "own_widget_rule.py").write_text(code)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    attention = pretrained.config.attention.model_copy(update={"fusion": "own_widget_rule:least"})
-    config = pretrained.config.model_copy(update={"attention": attention})
-    explorer = Explorer(replace(pretrained, config=config, _cams=dict(pretrained._cams)))
-    assert explorer.controls["fusion"].options[-1] == ("own_widget_rule:least", "own_widget_rule:least")
-    by_hand = fuse_cams(
-        explorer.gallery.cams(0, "teacher", True), (128, 128), "own_widget_rule:least", (0.5, 1, 1.5, 2)
-    )
-    shown = explorer.settings.class_number
-    assert torch.equal(explorer.exploration.fused, by_hand[shown])
-    explorer.controls["fusion"].value = "sum"
-    assert not torch.equal(explorer.exploration.fused, by_hand[shown])
-    explorer.controls["fusion"].value = "own_widget_rule:least"
-    for name in ("scale_0", "scale_1"):
-        explorer.controls[name].value = False
-    assert explorer.board.status["kind"] == "error"
-    assert "the fusion rule own_widget_rule:least returned negative values" in explorer.board.status["text"]
+    assert explorer.settings.crf == crf  # beyond the sliders' usual range
+    assert explorer.controls["role"].options == (("classifier (teacher)", "teacher"),)

@@ -1,29 +1,25 @@
-"""The explorer as a page of its own: it needs no kernel and no network, so it stays in saved notebooks and reports.
+"""The explorer as a page that needs neither a kernel nor a network, for reports and saved notebooks.
 
-Widgets vanish when a notebook is saved. The page holds the maps of a few images at the network's own resolution, in 8
-bits, and takes the library's steps from there in the reader's browser (``static/explorer_page.js``).
+The page holds the maps of a few images at the network's own resolution in 8 bits, and computes the rest in the browser
+(``static/explorer_page.js``).
 """
 
 from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from smaflib import cams as cams_module
 from smaflib import files
-from smaflib.cams import FUSIONS, fuse_cams, fusion_rules
-from smaflib.data import Sample
+from smaflib.cams import FUSION_RULES, fuse_cams, fusion_rules
 from smaflib.data.transforms import scaled_size
 from smaflib.explorer.state import (
     COLOR_MAPS,
@@ -31,9 +27,8 @@ from smaflib.explorer.state import (
     THUMBNAIL_SIDE,
     Gallery,
     color_table,
-    picture_address,
+    data_url,
     rule_title,
-    to_bytes,
 )
 from smaflib.report.html import FIT_FRAMES, page_text
 from smaflib.report.palette import class_colors
@@ -42,13 +37,13 @@ from smaflib.runs import Run
 STATIC = Path(__file__).parent / "static"
 
 MAX_BYTES = 5_000_000
-"""The page takes as many images as fit into this."""
+"""Limit of the page's size: as many images as fit are included."""
 
 PAGE_SIDE = 512
-"""Longest side of an image in the page, in pixels; larger ones are shrunk, and their maps with them."""
+"""Longest side of an image in the page, in pixels; larger ones are shrunk together with their maps."""
 
 MAX_OTHERS = 6
-"""As many classes beside those of the image label keep their maps, those that respond strongest."""
+"""Classes outside the image label whose maps are kept: those that respond most."""
 
 
 def explorer_page(
@@ -57,23 +52,23 @@ def explorer_page(
     """A self-contained HTML page that explores the images of a gallery.
 
     Args:
-        gallery: images and maps; as many images as fit are taken, in its order.
-        title: of the page.
-        index: of the image to begin with, if it fits into the page.
-        max_bytes: the page's size at most.
+        gallery: images and maps; as many as fit, in its order.
+        title: title of the page.
+        index: first image shown, if it fits.
+        max_bytes: largest size of the page.
 
     Raises:
         ValueError: if not even one image fits.
     """
-    names = list(gallery.class_names)
-    first = gallery.first_settings(index)
+    names, first = list(gallery.class_names), gallery.first_settings(index)
+    rules = fusion_rules(first.fusion)
     facts: dict[str, Any] = {
         "class_names": names,
         "colors": class_colors(len(names)),
         "scales": list(gallery.scales),
-        # What the browser cannot compute, the page holds: maps of all scales, made here.
-        "rules": [[rule, rule_title(rule)] for rule in fusion_rules(first.fusion)],
-        "computed_rules": [rule for rule in fusion_rules(first.fusion) if rule not in FUSIONS],
+        "rules": [[rule, rule_title(rule)] for rule in rules],
+        # The browser cannot run a custom rule; its maps are computed here, from all scales.
+        "computed_rules": [rule for rule in rules if rule not in FUSION_RULES],
         "curve_scores": list(CURVE_SCORES),
         "luts": {name: base64.b64encode(color_table(name)).decode() for name in COLOR_MAPS},
         "constants": {
@@ -98,7 +93,7 @@ def explorer_page(
     left = max_bytes - len(_fill(facts, title))
     for number, sample in enumerate(gallery.samples):
         image = page_image(gallery, number)
-        thumb = {"name": image["name"], "thumb": picture_address(sample.image, THUMBNAIL_SIDE)}
+        thumb = {"name": image["name"], "thumb": data_url(sample.image, THUMBNAIL_SIDE)}
         left -= len(json.dumps([image, thumb]))
         if left < 0:
             break
@@ -112,66 +107,56 @@ def explorer_page(
 
 
 def _fill(facts: dict[str, Any], title: str) -> str:
-    def read(name: str) -> str:
-        return (STATIC / name).read_text(encoding="utf-8")
-
-    return page_text(
-        "explorer.html.j2",
-        title=title,
-        num_images=len(facts["images"]),
-        css=read("explorer.css"),
-        script=read("explorer_board.js") + read("explorer_page.js"),
-        # "<" inside of a script element could end it.
-        data=json.dumps(facts, allow_nan=False).replace("<", "\\u003c"),
+    css, board, page = (
+        (STATIC / name).read_text(encoding="utf-8")
+        for name in ("explorer.css", "explorer_board.js", "explorer_page.js")
     )
+    data = json.dumps(facts, allow_nan=False).replace("<", "\\u003c")  # "<" inside a script element could end it
+    num_images = len(facts["images"])
+    return page_text("explorer.html.j2", title=title, num_images=num_images, css=css, script=board + page, data=data)
 
 
 def page_image(gallery: Gallery, index: int) -> dict[str, Any]:
-    """One image as ``static/explorer_page.js`` reads it: picture, ground truth as run lengths, maps in 8 bits.
+    """One image for ``static/explorer_page.js``: picture, ground truth as run lengths, maps in 8 bits.
 
-    Maps: per role ``data``, a byte per cell, scale by scale, class by class; a byte of 255 stands for the map's peak,
-    which is in ``peaks`` (S, C). Of a fusion rule of somebody's own also ``fused``, all classes of all scales, as
-    :func:`grey_picture`.
+    Maps of each network: ``data``, a byte per cell, scale by scale, class by class, where 255 stands for the map's peak
+    in ``peaks`` (S, C); with a custom fusion rule also ``fused``, the fused classes one below the other as a grey PNG.
     """
-    sample = gallery.samples[index]
-    flip = gallery.config.attention.flip
+    sample, flip = gallery.samples[index], gallery.config.attention.flip
+    rule, scales = gallery.config.attention.fusion, gallery.scales
+    factor = min(1.0, PAGE_SIDE / max(sample.image.shape[-2:]))
+    image, mask = _shrunk(sample.image, factor, "area"), sample.mask
+    if mask is not None:
+        mask = _shrunk(mask[None], factor, "nearest-exact")[0]
     by_role = {role: gallery.cams(index, role, flip) for role in gallery.roles if flip in gallery.flips(index, role)}
-    size, sample, by_role = _shrunk(sample, by_role)
     label = torch.nonzero(sample.image_label)[:, 0].tolist()
     classes = _kept_classes(label, list(by_role.values()))
-    rule, scales = gallery.config.attention.fusion, gallery.scales
+    size = (image.shape[-2], image.shape[-1])
     maps: dict[str, dict[str, Any]] = {}
     for role, cams in by_role.items():
-        levels, peaks = quantize([cam[classes] for cam in cams])
+        kept = [_shrunk(cam[classes], factor, "area") for cam in cams]
+        levels, peaks = quantize(kept)
         data = b"".join(level.numpy().tobytes() for level in levels)
         maps[role] = {"data": base64.b64encode(data).decode(), "peaks": peaks.tolist()}
-        if rule not in FUSIONS:
-            fused = fuse_cams([cam[classes] for cam in cams], size, rule, scales)
-            maps[role]["fused"] = {rule: grey_picture(fused)}
+        if rule not in FUSION_RULES:
+            fused = (fuse_cams(kept, size, rule, scales) * 255).round().to(torch.uint8)
+            maps[role]["fused"] = {rule: data_url(fused.flatten(0, 1)[None], kind="PNG")}
     return {
         "name": sample.image_id,
         "size": list(size),
-        "shrunk": size != tuple(gallery.samples[index].image.shape[-2:]),
-        # A small picture is kept as it is; in a large one the loss is invisible.
-        "picture": picture_address(sample.image, ending="PNG" if max(size) <= 160 else "JPEG"),
-        "truth": None if sample.mask is None else run_lengths(sample.mask),
+        "shrunk": factor < 1,
+        # Small pictures stay exact; in large ones the loss is invisible.
+        "picture": data_url(image, kind="PNG" if max(size) <= 160 else "JPEG"),
+        "truth": None if mask is None else run_lengths(mask),
         "label": label,
         "classes": classes,
-        "shapes": [list(cam.shape[-2:]) for cam in next(iter(by_role.values()))],
+        "shapes": [list(level.shape[-2:]) for level in levels],
         "maps": maps,
     }
 
 
-def grey_picture(maps: Tensor) -> str:
-    """Maps (C, H, W) in [0, 1] as one grey PNG (C * H, W) of 8 bits, inside a web address; JPEG would change them."""
-    picture = Image.frombytes("L", (maps.shape[2], maps.shape[0] * maps.shape[1]), to_bytes(maps))
-    content = io.BytesIO()
-    picture.save(content, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
-
-
 def quantize(cams: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Maps in 8 bits, each class of each scale with a peak of its own.
+    """Round maps to 8 bits, relative to the peak of each class at each scale.
 
     Args:
         cams: per scale (K, h_s, w_s), non-negative.
@@ -180,50 +165,29 @@ def quantize(cams: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         Per scale uint8 (K, h_s, w_s), and the peaks (S, K) that 255 stands for.
     """
     peaks = torch.stack([cam.amax(dim=(1, 2)) for cam in cams])
-    levels = [
-        (cam / peak.clamp(min=1e-12)[:, None, None] * 255).round().to(torch.uint8)
-        for cam, peak in zip(cams, peaks, strict=True)
-    ]
-    return levels, peaks
-
-
-def dequantize(levels: Sequence[Tensor], peaks: Tensor) -> list[Tensor]:
-    """The maps that :func:`quantize` has kept, float32: at most half a 255th of the peak from the original."""
-    return [level.float() / 255 * peak[:, None, None] for level, peak in zip(levels, peaks, strict=True)]
+    shares = [cam / peak.clamp(min=1e-12)[:, None, None] for cam, peak in zip(cams, peaks, strict=True)]
+    return [(share * 255).round().to(torch.uint8) for share in shares], peaks
 
 
 def run_lengths(mask: Tensor) -> list[int]:
     """A mask (H, W) row by row as value, count, value, count, ..."""
-    flat = mask.flatten().numpy()
-    starts = np.flatnonzero(np.r_[True, flat[1:] != flat[:-1]])
-    counts = np.diff(np.r_[starts, len(flat)])
-    return np.stack([flat[starts].astype(int), counts], axis=1).ravel().tolist()
+    values, counts = mask.flatten().unique_consecutive(return_counts=True)
+    return torch.stack([values.long(), counts], dim=1).flatten().tolist()
 
 
 def _kept_classes(label: list[int], by_role: list[list[Tensor]]) -> list[int]:
-    """Numbers of the classes in the image label, and of the others that respond strongest anywhere."""
+    """Numbers of the classes in the image label, and of the others that respond most anywhere."""
     response = torch.stack([cam.amax(dim=(1, 2)) for cams in by_role for cam in cams]).amax(dim=0)
     others = [number for number in response.argsort(descending=True).tolist() if number not in label]
     return sorted([*label, *others[:MAX_OTHERS]])
 
 
-def _shrunk(
-    sample: Sample, by_role: dict[Any, list[Tensor]]
-) -> tuple[tuple[int, int], Sample, dict[Any, list[Tensor]]]:
-    """Image, ground truth and maps at a size that fits into the page."""
-    height, width = sample.image.shape[-2:]
-    factor = PAGE_SIDE / max(height, width)
-    if factor >= 1:
-        return (height, width), sample, by_role
-
-    def smaller(values: Tensor, mode: str) -> Tensor:
-        return F.interpolate(values[None].float(), size=scaled_size(values.shape[-2:], factor), mode=mode)[0]
-
-    image = smaller(sample.image, "area").round().to(torch.uint8)
-    mask = None if sample.mask is None else smaller(sample.mask[None], "nearest-exact")[0].to(torch.uint8)
-    shrunk = {role: [smaller(cam, "area") for cam in cams] for role, cams in by_role.items()}
-    size = (image.shape[-2], image.shape[-1])
-    return size, Sample(sample.image_id, image, sample.image_label, None, mask), shrunk
+def _shrunk(values: Tensor, factor: float, mode: str) -> Tensor:
+    """(C, H, W) resized by a factor of at most 1."""
+    if factor == 1:
+        return values
+    resized = F.interpolate(values[None].float(), size=scaled_size(values.shape[-2:], factor), mode=mode)[0]
+    return resized.round().to(torch.uint8) if values.dtype == torch.uint8 else resized
 
 
 def write_explorer(run: Run, num_images: int = 8) -> Path:
@@ -238,12 +202,12 @@ def write_explorer(run: Run, num_images: int = 8) -> Path:
 
 
 def explorer_frame(gallery: Gallery, index: int = 0, height: int = 960) -> Any:
-    """The page inside of a notebook's output, to be the last line of a cell; it stays when the notebook is saved.
+    """The page inside a notebook's output, as the last line of a cell; it stays when the notebook is saved.
 
     Args:
         gallery: images and maps.
-        index: of the image to begin with.
-        height: of the frame, in pixels, until the page has told its own.
+        index: first image shown.
+        height: height of the frame in pixels, until the page reports its own.
     """
     from IPython.display import HTML
 

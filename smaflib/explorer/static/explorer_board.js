@@ -1,5 +1,5 @@
-// The picture of the explorer: panels, IoU, curve and the values of one pixel. It draws what it is given and computes
-// nothing, so that the widget (numbers from Python) and the page without kernel (numbers from explorer_page.js) look alike.
+// The picture of the explorer: panels, IoU, curve and the values of one pixel. The widget (numbers from Python) and the page
+// without a kernel (numbers from explorer_page.js) draw with this code, and look alike.
 "use strict";
 
 const VOID = 255;
@@ -15,7 +15,7 @@ function createBoard(root, on) {
     <p class="smaf-status" role="status" aria-live="polite"></p>
     <div class="smaf-below">
       <section class="smaf-iou" aria-label="IoU against the ground truth"></section>
-      <section class="smaf-curve" aria-label="IoU over the background score"></section>
+      <section class="smaf-curve" aria-label="IoU over the background threshold"></section>
       <section class="smaf-reading" aria-label="values of the marked pixel" aria-live="polite"></section>
     </div>`;
   const part = (name) => root.querySelector(`.smaf-${name}`);
@@ -72,8 +72,12 @@ function createBoard(root, on) {
     panels.style.gridTemplateColumns = `repeat(${Math.ceil(count / rows)}, minmax(0, 250px))`;
   };
   new ResizeObserver(arrange).observe(root);
-  /** What to draw, see `draw` for its parts. */
-  board.setView = (view) => { board.view = view; draw(); };
+  /**
+   * What to draw: size [H, W], image (RGB bytes), truth (labels or null), class_names, colors (RGB), class_number (shown),
+   * scales, weights, rule, denoise, reactivate, crf (a note), a byte per pixel in maps (of each scale), fused, target, mask;
+   * iou (by label, with nulls) and curve {scores, ious, at: [score, iou], note}, both null without ground truth.
+   */
+  board.setView = (view) => { board.view = { ...view, panels: panelsOf(view) }; draw(); };
   /** How to draw: opacity in [0, 1] and a table of 256 RGB colours. */
   board.setLook = (look) => { board.look = look; draw(); };
   /** The marked pixel and, once it is known, what its values are. */
@@ -108,9 +112,8 @@ function createBoard(root, on) {
       const figure = panels.children[number];
       figure.dataset.key = panel.key;
       figure.classList.toggle("smaf-off", Boolean(panel.off));
-      figure.querySelector("figcaption").title = `${panel.title} ${panel.note ?? ""}`;
-      figure.querySelector("figcaption").innerHTML =
-        `<b>${escapeHtml(panel.title)}</b> <span>${escapeHtml(panel.note ?? "")}</span>`;
+      figure.querySelector("figcaption").title = `${panel.key} ${panel.note}`;
+      figure.querySelector("figcaption").innerHTML = `<b>${panel.key}</b> <span>${escapeHtml(panel.note)}</span>`;
       paint(figure.querySelector("canvas"), panel, view, board.look);
       if (figure.drawnEdges === edges && figure.drawnSize === String(view.size)) return;
       Object.assign(figure, { drawnEdges: edges, drawnSize: String(view.size) });
@@ -122,7 +125,7 @@ function createBoard(root, on) {
     });
     drawMarkers();
     part("iou").innerHTML = iouHtml(view);
-    part("curve").innerHTML = curveHtml(view.curve);
+    part("curve").innerHTML = curveHtml(view);
     part("reading").innerHTML = readingHtml(board.reading, view);
     root.dataset.drawn = ++board.drawn;
   }
@@ -140,7 +143,21 @@ function createBoard(root, on) {
   return board;
 }
 
-/** One panel: {kind: "image" | "map" | "labels", data}, a byte per pixel but for the image itself. */
+/** The panels of a view, in the order of the method: {key, note, kind, data, off}. */
+function panelsOf(view) {
+  const scales = view.scales.map((scale, s) => {
+    const weight = view.weights[s], note = !weight ? "off" : weight === 1 ? "" : `x ${Number(weight.toPrecision(6))}`;
+    return { key: `scale ${scale}`, note, kind: "map", data: view.maps[s], off: !weight };
+  });
+  return [
+    { key: "image", note: view.truth ? "+ ground truth" : "", kind: "image" },
+    ...scales,
+    { key: "fused", note: view.rule + (view.denoise ? "" : ", not denoised"), kind: "map", data: view.fused },
+    { key: "target", note: view.reactivate ? "reactivated" : "not reactivated", kind: "map", data: view.target },
+    { key: "mask", note: view.crf, kind: "labels", data: view.mask },
+  ];
+}
+
 function paint(canvas, panel, view, look) {
   const [height, width] = view.size, num = height * width;
   const image = view.image, opacity = look.opacity;
@@ -197,19 +214,20 @@ function outlinePath(mask, [height, width]) {
 function iouHtml(view) {
   const head = `<h3>IoU of the mask</h3>`;
   if (!view.iou) {
-    const mask = view.panels.find((panel) => panel.kind === "labels").data;
-    const present = [...new Set(mask)].filter((label) => label > 0 && label !== VOID).sort((one, other) => one - other);
+    const present = [...new Set(view.mask)].filter((label) => label > 0 && label !== VOID).sort((one, other) => one - other);
     const legend = present.map((label) => `<span class="smaf-class"><i style="background:rgb(${view.colors[label - 1].join(",")})"></i>` +
       `${escapeHtml(view.class_names[label - 1])}</span>`).join(" ");
     return `${head}<p>No ground truth for this image, so there is nothing to compare with. In the mask: ${legend || "background alone"}.</p>`;
   }
-  const rows = view.iou.rows.map(([number, value]) => {
+  const rows = view.iou.map((value, number) => {
+    if (value === null) return "";
     const name = number ? view.class_names[number - 1] : "background";
     const color = number ? `rgb(${view.colors[number - 1].join(",")})` : "transparent";
     return barRow(name, value, `${(100 * value).toFixed(1)} %`, color, `data-label="${escapeHtml(name)}"`);
   });
-  const mean = barRow("mean", view.iou.mean, `${(100 * view.iou.mean).toFixed(1)} %`, null, 'data-label="mean" class="smaf-mean"');
-  return `${head}<table>${rows.join("")}${mean}</table>`;
+  const mean = meanOf(view.iou);
+  const last = barRow("mean", mean, `${(100 * mean).toFixed(1)} %`, null, 'data-label="mean" class="smaf-mean"');
+  return `${head}<table>${rows.join("")}${last}</table>`;
 }
 
 function barRow(name, share, text, color, attributes) {
@@ -218,8 +236,12 @@ function barRow(name, share, text, color, attributes) {
     <td class="smaf-bar"><span style="width:${(100 * Math.min(1, share)).toFixed(1)}%"></span></td><td>${text}</td></tr>`;
 }
 
-/** curve: {scores, shown, mean, class_name, at: [bg_score, shown, mean]}; null where there is no ground truth. */
-function curveHtml(curve) {
+function meanOf(values) {
+  const known = values.filter((value) => value !== null);
+  return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
+}
+
+function curveHtml({ curve, class_number, class_names }) {
   if (!curve) return "";
   const box = { left: 40, top: 12, width: 252, height: 130 };
   const x = (score) => box.left + score * box.width, y = (iou) => box.top + (1 - iou) * box.height;
@@ -233,31 +255,32 @@ function curveHtml(curve) {
     });
     return `<path class="${kind}" d="${steps.join("")}"/>`;
   };
-  const [at, shown, mean] = curve.at;
+  const [at, here] = curve.at, label = class_number + 1, shown = here[label], mean = meanOf(here);
   const dot = (value, kind) => (value === null ? "" : `<circle class="${kind}" cx="${x(at)}" cy="${y(value)}" r="6"/>`);
   const ticks = [0, 0.5, 1].map((tick) => `<path class="smaf-grid" d="M${x(0)} ${y(tick)}H${x(1)}"/>
     <text x="${box.left - 8}" y="${y(tick) + 5}" text-anchor="end">${100 * tick}</text>
     <text x="${x(tick)}" y="${box.top + box.height + 20}" text-anchor="middle">${tick}</text>`);
   const percent = (value) => (value === null ? "–" : `${(100 * value).toFixed(1)} %`);
-  return `<h3>IoU over the background score${curve.note ? ` <span>${escapeHtml(curve.note)}</span>` : ""}</h3>
-    <svg viewBox="0 0 306 186" role="img" aria-label="IoU over the background score, before the CRF">${ticks.join("")}
-      <path class="smaf-now" d="M${x(at)} ${y(0)}V${y(1)}"/>${line(curve.mean, "smaf-line-mean")}${line(curve.shown, "smaf-line")}
+  return `<h3>IoU over the background threshold${curve.note ? ` <span>${escapeHtml(curve.note)}</span>` : ""}</h3>
+    <svg viewBox="0 0 306 186" role="img" aria-label="IoU over the background threshold, before the CRF">${ticks.join("")}
+      <path class="smaf-now" d="M${x(at)} ${y(0)}V${y(1)}"/>${line(curve.ious.map(meanOf), "smaf-line-mean")}
+      ${line(curve.ious.map((iou) => iou[label]), "smaf-line")}
       ${dot(mean, "smaf-dot-mean")}${dot(shown, "smaf-dot-shown")}
-      <text x="${x(0.5)}" y="${box.top + box.height + 38}" text-anchor="middle">background score (IoU in %)</text></svg>
-    <p class="smaf-key" data-at="${at}"><span class="smaf-key-shown">${escapeHtml(curve.class_name)} ${percent(shown)}</span>
+      <text x="${x(0.5)}" y="${box.top + box.height + 38}" text-anchor="middle">background threshold (IoU in %)</text></svg>
+    <p class="smaf-key" data-at="${at}"><span class="smaf-key-shown">${escapeHtml(class_names[class_number])} ${percent(shown)}</span>
       <span class="smaf-key-mean">mean ${percent(mean)}</span></p>`;
 }
 
-/** reading: {row, col, values: [[name, value in [0, 1], off]], label, truth}. */
+/** reading: {row, col, values: [[name, value in [0, 1]]], label, truth}, the scales' values first. */
 function readingHtml(reading, view) {
   const head = `<h3>One pixel</h3>`;
   if (!reading || !view) return `${head}<p>Click into a panel: what does each scale say there?</p>`;
-  const rows = reading.values.map(([name, value, off]) =>
-    barRow(name, value, value.toFixed(3), null, `data-value="${escapeHtml(name)}"${off ? ' class="smaf-off"' : ""}`));
+  const rows = reading.values.map(([name, value], s) =>
+    barRow(name, value, value.toFixed(3), null, `data-value="${name}"${view.weights[s] === 0 ? ' class="smaf-off"' : ""}`));
   const name = (label) => (label === VOID ? "void" : label ? view.class_names[label - 1] : "background");
   const truth = reading.truth === null ? "" : `, ground truth <b data-truth>${escapeHtml(name(reading.truth))}</b>`;
   return `${head}<p>row ${reading.row}, column ${reading.col}: mask <b data-mask>${escapeHtml(name(reading.label))}</b>${truth}.
-    Scores of <b>${escapeHtml(reading.class_name)}</b>:</p><table>${rows.join("")}</table>`;
+    Scores of <b>${escapeHtml(view.class_names[view.class_number])}</b>:</p><table>${rows.join("")}</table>`;
 }
 
 function escapeHtml(text) {

@@ -1,5 +1,5 @@
-// The explorer without a kernel: the library's steps from maps to mask once more, on maps of 8 bits that lie in this page.
-// tests/browser compares its numbers with the library's. explorer_board.js stands before this text.
+// The explorer without a kernel: the library's steps from maps to mask in JavaScript, on the 8-bit maps of this page.
+// tests/browser compares its numbers with the library's. explorer_board.js precedes this code.
 
 const DATA = JSON.parse(document.getElementById("smaf-data").textContent);
 const unpack = (text) => Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
@@ -81,20 +81,19 @@ async function open(index) {
 const peakOf = (map) => map.reduce((most, value) => (value > most ? value : most), 0);
 const atPeakOne = (map) => { const peak = peakOf(map) + DATA.constants.peak_epsilon; return map.map((value) => value / peak); };
 
-const KNOWN_RULES = ["sum", "mean", "max", "size_adaptive"]; // what is written here; the page holds maps of others
-
 /** fuse_cams for one class: its maps over the scales that take part, their weights. */
 function fuse(maps, weights, scales, rule) {
-  if (!KNOWN_RULES.includes(rule)) throw new Error(`this page cannot compute the fusion rule ${rule}, and holds no maps of it`);
   const parts = maps.map((map, s) => (rule === "mean" ? atPeakOne(map) : map).map((value) => value * weights[s]));
-  const joined = (factors) => {
-    const sum = new Float32Array(parts[0].length);
-    parts.forEach((part, s) => part.forEach((value, i) => { sum[i] += factors[s] * value; }));
-    return sum;
-  };
-  if (rule === "max") return atPeakOne(parts[0].map((_, i) => Math.max(...parts.map((part) => part[i]))));
-  if (rule === "size_adaptive") return atPeakOne(joined(sizeWeights(atPeakOne(joined(parts.map(() => 1))), scales)));
-  return atPeakOne(joined(parts.map(() => (rule === "mean" ? 1 / parts.length : 1))));
+  const sum = (factors) => parts[0].map((_, i) => parts.reduce((total, part, s) => total + factors[s] * part[i], 0));
+  const ones = parts.map(() => 1);
+  const join = {
+    sum: () => sum(ones),
+    mean: () => sum(parts.map(() => 1 / parts.length)),
+    max: () => parts[0].map((_, i) => Math.max(...parts.map((part) => part[i]))),
+    size_adaptive: () => sum(sizeWeights(atPeakOne(sum(ones)), scales)),
+  }[rule];
+  if (!join) throw new Error(`this page cannot compute the fusion rule ${rule}, and holds no maps of it`);
+  return atPeakOne(join());
 }
 
 /** size_adaptive_weights: the larger the object, the smaller the scale. */
@@ -115,37 +114,22 @@ function strongest(clean, classes, num) {
   return { label, score };
 }
 
-/** IoU by label from counts; null for what is in neither ground truth nor mask, as in intersection_over_union. */
-function iouOf(hits, inMask, inTruth) {
-  return hits.map((hit, label) => { const union = inMask[label] + inTruth[label] - hit; return union ? hit / union : null; });
-}
-function meanOf(values) {
-  const known = values.filter((value) => value !== null);
-  return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
+/** Labels of the mask at a background threshold. */
+function labelsAt({ label, score }, threshold) {
+  const limit = Math.fround(threshold);
+  return label.map((value, i) => (score[i] > limit ? value : 0));
 }
 
-/** IoU at each of `scores` (rising), from one pass over the pixels. */
-function sweep({ label, score }, truth, scores, numLabels) {
-  const limits = Float32Array.from(scores), steps = limits.length;
-  const zeros = () => Array.from({ length: steps + 1 }, () => new Array(numLabels).fill(0));
-  const [hits, found] = [zeros(), zeros()], inTruth = new Array(numLabels).fill(0), missed = zeros();
+/** IoU by label; null for what is in neither ground truth nor mask, as in intersection_over_union. */
+function iouOf(mask, truth) {
+  const [hits, inMask, inTruth] = [0, 1, 2].map(() => new Array(DATA.class_names.length + 1).fill(0));
   truth.forEach((real, i) => {
     if (real === VOID) return;
     inTruth[real]++;
-    let exceeded = 0; // as many scores lie below this pixel's
-    while (exceeded < steps && limits[exceeded] < score[i]) exceeded++;
-    found[exceeded][label[i]]++;
-    if (real === label[i]) hits[exceeded][real]++;
-    if (real === 0) missed[exceeded][0]++;
+    inMask[mask[i]]++;
+    if (real === mask[i]) hits[real]++;
   });
-  const total = inTruth.reduce((sum, count) => sum + count, 0);
-  return scores.map((_, step) => {
-    const above = (table) => inTruth.map((__, l) => table.slice(step + 1).reduce((sum, row) => sum + row[l], 0));
-    const inMask = above(found), hit = above(hits);
-    inMask[0] = total - inMask.reduce((sum, count) => sum + count, 0);
-    hit[0] = inTruth[0] - above(missed)[0];
-    return iouOf(hit, inMask, inTruth);
-  });
+  return hits.map((hit, label) => { const union = inMask[label] + inTruth[label] - hit; return union ? hit / union : null; });
 }
 
 // ------------------------------------------------------------------------------------------------ state and controls
@@ -160,76 +144,52 @@ function keep(name, key, make) {
   return kept[name].value;
 }
 
+/** Whether the chosen rule's maps came with the page: scales and weights cannot change them. */
+const isComputed = () => DATA.computed_rules.includes(state.fusion);
+
+/** What the board shows of an image: the view, and the reading of the marked pixel. */
 function compute(image) {
-  const ready = DATA.computed_rules.includes(state.fusion) ? image.fused[state.role][state.fusion] : null;
-  const taking = DATA.scales.map((_, s) => s).filter((s) => ready || (state.on[s] && state.weights[s] > 0));
-  if (!taking.length) return null;
-  const maps = image.mapsOf(state.role), num = image.size[0] * image.size[1], at = image.classes.indexOf(state.cls);
-  const how = [state.index, state.role, state.fusion, state.denoise, taking, state.weights];
+  const weights = DATA.scales.map((_, s) => (isComputed() ? 1 : state.on[s] ? state.weights[s] : 0));
+  const taking = DATA.scales.map((_, s) => s).filter((s) => weights[s]);
+  if (!taking.length) throw new Error("no scale takes part in the fusion; switch at least one on");
+  const cams = image.mapsOf(state.role), num = image.size[0] * image.size[1], at = image.classes.indexOf(state.cls);
+  const how = [state.index, state.role, state.fusion, state.denoise, weights];
   const clean = keep("clean", how, () => image.classes.map((number, k) => {
     if (state.denoise && !image.label.includes(number)) return new Float32Array(num);
-    if (ready) return ready[k];
-    const weights = taking.map((s) => state.weights[s]), scales = taking.map((s) => DATA.scales[s]);
-    return fuse(taking.map((s) => maps[s][k]), weights, scales, state.fusion);
+    if (isComputed()) return image.fused[state.role][state.fusion][k];
+    const chosen = (values) => taking.map((s) => values[s]);
+    return fuse(chosen(cams).map((cam) => cam[k]), chosen(weights), chosen(DATA.scales), state.fusion);
   }));
   const winner = keep("winner", how, () => strongest(clean, image.classes, num));
-  const looks = keep("looks", [state.index, state.role, state.cls], () => maps.map((scale) => {
+  const maps = keep("maps", [state.index, state.role, state.cls], () => cams.map((scale) => {
     const peak = Math.max(peakOf(scale[at]), 1e-5);
     return scale[at].map((value) => value / peak);
   }));
-  const background = Math.fround(state.bg), fused = clean[at];
-  const mask = winner.label.map((label, i) => (winner.score[i] > background ? label : 0));
+  const background = Math.fround(state.bg), fused = clean[at], mask = labelsAt(winner, state.bg);
   const target = state.reactivate ? fused.map((value, i) => value / Math.max(background, winner.score[i])) : fused;
-  const numLabels = DATA.class_names.length + 1;
   let curve = null, iou = null;
   if (image.truth) {
-    const line = keep("curve", how, () => sweep(winner, image.truth, DATA.curve_scores, numLabels));
-    iou = sweep(winner, image.truth, [state.bg], numLabels)[0];
-    curve = {
-      scores: DATA.curve_scores, shown: line.map((values) => values[state.cls + 1]), mean: line.map(meanOf),
-      at: [state.bg, iou[state.cls + 1], meanOf(iou)], class_name: DATA.class_names[state.cls],
-    };
+    const scores = DATA.curve_scores, iouAt = (score) => iouOf(labelsAt(winner, score), image.truth);
+    iou = iouOf(mask, image.truth);
+    curve = { scores, ious: keep("curve", how, () => scores.map(iouAt)), at: [state.bg, iou] };
   }
-  return { looks, fused, target, mask, iou, curve };
+  const { class_names, colors, scales } = DATA, { denoise, reactivate, cls } = state, { size, picture, truth } = image;
+  const view = {
+    size, image: picture, truth, class_names, colors, class_number: cls, scales, weights, denoise, reactivate, crf: "no CRF",
+    rule: DATA.rules.find(([rule]) => rule === state.fusion)[1],
+    maps: maps.map(toBytes), fused: toBytes(fused), target: toBytes(target), mask, iou, curve,
+  };
+  const [row, col] = state.pixel, i = row * size[1] + col;
+  const values = [...scales.map((scale, s) => [`scale ${scale}`, maps[s][i]]), ["fused", fused[i]], ["target", target[i]]];
+  const reading = state.pixel.length ? { row, col, values, label: mask[i], truth: truth ? truth[i] : null } : null;
+  return { view, reading };
 }
 
 const byteMaps = new WeakMap();
 /** A map in [0, 1] as bytes; of a map that was kept, the same bytes again. */
 function toBytes(map) {
-  if (!byteMaps.has(map)) {
-    const bytes = new Uint8Array(map.length);
-    for (let i = 0; i < map.length; i++) bytes[i] = Math.round(255 * Math.min(1, Math.max(0, map[i])));
-    byteMaps.set(map, bytes);
-  }
+  if (!byteMaps.has(map)) byteMaps.set(map, Uint8Array.from(map, (value) => Math.round(255 * Math.min(1, Math.max(0, value)))));
   return byteMaps.get(map);
-}
-
-function viewOf(image, result) {
-  const panels = [{ key: "image", title: "image", note: image.truth ? "+ ground truth" : "", kind: "image", data: null }];
-  DATA.scales.forEach((scale, s) => {
-    const off = !takesPart(s), note = isComputed() ? "" : off ? "off" : state.weights[s] === 1 ? "" : `x ${state.weights[s]}`;
-    panels.push({ key: `scale ${scale}`, title: `scale ${scale}`, note, off, kind: "map", data: toBytes(result.looks[s]) });
-  });
-  const title = DATA.rules.find(([rule]) => rule === state.fusion)?.[1] ?? state.fusion;
-  const rule = title + (state.denoise ? "" : ", not denoised");
-  panels.push({ key: "fused", title: "fused", note: rule, kind: "map", data: toBytes(result.fused) });
-  const note = state.reactivate ? "reactivated" : "not reactivated";
-  panels.push({ key: "target", title: "target", note, kind: "map", data: toBytes(result.target) });
-  panels.push({ key: "mask", title: "mask", note: "no CRF", kind: "labels", data: result.mask });
-  const rows = result.iou?.map((value, label) => [label, value]).filter(([, value]) => value !== null);
-  return {
-    size: image.size, image: image.picture, truth: image.truth, panels, class_names: DATA.class_names, colors: DATA.colors,
-    iou: rows && { rows, mean: meanOf(result.iou) }, curve: result.curve,
-  };
-}
-
-function readingOf(image, result) {
-  if (!state.pixel.length) return null;
-  const [row, col] = state.pixel, i = row * image.size[1] + col;
-  const values = DATA.scales.map((scale, s) => [`scale ${scale}`, result.looks[s][i], !takesPart(s)]);
-  values.push(["fused", result.fused[i], false], ["target", result.target[i], false]);
-  const truth = image.truth ? image.truth[i] : null;
-  return { row, col, values, label: result.mask[i], truth, class_name: DATA.class_names[state.cls] };
 }
 
 const form = document.getElementById("smaf-controls");
@@ -249,33 +209,23 @@ async function choose(index) {
   await redraw();
 }
 
-/** What was drawn last; a later call overtakes an earlier one that still waits for its picture. */
+/** Compute and draw; a later call overtakes an earlier one that still waits for its picture. */
 async function redraw() {
   const index = state.index, image = await open(index);
   if (index !== state.index) return;
-  let result;
   try {
-    result = compute(image);
+    const { view, reading } = compute(image), others = DATA.class_names.length - image.classes.length;
+    board.setStatus([
+      image.shrunk && "This image was shrunk for this page, and its numbers are of the shrunk one.",
+      others && `${others} further classes, which are not in the image label and respond least, are left out here.`,
+      isComputed() && `${state.fusion} is Python: its maps were made with this page, from all scales alike.`,
+    ].filter(Boolean).join(" "), "");
+    Object.assign(board, { look: { opacity: state.opacity, lut: luts[state.colormap] }, pixel: state.pixel, reading });
+    board.setView(view);
   } catch (error) {
-    board.setStatus(String(error.message), "error");
-    throw error;
+    board.setStatus(error.message, "error");
   }
-  if (!result) return board.setStatus("no scale takes part in the fusion; switch at least one on", "error");
-  const others = DATA.class_names.length - image.classes.length;
-  board.setStatus([
-    image.shrunk && "This image was shrunk for this page, and its numbers are of the shrunk one.",
-    others && `${others} further classes, which are not in the image label and respond least, are left out here.`,
-    isComputed() && `${state.fusion} is Python: its maps were made with this page, from all scales alike.`,
-  ].filter(Boolean).join(" "), "");
-  board.look = { opacity: state.opacity, lut: luts[state.colormap] };
-  board.pixel = state.pixel;
-  board.reading = readingOf(image, result);
-  board.setView(viewOf(image, result));
 }
-
-const takesPart = (s) => isComputed() || (state.on[s] && state.weights[s] > 0);
-/** Whether the chosen rule's maps came with the page: scales and weights cannot change them. */
-const isComputed = () => DATA.computed_rules.includes(state.fusion);
 
 function buildControls() {
   const menu = (name, text, options) => `<label><span>${text}</span><select name="${name}">${options.map(([value, title]) =>

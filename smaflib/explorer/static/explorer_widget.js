@@ -1,4 +1,4 @@
-// The board as an anywidget: numbers come from Python, clicks go there. explorer_board.js stands before this text.
+// The board as an anywidget: numbers come from Python, clicks go there. explorer_board.js precedes this code.
 
 /** Binary values arrive as DataView. */
 const bytes = (value) => (value ? new Uint8Array(value.buffer, value.byteOffset, value.byteLength) : null);
@@ -9,7 +9,7 @@ export default {
     el.append(root);
     const tell = (name, value) => { model.set(name, value); model.save_changes(); };
     const board = createBoard(root, {
-      // The kernel answers only if the pixel is another one; else its last answer still holds.
+      // The kernel does not answer if the pixel stays the same; its last answer still holds.
       pixel: (pixel) => { tell("pixel", pixel); show.reading(); },
       image: (index) => { if (index >= 0 && index < model.get("images").length) tell("index", index); },
     });
@@ -19,15 +19,14 @@ export default {
       status: () => board.setStatus(model.get("status").text ?? "", model.get("status").kind ?? ""),
       look: () => board.setLook({ opacity: model.get("opacity"), lut: luts[model.get("colormap")] }),
       reading: () => {
-        // Where pixels follow each other fast, the values of an earlier one arrive while a later one is marked.
+        // The values of an earlier pixel may arrive while a later one is marked.
         const pixel = model.get("pixel"), reading = model.get("reading");
         board.setPixel(pixel, reading.row === pixel[0] && reading.col === pixel[1] && reading.values ? reading : null);
       },
       view: () => {
-        const view = model.get("view");
-        if (!view.panels) return;
-        const panels = view.panels.map((panel) => ({ ...panel, data: bytes(panel.data) }));
-        board.setView({ ...view, panels, image: bytes(view.image), truth: bytes(view.truth) });
+        const view = model.get("view"), decoded = { maps: view.maps?.map(bytes) };
+        for (const name of ["image", "truth", "fused", "target", "mask"]) decoded[name] = bytes(view[name]);
+        if (view.maps) board.setView({ ...view, ...decoded });
       },
     };
     const heard = { images: ["images", "index"], status: ["status"], look: ["opacity", "colormap"], reading: ["reading"], view: ["view"] };
