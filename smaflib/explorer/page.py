@@ -19,7 +19,7 @@ from torch import Tensor
 
 from smaflib import cams as cams_module
 from smaflib import files
-from smaflib.cams import FUSION_RULES, fuse_cams, fusion_rules
+from smaflib.cams import FUSIONS, fuse_cams, fusion_rules
 from smaflib.data.transforms import scaled_size
 from smaflib.explorer.state import (
     COLOR_MAPS,
@@ -68,7 +68,7 @@ def explorer_page(
         "scales": list(gallery.scales),
         "rules": [[rule, rule_title(rule)] for rule in rules],
         # The browser cannot run a custom rule; its maps are computed here, from all scales.
-        "computed_rules": [rule for rule in rules if rule not in FUSION_RULES],
+        "computed_rules": [rule for rule in rules if rule not in FUSIONS],
         "curve_scores": list(CURVE_SCORES),
         "luts": {name: base64.b64encode(color_table(name)).decode() for name in COLOR_MAPS},
         "constants": {
@@ -138,7 +138,7 @@ def page_image(gallery: Gallery, index: int) -> dict[str, Any]:
         levels, peaks = quantize(kept)
         data = b"".join(level.numpy().tobytes() for level in levels)
         maps[role] = {"data": base64.b64encode(data).decode(), "peaks": peaks.tolist()}
-        if rule not in FUSION_RULES:
+        if rule not in FUSIONS:
             fused = (fuse_cams(kept, size, rule, scales) * 255).round().to(torch.uint8)
             maps[role]["fused"] = {rule: data_url(fused.flatten(0, 1)[None], kind="PNG")}
     return {

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from minidata import make_mini
-from smaflib.cams import FUSION_RULES, at_size, multi_scale_cams
+from smaflib.cams import FUSIONS, at_size, multi_scale_cams, source_of
 from smaflib.classifier import classify_image, learned_views, predict_labels
 from smaflib.config import Config, CrfConfig, EvaluationConfig, FusionRule, PseudoMaskConfig
 from smaflib.data import Sample, load_samples
@@ -73,7 +73,7 @@ def data_url(image: Tensor, side: int | None = None, kind: str = "JPEG") -> str:
 
 def rule_title(rule: str) -> str:
     """Title of a fusion rule: ``size-adaptive``; a custom rule keeps its name."""
-    return rule.replace("_", "-") if rule in FUSION_RULES else rule
+    return rule.replace("_", "-") if rule in FUSIONS else rule
 
 
 def to_bytes(values: Tensor) -> bytes:

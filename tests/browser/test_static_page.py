@@ -16,7 +16,7 @@ import pytest
 from driving import BoardPage, Watched, agrees, expected_iou, keep_screenshot, shown_values
 from playwright.sync_api import Browser, Locator
 
-from smaflib.cams import FUSION_RULES
+from smaflib.cams import FUSIONS
 from smaflib.explorer.page import explorer_page, quantize
 from smaflib.explorer.state import Exploration, Gallery
 from smaflib.models.pretrained import Role
