@@ -1,4 +1,4 @@
-"""What the browser tests do with a page: watch it, run a notebook in it, move controls, read numbers."""
+"""What the browser tests share: watching a page, running a notebook in it, moving controls, reading numbers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Locator, Page
 
-from smaflib.explorer.state import Exploration, Reading
+from smaflib.explorer.state import Exploration
 
 START_SECONDS = 180  # a machine with other work
 
 
 @dataclass
 class Watched:
-    """A page, what it complained about, and what it asked of other machines."""
+    """A page, its errors, and its requests to other addresses."""
 
     page: Page
     allowed: tuple[str, ...]
@@ -39,14 +39,7 @@ class Watched:
 
 
 def run_notebook(watched: Watched, base: str, name: str) -> None:
-    """Open a notebook with an explorer, run all its cells, and wait for the explorer's first picture."""
-    open_notebook(watched, base, name)
-    run_cells(watched)
-    watched.page.locator(".smaf-board[data-drawn]").first.wait_for(timeout=30_000)
-
-
-def open_notebook(watched: Watched, base: str, name: str) -> None:
-    """Open a notebook and wait for its kernel."""
+    """Open a notebook in JupyterLab and run all its cells; none may fail."""
     page = watched.page
     page.goto(f"{base}/lab/tree/{name}?token=test&reset")
     # A kernel is "idle" before the page is connected to it; run-all would then wait for ever.
@@ -56,11 +49,6 @@ def open_notebook(watched: Watched, base: str, name: str) -> None:
           return kernel && session.isReady && kernel.connectionStatus === "connected" && kernel.status === "idle"; }""",
         timeout=START_SECONDS * 1000,
     )
-
-
-def run_cells(watched: Watched) -> None:
-    """Run all cells of the notebook that is open; none may fail."""
-    page = watched.page
     page.evaluate(
         """() => { window.ran = null; window.jupyterapp.commands.execute("notebook:run-all-cells")
           .then(() => { window.ran = "ok"; }, (error) => { window.ran = String(error); }); }"""
@@ -105,26 +93,26 @@ class BoardPage:
         )
         return float(self.page.evaluate("() => window.drawnAt - window.movedAt")) / 1000
 
-    def median(self, act: Callable[[], Any], times: int = 20) -> float:
+    def median(self, act: Callable[[], Any], times: int = 7) -> float:
         """Median of :meth:`after` over some moves, in seconds."""
         return statistics.median(self.after(act) for _ in range(times))
 
     def iou(self) -> dict[str, float]:
-        """IoU in percent by label and ``mean``, as the page says."""
-        rows = self.root.locator(".smaf-iou tr").evaluate_all(
-            "rows => rows.map(row => [row.dataset.label, row.querySelector('td:last-child').textContent])"
-        )
-        return {name: float(text.removesuffix(" %")) for name, text in rows}
+        """IoU in percent by label and ``mean``, as shown."""
+        return self._table(".smaf-iou tr", "label")
 
     def values(self) -> dict[str, float]:
-        """Values of the marked pixel by name, as the page says."""
-        rows = self.root.locator(".smaf-reading tr").evaluate_all(
-            "rows => rows.map(row => [row.dataset.value, row.querySelector('td:last-child').textContent])"
+        """Values of the marked pixel by name, as shown."""
+        return self._table(".smaf-reading tr", "value")
+
+    def _table(self, rows: str, name: str) -> dict[str, float]:
+        cells = self.root.locator(rows).evaluate_all(
+            f"rows => rows.map(row => [row.dataset.{name}, row.querySelector('td:last-child').textContent])"
         )
-        return {name: float(text) for name, text in rows}
+        return {name: float(text.removesuffix(" %")) for name, text in cells}
 
     def pixel(self) -> tuple[int, int]:
-        """Row and column of the marked pixel, as the page says."""
+        """Row and column of the marked pixel, as shown."""
         text = self.root.locator(".smaf-reading").inner_text()
         found = re.search(r"row (\d+), column (\d+):", text)
         assert found, text
@@ -144,14 +132,14 @@ class BoardPage:
 
 
 def keep_screenshot(target: Locator | Page, path: Path) -> None:
-    """A screenshot for the README, small: 256 colours are enough."""
+    """Keep a small screenshot for the README, in 256 colours."""
     with Image.open(io.BytesIO(target.screenshot())) as picture:
         small = picture.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
     small.save(path, optimize=True)
 
 
 def expected_iou(result: Exploration, class_names: tuple[str, ...]) -> dict[str, float]:
-    """What the page should say, unrounded: percent by label and ``mean``."""
+    """What the page should show, unrounded: percent by label and ``mean``."""
     assert result.iou is not None
     values = zip(("background", *class_names), (100 * result.iou).tolist(), strict=True)
     return {name: value for name, value in values if value == value} | {"mean": 100 * result.miou}
@@ -160,8 +148,3 @@ def expected_iou(result: Exploration, class_names: tuple[str, ...]) -> dict[str,
 def agrees(shown: dict[str, float], expected: dict[str, float], tolerance: float) -> bool:
     """Whether a page shows just these labels, each within ``tolerance`` points."""
     return shown.keys() == expected.keys() and all(abs(shown[k] - expected[k]) <= tolerance for k in shown)
-
-
-def shown_values(reading: Reading) -> dict[str, float]:
-    """As the page rounds them."""
-    return {name: round(value, 3) for name, value in reading.values.items()}
