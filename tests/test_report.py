@@ -205,7 +205,7 @@ def test_index_begins_with_the_result_and_the_chain_and_ends_with_the_tables(run
 
 
 def test_every_figure_of_the_notebooks_has_a_caption_that_says_what_to_see():
-    saved = re.compile(r"""save_figure\(\w+, f?\\?"([\w{}]+)""")
+    saved = re.compile(r"""save_figure\([\w.]+, f?\\?"([\w{}]+)""")
     sources = [path.read_text() for path in (PROJECT_ROOT / "notebooks").glob("0*.ipynb")]
     names = {name for source in sources for name in saved.findall(source)} - {"08_{kind}_cases"}
     assert names | {"08_best_cases", "08_worst_cases"} == set(CAPTIONS)
