@@ -1,8 +1,7 @@
-"""The reference run: the one run that git keeps, so that readers see results without running anything.
+"""Copy the readable parts of a run into ``papermill_runs/reference``, the one run that git keeps: ``make reference``.
 
-``make reference`` runs the mini preset and its ablation, then :func:`export_reference` copies what people read into
-``papermill_runs/reference/``: executed notebooks, pages, tables, figures; no checkpoints, maps or masks. Pictures are
-packed, because a repository keeps every version for ever: those in notebooks as JPEG or PNG, the others as WebP.
+Executed notebooks, pages, tables and figures; no checkpoints, maps or masks. Pictures are recompressed, because git
+keeps every version: JPEG or PNG in notebooks, WebP elsewhere.
 """
 
 from __future__ import annotations
@@ -32,34 +31,23 @@ from smaflib.runs.manifest import read_manifest
 
 REFERENCE = RUNS_FOLDER / "reference"
 MAX_BYTES = 6_000_000
-"""Of the whole folder."""
-
-NOTEBOOK_WIDTH = 1000
-"""In pixels; wider pictures of notebooks are shrunk."""
-
+NOTEBOOK_WIDTH = 1000  # pixels; wider pictures in notebooks are shrunk
 JPEG_QUALITY, WEBP_QUALITY = 66, 64
 
 README = """# The reference run
 
-What `make reference` made: the mini preset with seed 0, and its ablation. Open `index.html` in a browser (it needs no
-network), or the notebooks here on GitHub or in JupyterLab. `metrics.json` and `ablation/ablation.json` hold the
-numbers, `config.yaml` the settings.
+The mini preset with seed 0 and its ablation, made by `make reference`. Open `index.html` in a browser (it needs no
+network), or the notebooks on GitHub or in JupyterLab. `metrics.json` and `ablation/ablation.json` hold the numbers,
+`config.yaml` the settings.
 
-`manifest.json` is that of the run: it lists artifacts (checkpoints, attention maps, masks) that are too large for a
-repository and are not here; the hashes of pictures and notebooks in it are those of the originals, which are packed
-here. This folder is made by `tools/export_reference_run.py`: do not edit it, and do not run into it.
+`manifest.json` also lists artifacts that are too large for a repository (checkpoints, attention maps, masks); its
+hashes are those of the original pictures and notebooks, which are recompressed here. Do not edit this folder, and do
+not run into it.
 """
 
 
 def export_reference(run_folder: Path, target: Path = REFERENCE) -> Path:
-    """Copy the readable parts of a complete run; what was in the target before is gone.
-
-    Args:
-        run_folder: a run of which all stages are complete, with an ablation that notebook 08 has shown.
-        target: the folder to write.
-
-    Returns:
-        The target.
+    """Copy the readable parts of a complete run with an ablation, replacing the target.
 
     Raises:
         RunError: if a stage or the ablation is missing, or the result is larger than :data:`MAX_BYTES`.
@@ -89,17 +77,17 @@ def export_reference(run_folder: Path, target: Path = REFERENCE) -> Path:
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files below a folder."""
+    """Bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def without_local_paths(text: str) -> str:
-    """Paths of this machine become relative to the checkout."""
+    """Make paths of this machine relative to the checkout."""
     return text.replace(f"{PROJECT_ROOT}/", "").replace(str(PROJECT_ROOT), ".")
 
 
 def code_of(notebook: Path) -> list[str]:
-    """Sources of a notebook's code cells, without the one that papermill puts in."""
+    """Sources of a notebook's code cells, without the parameters that papermill injects."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     return [
         "".join(cell["source"])
@@ -122,7 +110,7 @@ def _check_complete(run: Run) -> None:
 
 
 def _write_notebooks_and_pages(run: Run, folder: Path) -> None:
-    """Pages are made of notebooks whose pictures are files; then the notebooks get theirs back, packed."""
+    """Write pages from notebooks whose pictures are files, then the notebooks with recompressed pictures."""
     originals = {}
     for stage in run.stages:
         name = f"{stage.name}.ipynb"
@@ -170,10 +158,7 @@ def to_webp(png: bytes) -> bytes:
 
 
 def to_small(png: bytes) -> tuple[str, bytes]:
-    """A picture that notebooks can hold, at most :data:`NOTEBOOK_WIDTH` wide: its MIME type and its bytes.
-
-    PNG of 256 colours or JPEG, what is smaller: curves are better off with the one, photos with the other.
-    """
+    """MIME type and bytes of a picture for a notebook: PNG of 256 colours or JPEG, whichever is smaller."""
     picture = Image.open(io.BytesIO(png)).convert("RGB")
     if picture.width > NOTEBOOK_WIDTH:
         height = round(picture.height * NOTEBOOK_WIDTH / picture.width)
