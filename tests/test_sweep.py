@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from smaflib import files
 from smaflib.apps.cli import app
-from smaflib.apps.sweep import Job, parse_grid, parse_part, parse_seeds, plan, shared_stage, sweep
+from smaflib.apps.sweep import Job, parse_grid, parse_seeds, plan, shared_stage, sweep
 from smaflib.errors import ConfigError, RunError
 from smaflib.runs import open_run, runner
 from smaflib.runs.stages import STAGES
@@ -90,13 +90,6 @@ def test_any_text_is_seeds_or_an_error(text: str) -> None:
     except ConfigError:
         return
     assert seeds and len(set(seeds)) == len(seeds)
-
-
-def test_parts() -> None:
-    assert parse_part("2/3") == (2, 3)
-    for text in ("", "3", "0/2", "3/2", "1/0", "1/2/3", "a/b"):
-        with pytest.raises(ConfigError, match="--part must be I/N"):
-            parse_part(text)
 
 
 def test_grid() -> None:
@@ -190,11 +183,15 @@ def test_failed_seed_is_named_and_the_others_run(chain: FakeChain, config: Path,
 def test_parts_share_the_seeds_and_the_tables(chain: FakeChain, config: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     with files.locked(out, "smaf sweep", ".lock-1-of-2"):  # the other part is running
-        sweep(config, out, [0, 1], GRID, part=(2, 2))
+        sweep(config, out, [0, 1], GRID, part="2/2")
     assert {name for name, *_ in chain.calls} == {"seed1-fusion-sum", "seed1-fusion-max"}
-    sweep(config, out, [0, 1], GRID, part=(1, 2))
+    sweep(config, out, [0, 1], GRID, part="1/2")
     (row,) = rows_of(out / "results.csv")
     assert row["attention.fusion=sum"] == "62.0 ± 2.8 (2)" and len(chain.calls) == 4
+    assert sweep(config, out, [0, 1], GRID, part="3/3") == [] and len(chain.calls) == 4  # there is no third seed
+    for wrong in ("", "3", "0/2", "3/2", "1/0", "1/2/3", "a/b"):
+        with pytest.raises(ConfigError, match="--part must be I/N"):
+            sweep(config, out, [0, 1], GRID, part=wrong)
 
 
 @pytest.mark.parametrize("grid", [{"attention.fusion": ["sum", "mode"]}, {"attention.bogus": [1]}])

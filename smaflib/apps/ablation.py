@@ -101,7 +101,7 @@ def ablate(
     seeds: Sequence[int],
     rows: Sequence[str] = tuple(ROWS),
     reuse: Sequence[str] = (),
-    part: tuple[int, int] = (1, 1),
+    part: str = "1/1",
     cluster: str | None = None,
     options: Sequence[str] = (),
 ) -> list[str]:
@@ -112,9 +112,7 @@ def ablate(
         seeds: at least two give a spread.
         rows: to measure, names in :data:`ROWS`; rows that earlier calls measured stay in the result.
         reuse: paths of further runs whose finished stages may be reused.
-        part: as of :func:`~smaflib.apps.sweep.run_jobs`.
-        cluster: as there.
-        options: as there.
+        part: as for :func:`~smaflib.apps.sweep.run_jobs`, like ``cluster`` and ``options``.
 
     Returns:
         A line per failed run.

@@ -140,14 +140,13 @@ def sweep(
     slurm: Slurm = None,
 ) -> None:
     """Run the chain over seeds and settings; tables of mean ± standard deviation and paired differences."""
-    from smaflib.apps.sweep import parse_grid, parse_part, parse_seeds
+    from smaflib.apps.sweep import parse_grid, parse_seeds
     from smaflib.apps.sweep import sweep as run_sweep
 
     _check_measure(measure)
-    given, values, where, folder = find_config(config), parse_grid(grid or []), parse_part(part), out.absolute()
-    chosen = parse_seeds(seeds)
+    given, chosen, values = find_config(config), parse_seeds(seeds), parse_grid(grid or [])
     failures = run_sweep(
-        given, folder, chosen, values, settings or [], until_stage, measure, where, cluster, slurm or []
+        given, out.absolute(), chosen, values, settings or [], until_stage, measure, part, cluster, slurm or []
     )
     for table in ("results", "differences") if values else ("results",):
         typer.echo(f"\n{table}, {measure} in percent, mean ± standard deviation (seeds)")
@@ -173,16 +172,14 @@ def ablate(
 ) -> None:
     """Run the chain without one step at a time, over several seeds. Notebook 08 shows the result."""
     from smaflib.apps.ablation import RESULT, ROWS, ablate, ablation_table, read_ablation
-    from smaflib.apps.sweep import parse_part, parse_seeds
+    from smaflib.apps.sweep import parse_seeds
     from smaflib.runs.run import open_run, run_folder
 
-    chosen, where = parse_seeds(seeds), parse_part(part)
-    opened = open_run(
-        run_folder(_runs_folder(runs), config.stem if name is None else name), find_config(config), settings or []
-    )
+    chosen, only = parse_seeds(seeds), rows.split(",") if rows else tuple(ROWS)
+    folder = run_folder(_runs_folder(runs), config.stem if name is None else name)
+    opened = open_run(folder, find_config(config), settings or [])
     sources = [str(_find(source, runs).folder) for source in reuse or []]
-    only = rows.split(",") if rows else tuple(ROWS)
-    failures = ablate(opened, chosen, only, sources, where, cluster, slurm or [])
+    failures = ablate(opened, chosen, only, sources, part, cluster, slurm or [])
     if result := read_ablation(opened):
         typer.echo(ablation_table(result["records"]).to_string())
         typer.echo(f"ablation: {display_path(opened.path(RESULT))}")

@@ -95,18 +95,6 @@ def parse_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(seeds))
 
 
-def parse_part(text: str) -> tuple[int, int]:
-    """``"2/3"`` to (2, 3), the second of three parts.
-
-    Raises:
-        ConfigError: if the text is anything else.
-    """
-    found = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise ConfigError(f"--part must be I/N with I from 1 to N, such as 2/3, got {text[:100]!r}")
-    return int(found[1]), int(found[2])
-
-
 def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
     """``["attention.scales=[1],[1, 2]"]`` to the values of each setting, which are YAML.
 
@@ -137,7 +125,7 @@ def sweep(
     overrides: Sequence[str] = (),
     until_stage: str | None = None,
     measure: str = "mIoU",
-    part: tuple[int, int] = (1, 1),
+    part: str = "1/1",
     cluster: str | None = None,
     options: Sequence[str] = (),
 ) -> list[str]:
@@ -152,16 +140,10 @@ def sweep(
         overrides: ``key=value`` settings of all runs.
         until_stage: last stage of each run.
         measure: column of :func:`~smaflib.report.tables.results_table` for the tables.
-        part: as of :func:`run_jobs`.
-        cluster: as of :func:`run_jobs`.
-        options: as of :func:`run_jobs`.
+        part: as for :func:`run_jobs`, like ``cluster`` and ``options``.
 
     Returns:
         A line per failed run; the others were executed.
-
-    Raises:
-        ConfigError: if the settings of a run do not fit; nothing was executed then.
-        RunError: if the same sweep is running, or a run folder belongs to other settings.
     """
     until = (stage_named(until_stage) if until_stage else STAGES[-1]).name
     jobs = plan(seeds, grid, config_file, out, overrides, until)
@@ -197,7 +179,7 @@ def _text(value: Any) -> str:
 
 def run_jobs(
     jobs: Sequence[Job],
-    part: tuple[int, int],
+    part: str,
     cluster: str | None,
     options: Sequence[str],
     write: Callable[[], None],
@@ -206,7 +188,7 @@ def run_jobs(
 
     Args:
         jobs: all of them; each is checked before the first one starts.
-        part: (i, n): execute every n-th seed, beginning with the i-th.
+        part: ``2/3`` executes every third seed, beginning with the second.
         cluster: ``slurm``, ``local`` or ``debug``, for submitit; None: in this process, one after the other.
         options: ``key=value`` options of sbatch.
         write: renews the tables, before, in between and at the end.
@@ -218,6 +200,9 @@ def run_jobs(
         ConfigError: if settings, names or custom code of a job do not fit, or the cluster is not available.
         RunError: if the same part is running, or a run folder belongs to other settings.
     """
+    found = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", part)
+    if not found or int(found[1]) > int(found[2]):
+        raise ConfigError(f"--part must be I/N with I from 1 to N, such as 2/3, got {part[:100]!r}")
     checked = []
     for job in jobs:
         run_folder(job.runs, job.name)
@@ -225,13 +210,11 @@ def run_jobs(
         if config not in checked:
             check_plugins(config)
             checked.append(config)
-    number, count = part
-    seeds = list(dict.fromkeys(job.seed for job in jobs))[number - 1 :: count]
+    seeds = list(dict.fromkeys(job.seed for job in jobs))[int(found[1]) - 1 :: int(found[2])]
     chosen = [[job for job in jobs if job.seed == seed] for seed in seeds]
-    lock = ".lock" if count == 1 else f".lock-{number}-of-{count}"
-    with files.locked(jobs[0].runs, "smaf sweep", lock):
+    with files.locked(jobs[0].runs, "smaf sweep", f".lock-{part.replace('/', '-of-')}"):
         write()
-        if cluster is None:
+        if cluster is None or not chosen:
             return _run_here([job for group in chosen for job in group], write)
         try:
             return _run_on_cluster(chosen, cluster, options)
