@@ -35,9 +35,9 @@ from smaflib.data.sample import Sample, SampleFiles, Samples
 from smaflib.data.views import views_of
 from smaflib.files import PROJECT_ROOT, RUNS_FOLDER, read_json, write_json
 from smaflib.maps import write_attention_maps
-from smaflib.models.networks import AttentionNetwork, attention_of
+from smaflib.models.networks import AttentionNetwork
 from smaflib.reactivation import hard_labels
-from smaflib.refinement import dense_crf_batch, mean_field, pydensecrf_backend
+from smaflib.refinement import crf, dense_crf_batch, mean_field
 from smaflib.report.markdown import fill_page, markdown_table
 from smaflib.report.tables import results_table
 from smaflib.runs.environment import git_state
@@ -106,7 +106,7 @@ def measure_maps(backbones: Sequence[str], runtimes: Sequence[Runtime], clock: C
         def bare(network: nn.Module = network, runtime: Runtime = runtime, there: list[Tensor] = there) -> None:
             with runtime.autocast():
                 for each in there:
-                    attention_of(network, network(each).float())
+                    network.attention(network(each).float())
 
         alone, memory = clock.time(bare)
         from_host, _ = clock.time(lambda: [class_attention(network, each, True, runtime).cpu() for each in inputs])  # noqa: B023
@@ -205,10 +205,10 @@ def measure_crf(cases: list[Any], labels: Sequence[int], batches: Sequence[int],
             "ms an image, labels that do not occur merged": 1000 * merged / batch,
             "memory, GB": memory,
         }
-        if batch == min(batches) and pydensecrf_backend.INSTALLED:
+        if batch == min(batches) and crf.HAS_PYDENSECRF:
             host = [tensor.cpu() for tensor in (images[0], energies[0])]
             start = time.perf_counter()
-            theirs = pydensecrf_backend.mean_field(host[0], host[1], counts[0], REFERENCE).argmax(dim=0)
+            theirs = crf.pydensecrf_mean_field([host[0]], [host[1]], [counts[0]], REFERENCE)[0].argmax(dim=0)
             row["pydensecrf, ms"] = 1000 * (time.perf_counter() - start)
             row["pixels that differ"] = int((infer(REFERENCE.iterations)[0].argmax(dim=0).cpu() != theirs).sum())
         yield row

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smaflib.data.views import views_of
-from smaflib.models.networks import attention_of
 from smaflib.plugins import load_custom
 from smaflib.runtime import Runtime, device_of
 
@@ -70,7 +69,7 @@ def class_attention(network: nn.Module, images: Tensor, flip: bool = True, runti
     images = images.to(device_of(network))
     with runtime.autocast() if runtime else torch.autocast("cpu", enabled=False):
         logits = network(torch.cat([images, images.flip(-1)]) if flip else images)
-        maps = attention_of(network, logits.float())
+        maps: Tensor = network.attention(logits.float())  # type: ignore[operator]
     if flip:
         plain, mirrored = maps.chunk(2)
         maps = (plain + mirrored.flip(-1)) / 2

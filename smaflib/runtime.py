@@ -99,7 +99,7 @@ def fastest_precision(device: torch.device) -> Literal["float32", "bf16"]:
     """bf16 where the device has instructions for it, else float32.
 
     On two cores of an AMD EPYC with avx512_bf16 EfficientNet-Lite2 takes half the time in bf16; CPUs without such
-    instructions are slower than in float32 (``benchmarks/backbones.py``).
+    instructions are slower than in float32.
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"

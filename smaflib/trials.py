@@ -16,8 +16,7 @@ from smaflib.config import AttentionConfig, Config, DataConfig, ModelConfig
 from smaflib.data.own import load_own
 from smaflib.errors import PluginError
 from smaflib.models.networks import AttentionNetwork
-from smaflib.plugins import BACKBONE, DATA, FUSION, REFINEMENT, SOURCE, calling, load
-from smaflib.refinement.own import own_refinement
+from smaflib.plugins import BACKBONE, DATA, FUSION, REFINEMENT, SOURCE, calling, checked_maps, load
 from smaflib.runtime import derive_seed, seeded
 
 SAME = 1e-4
@@ -71,7 +70,9 @@ def _try_fusion(attention: AttentionConfig) -> None:
 
 def _try_refinement(name: str) -> None:
     scores = torch.cat([torch.full((1, 24, 20), 0.4), _maps(2, 24, 20)])
-    own_refinement(torch.randint(0, 256, (3, 24, 20), dtype=torch.uint8), scores, name)
+    what, image = f"the refinement {name}", torch.randint(0, 256, (3, 24, 20), dtype=torch.uint8)
+    with calling(what), torch.no_grad():
+        checked_maps(what, load(REFINEMENT, name)(image, scores), tuple(scores.shape), "(K+1, H, W)")
 
 
 def _try_backbone(model: ModelConfig) -> None:

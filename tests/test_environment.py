@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import smaflib
-from smaflib.refinement import pydensecrf_backend
+from smaflib.refinement import crf
 
 ROOT = Path(__file__).parents[1]
 CONDA_NAMES = {
@@ -80,7 +80,7 @@ def needed_packages(roots: list[Requirement]) -> dict[str, str]:
     while todo:
         requirement = todo.pop()
         name = canonicalize_name(requirement.name)
-        if name == "pydensecrf2" and not pydensecrf_backend.INSTALLED:  # left out where there is no compiler
+        if name == "pydensecrf2" and not crf.HAS_PYDENSECRF:  # left out where there is no compiler
             versions[name] = read_lock()[name]
             continue
         distribution = importlib.metadata.distribution(name)

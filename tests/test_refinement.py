@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -24,22 +20,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smaflib.config import CRF_PRESETS, CrfBackend, CrfConfig, ParConfig
+from smaflib.config import CRF_PRESETS, CrfBackend, CrfConfig, OwnRefinement, ParConfig
 from smaflib.errors import ConfigError
 from smaflib.refinement import (
     choose_backend,
+    crf,
     dense_crf,
     dense_crf_batch,
     kernels_seen_from,
     parallel,
     pixel_adaptive_refinement,
-    pydensecrf_backend,
     refine_many,
 )
 from smaflib.refinement.par import affinity
 from smaflib.refinement.unary import hard_unary, soft_unary
 
-needs_pydensecrf = pytest.mark.skipif(not pydensecrf_backend.INSTALLED, reason="pydensecrf is not installed")
+needs_pydensecrf = pytest.mark.skipif(not crf.HAS_PYDENSECRF, reason="pydensecrf is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU here")
 BACKENDS = [pytest.param("pydensecrf", marks=needs_pydensecrf), "torch"]
 
@@ -63,16 +59,16 @@ def with_pydensecrf(image: Tensor, unary: np.ndarray, params: CrfConfig) -> np.n
     import pydensecrf.densecrf as densecrf
 
     height, width = image.shape[-2:]
-    crf = densecrf.DenseCRF2D(width, height, len(unary))
-    crf.setUnaryEnergy(np.ascontiguousarray(unary.reshape(len(unary), -1), dtype=np.float32))
-    crf.addPairwiseGaussian(sxy=params.gaussian_sxy, compat=params.gaussian_compat)
-    crf.addPairwiseBilateral(
+    field = densecrf.DenseCRF2D(width, height, len(unary))
+    field.setUnaryEnergy(np.ascontiguousarray(unary.reshape(len(unary), -1), dtype=np.float32))
+    field.addPairwiseGaussian(sxy=params.gaussian_sxy, compat=params.gaussian_compat)
+    field.addPairwiseBilateral(
         sxy=params.bilateral_sxy,
         srgb=params.bilateral_srgb,
         rgbim=np.ascontiguousarray(image.permute(1, 2, 0).numpy()),
         compat=params.bilateral_compat,
     )
-    return np.array(crf.inference(params.iterations)).argmax(axis=0).reshape(height, width)
+    return np.array(field.inference(params.iterations)).argmax(axis=0).reshape(height, width)
 
 
 @needs_pydensecrf
@@ -145,12 +141,6 @@ def test_noisy_square_becomes_the_square(soft: bool, backend: CrfBackend) -> Non
         assert torch.equal(dense_crf(image, labels, PARAMS, 2, backend), mask)
 
 
-def test_certain_scores_are_not_infinitely_certain() -> None:
-    image, mask = square()
-    scores = torch.stack([1 - mask.float(), mask.float()])  # probabilities of exactly 0 have no logarithm
-    assert torch.equal(dense_crf(image, scores, PARAMS), mask)
-
-
 def test_no_iterations_change_nothing() -> None:
     image, mask = square()
     labels = noisy(mask)
@@ -167,28 +157,21 @@ def test_inputs_stay_as_they_are_and_need_not_be_contiguous() -> None:
     assert torch.equal(image, copies[0]) and torch.equal(labels, copies[1])
 
 
-def test_labels_that_do_not_occur_are_possible() -> None:
-    image, mask = square()
-    assert torch.equal(dense_crf(image, mask, PARAMS, num_labels=21), mask)
-
-
 def test_what_does_not_fit_is_refused() -> None:
     image, mask = square()
-    with pytest.raises(ValueError, match=r"scores \(L, H, W\) of its size, got \(3, 24, 30\) and \(24, 29\)"):
+    with pytest.raises(ValueError, match="label 255 is not below num_labels=2; void has no unary"):
+        dense_crf(image, mask.masked_fill(mask == 1, 255), PARAMS, num_labels=2)
+    for bad in (-0.1, float("nan")):
+        with pytest.raises(ValueError, match="needs scores of 0 or more, got negative ones or nan"):
+            dense_crf(image, torch.full((2, 24, 30), bad), PARAMS)
+    with pytest.raises(ValueError, match=r"of its size, got torch.uint8 \(3, 24, 30\) and \(24, 29\)"):
         dense_crf(image, mask[:, :-1], PARAMS, num_labels=2)
-    with pytest.raises(ValueError, match="the original uint8 colours, got an image of torch.float32"):
+    with pytest.raises(ValueError, match="needs a uint8 image .* got torch.float32"):
         dense_crf(image.float(), mask, PARAMS, num_labels=2)
     with pytest.raises(ValueError, match="at least 2 labels, got 0; pass num_labels with hard labels"):
         dense_crf(image, mask, PARAMS)
     with pytest.raises(ValueError, match="at least 2 labels, got 1"):
         dense_crf(image, torch.ones(1, 24, 30), PARAMS)
-
-
-def test_void_is_refused() -> None:
-    image, mask = square()
-    mask[0, 0] = 255
-    with pytest.raises(ValueError, match="label 255 is not below num_labels=2; void has no unary"):
-        dense_crf(image, mask, PARAMS, num_labels=2)
 
 
 def test_choosing_among_present_labels_equals_a_call_with_these_alone() -> None:
@@ -309,12 +292,12 @@ def test_two_runs_give_the_same_bits() -> None:
 
 def test_auto_takes_torch_on_a_gpu_and_pydensecrf_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(pydensecrf_backend, "INSTALLED", True)
+    monkeypatch.setattr(crf, "HAS_PYDENSECRF", True)
     assert choose_backend("auto", cpu) == ("pydensecrf", cpu) and choose_backend("auto", gpu) == ("torch", gpu)
     assert choose_backend("torch", cpu) == ("torch", cpu) and choose_backend("pydensecrf", gpu) == ("pydensecrf", cpu)
     apple = torch.device("mps")
     assert choose_backend("auto", apple) == ("pydensecrf", cpu) and choose_backend("torch", apple) == ("torch", apple)
-    monkeypatch.setattr(pydensecrf_backend, "INSTALLED", False)
+    monkeypatch.setattr(crf, "HAS_PYDENSECRF", False)
     assert choose_backend("auto", cpu) == choose_backend("auto", apple) == ("torch", cpu)
     with pytest.raises(ConfigError, match="'pydensecrf' is not installed; .*backend=torch, which gives the same"):
         choose_backend("pydensecrf", cpu)
@@ -323,16 +306,16 @@ def test_auto_takes_torch_on_a_gpu_and_pydensecrf_on_the_cpu(monkeypatch: pytest
 def test_without_pydensecrf_masks_are_made_all_the_same(tmp_path: Path) -> None:
     script = """
 import sys
-import threading
 sys.modules["pydensecrf"] = None
 import torch
 from smaflib.config import CrfConfig
-from smaflib.refinement import dense_crf, pydensecrf_backend
-assert not pydensecrf_backend.INSTALLED
+from smaflib.refinement import crf
+assert not crf.HAS_PYDENSECRF
 labels = torch.zeros(24, 30, dtype=torch.uint8)
 labels[6:18, 8:22] = 1
 image = torch.where(labels.bool(), 40, 200).to(torch.uint8).expand(3, -1, -1)
-assert torch.equal(dense_crf(image, labels, CrfConfig(), num_labels=2), labels)
+assert torch.equal(crf.dense_crf(image, labels, CrfConfig(), num_labels=2), labels)
+assert not {"pandas", "scipy"} & set(sys.modules)  # each worker process would import them
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
 
@@ -378,13 +361,6 @@ def test_scores_need_not_sum_to_one() -> None:
     scores = torch.stack([1 - mask.float(), mask.float()]) * 0.4 + 0.3
     brightness = torch.rand(24, 30, generator=generator(6)) + 0.5
     assert torch.equal(dense_crf(image, scores * brightness, PARAMS), dense_crf(image, scores, PARAMS))
-
-
-def test_scores_below_zero_are_refused() -> None:
-    image, _ = square()
-    for bad in (-0.1, float("nan")):
-        with pytest.raises(ValueError, match="needs scores of 0 or more, got negative ones or nan"):
-            dense_crf(image, torch.full((2, 24, 30), bad), PARAMS)
 
 
 def test_presets_have_their_known_constants() -> None:
@@ -448,177 +424,73 @@ def many_jobs(num: int, soft: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         yield image, scores if soft else labels
 
 
-@pytest.mark.parametrize("params", [PARAMS, CrfConfig.model_validate("irn"), ParConfig(dilations=(1, 2))])
-def test_processes_give_what_this_one_gives(params: CrfConfig | ParConfig) -> None:
-    soft = isinstance(params, ParConfig)
-    alone = list(refine_many(many_jobs(9, soft), params, 9))
-    together = list(refine_many(many_jobs(9, soft), params, 9, num_workers=2))
-    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
-    assert len({mask.numpy().tobytes() for mask in alone}) == 9
-
-
-def test_pixel_adaptive_refinement_of_a_batch_is_that_of_each() -> None:
-    jobs, params = list(many_jobs(3, soft=True)), ParConfig(dilations=(1, 2), iterations=3)
-    images, scores = (torch.stack(tensors) for tensors in zip(*jobs, strict=True))
-    together = pixel_adaptive_refinement(images, scores, params)
-    for one, (image, soft) in zip(together, jobs, strict=True):
-        torch.testing.assert_close(one, pixel_adaptive_refinement(image, soft, params), rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match=r"or \(B, L, H, W\) for images"):
-        pixel_adaptive_refinement(images, scores[:2], params)
-
-
-def test_images_of_a_size_are_adapted_together_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    params, seen = ParConfig(dilations=(1, 2), iterations=3), []
-    jobs = list(many_jobs(7, soft=True))
-    jobs[2:5] = [(image[:, :12].contiguous(), scores[:, :12].contiguous()) for image, scores in jobs[2:5]]
-    expected = [pixel_adaptive_refinement(image, scores, params).argmax(dim=0) for image, scores in jobs]
-
-    def followed(images: Tensor, scores: Tensor, params: ParConfig) -> Tensor:
-        seen.append(tuple(scores.shape[:3]))
-        return pixel_adaptive_refinement(images, scores, params)
-
-    monkeypatch.setattr(parallel, "pixel_adaptive_refinement", followed)
-    monkeypatch.setattr(parallel, "GPU_PIXELS", 3 * 20 * 24)
-    masks = parallel.refine(*zip(*jobs, strict=True), params, 9)
-    assert [mask.tolist() for mask in masks] == [mask.tolist() for mask in expected]
-    # Four of 20 x 24 pixels in two steps, three of 12 x 24 in one; of nine labels three have a score.
-    assert seen == [(3, 3, 20), (1, 3, 20), (3, 3, 12)]
-
-
-def test_channels_without_scores_do_not_travel() -> None:
-    _, scores = next(many_jobs(1, soft=True))
-    packed = parallel._Packed.of(scores)
-    assert packed.values.shape == (3, 20, 24)
-    assert torch.equal(packed.unpack(), scores)
-
-
-def test_gpu_batches_are_decoded_ahead_in_order_and_no_further() -> None:
-    taken: list[int] = []
-
-    def jobs() -> Iterator[tuple[Tensor, Tensor]]:
-        for index in range(40):
-            taken.append(index)
-            yield torch.tensor(index), torch.tensor(index)
-
-    batches = parallel._decoded_ahead(jobs())
-    first = next(batches)
-    assert [int(image) for image, _ in first] == list(range(parallel.GPU_BATCH))
-    rest = [int(image) for batch in batches for image, _ in batch]
-    assert rest == list(range(parallel.GPU_BATCH, 40))
-
-    taken.clear()
-    batches = parallel._decoded_ahead(jobs())
-    next(batches)
-    time.sleep(0.1)  # time enough for more
-    batches.close()
-    assert len(taken) == 2 * parallel.GPU_BATCH
-
-
-def idle_workers() -> list[BaseProcess]:
-    pool, _ = parallel._idle[2, ""]
-    return list(pool._processes.values())
-
-
-def end_codes(workers: list[BaseProcess]) -> list[int | None]:
-    """Exit codes, once all have ended: by asking, because of two threads that join a process one learns no code."""
-    deadline = time.monotonic() + 60
-    while any(worker.exitcode is None for worker in workers) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return [worker.exitcode for worker in workers]
-
-
-def test_pool_whose_worker_was_killed_is_replaced() -> None:
-    expected = list(refine_many(many_jobs(9), PARAMS, 3))
-    list(refine_many(many_jobs(9), PARAMS, 3, num_workers=2))
-    for process in idle_workers():
-        process.kill()
-        process.join()
-    with pytest.raises(RuntimeError, match="was killed, which happens where memory is short"):
-        list(refine_many(many_jobs(9), PARAMS, 3, num_workers=2))
-    assert all(map(torch.equal, refine_many(many_jobs(9), PARAMS, 3, num_workers=2), expected))
-
-
-def test_workers_serve_several_calls_and_end_without_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    list(refine_many(many_jobs(9), PARAMS, 3, num_workers=2))
-    first = idle_workers()
-    broken_off = refine_many(many_jobs(9), PARAMS, 3, num_workers=2)
-    next(broken_off)
-    broken_off.close()
-    workers = idle_workers()
-    assert first and workers[: len(first)] == first  # a pool may have started with less than two
-    monkeypatch.setattr(parallel, "IDLE_SECONDS", 0.01)
-    list(refine_many(many_jobs(9), PARAMS, 3, num_workers=2))
-    assert end_codes(workers) == [0] * len(workers)
-
-
-def test_timer_that_is_done_before_the_call_goes_on_ends_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    class AtOnce(threading.Timer):
-        def start(self) -> None:
-            self.function(*self.args)
-
-    list(refine_many(many_jobs(9), PARAMS, 3, num_workers=2))
-    workers = idle_workers()
-    monkeypatch.setattr(threading, "Timer", AtOnce)
-    list(refine_many(many_jobs(9), PARAMS, 3, num_workers=2))
-    assert (2, "") not in parallel._idle
-    assert end_codes(workers) == [0] * len(workers)
-
-
-def test_an_interrupt_is_nothing_to_workers() -> None:
-    pool = parallel._take_pool((2, ""))
-    try:
-        assert pool.submit(signal.getsignal, signal.SIGINT).result(timeout=60) == signal.SIG_IGN
-    finally:
-        parallel._keep_pool((2, ""), pool)
-
-
-def test_few_images_stay_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-
-    def all_cores(
-        jobs: Iterator[tuple[Tensor, Tensor]], params: CrfConfig, num_labels: int, num_workers: int, backend: CrfBackend
-    ) -> Iterator[Tensor]:
-        asked.append(num_workers)
-        return (labels for _, labels in jobs)
-
-    monkeypatch.setattr(parallel, "_on_all_cores", all_cores)
-    monkeypatch.setattr(parallel, "num_cores", lambda: 5)
-    assert len(list(refine_many(many_jobs(7), PARAMS, 3, num_workers=0))) == 7 and asked == []
-    many = list(refine_many(many_jobs(8), PARAMS, 3, num_workers=0))
-    assert asked == [5] and torch.equal(torch.stack(many), torch.stack([labels for _, labels in many_jobs(8)]))
-    assert len(list(refine_many(many_jobs(8), PARAMS, 3, num_workers=1))) == 8 and asked == [5]
-
-
-def test_refinement_imports_neither_pandas_nor_scipy() -> None:
-    script = "import sys, smaflib.refinement; print(sorted({'pandas', 'scipy'} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-    assert result.stdout.strip() == "[]"
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scores_of_zero_everywhere_are_background(backend: CrfBackend) -> None:
     image = torch.zeros(3, 5, 6, dtype=torch.uint8)
     assert not dense_crf(image, torch.zeros(4, 5, 6), CrfConfig.model_validate("soft"), backend=backend).any()
 
 
-def test_an_error_in_a_job_arrives() -> None:
+class Killer:
+    """A job's labels that kill the worker process which unpickles them."""
+
+    def numpy(self) -> Killer:
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os._exit, (1,)
+
+
+def darken(image: Tensor, scores: Tensor) -> Tensor:
+    """A custom refinement: the last label where the image is dark."""
+    assert scores.shape == (9, 20, 24) and scores.dtype == torch.float32
+    return scores * torch.where(image[0] < 100, torch.arange(9.0)[:, None, None] == 2, 1)
+
+
+DARKEN = OwnRefinement(name=f"{__name__}:darken")
+
+
+@pytest.mark.parametrize("params", [PARAMS, CrfConfig.model_validate("irn"), ParConfig(dilations=(1, 2)), DARKEN])
+def test_processes_give_what_one_gives(params: CrfConfig | ParConfig | OwnRefinement) -> None:
+    soft = not isinstance(params, CrfConfig)
+    alone = list(refine_many(many_jobs(9, soft), params, 9))
+    together = list(refine_many(many_jobs(9, soft), params, 9, num_workers=2))
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+    assert len({mask.numpy().tobytes() for mask in alone}) == 9
+    if isinstance(params, OwnRefinement):
+        image, scores = next(many_jobs(1, soft))
+        assert torch.equal(alone[0], darken(image, scores).argmax(dim=0).to(torch.uint8))
+
+
+def test_jobs_are_taken_as_there_is_room_and_a_killed_worker_is_an_error() -> None:
+    taken = []
+
+    def jobs() -> Iterator[tuple[Tensor, Tensor]]:
+        for index, job in enumerate(many_jobs(60)):
+            taken.append(index)
+            yield job
+
+    masks = refine_many(jobs(), PARAMS, 3, num_workers=2)
+    next(masks)
+    masks.close()  # type: ignore[attr-defined]
+    assert len(taken) <= 2 * parallel.IMAGES_PER_PROCESS + 1
+    image, _ = next(many_jobs(1))
+    killing = [*many_jobs(9), (image, Killer())]
+    with pytest.raises(RuntimeError, match="was killed, usually because memory is short"):
+        list(refine_many(killing, PARAMS, 3, num_workers=2))  # type: ignore[arg-type]
+
+
+def test_a_gpu_refines_batches_that_a_thread_decodes() -> None:
+    jobs = list(many_jobs(parallel.GPU_BATCH + 3))
+    batched = parallel._refine_on_gpu(iter(jobs), PARAMS, 3, "torch", torch.device("cpu"))
+    for mask, (image, labels) in zip(batched, jobs, strict=True):
+        assert torch.equal(mask, dense_crf(image, labels, PARAMS, 3, "torch"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_in_a_job_arrives(workers: int) -> None:
     def broken() -> Iterator[tuple[Tensor, Tensor]]:
-        yield from many_jobs(2)
+        yield from many_jobs(9)
         raise OSError("photo7.jpg is damaged")
 
-    for workers in (1, 2):
-        with pytest.raises(OSError, match=r"photo7\.jpg is damaged"):
-            list(refine_many(broken(), PARAMS, 3, num_workers=workers))
     with pytest.raises(OSError, match=r"photo7\.jpg is damaged"):
-        list(parallel._decoded_ahead(broken()))
-
-
-def test_memory_does_not_grow_with_the_data_set() -> None:
-    process = Path("/proc/self/statm")
-    if not process.is_file():
-        pytest.skip("needs Linux's /proc to read this process's memory")
-    page = os.sysconf("SC_PAGE_SIZE")
-    masks = refine_many(many_jobs(2000), CrfConfig(iterations=1), 3)
-    sizes = [int(process.read_text().split()[1]) * page for mask in masks if mask is not None]
-    # 2,000 images and masks of this size would be 4.6 MB, lattices more than 200 MB.
-    assert max(sizes[200:]) - sizes[200] < 4e6
+        list(refine_many(broken(), PARAMS, 3, num_workers=workers))

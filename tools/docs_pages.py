@@ -35,7 +35,6 @@ API = {
         "refinement.crf",
         "refinement.par",
         "refinement.parallel",
-        "refinement.own",
     ),
     "Evaluation": ("evaluation", "report.tables"),
     "Data": ("data", "data.sample", "data.own", "data.masks", "data.transforms"),

@@ -110,11 +110,9 @@ def _build_timm(config: ModelConfig) -> TimmBackbone:
     name, weights = _timm_name(config.backbone), config.weights
     options = _extractor_options(name, config.output_stride)
     published = weights in ("pretrained", "torchvision")
-    if published and not timm.models.is_model_pretrained(name):
-        raise ConfigError(f"model.weights is {weights!r}, but timm has no weights of {name}; give a file or null")
     try:
         model: Any = timm.create_model(name, pretrained=published, **options)
-    except Exception as error:  # the hub's library, its HTTP client or the system: the types differ
+    except Exception as error:  # no weights, no connection: timm, the hub's library and its HTTP client differ
         raise ConfigError(
             f"the weights of timm/{name} could not be downloaded ({error}); download them elsewhere and set "
             "model.weights to the file"
@@ -130,54 +128,35 @@ def _build_timm(config: ModelConfig) -> TimmBackbone:
 
 
 def _timm_name(backbone: str) -> str:
-    """The model's name in timm; for torchvision's name of a ResNet, that of torchvision's newest weights.
-
-    Raises:
-        ConfigError: naming the nearest models.
-    """
+    """The model's name in timm; for torchvision's name of a ResNet, that of torchvision's newest weights."""
     import timm
 
     name = backbone.removeprefix("timm/")
-    if name == backbone:
-        from_torchvision = (f"{name}.tv2_in1k", f"{name}.tv_in1k")
-        known = next((each for each in from_torchvision if timm.models.is_model_pretrained(each)), None)
-        if known:
-            return known
-    elif timm.models.is_model_pretrained(name) or (timm.is_model(name) and "." not in name):
-        return name
-    architecture = name.partition(".")[0]
-    names = timm.list_pretrained(f"{architecture}.*") if timm.is_model(architecture) else timm.list_models()
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
+    tags = ("",) if name != backbone else (".tv2_in1k", ".tv_in1k")
+    for each in (f"{name}{tag}" for tag in tags):
+        if timm.models.is_model_pretrained(each) or (timm.is_model(each) and "." not in each):
+            return each
+    near = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=3, cutoff=0.0)
     raise ConfigError(
         f"model.backbone is {backbone!r}, which is neither slim, resnet38, a model of timm nor "
         f"package.module:attribute; the nearest are {', '.join(f'timm/{match}' for match in near)}"
     )
 
 
-@functools.cache  # builds three models without values, and each stage of a run builds its networks anew
+@functools.cache  # builds models without values, and each stage of a run builds its networks anew
 def _extractor_options(name: str, output_stride: int) -> dict[str, Any]:
-    """Arguments for ``timm.create_model`` that give features at stride 4 and at the output stride.
-
-    Raises:
-        ConfigError: if the model has no such features.
-    """
+    """Arguments for ``timm.create_model`` that give features at stride 4 and at the output stride."""
     reductions = [info["reduction"] for info in getattr(_meta_model(name), "feature_info", [])]
-    at_4 = [index for index, reduction in enumerate(reductions) if reduction == 4]
-    options: dict[str, Any] = {"features_only": True, "out_indices": (*at_4[-1:], len(reductions) - 1)}
-    stride = _stride(name, options) if at_4 else None
-    if stride is None:
-        raise ConfigError(
-            f"model.backbone timm/{name} has no convolutional features; choose a ResNet, RegNet, EfficientNet, "
-            "MobileNet or ConvNeXt"
-        )
-    if stride != output_stride:
-        options["output_stride"] = output_stride
-        if _stride(name, options) != output_stride:
-            raise ConfigError(
-                f"timm cannot give model.backbone timm/{name} the output stride {output_stride}; set "
-                f"model.output_stride={stride}, or choose a ResNet, RegNet, EfficientNet or ConvNeXt"
-            )
-    return options
+    if 4 in reductions:
+        at_4 = len(reductions) - 1 - reductions[::-1].index(4)
+        options: dict[str, Any] = {"features_only": True, "out_indices": (at_4, len(reductions) - 1)}
+        for every in (options, options | {"output_stride": output_stride}):
+            if _stride(name, every) == output_stride:
+                return every
+    raise ConfigError(
+        f"timm gives no convolutional features of model.backbone timm/{name} at output stride {output_stride}; set "
+        "model.output_stride=32, or choose a ResNet, RegNet, EfficientNet, MobileNet or ConvNeXt"
+    )
 
 
 def _meta_model(name: str, **options: Any) -> Any:

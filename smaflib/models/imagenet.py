@@ -33,16 +33,10 @@ def imagenet_config() -> Config:
 
 
 class ImageNetClassifier(nn.Module):
-    """Logit maps and attention of those of ImageNet's classes that are chosen, K of them; none to begin with.
-
-    :meth:`attention` and :meth:`image_logits` mean the same as in
-    :class:`~smaflib.models.networks.AttentionNetwork`.
+    """An :class:`~smaflib.models.networks.AttentionNetwork` for chosen classes of ImageNet.
 
     Attributes:
-        classes: numbers of the chosen classes, 0 to 999; may be set at any time.
-
-    Raises:
-        ConfigError: if the package with the weights is not installed.
+        classes: their K numbers, 0 to 999; may be set at any time.
     """
 
     def __init__(self) -> None:
@@ -54,7 +48,7 @@ class ImageNetClassifier(nn.Module):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The first name that WordNet has for each chosen class, such as "golden retriever"."""
+        """WordNet's first name of each chosen class, such as "golden retriever"."""
         return tuple(ImageNetInfo().index_to_description(number).partition(",")[0] for number in self.classes)
 
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 1000, h, w)

@@ -20,10 +20,10 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class AttentionNetwork(nn.Module):
-    """Backbone and a 1x1 convolution: teacher and student.
+    """Teacher and student: a backbone and a 1x1 convolution.
 
-    With ``background`` it gives K+1 logit maps, background first (EPS and the student), otherwise K (plain CAM).
-    ``forward`` returns logits; :meth:`attention` turns them into class attention maps.
+    ``forward`` gives K+1 logit maps, background first, if ``background`` is true (EPS and the student), else K (plain).
+    :meth:`attention` turns them into class attention maps.
     """
 
     def __init__(self, config: ModelConfig, num_classes: int, background: bool) -> None:
@@ -47,11 +47,11 @@ class AttentionNetwork(nn.Module):
         return self.head(self.neck(self.standardize(self.backbone(images))))
 
     def image_logits(self, logits: Tensor) -> Tensor:  # (B, K or K+1, h, w) -> (B, K)
-        """Spatial mean of the foreground logit maps: what the image label is compared with."""
+        """Spatial mean of the foreground logit maps, for comparison with the image label."""
         return logits[:, self.num_background :].mean(dim=(2, 3))
 
     def attention(self, logits: Tensor) -> Tensor:  # (B, K or K+1, h, w) -> (B, K, h, w) >= 0
-        """Class attention maps: the foreground of a softmax over all maps where there is a background, else ReLU."""
+        """Class attention maps: with a background the foreground of a softmax over all maps, else ReLU."""
         return logits.softmax(dim=1)[:, 1:] if self.background else logits.relu()
 
     @property
@@ -160,12 +160,6 @@ def _freeze_batch_norm(layers: nn.Module) -> None:
             module.eval().requires_grad_(False)
 
 
-def attention_of(network: nn.Module, logits: Tensor) -> Tensor:
-    """Class attention maps (B, K, h, w) by the network's method ``attention(logits)``, which any module may have."""
-    maps: Tensor = network.attention(logits)  # type: ignore[operator]
-    return maps
-
-
 def with_background(teacher: Network) -> Network:
     """The student before training: a copy of the teacher with a background map.
 
@@ -182,12 +176,7 @@ def with_background(teacher: Network) -> Network:
 
 
 def load_attention_network(path: Path, config: ModelConfig, num_classes: int) -> AttentionNetwork:
-    """Rebuild a teacher or student, in eval mode on the CPU, from a checkpoint of a run, of the reference or of EPS.
-
-    Raises:
-        ConfigError: if the file is missing or damaged.
-        WeightsError: if it belongs to another network.
-    """
+    """Rebuild a teacher or student, in eval mode on the CPU, from a checkpoint of a run, of the reference or of EPS."""
     state = attention_state(network_state(path), num_classes)
     if "head.weight" not in state:
         raise WeightsError(f"{path} holds no attention network: it has no head.weight")
@@ -200,12 +189,7 @@ def load_attention_network(path: Path, config: ModelConfig, num_classes: int) ->
 def load_segmentation_network(
     path: Path, model: ModelConfig, settings: SegmentationConfig, num_classes: int
 ) -> SegmentationNetwork:
-    """Rebuild a segmentation network, in eval mode on the CPU, from a checkpoint of a run.
-
-    Raises:
-        ConfigError: if the file is missing or damaged.
-        WeightsError: if it belongs to another network.
-    """
+    """Rebuild a segmentation network, in eval mode on the CPU, from a checkpoint of a run."""
     model = (settings.model or model).model_copy(update={"weights": None})
     network = SegmentationNetwork(model, settings, num_classes)
     fill(network, network_state(path), source=str(path))

@@ -1,8 +1,7 @@
-"""ResNet38, the wide network that the reference implementation and most of this field's classifiers are built on.
+"""ResNet38, the backbone of the reference implementation and of most classifiers in this field.
 
 Wu, Shen, van den Hengel, "Wider or Deeper: Revisiting the ResNet Model for Visual Recognition", 2016, model A1: few but
-wide residual blocks of the pre-activation kind. Here without strides after the fourth stage, so that its maps have one
-cell for 8 x 8 pixels. Names of layers are those of the checkpoints that circulate in the field.
+wide pre-activation blocks, here without strides after the fourth stage. Layers have the names of published checkpoints.
 """
 
 from __future__ import annotations
@@ -11,19 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FROZEN_LAYERS = ("conv1a", "b2", "b2_1", "b2_2")
-"""Layers that the reference never trains: what edges look like needs no learning from image labels."""
+"""Layers that the reference never trains."""
 
 
 class BasicBlock(nn.Module):
     """BatchNorm, ReLU and a 3x3 convolution, twice, beside a shortcut.
 
-    Args:
-        in_channels: of the input.
-        mid_channels: between the convolutions.
-        out_channels: of the output.
-        stride: of the first convolution and of the shortcut.
-        dilation: of the second convolution.
-        first_dilation: of the first; None: the same.
+    ``dilation`` is that of the second convolution, and of the first unless ``first_dilation`` is given.
     """
 
     def __init__(
@@ -53,13 +46,9 @@ class BasicBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """A 1x1, a dilated 3x3 and a 1x1 convolution, each after BatchNorm and ReLU, beside a shortcut of one 1x1.
+    """A 1x1, a dilated 3x3 and a 1x1 convolution, each after BatchNorm and ReLU, beside a 1x1 shortcut.
 
-    Args:
-        in_channels: of the input.
-        out_channels: of the output; a quarter and a half of it are the widths in between.
-        dilation: of the 3x3 convolution.
-        dropout: share of whole channels that training drops before the second and third convolution.
+    Dropout of whole channels precedes the second and third convolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int, dilation: int, dropout: float) -> None:
@@ -84,11 +73,7 @@ class BottleneckBlock(nn.Module):
 
 
 class ResNet38(nn.Module):
-    """Strides 2, 4, 8 and then dilation; 4096 channels at stride 8.
-
-    Images are normalised with ImageNet's mean and standard deviation. The last layers have 2048 and 4096 channels:
-    hence the name "wide", and 470 MB of weights.
-    """
+    """4096 channels at stride 8; 470 MB of weights."""
 
     num_features = 4096
     skip_channels = 256
@@ -116,11 +101,11 @@ class ResNet38(nn.Module):
         return self.features(images)[1]
 
     def early_layers(self) -> list[nn.Module]:
-        """What ``model.freeze_early`` freezes: :data:`FROZEN_LAYERS`."""
+        """The layers that ``model.freeze_early`` freezes."""
         return [self.get_submodule(name) for name in FROZEN_LAYERS]
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features at stride 4, (B, 256, H/4, W/4), for a decoder's skip, and at stride 8, (B, 4096, H/8, W/8)."""
+        """Features at stride 4, (B, 256, H/4, W/4), and at stride 8, (B, 4096, H/8, W/8)."""
         blocks = dict(self.named_children())
         x = blocks.pop("conv1a")(images)
         last = blocks.pop("bn7")

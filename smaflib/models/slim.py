@@ -1,4 +1,4 @@
-"""A residual network small enough to be trained on a laptop's CPU in a minute."""
+"""A residual network that trains on a laptop's CPU in a minute."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ResidualBlock(nn.Module):
 
 
 class SlimResNet(nn.Module):
-    """Strides 2, 4, 8, 8 and 16, 32, 64, 96 channels; the last stage is dilated: a larger receptive field."""
+    """Four stages at strides 2, 4, 8 and 8; the last is dilated."""
 
     num_features = CHANNELS[-1]
     skip_channels = CHANNELS[1]
@@ -50,10 +50,10 @@ class SlimResNet(nn.Module):
         return self.features(images)[1]
 
     def early_layers(self) -> list[nn.Module]:
-        """What ``model.freeze_early`` freezes: all at stride 2."""
+        """The layers that ``model.freeze_early`` freezes: all at stride 2."""
         return [self.stem, self.layer1]
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features at stride 4, (B, 32, H/4, W/4), for a decoder's skip, and at stride 8, (B, 96, H/8, W/8)."""
+        """Features at stride 4, (B, 32, H/4, W/4), and at stride 8, (B, 96, H/8, W/8)."""
         early = self.layer2(self.layer1(self.stem(images)))
         return early, self.layer4(self.layer3(early))

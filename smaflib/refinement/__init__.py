@@ -1,4 +1,4 @@
-"""Refinement of masks by the image's own edges."""
+"""Refinement of masks by the edges of the image."""
 
 from smaflib.refinement.crf import choose_backend, dense_crf, dense_crf_batch
 from smaflib.refinement.mean_field import kernels_seen_from

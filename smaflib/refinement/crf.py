@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from smaflib.config import CrfBackend, CrfConfig
 from smaflib.errors import ConfigError
-from smaflib.refinement import mean_field, pydensecrf_backend
-from smaflib.refinement.unary import Unary, hard_unary, soft_unary
+from smaflib.refinement.mean_field import mean_field
+from smaflib.refinement.unary import hard_unary, soft_unary
+
+HAS_PYDENSECRF = importlib.util.find_spec("pydensecrf") is not None
+"""It needs a compiler where there is no wheel; torch gives the same masks without it."""
 
 
 def dense_crf(
@@ -25,12 +30,12 @@ def dense_crf(
 
     Args:
         image: uint8 (3, H, W), the original colours.
-        scores_or_labels: hard labels, an integer (H, W) in [0, num_labels), or scores, float (num_labels, H, W), not
-            negative: probabilities, or attention maps behind a background score.
+        scores_or_labels: hard labels, integer (H, W) in [0, num_labels), or scores, float (num_labels, H, W), not
+            negative: probabilities, or attention maps with the background threshold as first channel.
         params: kernels, iterations, and how sure a hard label or how sharp a score is.
-        num_labels: for hard labels: how many there are (K+1); at least 2.
+        num_labels: K+1, at least 2; needed for hard labels.
         backend: ``pydensecrf`` (CPU), ``torch`` (any device), or ``auto``: torch on a CUDA GPU, pydensecrf on the CPU
-            where it is installed, else torch on the CPU. All give the same mask, but for a pixel in many thousands
+            where it is installed, else torch on the CPU. All give the same mask, except for one pixel in many thousands
             whose two best labels are equally probable.
         device: where torch computes; by default where ``image`` is.
 
@@ -63,41 +68,34 @@ def dense_crf_batch(
     backend: CrfBackend = "auto",
     device: torch.device | str | None = None,
 ) -> list[Tensor]:
-    """:func:`dense_crf` of several images at once, of any sizes: what keeps a GPU busy.
-
-    Args:
-        images: uint8 (3, H, W) each.
-        scores_or_labels: as for :func:`dense_crf`, one per image.
-        params: as for :func:`dense_crf`.
-        num_labels: as for :func:`dense_crf`.
-        backend: as for :func:`dense_crf`; pydensecrf takes one image after the other.
-        device: as for :func:`dense_crf`.
-
-    Returns:
-        uint8 (H, W) per image, on the images' device.
-    """
+    """:func:`dense_crf` of several images of any sizes at once, which keeps a GPU busy; pydensecrf takes one by one."""
     for image, given in zip(images, scores_or_labels, strict=True):
         _check(image, given, num_labels)
     if not images:
         return []
     home = images[0].device
-    chosen_backend, place = choose_backend(backend, torch.device(device) if device is not None else home)
-    infer = _with_pydensecrf if chosen_backend == "pydensecrf" else mean_field.mean_field
+    backend, place = choose_backend(backend, torch.device(device) if device is not None else home)
+    infer = pydensecrf_mean_field if backend == "pydensecrf" else mean_field
     images = [image.to(place) for image in images]
-    unaries = [_unary(given.to(place), num_labels, params) for given in scores_or_labels]
-    results = [unary.labels[0].to(torch.uint8).expand(unary.energies.shape[1:]).clone() for unary in unaries]
-    # With one label there is nothing to choose, and pydensecrf divides by zero.
-    open_ones = [index for index, unary in enumerate(unaries) if len(unary.energies) > 1]
-    if open_ones:
-        energies, counts = zip(*((unaries[index].energies, unaries[index].counts) for index in open_ones), strict=True)
-        probabilities = infer([images[index] for index in open_ones], energies, counts, params)
-        for index, each in zip(open_ones, probabilities, strict=True):
-            results[index] = unaries[index].argmax_labels(each)
-    return [result.to(home) for result in results]
+    unaries = [
+        hard_unary(given.to(place), num_labels or 0, params)
+        if given.dim() == 2
+        else soft_unary(given.to(place), params)
+        for given in scores_or_labels
+    ]
+    masks = [unary.labels[0].to(torch.uint8).expand(unary.energies.shape[1:]).clone() for unary in unaries]
+    # With a single label there is nothing to infer, and pydensecrf divides by zero.
+    undecided = [index for index, unary in enumerate(unaries) if len(unary.energies) > 1]
+    if undecided:
+        energies, counts = zip(*((unaries[index].energies, unaries[index].counts) for index in undecided), strict=True)
+        probabilities = infer([images[index] for index in undecided], energies, counts, params)
+        for index, each in zip(undecided, probabilities, strict=True):
+            masks[index] = unaries[index].argmax_labels(each)
+    return [mask.to(home) for mask in masks]
 
 
 def choose_backend(backend: CrfBackend, device: torch.device) -> tuple[CrfBackend, torch.device]:
-    """``auto`` resolved, with the device on which the back-end computes.
+    """Resolve ``auto``; with the device on which the back-end computes.
 
     Raises:
         ConfigError: if pydensecrf is asked for and not installed.
@@ -106,11 +104,10 @@ def choose_backend(backend: CrfBackend, device: torch.device) -> tuple[CrfBacken
     if backend == "auto":
         if device.type == "cuda":
             return "torch", device
-        # The lattice is not tested on other GPUs than CUDA's; the back-end torch uses it there all the same.
-        return ("pydensecrf" if pydensecrf_backend.INSTALLED else "torch"), cpu
+        return ("pydensecrf" if HAS_PYDENSECRF else "torch"), cpu  # the lattice is not tested on other GPUs
     if backend == "torch":
         return backend, device
-    if not pydensecrf_backend.INSTALLED:
+    if not HAS_PYDENSECRF:
         raise ConfigError(
             "the back-end 'pydensecrf' is not installed; install pydensecrf2 (it needs a C++ compiler), or set "
             "pseudo_masks.backend=torch, which gives the same masks"
@@ -118,28 +115,36 @@ def choose_backend(backend: CrfBackend, device: torch.device) -> tuple[CrfBacken
     return backend, cpu
 
 
-def _with_pydensecrf(
+def pydensecrf_mean_field(
     images: Sequence[Tensor], energies: Sequence[Tensor], counts: Sequence[Tensor], params: CrfConfig
 ) -> list[Tensor]:
-    return [
-        pydensecrf_backend.mean_field(image, energy, count, params)
-        for image, energy, count in zip(images, energies, counts, strict=True)
-    ]
+    """:func:`~smaflib.refinement.mean_field.mean_field` by pydensecrf: compiled, on one CPU core."""
+    import pydensecrf.densecrf as densecrf
 
-
-def _unary(given: Tensor, num_labels: int | None, params: CrfConfig) -> Unary:
-    return hard_unary(given, num_labels or 0, params) if given.dim() == 2 else soft_unary(given, params)
+    results = []
+    for image, energy, count in zip(images, energies, counts, strict=True):
+        channels, height, width = energy.shape
+        crf = densecrf.DenseCRF2D(width, height, channels)
+        crf.setUnaryEnergy(energy.reshape(channels, -1).contiguous().numpy())
+        # A vector is the diagonal of the compatibility matrix; pydensecrf adds it where it would subtract a number.
+        smoothness, appearance = (
+            (-weight / count).numpy() for weight in (params.gaussian_compat, params.bilateral_compat)
+        )
+        crf.addPairwiseGaussian(sxy=params.gaussian_sxy, compat=smoothness)
+        colors = np.array(image.permute(1, 2, 0).numpy(), order="C", copy=True)  # writable and contiguous
+        sxy, srgb = params.bilateral_sxy, params.bilateral_srgb
+        crf.addPairwiseBilateral(sxy=sxy, srgb=srgb, rgbim=colors, compat=appearance)
+        results.append(torch.from_numpy(np.array(crf.inference(params.iterations))).reshape(energy.shape))
+    return results
 
 
 def _check(image: Tensor, given: Tensor, num_labels: int | None) -> None:
     hard = given.dim() == 2
-    if image.dim() != 3 or given.dim() not in (2, 3) or given.shape[-2:] != image.shape[-2:]:
+    if given.shape[-2:] != image.shape[-2:] or image.dtype != torch.uint8:
         raise ValueError(
-            f"dense_crf needs an image (3, H, W) and labels (H, W) or scores (L, H, W) of its size, got "
-            f"{tuple(image.shape)} and {tuple(given.shape)}"
+            f"dense_crf needs a uint8 image (3, H, W) and labels (H, W) or scores (L, H, W) of its size, got "
+            f"{image.dtype} {tuple(image.shape)} and {tuple(given.shape)}"
         )
-    if image.dtype != torch.uint8:
-        raise ValueError(f"dense_crf needs the original uint8 colours, got an image of {image.dtype}")
     labels = (num_labels or 0) if hard else len(given)
     if labels < 2:
         raise ValueError(f"dense_crf chooses between at least 2 labels, got {labels}; pass num_labels with hard labels")

@@ -1,17 +1,13 @@
-"""The permutohedral lattice: a Gaussian filter over scattered points, in time that grows with the points alone.
+"""The permutohedral lattice: a Gaussian filter over scattered points, in time linear in their number.
 
-A dense CRF lets every pixel of an image hear every other, weighted by a Gaussian of how far apart they are in some
-feature space (position; or position and colour). Written out, that is N² pairs. The lattice gives nearly the same sums
-in three steps: *splat* each point onto the corners of the lattice cell around it, *blur* along each axis of the
-lattice, and *slice*: read the result off at the points, with the splat's own weights.
-
-The steps in this file: :func:`embed` finds each point's cell and its weights, :func:`vertex_keys` and
-:func:`number_vertices` give the touched vertices consecutive numbers, :func:`find_neighbors` links them,
-:func:`build_lattice` puts that together, and :func:`gaussian_filter` filters. All of it runs on any device of torch.
+In a dense CRF every pixel gets the sum over all other pixels, weighted by a Gaussian of their distance in a feature
+space (position, or position and colour): N² pairs. The lattice approximates the sums in three steps: *splat* each point
+onto the corners of the lattice cell around it, *blur* along each axis, and *slice*: read the result at the points, with
+the weights of the splat. It runs on any device of torch.
 
 Source: Adams, Baek and Davis, "Fast high-dimensional filtering using the permutohedral lattice", Eurographics 2010. The
-scaling of the axes, the missing neighbours and the rounding follow the implementation that comes with Kraehenbuehl and
-Koltun, "Efficient inference in fully connected CRFs", NIPS 2011, which pydensecrf wraps, so that both give one result.
+scaling of the axes, the missing neighbours and the rounding follow the implementation of Kraehenbuehl and Koltun,
+"Efficient inference in fully connected CRFs", NIPS 2011, which pydensecrf wraps, so that both give the same result.
 """
 
 from __future__ import annotations
@@ -26,29 +22,27 @@ from torch import Tensor
 from torch.nn import functional
 
 MOST_PER_BAG = 64
-"""Points that one thread of a GPU adds up. A few vertices gather thousands (a white sky), and all others would wait."""
+"""Points that one GPU thread sums. A few vertices gather thousands (a white sky), and the other threads would wait."""
 
 POINTS_AT_ONCE = 4
-"""The original embeds points by four and fills the last four up with points whose features are 0. Their vertices are
-empty but part of the lattice, and pass values on between their neighbours; without them dark images get other masks."""
+"""The original embeds points in fours and pads the last four with points whose features are 0. Their vertices are empty
+but pass values on between their neighbours; without them dark images get other masks."""
 
 SMALLEST_NORM = 1e-20
-"""Keeps the normalisation finite, as in the original."""
+"""Keeps the normalisation finite."""
 
 
 @dataclass(frozen=True)
 class Lattice:
-    """The touched part of the lattice for N points with d features each, ready to filter.
-
-    ``M`` vertices are touched. Vertex ``M`` stands for every neighbour that no point touches: its value is always 0.
+    """The M vertices that N points with d features touch. Vertex M is every neighbour that no point touches: always 0.
 
     Attributes:
         vertices: int32 (N, d+1), the corners of the cell around each point.
         slice_weights: float32 (N, d+1), each corner's share in the point.
-        points: int32 (E,), the points by the vertex that they touch; ``E = (d+1) * N``, N filled up
+        points: int32 (E,), the points by the vertex that they touch; ``E = (d+1) * N``, N padded
             (:data:`POINTS_AT_ONCE`).
-        splat_weights: float32 (E,), the share of each of ``points`` in its vertex; 0 for what fills up.
-        bags: the stretches of ``points`` to add up, see :func:`vertex_bags`.
+        splat_weights: float32 (E,), the share of each of ``points`` in its vertex; 0 for padding.
+        bags: the stretches of ``points`` to sum, see :func:`vertex_bags`.
         neighbors: int32 (d+1, M+1, 2), the two next vertices along each axis.
     """
 
@@ -61,11 +55,9 @@ class Lattice:
 
 
 def build_lattice(features: Tensor, most_per_bag: int | None = None) -> Lattice:
-    """Everything about the points that does not depend on the values to filter.
+    """Prepare the filter for points, float32 (d, N), each feature divided by its kernel's standard deviation.
 
-    Args:
-        features: float32 (d, N), each divided by its kernel's standard deviation.
-        most_per_bag: see :func:`vertex_bags`; by default :data:`MOST_PER_BAG` on a GPU and no limit on the CPU.
+    ``most_per_bag`` is by default :data:`MOST_PER_BAG` on a GPU, without limit on the CPU (:func:`vertex_bags`).
     """
     if most_per_bag is None and features.device.type != "cpu":
         most_per_bag = MOST_PER_BAG
@@ -73,9 +65,9 @@ def build_lattice(features: Tensor, most_per_bag: int | None = None) -> Lattice:
     if num_points % POINTS_AT_ONCE:
         features = torch.cat([features, features.new_zeros(num_features, 1)], dim=1)
     corner, rank, weights = embed(features)
-    weights[:, num_points:] = 0  # what fills up touches vertices, but has no value
+    weights[:, num_points:] = 0  # padding touches vertices, but has no value
     keys, steps = vertex_keys(corner, rank)
-    # A vertex's entries share its remainder, so they lie in one row: ordered by point, as the original adds them up.
+    # A vertex's entries have the same remainder, so they are in one row, ordered by point as in the original's sum.
     table, vertices, order, starts = number_vertices(keys)
     # Blurring with (1/2, 1, 1/2) along d+1 axes makes everything 1 + 2^-d times too large.
     lost = 1 / (1 + 2.0**-num_features)
@@ -90,15 +82,7 @@ def build_lattice(features: Tensor, most_per_bag: int | None = None) -> Lattice:
 
 
 def gaussian_filter(lattice: Lattice, values: Tensor) -> Tensor:
-    """Replace each point's values by the Gaussian-weighted sum of all points' values.
-
-    Args:
-        lattice: of the points.
-        values: float32 (N, C).
-
-    Returns:
-        float32 (N, C).
-    """
+    """Replace each point's values, float32 (N, C), by the Gaussian-weighted sum of all points' values."""
     of_vertices = functional.embedding_bag(
         lattice.points,
         values,
@@ -117,10 +101,9 @@ def gaussian_filter(lattice: Lattice, values: Tensor) -> Tensor:
 
 
 def normalize(lattice: Lattice) -> Lattice:
-    """Make the filter symmetric and its weights sum to about 1: K becomes D^(-1/2) K D^(-1/2), D the row sums of K.
+    """Make the filter symmetric with weights that sum to about 1: D^(-1/2) K D^(-1/2), where D holds K's row sums.
 
-    Returns:
-        The same lattice with both square roots inside its weights, so that filtering costs no more than before.
+    Both square roots are multiplied into the lattice's weights, so that filtering costs no more.
     """
     ones = torch.ones(len(lattice.vertices), 1, device=lattice.vertices.device)
     factor = (gaussian_filter(lattice, ones) + SMALLEST_NORM).rsqrt()  # (N, 1)
@@ -132,7 +115,7 @@ def normalize(lattice: Lattice) -> Lattice:
 
 
 def join(lattices: Sequence[Lattice]) -> Lattice:
-    """One lattice for the points of several, which do not see each other: a batch of images, of any sizes."""
+    """One lattice for the points of several, separate from each other: a batch of images of any sizes."""
     if len(lattices) == 1:
         return lattices[0]
     num_points = [len(lattice.vertices) for lattice in lattices]
@@ -161,16 +144,16 @@ def join(lattices: Sequence[Lattice]) -> Lattice:
 def embed(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Find the lattice cell around each point.
 
-    The lattice lies in the plane of d+1 coordinates that sum to 0. Its vertices have whole coordinates that all leave
-    the same remainder by d+1; a cell (a simplex) has one vertex of each remainder 0 to d.
+    The lattice is in the plane of d+1 coordinates that sum to 0. The coordinates of a vertex are integers with the same
+    remainder modulo d+1; a cell (a simplex) has one vertex of each remainder 0 to d.
 
     Args:
         features: float32 (d, N).
 
     Returns:
-        The cell's vertex of remainder 0, float32 (d+1, N) of whole numbers; the rank of each coordinate's distance to
-        it, int8 (d+1, N), 0 for the largest; and the weights of the cell's vertices by their remainder, float32
-        (d+1, N), barycentric: not negative, summing to 1.
+        The cell's vertex of remainder 0, float32 (d+1, N) of integers; the rank of each coordinate's distance to it,
+        int8 (d+1, N), 0 for the largest; and the barycentric weights of the cell's vertices by remainder, float32
+        (d+1, N), not negative, summing to 1.
 
     Source: Adams et al. 2010, sections 3 and 4.
     """
@@ -209,9 +192,9 @@ def embed(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def vertex_keys(corner: Tensor, rank: Tensor) -> tuple[Tensor, list[int]]:
-    """Name every vertex by one whole number, in which a step along an axis is an addition.
+    """Name every vertex by one integer, to which a step along an axis adds a constant.
 
-    The key is a weighted sum of the first d coordinates (the last one follows from them).
+    The key is a weighted sum of the first d coordinates, from which the last one follows.
 
     Args:
         corner: float32 (d+1, N), from :func:`embed`.
@@ -246,12 +229,12 @@ def vertex_keys(corner: Tensor, rank: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def _wrapped(number: int) -> int:
-    """As int64 arithmetic leaves it."""
+    """The number in int64 arithmetic."""
     return (number + 2**63) % 2**64 - 2**63
 
 
 def number_vertices(keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Give equal keys one number, and bring together what touches the same vertex.
+    """Number the vertices, and group the entries that touch the same one.
 
     Args:
         keys: int64 (d+1, N), from :func:`vertex_keys`; ``E = (d+1) * N`` entries, ``M`` different ones.
@@ -268,12 +251,12 @@ def number_vertices(keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _sort(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """``keys.sort(stable=True)`` of an int64 (E,): the keys in ascending order, and the place of each before."""
+    """``keys.sort(stable=True)`` of an int64 (E,)."""
     bits = len(keys).bit_length()
     if keys.device.type != "cpu" or int(keys.abs().max()).bit_length() + bits > 63:
         return keys.sort(stable=True)
-    # numpy sorts whole numbers four times as fast, by vector instructions, if nothing has to move along with them. So
-    # each one carries its place in its lowest bits; a whole CRF is faster by an eighth.
+    # numpy sorts plain integers four times as fast, by vector instructions. So each key carries its place in its lowest
+    # bits, which makes a whole CRF faster by an eighth.
     packed = (keys << bits) + torch.arange(len(keys))
     packed.numpy().sort()
     return packed >> bits, packed & (2**bits - 1)
@@ -282,8 +265,8 @@ def _sort(keys: Tensor) -> tuple[Tensor, Tensor]:
 def find_neighbors(table: Tensor, steps: Sequence[int]) -> Tensor:
     """Link each vertex with the next ones along every axis.
 
-    A neighbour that no point touches stays missing, as in the original implementation. To create it would be more
-    exact and makes the lattice an order of magnitude larger.
+    A neighbour that no point touches is missing, as in the original implementation. Creating it would be more exact
+    and make the lattice an order of magnitude larger.
 
     Args:
         table: int64 (M,), the vertices' keys, ascending, each once.
@@ -306,15 +289,14 @@ def find_neighbors(table: Tensor, steps: Sequence[int]) -> Tensor:
 
 
 def vertex_bags(starts: Tensor, most: int | None) -> tuple[Tensor, ...]:
-    """Where each vertex's stretch of points begins, in bags of limited size.
+    """Offsets for ``embedding_bag`` with ``include_last_offset``; the last bag, of the missing neighbours, is empty.
 
     Args:
-        starts: int32 (M+1,), the first point of each vertex, and the number of all.
-        most: points per bag; None: no limit, so one bag a vertex.
+        starts: int32 (M+1,), the first point of each vertex, and the number of all points.
+        most: points per bag; None: no limit, so one bag per vertex.
 
     Returns:
-        Offsets for ``embedding_bag`` with ``include_last_offset``, an empty bag at the end for the missing neighbours:
-        one tensor, or, where bags are split, one for the parts and one that adds up each vertex's parts.
+        One tensor, or, where bags are split, one for the parts and one that sums each vertex's parts.
     """
     whole = torch.cat([starts, starts[-1:]])
     if most is None:

@@ -1,11 +1,11 @@
 """Dense CRF inference in torch, on any device, for one image or a batch.
 
-Every pixel holds a probability per label. In each iteration it collects what all other pixels believe, weighted by two
-Gaussian kernels - *smoothness*, of position alone, and *appearance*, of position and colour - and moves towards it. The
-Potts model that is used here only rewards agreement, so the message of a label is that label's filtered probability.
+Every pixel has a probability per label. In each iteration it moves towards the mean of all other pixels, weighted by
+two Gaussian kernels: *smoothness*, of position, and *appearance*, of position and colour. The Potts model only rewards
+agreement, so the message of a label is that label's filtered probability.
 
 Source: Kraehenbuehl and Koltun, "Efficient inference in fully connected CRFs with Gaussian edge potentials", NIPS
-2011, algorithm 1. That it agrees with pydensecrf: ``tests/test_refinement.py`` and ``benchmarks/refinement.py``.
+2011, algorithm 1.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from smaflib.config import CrfConfig
 from smaflib.refinement.lattice import Lattice, build_lattice, gaussian_filter, join, normalize
 
 NO_LABEL = 1e4
-"""Energy of a channel that an image of a batch does not have: its probability is 0."""
+"""Energy of channels that pad an image of a batch; their probability is 0."""
 
 KEPT_PIXELS = 2**18
-"""Up to this size of an image, about 512 x 512, its lattice of positions is kept: 13 MB, for the last four sizes."""
+"""Lattices of positions are cached up to this image size, about 512 x 512: 13 MB each, for the last four sizes."""
 
 
 def mean_field(
@@ -49,7 +49,7 @@ def mean_field(
     logits, shares = _padded(energies, counts)  # (C, N) each, N the pixels of all images
     probabilities = torch.softmax(logits, dim=0)
     for _ in range(params.iterations):
-        # (N, C): a pixel's values lie together where the lattice gathers them; (C, N) is how softmax is fast.
+        # The lattice gathers a pixel's values faster from (N, C); softmax is faster on (C, N).
         values = probabilities.T.contiguous()
         message = torch.zeros_like(values)
         for compatibility, lattice in kernels:
@@ -60,9 +60,9 @@ def mean_field(
 
 
 def smoothness_kernel(image: Tensor, params: CrfConfig) -> Lattice:
-    """The lattice of pixel positions; the same for all images (3, H, W) of a size."""
+    """The lattice of pixel positions, the same for all images (3, H, W) of a size."""
     height, width = image.shape[-2:]
-    # Not on a GPU: its memory would stay occupied, and a batch builds each size once.
+    # Not on a GPU, whose memory would stay occupied; a batch builds each size once.
     keep = image.device.type == "cpu" and height * width <= KEPT_PIXELS
     build = _smoothness_kernel if keep else _smoothness_kernel.__wrapped__
     return build(height, width, params.gaussian_sxy, image.device)
@@ -93,13 +93,7 @@ def positions(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def kernels_seen_from(image: Tensor, row: int, column: int, params: CrfConfig) -> tuple[Tensor, Tensor]:
-    """How much each kernel lets one pixel hear of all others: exact, so without the lattice; for pictures and tests.
-
-    Args:
-        image: uint8 (3, H, W).
-        row: of the pixel.
-        column: of the pixel.
-        params: the kernels' reach.
+    """The weights of all pixels of an image (3, H, W) for one of them, exact, for figures and tests.
 
     Returns:
         Smoothness and appearance kernel, float32 (H, W) in [0, 1] each; 1 at the pixel itself.
@@ -115,10 +109,7 @@ def kernels_seen_from(image: Tensor, row: int, column: int, params: CrfConfig) -
 
 
 def _padded(energies: Sequence[Tensor], counts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Log probabilities (C, N), and the share of a message that a channel hears, broadcastable to it.
-
-    Images of a batch that have fewer channels get some that are never chosen.
-    """
+    """Log probabilities (C, N), padded to the same C, and the weight of a message in each channel, which broadcasts."""
     most = max(len(energy) for energy in energies)
     logits, shares = [], []
     for energy, count in zip(energies, counts, strict=True):

@@ -1,4 +1,4 @@
-"""The unary energies of a dense CRF: how probable each label is at a pixel by itself, without the other pixels."""
+"""Unary energies of a dense CRF: the probability of each label at a pixel, regardless of the other pixels."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SMALLEST_PROBABILITY = 1e-5
 class Unary:
     """Unary energies of all pixels, by channel.
 
-    A channel stands for one label, or for all labels of which an image shows nothing: nothing tells those apart, so
-    they share one probability, and mean field on their sum is exact once the sum's energy and compatibility allow for
-    how many they are. Of VOC's 21 labels an image usually holds two or three.
+    A channel is one label, or all labels that are absent from the image. Absent labels have equal probabilities, so
+    mean field on their sum is exact if its energy and compatibility account for their number. Of VOC's 21 labels an
+    image usually has two or three.
 
     Attributes:
         energies: float32 (C, H, W), negative log probabilities of the channels, up to a constant per pixel.
-        labels: (C,) ascending; the label of each channel, of a merged one its lowest.
-        counts: float32 (C,), how many labels each channel stands for.
+        labels: (C,) ascending; the label of each channel, in a merged channel the lowest.
+        counts: float32 (C,), number of labels in each channel.
     """
 
     energies: Tensor
@@ -39,14 +39,11 @@ class Unary:
 
 
 def hard_unary(labels: Tensor, num_labels: int, params: CrfConfig) -> Unary:
-    """A pixel's label has ``gt_prob``; the other labels share the rest.
+    """A pixel's label, integer (H, W) in [0, num_labels), has ``gt_prob``; the other labels share the rest.
 
-    Args:
-        labels: integer (H, W) in [0, num_labels).
-        num_labels: how many there are; with ``params.labels == "present"`` only background and those that occur count.
-        params: gives ``gt_prob`` and ``labels``.
+    With ``params.labels == "present"`` only background and the labels that occur are eligible.
     """
-    # A bincount is many times as fast as unique(), which sorts the pixels.
+    # bincount is many times faster than unique(), which sorts the pixels.
     occurs = torch.bincount(labels.flatten().long(), minlength=num_labels) > 0
     occurs[0] |= params.labels == "present"
     present = occurs.nonzero()[:, 0]
@@ -61,9 +58,8 @@ def hard_unary(labels: Tensor, num_labels: int, params: CrfConfig) -> Unary:
 def soft_unary(scores: Tensor, params: CrfConfig) -> Unary:
     """Every label in proportion to its score, raised to ``params.sharpness``.
 
-    Args:
-        scores: float (L, H, W), not negative. They need not sum to 1: mean field sees nothing but their ratios.
-        params: gives ``sharpness`` and ``labels``: whether labels without any score in the image stay eligible.
+    Scores, float (L, H, W), are not negative and need not sum to 1, since only their ratios count. With
+    ``params.labels == "present"`` only background and labels with a score in the image are eligible.
     """
     occurs = scores.flatten(1).amax(dim=1) > SMALLEST_PROBABILITY
     occurs[0] |= params.labels == "present"
@@ -74,7 +70,7 @@ def soft_unary(scores: Tensor, params: CrfConfig) -> Unary:
 
 
 def _with_absent(energies: Tensor, present: Tensor, occurs: Tensor, total: int, energy: float) -> Unary:
-    """Add one channel for the labels that do not occur, all of which have ``energy`` everywhere."""
+    """Add one channel for the absent labels, which all have ``energy`` everywhere."""
     counts = torch.ones(len(present), device=energies.device)
     num_absent = total - len(present)
     if not num_absent:
