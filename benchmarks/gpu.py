@@ -132,7 +132,7 @@ def measure_splits(backbone: str, runtime: Runtime, cases: list[Any], num: int) 
         for name, case in zip(names, itertools.cycle(cases), strict=False):
             write_file(str(Path(folder, f"{name}.jpg")), encode_jpeg(case[0]))
 
-        def read(files: SampleFiles, num_classes: int, load_masks: bool) -> Sample:
+        def read(files: SampleFiles, num_classes: int) -> Sample:
             return Sample(files.image_id, decode_jpeg(read_file(str(files.image))), torch.ones(num_classes))
 
         listed = tuple(SampleFiles(name, Path(folder, f"{name}.jpg"), (0,)) for name in names)

@@ -71,6 +71,8 @@ def train_classifier(
     if settings.solve_head is not None:
         return network, solve_head(network, samples, settings.solve_head, attention, runtime, checkpoint)
     seed = derive_seed(runtime.seed, "classifier")
+    if eps:
+        samples = samples.with_saliency()
     batches = Batches(samples, settings, seed, crop_saliency if eps else None, num_workers)
     if model.freeze_backbone and not (checkpoint and checkpoint.is_file()):
         standardize_features(network, batches, runtime)

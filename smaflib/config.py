@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 from pydantic_core import ErrorDetails
 
 from smaflib.errors import ConfigError
@@ -43,6 +43,15 @@ ColorJitter = tuple[Jitter, Jitter, Jitter, Annotated[float, Field(ge=0, le=0.5)
 """Brightness, contrast, saturation, hue."""
 # Commands and their kernels run in different folders, so relative paths start at the checkout.
 ProjectPath = Annotated[Path, AfterValidator(lambda path: PROJECT_ROOT / path)]
+
+
+def _in_data_set(path: Path, info: ValidationInfo) -> Path:
+    """A path relative to data.root if it exists there, else to the checkout."""
+    root = info.data.get("root")
+    return root / path if root and (root / path).exists() else PROJECT_ROOT / path
+
+
+DataPath = Annotated[Path, AfterValidator(_in_data_set)]
 
 
 def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
@@ -97,7 +106,8 @@ class DataConfig(StageConfig):
     # None for the run folder
     root: ProjectPath | None = None
     images: ProjectPath | None = None  # folder: the folder of images
-    labels: ProjectPath | None = None  # CSV with the columns image,labels (labels joined by ;)
+    # labels, saliency and masks may be relative to root
+    labels: DataPath | None = None  # CSV with the columns image,labels (labels joined by ;)
     # auto: VOC's Annotations if present, else labels.csv in data.root; masks: breaks the image-level setting, which the
     # run reports
     label_source: Literal["auto", "csv", "xml", "masks"] = "xml"
@@ -105,10 +115,8 @@ class DataConfig(StageConfig):
     # voc: ImageSets/Segmentation/<name>.txt, or the path of a .txt list; coco: train2014
     train_split: str = "train"
     val_split: str = "val"
-    saliency: ProjectPath | None = None  # folder of grey PNGs named like the images; required by EPS
-    masks: ProjectPath | None = (
-        None  # palette PNGs for evaluation; None: SegmentationClass (voc), no evaluation (folder)
-    )
+    saliency: DataPath | None = None  # folder of grey PNGs named like the images; required by EPS
+    masks: DataPath | None = None  # palette PNGs for evaluation; None: SegmentationClass (voc), none (folder)
     max_images: Positive | None = None  # use only the first images of each split
     cache: bool = False  # keep decoded images in memory
     num_workers: Processes = 0  # loader processes

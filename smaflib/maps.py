@@ -226,7 +226,7 @@ class SaliencyMaps(Sequence[Tensor]):
     """The saliency maps of a split that has them, float32 (H, W) in [0, 1] each, read when asked for."""
 
     def __init__(self, samples: Samples) -> None:
-        self.samples = samples
+        self.samples = samples.with_saliency()
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -4,8 +4,8 @@ A built-in name comes first, then an entry point of an installed package, then `
 looked for as Python does, and then in the folders of :data:`FOLDERS`: where the command was called, beside the config
 file, and the checkout. What each kind must do stands beside the code that calls it: :class:`smaflib.cams.Fusion`,
 :class:`smaflib.models.sources.Source`, :class:`smaflib.models.backbones.BackboneMaker`,
-:class:`smaflib.data.own.Loader`, :class:`smaflib.refinement.own.Refinement`. :mod:`smaflib.trials` tries each on a tiny
-input before a run starts.
+:func:`smaflib.data.load_samples`, :class:`smaflib.refinement.own.Refinement`. :mod:`smaflib.trials` tries each on a
+tiny input before a run starts.
 
 Reading a config imports nothing of it: only a command that computes does.
 """

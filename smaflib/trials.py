@@ -13,7 +13,7 @@ from torch import Tensor
 
 from smaflib.cams import fuse_cams, source_of
 from smaflib.config import AttentionConfig, Config, DataConfig, ModelConfig
-from smaflib.data.own import load_own
+from smaflib.data import load_custom_data
 from smaflib.errors import PluginError
 from smaflib.models.networks import AttentionNetwork
 from smaflib.plugins import BACKBONE, DATA, FUSION, REFINEMENT, SOURCE, calling, checked_maps, load
@@ -100,7 +100,7 @@ def _try_source(model: ModelConfig, name: str) -> None:
 def _try_data(data: DataConfig) -> None:
     """Both splits, and the first image of each with its mask where there is one."""
     names = {}
-    for samples in (load_own(data, "train"), load_own(data, "val")):
+    for samples in (load_custom_data(data, "train"), load_custom_data(data, "val")):
         names[samples.split] = samples.class_names
         first = samples[:1]
         for sample in first.with_masks() if first.has_ground_truth else first:

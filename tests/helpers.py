@@ -71,7 +71,7 @@ def make_samples(
 ) -> Samples:
     """Grey noise with one rectangle of pure colour per image: class ``i % 3`` in image ``i``."""
 
-    def read(files: SampleFiles, num_classes: int, load_masks: bool) -> Sample:
+    def read(files: SampleFiles, num_classes: int) -> Sample:
         index = int(files.image_id.removeprefix("image"))
         height, width = size
         image = torch.randint(90, 120, (3, height, width), dtype=torch.uint8, generator=generator(index))
@@ -85,7 +85,7 @@ def make_samples(
             mask[window] = number + 1
             image_label[number] = 1
         grey = (mask > 0).float() if files.saliency else None
-        return Sample(files.image_id, image, image_label, grey, mask if load_masks else None)
+        return Sample(files.image_id, image, image_label, grey, mask if files.mask else None)
 
     files = tuple(
         SampleFiles(

@@ -65,23 +65,22 @@ def test_grey_and_foreign_palette_masks_give_class_numbers(tmp_path: Path) -> No
     assert read_mask(tmp_path / "grey.png").tolist() == read_mask(tmp_path / "palette.png").tolist() == [[0, 3, 255]]
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "1", "I;16"])
-def test_mask_without_class_numbers_is_refused_with_the_cure(tmp_path: Path, mode: str) -> None:
-    Image.new(mode, (4, 4)).save(tmp_path / "cat.png")
-    with pytest.raises(DataError, match=rf"cat\.png is a picture of mode {mode}.*convert the mask to an 8-bit palette"):
+@pytest.mark.parametrize(
+    ("mode", "kind", "words"),
+    [
+        ("RGB", "PNG", "mode RGB; a mask is an 8-bit palette or grey PNG"),
+        ("LA", "PNG", "mode LA"),
+        ("I;16", "PNG", "mode I;16"),
+        ("RGB", "EPS", "cannot be decoded"),  # Pillow would start Ghostscript
+        ("RGB", "TIFF", "cannot be decoded"),
+        (None, None, "cannot be opened: No such file"),
+    ],
+)
+def test_file_that_is_no_mask_is_named(tmp_path: Path, mode: str, kind: str, words: str) -> None:
+    if mode:
+        Image.new(mode, (4, 4)).save(tmp_path / "cat.png", kind)
+    with pytest.raises(DataError, match=rf"cat\.png .*{words}"):
         read_mask(tmp_path / "cat.png")
-
-
-def test_missing_mask_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"there is no file .*cat\.png"):
-        read_mask(tmp_path / "cat.png")
-
-
-@pytest.mark.parametrize("kind", ["EPS", "BMP", "TIFF", "GIF", "PPM"])
-def test_formats_that_nobody_keeps_masks_in_are_not_opened(tmp_path: Path, kind: str) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", kind)
-    with pytest.raises(DataError, match=r"a\.png cannot be decoded"):
-        read_mask(tmp_path / "a.png")
 
 
 def test_picture_that_asks_for_gigabytes_is_refused_by_its_header(tmp_path: Path) -> None:
@@ -97,16 +96,16 @@ def test_mask_values_are_those_that_occur() -> None:
 
 def test_value_beyond_the_classes_is_named_with_their_count() -> None:
     check_mask_values(torch.tensor([[0, 1, 2, 255]], dtype=torch.uint8), 2, Path("cat.png"))
-    with pytest.raises(DataError, match=r"cat\.png holds the value 7, but there are 2 classes"):
+    with pytest.raises(DataError, match=r"cat\.png holds the value 7; with 2 classes"):
         check_mask_values(torch.tensor([[0, 7, 255]], dtype=torch.uint8), 2, Path("cat.png"))
 
 
 @pytest.mark.parametrize(
     ("mask", "name", "words"),
     [
-        (np.zeros((1, 4, 4), np.uint8), "a.png", r"must be \(H, W\).*got \(1, 4, 4\)"),
-        (np.zeros((0, 4), np.uint8), "a.png", "at least one pixel"),
-        (np.zeros((4, 4), np.float32), "a.png", "whole numbers, got float32"),
+        (np.zeros((1, 4, 4), np.uint8), "a.png", r"integers \(H, W\), got uint8 \(1, 4, 4\)"),
+        (np.zeros((0, 4), np.uint8), "a.png", r"got uint8 \(0, 4\)"),
+        (np.zeros((4, 4), np.float32), "a.png", "got float32"),
         (np.array([[0, 256]]), "a.png", "0 to 255, got 0 to 256"),
         (np.array([[-1, 0]]), "a.png", "0 to 255, got -1 to 0"),
         (np.zeros((4, 4), np.uint8), "a.jpg", r"saved as \.png.*got a\.jpg"),

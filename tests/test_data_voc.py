@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image
 from smaflib.config import Config
 from smaflib.data import Samples, load_samples
 from smaflib.data.classes import VOC_CLASSES
-from smaflib.data.masks import mask_values, save_mask
+from smaflib.data.masks import save_mask
 from smaflib.data.voc import read_image, read_saliency
 from smaflib.errors import DataError
 
@@ -79,7 +78,7 @@ def test_lists_of_paths_are_lists_of_names(root: Path) -> None:
 
 
 def test_sample_has_the_documented_shapes_and_ranges(root: Path) -> None:
-    sample = load(root, saliency="Saliency").with_masks()[1]
+    sample = load(root, saliency="Saliency").with_masks().with_saliency()[1]
     assert sample.image_id == "b"
     assert sample.image.shape == (3, HEIGHT, WIDTH) and sample.image.dtype == torch.uint8
     assert sample.image_label.tolist() == [0, 1, 1] and sample.image_label.dtype == torch.float32
@@ -124,20 +123,12 @@ def test_no_mask_is_opened_unless_the_ground_truth_is_asked_for(root: Path) -> N
         samples.with_masks()[0]
 
 
-def test_missing_masks_mean_that_there_is_no_ground_truth(root: Path) -> None:
-    (root / "SegmentationClass/b.png").unlink()
-    samples = load(root)
-    assert not samples.has_ground_truth
-    with pytest.raises(DataError, match="no mask for b"):
-        samples.with_masks()
-
-
 def test_masks_folder_can_be_chosen(root: Path) -> None:
     (root / "SegmentationClass").rename(root / "SegmentationClassAug")
     assert load(root, masks="SegmentationClassAug").has_ground_truth
     assert load(root, masks=root / "SegmentationClassAug").has_ground_truth
     assert not load(root).has_ground_truth
-    with pytest.raises(DataError, match=r"there is no folder .*Other; set data\.masks"):
+    with pytest.raises(DataError, match=r"there is no folder .*Other; correct data\.masks"):
         load(root, masks="Other")
 
 
@@ -164,113 +155,102 @@ def test_orientation_flag_does_not_turn_voc_images(root: Path) -> None:
     assert load(root).with_masks()[0].image.shape == (3, HEIGHT, WIDTH)
 
 
-# Structure: checked for the whole split before anything is decoded.
-
-
-def test_missing_root_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"there is no folder .*JPEGImages; set data\.root"):
-        load(tmp_path)
-
-
-def test_missing_split_list_names_the_ones_that_exist(root: Path) -> None:
-    with pytest.raises(DataError, match=r"no split list .*train_aug\.txt; set data\.train_split .* train, val"):
-        load(root, train_split="train_aug")
-
-
-def test_empty_split_list_is_an_error(root: Path) -> None:
-    (root / "ImageSets/Segmentation/train.txt").write_text("\n \n")
-    with pytest.raises(DataError, match=r"the split list .*train\.txt is empty"):
-        load(root)
-
-
-def test_image_listed_twice_is_an_error_with_both_lines(root: Path) -> None:
-    (root / "ImageSets/Segmentation/train.txt").write_text("a\nb\na\n")
-    with pytest.raises(DataError, match=r"train\.txt, line 3: a is listed twice, before on line 1"):
-        load(root)
-
-
-def test_listed_image_that_is_missing_is_named(root: Path) -> None:
-    (root / "ImageSets/Segmentation/train.txt").write_text("a\nbb\n")
-    with pytest.raises(
-        DataError, match=r"train\.txt, line 2: there is no image bb\.jpg .*JPEGImages \(did you mean 'b'"
-    ):
-        load(root)
-
-
-def test_missing_annotation_says_how_to_use_a_csv(root: Path) -> None:
-    (root / "Annotations/b.xml").unlink()
-    with pytest.raises(DataError, match=r"no annotation .*b\.xml; add it, or set data\.label_source=csv"):
-        load(root)
-
-
-@pytest.mark.parametrize("text", ["<annotation><object>", "", '<?xml version="1.0" encoding="klingon"?><a/>'])
-def test_malformed_annotation_is_named(root: Path, text: str) -> None:
-    (root / "Annotations/b.xml").write_text(text)
-    with pytest.raises(DataError, match=r"b\.xml is no readable XML"):
-        load(root)
-
-
-@pytest.mark.parametrize(("names", "found"), [((), "no object at all"), (("horse", "cow"), "only cow, horse")])
-def test_annotation_without_a_known_class_is_an_error(root: Path, names: tuple[str, ...], found: str) -> None:
-    (root / "Annotations/c.xml").write_text(annotation(*names))
-    with pytest.raises(DataError, match=rf"c\.xml: an image without a label, {found}"):
-        load(root)
-
-
-def test_image_that_the_csv_leaves_out_is_an_error(root: Path) -> None:
-    (root / "labels.csv").write_text("image,labels\na,cat\nb,dog\n")
-    with pytest.raises(DataError, match=r"labels\.csv: there is no line for c, an image without a label"):
-        load(root, label_source="csv", labels="labels.csv")
-
-
-def test_unknown_class_in_the_csv_is_an_error_even_outside_the_split(root: Path) -> None:
-    (root / "labels.csv").write_text("image,labels\na,cat\nb,dog\nc,sofa\nd,soffa\n")
-    with pytest.raises(DataError, match=r"labels\.csv, line 5: there is no class 'soffa' \(did you mean 'sofa'\?\)"):
-        load(root, label_source="csv", labels="labels.csv")
-
-
-def test_labels_from_masks_need_masks(root: Path) -> None:
-    (root / "SegmentationClass/b.png").unlink()
-    with pytest.raises(DataError, match=r"label_source is 'masks', but there is no mask b\.png in .*SegmentationClass"):
-        load(root, label_source="masks")
-    (root / "SegmentationClass").rename(root / "elsewhere")
-    with pytest.raises(DataError, match=r"there is no mask a\.png"):
-        load(root, label_source="masks")
-
-
-def test_labels_from_an_empty_mask_are_an_error(root: Path) -> None:
-    save_mask(root / "SegmentationClass/c.png", np.zeros((HEIGHT, WIDTH), np.uint8))
-    with pytest.raises(DataError, match=r"c\.png is all background: an image without a label"):
-        load(root, label_source="masks")
+def test_saliency_maps_are_opened_only_on_request(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    open_image = Image.open
+    monkeypatch.setattr(
+        Image, "open", lambda file, **given: opened.append(file.parent.name) or open_image(file, **given)
+    )
+    samples = load(root, saliency="Saliency")
+    assert [sample.saliency for sample in samples] == [None] * 3 and opened == ["JPEGImages"] * 3
+    opened.clear()
+    assert all(sample.saliency is not None for sample in samples.with_saliency())
+    assert opened == ["JPEGImages", "Saliency"] * 3
 
 
 def test_saliency_must_be_there_for_training_images_only(root: Path) -> None:
     (root / "Saliency/d.png").unlink()
-    assert load_samples(config(root, saliency="Saliency"), "val")[0].saliency is None
+    assert load_samples(config(root, saliency="Saliency"), "val").with_saliency()[0].saliency is None
     (root / "Saliency/b.png").unlink()
-    with pytest.raises(DataError, match=r"no saliency map b\.png .* classifier\.pretraining=plain"):
+    with pytest.raises(DataError, match=r"no saliency map in .*Saliency for b \(1 of 3 missing\)"):
         load(root, saliency="Saliency")
-    with pytest.raises(DataError, match=r"there is no folder Nowhere; set data\.saliency"):
-        load(root, saliency="Nowhere")
 
 
-# Decoding: errors come when the sample is read.
+def save(root: Path, path: str, content: object) -> None:
+    """A file of text, bytes, a mask (array) or a picture; None deletes it."""
+    file = root / path
+    if content is None:
+        file.rename(root / "gone")
+    elif isinstance(content, np.ndarray):
+        save_mask(file, content)
+    elif isinstance(content, Image.Image):
+        content.save(file)
+    else:
+        file.write_bytes(content if isinstance(content, bytes) else str(content).encode())
 
 
-def test_truncated_image_is_found_when_it_is_read(root: Path) -> None:
+LISTS, CSV = "ImageSets/Segmentation/train.txt", {"label_source": "csv", "labels": "labels.csv"}
+STRUCTURE: list[tuple[str, object, dict[str, Any], str]] = [
+    ("JPEGImages", None, {}, r"there is no folder .*JPEGImages; set data\.root"),
+    (LISTS, None, {}, r"no split list .*train\.txt; data\.train_split and data\.val_split can be: val"),
+    (LISTS, "\n \n", {}, r"the split list .*train\.txt is empty"),
+    (LISTS, "a\nb\na\n", {}, r"train\.txt names a 2 times"),
+    (LISTS, "a\nbb\n", {}, r"no image in .*JPEGImages for bb \(did you mean 'b'\?\) \(1 of 2 missing\); .*train\.txt"),
+    ("Annotations/b.xml", None, {}, r"no annotation .*b\.xml; add it, or set data\.label_source=csv"),
+    ("Annotations/b.xml", "<annotation><object>", {}, r"b\.xml cannot be read as XML"),
+    ("Annotations/b.xml", '<?xml version="1.0" encoding="klingon"?><a/>', {}, r"b\.xml cannot be read as XML"),
+    ("Annotations/c.xml", annotation(), {}, r"c\.xml has no object; add its class"),
+    ("Annotations/c.xml", annotation("horse", "cow"), {}, r"c\.xml has only cow, horse; add its class"),
+    ("labels.csv", "image,labels\na,cat\nb,dog\n", CSV, r"labels\.csv: there is no line for c; add c,<labels>"),
+    ("labels.csv", "image,labels\nd,soffa\n", CSV, r"labels\.csv, line 2: there is no class 'soffa' \(did you"),
+    ("SegmentationClass/b.png", None, {"label_source": "masks"}, r"no mask in .*SegmentationClass for b "),
+    ("SegmentationClass", None, {"label_source": "masks"}, r"no mask in .*SegmentationClass for a, b, c "),
+    ("SegmentationClass/c.png", np.zeros((8, 12), np.uint8), {"label_source": "masks"}, r"c\.png is all background"),
+    ("SegmentationClass/c.png", np.full((8, 12), 4), {"label_source": "masks"}, r"c\.png holds the value 4; with 3 cl"),
+    ("Saliency", None, {"saliency": "Saliency"}, r"there is no folder .*Saliency; correct data\.saliency"),
+]
+
+
+@pytest.mark.parametrize(("path", "content", "settings", "words"), STRUCTURE)
+def test_structure_is_checked_before_anything_is_decoded(
+    root: Path, path: str, content: object, settings: dict[str, Any], words: str
+) -> None:
+    save(root, path, content)
+    with pytest.raises(DataError, match=words):
+        load(root, **settings)
+
+
+SMALL = Image.new("L", (6, 5))
+FILES: list[tuple[str, object, str]] = [
+    ("JPEGImages/a.jpg", None, r"a\.jpg cannot be opened: No such file"),
+    ("JPEGImages/a.jpg", b"", r"a\.jpg cannot be decoded"),
+    ("JPEGImages/a.jpg", b"\xff\xd8\xff\xe0", r"a\.jpg cannot be decoded"),
+    ("SegmentationClass/a.png", SMALL, r"the mask .*a\.png is 6 x 5 pixels, but its image .*a\.jpg is 12 x 8"),
+    ("SegmentationClass/a.png", np.full((8, 12), 4), r"a\.png holds the value 4; with 3 classes"),
+    ("SegmentationClass/a.png", b"not a picture", r"SegmentationClass.a\.png cannot be decoded"),
+    ("Saliency/a.png", SMALL, r"the saliency map .*a\.png is 6 x 5 pixels, but its image .*a\.jpg is 12 x 8"),
+    ("Saliency/a.png", Image.new("RGB", (12, 8), (9, 9, 8)), r"a\.png is no saliency map \(mode RGB\); save it as an"),
+    ("Saliency/a.png", Image.new("I;16", (12, 8)), r"a\.png is no saliency map \(mode I;16\)"),
+]
+
+
+@pytest.mark.parametrize(("path", "content", "words"), FILES)
+def test_damaged_file_is_named_when_its_sample_is_read(root: Path, path: str, content: object, words: str) -> None:
+    samples = load(root, saliency="Saliency")
+    save(root, path, content)
+    assert samples[1].image_id == "b"
+    with pytest.raises(DataError, match=words):
+        samples.with_masks().with_saliency()[0]
+
+
+def test_truncated_and_deep_images_are_refused(root: Path) -> None:
     path = root / "JPEGImages/b.jpg"
     path.write_bytes(path.read_bytes()[:-100])
-    samples = load(root)
-    assert samples[0].image_id == "a"
-    with pytest.raises(DataError, match=r"b\.jpg cannot be decoded: .*truncated.*fetch or save it again"):
-        samples[1]
-
-
-@pytest.mark.parametrize("content", [b"", b"hello", b"\xff\xd8\xff\xe0"])
-def test_file_that_is_no_picture_is_named(root: Path, content: bytes) -> None:
-    (root / "JPEGImages/a.jpg").write_bytes(content)
-    with pytest.raises(DataError, match=r"a\.jpg cannot be decoded"):
-        load(root)[0]
+    with pytest.raises(DataError, match=r"b\.jpg cannot be decoded \(.*runcated.*\): it is damaged or no image"):
+        load(root)[1]
+    Image.new("I;16", (4, 4)).save(root / "deep.png")
+    with pytest.raises(DataError, match=r"deep\.png is an image of mode I;16; save it as 8-bit RGB"):
+        read_image(root / "deep.png")
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of odd metadata in pictures that it can decode
@@ -290,44 +270,9 @@ def test_damaged_pictures_raise_nothing_but_data_errors(tmp_path: Path, ending: 
             assert path.name in str(error)
 
 
-def test_image_with_16_bits_is_refused(tmp_path: Path) -> None:
-    Image.new("I;16", (4, 4)).save(tmp_path / "deep.png")
-    with pytest.raises(DataError, match=r"deep\.png is a picture of mode I;16.*save it as 8-bit RGB"):
-        read_image(tmp_path / "deep.png")
-
-
-def test_mask_of_another_size_is_an_error_with_both_sizes(root: Path) -> None:
-    save_mask(root / "SegmentationClass/a.png", np.zeros((5, 6), np.uint8))
-    samples = load(root)
-    assert samples[0].image.shape == (3, HEIGHT, WIDTH)
-    with pytest.raises(DataError, match=r"the mask .*a\.png is 6 x 5 pixels, but its image .*a\.jpg is 12 x 8"):
-        samples.with_masks()[0]
-
-
-def test_saliency_of_another_size_is_an_error_with_both_sizes(root: Path) -> None:
-    Image.new("L", (6, 5)).save(root / "Saliency/a.png")
-    with pytest.raises(DataError, match=r"the saliency map .*a\.png is 6 x 5 pixels, but its image .*a\.jpg is 12 x 8"):
-        load(root, saliency="Saliency")[0]
-
-
-def test_mask_value_beyond_the_classes_is_an_error(root: Path) -> None:
-    save_mask(root / "SegmentationClass/a.png", np.full((HEIGHT, WIDTH), 4, np.uint8))
-    with pytest.raises(DataError, match=r"a\.png holds the value 4, but there are 3 classes"):
-        load(root).with_masks()[0]
-    with pytest.raises(DataError, match="holds the value 4"):
-        load(root, label_source="masks")
-
-
-def test_grey_saliency_may_be_stored_as_colour_but_must_be_grey(tmp_path: Path) -> None:
-    path = tmp_path / "map.png"
-    Image.new("RGB", (3, 2), (51, 51, 51)).save(path)
-    assert read_saliency(path).unique().tolist() == pytest.approx([0.2])
-    Image.new("RGB", (3, 2), (51, 51, 52)).save(path)
-    with pytest.raises(DataError, match=r"map\.png is a saliency map in colour; save it as a grey PNG"):
-        read_saliency(path)
-    Image.new("I;16", (3, 2)).save(path)
-    with pytest.raises(DataError, match=r"mode I;16; save it as an 8-bit grey PNG"):
-        read_saliency(path)
+def test_grey_saliency_may_be_stored_as_colour(tmp_path: Path) -> None:
+    Image.new("RGB", (3, 2), (51, 51, 51)).save(tmp_path / "map.png")
+    assert read_saliency(tmp_path / "map.png").unique().tolist() == pytest.approx([0.2])
 
 
 # The mini set is read by the same loader.
@@ -348,30 +293,13 @@ def test_mini_lies_in_the_run_folder_with_labels_and_saliency(mini_root: Path) -
     assert samples.image_labels.tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 1]]
     assert samples.has_ground_truth and samples.has_saliency
     (mini_root / "Annotations").rename(mini_root / "unused")
-    elsewhere = settings.model_copy(update={"data": replace_data(settings, root=mini_root)})
+    elsewhere = Config.model_validate({"data": {"kind": "mini", "root": mini_root}})
     assert load_samples(elsewhere, "val").image_ids == ["d"]
-
-
-def replace_data(settings: Config, **data: Any) -> Any:
-    return settings.data.model_copy(update=data)
 
 
 def test_missing_mini_set_says_what_makes_it(tmp_path: Path) -> None:
     settings = Config.model_validate({"data": {"kind": "mini"}})
-    with pytest.raises(DataError, match="no mini data set in .*data; notebook 01 makes it, as does `smaf run CONFIG"):
+    with pytest.raises(DataError, match="no mini data set in .*data; notebook 01 or `smaf run CONFIG"):
         load_samples(settings, "train", tmp_path)
     with pytest.raises(DataError, match=re.escape("give run_folder, or set data.root")):
         load_samples(settings, "train")
-
-
-@pytest.mark.skipif("SMAF_PHOTOS" not in os.environ, reason="SMAF_PHOTOS names no folder of real photos in VOC layout")
-def test_real_photos_load_in_voc_layout() -> None:
-    photos = Path(os.environ["SMAF_PHOTOS"])
-    settings = config(photos, class_names=(), label_source="csv", labels="labels.csv")
-    splits = [load_samples(settings, "train"), load_samples(settings, "val")]
-    assert [len(samples) for samples in splits] == [30, 10]
-    for sample in (sample for samples in splits for sample in samples.with_masks()):
-        assert sample.image.dtype == torch.uint8 and sample.mask is not None
-        assert sample.mask.shape == sample.image.shape[1:]
-        shown = sorted(set(mask_values(sample.mask)) - {0, 255})
-        assert shown == (sample.image_label.nonzero().flatten() + 1).tolist()

@@ -23,7 +23,6 @@ from smaflib.apps.masks import make_masks
 from smaflib.apps.sweep import sweep
 from smaflib.cams import fuse_cams
 from smaflib.config import PseudoMaskConfig, check_settings, load_config
-from smaflib.data.own import load_own
 from smaflib.errors import ConfigError, PluginError
 from smaflib.files import PARTIAL, PROJECT_ROOT
 from smaflib.models.backbones import build_backbone
@@ -208,61 +207,6 @@ def test_weights_and_options_of_own_backbones(tmp_path: Path, own: Callable[[str
         check_networks(tiny_config(model={"backbone": name}, segmentation={"skip_channels": 4}))
 
 
-DATA_CODE = """
-def read(files, num_classes, load_masks):
-    image, label = torch.zeros(3, 4, 5, dtype=torch.uint8), torch.zeros(num_classes)
-    label[list(files.labels)] = 1
-    mask = torch.zeros(4, 5, dtype=torch.uint8) if load_masks else None
-    return Sample(files.image_id, image, label, None, mask)
-def load(data, split):
-    files = [SampleFiles(f"{split}{i}", data.root, (i % 2,), None, data.root) for i in range(4)]
-    names = ("a", "b")
-    {changes}
-    return Samples(tuple(files), names, split, read)
-"""
-DATA_CHANGES = {
-    "return files": "returned a list for 'train'; it must return Samples",
-    "raise OSError('gone')": r"raised OSError: gone \(.*line 13\)",
-    "files = [] if split == 'train' else files": "has no image in 'train'",
-    "files = files + files[:1]": "has the image 'train0' twice",
-    "files = [SampleFiles('a/b', data.root, (0,))]": "image_id can be the name of a file",
-    "files = [SampleFiles('a', data.root, (2,))]": r"image a has the labels \(2,\); they must be class numbers, 0 to 1",
-    "names = ('a', 'a')": "the data set .*data.class_names.*'a'",
-    "names = ('a', 'b', split)": "has other classes in 'val' than in 'train'",
-    "return Samples(tuple(files), names, split, lambda *a: 3)": r"^image train0: .*: read\(\) returned a int",
-    "return Samples(tuple(files), names, split, lambda *a: 1 / 0)": "^image train0: .* raised ZeroDivisionError",
-    "global read; read = changed(image=torch.zeros(3, 4, 5))": r"image is torch.float32 \(3, 4, 5\); it must be",
-    "global read; read = changed(image_label=torch.tensor([0.0, 1.0]))": "image_label is .*, but the labels are",
-    "global read; read = changed(mask=torch.full((4, 5), 9, dtype=torch.uint8))": "image train0: .*9",
-    "global read; read = changed(mask=torch.zeros(4, 4, dtype=torch.uint8))": r"mask is torch.uint8 \(4, 4\)",
-}
-DATA_HELP = """
-from dataclasses import replace
-true_read = read
-def changed(**parts): return lambda *given: replace(true_read(*given), **parts)
-"""
-
-
-@pytest.mark.parametrize("change", DATA_CHANGES)
-def test_data_sets_that_misbehave_are_named(change: str, own: Callable[[str], str], tmp_path: Path) -> None:
-    module = own(DATA_CODE.replace("{changes}", change) + DATA_HELP)
-    said = refused("data", f"{module}:load", data={"root": str(tmp_path)})
-    assert f"the data set {module}:load" in said
-    assert re.search(DATA_CHANGES[change], said), said
-
-
-def test_a_data_set_that_behaves_is_limited_and_checked_at_each_image(
-    own: Callable[[str], str], tmp_path: Path
-) -> None:
-    module = own(DATA_CODE.replace("{changes}", "pass"))
-    config = tiny_config(data={"kind": f"{module}:load", "root": str(tmp_path), "max_images": 3})
-    check_plugins(config)
-    samples = load_own(config.data, "val")
-    assert len(samples) == 3 and samples.split == "val" and samples[0].mask is None
-    assert samples.with_masks()[1].mask is not None
-    assert samples.image_labels.tolist() == [[1, 0], [0, 1], [1, 0]]
-
-
 REFINEMENTS = {
     "return scores[1:]": r"returned the shape \(2, 24, 20\); it must be \(3, 24, 20\): \(K\+1, H, W\)",
     "return scores.argmax(dim=0)": "returned a tensor of torch.int64",
@@ -351,8 +295,8 @@ def test_worker_processes_find_the_refinement_and_name_the_image_too(own: Callab
 
     read = samples.read
 
-    def one_is_white(files: Any, num_classes: int, load_masks: bool) -> Any:
-        sample = read(files, num_classes, load_masks)
+    def one_is_white(files: Any, num_classes: int) -> Any:
+        sample = read(files, num_classes)
         if files.image_id == "image8":
             sample.image.fill_(255)
         return sample
@@ -471,14 +415,3 @@ def test_a_folder_belongs_to_one_version_of_the_code(own: Callable[[str], str], 
         text.write("\nX = 1\n")
     with pytest.raises(ConfigError, match="it holds work of another version of the code of attention.fusion"):
         claim_code(config, stamp, "it")
-
-
-def test_checking_data_lists_every_image_of_an_own_data_set_that_does_not_fit(
-    own: Callable[[str], str], tmp_path: Path
-) -> None:
-    from smaflib.data.tools.check import check_data
-
-    change = "global read; read = changed(image=torch.zeros(3, 4, 5))"
-    module = own(DATA_CODE.replace("{changes}", change) + DATA_HELP)
-    found = check_data(tiny_config(data={"kind": f"{module}:load", "root": str(tmp_path)}))
-    assert len(found.problems) == 8 and found.problems[5].startswith("val: image val1: the data set")

@@ -16,19 +16,20 @@ from smaflib.errors import DataError
 
 
 class Reader:
-    """Notes what is read."""
+    """Notes which parts of which sample are read."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[str, int, bool]] = []
+        self.calls: list[str] = []
 
-    def __call__(self, files: SampleFiles, num_classes: int, load_masks: bool) -> Sample:
-        self.calls.append((files.image_id, num_classes, load_masks))
+    def __call__(self, files: SampleFiles, num_classes: int) -> Sample:
+        parts = [name for name in ("saliency", "mask") if getattr(files, name)]
+        self.calls.append(" ".join([files.image_id, *parts]))
         return Sample(files.image_id, torch.zeros(3, 2, 2, dtype=torch.uint8), torch.zeros(num_classes))
 
 
 def recorded(num: int = 4, cached: bool = False) -> tuple[Samples, Reader]:
     reader = Reader()
-    files = tuple(SampleFiles(f"i{n}", Path("x"), (n % 2,), mask=Path("m")) for n in range(num))
+    files = tuple(SampleFiles(f"i{n}", Path("x"), (n % 2,), Path("s"), Path("m")) for n in range(num))
     return Samples(files, ("cat", "dog"), "val", reader, cached), reader
 
 
@@ -39,21 +40,21 @@ def test_nothing_is_read_before_it_is_asked_for() -> None:
     assert samples[1:].subset([0]).with_masks().has_ground_truth
     assert reader.calls == []
     assert samples[-1].image_id == "i3"
-    assert reader.calls == [("i3", 2, False)]
+    assert reader.calls == ["i3"]
 
 
-def test_only_with_masks_asks_for_masks() -> None:
+def test_saliency_and_ground_truth_are_read_on_request() -> None:
     samples, reader = recorded()
     evaluated = samples.with_masks()
-    assert not samples.load_masks and evaluated.load_masks
     evaluated[0], evaluated[1:][0], evaluated.subset([2])[0], samples[3]
-    assert reader.calls == [("i0", 2, True), ("i1", 2, True), ("i2", 2, True), ("i3", 2, False)]
+    samples.with_saliency()[1], samples.with_saliency().with_masks()[2:][0], samples[1]
+    assert reader.calls == ["i0 mask", "i1 mask", "i2 mask", "i3", "i1 saliency", "i2 saliency mask", "i1"]
 
 
 def test_cache_reads_once_and_never_gives_one_samples_picture_for_another() -> None:
     samples, reader = recorded(cached=True)
     assert samples[1] is samples[1] is samples[-3]
-    assert [call[0] for call in reader.calls] == ["i1"]
+    assert reader.calls == ["i1"]
     rest = samples[2:]
     assert rest.cached and [sample.image_id for sample in rest] == ["i2", "i3"]
     assert samples.with_masks()[1] is not samples[1]
@@ -92,7 +93,7 @@ def test_split_without_masks_cannot_be_evaluated() -> None:
     one_missing = dataclasses.replace(samples.files[1], mask=None)
     samples = dataclasses.replace(samples, files=(samples.files[0], one_missing, samples.files[2]))
     assert not samples.has_ground_truth and samples[2:].has_ground_truth
-    with pytest.raises(DataError, match="there is no mask for image1; set data.masks"):
+    with pytest.raises(DataError, match="no ground truth for image1; set data.masks"):
         samples.with_masks()
 
 
@@ -100,7 +101,7 @@ def test_empty_split_has_neither_ground_truth_nor_saliency() -> None:
     empty = make_samples(0)
     assert not empty.has_ground_truth and not empty.has_saliency
     assert empty.image_labels.shape == (0, len(CLASSES)) and list(empty) == []
-    with pytest.raises(DataError, match="cannot be evaluated"):
+    with pytest.raises(DataError, match="no ground truth for any image"):
         empty.with_masks()
 
 

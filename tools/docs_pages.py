@@ -37,7 +37,7 @@ API = {
         "refinement.parallel",
     ),
     "Evaluation": ("evaluation", "report.tables"),
-    "Data": ("data", "data.sample", "data.own", "data.masks", "data.transforms"),
+    "Data": ("data", "data.sample", "data.masks", "data.transforms"),
     "Networks": ("models.networks", "models.backbones", "models.pretrained"),
     "The chain over a folder": ("pipeline", "runs.run", "runtime"),
 }

@@ -303,7 +303,7 @@ def masks(
 def data_check(config: ConfigFile, settings: Settings = None) -> None:
     """Read every file of a data set; print counts, sizes, class balance and problems. Exits with 1 for problems."""
     from smaflib.config import load_config
-    from smaflib.data.tools.check import check_data
+    from smaflib.data.check import check_data
 
     found = check_data(load_config(absolute(find_config(config)), settings or []), RUNS_FOLDER / config.stem)
     typer.echo(found.text())
@@ -317,26 +317,11 @@ def data_fetch(
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for VOCdevkit/VOC2012.")] = Path("data"),
 ) -> None:
     """Download a data set from its official server."""
-    from smaflib.data.tools.fetch import fetch_voc12
+    from smaflib.data.prepare import fetch_voc12
 
     if name != "voc12":
         raise typer.BadParameter(f"only voc12 can be downloaded, got {name!r}; for COCO see cocodataset.org")
     typer.echo(f"data.root: {fetch_voc12(folder)}")
-
-
-@data_app.command("labels")
-def data_labels(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="A cls_labels.npy.")],
-    target: Annotated[Path, typer.Option("--out", metavar="CSV", help="Table image,labels to write.")],
-    classes: Annotated[str, typer.Option(metavar="NAMES", help="voc, coco, or names joined by commas.")] = "voc",
-) -> None:
-    """Convert cls_labels.npy, a pickle, to a CSV without executing its content."""
-    from smaflib.data.classes import COCO_CLASSES, VOC_CLASSES
-    from smaflib.data.tools.cls_labels import cls_labels_to_csv
-
-    names = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}.get(classes) or classes.split(",")
-    written, empty = cls_labels_to_csv(path, target, names)
-    typer.echo(f"{target}: {written} images" + (f"; {empty} images without labels left out" if empty else ""))
 
 
 @app.command()

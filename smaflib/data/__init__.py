@@ -1,20 +1,27 @@
-"""Data sets: whatever the layout on the disk, each yields the same :class:`Sample`."""
+"""Data sets: whatever the layout on disk, each one yields :class:`Sample` objects.
+
+Functions of this package raise :class:`DataError` if data is missing, damaged or does not fit; the message names the
+file and the cure.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
-from smaflib.config import Config, DataConfig
+import torch
+
+from smaflib.config import Config, DataConfig, Split
 from smaflib.data.coco import coco_masks_folder, load_coco
 from smaflib.data.folder import load_folder
-from smaflib.data.masks import MaskFiles, ground_truth_of, save_mask
-from smaflib.data.own import load_own
+from smaflib.data.labels import check_class_names
+from smaflib.data.masks import MaskFiles, check_mask_values, ground_truth_of, save_mask
 from smaflib.data.prepare import make_data, summarize
 from smaflib.data.sample import Sample, SampleFiles, Samples
 from smaflib.data.voc import load_voc
-from smaflib.errors import DataError
-from smaflib.plugins import DATA
+from smaflib.errors import ConfigError, DataError
+from smaflib.files import is_plain_name
+from smaflib.plugins import is_custom, load_custom
 
 __all__ = [
     "DataError",
@@ -22,37 +29,78 @@ __all__ = [
     "Sample",
     "SampleFiles",
     "Samples",
+    "ground_truth_of",
     "load_samples",
     "make_data",
     "save_mask",
     "summarize",
-    "ground_truth_of",
 ]
 
 
-def load_samples(config: Config, split: Literal["train", "val"], run_folder: Path | None = None) -> Samples:
+def load_samples(config: Config, split: Split, run_folder: Path | None = None) -> Samples:
     """The samples of one split of the configured data set.
 
-    Files are located and labels checked here, for the whole split; pictures are decoded when a sample is read.
+    Files are located and labels checked for the whole split; images are decoded when a sample is indexed.
 
     Args:
-        config: its ``data`` part says where and what.
-        split: ``train`` or ``val``; custom images (kind ``folder``) have no ``val``, it is empty.
-        run_folder: where kind ``mini`` lies (in its folder ``data``) if ``data.root`` is not set.
+        config: its ``data`` part is used.
+        split: ``train`` or ``val``; custom images (kind ``folder``) have an empty ``val``.
+        run_folder: contains the mini set, in its folder ``data``, unless ``data.root`` is set.
 
     Raises:
-        DataError: if something is missing or does not fit; the message names the file and the cure.
-        PluginError: if a data set of somebody's own is not what it must be.
+        DataError: if something is missing or does not fit.
+        ConfigError: if a custom data set cannot be loaded or breaks its contract.
     """
-    if DATA.is_own(config.data.kind):
-        return load_own(config.data, split)
-    if config.data.kind == "folder":
-        return load_folder(config.data, split)
-    if config.data.kind == "coco":
-        return load_coco(config.data, split, run_folder and coco_masks_folder(config.data, split, run_folder))
-    if config.data.kind == "voc":
-        return load_voc(config.data, split)
-    return load_voc(_mini_as_voc(config.data, run_folder), split)
+    data = config.data
+    if is_custom(data.kind):
+        return load_custom_data(data, split)
+    if data.kind == "folder":
+        return load_folder(data, split)
+    if data.kind == "coco":
+        return load_coco(data, split, run_folder and coco_masks_folder(data, split, run_folder))
+    return load_voc(data if data.kind == "voc" else _mini_as_voc(data, run_folder), split)
+
+
+def load_custom_data(data: DataConfig, split: Split) -> Samples:
+    """The samples of a custom data set: ``data.kind`` names a function that maps ``(data, split)`` to :class:`Samples`.
+
+    Raises:
+        ConfigError: if image names repeat or cannot be file names, a label is no class number, or the first sample does
+            not have the shapes, types and ranges that :class:`Sample` documents.
+    """
+    samples: Samples = load_custom(data.kind)(data, split)
+    check_class_names(samples.class_names)
+    samples = replace(samples, split=split, cached=samples.cached or data.cache)
+    num_classes, names = len(samples.class_names), set()
+    if split == "train" and not samples.files:
+        raise ConfigError(f"{data.kind}: the training split is empty")
+    for files in samples.files:
+        if files.image_id in names or not is_plain_name(files.image_id):
+            raise ConfigError(f"{data.kind}: the image_id {files.image_id!r} is given twice or cannot be a file name")
+        if not set(files.labels) <= set(range(num_classes)):
+            raise ConfigError(
+                f"{data.kind}: {files.image_id} has the labels {files.labels}, not 0 to {num_classes - 1}"
+            )
+        names.add(files.image_id)
+    for sample in replace(samples[:1], load_saliency=True, load_masks=True):
+        _check_sample(data.kind, sample, samples.files[0], num_classes)
+    return samples[: data.max_images]
+
+
+def _check_sample(kind: str, sample: Sample, files: SampleFiles, num_classes: int) -> None:
+    size = sample.image.shape[1:]
+    expected = {"image": (torch.uint8, (3, *size)), "image_label": (torch.float32, (num_classes,))}
+    expected |= {"saliency": (torch.float32, size)} if files.saliency else {}
+    expected |= {"mask": (torch.uint8, size)} if files.mask else {}
+    for name, (dtype, shape) in expected.items():
+        part = getattr(sample, name)
+        if not isinstance(part, torch.Tensor) or part.dtype != dtype or part.shape != shape:
+            found = f"{part.dtype} {tuple(part.shape)}" if isinstance(part, torch.Tensor) else type(part).__name__
+            raise ConfigError(f"{kind}: {name} of {files.image_id} is {found}; it must be {dtype} {tuple(shape)}")
+    if sample.image_label.nonzero().flatten().tolist() != sorted(files.labels):
+        raise ConfigError(f"{kind}: image_label of {files.image_id} differs from its labels {files.labels}")
+    if sample.mask is not None:
+        check_mask_values(sample.mask, num_classes, Path(files.image_id))
 
 
 def _mini_as_voc(data: DataConfig, run_folder: Path | None) -> DataConfig:
@@ -61,19 +109,16 @@ def _mini_as_voc(data: DataConfig, run_folder: Path | None) -> DataConfig:
 
     root = data.root or (run_folder / "data" if run_folder else None)
     if root is None:
-        raise DataError("the mini data set lies in the folder of a run: give run_folder, or set data.root")
+        raise DataError("the mini data set is in the folder of a run: give run_folder, or set data.root")
     if not root.is_dir():
-        raise DataError(
-            f"there is no mini data set in {root}; notebook 01 makes it, as does `smaf run CONFIG --until data`"
-        )
-    if data.class_names and data.class_names != tuple(CLASS_NAMES):
+        raise DataError(f"there is no mini data set in {root}; notebook 01 or `smaf run CONFIG --until data` makes it")
+    if data.class_names and data.class_names != CLASS_NAMES:
         raise DataError(f"data.class_names cannot be chosen for the mini data set: it has {', '.join(CLASS_NAMES)}")
-    return data.model_copy(
-        update={
-            "root": root,
-            "class_names": tuple(CLASS_NAMES),
-            "label_source": "masks" if data.label_source == "masks" else "csv",
-            "labels": data.labels or root / "labels.csv",
-            "saliency": data.saliency or root / "Saliency",
-        }
-    )
+    settings = {
+        "root": root,
+        "class_names": CLASS_NAMES,
+        "label_source": "masks" if data.label_source == "masks" else "csv",
+        "labels": data.labels or root / "labels.csv",
+        "saliency": data.saliency or root / "Saliency",
+    }
+    return data.model_copy(update=settings)

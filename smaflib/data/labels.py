@@ -1,10 +1,9 @@
-"""Image labels from a CSV: the columns ``image,labels``, the names of an image's classes joined by ``;``."""
+"""Image labels from a CSV with the columns ``image,labels``; the classes of an image are joined by ``;``."""
 
 from __future__ import annotations
 
 import csv
 import difflib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass(frozen=True, slots=True)  # there may be 100,000 of them
 class LabelRow:
-    """One line of the CSV: ``image`` as written, with or without ending; ``labels`` never empty, no name twice."""
+    """A line of the CSV: ``image`` with or without extension, ``labels`` at least one and without repetition."""
 
     line: int
     image: str
@@ -24,54 +23,63 @@ class LabelRow:
 
 
 def read_label_rows(path: Path) -> list[LabelRow]:
-    """Read a CSV with the columns ``image`` and ``labels``; further columns are ignored.
+    """Read a CSV with the columns ``image`` and ``labels``; other columns and empty lines are ignored.
 
-    UTF-8 with or without a byte order mark, any line ends, quoted fields and spaces around names are fine; empty lines
-    are skipped. Class names are not checked here, see :func:`class_numbers`.
-
-    Raises:
-        DataError: naming file, line and cure, if the file is missing, not UTF-8 or no CSV, lacks a column or has no
-            rows; if a line has too many fields, no image or no label; if an image is listed twice.
+    Class names are checked by :func:`class_numbers`.
     """
     if not path.is_file():
         raise DataError(f"there is no CSV file {path}; set data.labels to a file with the columns image,labels")
-    header: list[str] | None = None
-    rows = []
     try:
-        with path.open(encoding="utf-8-sig", newline="") as handle:
-            reader = csv.reader(handle, strict=True, skipinitialspace=True)
-            for fields in reader:
-                fields = [field.strip() for field in fields]
-                if not any(fields):
-                    continue
-                if header is None:
-                    header = _read_header(path, fields)
-                else:
-                    rows.append(_read_row(path, reader.line_num, fields, header))
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True, skipinitialspace=True)
+            columns = [name.strip().lower() for name in reader.fieldnames or ()]
+            if not {"image", "labels"} <= set(columns):
+                raise DataError(
+                    f"{path}: the first line must name the columns image,labels, separated by a comma (labels of one "
+                    f"image by a semicolon); it is {','.join(columns)!r}"
+                )
+            reader.fieldnames = columns
+            rows = [_read_row(f"{path}, line {reader.line_num}", reader.line_num, fields) for fields in reader]
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error}); save it as 'CSV UTF-8'") from error
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}; check the quotes of that line") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    if header is None:
-        _read_header(path, [])
-    if not rows:
-        raise DataError(f"{path} lists no image: only the line of column names is there")
-    _refuse_repetition(path, rows)
-    return rows
+        raise DataError(f"{path}, line {reader.reader.line_num}: {error}; check the quotes of that line") from error
+    found = [row for row in rows if row is not None]
+    if not found:
+        raise DataError(f"{path} lists no image")
+    first: dict[str, int] = {}
+    for row in found:
+        stem = image_stem(row.image)
+        if first.setdefault(stem, row.line) != row.line:
+            raise DataError(
+                f"{path}, line {row.line}: {row.image} is already listed on line {first[stem]}; put all labels of an "
+                f"image on one line, and rename images that differ in their extension only: masks are named {stem}.png"
+            )
+    return found
+
+
+def _read_row(where: str, line: int, fields: dict[str | None, str | list[str] | None]) -> LabelRow | None:
+    values = {name: (value or "").strip() for name, value in fields.items() if not isinstance(value, list)}
+    # An unquoted comma between two labels would otherwise lose all but the first.
+    extra = [value for value in fields.get(None) or () if value.strip()]
+    if extra:
+        raise DataError(f"{where}: more fields than columns ({', '.join(extra)}); separate labels by ; not by a comma")
+    if not any(values.values()):
+        return None
+    labels = tuple(dict.fromkeys(name.strip() for name in values["labels"].split(";") if name.strip()))
+    if not values["image"] or not labels:
+        missing = f"{values['image']} has no label" if values["image"] else "there is no image name"
+        raise DataError(f"{where}: {missing}; add it or delete the line")
+    return LabelRow(line, values["image"], labels)
 
 
 def class_numbers(labels: Sequence[str], class_names: Sequence[str], where: str) -> tuple[int, ...]:
-    """Names of classes to their numbers, 0 to K-1, in rising order.
+    """The class numbers, 0 to K-1 and ascending, of one image's labels.
 
     Args:
-        labels: names of one image's classes.
+        labels: class names.
         class_names: all K names, in the order of the mask values 1 to K.
         where: file and line, for the error.
-
-    Raises:
-        DataError: if a name is not among ``class_names``; the nearest one is named.
     """
     for name in labels:
         if name not in class_names:
@@ -79,99 +87,30 @@ def class_numbers(labels: Sequence[str], class_names: Sequence[str], where: str)
                 f"{where}: there is no class {name!r}{nearest(name, class_names)}; the classes are "
                 f"{', '.join(class_names)} (data.class_names)"
             )
-    return tuple(sorted({list(class_names).index(name) for name in labels}))
-
-
-MOST_CLASSES = 254
-"""Values of an 8-bit mask, without background and void."""
-
-MARKUP = "<>$"
-"""What tables of notebooks would take for HTML, and pictures for mathematics."""
+    return tuple(sorted({class_names.index(name) for name in labels}))
 
 
 def check_class_names(class_names: Sequence[str]) -> None:
-    """Refuse classes that no CSV could name, no mask could hold, or no page would show as they are.
-
-    Raises:
-        DataError: if there are too many, or a name is empty, too long, given twice, contains a ``;``, markup or spaces
-            at its ends, or is the background.
-    """
-    if len(class_names) > MOST_CLASSES:
-        raise DataError(
-            f"there are {len(class_names)} classes, but masks of 8 bits have room for {MOST_CLASSES}; name some of "
-            "them in data.class_names, or put classes together"
-        )
+    """Refuse class names that a CSV, a mask of 8 bits or a page cannot represent."""
+    if len(class_names) > 254:
+        raise DataError(f"there are {len(class_names)} classes, but a mask of 8 bits has room for 254")
     for number, name in enumerate(class_names):
-        if len(name) > 100 or not name.isprintable() or any(character in name for character in MARKUP):
-            raise DataError(
-                f"data.class_names: {name[:100]!r} is no usable name; use at most 100 characters without {MARKUP} and "
-                "line breaks, which pages and pictures would not show as they are"
-            )
-        if not name or name != name.strip() or ";" in name:
-            raise DataError(f"data.class_names: {name!r} is no usable name; use one without ';' and outer spaces")
+        usable = 0 < len(name) <= 100 and name == name.strip() and name.isprintable()
+        if not usable or any(character in name for character in ";<>$"):  # HTML and mathematics in notebooks
+            raise DataError(f"data.class_names: {name[:100]!r} is unusable; use up to 100 characters, none of ; < > $")
         if name in class_names[:number]:
-            raise DataError(f"data.class_names: {name!r} is given twice; the place of a name is its mask value")
+            raise DataError(f"data.class_names: {name!r} is given twice; the position of a name is its mask value")
         if name.lower() == "background":
-            raise DataError(
-                "data.class_names: 'background' is no class; leave it out, it is mask value 0 by itself and has no "
-                "image label"
-            )
+            raise DataError("data.class_names: leave out 'background'; it is always mask value 0")
 
 
 def image_stem(name: str) -> str:
-    """The name of an image without its ending: ``a.b.jpg`` and ``a.b`` are both ``a.b``."""
+    """The name of an image without its extension: ``a.b.jpg`` and ``a.b`` are both ``a.b``."""
     return name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in IMAGE_ENDINGS else name
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """`` (did you mean 'cat'?)`` or nothing where no name is near; capitals do not count."""
+    """`` (did you mean 'cat'?)``, or nothing if no name is similar; case does not matter."""
     by_lower = {other.lower(): other for other in known}
     close = difflib.get_close_matches(name.lower(), list(by_lower), n=1)
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
-
-
-def _read_header(path: Path, fields: list[str]) -> list[str]:
-    header = [name.lower() for name in fields]
-    if "image" not in header or "labels" not in header:
-        found = repr(",".join(fields)) if fields else "an empty file"
-        raise DataError(
-            f"{path} must begin with a line that names the columns image,labels (between them a comma, "
-            f"between the labels of one image a semicolon), found {found}"
-        )
-    return header
-
-
-def _read_row(path: Path, line: int, fields: list[str], header: list[str]) -> LabelRow:
-    where = f"{path}, line {line}"
-    # An unquoted comma between two labels would otherwise lose all but the first, without a word.
-    if len(fields) > len(header) and any(fields[len(header) :]):
-        raise DataError(
-            f"{where}: {len(fields)} fields where the first line names {len(header)} columns; "
-            "join the labels of one image by ; or quote the field"
-        )
-    values = dict(zip(header, fields, strict=False))
-    image = values.get("image", "")
-    labels = tuple(
-        dict.fromkeys(sys.intern(name.strip()) for name in values.get("labels", "").split(";") if name.strip())
-    )
-    if not image:
-        raise DataError(f"{where}: there is no image name; fill it in or delete the line")
-    if not labels:
-        raise DataError(f"{where}: {image} is an image without a label; name what it shows or delete the line")
-    return LabelRow(line, image, labels)
-
-
-def _refuse_repetition(path: Path, rows: list[LabelRow]) -> None:
-    first: dict[str, LabelRow] = {}
-    for row in rows:
-        earlier = first.setdefault(image_stem(row.image), row)
-        if earlier is not row:
-            cure = (
-                "put all its labels on one line"
-                if earlier.image == row.image
-                else f"results are named {image_stem(row.image)}.png, so rename one"
-            )
-            raise DataError(
-                f"{path}, line {row.line}: {row.image} is listed twice, before on line {earlier.line} "
-                f"as {earlier.image}; {cure}"
-            )

@@ -1,4 +1,4 @@
-"""Before hours are spent on a data set: make it, where code makes it, and say in numbers what it holds."""
+"""Before a run: download or draw data, paint COCO's masks, and summarise what a data set holds."""
 
 from __future__ import annotations
 
@@ -13,14 +13,33 @@ from smaflib.data.classes import VOID_LABEL
 from smaflib.data.coco import coco_masks_folder, write_coco_masks
 from smaflib.data.sample import Samples
 from smaflib.data.voc import SPLITS
+from smaflib.errors import DataError
 from smaflib.runtime import num_cores, progress
 
 
-def make_data(config: Config, run_folder: Path) -> None:
-    """Make what is not there yet: the mini data set, or COCO's masks, for evaluation; other data is left alone.
+def fetch_voc12(folder: Path) -> Path:
+    """Download PASCAL VOC 2012 (2 GB), check its MD5 and unpack it; an archive that is already there is used.
 
-    The mini set is drawn at ``data.root`` or in the run folder, COCO's masks are painted into the run folder unless
-    ``data.masks`` names a folder of them.
+    Returns:
+        The value for ``data.root``.
+    """
+    from torchvision.datasets import VOCDetection
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        VOCDetection(folder, year="2012", image_set="trainval", download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"VOC 2012 could not be downloaded ({error}). The server is down from time to time: try again later, or "
+            f"put VOCtrainval_11-May-2012.tar from elsewhere into {folder} and repeat the command"
+        ) from error
+    return folder / "VOCdevkit" / "VOC2012"
+
+
+def make_data(config: Config, run_folder: Path) -> None:
+    """Draw the mini data set, or paint COCO's masks for evaluation, unless it exists; other data is left alone.
+
+    The mini set goes to ``data.root`` or the run folder, COCO's masks to the run folder unless ``data.masks`` is set.
     """
     data = config.data
     if data.kind == "coco" and data.masks is None:
@@ -30,29 +49,19 @@ def make_data(config: Config, run_folder: Path) -> None:
     if data.kind == "mini" and not (root.is_dir() and any(root.iterdir())):
         from minidata import make_mini  # minidata imports this package
 
-        make_mini(
-            root,
-            data.num_train,
-            data.num_val,
-            size=data.image_size,
-            seed=config.seed,
-            # Starting a worker costs as much as drawing a hundred images.
-            num_workers=num_cores() if data.num_train + data.num_val >= 300 else 1,
-            progress=progress,
-        )
+        # Starting a worker costs as much as drawing a hundred images.
+        num_workers = num_cores() if data.num_train + data.num_val >= 300 else 1
+        options: dict[str, Any] = {"size": data.image_size, "seed": config.seed, "num_workers": num_workers}
+        make_mini(root, data.num_train, data.num_val, **options, progress=progress)
 
 
 def summarize(samples: Samples, config: EvaluationConfig) -> dict[str, Any]:
-    """Count images and labels; with ground truth also object sizes, and how good the saliency maps are.
-
-    Args:
-        samples: a split.
-        config: the limits between object sizes.
+    """Count images and labels of a split; with ground truth also object sizes and the quality of saliency maps.
 
     Returns:
         ``images``, ``labels_per_image``, ``images_per_class``, ``labels_sha256`` (of ids and labels), and with ground
-        truth ``object_shares`` (share of the image's area, of all objects) and ``saliency`` (iou, precision, recall of
-        the maps above 0.5 against the foreground; left out where nothing is above 0.5 or in the foreground).
+        truth ``object_shares`` (of the image's area) and ``saliency`` (iou, precision, recall of the maps above 0.5
+        against the foreground; omitted where they are undefined).
     """
     labels = samples.image_labels
     listing = "\n".join(f"{files.image_id}:{files.labels}" for files in samples.files)
@@ -65,8 +74,9 @@ def summarize(samples: Samples, config: EvaluationConfig) -> dict[str, Any]:
     if not samples.has_ground_truth:
         return facts
     shares: list[float] = []
-    overlap = torch.zeros(3)  # saliency and ground truth both, saliency, ground truth
-    for sample in progress(samples.with_masks(), total=len(samples), desc=f"summary of {samples.split}"):
+    overlap = torch.zeros(3)  # pixels in both saliency and ground truth, in saliency, in ground truth
+    loaded = samples.with_masks().with_saliency()
+    for sample in progress(loaded, total=len(samples), desc=f"summary of {samples.split}"):
         assert sample.mask is not None
         counted = sample.mask != VOID_LABEL
         areas = torch.bincount(sample.mask[counted].flatten().long(), minlength=1)[1:]

@@ -1,4 +1,4 @@
-"""The one thing every data set yields, and the list that loads it lazily."""
+"""One image with what is known about it, and a split of a data set that decodes images on demand."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from smaflib.errors import DataError
 
 @dataclass(frozen=True)
 class Sample:
-    """An image, what is in it, and where they exist its saliency map and ground truth.
+    """An image and what is known about it.
 
     Attributes:
-        image_id: file name without its ending.
+        image_id: file name without extension.
         image: uint8 (3, H, W), RGB.
-        image_label: float32 (K,) in {0, 1}; the background has no image label.
-        saliency: float32 (H, W) in [0, 1], or None.
-        mask: uint8 (H, W), 0 background, 1 to K the classes, 255 void; None unless the ground truth was asked for.
+        image_label: float32 (K,) in {0, 1}; the background has no entry.
+        saliency: float32 (H, W) in [0, 1]; None unless requested and available.
+        mask: ground truth, uint8 (H, W), 0 background, 1 to K the classes, 255 void; None likewise.
     """
 
     image_id: str
@@ -34,27 +34,38 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)  # there may be 100,000 of them
 class SampleFiles:
-    """Paths of one sample; nothing is opened before it is asked for."""
+    """The paths of one sample and its labels, class numbers from 0 to K-1."""
 
     image_id: str
     image: Path
-    labels: tuple[int, ...]  # class numbers, 0 to K-1
+    labels: tuple[int, ...]
     saliency: Path | None = None
     mask: Path | None = None
 
 
 @dataclass
 class Samples(Sequence[Sample]):
-    """A split of a data set: a sequence that decodes a sample when it is asked for.
+    """A split of a data set; a sample is decoded when it is indexed.
 
-    Masks are loaded only by :meth:`with_masks`, so that no training code meets one by accident.
+    Saliency maps and ground truth are read on request only: most stages need neither, and no training code should see
+    ground truth by accident.
+
+    Attributes:
+        files: one entry per image.
+        class_names: the K classes, in the order of the mask values 1 to K.
+        split: ``train`` or ``val``.
+        read: ``read(files, num_classes)`` decodes all parts that ``files`` names; those not requested are None there.
+        cached: keep decoded samples in memory.
+        load_saliency: read saliency maps too.
+        load_masks: read ground truth too.
     """
 
     files: tuple[SampleFiles, ...]
     class_names: tuple[str, ...]
     split: str
-    read: Callable[[SampleFiles, int, bool], Sample]
+    read: Callable[[SampleFiles, int], Sample]
     cached: bool = False
+    load_saliency: bool = False
     load_masks: bool = False
     _cache: dict[int, Sample] = field(default_factory=dict, init=False, repr=False)
 
@@ -72,7 +83,10 @@ class Samples(Sequence[Sample]):
         index = range(len(self.files))[index]  # negative numbers, IndexError
         if index in self._cache:
             return self._cache[index]
-        sample = self.read(self.files[index], len(self.class_names), self.load_masks)
+        files = self.files[index]
+        saliency = files.saliency if self.load_saliency else None
+        mask = files.mask if self.load_masks else None
+        sample = self.read(replace(files, saliency=saliency, mask=mask), len(self.class_names))
         if self.cached:
             self._cache[index] = sample
         return sample
@@ -100,13 +114,15 @@ class Samples(Sequence[Sample]):
     def has_saliency(self) -> bool:
         return bool(self.files) and all(files.saliency is not None for files in self.files)
 
+    def with_saliency(self) -> Samples:
+        """The same samples, read with their saliency maps where there are any."""
+        return replace(self, load_saliency=True)
+
     def with_masks(self) -> Samples:
         """The same samples with their masks, for evaluation."""
         if not self.has_ground_truth:
-            missing = next((files.image_id for files in self.files if files.mask is None), "all of them")
-            raise DataError(
-                f"the split {self.split!r} cannot be evaluated: there is no mask for {missing}; set data.masks"
-            )
+            missing = next((files.image_id for files in self.files if files.mask is None), "any image")
+            raise DataError(f"the split {self.split!r} has no ground truth for {missing}; set data.masks")
         return replace(self, load_masks=True)
 
     @property
@@ -125,7 +141,7 @@ class Samples(Sequence[Sample]):
         return replace(self, files=tuple(self.files[index] for index in indices))
 
     def find(self, image_id: str) -> Sample:
-        """The sample of that name.
+        """The sample with that name.
 
         Raises:
             KeyError: if the split has no such image.

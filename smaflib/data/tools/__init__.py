@@ -1,1 +1,0 @@
-"""What is done with data sets before a run: check, fetch, convert labels."""
