@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from smaflib.apps.masks import make_masks
 from smaflib.config import Config, check_settings
 from smaflib.data.masks import read_mask
 from smaflib.errors import ConfigError, DataError
+from smaflib.pipeline import Workspace
 from smaflib.report.html import network_references
 
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
@@ -45,54 +47,79 @@ def write_table(path: Path, rows: list[tuple[str, str]]) -> Path:
     return path
 
 
+def config_of(folder: Path) -> Config:
+    table = write_table(folder / "labels.csv", draw_photos(folder / "photos", 6))
+    return check_settings(SETTINGS | {"data": {"kind": "folder", "images": folder / "photos", "labels": table}})
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    table = write_table(tmp_path / "labels.csv", draw_photos(tmp_path / "photos", 6))
-    return check_settings(SETTINGS | {"data": {"kind": "folder", "images": tmp_path / "photos", "labels": table}})
+    return config_of(tmp_path)
 
 
-def test_every_photo_gets_a_mask_an_overlay_and_a_place_on_the_sheet(config: Config, tmp_path: Path) -> None:
-    sheet = make_masks(config, tmp_path / "out")
-    names = [f"{number}.png" for number in range(6)]
-    assert sorted(path.name for path in (tmp_path / "out/masks").iterdir()) == names
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
+    """Settings, and the folder of finished masks."""
+    folder = tmp_path_factory.mktemp("made")
+    config = config_of(folder)
+    return config, make_masks(config, folder / "out").parent
+
+
+def test_every_photo_gets_a_mask_an_overlay_and_a_place_on_the_sheet(made: tuple[Config, Path]) -> None:
+    out = made[1]
+    assert sorted(path.name for path in (out / "masks").iterdir()) == [f"{number}.png" for number in range(6)]
     for number in range(6):
-        mask = read_mask(tmp_path / "out/masks" / f"{number}.png")
+        mask = read_mask(out / "masks" / f"{number}.png")
         assert mask.shape == (40, 48)
         # Classes in alphabetical order: blue 1, red 2. No photo may hold the other's class.
         assert set(mask.unique().tolist()) <= {0, 2 - number % 2}
-        with Image.open(tmp_path / "out/overlays" / f"{number}.jpg") as overlay:
+        with Image.open(out / "overlays" / f"{number}.jpg") as overlay:
             assert overlay.size == (48, 40)
-    html = sheet.read_text()
+    html = (out / "index.html").read_text()
     # The colours of the first two classes, as on the overlays.
     assert html.count("background: #e69f00") == html.count("background: #56b4e9") == 3
     assert html.count("<figure>") == 6 and "masks/3.png" in html and not network_references(html)
 
 
-def test_second_call_makes_nothing_again_and_a_killed_one_resumes(config: Config, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    make_masks(config, out)
+def test_second_call_makes_what_is_missing(
+    made: tuple[Config, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = made[0], tmp_path / "out"
+    shutil.copytree(made[1], out)
+    (out / "index.html").unlink()
+    (out / "overlays/2.jpg").unlink()
+    with monkeypatch.context() as context:
+        context.setattr("smaflib.apps.masks.train_teacher", lambda work: pytest.fail("learned again"))
+        assert make_masks(config, out).is_file() and (out / "overlays/2.jpg").is_file()
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
     whole = (out / "masks/2.png").read_bytes()
     (out / "masks/2.png").unlink()
-    (out / "overlays/2.jpg").unlink()
     make_masks(config, out)
-    assert (out / "masks/2.png").read_bytes() == whole and (out / "overlays/2.jpg").is_file()
+    assert (out / "masks/2.png").read_bytes() == whole
     assert all(path.stat().st_mtime_ns == time for path, time in times.items() if path.name != "2.png")
 
 
-def test_folder_of_other_work_is_refused(config: Config, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    make_masks(config, out)
-    other = "holds masks made from other images, labels or settings; choose another --out"
-    with pytest.raises(ConfigError, match=other):
-        make_masks(config.model_copy(update={"seed": 1}), out)
-    write_table(tmp_path / "labels.csv", [(f"{number}.png", "red") for number in range(6)])
-    with pytest.raises(ConfigError, match=other):
-        make_masks(config, out)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/letter.txt").write_text("dear")
+def test_folder_of_other_work_is_refused(made: tuple[Config, Path], tmp_path: Path) -> None:
+    config, out = made
+    for data in ({"max_images": 5}, {"class_names": ("red", "blue")}):
+        other = config.model_copy(update={"data": config.data.model_copy(update=data)})
+        with pytest.raises(ConfigError, match="holds masks made from other images, labels or settings; choose another"):
+            make_masks(other, out)
+    (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(ConfigError, match="is not empty and was not written by smaf masks"):
-        make_masks(config, tmp_path / "mine")
+        make_masks(config, tmp_path)
+
+
+def test_changed_photos_are_noticed(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(work: Workspace) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("smaflib.apps.masks.train_teacher", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make_masks(config, tmp_path / "out")
+    write_table(tmp_path / "labels.csv", [(f"{number}.png", "red;blue") for number in range(6)])
+    with pytest.raises(ConfigError, match="other images, labels or settings"):
+        make_masks(config, tmp_path / "out")
 
 
 def test_bad_photos_leave_nothing_behind(config: Config, tmp_path: Path) -> None:
@@ -100,17 +127,6 @@ def test_bad_photos_leave_nothing_behind(config: Config, tmp_path: Path) -> None
     with pytest.raises(DataError, match="there is no image 9.png"):
         make_masks(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_finished_masks_are_not_learned_again(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sheet = make_masks(config, tmp_path / "out")
-    monkeypatch.setattr("smaflib.apps.masks.train_teacher", lambda work: pytest.fail("learned again"))
-    sheet.unlink()
-    assert make_masks(config, tmp_path / "out") == sheet and sheet.is_file()
-    mask = next((tmp_path / "out/masks").iterdir())
-    mask.unlink()
-    with pytest.raises(pytest.fail.Exception, match="learned again"):
-        make_masks(config, tmp_path / "out")
 
 
 def test_rounds_names_and_limits(config: Config, tmp_path: Path) -> None:
