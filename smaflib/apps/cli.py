@@ -40,7 +40,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Data sets: check, download, convert labels.", no_args_is_help=True)
+data_app = typer.Typer(help="Data sets: check, download.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 ConfigFile = Annotated[Path, typer.Argument(help="A file of settings, such as configs/mini.yaml.")]
