@@ -93,7 +93,7 @@ def methods(device: str) -> dict[str, Callable[[Case], Tensor]]:
 
     def usual(infer: Callable[..., list[Tensor]]) -> Callable[[Case], Tensor]:
         def call(case: Case) -> Tensor:
-            mean_field._smoothness_kernel.cache_clear()  # sizes differ from photo to photo
+            mean_field.smoothness_kernel.cache_clear()  # sizes differ from photo to photo
             energies = unmerged(hard_labels(case[2], BG_SCORE), NUM_LABELS)
             return infer([case[0]], [energies], [torch.ones(NUM_LABELS)], REFERENCE)[0].argmax(dim=0).to(torch.uint8)
 
@@ -101,7 +101,7 @@ def methods(device: str) -> dict[str, Callable[[Case], Tensor]]:
 
     def merged(backend: Any) -> Callable[[Case], Tensor]:
         def call(case: Case) -> Tensor:
-            mean_field._smoothness_kernel.cache_clear()
+            mean_field.smoothness_kernel.cache_clear()
             return dense_crf(case[0], hard_labels(case[2], BG_SCORE), REFERENCE, NUM_LABELS, backend, device)
 
         return call

