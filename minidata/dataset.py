@@ -1,36 +1,34 @@
-"""The mini data set: an honest weakly supervised segmentation task that is drawn by code in a minute.
+"""The mini data set: a weakly supervised segmentation task that is drawn by code in a minute.
 
 Six classes in three families: llama and ram, crane and mixer, amphora and plant. The two classes of a family have the
 *same* body - shape, texture and colours come from one distribution - and differ in one part only: neck and ears or
-curled horns, a boom or a drum, handles or leaves. Nothing but the part tells an image classifier which of the two an
-image shows, so its class activation map covers the part and misses the body. That is the very failure that
-self-training on attention maps is meant to repair, and nothing in the data hides or exaggerates it:
+curled horns, a boom or a drum, handles or leaves. Only the part tells an image classifier which of the two an image
+shows, so its class activation map covers the part and misses the body: the failure that self-training on attention
+maps is meant to repair. Nothing in the data hides or exaggerates it:
 
 - objects span 14 % to 95 % of the image side, so that no single scale suits all of them;
-- one to three objects, turned, mirrored, sometimes cut off by the border or half behind one another;
-- each class prefers one of four scenes (p = .6): a context to be misled by, as cars have roads in photographs;
-- things that are no class stand about, one kind of them in the colours of the parts; a part's colours are shared with
-  its sibling and with other families, so that colour decides nothing;
+- one to three objects, rotated, mirrored, sometimes cut off by the border or half behind one another;
+- each class prefers one of four scenes (p = .6), a misleading context, as roads are for cars in photographs;
+- distractors without a class, one kind in the colours of the parts; a part shares its colours with its sibling and with
+  other families, so that colour decides nothing;
 - light gradient, colour cast, blur and noise.
 
 Masks are drawn along with the images, for evaluation only. The saliency maps imitate a detector that was trained
-elsewhere: they start from the ground truth, then lose objects, take in things that are no class, and are warped and
-blurred (IoU about .76 with the true foreground). A method that reads them gets this much pixel information; the plain
-mode reads none.
+elsewhere: they start from the ground truth, then lose objects, include distractors, and are warped and blurred (IoU
+about .76 with the true foreground). A method that reads them gets this much pixel information; the plain mode reads
+none.
 
 `draw_scene` draws one scene; `make_mini` writes a data set in the layout of PASCAL VOC.
 """
 
 import functools
 import multiprocessing
-import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +53,7 @@ PREFERRED_SCENES: dict[str, str] = {name: CLASSES[name].scene for name in CLASS_
 VOID = 255
 
 _MIN_SIZE = 64  # below, most objects would be too small to be kept
-_CONTEXT_BIAS = 0.6  # share of the images whose first object stands in its preferred scene
+_CONTEXT_BIAS = 0.6  # share of the images whose first object is in its preferred scene
 _SHARE_OF_COUNTS = (0.6, 0.28, 0.12)  # images with 1, 2, 3 objects
 _MIN_EXTENT = 12  # pixels; what shows less of itself is not drawn
 _MIN_PIXELS = 40
@@ -100,12 +98,6 @@ class Scene:
     objects: tuple[SceneObject, ...]
 
 
-class Progress(Protocol):
-    """Wraps an iterable to show how far it got, as ``tqdm`` does."""
-
-    def __call__(self, iterable: Iterable[Any], /, *, total: int, desc: str) -> Iterable[Any]: ...
-
-
 @dataclass(frozen=True)
 class _Thing:
     """An object or distractor at its place. ``class_index`` is 0 for a distractor; ``left, top`` may lie outside."""
@@ -129,13 +121,13 @@ class _Thing:
         return (slice(top, bottom), slice(left, right)), inside
 
 
-# --- layout: what stands where --------------------------------------------------------------------------------------
+# --- layout ---------------------------------------------------------------------------------------------------
 
 
 def _instance_map(things: list[_Thing], size: int) -> NDArray[np.intp]:
     """Which thing shows at each pixel, (size, size): 0 for none, k+1 for the k-th, -1 for void; the last is nearest.
 
-    Each object lies in a ring of void, one pixel wide, which it also casts on what is behind it. A distractor has no
+    Each object has a ring of void, one pixel wide, which it also casts on what is behind it. A distractor has no
     ring of its own, but where it cuts into an object, the cut is as uncertain as any outline.
     """
     instances = np.zeros((size, size), dtype=np.intp)
@@ -288,14 +280,7 @@ def _detector_score(thing: _Thing, size: int, rng: np.random.Generator) -> float
 def _imitate_saliency(things: list[_Thing], size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Imitate a saliency detector: objects missed, distractors included, regions lost, edges warped and blurred.
 
-    Args:
-        things: what stands in the scene, farthest first.
-        size: side of the image, in pixels.
-        rng: source of all randomness.
-
-    Returns:
-        (size, size) grey levels, white is foreground; over many scenes, what lies above one half has an IoU of
-        about .76 with the true foreground.
+    (size, size) grey levels; over many scenes the part above one half has an IoU of .76 with the true foreground.
     """
     belief = np.full((size, size), rng.uniform(0, 0.08), dtype=np.float32)
     for thing in things:
@@ -324,9 +309,10 @@ def draw_scene(seed: int, index: int, size: int = 128) -> Scene:
         The scene; equal arguments give equal scenes, in any order of drawing.
 
     Raises:
-        ValueError: if an argument is no integer or too small.
+        ValueError: if an argument is too small.
     """
-    _check_least(seed=(seed, 0), index=(index, 0), size=(size, _MIN_SIZE))
+    if size < _MIN_SIZE:
+        raise ValueError(f"size must be at least {_MIN_SIZE}, got {size}")
     rng = np.random.default_rng([seed, index, size])
     first = CLASS_NAMES[rng.integers(len(CLASS_NAMES))]
     preferred = PREFERRED_SCENES[first]
@@ -350,13 +336,6 @@ def draw_scene(seed: int, index: int, size: int = 128) -> Scene:
     )
 
 
-def _check_least(**arguments: tuple[int, int]) -> None:
-    """Check that each argument, given as (value, least value), is an integer and not below its least value."""
-    for name, (value, least) in arguments.items():
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}")
-
-
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -373,38 +352,6 @@ def _write_scene(index: int, folder: Path, seed: int, size: int) -> tuple[str, .
     return scene.class_names
 
 
-@contextmanager
-def _scene_labels(total: int, num_workers: int, write: Callable[[int], tuple[str, ...]]) -> Iterator[Iterable[Any]]:
-    """Give the labels of scene 0, 1, ... as they get written; on an error, drop the scenes not yet begun."""
-    if num_workers == 1:
-        yield map(write, range(total))
-        return
-    # A forked process would inherit the threads' locks of torch, which a notebook has loaded by now.
-    pool = ProcessPoolExecutor(min(num_workers, total), mp_context=multiprocessing.get_context("spawn"))
-    try:
-        yield pool.map(write, range(total), chunksize=8)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _folder_in_the_making(root: Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``root`` that takes its name if all goes well, and is removed if not."""
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise FileExistsError(f"{root} exists and is not an empty folder; remove it or choose another place")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".partial", dir=root.parent))
-    try:
-        data = folder / root.name  # made by mkdir, it gets the usual rights; mkdtemp's own folder is private
-        data.mkdir()
-        yield data
-        if root.exists():
-            root.rmdir()
-        data.rename(root)
-    finally:
-        shutil.rmtree(folder)
-
-
 def make_mini(
     root: Path,
     num_train: int,
@@ -413,46 +360,53 @@ def make_mini(
     size: int = 128,
     seed: int = 0,
     num_workers: int = 1,
-    progress: Progress | None = None,
+    progress: Callable[..., Iterable[Any]] | None = None,
 ) -> None:
-    """Write a mini data set in the layout of PASCAL VOC, plus ``Saliency/`` and ``labels.csv``.
+    """Write a mini data set in the layout of PASCAL VOC, with ``Saliency/`` and ``labels.csv``.
 
     Scene k is the file ``00000k``; the first ``num_train`` are the training split, the others the validation split. The
-    files depend on ``seed`` and ``size`` only, not on the number of workers. They are made in a temporary folder beside
-    ``root`` and renamed at the end, so that ``root`` is complete if it exists.
+    files depend on ``seed`` and ``size`` only. They are drawn into a temporary folder beside ``root`` that is renamed
+    at the end, so that ``root`` is complete if it exists.
 
     Args:
         root: folder to make; it may exist if it is empty.
         num_train: number of training images, at least 1.
-        num_val: number of validation images, 0 or more.
+        num_val: number of validation images.
         size: side of the images in pixels, at least 64.
-        seed: of the data set, 0 or more.
-        num_workers: number of processes. More than one starts new interpreters: a script that calls this needs the
-            usual ``if __name__ == "__main__":``; a notebook does not.
+        seed: of the data set.
+        num_workers: number of processes; more than one starts new interpreters.
         progress: called as ``progress(iterable, total=..., desc=...)``, such as ``tqdm.tqdm``.
 
     Raises:
-        ValueError: if a number is no integer or too small.
+        ValueError: if a number is too small.
         FileExistsError: if ``root`` is a file or a folder that is not empty.
-        OSError: if ``root`` cannot be written.
     """
-    _check_least(
-        num_train=(num_train, 1),
-        num_val=(num_val, 0),
-        size=(size, _MIN_SIZE),
-        seed=(seed, 0),
-        num_workers=(num_workers, 1),
-    )
-    total = num_train + num_val
-    with _folder_in_the_making(Path(root)) as folder:
+    if num_train < 1 or num_val < 0 or size < _MIN_SIZE or seed < 0:
+        raise ValueError(f"no data set has {num_train} + {num_val} images of size {size} from seed {seed}")
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise FileExistsError(f"{root} exists and is not an empty folder; remove it or choose another place")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", suffix=".partial", dir=root.parent) as temporary:
+        folder = Path(temporary) / root.name  # created by mkdir with the usual permissions, unlike the temporary folder
         for name in ("JPEGImages", "SegmentationClass", "Saliency", "ImageSets/Segmentation"):
             (folder / name).mkdir(parents=True)
+        total = num_train + num_val
         write = functools.partial(_write_scene, folder=folder, seed=seed, size=size)
-        with _scene_labels(total, num_workers, write) as results:
+        # A forked process would inherit locks of torch's threads, which a notebook has loaded.
+        spawn = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(min(num_workers, total), mp_context=spawn) if num_workers > 1 else None
+        try:
+            results = pool.map(write, range(total), chunksize=8) if pool else map(write, range(total))
             labels = list(progress(results, total=total, desc="mini data set") if progress else results)
+        finally:
+            if pool:
+                pool.shutdown(cancel_futures=True)
         ids = [f"{index:06d}" for index in range(total)]
         for split, members in (("train", ids[:num_train]), ("val", ids[num_train:])):
             text = "".join(f"{name}\n" for name in members)
             (folder / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(text, encoding="utf-8")
         rows = "".join(f"{name}.jpg,{';'.join(names)}\n" for name, names in zip(ids, labels, strict=True))
         (folder / "labels.csv").write_text("image,labels\n" + rows, encoding="utf-8")
+        if root.exists():
+            root.rmdir()
+        folder.rename(root)

@@ -1,4 +1,4 @@
-"""How the mini data set's things and scenes look: polygons, textures and light. `dataset.py` decides what stands where.
+"""How objects and scenes of the mini data set look: polygons, textures and light. `dataset.py` arranges them.
 
 An object is a list of polygons in its own coordinates (x to the right, y down, the object about 2 units wide, looking
 to the right). Every class is ``body + part``: both classes of a family call the *same* body function with the same
@@ -254,7 +254,7 @@ def _amphora_handles(rng: Rng) -> list[Layer]:
 
 def _plant_crown(rng: Rng) -> list[Layer]:
     angles = np.linspace(-1.45, 1.45, 7) + rng.uniform(-0.1, 0.1, 7)
-    order = np.argsort(-np.abs(angles))  # the upright leaves lie in front
+    order = np.argsort(-np.abs(angles))  # the upright leaves are in front
     layers = []
     for rank, angle in enumerate(angles[order]):
         length = rng.uniform(0.5, 0.62)
@@ -391,11 +391,7 @@ def _jitter(colour: Colour, rng: Rng, amount: float = 12.0) -> FloatArray:
 
 
 def _palette(look: Look, rng: Rng) -> tuple[FloatArray, FloatArray]:
-    """Draw an object's colours.
-
-    Returns:
-        (7, 3) colour of each `Paint`, and the (3,) second body colour of the texture, all in [0, 255].
-    """
+    """The (7, 3) colour of each `Paint` and the (3,) second body colour of the texture, in [0, 255]."""
     body = _jitter(look.colours[rng.integers(len(look.colours))], rng)
     part = _jitter(TRIM[look.trim[rng.integers(len(look.trim))]], rng)
     dark, light = _jitter((44, 40, 44), rng, 5), _jitter((240, 234, 216), rng, 5)
@@ -406,28 +402,14 @@ def _palette(look: Look, rng: Rng) -> tuple[FloatArray, FloatArray]:
 
 
 def _emboss(alpha: FloatArray, extent: float, light: tuple[float, float]) -> NDArray[np.float32]:
-    """Shade a flat silhouette as if it were puffed up: bright towards the light, dark away from it.
-
-    Args:
-        alpha: (h, w) in [0, 1].
-        extent: of the object, in pixels.
-        light: x, y of the direction the light comes from, about unit length.
-
-    Returns:
-        (h, w) factor on the colours, between 0.62 and 1.3.
-    """
+    """Shading of a silhouette as if it were puffed up, (h, w) in [0.62, 1.3]: bright towards the light."""
     sigma = max(0.05 * extent, 0.6)
     dy, dx = np.gradient(ndimage.gaussian_filter(alpha, sigma, truncate=2.5, mode="constant"))
     return np.clip(1 - 0.75 * sigma * (dx * light[0] + dy * light[1]), 0.62, 1.3).astype(np.float32)
 
 
 def _pose(layers: list[Layer], extent: float, rng: Rng) -> tuple[Points, Points, tuple[int, int]]:
-    """Turn, mirror and stretch an object at random, and scale it to its extent.
-
-    Returns:
-        The (2, 2) matrix and the (2,) shift that bring object units to pixels, ``points @ matrix + shift``, and the
-        (height, width) of the box, which leaves a pixel free on each side.
-    """
+    """Rotate, mirror and stretch an object at random: matrix and shift to pixels, and the box with a free margin."""
     angle, mirror = np.deg2rad(np.clip(rng.normal(0, 9), -25, 25)), rng.choice([-1.0, 1.0])
     squeeze = rng.uniform(0.88, 1.12)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
@@ -506,14 +488,7 @@ def render_object(look: Look, extent: float, rng: Rng, light: tuple[float, float
 
 
 def smooth_noise(rng: Rng, size: int, across: int, down: int) -> NDArray[np.float32]:
-    """Random field of bumps, (size, size), mean about 0 and standard deviation below 1.
-
-    Args:
-        rng: source of randomness.
-        size: side of the field, in pixels.
-        across: number of bumps from left to right.
-        down: number of bumps from top to bottom.
-    """
+    """Random field of ``across`` by ``down`` bumps, (size, size), mean about 0, standard deviation below 1."""
     grid = Image.fromarray(rng.normal(0, 1, (down + 2, across + 2)).astype(np.float32))
     return np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC))
 
@@ -577,7 +552,7 @@ class Scenery:
 
     Attributes:
         sky: colours at the top and at the horizon.
-        back: colour of what stands on the horizon.
+        back: colour of the skyline.
         ground: colours at the horizon and at the lower border.
         skyline: (rng, x in [0, 1]) -> height above the horizon, as a fraction of the image.
         texture: (rng, x, y, depth) -> (size, size) relative brightness; depth is 0 at the horizon, 1 at the border.

@@ -1,26 +1,26 @@
 """The mini data set: what makes it honest is stated as numbers here."""
 
 import csv
+import hashlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from minidata import dataset as mini
 from minidata.dataset import CLASS_NAMES, FAMILIES, PREFERRED_SCENES, VOID, Scene, draw_scene, make_mini
 from minidata.drawing import CLASSES, DISTRACTORS, SCENES, TRIM, Sprite, render_object
+from smaflib.data.masks import VOC_PALETTE
 
 SIZE = 128
 
 
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:
-    return [draw_scene(seed=0, index=index, size=SIZE) for index in range(250)]
+    return [draw_scene(seed=0, index=index, size=SIZE) for index in range(150)]
 
 
 def square_thing(class_index: int, left: int, top: int, side: int = 3) -> mini._Thing:
@@ -37,11 +37,6 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 
 # --- the task ---------------------------------------------------------------------------------------------------------
-
-
-def test_six_classes_in_three_families() -> None:
-    assert FAMILIES == (("llama", "ram"), ("crane", "mixer"), ("amphora", "plant"))
-    assert CLASS_NAMES == ("llama", "ram", "crane", "mixer", "amphora", "plant")
 
 
 @pytest.mark.parametrize(("one", "other"), FAMILIES)
@@ -66,16 +61,9 @@ def test_part_is_a_smallish_share_of_each_class(scenes: list[Scene]) -> None:
         for thing in scene.objects:
             shares[thing.class_name].append(thing.num_part_pixels / thing.num_pixels)
     for name, values in shares.items():
-        assert len(values) > 40, name
+        assert len(values) > 20, name
         assert 0.15 < np.mean(values) < 0.36, name
         assert min(values) > 0.05, name
-
-
-def test_number_of_objects(scenes: list[Scene]) -> None:
-    counts = Counter(len(scene.objects) for scene in scenes)
-    assert set(counts) == {1, 2, 3}
-    for number, share in ((1, 0.6), (2, 0.28), (3, 0.12)):
-        assert counts[number] / len(scenes) == pytest.approx(share, abs=0.07)
 
 
 def test_small_medium_and_large_objects_are_all_frequent(scenes: list[Scene]) -> None:
@@ -108,16 +96,6 @@ def test_saliency_is_as_good_as_a_detector_and_no_better(scenes: list[Scene]) ->
     assert hit / (hit + missed) == pytest.approx(0.83, abs=0.04)
 
 
-def test_saliency_misses_objects_and_includes_other_things(scenes: list[Scene]) -> None:
-    known = [scene.mask != VOID for scene in scenes]
-    guess = [scene.saliency > 127 for scene in scenes]
-    recall = np.array([g[s.mask % VOID > 0].mean() for s, g in zip(scenes, guess, strict=True)])
-    false = np.array([(g & k & (s.mask == 0)).sum() for s, g, k in zip(scenes, guess, known, strict=True)])
-    assert 0.03 < (recall < 0.1).mean() < 0.25  # all of the image's objects missed
-    assert 0.1 < (false > 150).mean() < 0.6  # a whole thing too much: no warped edge has this many pixels
-    assert len(np.unique(scenes[0].saliency)) > 50  # grey levels, not a mask
-
-
 # --- masks and labels -------------------------------------------------------------------------------------------------
 
 
@@ -142,18 +120,6 @@ def test_void_lies_between_every_object_and_the_rest(scenes: list[Scene]) -> Non
             (mask[1:, :-1], mask[:-1, 1:]),
         ):
             assert not ((one != other) & (one != VOID) & (other != VOID)).any()
-
-
-def test_void_is_a_thin_border(scenes: list[Scene]) -> None:
-    void = touching = 0
-    for scene in scenes:
-        inside = np.pad((scene.mask > 0) & (scene.mask != VOID), 1)
-        near = np.zeros(scene.mask.shape, dtype=bool)
-        for row in range(3):
-            for column in range(3):
-                near |= inside[row : row + SIZE, column : column + SIZE]
-        void, touching = void + (scene.mask == VOID).sum(), touching + (near & (scene.mask == VOID)).sum()
-    assert touching / void > 0.97
 
 
 def test_object_casts_its_ring_on_what_is_behind() -> None:
@@ -198,31 +164,6 @@ def test_object_half_hidden_is_not_recognisable() -> None:
     assert not mini._all_recognisable([thing, cover], 40)
 
 
-def test_object_under_twelve_pixels_is_not_recognisable() -> None:
-    assert not mini._all_recognisable([square_thing(1, left=5, top=5, side=11)], 40)
-    assert mini._all_recognisable([square_thing(1, left=5, top=5, side=12)], 40)
-
-
-def test_thing_without_room_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mini, "_all_recognisable", lambda things, size: False)
-    things = [square_thing(1, left=5, top=5, side=20)]
-    stage = mini._Stage(size=64, horizon=20, light=(0.0, -1.0))
-    assert mini._add(things, 2, CLASSES["ram"], 30.0, stage, np.random.default_rng(0)) == things
-
-
-@given(left=st.integers(-20, 30), top=st.integers(-20, 30), side=st.integers(1, 12))
-def test_windows_lie_on_each_other(left: int, top: int, side: int) -> None:
-    size = 16
-    rows, columns = np.mgrid[:size, :size]
-    thing = square_thing(1, left, top, side)
-    window, inside = thing.windows(size)
-    sprite_rows, sprite_columns = np.mgrid[: side + 2, : side + 2]
-    assert (rows[window] - (top - 1)).tolist() == sprite_rows[inside].tolist()
-    assert (columns[window] - (left - 1)).tolist() == sprite_columns[inside].tolist()
-    covered = max(0, min(left + side, size) - max(left, 0)) * max(0, min(top + side, size) - max(top, 0))
-    assert (mini._instance_map([thing], size) == 1).sum() == covered
-
-
 @pytest.mark.parametrize("name", [*CLASSES, *DISTRACTORS])
 @pytest.mark.parametrize("extent", [18.0, 90.0])
 def test_rendered_thing_has_its_extent_and_a_free_margin(name: str, extent: float) -> None:
@@ -239,47 +180,25 @@ def test_rendered_thing_has_its_extent_and_a_free_margin(name: str, extent: floa
         assert (sprite.colour <= 256 * sprite.alpha[..., None] * 1.3).all()  # nothing is painted outside
 
 
-# --- determinism, arguments -------------------------------------------------------------------------------------------
-
-
-def test_scene_depends_on_its_arguments_only(scenes: list[Scene]) -> None:
-    again = draw_scene(seed=0, index=7, size=SIZE)
-    for field in ("image", "mask", "saliency"):
-        assert np.array_equal(getattr(again, field), getattr(scenes[7], field))
-    assert again.objects == scenes[7].objects
-    assert not np.array_equal(again.image, draw_scene(seed=1, index=7, size=SIZE).image)
-    assert not np.array_equal(again.image, scenes[8].image)
-
-
-@pytest.mark.parametrize("size", [64, 101, 200])
-def test_other_sizes(size: int) -> None:
-    for index in range(10):
-        scene = draw_scene(seed=2, index=index, size=size)
-        assert scene.image.shape == (size, size, 3)
-        assert scene.mask.shape == scene.saliency.shape == (size, size)
-        assert scene.image.dtype == scene.mask.dtype == scene.saliency.dtype == np.uint8
-        assert len(scene.objects) >= 1
+# --- determinism ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"seed": -1}, "seed must be a whole number, 0 or more, got -1"),
-        ({"index": -2}, "index must be a whole number, 0 or more, got -2"),
-        ({"size": 63}, "size must be a whole number, 64 or more, got 63"),
-        ({"size": 128.0}, "size must be a whole number, 64 or more, got 128.0"),
-    ],
+    ("seed", "index", "size", "digest"),
+    [(0, 0, 128, "3ed3277a30b9ba8b"), (0, 7, 128, "813a1bfd47404442"), (3, 11, 96, "ee1994c0af7ae360")],
 )
-def test_draw_scene_refuses_nonsense(arguments: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        draw_scene(**{"seed": 0, "index": 0, **arguments})
+def test_scenes_are_the_same_as_ever(seed: int, index: int, size: int, digest: str) -> None:
+    """Results in docs/ are of these very pixels."""
+    scene = draw_scene(seed, index, size)
+    pixels = b"".join(part.tobytes() for part in (scene.image, scene.mask, scene.saliency))
+    assert hashlib.sha256(pixels).hexdigest()[:16] == digest
+    assert scene.image.shape == (size, size, 3) and scene.mask.shape == scene.saliency.shape == (size, size)
 
 
-@pytest.mark.parametrize("argument", ["num_train", "num_val", "size", "seed", "num_workers"])
-def test_make_mini_refuses_nonsense_before_it_writes(tmp_path: Path, argument: str) -> None:
-    arguments = {"num_train": 1, "num_val": 1, **{argument: -1}}
-    with pytest.raises(ValueError, match=f"^{argument} must be a whole number"):
-        make_mini(tmp_path / "deep" / "mini", **arguments)
+@pytest.mark.parametrize("wrong", [{"num_train": 0}, {"num_val": -1}, {"size": 63}, {"seed": -1}], ids=str)
+def test_make_mini_refuses_nonsense_before_it_writes(tmp_path: Path, wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="no data set has"):
+        make_mini(tmp_path / "deep" / "mini", **({"num_train": 1, "num_val": 1} | wrong))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -311,20 +230,11 @@ def test_files_hold_the_scenes(mini_root: Path) -> None:
         scene = draw_scene(seed=4, index=index)
         assert (image, labels) == (f"{index:06d}.jpg", ";".join(scene.class_names))
         mask = Image.open(mini_root / "SegmentationClass" / f"{index:06d}.png")
-        assert mask.mode == "P" and np.array_equal(np.asarray(mask), scene.mask)
+        assert mask.getpalette() == VOC_PALETTE.ravel().tolist() and np.array_equal(np.asarray(mask), scene.mask)
         saliency = Image.open(mini_root / "Saliency" / f"{index:06d}.png")
         assert saliency.mode == "L" and np.array_equal(np.asarray(saliency), scene.saliency)
         jpeg = np.asarray(Image.open(mini_root / "JPEGImages" / image)).astype(int)
         assert np.abs(jpeg - scene.image).mean() < 5  # noise is what JPEG loses; another scene is 40 away
-
-
-def test_palette_is_that_of_voc(mini_root: Path) -> None:
-    palette = Image.open(mini_root / "SegmentationClass" / "000000.png").getpalette()
-    assert palette is not None
-    colours = [tuple(palette[3 * index : 3 * index + 3]) for index in range(256)]
-    assert colours[:5] == [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128)]
-    assert colours[8] == (64, 0, 0) and colours[20] == (0, 64, 128)  # potted... to tv monitor, as in the devkit
-    assert colours[255] == (224, 224, 192)
 
 
 def test_files_are_the_same_with_two_workers(mini_root: Path, tmp_path: Path) -> None:
