@@ -297,7 +297,7 @@ class ParConfig(StageConfig):
     position_weight: Weight = 0.01  # of proximity relative to similarity
 
 
-class OwnRefinement(StageConfig):
+class CustomRefinement(StageConfig):
     """Custom refinement, which has no settings here."""
 
     name: str  # package.module:attribute
@@ -316,10 +316,10 @@ class PseudoMaskConfig(StageConfig):
     num_workers: Processes = 0  # processes on a CPU; 0: one per core
 
     @property
-    def refinement(self) -> CrfConfig | ParConfig | OwnRefinement | None:
+    def refinement(self) -> CrfConfig | ParConfig | CustomRefinement | None:
         """The settings of the refinement named by ``refine``; None: no refinement."""
         if is_custom(self.refine):
-            return OwnRefinement(name=self.refine)
+            return CustomRefinement(name=self.refine)
         return {"crf": self.crf, "par": self.par, "none": None}[self.refine]
 
 

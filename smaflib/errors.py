@@ -27,7 +27,6 @@ class RunError(Exception):
 
 # Old names, until every area has moved.
 PluginError = ConfigError
-WeightsError = ConfigError
 RunMismatch = RunError
 MissingStage = RunError
 

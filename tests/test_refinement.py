@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smaflib.config import CRF_PRESETS, CrfBackend, CrfConfig, OwnRefinement, ParConfig
+from smaflib.config import CRF_PRESETS, CrfBackend, CrfConfig, CustomRefinement, ParConfig
 from smaflib.errors import ConfigError
 from smaflib.refinement import (
     choose_backend,
@@ -365,17 +365,17 @@ def darken(image: Tensor, scores: Tensor) -> Tensor:
     return scores * torch.where(image[0] < 100, torch.arange(9.0)[:, None, None] == 2, 1)
 
 
-DARKEN = OwnRefinement(name=f"{__name__}:darken")
+DARKEN = CustomRefinement(name=f"{__name__}:darken")
 
 
 @pytest.mark.parametrize("params", [PARAMS, CrfConfig.model_validate("irn"), ParConfig(dilations=(1, 2)), DARKEN])
-def test_processes_give_what_one_gives(params: CrfConfig | ParConfig | OwnRefinement) -> None:
+def test_processes_give_what_one_gives(params: CrfConfig | ParConfig | CustomRefinement) -> None:
     soft = not isinstance(params, CrfConfig)
     alone = list(refine_many(many_jobs(9, soft), params, 9))
     together = list(refine_many(many_jobs(9, soft), params, 9, num_workers=2))
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
     assert len({mask.numpy().tobytes() for mask in alone}) == 9
-    if isinstance(params, OwnRefinement):
+    if isinstance(params, CustomRefinement):
         image, scores = next(many_jobs(1, soft))
         assert torch.equal(alone[0], darken(image, scores).argmax(dim=0).to(torch.uint8))
 

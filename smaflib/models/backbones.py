@@ -83,8 +83,8 @@ def build_backbone(config: ModelConfig) -> Backbone:
     with ``skip_channels``, for ``segmentation.skip_channels``, and ``early_layers()``, for ``model.freeze_early``.
 
     Raises:
-        ConfigError: if there is no such model or no such weights, or it has no features at this output stride.
-        WeightsError: if the weights do not fit.
+        ConfigError: if there is no such model or no such weights, it has no features at this output stride, or
+            the weights do not fit.
     """
     name, weights = config.backbone, config.weights
     backbone: Backbone

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 from smaflib.config import ModelConfig, SegmentationConfig
-from smaflib.errors import ConfigError, WeightsError
+from smaflib.errors import ConfigError
 from smaflib.models.backbones import build_backbone
 from smaflib.models.weights import attention_state, fill, network_state
 
@@ -179,7 +179,7 @@ def load_attention_network(path: Path, config: ModelConfig, num_classes: int) ->
     """Rebuild a teacher or student, in eval mode on the CPU, from a checkpoint of a run, of the reference or of EPS."""
     state = attention_state(network_state(path), num_classes)
     if "head.weight" not in state:
-        raise WeightsError(f"{path} holds no attention network: it has no head.weight")
+        raise ConfigError(f"{path} holds no attention network: it has no head.weight")
     background = len(state["head.weight"]) == num_classes + 1
     network = AttentionNetwork(config.model_copy(update={"weights": None}), num_classes, background)
     fill(network, state, source=str(path))

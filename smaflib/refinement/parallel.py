@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smaflib.config import CrfBackend, CrfConfig, OwnRefinement, ParConfig
+from smaflib.config import CrfBackend, CrfConfig, CustomRefinement, ParConfig
 from smaflib.plugins import load_custom
 from smaflib.refinement.crf import choose_backend, dense_crf_batch
 from smaflib.refinement.par import pixel_adaptive_refinement
@@ -38,7 +38,7 @@ Job: TypeAlias = tuple[Tensor, Tensor]
 
 RefineBatch: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 
-Params: TypeAlias = CrfConfig | ParConfig | OwnRefinement
+Params: TypeAlias = CrfConfig | ParConfig | CustomRefinement
 """Which refinement, and its settings. A custom one is a callable of an image, uint8 (3, H, W), and scores, float32
 (K+1, H, W) in [0, 1], background first, and returns refined scores of that shape. Worker processes import it."""
 
@@ -98,7 +98,7 @@ def refine_many(
     """
     if isinstance(params, CrfConfig):
         backend, device = choose_backend(backend, device)
-    elif isinstance(params, OwnRefinement):
+    elif isinstance(params, CustomRefinement):
         load_custom(params.name)  # workers get this process's import path, which then leads to it
     refine_batch = functools.partial(refine, params=params, num_labels=num_labels, backend=backend, device=device)
     num_workers, rest = num_workers or num_cores(), iter(jobs)
