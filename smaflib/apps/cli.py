@@ -49,13 +49,13 @@ Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as seed=1; repeatable."),
 ]
 Name = Annotated[
-    str | None, typer.Option("--name", metavar="N", help="Name of the run folder [default: the config file's name].")
+    str | None, typer.Option("--name", metavar="N", help="Name of the run folder; the config file's name by default.")
 ]
 RunName = Annotated[
     str, typer.Argument(metavar="RUN", help="Name of a run in papermill_runs/, or path of a run folder.")
 ]
 RunsFolder = Annotated[
-    Path | None, typer.Option("--runs", metavar="DIR", help="Folder of the run folders [default: papermill_runs/].")
+    Path | None, typer.Option("--runs", metavar="DIR", help="Folder of the run folders; papermill_runs/ by default.")
 ]
 Reuse = Annotated[
     list[str] | None,
@@ -101,7 +101,7 @@ def run(
     ] = False,
     runs: RunsFolder = None,
     notebooks: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the notebooks [default: notebooks/].")
+        Path | None, typer.Option(metavar="DIR", help="Folder of the notebooks; notebooks/ by default.")
     ] = None,
 ) -> None:
     """Execute the notebooks in order: skip complete stages, resume unfinished ones, rerun what has changed.
@@ -195,7 +195,7 @@ def _report_failures(failures: list[str]) -> None:
 @app.command()
 def lab(
     folder: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="Folder for the copies [default: ./notebooks].")
+        Path | None, typer.Argument(metavar="[DIR]", help="Folder for the copies; ./notebooks by default.")
     ] = None,
     start: Annotated[bool, typer.Option(help="Open JupyterLab, or only copy.")] = True,
 ) -> None:
@@ -275,7 +275,7 @@ def masks(
     labels: Annotated[Path, typer.Option(metavar="CSV", help="Table image,labels; labels are separated by ';'.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for masks/, overlays/ and index.html.")],
     backbone: Annotated[
-        str | None, typer.Option(metavar="NAME", help="timm/NAME [default: timm/tf_efficientnet_lite2].")
+        str | None, typer.Option(metavar="NAME", help="timm/NAME; timm/tf_efficientnet_lite2 by default.")
     ] = None,
     weights: Annotated[
         str | None,
