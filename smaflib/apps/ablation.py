@@ -133,7 +133,7 @@ def ablate(
                 sources = (str(run.folder), *reuse)
                 folder, until = run.path("ablation"), "06_pseudo_masks"
                 jobs.append(Job(f"seed{seed}-{name}", name, seed, overrides, run.config_file, folder, until, sources))
-    return run_jobs(jobs, part, cluster, options, lambda: _write_result(run, seeds))
+    return run_jobs(jobs, lambda: _write_result(run, seeds), part, cluster, options)
 
 
 def _write_result(run: Run, seeds: Sequence[int]) -> None:

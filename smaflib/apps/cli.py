@@ -140,14 +140,12 @@ def sweep(
     slurm: Slurm = None,
 ) -> None:
     """Run the chain over seeds and settings; tables of mean ± standard deviation and paired differences."""
-    from smaflib.apps.sweep import parse_grid, parse_seeds
-    from smaflib.apps.sweep import sweep as run_sweep
+    from smaflib.apps.sweep import parse_grid, parse_seeds, plan, run_jobs, write_tables
 
     _check_measure(measure)
-    given, chosen, values = find_config(config), parse_seeds(seeds), parse_grid(grid or [])
-    failures = run_sweep(
-        given, out.absolute(), chosen, values, settings or [], until_stage, measure, part, cluster, slurm or []
-    )
+    values = parse_grid(grid or [])
+    jobs = plan(parse_seeds(seeds), values, find_config(config), out.absolute(), settings or [], until_stage)
+    failures = run_jobs(jobs, lambda: write_tables(jobs, measure), part, cluster, slurm or [])
     for table in ("results", "differences") if values else ("results",):
         typer.echo(f"\n{table}, {measure} in percent, mean ± standard deviation (seeds)")
         typer.echo((out / f"{table}.txt").read_text(encoding="utf-8"))

@@ -71,10 +71,7 @@ def _claim(out: Path, config: Config, samples: Samples) -> None:
     if not note.is_file():
         if out.is_dir() and any(out.iterdir()):
             raise ConfigError(f"{out} is not empty and was not written by smaf masks; choose another --out")
-        try:
-            files.write_text(note, claim)
-        except OSError as error:
-            raise ConfigError(f"{out} cannot be written: {error}; choose another --out") from error
+        files.write_text(note, claim)
     elif note.read_text(encoding="utf-8") != claim:
         raise ConfigError(
             f"{out} holds masks made from other images, labels or settings; choose another --out, or delete it"

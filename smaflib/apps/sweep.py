@@ -117,48 +117,25 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
     return grid
 
 
-def sweep(
-    config_file: Path,
-    out: Path,
-    seeds: Sequence[int],
-    grid: Mapping[str, Sequence[Any]],
-    overrides: Sequence[str] = (),
-    until_stage: str | None = None,
-    measure: str = "mIoU",
-    part: str = "1/1",
-    cluster: str | None = None,
-    options: Sequence[str] = (),
-) -> list[str]:
-    """Execute the runs that are not complete, and write tables of all that are.
-
-    Args:
-        config_file: a YAML file of settings.
-        out: folder for a folder per run, ``runs.tsv``, and ``results`` and ``differences`` in all formats of
-            :data:`~smaflib.report.tables.FORMATS`.
-        seeds: of the runs.
-        grid: settings with the values of each; every combination is a run.
-        overrides: ``key=value`` settings of all runs.
-        until_stage: last stage of each run.
-        measure: column of :func:`~smaflib.report.tables.results_table` for the tables.
-        part: as for :func:`run_jobs`, like ``cluster`` and ``options``.
-
-    Returns:
-        A line per failed run; the others were executed.
-    """
-    until = (stage_named(until_stage) if until_stage else STAGES[-1]).name
-    jobs = plan(seeds, grid, config_file, out, overrides, until)
-    return run_jobs(jobs, part, cluster, options, lambda: write_tables(out, jobs, measure))
-
-
 def plan(
     seeds: Sequence[int],
     grid: Mapping[str, Sequence[Any]],
     config_file: Path,
     out: Path,
     overrides: Sequence[str] = (),
-    until: str = STAGES[-1].name,
+    until: str | None = None,
 ) -> list[Job]:
-    """All runs of a sweep, seed by seed, so that the first seed's comparison is complete early."""
+    """All runs of a sweep, seed by seed, so that the first seed's comparison is complete early.
+
+    Args:
+        seeds: of the runs.
+        grid: settings with the values of each; every combination is a run.
+        config_file: a YAML file of settings.
+        out: folder of the run folders.
+        overrides: ``key=value`` settings of all runs.
+        until: last stage of each run; None: the whole chain.
+    """
+    last = (stage_named(until) if until else STAGES[-1]).name
     combinations = [list(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     if len(seeds) * len(combinations) > MAX_RUNS:
         raise ConfigError(f"{len(seeds)} seeds by {len(combinations)} settings are more than {MAX_RUNS:,} runs")
@@ -169,7 +146,7 @@ def plan(
         name = names[number] + (f".{number}" if names.count(names[number]) > 1 else "")
         label = ", ".join(f"{key}={_text(value)}" for key, value in pairs)
         settings = (*overrides, f"seed={seed}", *(f"{key}={json.dumps(value)}" for key, value in pairs))
-        jobs.append(Job(f"seed{seed}{name}", label, seed, settings, config_file, out, until))
+        jobs.append(Job(f"seed{seed}{name}", label, seed, settings, config_file, out, last))
     return jobs
 
 
@@ -179,22 +156,22 @@ def _text(value: Any) -> str:
 
 def run_jobs(
     jobs: Sequence[Job],
-    part: str,
-    cluster: str | None,
-    options: Sequence[str],
     write: Callable[[], None],
+    part: str = "1/1",
+    cluster: str | None = None,
+    options: Sequence[str] = (),
 ) -> list[str]:
-    """Execute jobs that share a folder of runs, seed by seed.
+    """Execute the jobs of a sweep, seed by seed; complete ones take no time.
 
     Args:
         jobs: all of them; each is checked before the first one starts.
+        write: renews the tables, before, in between and at the end.
         part: ``2/3`` executes every third seed, beginning with the second.
         cluster: ``slurm``, ``local`` or ``debug``, for submitit; None: in this process, one after the other.
         options: ``key=value`` options of sbatch.
-        write: renews the tables, before, in between and at the end.
 
     Returns:
-        A line per failed job.
+        A line per failed job; the others were executed.
 
     Raises:
         ConfigError: if settings, names or custom code of a job do not fit, or the cluster is not available.
@@ -298,9 +275,14 @@ def _first_stage(setting: str) -> int:
     return 0
 
 
-def write_tables(out: Path, jobs: Sequence[Job], measure: str) -> None:
-    """Write ``runs.tsv``, and results and paired differences of the runs that have measured something."""
-    rows, begun = [], []
+def write_tables(jobs: Sequence[Job], measure: str) -> None:
+    """Write ``runs.tsv``, and the tables ``results`` and ``differences`` in all formats, into the folder of the runs.
+
+    Args:
+        jobs: of a sweep; those that have measured nothing yet are left out of the results.
+        measure: column of :func:`~smaflib.report.tables.results_table`.
+    """
+    out, rows, begun = jobs[0].runs, [], []
     for job in jobs:
         stages = read_manifest(out / job.name)["stages"].values()
         complete = sum(entry["status"] == "complete" for entry in stages)
