@@ -1,8 +1,8 @@
 """The chain: a function per stage over a folder, and :func:`attend` for a single image.
 
 Every function is idempotent: it resumes what is unfinished and only loads what is complete. Notebooks, ``smaf masks``,
-the ablation and the explorer call these. Each imports its stage's modules inside, so that a stage depends on no more
-code than it runs (:mod:`smaflib.runs.code`), and importing this module imports no torch.
+the ablation and the explorer call these. Each imports its stage's modules inside, so importing this module imports no
+torch.
 """
 
 from __future__ import annotations
@@ -261,22 +261,15 @@ def _share_work(work: Workspace, function: str, is_done: Callable[[], bool], **a
         is_done: whether there is nothing left to do; asked only where processes would be started.
         arguments: of that function.
     """
-    from smaflib.config_reads import not_noting
     from smaflib.processes import num_processes, num_ranks, run_in_processes
 
-    with not_noting():  # how many processes there are decides no result
-        number = num_processes(work.config)
+    number = num_processes(work.config)
     if number > 1 and num_ranks() == 1 and not is_done():
-        with not_noting():
-            run_in_processes(number, _take_part, replace(work), function, **arguments)
+        run_in_processes(number, _take_part, replace(work), function, **arguments)
 
 
 def _take_part(work: Workspace, function: str, **arguments: Any) -> None:
-    from smaflib.config_reads import follow, recording_where_asked
-
-    with recording_where_asked():
-        follow(work.config)
-        globals()[function](work, **arguments)
+    globals()[function](work, **arguments)
 
 
 def are_there(folder: Path, samples: Samples, ending: str = ".png") -> bool:

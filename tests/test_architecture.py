@@ -19,7 +19,7 @@ STAGES = (
     "classifier cams maps reactivation thresholds self_training pseudo_masks segmentation training evaluation trials"
 )
 LAYERS = (
-    ("config", "config_reads", "plugins", "files", "errors"),
+    ("config", "plugins", "files", "errors"),
     ("data", "models", "refinement", "processes", "distributed", "runtime"),
     tuple(STAGES.split()),
     ("pipeline",),

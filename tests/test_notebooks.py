@@ -4,14 +4,13 @@ import ast
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import nbformat
 import pandas as pd
-import papermill
 import pytest
 import torch
 
@@ -21,10 +20,11 @@ from smaflib.explorer.widget import Explorer
 from smaflib.files import PROJECT_ROOT
 from smaflib.maps import AttentionMaps
 from smaflib.report.html import network_references
+from smaflib.runs import runner
+from smaflib.runs.kernel import NotebookKernel
 from smaflib.runs.manifest import read_manifest
-from smaflib.runs.progress import NotebookMonitor
 from smaflib.runs.runner import run_notebooks
-from smaflib.runs.stages import STAGES
+from smaflib.runs.stages import STAGES, counts
 
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
 EXPLORE = PROJECT_ROOT / "notebooks" / "explore.ipynb"  # no stage: it makes nothing that others need
@@ -113,42 +113,127 @@ def test_the_idea_is_an_equation_whose_symbols_are_explained_after_it(path):
     assert len(re.findall(r"\$[^$]+\$", after)) >= 2, "what its symbols are"
 
 
+# Answers as a reader would give them, from what the solution has computed; and a wrong one.
+ANSWERS = {
+    "00_one_image_end_to_end": (
+        ("{samples.class_names[k - 1] for k in noisy.unique().tolist() if k and not image_label[k - 1]}", "{'cat'}"),
+        ("[(pseudo_mask(sample.image, denoised_student, b, config.pseudo_masks) > 0).float().mean().item() "
+         "for b in (0.1, 0.35, 0.7)]", "[0.5, 0.5, 0.5]"),
+    ),
+    "01_data": (("wrong", "wrong + 1"), ("together", "together * 2")),
+    "02_classifier": (
+        ("(maps[train.files[0].labels[0]] > 0).double().mean()", "-1"),
+        ("None\ngrey = shown[0].image.clone()\ngrey[:, 25:38, 25:38] = 128\n"
+         "logits = [teacher.image_logits(teacher(normalize(i)[None]))[0, k] for i in (shown[0].image, grey)]\n"
+         "answer_2 = logits[0] - logits[1]", "[1, 2]"),
+    ),
+    "03_multi_scale_attention": (("by_hand", "by_hand / 2"), ("pd.DataFrame(peaks).mean()", "[0, 0, 0, 0]")),
+    "04_denoise_and_reactivate": (
+        ("differing", "differing + 1"),
+        ("pd.DataFrame(lines).T['labelled background']", "[0.5, 0.5, 0.5]"),
+    ),
+    "05_self_training": (
+        ("[mac_loss(network(whole), target).item() for network in (with_background(run.network('teacher')), student)]",
+         "0.1"),
+        ("[lines[network]['score on objects'] for network in ('teacher', 'student')]", "'teacher'"),
+    ),
+    "06_pseudo_masks": (("totals['gained'] - totals['lost']", "10**9"), ("after.miou", "after.miou - 0.1")),
+    "07_segmentation": (
+        ("shares", "shares.T + 0.1"),
+        ("counts['repeats the mistake'] / sum(counts.values())", "2"),
+    ),
+    "08_results": (("sum(scores) / len(scores)", "2"), ("{'full'}", "set()")),
+}  # fmt: skip
+
+
 WATCH = """
 import os, sys
+
+FOLDER = os.environ["SMAF_TEST_FOLDER"]
 
 def note(event, args):
     if event in ("socket.connect", "socket.getaddrinfo"):
         host = args[1][0] if event == "socket.connect" and isinstance(args[1], tuple) else args[0]
         if isinstance(host, str) and host not in ("127.0.0.1", "::1", "localhost", ""):
-            with open(os.environ["SMAF_TEST_CONNECTIONS"], "a") as file:
+            with open(f"{FOLDER}/connections", "a") as file:
                 file.write(f"{event} {host} {sys.argv[:3]}\\n")
+    if event == "import" and args[0].partition(".")[0] == "smaflib":
+        with open(f"{FOLDER}/{os.getpid()}.modules", "a") as file:
+            file.write(f"{args[0]}\\n")
 
 sys.addaudithook(note)
+
+if "smaflib.runs.kernel" in sys.orig_argv:
+    from operator import attrgetter
+    from smaflib import config, runs
+    from smaflib.runs import stages
+
+    opens = runs.open_run
+    # How many processes there are decides no result.
+    ASKED = ("self_training.batch_size", "segmentation.batch_size", "segmentation.enabled")
+
+    def open_run(*args, stage, **options):
+        run = opens(*args, stage=stage, **options)
+        with open(f"{FOLDER}/{stage}", "w") as file:
+            file.write(str(os.getpid()))
+        for name in config.flat_settings(run.config):
+            if not stages.counts("settings", name, stages.stage_named(stage)) and name not in ASKED:
+                group, _, setting = name.rpartition(".")
+                vars(attrgetter(group)(run.config)).pop(setting, None)  # reading it raises
+        return run
+
+    runs.open_run = open_run
 """
-"""Imported by every Python process below, kernels and workers too: notes whom it speaks to on other machines."""
+"""Imported by every Python process below, kernels and workers too: notes whom it speaks to on other machines and which
+modules it imports, and takes from a notebook's config the settings that later stages are the first to depend on."""
 
 
 @pytest.fixture(scope="module")
-def connections(tmp_path_factory):
-    """A file that takes a line for each connection to another machine, of every process that is started meanwhile."""
+def watched(tmp_path_factory):
+    """A folder that takes the notes of all processes that are started meanwhile."""
     folder = tmp_path_factory.mktemp("watch")
     (folder / "sitecustomize.py").write_text(WATCH)
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
-        patch.setenv("SMAF_TEST_CONNECTIONS", str(folder / "connections"))
-        yield folder / "connections"
+        patch.setenv("SMAF_TEST_FOLDER", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, connections):
-    """The whole chain on 16 images of 64 pixels."""
-    return run_notebooks(
-        PROJECT_ROOT / "configs" / "mini.yaml", "tiny", TINY, runs=tmp_path_factory.mktemp("papermill_runs")
-    )
+def answered(tmp_path_factory):
+    """The notebooks with a reader's right and wrong answers behind each solution."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    for path in OF_STAGES:
+        notebook = nbformat.read(path, as_version=4)
+        for number, answers in enumerate(ANSWERS[path.stem], 1):
+            (check,) = [cell for cell in notebook.cells if cell.id == f"{path.stem[:2]}-ex{number}-check"]
+            place = notebook.cells.index(check) + 2  # behind the solution
+            for answer in reversed(answers):
+                source = f"answer_{number} = {answer}\n{check.source}"
+                notebook.cells.insert(place, nbformat.v4.new_code_cell(source, metadata={"tags": ["answered"]}))
+        nbformat.write(notebook, folder / path.name)
+    return folder
 
 
-def test_nothing_leaves_this_machine(run, connections):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, watched, answered):
+    """The whole chain on 16 images of 64 pixels, with answers to all exercises."""
+    runs = tmp_path_factory.mktemp("papermill_runs")
+    return run_notebooks(PROJECT_ROOT / "configs" / "mini.yaml", "tiny", TINY, notebooks=answered, runs=runs)
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_every_stage_declares_the_modules_that_its_notebook_imports(run, watched, stage):
+    kernel = (watched / stage.name).read_text()
+    modules = {name.partition(".")[2] for name in (watched / f"{kernel}.modules").read_text().split()}
+    assert "cams" in modules or stage.name.startswith("01")
+    later = {name for name in modules if not counts("code", name, stage)}
+    assert later == set(), "declare them in smaflib/runs/stages.py for this stage or an earlier one"
+
+
+def test_nothing_leaves_this_machine(run, watched):
+    connections = watched / "connections"
     assert not connections.exists(), connections.read_text()
     call = "import socket; s = socket.socket(); s.settimeout(0.01); s.connect_ex(('192.0.2.1', 9))"
     subprocess.run([sys.executable, "-c", call], check=True)
@@ -189,66 +274,12 @@ def test_solutions_have_run_and_say_something(run):
         assert ["No answer yet" in cell.outputs[0].text for cell in checks] == [True, True]
 
 
-# Answers as a reader would give them, from what the solution has computed; and a wrong one.
-ANSWERS = {
-    "00_one_image_end_to_end": (
-        ("{samples.class_names[k - 1] for k in noisy.unique().tolist() if k and not image_label[k - 1]}", "{'cat'}"),
-        ("[(pseudo_mask(sample.image, denoised_student, b, config.pseudo_masks) > 0).float().mean().item() "
-         "for b in (0.1, 0.35, 0.7)]", "[0.5, 0.5, 0.5]"),
-    ),
-    "01_data": (("wrong", "wrong + 1"), ("together", "together * 2")),
-    "02_classifier": (
-        ("(maps[train.files[0].labels[0]] > 0).double().mean()", "-1"),
-        ("None\ngrey = shown[0].image.clone()\ngrey[:, 25:38, 25:38] = 128\n"
-         "logits = [teacher.image_logits(teacher(normalize(i)[None]))[0, k] for i in (shown[0].image, grey)]\n"
-         "answer_2 = logits[0] - logits[1]", "[1, 2]"),
-    ),
-    "03_multi_scale_attention": (("by_hand", "by_hand / 2"), ("pd.DataFrame(peaks).mean()", "[0, 0, 0, 0]")),
-    "04_denoise_and_reactivate": (
-        ("differing", "differing + 1"),
-        ("pd.DataFrame(lines).T['labelled background']", "[0.5, 0.5, 0.5]"),
-    ),
-    "05_self_training": (
-        ("[mac_loss(network(whole), target).item() for network in (with_background(run.network('teacher')), student)]",
-         "0.1"),
-        ("[lines[network]['score on objects'] for network in ('teacher', 'student')]", "'teacher'"),
-    ),
-    "06_pseudo_masks": (("totals['gained'] - totals['lost']", "10**9"), ("after.miou", "after.miou - 0.1")),
-    "07_segmentation": (
-        ("shares", "shares.T + 0.1"),
-        ("counts['repeats the mistake'] / sum(counts.values())", "2"),
-    ),
-    "08_results": (("sum(scores) / len(scores)", "2"), ("{'full'}", "set()")),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("path", OF_STAGES, ids=lambda path: path.stem)
-def test_checks_say_right_to_a_readers_answer_and_what_to_look_at_to_a_wrong_one(run, path, tmp_path):
-    folder = tmp_path / run.name
-    shutil.copytree(run.folder, folder)
-    notebook = nbformat.read(path, as_version=4)
-    for number, answers in enumerate(ANSWERS[path.stem], 1):
-        (check,) = [cell for cell in notebook.cells if cell.id == f"{path.stem[:2]}-ex{number}-check"]
-        place = notebook.cells.index(check) + 2  # behind the solution
-        for answer in reversed(answers):
-            source = f"answer_{number} = {answer}\n{check.source}"
-            notebook.cells.insert(place, nbformat.v4.new_code_cell(source, metadata={"tags": ["answered"]}))
-    nbformat.write(notebook, tmp_path / "answered.ipynb")
-    given = {"config_file": str(run.config_file), "overrides": list(run.overrides), "run_dir": str(folder)}
-    with NotebookMonitor(path.stem, 1, lambda pid: None) as monitor:
-        executed = papermill.execute_notebook(
-            tmp_path / "answered.ipynb",
-            None,
-            given,
-            kernel_name="python3",
-            language="python",
-            cwd=tmp_path,
-            progress_bar=False,
-            kernel_manager_class=monitor.kernel_manager_class(),
-        )
-    told = [cell.outputs[0].text for cell in executed.cells if cell.metadata.get("tags") == ["answered"]]
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_checks_say_right_to_a_readers_answer_and_what_to_look_at_to_a_wrong_one(run, stage):
+    cells = nbformat.read(run.path(f"{stage.name}.ipynb"), as_version=4).cells
+    told = [cell.outputs[0].text for cell in cells if cell.metadata.get("tags") == ["answered"]]
     first = [text[: len("Not yet")].strip() for text in told]
-    if path.stem.startswith("08"):
+    if stage.name.startswith("08"):
         assert first[:2] == ["Right.", "Not yet"] and "nothing to compare with" in told[2]  # no ablation
     else:
         assert first == ["Right.", "Not yet"] * 2, told
@@ -305,17 +336,8 @@ def test_the_report_needs_no_network(run):
 
 def test_explore_runs_headless_and_keeps_a_page_that_needs_no_kernel(tmp_path):
     executed = tmp_path / "explore.ipynb"
-    with NotebookMonitor("explore", 1, lambda pid: None) as monitor:
-        papermill.execute_notebook(
-            EXPLORE,
-            executed,
-            {"num_images": 3},
-            kernel_name="python3",
-            language="python",
-            cwd=tmp_path,
-            progress_bar=False,
-            kernel_manager_class=monitor.kernel_manager_class(),
-        )
+    with NotebookKernel("explore", 1) as kernel:
+        kernel.execute(EXPLORE, executed, {"num_images": 3}, cwd=tmp_path)
     cells = [cell for cell in nbformat.read(executed, as_version=4).cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
@@ -336,47 +358,13 @@ def test_a_run_is_explored_with_what_it_made(run):
     assert "explorer.html" in read_manifest(run.folder)["stages"]["08_results"]["artifacts"]
 
 
-def test_every_stage_reads_the_settings_of_its_part_of_the_method(run):
-    machine = {"device", "num_threads", "precision", "seed"}
-    expected = {
-        "00": machine,
-        "01": {"seed", "data", "evaluation"},
-        "02": machine | {"data", "model", "classifier", "attention"},
-        "03": machine | {"data", "model", "attention", "evaluation"},
-        "04": {"data", "attention", "evaluation"},
-        "05": machine | {"data", "model", "attention", "self_training", "evaluation"},
-        "06": machine | {"data", "attention", "self_training", "pseudo_masks", "evaluation"},
-        "07": machine | {"data", "model", "segmentation", "evaluation"},
-        "08": {"data", "model", "attention", "segmentation", "evaluation"},
-    }
-    stages = read_manifest(run.folder)["stages"]
-    groups = {name[:2]: {key.partition(".")[0] for key in entry["settings_read"]} for name, entry in stages.items()}
-    assert groups == expected
-    assert stages["06_pseudo_masks"]["settings_read"]["pseudo_masks.crf.labels"] == run.config.pseudo_masks.crf.labels
-
-
-def test_another_crf_runs_the_pseudo_masks_and_what_follows(run, capfd):
-    other = run_notebooks(
-        run.config_file, "irn", [*TINY, "pseudo_masks.crf=irn"], runs=run.folder.parent, reuse=[run.name]
-    )
-    err = capfd.readouterr().err
-    assert re.findall(r"^(\d\d)\w+  taken over from tiny$", err, re.MULTILINE) == ["00", "01", "02", "03", "04", "05"]
-    assert re.findall(r"^(\d\d)\w+  starts", err, re.MULTILINE) == ["06", "07", "08"]
-    assert re.search(r"06_pseudo_masks  starts \(tiny: pseudo_masks\.crf\.\w+ differs \(.* \| .*\)\)", err)
-    for name in ("checkpoints/student.safetensors", "cams/student/000000.npz", "data/labels.csv"):
-        assert other.path(name).samefile(run.path(name))
-    stages = [read_manifest(folder)["stages"] for folder in (run.folder, other.folder)]
-    for name in ("03_multi_scale_attention", "05_self_training"):
-        assert stages[0][name]["artifacts"] == stages[1][name]["artifacts"] and "reused_from" in stages[1][name]
-    assert other.metrics().query("stage < '06'").equals(run.metrics().query("stage < '06'"))
-
-
-def test_ablation_of_the_run_agrees_with_its_notebooks(run):
+def test_ablation_of_the_run_agrees_with_its_notebooks(run, answered, monkeypatch):
     """What both measure, they measure alike; and notebook 08 then shows it."""
     notebooks = run.metrics().query(
         "stage == '06_pseudo_masks' and metric == 'iou' and class_name == 'mean' and object_size == 'all'"
     )
     by_notebook = dict(zip(notebooks["variant"], notebooks["value"], strict=True))
+    monkeypatch.setattr(runner, "run_notebooks", partial(run_notebooks, notebooks=answered))
     assert ablate(run, [run.config.seed], ["control", "no_crf", "no_self_training"]) == []
     records = pd.DataFrame(json.loads(run.path(RESULT).read_text())["records"])
     records = records.query("bg_choice == 'own' and object_size == 'all'")
@@ -390,6 +378,6 @@ def test_ablation_of_the_run_agrees_with_its_notebooks(run):
         assert by_ablation[variant] == pytest.approx(by_notebook[row]), variant
     assert run.path("ablation/seed0-full/checkpoints/student.safetensors").samefile(run.checkpoint("student"))
 
-    again = run_notebooks(run.config_file, run.name, run.overrides, runs=run.folder.parent)
+    again = run_notebooks(run.config_file, run.name, run.overrides, notebooks=answered, runs=run.folder.parent)
     assert "control: single-scale targets" in again.path("08_results.html").read_text()
     assert again.path("figures/08_ablation.png").is_file()

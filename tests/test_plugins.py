@@ -21,16 +21,14 @@ from torch import Tensor
 from smaflib import plugins
 from smaflib.apps.masks import make_masks
 from smaflib.apps.sweep import sweep
-from smaflib.cams import fuse_cams
 from smaflib.config import PseudoMaskConfig, check_settings, load_config
 from smaflib.errors import ConfigError, PluginError
 from smaflib.files import PARTIAL, PROJECT_ROOT
 from smaflib.models.backbones import build_backbone
 from smaflib.models.networks import AttentionNetwork
 from smaflib.pipeline import check_networks, check_plugins
-from smaflib.plugins import BACKBONE, DATA, FUSION, REFINEMENT, calling, checked_maps, describe, load, source_files
+from smaflib.plugins import BACKBONE, DATA, REFINEMENT, calling, checked_maps, describe, load
 from smaflib.pseudo_masks import write_pseudo_masks
-from smaflib.runs.inputs import claim_code, plugin_facts, read_plugins
 from smaflib.runs.runner import run_notebooks
 
 numbers = itertools.count()
@@ -145,35 +143,6 @@ def test_modules_are_found_where_the_command_is_called_and_beside_the_config(
     env = os.environ | {"PYTHONPATH": str(PROJECT_ROOT)}
     done = subprocess.run([sys.executable, "-c", script], cwd="/", env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("<function f") == 2, done.stderr
-
-
-def test_installed_packages_add_names_but_replace_none(tmp_path: Path, own: Callable[[str], str]) -> None:
-    (tmp_path / "own_package").mkdir()
-    (tmp_path / "own_package" / "__init__.py").write_text("def fuse(maps, scales): return maps.amin(dim=0)")
-    info = tmp_path / "own_package-1.2.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: own_package\nVersion: 1.2\n")
-    (info / "top_level.txt").write_text("own_package\n")
-    (info / "entry_points.txt").write_text("[smaflib.fusion]\nleast = own_package:fuse\nmax = own_package:fuse\n")
-    sys.path.append(str(tmp_path))
-    caches = (plugins._entry_points, plugins._packages)
-    for cache in caches:
-        cache.cache_clear()
-    try:
-        config = tiny_config(attention={"fusion": "least"})
-        check_plugins(config)
-        facts = plugin_facts(config)["attention.fusion"]
-        assert (facts["module"], facts["package"]) == ("own_package", "own_package 1.2")
-        cams = [torch.tensor([[[1.0, 4.0]]]), torch.tensor([[[2.0, 3.0]]])]
-        least = fuse_cams(cams, (1, 2), "least", (1, 2))[0, 0]
-        assert torch.allclose(least, torch.tensor([1 / 3, 1.0]), atol=1e-4)
-        largest = fuse_cams(cams, (1, 2), "max", (1, 2))[0, 0]
-        assert torch.allclose(largest, torch.tensor([0.5, 1.0]), atol=1e-4)
-        with pytest.raises(ConfigError, match="must be sum, mean, max, size_adaptive, least or package"):
-            tiny_config(attention={"fusion": "most"})
-    finally:
-        for cache in caches:
-            cache.cache_clear()
 
 
 # --------------------------------------------------------------------------------------------------------- misbehaviour
@@ -353,47 +322,6 @@ def test_interrupts_are_not_taken_for_errors_of_the_code() -> None:
 # -------------------------------------------------------------------------------------------------------------- hashes
 
 
-def test_the_hash_follows_the_file_and_what_it_imports_beside_it(own: Callable[[str], str]) -> None:
-    (Path.cwd() / "own_helper.py").write_text("import own_deeper.inner\n")
-    (Path.cwd() / "own_deeper").mkdir()
-    (Path.cwd() / "own_deeper" / "__init__.py").write_text("")
-    (Path.cwd() / "own_deeper" / "inner.py").write_text("from . import sibling\nX = 1\n")
-    (Path.cwd() / "own_deeper" / "sibling.py").write_text("import json\n")
-    (Path.cwd() / "own_other.py").write_text("")
-    module = own("from own_helper import *\nimport smaflib.cams\ndef f(maps, scales): return maps.sum(dim=0)")
-    name = f"{module}:f"
-    expected = {module, "own_helper", "own_deeper", "own_deeper.inner", "own_deeper.sibling"}
-    assert set(source_files(FUSION, name)) == expected
-    assert module not in sys.modules  # nothing is executed
-    hashes = {describe(FUSION, name)["sha256"]}
-    for file in (
-        f"{module}.py",
-        "own_helper.py",
-        "own_deeper/inner.py",
-        "own_deeper/sibling.py",
-        "own_deeper/__init__.py",
-    ):
-        with (Path.cwd() / file).open("a") as text:
-            text.write("# more\n")
-        hashes.add(describe(FUSION, name)["sha256"])
-    assert len(hashes) == 6
-    (Path.cwd() / "own_other.py").write_text("X = 1")
-    assert describe(FUSION, name)["sha256"] in hashes
-    facts = plugin_facts(tiny_config(attention={"fusion": name}))["attention.fusion"]
-    assert "smaflib.cams" in facts["modules"] and facts["folder"] == str(Path.cwd())
-
-
-def test_code_counts_for_the_stages_that_read_the_setting_that_names_it(own: Callable[[str], str]) -> None:
-    masks, targets = (f"{own('def refine(image, scores): return scores')}:refine" for _ in range(2))
-    facts = plugin_facts(tiny_config(pseudo_masks={"refine": masks}, self_training={"refine": targets}))
-    assert {setting: each["name"] for setting, each in facts.items()} == {
-        "pseudo_masks.refine": masks,
-        "self_training.refine": targets,
-    }
-    read = {"plugins": facts, "settings_read": ["self_training.refine", "attention.scales"]}
-    assert list(read_plugins(read)) == ["self_training.refine"]
-
-
 def test_facts_of_code_that_is_not_there(own: Callable[[str], str]) -> None:
     for name in ("no_such_module:f", "no.such.module:f"):
         with pytest.raises(PluginError, match="there is no module"):
@@ -402,16 +330,3 @@ def test_facts_of_code_that_is_not_there(own: Callable[[str], str]) -> None:
         describe(DATA, "sys:exit")
     with pytest.raises(PluginError, match="no backbone and not package.module:attribute"):
         load(BACKBONE, "resnet5000")
-
-
-def test_a_folder_belongs_to_one_version_of_the_code(own: Callable[[str], str], tmp_path: Path) -> None:
-    module = own("def f(maps, scales): return maps.sum(dim=0)")
-    config, stamp = tiny_config(attention={"fusion": f"{module}:f"}), tmp_path / "plugins.json"
-    claim_code(tiny_config(), stamp, "it")
-    assert not stamp.exists()
-    claim_code(config, stamp, "it")
-    claim_code(config, stamp, "it")
-    with (Path.cwd() / f"{module}.py").open("a") as text:
-        text.write("\nX = 1\n")
-    with pytest.raises(ConfigError, match="it holds work of another version of the code of attention.fusion"):
-        claim_code(config, stamp, "it")

@@ -254,9 +254,13 @@ def report(name: RunName, runs: RunsFolder = None) -> None:
 
 
 @app.command()
-def status(name: RunName, runs: RunsFolder = None) -> None:
+def status(
+    name: RunName,
+    runs: RunsFolder = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare all artifacts with their hashes.")] = False,
+) -> None:
     """List the stages of a run with their state and time."""
-    from smaflib.runs.manifest import read_manifest
+    from smaflib.runs.manifest import damaged_artifacts, read_manifest
 
     found = _find(name, runs)
     entries = read_manifest(found.folder)["stages"]
@@ -265,6 +269,8 @@ def status(name: RunName, runs: RunsFolder = None) -> None:
         source = f"  reused from {entry['reused_from']}" if "reused_from" in entry else ""
         state, seconds = entry.get("status", "not run"), duration(entry.get("seconds"))
         typer.echo(f"{stage.name:26} {state:10} {seconds:>12}{source}")
+        for artifact in damaged_artifacts(found.folder, entry, verify):
+            typer.echo(f"{'':26} {artifact} is missing or damaged")
 
 
 @app.command()

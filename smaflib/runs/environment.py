@@ -1,4 +1,4 @@
-"""What numbers depend on beside settings and code: device, versions, commit."""
+"""What numbers depend on besides settings and code: device, versions, commit."""
 
 from __future__ import annotations
 
@@ -27,35 +27,28 @@ def describe_machine(runtime: Runtime) -> dict[str, Any]:
         import torch
 
         kind = f"cuda ({torch.cuda.get_device_name(device)})"
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     return {
         "device": kind,
         "precision": runtime.precision,
         "python": platform.python_version(),
         "platform": platform.platform(),
         **git_state(),
-        "packages": package_versions(),
+        "packages": versions,
     }
 
 
 def git_state() -> dict[str, Any]:
-    """``git_commit`` and ``git_dirty`` of the checkout, None where there is none."""
+    """``git_commit`` and ``git_dirty`` of the checkout; None for an installed package or without git."""
 
     def git(*words: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(PROJECT_ROOT), *words]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
 
-    if not IS_CHECKOUT:  # the folder that the command was called in may be another project's
-        return {"git_commit": None, "git_dirty": None}
-    try:
-        return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):  # no git, or no checkout
-        return {"git_commit": None, "git_dirty": None}
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the :data:`PACKAGES` that are installed."""
-    installed = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            installed[package] = importlib.metadata.version(package)
-    return installed
+    if IS_CHECKOUT:  # the working directory may belong to another project
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain"))}
+    return {"git_commit": None, "git_dirty": None}

@@ -1,155 +1,194 @@
-"""What decides a stage's result: the notebook, the library, settings, data, earlier stages; and whether it changed."""
+"""What decides a stage's result, in one flat dictionary, and whether it has changed since the stage ran.
+
+::
+
+    {"attention.fusion": "sum", "its notebook": hash, "smaflib.cams": hash, "files of data.labels": hash,
+     "02_classifier": hash, ...}
+
+The dictionary is kept in the manifest. A stage with the same inputs is skipped, resumed, or reused from another run.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import ast
 import json
-import os
-import platform
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
 from smaflib import files
-from smaflib.config import FREE_SETTINGS, Config, DataConfig, Split
-from smaflib.config_reads import settings_at
-from smaflib.errors import ConfigError, RunError
+from smaflib.config import FREE_SETTINGS, Config, Split, flat_settings
+from smaflib.errors import RunError
 from smaflib.files import display_path
-from smaflib.plugins import DATA, describe, source_files
-from smaflib.runs.code import PACKAGE, code_only, imported_modules, library_hash
+from smaflib.plugins import custom_file, is_custom
 from smaflib.runs.manifest import Entry, damaged_artifacts, hash_value, read_manifest, record_hash
-from smaflib.runs.stages import Stage
+from smaflib.runs.run import Run
+from smaflib.runs.stages import Stage, counts
 
 NEVER_RAN, RESUMES = "has not run", "resumes"
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".xml", ".json")
-"""Endings of the files of a data folder that are compared, by name and size; annotations among them."""
+PACKAGES = [Path(__file__).parents[1], Path(__file__).parents[2] / "minidata"]
+"""The library, and the data set that it draws."""
+
+SHOWS = ("", "errors", "report", "explorer", "runs", "apps")
+"""Parts of the library, ``""`` for its ``__init__``, that decide no artifact: a change executes the notebook again and
+clears nothing."""
 
 DATA_FOLDERS = {
     "voc": "JPEGImages Annotations SegmentationClass SegmentationClassAug labels.csv".split(),
     "coco": ["annotations", "{}"],
 }
-"""By ``data.kind``: what lies in ``data.root``; in place of ``{}`` the name of a split."""
+"""By ``data.kind``: what is read below ``data.root``; ``{}`` is the name of a split."""
 
 
-def stage_inputs(
-    folder: Path, stage: Stage, notebook: Path, data: Mapping[str, str], plugins: Mapping[str, Entry] | None = None
-) -> Entry:
-    """Hashes of what decides a stage's result, beside the settings that it will read.
+def stage_inputs(run: Run, stage: Stage, notebook: Path, outside: Mapping[str, str]) -> Entry:
+    """All inputs of a stage as a flat dictionary: settings by value, everything else by hash.
 
     Args:
-        folder: the run folder.
+        run: its manifest says what earlier stages made.
         stage: the stage.
         notebook: its notebook.
-        data: from :func:`data_hashes`.
-        plugins: from :func:`plugin_facts`.
-
-    Returns:
-        ``code`` of the notebook; by name ``modules`` of the library that it imports, ``depends_on`` (what earlier
-        stages made), ``data``, ``extra_inputs``, ``plugins``.
+        outside: from :func:`outside_files`.
     """
-    made = read_manifest(folder)["stages"]
-    there = [name for name in stage.extra_inputs if (folder / name).is_file()]
+    conditional = stage.settings_if(run.config)
+
+    def setting_counts(name: str) -> bool:
+        return counts("settings", name, stage, run.stages) or any(
+            f"{name}.".startswith(f"{each}.") for each in conditional
+        )
+
+    settings = {name: value for name, value in flat_settings(run.config).items() if name not in FREE_SETTINGS}
+    made = read_manifest(run.folder)["stages"]
+    extra = [name for name in stage.extra_inputs if run.path(name).is_file()]
     return {
-        "code": notebook_hash(notebook),
-        "modules": imported_modules(_code_cells(notebook)),
-        "depends_on": {name: hash_value(_passed_on(made.get(name, {}))) for name in stage.depends_on},
-        "data": dict(data),
-        "extra_inputs": {name: files.file_hash(folder / name) for name in there},
-        "plugins": dict(plugins or {}),
+        **{name: value for name, value in settings.items() if setting_counts(name)},
+        "its notebook": notebook_hash(notebook),
+        **{f"files of {name}": hashed for name, hashed in outside.items() if setting_counts(name)},
+        **{name: made.get(name, {}).get("made") for name in stage.depends_on},
+        **{name: _content_hash(run.path(name)) for name in extra},
+        **{
+            name: hashed
+            for name, hashed in code_hashes().items()
+            if counts("code", name.partition(".")[2], stage, run.stages)
+        },
     }
 
 
-def plugin_facts(config: Config) -> dict[str, Entry]:
-    """What a run depends on of somebody's own code, by setting.
-
-    Of :func:`~smaflib.plugins.describe`, and ``modules`` of this library that the code imports, with their hashes.
-
-    Raises:
-        PluginError: if there is no such code.
-    """
-    facts = {}
-    for setting, (kind, name) in config.plugins.items():
-        sources = [path.read_text(encoding="utf-8", errors="replace") for path in source_files(kind, name).values()]
-        facts[setting] = describe(kind, name) | {"modules": imported_modules(sources)}
-    return facts
-
-
-def code_of(plugins: Mapping[str, Entry]) -> dict[str, Entry]:
-    """What counts of :func:`plugin_facts`: not where the code lies."""
-    places = ("file", "folder")
-    return {setting: {key: facts[key] for key in facts if key not in places} for setting, facts in plugins.items()}
-
-
-def claim_code(config: Config, path: Path, folder: str) -> None:
-    """Let a folder belong to the code of somebody's own that its config names: a file in it keeps the facts.
+def why_not_complete(
+    folder: Path, stage: Stage, inputs: Entry, ignored: Callable[[str], bool] = lambda name: False
+) -> str | None:
+    """Why a stage has to run, in words; None if it is complete and unchanged.
 
     Args:
-        config: of the work in the folder.
-        path: of the file; without such code none is written.
-        folder: is named in the error.
+        folder: of the run that holds its manifest entry, artifacts and records.
+        stage: the stage.
+        inputs: from :func:`stage_inputs`.
+        ignored: names of inputs whose changes do not count.
+    """
+    entry = read_manifest(folder)["stages"].get(stage.name)
+    if entry is None:
+        return NEVER_RAN
+    if reason := difference(entry.get("inputs"), inputs, ignored):
+        return reason
+    if entry["status"] != "complete":
+        return RESUMES
+    if damaged := damaged_artifacts(folder, entry):
+        return f"{damaged[0]} is missing or damaged"
+    return None if entry.get("records") == record_hash(folder, stage) else "its records in metrics.json changed"
+
+
+def difference(before: Entry | None, now: Entry, ignored: Callable[[str], bool] = lambda name: False) -> str | None:
+    """The first input that changed, in words, such as ``attention.fusion differs (sum | max)``; None if none did."""
+    if before is None:
+        return "its manifest entry is from an older version"
+    changed = [name for name in changed_names(before, now) if not ignored(name)]
+    if not changed:
+        return None
+    name, more = changed[0], f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    left, right = before.get(name, "-"), now.get(name, "-")
+    if any(str(value).startswith("sha256:") for value in (left, right)):
+        return f"{name}{more} changed"
+    return f"{name} differs ({left} | {right}){more and f',{more}'}"
+
+
+def changed_names(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names whose values differ, in the order of their appearance."""
+    return [name for name in {**before, **now} if before.get(name, "-") != now.get(name, "-")]
+
+
+def is_code(name: str) -> bool:
+    """Whether an input is a module of the library."""
+    return name.partition(".")[0] in [package.name for package in PACKAGES]
+
+
+def only_shows(name: str) -> bool:
+    """Whether an input is a module of the library that decides no artifact."""
+    return is_code(name) and (name.split(".") + [""])[1] in SHOWS
+
+
+def outside_files(config: Config) -> dict[str, str]:
+    """Hashes of the files that settings name, by setting: data sets, custom code.
+
+    Tables, lists and code count by content, folders by the names and sizes of their files.
 
     Raises:
-        ConfigError: if another version of the code was at work there.
+        ConfigError: if there is no file of a custom name.
     """
-    facts = plugin_facts(config)
-    kept = files.read_json(path, {})
-    if kept and (changed := changed_names(code_of(kept), code_of(facts))):
-        raise ConfigError(
-            f"{folder} holds work of another version of the code of {changed[0]}; delete it, or choose another one"
-        )
-    if facts:
-        files.write_json(path, facts)
-
-
-def data_hashes(data: DataConfig) -> dict[str, str]:
-    """Hashes of the data that the settings name, by setting; none for what code draws.
-
-    Tables and lists count by content, pictures by name and size alone: nothing is decoded.
-    """
+    data = config.data
     named = {f"data.{name}": getattr(data, name) for name in ("labels", "images", "saliency", "masks")}
-    for inside in DATA_FOLDERS.get(data.kind, ()) if data.root else ():
-        for split in (data.train_split, data.val_split):
-            named[f"data.root/{inside.format(split)}"] = data.root / inside.format(split)  # type: ignore[operator]
-    lists = {f"data.{split}_split": data.split_list(split) for split in get_args(Split)} if data.kind == "voc" else {}
-    for name, path in lists.items() if data.root else ():
-        inside_root = path.is_relative_to(data.root)  # type: ignore[arg-type]
-        named[f"data.root/{path.relative_to(data.root).as_posix()}" if inside_root else name] = path  # type: ignore[arg-type]
-    if DATA.is_own(data.kind):  # nobody knows what of it counts
+    if data.root and is_custom(data.kind):
         named["data.root"] = data.root
+    elif data.root:
+        for inside in DATA_FOLDERS.get(data.kind, ()):
+            for split in (data.train_split, data.val_split):
+                named[f"data.root/{inside.format(split)}"] = data.root / inside.format(split)
+    if data.root and data.kind == "voc":
+        named |= {f"data.{split}_split": data.split_list(split) for split in get_args(Split)}
+    named |= {setting: custom_file(name) for setting, name in config.custom_code.items()}
     there = {name: path for name, path in named.items() if path and path.exists()}
-    listing = _tree_listing_hash if DATA.is_own(data.kind) else _listing_hash
-    return {name: files.file_hash(path) if path.is_file() else listing(path) for name, path in there.items()}
+    return {name: _content_hash(path) if path.is_file() else _listing_hash(path) for name, path in there.items()}
+
+
+def _content_hash(path: Path) -> str:
+    return f"sha256:{files.file_hash(path)[:16]}"
+
+
+def _listing_hash(folder: Path) -> str:
+    listing = [
+        f"{Path(entry.path).relative_to(folder).as_posix()}\0{entry.stat().st_size}"
+        for entry in files.walk(folder)
+        if not entry.name.startswith(".")
+    ]
+    return hash_value(sorted(listing))
+
+
+# --------------------------------------------------------------------------------------------------------------- code
+
+
+def code_hashes() -> dict[str, str]:
+    """A hash of each module of :data:`PACKAGES` by its name; comments, docstrings and layout do not count."""
+    hashes = {}
+    for package in PACKAGES:
+        for path in sorted(package.rglob("*.py")):
+            name = ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
+            hashes[name] = _module_hash(path, path.stat().st_mtime_ns)
+    return hashes
+
+
+@cache
+def _module_hash(path: Path, _changed: int) -> str:
+    return hash_value(_code_only(path.read_text(encoding="utf-8")))
 
 
 def notebook_hash(notebook: Path) -> str:
-    """SHA-256 of a notebook's code; text, comments, layout and outputs do not count."""
-    return hash_value([code_only(source) for source in _code_cells(notebook)])
-
-
-def code_hash(notebooks: Path) -> str:
-    """SHA-256 of the library's sources and of the code of a folder's notebooks: what nodes of a cluster must share."""
-    return hash_value([library_hash(), {path.name: notebook_hash(path) for path in sorted(notebooks.glob("*.ipynb"))}])
-
-
-def refuse_other_code(expected: str | None, notebooks: Path) -> None:
-    """Return if library and notebooks are those that were asked for, or none were.
-
-    Raises:
-        RunError: if they are not.
-    """
-    if expected is not None and (here := code_hash(notebooks)) != expected:
-        raise RunError(
-            f"smaflib or its notebooks on {platform.node()} ({display_path(PACKAGE)}) are not those that this work was "
-            f"planned with (--code {expected[:12]}, here {here[:12]}); install the same version on every node, or plan "
-            "the work anew. Nothing was run"
-        )
+    """Hash of a notebook's code; text, comments, layout and outputs do not count."""
+    cells = [cell["source"] for cell in notebook_cells(notebook) if cell["cell_type"] == "code"]
+    return hash_value([_code_only(source) for source in cells])
 
 
 def notebook_cells(notebook: Path) -> list[Entry]:
-    """Cells of a notebook: ``cell_type``, ``source`` as one text, ``tags``.
-
-    Importing nbformat would take seconds, and this is all that is needed of it here.
+    """Cells of a notebook: ``cell_type``, ``source`` as one text, ``tags``. Importing nbformat takes longer.
 
     Raises:
         RunError: if there is no such notebook, or it cannot be read.
@@ -169,117 +208,17 @@ def notebook_cells(notebook: Path) -> list[Entry]:
         raise RunError(f"{display_path(notebook)} cannot be read as a notebook: {error!r}") from error
 
 
-# ------------------------------------------------------------------------------------------------------------- changes
+def _code_only(source: str) -> str:
+    """Code without comments, docstrings and layout; what is not Python, such as a magic, as it is."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return source
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [line for line in node.body if not _is_text(line)]
+    return ast.dump(tree)
 
 
-def why_not_complete(folder: Path, stage: Stage, config: Config, inputs: Entry, all_code: bool = True) -> str | None:
-    """Why a stage has to run, in a few words; None if it is complete and unchanged.
-
-    Args:
-        folder: of the run that holds its manifest entry, artifacts and records.
-        stage: the stage.
-        config: the settings now.
-        inputs: from :func:`stage_inputs`.
-        all_code: also if it is only a module of the library that changed.
-    """
-    entry = read_manifest(folder)["stages"].get(stage.name)
-    if entry is None:
-        return NEVER_RAN
-    if reason := difference(entry, config, inputs, lambda module: all_code):
-        return reason
-    if entry["status"] != "complete":
-        return RESUMES
-    if damaged := damaged_artifacts(folder, entry):
-        return f"{damaged[0]} is missing or damaged"
-    return None if entry.get("records") == record_hash(folder, stage) else "its records in metrics.json changed"
-
-
-def difference(
-    entry: Entry, config: Config, inputs: Entry, counts: Callable[[str], bool] = lambda module: True
-) -> str | None:
-    """The first thing that is not as it was when a stage's manifest entry was written; None if all is.
-
-    Args:
-        entry: of the manifest; one that an older version wrote differs.
-        config: the settings now. Of a complete stage only those that it read count, of another all.
-        inputs: from :func:`stage_inputs`.
-        counts: which modules of the library count.
-    """
-    if "modules" not in entry:
-        return "its manifest entry is of an older version"
-    if reason := _changed_settings(entry, config):
-        return reason
-    if entry["code"] != inputs["code"]:
-        return "its notebook changed"
-    read_data = any(name.split(".")[0] in ("", "data") for name in entry.get("settings_read", [""]))
-    read = {"settings_read": entry.get("settings_read", [""])}
-    before, now = (code_of(read_plugins(read | {"plugins": each.get("plugins", {})})) for each in (entry, inputs))
-    if changed := changed_names(before, now):
-        return f"the code of {changed[0]} changed"
-    for key in ("data", "depends_on", "extra_inputs", "modules"):
-        changed = [name for name in changed_names(entry[key], inputs[key]) if key != "modules" or counts(name)]
-        if changed and (key != "data" or read_data):
-            return f"{changed[0]} changed" if len(changed) == 1 else f"{changed[0]} and {len(changed) - 1} more changed"
-    return None
-
-
-def read_plugins(entry: Entry) -> dict[str, Entry]:
-    """Of a stage's entry the facts about somebody's own code that the stage has read the setting of."""
-    read = entry.get("settings_read", [""])
-    return {
-        setting: facts
-        for setting, facts in entry.get("plugins", {}).items()
-        if any(f"{setting}.".startswith(f"{name}." if name else "") for name in read)
-    }
-
-
-def changed_names(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The names whose values differ, in the order of their appearance."""
-    return [name for name in {**before, **now} if before.get(name) != now.get(name)]
-
-
-def config_hash(config: Config) -> str:
-    """SHA-256 of all settings that decide a result."""
-    return hash_value(config.model_dump(mode="json", exclude=set(FREE_SETTINGS)))
-
-
-def _changed_settings(entry: Entry, config: Config) -> str | None:
-    if "settings_read" not in entry:
-        return None if entry.get("config_hash") == config_hash(config) else "its settings changed"
-    before, now = entry["settings_read"], settings_at(entry["settings_read"], config)
-    for name in changed_names(before, now):
-        left, right = before[name], now.get(name, "-")
-        while isinstance(left, dict) and isinstance(right, dict):  # down to the setting itself
-            part = changed_names(left, right)[0]
-            name, left, right = f"{name}.{part}".lstrip("."), left.get(part, "-"), right.get(part, "-")
-        return f"{name} differs ({left} | {right})"
-    return None
-
-
-def _code_cells(notebook: Path) -> list[str]:
-    return [cell["source"] for cell in notebook_cells(notebook) if cell["cell_type"] == "code"]
-
-
-def _passed_on(entry: Entry) -> Entry:
-    """What other stages may read of a stage: its records, its artifacts but for pictures and the executed notebook."""
-    artifacts = entry.get("artifacts", {})
-    # Executed notebooks hold times, so they differ after every run even if it made the same.
-    kept = {
-        key: made for key, made in artifacts.items() if not key.startswith("figures/") and not key.endswith(".ipynb")
-    }
-    return {"artifacts": kept, "records": entry.get("records")}
-
-
-def _tree_listing_hash(folder: Path) -> str:
-    """Of names and sizes of all files below a folder."""
-    listing = sorted(
-        f"{Path(entry.path).relative_to(folder).as_posix()}\0{entry.stat().st_size}" for entry in files.walk(folder)
-    )
-    return hashlib.sha256("\n".join(listing).encode()).hexdigest()
-
-
-def _listing_hash(folder: Path) -> str:
-    with os.scandir(folder) as entries:  # one after the other: an entry that was asked for its size takes half a kB
-        pictures = (entry for entry in entries if entry.name.lower().endswith(PICTURES))
-        listing = sorted(f"{entry.name}\0{entry.stat().st_size}" for entry in pictures if entry.is_file())
-    return hashlib.sha256("\n".join(listing).encode()).hexdigest()
+def _is_text(line: ast.stmt) -> bool:
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)

@@ -1,169 +1,198 @@
-"""An IPython kernel that does not outlive the runner, and one that has its imports behind it when it is needed.
+"""The kernel that executes a notebook: a process of this interpreter, which ends with its runner.
 
-``python -m smaflib.runs.kernel -f <connection file>`` starts a kernel at once; with ``--spare`` in its place it imports
-what the notebooks import, then waits for its orders on standard input (:class:`SpareKernel`): nine notebooks that each
-wait five seconds for their imports would spend a sixth of the mini run on that.
-
-Where the environment names a file for it (:mod:`smaflib.config_reads`), the kernel notes there which settings its
-notebook reads. ipykernel ends a kernel whose parent was killed, but not the worker processes that the kernel started:
-this one ends them, too.
+papermill starts ``python -m smaflib.runs.kernel -f <connection file>``. ipykernel ends by itself when its parent is
+killed, but leaves the worker processes that a notebook has started; this kernel ends them, too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import os
+import re
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
-PRELOADED = (
-    "matplotlib.figure",
-    "pandas",
-    "smaflib.classifier",
-    "smaflib.pseudo_masks",
-    "smaflib.report.html",
-    "smaflib.segmentation",
-    "smaflib.self_training",
-    "smaflib.thresholds",
-)
-"""What the chain's notebooks import, all but pyplot (and with it ``smaflib.report.plots``): imported before there is a
-shell, it would not show its figures in it."""
+from filelock import FileLock
+
+from smaflib.files import HOME, PROJECT_ROOT, python_path
+
+if TYPE_CHECKING:
+    from jupyter_client.manager import AsyncKernelManager
+    from nbformat import NotebookNode
+
+LOCK, FOLDER = "SMAF_KERNEL_LOCK", "SMAF_KERNEL_FOLDER"
+"""Environment variables: a file that the kernel keeps locked as long as it lives; its temporary folder."""
+
+TRACEBACK_LINES = 12
+LONGEST_SOCKET_FOLDER = 80
+"""Systems limit the path of a socket to some hundred bytes."""
 
 
-class SpareKernel:
-    """A process that makes itself ready to be the next kernel while the current notebook runs.
+class NotebookKernel:
+    """Executes one notebook in a kernel of its own, with a progress bar if stderr is a terminal.
 
-    A context manager: leaving it ends a process that was not used. If this process is killed, the spare one sees the
-    end of its input and goes.
+    A context manager; leaving it ends the kernel and its workers.
 
     Args:
-        env: environment that the process must have from its start, beside that of this process.
+        title: of the progress bar.
+        num_cells: of the notebook.
+        lock: a file that stays locked while the kernel lives.
+
+    Attributes:
+        cell: index of the running cell.
+        peak_memory_mb: most memory that the kernel has held, on Linux.
     """
 
-    def __init__(self, env: Mapping[str, str]) -> None:
-        self._env = dict(os.environ) | dict(env)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._version = ""
+    def __init__(self, title: str, num_cells: int, lock: Path | None = None) -> None:
+        self.cell = 0
+        self.peak_memory_mb: int | None = None
+        self._pid: int | None = None
+        self._temporary = tempfile.TemporaryDirectory(prefix="smaf-", ignore_cleanup_errors=True)
+        self._folder = Path(self._temporary.name)
+        self._progress = self._folder / "progress"
+        self._ended = threading.Event()
+        self._bar = threading.Thread(target=self._draw_bar, args=(title, num_cells), daemon=True)
+        self._env = {
+            "IPYTHONDIR": str(self._folder / "ipython"),  # without the user's start-up files
+            "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+            "PYTHONHASHSEED": "0",
+            "PYTHONPATH": python_path(),
+            "SMAF_PROGRESS_FILE": str(self._progress),
+            "TMPDIR": str(self._folder),  # killed workers leave temporary files
+            FOLDER: str(self._folder),
+            HOME: str(PROJECT_ROOT),
+        } | ({LOCK: str(lock)} if lock else {})
 
-    def __enter__(self) -> SpareKernel:
+    def __enter__(self) -> NotebookKernel:
+        if sys.stderr.isatty():
+            self._bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.discard()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.kill()
+        self._ended.set()
+        if self._bar.is_alive():
+            self._bar.join()
+        self._temporary.cleanup()
 
-    def prepare(self, version: str) -> None:
-        """Start a process, unless one of that version is there."""
-        if self._process is not None and self._version == version:
-            return
-        self.discard()
-        self._version = version
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "smaflib.runs.kernel", "--spare"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=self._env,
-            start_new_session=True,
+    def execute(self, notebook: Path, target: Path | None, parameters: dict[str, Any], cwd: Path) -> NotebookNode:
+        """Execute a notebook with papermill, writing it to ``target`` after each cell."""
+        import papermill
+
+        return papermill.execute_notebook(
+            notebook,
+            target,
+            parameters,
+            kernel_name="python3",
+            language="python",
+            cwd=cwd,
+            progress_bar=False,
+            kernel_manager_class=self._manager_class(),
+            on_cell_start=self._start_cell,
+            on_cell_complete=self._note_memory,
+            store_widget_state=False,
+            coalesce_streams=True,
+            shutdown_kernel="immediate",  # tearing a kernel down takes two seconds
         )
 
-    def become_kernel(
-        self, version: str, arguments: Sequence[str], env: Mapping[str, str], cwd: str, log: str
-    ) -> subprocess.Popen[bytes] | None:
-        """Turn the spare process into a kernel.
+    def kill(self) -> None:
+        """End the kernel and its workers at once."""
+        if self._pid is not None:
+            with contextlib.suppress(OSError):  # it has ended
+                if os.name == "posix":
+                    os.killpg(self._pid, signal.SIGKILL)
+                else:
+                    os.kill(self._pid, signal.SIGTERM)
 
-        Args:
-            version: of the code now.
-            arguments: of its command line, such as ``-f <connection file>``.
-            env: its whole environment.
-            cwd: its folder.
-            log: a file that takes its standard output and error.
+    def last_words(self) -> list[str]:
+        """Where a kernel that crashed did so, as it wrote into its log."""
+        path = self._folder / "log"
+        log = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        _, found, after = log.partition("Fatal Python error")
+        return (found + after).splitlines()[:TRACEBACK_LINES]
 
-        Returns:
-            The process; None if there is none of that version, or it has died.
-        """
-        process, self._process = self._process, None
-        if process is None:
-            return None
-        if self._version == version and process.poll() is None:
-            orders = {"arguments": list(arguments), "env": dict(env), "cwd": cwd, "log": log}
-            assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError), process.stdin:
-                process.stdin.write(json.dumps(orders).encode() + b"\n")
-                process.stdin.flush()
-                return process
-        self._process = process
-        self.discard()
-        return None
+    def _manager_class(self) -> type[AsyncKernelManager]:
+        """Starts kernels of this interpreter; an installed kernel called python3 may belong to another one."""
+        from jupyter_client.kernelspec import KernelSpec
+        from jupyter_client.manager import AsyncKernelManager
 
-    def discard(self) -> None:
-        """End the spare process, if there is one."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait()
-            if process.stdin is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    process.stdin.close()
+        kernel = self
+        command = [sys.executable, "-m", "smaflib.runs.kernel", "-f", "{connection_file}"]
+        spec = KernelSpec(argv=command, display_name="Python 3", language="python", env=self._env)
+
+        class ThisInterpreter(AsyncKernelManager):
+            def __init__(self, **options: Any) -> None:
+                # Sockets in a folder of this user: other users could listen to ports.
+                if os.name == "posix" and len(os.fsencode(kernel._folder)) < LONGEST_SOCKET_FOLDER:
+                    options["transport"] = "ipc"
+                super().__init__(**options, connection_file=str(kernel._folder / "kernel.json"))
+
+            @property
+            def kernel_spec(self) -> KernelSpec:
+                return spec
+
+            async def _async_start_kernel(self, **options: Any) -> None:
+                # In the terminal a kernel's output would tear the progress bar.
+                with (kernel._folder / "log").open("wb") as log:
+                    await super()._async_start_kernel(**options, stdout=log, stderr=log)
+                kernel._pid = self.provisioner.pid  # type: ignore[union-attr]
+
+            start_kernel = _async_start_kernel
+
+        return ThisInterpreter
+
+    def _start_cell(self, cell_index: int, **_: object) -> None:
+        self.cell = cell_index
+        self._progress.unlink(missing_ok=True)  # of the cell before
+
+    def _note_memory(self, **_: object) -> None:
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{self._pid}/status").read_text()
+            if peak := re.search(r"VmHWM:\s*(\d+) kB", status):
+                self.peak_memory_mb = round(int(peak[1]) / 1024)
+
+    def _draw_bar(self, title: str, num_cells: int) -> None:
+        """A bar over the cells, and behind it the bar of the loop inside the kernel."""
+        from tqdm import tqdm
+
+        layout = "{desc}  {bar:20} cell {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+        with tqdm(total=num_cells, desc=title, bar_format=layout, leave=False, dynamic_ncols=True) as bar:
+            while not self._ended.wait(0.3):
+                inner = ""
+                with contextlib.suppress(OSError, UnicodeDecodeError):  # no loop runs, or it is being written
+                    inner = self._progress.read_text(encoding="utf-8")
+                bar.n = self.cell + 1
+                bar.set_postfix_str(inner, refresh=True)
 
 
-def await_orders() -> dict[str, Any]:
-    """Import, wait until :meth:`SpareKernel.become_kernel` speaks, and become what it says; exit if nobody does."""
-    for module in PRELOADED:
-        # What does not import here fails again in the notebook's own cell, where its reader sees it.
-        with contextlib.suppress(Exception):
-            __import__(module)
-    line = sys.stdin.readline()
-    if not line:
-        sys.exit()
-    orders: dict[str, Any] = json.loads(line)
-    os.environ.clear()
-    os.environ.update(orders["env"])
-    tempfile.tempdir = None  # an import may have asked already where temporary files go
-    os.chdir(orders["cwd"])
-    log = os.open(orders["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((nothing, 0), (log, 1), (log, 2)):
-        os.dup2(source, target)
-    return orders
-
-
-def follow_parent(interval: float = 0.5) -> None:
-    """Kill this process group, workers included, once the parent process is gone; checked every ``interval`` s."""
+def _end_with_parent(interval: float = 0.5) -> None:
+    """Kill this process group, workers included, once the parent process is gone."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(interval)
+        shutil.rmtree(os.environ.get(FOLDER, ""), ignore_errors=True)
         os.killpg(0, signal.SIGKILL)
 
-    threading.Thread(target=watch, daemon=True, name="follow_parent").start()
-
-
-def recording_settings() -> contextlib.AbstractContextManager[None]:
-    """Note which settings are read, if the environment asks for it."""
-    # A library that does not import fails again in the notebook's own cell, where its reader sees it.
-    with contextlib.suppress(Exception):
-        from smaflib.config_reads import recording_where_asked
-
-        return recording_where_asked()
-    return contextlib.nullcontext()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":
     if os.name == "posix" and os.getpgrp() == os.getpid():  # never a group that others belong to
-        follow_parent()
-    if "--spare" in sys.argv:
-        sys.argv = [sys.argv[0], *await_orders()["arguments"]]
+        _end_with_parent()
+    if LOCK in os.environ:
+        lock = FileLock(os.environ[LOCK])
+        lock.acquire()
     from ipykernel.kernelapp import launch_new_instance
 
-    faulthandler.enable(os.dup(2), all_threads=False)  # ipykernel puts a pipe in place of 2, which dies with it
-    with recording_settings():
-        launch_new_instance()
+    faulthandler.enable(os.dup(2), all_threads=False)  # ipykernel replaces 2 by a pipe that dies with it
+    launch_new_instance()

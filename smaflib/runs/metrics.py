@@ -28,7 +28,7 @@ FRACTIONS = ("iou", "iou_sweep", "precision", "recall", "accuracy")
 
 
 class StoredRecord(BaseModel):
-    """What a record of a file must hold; older ones lack some."""
+    """The keys of a stored record that tables rely on."""
 
     model_config = ConfigDict(strict=True)
 
@@ -51,10 +51,9 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def replace_records(folder: Path, stage: str, records: Iterable[dict[str, Any]]) -> None:
-    """Write a stage's records to ``metrics.json`` in place of those that it had; without records there is no file."""
+    """Replace a stage's records in ``metrics.json``, which is kept in pipeline order; without records it is deleted."""
     others = [record for record in read_records(folder) if record["stage"] != stage]
     if whole := [*others, *records]:
-        # Pipeline order, whatever the order in which stages ran.
         files.write_json(folder / "metrics.json", sorted(whole, key=lambda record: record["stage"]))
     else:
         (folder / "metrics.json").unlink(missing_ok=True)

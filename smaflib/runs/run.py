@@ -5,7 +5,6 @@ Notebooks open a run with :func:`open_run`; :mod:`smaflib.runs.runner` executes 
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -15,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from smaflib import files
 from smaflib.config import Config, config_differences, dump_config, load_config
-from smaflib.config_reads import follow
-from smaflib.errors import ConfigError, MissingStage, RunError, RunMismatch
+from smaflib.errors import ConfigError, RunError
 from smaflib.files import RUNS_FOLDER, absolute, display_path
 from smaflib.pipeline import Workspace
 from smaflib.plugins import search_in
@@ -48,21 +46,6 @@ class Run(Workspace):
     @property
     def name(self) -> str:
         return self.folder.name
-
-    @property
-    def shown_overrides(self) -> list[str]:
-        """The overrides without folders of data: where somebody's photos lie is nobody's business.
-
-        Of a list of images, its name stays.
-        """
-        shown = []
-        for override in self.overrides:
-            key, _, value = override.partition("=")
-            if key in ("data.train_split", "data.val_split"):
-                shown.append(f"{key}={Path(value).name}")
-            elif key not in ("data.root", "data.saliency"):
-                shown.append(override)
-        return shown
 
     def record(self, stage: str, records: Iterable[dict[str, Any]]) -> None:
         """Write a stage's measurements to ``metrics.json``, in place of those it wrote before.
@@ -103,18 +86,18 @@ class Run(Workspace):
         """Check that the stages that ``stage`` needs have run.
 
         Raises:
-            MissingStage: names the missing file and the command that makes it.
+            RunError: names the missing file and the command that makes it.
         """
         manifest = read_manifest(self.folder)
         for name in stage_named(stage, self.stages).depends_on:
             needed = stage_named(name, self.stages)
-            # A stage run by hand in JupyterLab has no entry; then its files have to speak for it.
+            # A stage run by hand in JupyterLab has no entry; then only its files count.
             status = manifest["stages"].get(name, {}).get("status", "complete")
             absent = missing_outputs(self.folder, needed)
             if status == "complete" and not absent:
                 continue
             what = f"{absent[0]} is missing" if absent else f"{name} has not finished"
-            raise MissingStage(
+            raise RunError(
                 f"{stage_named(stage, self.stages).name} needs {name}, but in {display_path(self.folder)} {what}. "
                 f"This command makes it:\n  {self.command('--until', name.partition('_')[2])}"
             )
@@ -130,7 +113,7 @@ class Run(Workspace):
 
 
 def run_folder(runs: Path, name: str) -> Path:
-    """The folder of a run by its name, which must be a plain one: it cannot lead out of the folder of runs.
+    """The folder of a run by its name.
 
     Raises:
         RunError: if the name is empty, too long or holds anything but letters, digits and ``_-.+``.
@@ -162,25 +145,27 @@ def open_run(
     Raises:
         ConfigError: if a setting does not exist or fit.
         FileNotFoundError: if there is no such config file.
-        RunMismatch: if the folder belongs to other settings; the message lists them.
-        MissingStage: if ``stage`` needs something that is not there.
-        RunError: if the folder cannot be written.
+        RunError: if the folder belongs to other settings, which the message lists, or cannot be written, or if
+            ``stage`` needs something that is missing.
     """
     config_file = absolute(config_file)
     config = load_config(config_file, list(overrides))
     run = Run(absolute(run_dir), config, config_file, tuple(overrides), stages)
     stored = run.path("config.yaml")
-    if stored.is_file():
-        _refuse_other_settings(run, _load_stored(stored))
-    else:
-        _begin(run)
-    if not os.access(run.folder, os.W_OK):
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        if not stored.is_file():
+            files.write_text(stored, dump_config(config))
+    except OSError as error:
+        raise RunError(f"cannot write the run folder {display_path(run.folder)}: {error.strerror or error}") from error
+    if differences := config_differences(_load_stored(stored), config):
+        listing = "\n".join(f"  {line}" for line in differences)
         raise RunError(
-            f"the run folder {display_path(run.folder)} is not writable; change its rights or give another --name"
+            f"the run folder {display_path(run.folder)} belongs to other settings (setting: there | now):\n{listing}\n"
+            "Give another --name (in a notebook another run_dir), or delete the folder."
         )
     if stage is not None:
         run.require(stage)
-    follow(config)  # the settings that the stage reads from here on are its inputs
     return run
 
 
@@ -197,9 +182,8 @@ def read_run(folder: str | Path, stages: tuple[Stage, ...] = STAGES) -> Run:
     manifest = read_manifest(folder)
     config_file = absolute(manifest.get("config_file", stored))
     config = _load_stored(stored)
-    if config.plugins:  # code of somebody's own lies beside the config, or where the run found it
-        made = [facts for entry in manifest["stages"].values() for facts in entry.get("plugins", {}).values()]
-        search_in(config_file.parent, *(absolute(facts["folder"]) for facts in made))
+    if config.custom_code:
+        search_in(config_file.parent)
     return Run(folder, config, config_file, tuple(manifest.get("overrides", ())), stages)
 
 
@@ -218,30 +202,8 @@ def find_run(name: str, runs: Path = RUNS_FOLDER, stages: tuple[Stage, ...] = ST
     )
 
 
-def _begin(run: Run) -> None:
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        files.write_text(run.path("config.yaml"), dump_config(run.config))
-    except (FileExistsError, NotADirectoryError) as error:
-        raise RunError(
-            f"cannot make the run folder {display_path(run.folder)}: a file of that name is in the way; "
-            "move it or give another --name"
-        ) from error
-    except OSError as error:
-        raise RunError(f"cannot write the run folder {display_path(run.folder)}: {error.strerror or error}") from error
-
-
 def _load_stored(stored: Path) -> Config:
     try:
         return load_config(stored)
     except ConfigError as error:
         raise RunError(f"the settings of an existing run no longer fit; give another --name.\n{error}") from error
-
-
-def _refuse_other_settings(run: Run, stored: Config) -> None:
-    if differences := config_differences(stored, run.config):
-        listing = "\n".join(f"  {line}" for line in differences)
-        raise RunMismatch(
-            f"the run folder {display_path(run.folder)} belongs to other settings (setting: there | now):\n{listing}\n"
-            "Give another --name (in a notebook another run_dir), or delete the folder."
-        )

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from smaflib.config import Config
 from smaflib.errors import RunError
+
+EVERYTHING = "*"
 
 
 @dataclass(frozen=True)
 class Stage:
     """One notebook of the chain.
 
-    Which settings it reads is found while it runs (:mod:`smaflib.config_reads`), which code by reading its notebook
-    (:mod:`smaflib.runs.code`).
+    A stage declares the settings and modules that it is the first to depend on. They count for it and for all later
+    stages. What no stage declares counts from the start, so a forgotten name costs time and never a result.
 
     Attributes:
-        name: the notebook's file name without ending.
+        name: the notebook's file name without its ending.
         question: what it answers.
         depends_on: the stages whose artifacts it reads.
         outputs: globs of its artifacts in the run folder; ``folder/**`` is everything below.
-        required_outputs: the artifacts among them that every config makes, as globs; without them it has failed.
-        extra_inputs: files that another command may put into the run folder; a new one makes the stage run again.
+        required_outputs: the artifacts among them that every config makes, as globs; without them the stage has failed.
+        extra_inputs: files of other commands in the run folder; when one changes, the stage runs again.
+        settings: such as ``attention`` or ``attention.fusion``; the longest name that fits decides.
+        settings_if: further settings that count with some configs only.
+        code: modules of the library, such as ``maps``, or whole packages; :data:`EVERYTHING` for all.
     """
 
     name: str
@@ -31,6 +38,16 @@ class Stage:
     outputs: tuple[str, ...] = ()
     required_outputs: tuple[str, ...] = ()
     extra_inputs: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    settings_if: Callable[[Config], tuple[str, ...]] = lambda config: ()
+    code: tuple[str, ...] = ()
+
+
+def _settings_of_refined_targets(config: Config) -> tuple[str, ...]:
+    """What makes masks of a student's targets, where ``self_training.refine`` asks for masks."""
+    if config.self_training.refine == "none":
+        return ()
+    return ("pseudo_masks.crf", "pseudo_masks.par", "pseudo_masks.backend")
 
 
 STAGES: tuple[Stage, ...] = (
@@ -38,12 +55,14 @@ STAGES: tuple[Stage, ...] = (
         "00_one_image_end_to_end",
         "What happens to one image on its way from a label to a mask?",
         outputs=("example/**", "figures/00_*.png"),
+        code=(EVERYTHING,),
     ),
     Stage(
         "01_data",
         "What do we learn from: which images, which labels, and how large are the objects?",
         outputs=("data.json", "data/**", "figures/01_*.png"),
         required_outputs=("data.json",),
+        settings=("data", "evaluation.size_limits"),
     ),
     Stage(
         "02_classifier",
@@ -51,6 +70,8 @@ STAGES: tuple[Stage, ...] = (
         depends_on=("01_data",),
         outputs=("checkpoints/teacher*.safetensors", "figures/02_*.png"),
         required_outputs=("checkpoints/teacher.safetensors",),
+        settings=("model", "classifier", "attention.scales", "attention.flip"),
+        code=("models", "processes", "training", "classifier", "cams", "reactivation"),
     ),
     Stage(
         "03_multi_scale_attention",
@@ -58,6 +79,8 @@ STAGES: tuple[Stage, ...] = (
         depends_on=("01_data", "02_classifier"),
         outputs=("cams/teacher*/**", "bg_scores/teacher.json", "figures/03_*.png"),
         required_outputs=("cams/teacher/**",),
+        settings=("attention", "evaluation.thresholds"),
+        code=("maps", "evaluation", "thresholds", "explorer"),
     ),
     Stage(
         "04_denoise_and_reactivate",
@@ -71,6 +94,9 @@ STAGES: tuple[Stage, ...] = (
         depends_on=("01_data", "02_classifier", "03_multi_scale_attention"),
         outputs=("checkpoints/student*.safetensors", "cams/student*/**", "figures/05_*.png"),
         required_outputs=("checkpoints/student*.safetensors", "cams/student*/**"),
+        settings=("self_training",),
+        settings_if=_settings_of_refined_targets,
+        code=("self_training", "pseudo_masks", "refinement"),
     ),
     Stage(
         "06_pseudo_masks",
@@ -84,12 +110,15 @@ STAGES: tuple[Stage, ...] = (
             "figures/06_*.png",
         ),
         required_outputs=("masks/**",),
+        settings=("pseudo_masks",),
     ),
     Stage(
         "07_segmentation",
         "Does a segmentation network trained on the pseudo masks work on new images?",
         depends_on=("01_data", "05_self_training", "06_pseudo_masks"),
         outputs=("checkpoints/segmenter*.safetensors", "masks_segmenter/**", "figures/07_*.png"),
+        settings=("segmentation",),
+        code=("segmentation",),
     ),
     Stage(
         "08_results",
@@ -105,8 +134,39 @@ STAGES: tuple[Stage, ...] = (
         ),
         outputs=("figures/08_*.png", "explorer.html"),
         extra_inputs=("ablation/ablation.json",),
+        settings=("evaluation.paper_results",),
+        code=(
+            "apps",
+            "explorer.page",
+            "explorer.state",
+            "models.imagenet",
+            "models.pretrained",
+            "report.html",
+            "runs.runner",
+        ),
     ),
 )
+
+
+def counts(kind: Literal["settings", "code"], name: str, stage: Stage, stages: Sequence[Stage] = STAGES) -> bool:
+    """Whether a setting or a module counts for a stage: unless a later stage declares that it is the first.
+
+    Args:
+        kind: what ``name`` is.
+        name: such as ``attention.fusion`` or ``models.networks``.
+        stage: one of ``stages``.
+        stages: the chain.
+    """
+    if EVERYTHING in getattr(stage, kind):
+        return True
+    declared = [
+        (len(prefix), -number)
+        for number, each in enumerate(stages)
+        for prefix in getattr(each, kind)
+        if f"{name}.".startswith(f"{prefix}.")
+    ]
+    _, first = max(declared, default=(0, 0))
+    return -first <= stages.index(stage)
 
 
 def stage_named(name: str, stages: Sequence[Stage] = STAGES) -> Stage:
