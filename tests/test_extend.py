@@ -129,7 +129,7 @@ def test_a_data_set_of_a_folder_per_class(beside: Path) -> None:
     train, val = load_samples(config, "train"), load_samples(config, "val")
     assert (len(train), len(val)) == (8, 4) and train.class_names == ("green", "red")
     assert val.image_ids == ["green_0", "green_5", "red_0", "red_5"]
-    assert train.find("red_1").image_label.tolist() == [0, 1]
+    assert train[train.image_ids.index("red_1")].image_label.tolist() == [0, 1]
     work = Workspace(beside / "work", config)
     train_teacher(work)
     write_maps(work, "teacher")

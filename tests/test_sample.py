@@ -79,15 +79,6 @@ def test_index_out_of_range() -> None:
             samples[index]
 
 
-def test_find_by_name() -> None:
-    samples = make_samples(3)
-    assert samples.find("image2").image_label.tolist() == [0, 0, 1]
-    with pytest.raises(KeyError, match="no image 'cat' in the split 'train'; the first is 'image0'"):
-        samples.find("cat")
-    with pytest.raises(KeyError, match="no image 'cat' in the split 'train'"):
-        samples[:0].find("cat")  # custom images have an empty val split
-
-
 def test_split_without_masks_cannot_be_evaluated() -> None:
     samples = make_samples(3)
     one_missing = dataclasses.replace(samples.files[1], mask=None)

@@ -7,7 +7,6 @@ archives unpack: ``train2014``, ``val2014``, ``train2017``, ``val2017``.
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +17,8 @@ from smaflib.config import DataConfig, Split
 from smaflib.data.classes import COCO_CLASSES
 from smaflib.data.labels import IMAGE_ENDINGS, check_class_names, class_numbers
 from smaflib.data.masks import save_mask
-from smaflib.data.sample import SampleFiles, Samples
-from smaflib.data.voc import list_files, list_pngs, read_sample, require_all
+from smaflib.data.sample import Samples
+from smaflib.data.voc import list_files, list_pngs, make_samples, require_all
 from smaflib.errors import DataError
 from smaflib.runtime import progress
 
@@ -50,20 +49,12 @@ def load_coco(data: DataConfig, split: Split, masks_folder: Path | None = None) 
     folder = data.root / name
     images = {path.stem: path for path in list_files(folder, IMAGE_ENDINGS, f"unpack {name}.zip into {data.root}")}
     require_all(list(labels), images, f"image in {folder}", f"unpack {name}.zip again")
+    if not labels:
+        raise DataError(f"{name} has no image of {', '.join(class_names)}; check data.class_names")
     painted = masks_folder if masks_folder and masks_folder.is_dir() else None
     masks = list_pngs(data.masks or painted, "data.masks")
-    saliency = list_pngs(data.saliency, "data.saliency")
-    if data.saliency and split == "train":
-        require_all(list(labels), saliency, f"saliency map in {data.saliency}", "add it or correct data.saliency")
-    files = tuple(
-        SampleFiles(image_id, images[image_id], numbers, saliency.get(image_id), masks.get(image_id))
-        for image_id, numbers in labels.items()
-    )
-    if not files:
-        raise DataError(f"{name} has no image of {', '.join(class_names)}; check data.class_names")
     # COCO's annotations were drawn over the pixels as stored.
-    read = functools.partial(read_sample, oriented=False)
-    return Samples(files, class_names, split, read, cached=data.cache)
+    return make_samples(data, split, class_names, images, labels, masks, oriented=False)
 
 
 def write_coco_masks(data: DataConfig, split: Split, folder: Path) -> None:

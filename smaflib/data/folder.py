@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
 from pathlib import Path
 
 from smaflib.config import DataConfig, Split
 from smaflib.data.labels import IMAGE_ENDINGS, LabelRow, check_class_names, class_numbers, nearest, read_label_rows
-from smaflib.data.sample import SampleFiles, Samples
-from smaflib.data.voc import list_files, list_pngs, read_sample, require_all
+from smaflib.data.sample import Samples
+from smaflib.data.voc import list_files, list_pngs, make_samples, require_all
 from smaflib.errors import DataError
-
-read_upright = functools.partial(read_sample, oriented=True)
 
 
 def load_folder(data: DataConfig, split: Split) -> Samples:
@@ -30,31 +27,17 @@ def load_folder(data: DataConfig, split: Split) -> Samples:
     rows = read_label_rows(data.labels)
     class_names = data.class_names or tuple(sorted({name for row in rows for name in row.labels}))
     check_class_names(class_names)
-    images = _images_by_name(data.images)
-    masks = list_pngs(data.masks, "data.masks")
-    saliency = list_pngs(data.saliency, "data.saliency")
-
-    files = []
+    by_name, images, labels = _images_by_name(data.images), {}, {}
     for row in rows:
         where = f"{data.labels}, line {row.line}"
-        numbers = class_numbers(row.labels, class_names, where)
-        image = _find_image(row, images, data.images, where)
-        files.append(SampleFiles(image.stem, image, numbers, saliency.get(image.stem), masks.get(image.stem)))
-    image_ids = [each.image_id for each in files]
+        image = _find_image(row, by_name, data.images, where)
+        images[image.stem] = image
+        labels[image.stem] = class_numbers(row.labels, class_names, where)
+    masks = list_pngs(data.masks, "data.masks")
     if data.masks:
-        require_all(image_ids, masks, f"mask in {data.masks}", "add it or leave data.masks empty")
-    if data.saliency:
-        require_all(image_ids, saliency, f"saliency map in {data.saliency}", "add it or leave data.saliency empty")
-    chosen = tuple(files[: data.max_images]) if split == "train" else ()
-    return Samples(chosen, class_names, split, read_upright, cached=data.cache)
-
-
-def unlabelled_samples(images: Path, class_names: tuple[str, ...]) -> Samples:
-    """All images of a folder, without labels: to be classified."""
-    paths = list_files(images, IMAGE_ENDINGS, "name the folder of images")
-    if not paths:
-        raise DataError(f"there is no image in {images}; {', '.join(IMAGE_ENDINGS)} files are read")
-    return Samples(tuple(SampleFiles(path.stem, path, ()) for path in paths), class_names, "train", read_upright)
+        require_all(list(labels), masks, f"mask in {data.masks}", "add it or leave data.masks empty")
+    samples = make_samples(data, split, class_names, images, labels, masks, oriented=True)
+    return samples[: data.max_images] if split == "train" else samples[:0]
 
 
 def _images_by_name(folder: Path) -> dict[str, list[Path]]:

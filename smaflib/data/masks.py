@@ -40,22 +40,14 @@ VOC_PALETTE = _voc_palette()
 
 
 def open_picture(file: Path | BinaryIO, name: str) -> Image.Image:
-    """Open a JPEG, PNG or WebP file of at most :data:`MAX_PIXELS` without decoding it.
-
-    Raises:
-        DataError: if it has more pixels.
-        Exception: of a dozen kinds, from Pillow, if it is damaged or no image.
-    """
+    """Open a JPEG, PNG or WebP file of at most :data:`MAX_PIXELS` without decoding it; Pillow's errors pass."""
     # Pillow would hand an EPS named .jpg to Ghostscript.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
         picture = Image.open(file, formats=("JPEG", "PNG", "WEBP"))
     if picture.width * picture.height > MAX_PIXELS:
         picture.close()
-        raise DataError(
-            f"{name} has {picture.width} x {picture.height} pixels, more than {MAX_PIXELS / 1e6:.0f} million; "
-            "save it smaller"
-        )
+        raise DataError(f"{name} has {picture.width} x {picture.height} pixels, more than 50 million; save it smaller")
     return picture
 
 
@@ -105,7 +97,7 @@ def save_mask(path: Path, mask: Tensor | np.ndarray) -> None:
     """Write a mask as a palette PNG in VOC's colours, atomically; :func:`read_mask` reads it back.
 
     Args:
-        path: ends in ``.png``; missing folders are created.
+        path: ends in ``.png``.
         mask: (H, W), integer or boolean, values 0 to 255.
 
     Raises:

@@ -139,14 +139,3 @@ class Samples(Sequence[Sample]):
 
     def subset(self, indices: Sequence[int]) -> Samples:
         return replace(self, files=tuple(self.files[index] for index in indices))
-
-    def find(self, image_id: str) -> Sample:
-        """The sample with that name.
-
-        Raises:
-            KeyError: if the split has no such image.
-        """
-        if image_id not in self.image_ids:
-            first = f"the first is {self.image_ids[0]!r}" if self.files else "it is empty"
-            raise KeyError(f"there is no image {image_id!r} in the split {self.split!r}; {first}")
-        return self[self.image_ids.index(image_id)]

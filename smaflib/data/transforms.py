@@ -1,4 +1,4 @@
-"""Geometry and colour shared by all training: one drawn crop is applied alike to image, saliency, maps and mask."""
+"""Geometry and colour of training: the same random crop is applied to image, saliency, maps and mask."""
 
 from __future__ import annotations
 
@@ -30,24 +30,14 @@ def scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:
 
 
 def renormalization(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Scale and shift, (3, 1, 1) each, from :func:`normalize`'s result to another mean and standard deviation.
-
-    Args:
-        mean: per channel, of pixels in [0, 1]; with ImageNet's own the scale is exactly 1 and the shift 0.
-        std: likewise.
-    """
+    """Scale and shift, (3, 1, 1) each, from :func:`normalize`'s result to another mean and std of pixels in [0, 1]."""
     imagenet_mean, imagenet_std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     scale, shift = imagenet_std / torch.tensor(std), (imagenet_mean - torch.tensor(mean)) / torch.tensor(std)
     return scale.view(3, 1, 1), shift.view(3, 1, 1)
 
 
-def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 (3, H, W) to (3, H', W') by PIL, whose bicubic the reference's numbers come from."""
-    return resize_to_each(image, [size])[0]
-
-
 def resize_to_each(image: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """:func:`resize_image` to several sizes."""
+    """uint8 (3, H, W) to each size (H', W') by PIL, whose bicubic filter the reference uses."""
     here = tuple(image.shape[-2:])
     if all(size == here for size in sizes):
         return [image] * len(sizes)
@@ -80,8 +70,7 @@ class Crop:
             (C, side, side) or (side, side).
         """
         flat = field.dim() == 2
-        # torchvision's bilinear and bicubic resize antialias, as PIL's do. Its "nearest" takes a pixel's corner for its
-        # middle, which would shift a mask against its image.
+        # torchvision's bilinear and bicubic antialias, as PIL's do; its "nearest" would shift a mask against its image.
         mode = InterpolationMode("nearest-exact" if interpolation == "nearest" else interpolation)
         resized = F.resize(field[None] if flat else field, list(self.resized), mode)
         if self.flip:
@@ -92,7 +81,7 @@ class Crop:
         return canvas[0] if flat else canvas
 
     def zero_outside(self, field: Tensor) -> Tensor:
-        """Set what lies outside the image to 0 in a field that was cut already, (..., side, side)."""
+        """Set the pixels outside the image to 0 in a field that is already cut, (..., side, side)."""
         _, place = self._overlap()
         canvas = torch.zeros_like(field)
         canvas[(..., *place)] = field[(..., *place)]
@@ -124,16 +113,16 @@ def draw_crop(size: tuple[int, int], config: TrainingConfig, generator: torch.Ge
 
 
 def whole_image(side: int, config: TrainingConfig, generator: torch.Generator) -> Crop:
-    """No crop: the whole image as a square of that side, flipped or not."""
+    """The whole image as a square of that side, flipped at random."""
     return Crop((side, side), 0, 0, side, config.flip and bool(torch.rand((), generator=generator) < 0.5))
 
 
 def jitter_colors(image: Tensor, strengths: tuple[float, float, float, float], generator: torch.Generator) -> Tensor:
-    """Shift brightness, contrast, saturation and hue by up to ``strengths``, in this order.
+    """Change brightness, contrast, saturation and hue (in turns of the colour wheel) by up to ``strengths``.
 
     Args:
         image: uint8 (3, H, W).
-        strengths: half-widths of the ranges around "unchanged"; hue in turns of the colour wheel.
+        strengths: half-widths of the ranges around "unchanged".
         generator: source of the four draws.
     """
     for adjust, strength, neutral in (

@@ -47,10 +47,6 @@ def load_voc(data: DataConfig, split: Split) -> Samples:
     require_all(image_ids, images, f"image in {folder}", f"correct the list {data.split_list(split)}")
     masks_folder = data.masks or data.root / "SegmentationClass"
     masks = list_pngs(masks_folder if data.masks or masks_folder.is_dir() else None, "data.masks")
-    saliency = list_pngs(data.saliency, "data.saliency")
-    if data.saliency and split == "train":
-        require_all(image_ids, saliency, f"saliency map in {data.saliency}", "add it or correct data.saliency")
-
     annotations = data.root / "Annotations"
     if data.label_source == "masks":
         require_all(image_ids, masks, f"mask in {masks_folder}", "add it or change data.label_source")
@@ -59,12 +55,30 @@ def load_voc(data: DataConfig, split: Split) -> Samples:
         labels = [_labels_of_xml(annotations / f"{image_id}.xml", class_names) for image_id in image_ids]
     else:
         labels = _labels_of_csv(data.labels or data.root / "labels.csv", image_ids, class_names)
+    # VOC's masks were drawn over the pixels as stored: an EXIF orientation must not rotate the image.
+    return make_samples(
+        data, split, class_names, images, dict(zip(image_ids, labels, strict=True)), masks, oriented=False
+    )
+
+
+def make_samples(
+    data: DataConfig,
+    split: Split,
+    class_names: tuple[str, ...],
+    images: dict[str, Path],
+    labels: dict[str, tuple[int, ...]],
+    masks: dict[str, Path],
+    oriented: bool,
+) -> Samples:
+    """The samples of the images that have ``labels``, in that order; the training split needs all saliency maps."""
+    saliency = list_pngs(data.saliency, "data.saliency")
+    if data.saliency and split == "train":
+        require_all(list(labels), saliency, f"saliency map in {data.saliency}", "add it or correct data.saliency")
     files = tuple(
         SampleFiles(image_id, images[image_id], numbers, saliency.get(image_id), masks.get(image_id))
-        for image_id, numbers in zip(image_ids, labels, strict=True)
+        for image_id, numbers in labels.items()
     )
-    # VOC's masks were drawn over the pixels as stored: an EXIF orientation must not rotate the image.
-    read = functools.partial(read_sample, oriented=False)
+    read = functools.partial(read_sample, oriented=oriented)
     return Samples(files, class_names, split, read, cached=data.cache)
 
 
