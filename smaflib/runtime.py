@@ -9,14 +9,14 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from smaflib.config import Config
@@ -48,19 +48,6 @@ class Runtime:
         On CPUs channels last takes about 0.7 times as long.
         """
         return network.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    @property
-    def computes_behind(self) -> bool:
-        """Whether the host goes on while the device computes, as beside a GPU: a value that is read is waited for."""
-        return self.device.type != "cpu"
-
-    def pinned(self, tensor: Tensor) -> Tensor:
-        """A tensor for the device; for a GPU in pinned memory, from which it is copied while the GPU computes."""
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
-
-    def host_threads(self, workers: int | None = None) -> HostThreads:
-        """Threads that work ahead of the device; by default none beside a CPU, whose cores compute."""
-        return HostThreads(0 if workers is None and not self.computes_behind else workers)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bf16 inside convolutions and matrix products, where the config asks for it."""
@@ -177,98 +164,20 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
         yield
 
 
-MOST_THREADS = 8
-"""Of :class:`HostThreads`: more wait for Python's lock, and each holds an image's maps (``benchmarks/gpu.py``)."""
-
-
-class HostThreads:
-    """Threads that work ahead of their caller: decode what a GPU takes next, write what it has made.
-
-    For work that leaves Python's lock to others: decoding, resizing, compressing, torch's operators on one image. Each
-    thread has one torch thread, so small operators do not wait for each other's parts. Several kinds of work may share
-    the threads, so that there are never more of them. Used in a ``with`` block, at whose end they are gone.
-
-    Args:
-        workers: threads; None: one per core, :data:`MOST_THREADS` at most; 0: no thread, each item is computed when it
-            is asked for.
-    """
-
-    def __init__(self, workers: int | None = None) -> None:
-        self.workers = min(num_cores(), MOST_THREADS) if workers is None else workers
-        # A thread would otherwise pin memory for the first GPU, whichever is its caller's.
-        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        self._pool = ThreadPoolExecutor(self.workers, "ahead", _start_thread, (gpu,)) if self.workers else None
-
-    def __enter__(self) -> HostThreads:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
-
-    def ahead(
-        self, function: Callable[[Item], Result], items: Iterable[Item], room: int | None = None
-    ) -> Iterator[Result]:
-        """Map in order, computed by the threads while the caller works on what came before.
-
-        Args:
-            function: of an item; called in a thread.
-            items: taken by the caller, as there is room.
-            room: results that may wait for the caller, unfinished ones included; None: twice as many as threads.
-
-        Yields:
-            The results in the order of the items. What a call raises is raised here, in its place.
-        """
-        if self._pool is None:
-            yield from map(function, items)
-            return
-        room = 2 * self.workers if room is None else room
-        waiting: deque[Future[Result]] = deque()
-        try:
-            for item in items:
-                waiting.append(self._pool.submit(function, item))
-                if len(waiting) > room:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:  # whose results nobody takes any more
-                future.cancel()
-
-
-def _start_thread(gpu: int | None) -> None:
-    torch.set_num_threads(1)  # of this thread alone; torch's loader does the same in the thread that pins memory
-    if gpu is not None:
-        torch.cuda.set_device(gpu)
-
-
 def ahead(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None, room: int | None = None
 ) -> Generator[Result, None, None]:
-    """:meth:`HostThreads.ahead` with threads of its own."""
-    with HostThreads(workers) as threads:
-        yield from threads.ahead(function, items, room)
-
-
-def start_copy(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-    """Let a GPU copy results to the host once it has computed them, and go on at once.
-
-    Args:
-        tensors: on one device.
-
-    Returns:
-        A function that waits until they are there, and returns them on the CPU.
-    """
-    if not any(tensor.is_cuda for tensor in tensors):
-        return lambda: [tensor.cpu() for tensor in tensors]
-    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]  # into pinned memory, as torch does here
-    copied = torch.cuda.current_stream(tensors[0].device).record_event()
-
-    def wait() -> list[Tensor]:
-        copied.synchronize()
-        return copies
-
-    return wait
+    """Map in order, computed by threads, with at most ``room`` results waiting."""
+    workers = workers or num_cores()
+    room = 2 * workers if room is None else room
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[Result]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > room:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def progress(items: Iterable[Item], total: int | None = None, desc: str = "", initial: int = 0) -> Iterator[Item]:

@@ -1,7 +1,7 @@
-"""The optimisation loop that classifier, student and segmentation network share.
+"""The optimisation loop of classifier, student and segmentation network.
 
-What happens in an iteration depends on the seed and the iteration's number alone, so a killed run that resumes from
-its checkpoint ends with the same weights as one that was never killed.
+An iteration depends on the seed and its number alone, so a killed training that resumes from its checkpoint ends with
+the weights of one that was never killed.
 """
 
 from __future__ import annotations
@@ -28,23 +28,21 @@ from smaflib.processes import num_ranks, rank, sum_gradients, sum_over_ranks
 from smaflib.runtime import Runtime, derive_seed, progress, release_freed_memory, seeded
 
 Batch = dict[str, Tensor]
+Losses = Mapping[str, Tensor | float]
 History = list[dict[str, float]]
-"""One record per logged stretch: ``iteration`` and the mean of every loss since the record before."""
+"""One record per log point: ``iteration``, and the mean of each loss since the record before."""
 
 CropFields = Callable[[Sample, int, Crop], dict[str, Tensor]]
-"""What a loss needs beside image and image label, cut with the same crop: (sample, its index, crop) -> fields."""
+"""(sample, its index, crop) -> fields of the batch beside image and image label, cut with the same crop."""
 
 LOG_POINTS = 50
 
 
 @dataclass(frozen=True)
 class CropField:
-    """A field of the batch that is cut out of one item per sample: a mask, or denoised maps.
-
-    A class and not a closure, so that loader processes can be started where nothing is forked.
+    """A field of the batch, cut from one item per sample: a mask, or denoised maps. Picklable for loader processes.
 
     Attributes:
-        name: of the field.
         items: per sample (H, W) or (C, H, W); may be lazy.
         interpolation: of the resize.
         fill: value outside the image.
@@ -60,16 +58,9 @@ class CropField:
 
 
 class Batches(Dataset[Batch]):
-    """Batch number ``iteration`` of a training: drawn, cropped, normalised.
+    """Batch number ``iteration`` of a training, a function of seed and number: drawn, cropped, normalised.
 
-    Every pass over the samples is a fresh permutation; passes run on across batches, so that all batches are full.
-
-    Args:
-        samples: the training split.
-        config: of the training.
-        seed: decides all that is drawn.
-        crop_fields: what a batch has beside image and image label.
-        num_workers: loader processes.
+    Every pass over the samples is a new permutation. Batches span passes, so all of them are full.
     """
 
     def __init__(
@@ -82,20 +73,14 @@ class Batches(Dataset[Batch]):
     ) -> None:
         self.samples, self.config, self.seed = samples, config, seed
         self.crop_fields, self.num_workers = crop_fields, num_workers
-        self.rank, self.num_ranks = 0, 1
-
-    def of_this_process(self) -> Batches:
-        """This process's part of each batch; the batches are the same for any number of processes."""
-        own = copy.copy(self)
-        own.rank, own.num_ranks = rank(), num_ranks()
-        return own
+        self.part = slice(None)  # of each batch; fit sets that of its process
 
     def __len__(self) -> int:
         return self.config.iterations
 
     def __getitem__(self, iteration: int) -> Batch:
         first = iteration * self.config.batch_size
-        positions = range(first, first + self.config.batch_size)[self.rank :: self.num_ranks]
+        positions = range(first, first + self.config.batch_size)[self.part]
         drawn = [self._draw(position) for position in positions]
         return {name: torch.stack([item[name] for item in drawn]) for name in drawn[0]}
 
@@ -131,59 +116,66 @@ def fit(
 ) -> History:
     """Optimise a network in place; it ends in eval mode.
 
-    Several processes (:mod:`smaflib.processes`) compute a part of every batch each, and take the steps of one process.
+    Several processes (:mod:`smaflib.processes`) compute a part of each batch and take the same steps as one.
 
     Args:
-        network: layers of its ``new_layers()``, if it has that method, learn at ``head_multiplier`` times the rate.
+        network: if it has ``new_layers()``, these learn at ``head_multiplier`` times the rate. A resumed training with
+            ``start_share`` needs the initial weights of the first time.
         batches: the data, the seed and the settings.
         loss: from a batch on the runtime's device to named losses, which are summed.
         runtime: device and precision.
-        checkpoint: a safetensors file, written every ``checkpoint_minutes`` and at the end. A killed training resumes
-            from it. With ``start_share``, the network must come with the same weights as the first time.
-        stage: name of the settings, for the progress bar and in errors.
-        num_terms: the number of terms that the losses of a batch are the mean of, such as labelled pixels; defaults to
-            the number of images. Weights the parts of several processes.
-
-    Returns:
-        The learning curve.
+        checkpoint: a safetensors file, written every ``checkpoint_minutes`` and at the end; a killed training resumes
+            from it.
+        stage: name of the settings, for the progress bar and errors.
+        num_terms: the number of terms that a batch's losses are the mean of, such as labelled pixels; defaults to the
+            number of images.
 
     Raises:
-        FloatingPointError: if a loss is no longer finite. On a GPU, losses are read only when they are logged or a
-            checkpoint is written, since reading waits for the device.
-        ConfigError: if the device runs out of memory, or batch norm cannot be shared (:func:`check_batch_norm`).
+        FloatingPointError: if a loss is not finite. On a GPU losses are read when they are logged or saved.
+        ConfigError: if memory runs out, or several processes cannot share batch norm (:func:`check_batch_norm`).
     """
-    config, batches = batches.config, batches.of_this_process()
+    config, batches = batches.config, copy.copy(batches)
+    batches.part = slice(rank(), None, num_ranks())
     runtime.place(network).train()
     check_batch_norm(network, num_ranks(), runtime.device)
     if num_ranks() > 1 and runtime.device.type == "cuda":
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    optimizer = make_optimizer(network, config)
+        # torch's own conversion would lose the activations inside of timm's layers.
+        from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
+
+        network = convert_sync_batchnorm(network)
     initial = [parameter.detach().clone() for parameter in network.parameters()] if config.start_share else []
+    optimizer = make_optimizer(network, config)
     start, history, losses = _resume(network, optimizer, checkpoint)
     if start >= config.iterations:
         network.eval()
         return history
     peaks = [group["lr"] for group in optimizer.param_groups]
-    loader = _loader(batches, start, runtime)
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(start, config.iterations),  # in one pass, so that its workers live as long as the training
+        num_workers=batches.num_workers,
+        generator=torch.Generator(),  # else it would draw from the global generator
+        pin_memory=runtime.device.type == "cuda",
+    )
     log_every, saved = max(1, config.iterations // LOG_POINTS), time.monotonic()
-    for iteration, batch in enumerate(progress(loader, total=len(loader), desc=stage), start=start):
+    for done, batch in enumerate(progress(loader, total=len(loader), desc=stage), start=start + 1):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = learning_rate(config, peak, iteration)
-        # Each process has other images of the batch, so it draws other dropout masks.
-        with seeded(derive_seed(batches.seed, "dropout", iteration) + rank(), runtime.device):
+            group["lr"] = learning_rate(config, peak, done - 1)
+        # Each process has other images, so it draws other dropout masks.
+        with seeded(derive_seed(batches.seed, "dropout", done - 1) + rank(), runtime.device):
             try:
                 losses.append(_step(network, optimizer, batch, loss, runtime, num_terms))
             except torch.OutOfMemoryError as error:
-                size = "resize_range" if config.whole_images else "crop_size"
-                raise ConfigError(
-                    f"{runtime.device} ran out of memory; lower {stage}.batch_size or {stage}.{size}"
-                ) from error
-        done = iteration + 1
+                size = f"{stage}.resize_range" if config.whole_images else f"{stage}.crop_size"
+                raise ConfigError(f"{runtime.device} ran out of memory; lower {stage}.batch_size or {size}") from error
         if done % log_every == 0 or done == config.iterations:
-            history.append({"iteration": float(done)} | _means(_numbers(losses)))
+            steps = _numbers(losses)
+            means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+            history.append({"iteration": float(done)} | means)
             losses = []
         is_due = done < config.iterations and time.monotonic() - saved >= 60 * config.checkpoint_minutes
-        if checkpoint and rank() == 0 and is_due:
+        if checkpoint and is_due and rank() == 0:
             _save_unfinished(checkpoint, network, optimizer, done, history, _numbers(losses))
             saved = time.monotonic()
     network.eval()
@@ -197,27 +189,53 @@ def fit(
     return history
 
 
-def _loader(batches: Batches, start: int, runtime: Runtime) -> DataLoader[Batch]:
-    """Every batch of a training from an iteration on: one pass, so that its workers live as long as the training."""
-    return DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(start, batches.config.iterations),
-        num_workers=batches.num_workers,
-        # Without one of its own it would draw its workers' seeds from the global generator.
-        generator=torch.Generator(),
-        pin_memory=runtime.device.type == "cuda",  # what lies in pinned memory is copied while the GPU computes
-    )
+def _step(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    loss: Callable[[Batch], dict[str, Tensor]],
+    runtime: Runtime,
+    num_terms: Callable[[Batch], Tensor] | None,
+) -> Losses:
+    """Take one step; returns the losses of the whole batch."""
+    batch = {name: field.to(runtime.device, non_blocking=True) for name, field in batch.items()}
+    with runtime.autocast():
+        losses = loss(batch)
+    values = {name: value.detach() for name, value in losses.items()}
+    if runtime.device.type == "cpu":
+        _numbers([values])  # before a loss that is not finite ruins the weights
+    terms = num_terms(batch) if num_terms else torch.tensor(len(batch["image"]), device=runtime.device)
+    share = terms / sum_over_ranks(terms).clamp(min=1) if num_ranks() > 1 else 1.0
+    optimizer.zero_grad(set_to_none=True)
+    (torch.stack(list(losses.values())).sum() * share).backward()
+    sum_gradients(network.parameters())
+    optimizer.step()
+    return {name: sum_over_ranks(value * share) for name, value in values.items()}
 
 
-def check_batch_norm(network: nn.Module, num_processes: int, device: torch.device) -> None:
-    """Refuse to share a training on a CPU if it learns batch statistics, which torch synchronises on GPUs only.
+def _numbers(losses: Sequence[Losses]) -> list[dict[str, float]]:
+    """The losses of some steps as numbers; waits for the device.
 
     Raises:
-        ConfigError: naming the cure.
+        FloatingPointError: if one is not finite.
+    """
+    numbers = [{name: float(value) for name, value in step.items()} for step in losses]
+    for step in numbers:
+        if not all(map(math.isfinite, step.values())):
+            raise FloatingPointError(f"the loss is no longer finite ({step}); lower the learning rate of this stage")
+    return numbers
+
+
+def check_batch_norm(network: nn.Module, number: int, device: torch.device) -> None:
+    """Refuse several processes on a CPU for a network that learns batch statistics: torch's SyncBatchNorm needs GPUs.
+
+    Args:
+        network: is put into training mode.
+        number: of processes.
+        device: of the training.
     """
     learned = any(isinstance(layer, nn.BatchNorm2d) and layer.training for layer in network.train().modules())
-    if learned and num_processes > 1 and device.type == "cpu":
+    if learned and number > 1 and device.type == "cpu":
         raise ConfigError(
             "batch norm cannot learn its statistics in several processes on a CPU; set processes=1 (one process uses "
             "all cores), or model.freeze_batch_norm=true"
@@ -249,15 +267,10 @@ def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Op
 
 
 def learning_rate(config: TrainingConfig, peak: float, iteration: int) -> float:
-    """The learning rate of an iteration in closed form, so that a resumed training needs no stored schedule.
+    """The learning rate of an iteration, from 0 on, in closed form: resuming needs no stored schedule.
 
-    Args:
-        config: ``schedule``, ``iterations`` and ``poly_power``.
-        peak: the highest rate of the schedule.
-        iteration: from 0 on.
-
-    Source: ``poly`` as in DeepLab; ``onecycle`` as torch's OneCycleLR with its defaults (cosine from a 25th of the peak
-    up over the first 30 %, then down to a 10,000th of where it began).
+    Source: ``poly`` as in DeepLab; ``onecycle`` as torch's OneCycleLR with its defaults: cosine from a 25th of the peak
+    up over the first 30 %, then down to a 10,000th of the start.
     """
     if config.schedule == "poly":
         return peak * (1 - iteration / config.iterations) ** config.poly_power
@@ -273,55 +286,17 @@ def _cosine(start: float, end: float, share: float) -> float:
 
 def is_finished(checkpoint: Path, config: TrainingConfig) -> bool:
     """Whether a training has reached its last iteration."""
-    return (
-        checkpoint.is_file() and int(json.loads(read_metadata(checkpoint).get("iteration", "0"))) >= config.iterations
-    )
+    return checkpoint.is_file() and _stored(checkpoint, "iteration", 0) >= config.iterations
 
 
 def load_history(path: Path) -> History:
     """The learning curve stored beside a network's weights."""
-    return json.loads(read_metadata(path).get("history", "[]"))
+    history: History = _stored(path, "history", [])
+    return history
 
 
-def _step(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    loss: Callable[[Batch], dict[str, Tensor]],
-    runtime: Runtime,
-    num_terms: Callable[[Batch], Tensor] | None,
-) -> dict[str, Tensor | float]:
-    """Take one step; returns the losses of the whole batch."""
-    batch = {name: field.to(runtime.device, non_blocking=True) for name, field in batch.items()}
-    with runtime.autocast():
-        losses = loss(batch)
-    values = {name: value.detach() for name, value in losses.items()}
-    if not runtime.computes_behind:
-        _numbers([values])  # before a loss that is not finite ruins the weights
-    terms = num_terms(batch) if num_terms else torch.tensor(len(batch["image"]), device=runtime.device)
-    share = terms / sum_over_ranks(terms).clamp(min=1) if num_ranks() > 1 else 1.0
-    optimizer.zero_grad(set_to_none=True)
-    (torch.stack(list(losses.values())).sum() * share).backward()
-    sum_gradients(network.parameters())
-    optimizer.step()
-    return {name: sum_over_ranks(value * share) for name, value in values.items()}
-
-
-def _numbers(losses: Sequence[Mapping[str, Tensor | float]]) -> list[dict[str, float]]:
-    """The losses of some steps as numbers; waits for the device.
-
-    Raises:
-        FloatingPointError: if one is not finite.
-    """
-    numbers = [{name: float(value) for name, value in step.items()} for step in losses]
-    for step in numbers:
-        if not all(map(math.isfinite, step.values())):
-            raise FloatingPointError(f"the loss is no longer finite ({step}); lower the learning rate of this stage")
-    return numbers
-
-
-def _means(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+def _stored(path: Path, name: str, default: Any) -> Any:
+    return json.loads(read_metadata(path).get(name, "null")) or default
 
 
 def _save_unfinished(
@@ -342,11 +317,11 @@ def _save_unfinished(
 
 def _resume(
     network: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path | None
-) -> tuple[int, History, list[Mapping[str, Tensor | float]]]:
+) -> tuple[int, History, list[Losses]]:
     """Fill network and optimizer from a checkpoint: iterations done, history, losses since its last record."""
     if checkpoint is None or not checkpoint.is_file():
         return 0, [], []
-    tensors, metadata = read_weights(checkpoint), read_metadata(checkpoint)
+    tensors = read_weights(checkpoint)
     fill(network, {k: v for k, v in tensors.items() if not k.startswith(OPTIMIZER)}, source=str(checkpoint))
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
@@ -355,8 +330,7 @@ def _resume(
             state.setdefault(int(index), {})[slot] = value
     if state:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    iteration, losses = (json.loads(metadata.get(name, "null")) for name in ("iteration", "losses"))
-    return iteration or 0, load_history(checkpoint), losses or []
+    return _stored(checkpoint, "iteration", 0), load_history(checkpoint), _stored(checkpoint, "losses", [])
 
 
 def _generator(*parts: object) -> torch.Generator:

@@ -34,14 +34,6 @@ def fill_disk(folder: Path, room: int = 0) -> Path:
 CLASSES = ("red", "green", "blue")
 
 
-class LikeGpu(Runtime):
-    """The CPU, treated as a GPU is: never waited for, given batches, with threads of the host ahead of it."""
-
-    @property
-    def computes_behind(self) -> bool:
-        return True
-
-
 TRAINING = {
     "iterations": 4,
     "batch_size": 2,

@@ -9,18 +9,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import TRAINING, fill_disk, make_samples, tiny_config
+from helpers import TRAINING, make_samples, tiny_config
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smaflib import files, processes
+from smaflib import processes
 from smaflib.classifier import train_classifier
 from smaflib.config import Config, dump_config
 from smaflib.data import make_data
@@ -237,26 +235,6 @@ def test_what_a_process_raises_is_raised_here(tmp_path: Path, capfd: pytest.Capt
     with pytest.raises(FloatingPointError, match="no longer finite.*lower the learning rate"):
         train_teacher(work)
     assert not children_of(os.getpid()) and "classifier:" in capfd.readouterr().err  # the progress bar of rank 0
-
-
-@pytest.mark.parametrize("work_of", [train_teacher, partial(write_maps, network="teacher")], ids=["training", "maps"])
-def test_full_disk_ends_all_processes_and_loses_nothing(
-    tmp_path: Path, small_disk: Path, work_of: Callable[[Workspace], object]
-) -> None:
-    calm, full = (workspace(folder, 2) for folder in (tmp_path / "calm", small_disk / "run"))
-    for work in (calm, full):
-        work.checkpoint("teacher").parent.mkdir()
-    train_teacher(calm)
-    if work_of is not train_teacher:
-        shutil.copy(calm.checkpoint("teacher"), full.checkpoint("teacher"))
-    work_of(calm)
-    other = fill_disk(small_disk, room=2 * 4096)  # for two files of maps, and for no checkpoint
-    with pytest.raises(OSError, match="No space left on device"):
-        work_of(full)
-    other.unlink()
-    work_of(full)
-    made = bytes_in(full, "checkpoints", "cams")
-    assert made == bytes_in(calm, "checkpoints", "cams") and not [path for path in made if files.PARTIAL in path.name]
 
 
 def test_processes_end_with_the_one_that_waits(tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ import io
 import os
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,22 +15,16 @@ from helpers import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smaflib import runtime
 from smaflib.config import Config
 from smaflib.errors import ConfigError
 from smaflib.runtime import (
     PROGRESS_FILE,
-    HostThreads,
     Runtime,
-    ahead,
-    cpu_runtime,
     derive_seed,
-    device_of,
     fastest_precision,
     make_runtime,
     num_cores,
     progress,
-    start_copy,
 )
 
 
@@ -64,13 +56,6 @@ def test_runtime_follows_the_config(torch_settings: None, bf16_circuits: dict[st
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
 
 
-def test_auto_precision_is_that_of_the_device(torch_settings: None, bf16_circuits: dict[str, bool]) -> None:
-    config = with_settings(device="cpu", precision="auto")
-    assert make_runtime(config).precision == "bf16"
-    bf16_circuits["avx512_bf16"] = False
-    assert make_runtime(config).precision == "float32"
-
-
 def test_bf16_is_refused_where_it_would_be_emulated(torch_settings: None, bf16_circuits: dict[str, bool]) -> None:
     bf16_circuits["avx512_bf16"] = False
     with pytest.raises(ConfigError, match="this CPU would only emulate precision=bf16; set precision=auto or"):
@@ -87,14 +72,6 @@ def test_device_that_is_not_there_is_refused(device: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     with pytest.raises(ConfigError, match=f"device is '{device}', but torch finds no .*device=auto or device=cpu"):
         make_runtime(with_settings(device=device))
-
-
-@pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bf16", torch.bfloat16)])
-def test_autocast_changes_products_only_where_asked_for(precision: str, dtype: torch.dtype) -> None:
-    ones = torch.ones(2, 2)
-    with Runtime(torch.device("cpu"), precision).autocast():
-        assert (ones @ ones).dtype == dtype
-    assert (ones @ ones).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -124,11 +101,6 @@ def test_gpu_takes_bf16_where_it_does_not_emulate_it(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or supported
     )
     assert fastest_precision(torch.device("cuda")) == precision
-
-
-def test_cpu_runtime_and_device_of() -> None:
-    assert cpu_runtime(3) == Runtime(torch.device("cpu"), "float32", 3)
-    assert device_of(torch.nn.Linear(1, 1, device="meta")) == torch.device("meta")
 
 
 # --- seeds ------------------------------------------------------------------------------------------------------------
@@ -212,90 +184,3 @@ def test_freed_memory_is_kept_until_it_is_released() -> None:
     done = subprocess.run([sys.executable, "-c", ONE_BLOCK], capture_output=True, text=True, check=True)
     kept, released = (int(pages) * os.sysconf("SC_PAGESIZE") / 1e6 for pages in done.stdout.split())
     assert 90 < kept < 120 and -5 < released < 10
-
-
-def test_ahead_keeps_the_order_and_takes_no_more_than_there_is_room_for():
-    taken: list[int] = []
-
-    def items() -> Iterator[int]:
-        for number in range(20):
-            taken.append(number)
-            yield number
-
-    results = ahead(lambda number: number**2, items(), workers=2)
-    assert next(results) == 0 and len(taken) == 5  # two per thread wait, and one was handed out
-    assert list(results) == [number**2 for number in range(1, 20)]
-
-
-def test_ahead_takes_no_more_than_it_is_given_room_for():
-    taken: list[int] = []
-    results = ahead(lambda number: number, (taken.append(n) or n for n in range(9)), workers=1, room=1)
-    assert next(results) == 0 and taken == [0, 1]
-
-
-def test_kinds_of_work_share_the_threads():
-    names: set[str] = set()
-
-    def double(number: int) -> int:
-        names.add(threading.current_thread().name)
-        time.sleep(0.002)  # so that one thread is not free again at once
-        return 2 * number
-
-    with HostThreads(2) as host:
-        assert list(host.ahead(double, host.ahead(double, range(30)))) == [4 * number for number in range(30)]
-    assert len(names) == 2 and threading.current_thread().name not in names
-
-
-def test_threads_that_are_left_early_end():
-    with pytest.raises(KeyError), HostThreads(1) as host:
-        for _ in host.ahead(lambda number: number, range(100)):
-            raise KeyError
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
-
-
-def test_threads_work_for_their_callers_gpu(monkeypatch: pytest.MonkeyPatch):
-    chosen: list[int] = []
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert list(ahead(lambda number: number, range(2), workers=1)) == [0, 1] and chosen == [3]
-
-
-def test_only_a_gpus_inputs_are_pinned(monkeypatch: pytest.MonkeyPatch):
-    pinned: list[torch.Tensor] = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
-    tensor = torch.ones(1)
-    assert cpu_runtime().pinned(tensor) is tensor and not pinned
-    assert Runtime(torch.device("cuda")).pinned(tensor) is tensor and len(pinned) == 1
-
-
-def test_results_of_a_cpu_are_there_at_once():
-    tensor = torch.ones(2)
-    assert start_copy([tensor])()[0] is tensor
-
-
-def test_only_a_gpu_has_threads_beside_it_unless_asked_for():
-    for device, asked, expected in (("cpu", None, 0), ("cpu", 2, 2), ("meta", 0, 0)):
-        with Runtime(torch.device(device)).host_threads(asked) as host:
-            assert host.workers == expected
-    with Runtime(torch.device("meta")).host_threads() as host:
-        assert host.workers == min(num_cores(), runtime.MOST_THREADS)
-
-
-def test_ahead_without_threads_computes_when_asked():
-    taken: list[int] = []
-    results = ahead(lambda number: taken.append(number) or number, range(3), workers=0)
-    assert (next(results), taken) == (0, [0])
-
-
-def test_ahead_raises_what_an_item_raises_in_its_place():
-    results = ahead(lambda number: 1 // number, [1, 0, 1], workers=2)
-    assert next(results) == 1
-    with pytest.raises(ZeroDivisionError):
-        next(results)
-
-
-def test_ahead_leaves_the_callers_threads_as_they_are(torch_settings: None):
-    torch.set_num_threads(2)
-    assert list(ahead(lambda _: torch.get_num_threads(), range(3), workers=2)) == [1, 1, 1]
-    assert torch.get_num_threads() == 2

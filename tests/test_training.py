@@ -11,7 +11,6 @@ import pytest
 import torch
 from helpers import (
     TRAINING,
-    LikeGpu,
     make_samples,
     same_weights,
     tiny_config,
@@ -105,13 +104,6 @@ def test_batch_depends_on_seed_and_position_alone() -> None:
     assert not torch.equal(expected[0]["image"], expected[5]["image"])  # another crop in the next pass
 
 
-def test_worker_processes_give_the_same_batches() -> None:
-    config = training(iterations=3)
-    loader = torch.utils.data.DataLoader(batches_of(config), batch_size=None, sampler=range(3), num_workers=1)
-    for iteration, batch in enumerate(loader):
-        assert equal_batches(batch, batches_of(config)[iteration])
-
-
 @settings(max_examples=12)
 @given(num=st.integers(1, 6), batch_size=st.integers(1, 4), seed=st.integers(0, 1000))
 def test_every_pass_shows_every_sample_once_and_every_batch_is_full(num: int, batch_size: int, seed: int) -> None:
@@ -120,11 +112,6 @@ def test_every_pass_shows_every_sample_once_and_every_batch_is_full(num: int, ba
     assert len(drawn) == 3 * num * batch_size
     for start in range(0, len(drawn), num):
         assert sorted(drawn[start : start + num]) == list(range(num))
-
-
-def test_each_pass_has_an_order_of_its_own() -> None:
-    batches = batches_of(training(batch_size=5, iterations=8))
-    assert len({tuple(batches[iteration]["index"].tolist()) for iteration in range(8)}) > 4
 
 
 def test_padding_is_the_mean_colour() -> None:
@@ -154,12 +141,6 @@ def test_four_groups_at_rates_1_2_10_20_and_no_decay_on_biases(optimizer: str) -
         ({"head.bias"}, 20, 0),
     ]
     assert all(group.get("momentum", 5e-4) == 5e-4 for group in groups)
-
-
-def test_frozen_parameters_are_left_out() -> None:
-    network = tiny_network()
-    network.backbone.requires_grad_(False)
-    assert len(make_optimizer(network, training()).param_groups) == 2  # type: ignore[arg-type]
 
 
 def rates(config: TrainingConfig, peak: float = 0.1) -> list[float]:
@@ -356,22 +337,6 @@ def test_out_of_memory_names_the_settings_to_lower() -> None:
         batches = batches_of(training(whole_images=whole))
         with pytest.raises(ConfigError, match=f"ran out of memory; lower classifier.batch_size or classifier.{size}"):
             fit(tiny_network(), batches, loss, cpu_runtime(), stage="classifier")
-
-
-def test_a_gpus_loss_that_is_not_finite_stops_before_the_next_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    network, path, steps = tiny_network(), tmp_path / "net.safetensors", minute_per_step(monkeypatch)
-    config = training(iterations=1000, checkpoint_minutes=15)  # a record for every 20 iterations
-
-    def loss(batch: Batch) -> dict[str, Tensor]:
-        steps.append(1)
-        return {"L": label_loss(network)(batch)["L_cls"] * (float("nan") if len(steps) == 18 else 1.0)}
-
-    with pytest.raises(FloatingPointError, match="no longer finite"):
-        fit(network, batches_of(config), loss, LikeGpu(torch.device("cpu")), path)  # type: ignore[arg-type]
-    assert len(steps) == 20 and read_metadata(path)["iteration"] == "15"
-    assert all(value.isfinite().all() for value in read_weights(path).values())
 
 
 def test_bf16_autocast_trains_float32_weights() -> None:
