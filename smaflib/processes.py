@@ -135,7 +135,7 @@ def _work(rank: int, number: int, meeting: Path, errors: SimpleQueue[Exception],
 
 
 def _sendable(error: Exception, rank: int) -> Exception:
-    error.add_note(f"In process {rank}:\n" + "".join(traceback.format_exception(error)))
+    error.add_note(f"In process {rank}:\n{''.join(traceback.format_exception(error))}")
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

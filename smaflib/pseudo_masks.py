@@ -12,8 +12,8 @@ from torch import Tensor
 from smaflib.config import CrfConfig, PseudoMaskConfig
 from smaflib.data.masks import save_mask
 from smaflib.data.sample import Samples
-from smaflib.distributed.ranks import missing_here, wait_for_all
 from smaflib.plugins import of_image
+from smaflib.processes import barrier, missing_files
 from smaflib.reactivation import hard_labels, with_background_score
 from smaflib.refinement import refine, refine_many
 from smaflib.runtime import CPU, progress
@@ -111,13 +111,13 @@ def write_pseudo_masks(
     Arguments as of :func:`pseudo_masks`.
     """
     names = [f"{image_id}.png" for image_id in samples.image_ids]
-    missing = missing_here(folder, names)
+    missing = missing_files(folder, names)
     # torch's Subset is lazy, as the maps are: those of a data set do not fit into memory.
     some: Any = torch.utils.data.Subset(denoised, missing)  # type: ignore[arg-type]
     masks = pseudo_masks(samples.subset(missing), some, bg_score, config, device=device, desc="pseudo masks")
     for index, mask in zip(missing, masks, strict=True):
         save_mask(folder / names[index], mask)
-    wait_for_all()
+    barrier()
 
 
 def _unary(denoised: Tensor, bg_score: float, config: PseudoMaskConfig) -> Tensor:

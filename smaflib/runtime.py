@@ -8,9 +8,7 @@ import hashlib
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -95,19 +93,6 @@ def fastest_precision(device: torch.device) -> Literal["float32", "bf16"]:
     return "bf16" if flags.get("avx512_bf16") or flags.get("amx_bf16") else "float32"
 
 
-def memory_of(device: torch.device) -> int | None:
-    """All memory of a device in bytes, free or not; of a CPU what the machine or its container has; None: unknown."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    if device.type != "cpu" or not hasattr(os, "sysconf"):
-        return None
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    container = Path("/sys/fs/cgroup/memory.max")  # "max", or a number of bytes
-    if container.is_file() and (text := container.read_text().strip()).isdigit():
-        limits.append(int(text))
-    return min(limits)
-
-
 def keep_freed_memory() -> None:
     """Let glibc keep the memory that torch frees, for the output of the next layer.
 
@@ -162,22 +147,6 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def ahead(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None, room: int | None = None
-) -> Generator[Result, None, None]:
-    """Map in order, computed by threads, with at most ``room`` results waiting."""
-    workers = workers or num_cores()
-    room = 2 * workers if room is None else room
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[Result]] = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > room:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def progress(items: Iterable[Item], total: int | None = None, desc: str = "", initial: int = 0) -> Iterator[Item]:

@@ -20,7 +20,7 @@ STAGES = (
 )
 LAYERS = (
     ("config", "plugins", "files", "errors"),
-    ("data", "models", "refinement", "processes", "distributed", "runtime"),
+    ("data", "models", "refinement", "processes", "runtime"),
     tuple(STAGES.split()),
     ("pipeline",),
     ("runs", "report"),

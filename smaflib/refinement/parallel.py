@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import multiprocessing
-import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from smaflib.config import CrfBackend, CrfConfig, CustomRefinement, ParConfig
 from smaflib.plugins import load_custom
+from smaflib.processes import end_with_parent
 from smaflib.refinement.crf import choose_backend, dense_crf_batch
 from smaflib.refinement.par import pixel_adaptive_refinement
 from smaflib.runtime import CPU, num_cores
@@ -163,12 +162,4 @@ def _process_context() -> multiprocessing.context.BaseContext:
 def _start_worker() -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Jupyter interrupts the whole process group of a cell
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    """End a worker whose parent was killed; it would wait for its next image for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    end_with_parent()

@@ -1,1 +1,0 @@
-"""Old names of :mod:`smaflib.processes`, until their last users have moved."""
