@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,15 @@ def fill_disk(folder: Path, room: int = 0) -> Path:
             other.write(bytes(4096))
     os.truncate(path, path.stat().st_size - room)
     return path
+
+
+def network_references(page: str) -> list[str]:
+    """Addresses that a page of HTML loads by itself; links that a reader may click do not count."""
+    text = page + html.unescape(page)  # a page inside a frame's srcdoc is escaped
+    loads = r"""<(?!a\s)\w+\s[^>]*?\b(?:src|srcset|href|poster|data|action)=["']?\s*((?:https?:)?//[^\s"'>]+)"""
+    in_css = r"""(?:@import|url\()\s*["']?((?:https?:)?//[^\s"')]+)"""
+    scripts = " ".join(re.findall(r"<script\b.*?</script>", text, re.DOTALL))
+    return [*re.findall(loads, text), *re.findall(in_css, text), *re.findall(r"https?://[^\s\"')]+", scripts)]
 
 
 CLASSES = ("red", "green", "blue")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TRAINING
+from helpers import TRAINING, network_references
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -17,7 +17,6 @@ from smaflib.config import Config, check_settings
 from smaflib.data.masks import read_mask
 from smaflib.errors import ConfigError, DataError
 from smaflib.pipeline import Workspace
-from smaflib.report.html import network_references
 
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 SETTINGS = {

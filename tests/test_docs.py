@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import typer
+from helpers import network_references
 
 from smaflib.apps.cli import app
 from smaflib.config import CRF_PRESETS, CrfConfig, load_config
 from smaflib.files import PROJECT_ROOT
-from smaflib.report.html import network_references
 
 PAGES = {
     path.relative_to(PROJECT_ROOT).as_posix(): path.read_text(encoding="utf-8")

@@ -12,13 +12,13 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from helpers import network_references
 from nbformat import v4
 from PIL import Image
 
 from smaflib.apps.ablation import RESULT
 from smaflib.errors import RunError
 from smaflib.files import PROJECT_ROOT
-from smaflib.report.html import network_references
 from smaflib.runs import Run, open_run
 from smaflib.runs.manifest import write_manifest
 from smaflib.runs.stages import STAGES

@@ -13,13 +13,13 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
+from helpers import network_references
 
 from smaflib.apps.ablation import RESULT, ablate
 from smaflib.config import flat_settings, load_config
 from smaflib.explorer.widget import Explorer
 from smaflib.files import PROJECT_ROOT
 from smaflib.maps import AttentionMaps
-from smaflib.report.html import network_references
 from smaflib.runs import runner
 from smaflib.runs.kernel import NotebookKernel
 from smaflib.runs.manifest import read_manifest

@@ -1,11 +1,8 @@
-"""The report of a run: pages that a browser reads without a network."""
+"""The report of a run: HTML pages that load nothing from a network."""
 
 from __future__ import annotations
 
-import re
-import warnings
 from html import escape
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +23,9 @@ FIT_FRAMES = """window.addEventListener("message", (event) => {
   const frame = [...document.querySelectorAll("iframe")].find((each) => each.contentWindow === event.source);
   if (frame && height > 0) frame.style.height = `${height + 4}px`;
 });"""
-"""Script of a page with the explorer in a frame: the frame becomes as high as ``explorer_page.js`` says that it is."""
+"""Script of a page with the explorer in a frame, which gets the height that ``explorer_page.js`` reports."""
 
-CHAIN_FIGURE = "00_chain"
-"""The picture that the report begins with."""
+CHAIN_FIGURE = "00_chain"  # the first picture of the report
 
 CAPTIONS = {
     CHAIN_FIGURE: "One drawn image from its label to a mask. Compare the last two panels: what is found?",
@@ -61,29 +57,23 @@ CAPTIONS = {
     "08_learning_curves": "All trainings of the run.",
     "08_ablation": "Each dot is a seed. A step has shown its worth if it moves the dots by more than they spread.",
 }
-"""What to see in a figure, by its file name."""
+"""Captions of figures, by file name."""
 
 
 def write_index(run: Run, command: str | None = None) -> Path:
-    """Write ``index.html`` and, for each executed notebook, a page without code.
+    """Write ``index.html``, and a page without code for each executed notebook, into the run's folder.
 
-    Args:
-        run: whose folder takes them.
-        command: that makes it again; by default ``smaf run`` with the run's settings.
-
-    Returns:
-        The path of ``index.html``.
+    ``command`` repeats the run; by default it is ``smaf run`` with the run's settings. Returns the path of the index.
     """
-    from smaflib.report.notebook import notebook_body  # a second to import, and the explorer's page needs none of it
+    from smaflib.report.notebook import notebook_body  # a second to import
 
-    manifest = read_manifest(run.folder)
-    metrics = run.metrics()
+    manifest, metrics = read_manifest(run.folder), run.metrics()
     stages = [_stage_facts(run, stage, manifest["stages"].get(stage.name, {})) for stage in run.stages]
     pages = [stage for stage in stages if stage["page"]]
-    for number, stage in enumerate(pages):
-        neighbours = {"previous": pages[number - 1] if number else None, "next": (pages + [None])[number + 1]}
+    for before, stage, after in zip([None, *pages], pages, [*pages[1:], None], strict=False):
         body = notebook_body(run.path(f"{stage['name']}.ipynb"))
-        write_page(run.path(stage["page"]), "notebook.html.j2", run=run, stage=stage, body=body, **neighbours)
+        facts = {"run": run, "stage": stage, "body": body, "previous": before, "next": after}
+        write_page(run.path(stage["page"]), "notebook.html.j2", **facts)
     return write_page(
         run.path("index.html"),
         "index.html.j2",
@@ -105,47 +95,6 @@ def write_index(run: Run, command: str | None = None) -> Path:
     )
 
 
-def network_references(html: str) -> list[str]:
-    """What a page would load from a network; links that a reader may click do not count."""
-    finder = _Loads()
-    finder.feed(html)
-    return finder.found
-
-
-class _Loads(HTMLParser):
-    """Collects addresses that a browser loads by itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-        self._inside = ""
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self._inside = tag if tag in ("style", "script") else ""
-        for name, value in attributes:
-            loads = name in ("src", "srcset", "poster", "data", "action") or (
-                name == "href" and tag not in ("a", "area")
-            )
-            if loads and re.match(r"\s*(https?:)?//", value or ""):
-                self.found.append(f"{tag} {name}={value}")
-            if name == "style":
-                self._find_in_css(value or "")
-            if name == "srcdoc":
-                self.found += network_references(value or "")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._inside == "style":
-            self._find_in_css(data)
-        elif self._inside == "script":
-            self.found += re.findall(r"https?://[^\s\"')]+", data)
-
-    def _find_in_css(self, css: str) -> None:
-        self.found += re.findall(r"(?:@import|url\()\s*[\"']?(?:https?:)?//[^\s\"')]+", css)
-
-
 def page_text(template: str, **values: Any) -> str:
     """One of ``templates/``, filled."""
     environment = jinja2.Environment(
@@ -156,11 +105,8 @@ def page_text(template: str, **values: Any) -> str:
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
-    """Fill one of ``templates/`` and write it, all or nothing; warns if the page asks for anything from the network."""
-    html = page_text(template, **values)
-    if found := network_references(html):
-        warnings.warn(f"{path.name} cannot be read in full without a network: {', '.join(found)}", stacklevel=2)
-    files.write_text(path, html)
+    """Fill one of ``templates/`` and write it."""
+    files.write_text(path, page_text(template, **values))
     return path
 
 
@@ -197,13 +143,13 @@ def _figure_facts(path: Path) -> dict[str, Any]:
 
 
 def _table_html(table: pd.DataFrame, caption: str, best: bool = False) -> str:
-    """A table of percentages; with ``best`` the highest number of each column and split stands out."""
+    """A table of percentages; with ``best`` the highest number of each column and split is marked."""
     if table.empty:
         return ""
     table = labelled(table)
-    named = "".join(f"<th scope='col' class='name'>{escape(str(name))}</th>" for name in table.index.names)
-    head = named + "".join(f"<th scope='col'>{escape(str(name))}</th>" for name in table.columns)
     highest = table.groupby(level="split").transform("max")
+    head = "".join(f"<th scope='col' class='name'>{escape(str(name))}</th>" for name in table.index.names)
+    head += "".join(f"<th scope='col'>{escape(str(name))}</th>" for name in table.columns)
     rows = []
     for key, values, tops in zip(table.index, table.to_numpy(), highest.to_numpy(), strict=True):
         cells = [f"<th scope='row'>{escape(str(part))}</th>" for part in key]

@@ -1,4 +1,4 @@
-"""Executed notebooks as pages that a browser reads without a network."""
+"""Executed notebooks as HTML that loads nothing from a network."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ _WITH_FOLDED_SOLUTIONS = """{% extends "basic/index.html.j2" %}
 def notebook_body(notebook: Path) -> str:
     """An executed notebook as HTML without code: its text, its formulas as MathML, its outputs.
 
-    Cells tagged ``solution`` are folded, and keep their code: it answers the exercise above them, which a reader of
-    the page could not try otherwise; those tagged ``check`` are left out, since nobody can answer on a page. Pictures
-    are described by the heading that they stand under.
+    Cells tagged ``solution`` are folded and keep their code; cells tagged ``check`` are left out, since nobody can
+    answer on a page. The heading above a picture becomes its description.
     """
     document, heading = nbformat.read(notebook, as_version=4), "figure"
     for cell in document.cells:
@@ -54,7 +53,7 @@ def _markdown_to_html(context: jinja2.runtime.Context, source: str) -> str:
 
 
 class _ProseWithPrices(MathInlineParser):
-    """In prose a formula hugs its dollars, so that "$5 and $6" is none."""
+    """A formula has no space inside its dollars, so that "$5 and $6" is none."""
 
     SPECIFICATION = MathInlineParser.SPECIFICATION | {
         "inline_math_tex": r"(?<![\\$])\$(?=\S)(?P<math_inline_tex>[^$`\n]+?)(?<=\S)(?<!\\)\$(?![\d$])"
@@ -62,14 +61,13 @@ class _ProseWithPrices(MathInlineParser):
 
 
 class _WithMathML(IPythonRenderer):
-    """Formulas as MathML, which browsers show by themselves; one that cannot be read stays as its LaTeX."""
+    """Formulas as MathML; one that cannot be parsed stays LaTeX."""
 
     def inline_math(self, body: str, display: str = "inline") -> str:
         try:
             mathml = latex_to_mathml(body.strip(), display=display)
-        except Exception:  # its parser has many; the source is readable too
+        except Exception:  # the parser raises many kinds
             return f"<code>{escape(body.strip())}</code>"
-        # HTML needs no namespace, and a page without any http is easily checked.
         return mathml.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")
 
     def block_math(self, body: str) -> str:
