@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -12,7 +11,7 @@ from smaflib.config import Variant, config_differences, variant_label
 from smaflib.runs import Run, find_run
 
 ROW = ["stage", "variant", "fusion", "split", "scale"]
-"""What names a row of the results; :func:`labelled` makes names that people read."""
+"""Index of the results; :func:`labelled` makes it readable."""
 
 MEASURES = {  # column: (metric, object size)
     "mIoU": ("iou", "all"),
@@ -24,9 +23,7 @@ MEASURES = {  # column: (metric, object size)
 }
 
 PAPER_TOLERANCE = 1.0
-"""Points of mIoU by which a stage may stay below the paper before it is marked."""
-
-# ------------------------------------------------------------------------------------------------------------- tables
+"""Points of mIoU by which a stage may be below the paper without a note."""
 
 
 def results_table(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -36,9 +33,8 @@ def results_table(metrics: pd.DataFrame) -> pd.DataFrame:
         metrics: tidy records as in ``metrics.json``.
 
     Returns:
-        Columns ``mIoU`` over all objects, the same over small, medium and large ones, ``precision``, ``recall``; NaN
-        where nothing was measured. Sweeps over thresholds are left out, and rows without any IoU: a classifier's
-        precision is one of labels, not of pixels.
+        Columns of :data:`MEASURES`; NaN where nothing was measured. Rows without any IoU are left out, such as the
+        precision of a classifier's labels.
     """
     means = metrics[metrics["class_name"] == "mean"]
     columns = {}
@@ -49,13 +45,7 @@ def results_table(metrics: pd.DataFrame) -> pd.DataFrame:
 
 
 def headline(metrics: pd.DataFrame) -> list[tuple[str, float]]:
-    """The chain's results in three numbers, in its order: (what, mIoU in percent) of those that were measured.
-
-    Each at the background score that the run itself has chosen: an oracle threshold would flatter.
-
-    Args:
-        metrics: tidy records as in ``metrics.json``.
-    """
+    """The chain's main results as (what, mIoU in percent), each at the background threshold that the run has chosen."""
     table, found = results_table(metrics).reset_index(), []
     variants, on_train = table["variant"], table["split"] == "train"
     for what, chosen in {
@@ -86,28 +76,24 @@ def labelled(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def paper_table(metrics: pd.DataFrame, paper_results: Mapping[Variant, float]) -> pd.DataFrame:
-    """A run's mIoU beside what the paper reports.
+    """A run's mIoU beside the paper's, in percent.
 
     Args:
-        metrics: tidy records as in ``metrics.json``.
-        paper_results: mIoU in percent; variants that the run did not measure are left out. Of fused maps, those by the
-            paper's rule count, the sum.
+        metrics: tidy records as in ``metrics.json``; of fused maps, those of the paper's rule ``sum`` count.
+        paper_results: mIoU in percent; variants that the run did not measure are left out.
 
     Returns:
         By label: ``run``, ``paper``, ``difference`` in points, and ``note``: "below" where the run is more than
         :data:`PAPER_TOLERANCE` below.
     """
     measured = results_table(metrics).reset_index()
-    measured = measured[measured["fusion"].isin(["", "sum"])]
-    rows = {}
+    measured = measured[measured["fusion"].isin(["", "sum"])].drop_duplicates("variant")  # the training split's row
+    values, rows = dict(zip(measured["variant"], measured["mIoU"], strict=True)), {}
     for variant, paper in paper_results.items():
-        # The first row of a variant is that of the training split; the segmentation network has one row only.
-        values = measured.loc[measured["variant"] == variant, "mIoU"]
-        if len(values):
-            difference = float(values.iloc[0]) - paper
+        if variant in values:
+            difference = values[variant] - paper
             note = "below" if difference < -PAPER_TOLERANCE else ""
-            row = {"run": float(values.iloc[0]), "paper": paper, "difference": difference, "note": note}
-            rows[variant_label(variant)] = row
+            rows[variant_label(variant)] = [values[variant], paper, difference, note]
     return pd.DataFrame.from_dict(rows, orient="index", columns=["run", "paper", "difference", "note"]).round(1)
 
 
@@ -122,14 +108,13 @@ def compare_runs(folders: Sequence[str | Path], measure: str = "mIoU") -> pd.Dat
         Rows as in :func:`results_table`; a column per run, then ``<run> - <first run>`` in percentage points.
 
     Raises:
-        RunError: if one of them is no run.
+        RunError: if there is no such run.
         ValueError: if there is no such measure.
     """
     if measure not in MEASURES:
         raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {measure!r}")
     runs = [find_run(str(folder)) for folder in folders]
-    labels = _labels(runs)
-    metrics = [run.metrics() for run in runs]
+    labels, metrics = _labels(runs), [run.metrics() for run in runs]
     table = pd.DataFrame({label: results_table(part)[measure] for label, part in zip(labels, metrics, strict=True)})
     for label in labels[1:]:
         table[f"{label} - {labels[0]}"] = table[label] - table[labels[0]]
@@ -137,24 +122,20 @@ def compare_runs(folders: Sequence[str | Path], measure: str = "mIoU") -> pd.Dat
 
 
 def flat_comparison(folders: Sequence[str | Path], measure: str = "mIoU") -> pd.DataFrame:
-    """:func:`compare_runs` for other programs: text with one decimal, rows named as people read them."""
+    """:func:`compare_runs` as text with one decimal, a name per row."""
     table = labelled(compare_runs(folders, measure))
+    text = table.map("{:.1f}".format, na_action="ignore")
+    differences = table.columns[len(folders) :]
+    text[differences] = table[differences].map("{:+.1f}".format, na_action="ignore")
     rows = [" ".join(str(part) for part in key if part) for key in table.index]
-    cells = {
-        column: [
-            "" if pd.isna(value) else f"{value:{'+' if number >= len(folders) else ''}.1f}" for value in table[column]
-        ]
-        for number, column in enumerate(table.columns)
-    }
-    return pd.DataFrame(cells, index=pd.Index(rows, name=measure))
+    return text.fillna("").set_axis(pd.Index(rows, name=measure))
 
 
 def comparison_text(folders: Sequence[str | Path], measure: str = "mIoU") -> str:
     """:func:`compare_runs` for a terminal, then the settings in which the runs differ."""
     runs = [find_run(str(folder)) for folder in folders]
-    table = compare_runs(folders, measure)
-    signed = {column: "{:+.1f}".format for column in table.columns[len(runs) :]}
-    lines = [f"{measure}, percent; differences in percentage points", table_text(table, signed)]
+    table = flat_comparison(folders, measure).rename_axis(None).to_string()
+    lines = [f"{measure}, percent; differences in percentage points", table]
     for run, label in zip(runs[1:], _labels(runs)[1:], strict=True):
         differences = config_differences(runs[0].config, run.config)
         lines += [f"\nsettings of {runs[0].name} | {label}:" + ("" if differences else " the same")]
@@ -163,36 +144,31 @@ def comparison_text(folders: Sequence[str | Path], measure: str = "mIoU") -> str
 
 
 def results_text(run: Run) -> str:
-    """The results table for a terminal."""
+    """The results table for a terminal: one decimal, a dash where nothing was measured."""
     table = results_table(run.metrics())
-    return f"{run.name}: IoU in percent\n{table_text(table)}" if len(table) else f"{run.name}: no results yet"
-
-
-def table_text(table: pd.DataFrame, formats: dict[str, Any] | None = None) -> str:
-    """A table of percentages for a terminal: one decimal, a dash where nothing was measured."""
-    flat = labelled(table).reset_index()
-    formatted = {column: (formats or {}).get(column, "{:.1f}".format) for column in table.columns}
-    return flat.to_string(index=False, na_rep="-", formatters=formatted, justify="right")
+    if table.empty:
+        return f"{run.name}: no results yet"
+    text = labelled(table).reset_index().to_string(index=False, na_rep="-", float_format="{:.1f}".format)
+    return f"{run.name}: IoU in percent\n{text}"
 
 
 def _by_row(records: pd.DataFrame) -> pd.Series:
     """Values in percent, indexed by :data:`ROW`."""
-    named = records.assign(scale=records["scale"].map(_scale_text), fusion=records["fusion"].fillna(""))
-    rows = named.drop_duplicates(ROW, keep="last")
+    rows = _keyed(records).drop_duplicates(ROW, keep="last")
     return rows.set_index(ROW)["value"].astype(float) * 100
 
 
 def _in_pipeline_order(table: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
     """Stages by number, within a stage as its notebook recorded them."""
-    named = metrics.assign(scale=metrics["scale"].map(_scale_text), fusion=metrics["fusion"].fillna(""))
-    keys = named[ROW].itertuples(index=False, name=None)
-    position = {key: number for number, key in reversed(list(enumerate(keys)))}
-    order = sorted(range(len(table)), key=lambda row: (table.index[row][0], position[table.index[row]]))
-    return table.iloc[order]
+    keys = _keyed(metrics)[ROW].drop_duplicates().itertuples(index=False, name=None)
+    position: dict[Any, int] = {key: number for number, key in enumerate(keys)}
+    return table.iloc[sorted(range(len(table)), key=lambda row: (table.index[row][0], position[table.index[row]]))]
 
 
-def _scale_text(scale: float | None) -> str:
-    return "" if scale is None or pd.isna(scale) else f"{scale:g}"
+def _keyed(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Metrics whose columns :data:`ROW` are text."""
+    scales = metrics["scale"].map(lambda scale: "" if pd.isna(scale) else f"{scale:g}")
+    return metrics.assign(scale=scales, fusion=metrics["fusion"].fillna(""))
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:

@@ -158,46 +158,23 @@ function panelsOf(view) {
   ];
 }
 
-function paint(canvas, panel, view, look) {
-  const [height, width] = view.size, num = height * width;
-  const image = view.image, opacity = look.opacity;
-  const before = canvas.painted ?? {}, now = { kind: panel.kind, image, data: panel.data, opacity, lut: look.lut };
-  canvas.painted = now;
-  // Most moves leave most panels as they are.
-  if (before.kind === now.kind && before.opacity === opacity && same(before.image, image) && same(before.data, now.data) &&
-    (now.kind !== "map" || before.lut === now.lut)) return;
+function paint(canvas, { kind, data }, { size: [height, width], image, colors }, { lut, opacity }) {
   const pixels = new ImageData(width, height), out = pixels.data;
-  for (let i = 0; i < num; i++) {
-    let r = image[3 * i], g = image[3 * i + 1], b = image[3 * i + 2];
-    const value = panel.kind === "image" ? 0 : panel.data[i];
-    if (panel.kind === "map") {
-      const grey = (1 - opacity) * (r + g + b) / 3;
-      r = grey + opacity * look.lut[3 * value];
-      g = grey + opacity * look.lut[3 * value + 1];
-      b = grey + opacity * look.lut[3 * value + 2];
-    } else if (panel.kind === "labels" && value > 0 && value !== VOID) {
-      const color = view.colors[value - 1];
-      r = (1 - opacity) * r + opacity * color[0];
-      g = (1 - opacity) * g + opacity * color[1];
-      b = (1 - opacity) * b + opacity * color[2];
+  for (let i = 0; i < height * width; i++) {
+    const grey = (image[3 * i] + image[3 * i + 1] + image[3 * i + 2]) / 3, value = data ? data[i] : 0;
+    const color = kind === "labels" && value > 0 && value !== VOID ? colors[value - 1] : null;
+    for (let c = 0; c < 3; c++) {
+      const under = kind === "map" ? grey : image[3 * i + c], over = kind === "map" ? lut[3 * value + c] : color ? color[c] : under;
+      out[4 * i + c] = (1 - opacity) * under + opacity * over;
     }
-    out[4 * i] = r;
-    out[4 * i + 1] = g;
-    out[4 * i + 2] = b;
     out[4 * i + 3] = 255;
   }
-  if (canvas.width !== width || canvas.height !== height) { canvas.width = width; canvas.height = height; }
+  Object.assign(canvas, { width, height });
   canvas.getContext("2d").putImageData(pixels, 0, 0);
-}
-
-/** Whether two byte arrays hold the same. */
-function same(one, other) {
-  return one === other || (one && other && one.length === other.length && one.every((value, i) => value === other[i]));
 }
 
 /** The border between the labels of a mask as an SVG path along the edges of pixels; void counts as background. */
 function outlinePath(mask, [height, width]) {
-  if (outlinePath.last && same(outlinePath.last.mask, mask) && outlinePath.last.width === width) return outlinePath.last.path;
   const label = (row, col) => { const value = mask[row * width + col]; return value === VOID ? 0 : value; };
   const steps = [];
   for (let row = 0; row < height; row++) {
@@ -206,9 +183,7 @@ function outlinePath(mask, [height, width]) {
       if (row && label(row, col) !== label(row - 1, col)) steps.push(`M${col} ${row}h1`);
     }
   }
-  const path = steps.join("");
-  outlinePath.last = { mask, width, path };
-  return path;
+  return steps.join("");
 }
 
 function iouHtml(view) {

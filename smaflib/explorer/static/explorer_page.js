@@ -185,12 +185,8 @@ function compute(image) {
   return { view, reading };
 }
 
-const byteMaps = new WeakMap();
-/** A map in [0, 1] as bytes; of a map that was kept, the same bytes again. */
-function toBytes(map) {
-  if (!byteMaps.has(map)) byteMaps.set(map, Uint8Array.from(map, (value) => Math.round(255 * Math.min(1, Math.max(0, value)))));
-  return byteMaps.get(map);
-}
+/** A map in [0, 1] as bytes. */
+const toBytes = (map) => Uint8Array.from(map, (value) => Math.round(255 * Math.min(1, Math.max(0, value))));
 
 const form = document.getElementById("smaf-controls");
 const board = createBoard(document.getElementById("smaf-board"), {
@@ -268,7 +264,7 @@ function fill() {
 
 function showValues() {
   DATA.scales.forEach((_, s) => { for (const name of [`on_${s}`, `weight_${s}`]) form.elements[name].disabled = isComputed(); });
-  form.querySelectorAll("input[type=range]").forEach((input) => { 
+  form.querySelectorAll("input[type=range]").forEach((input) => {
     input.parentElement.querySelector("output").textContent = input.name === "bg" ? state.bg : input.value;
   });
 }
