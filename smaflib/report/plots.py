@@ -207,12 +207,12 @@ def show_panel(axis: Axes, panel: Panel) -> None:
 
 def chain_steps(
     sample: Sample, cams: Sequence[Tensor], maps: Sequence[Tensor], mask: Tensor, class_names: Sequence[str]
-) -> dict[str, list[Panel]]:
+) -> dict[str, Panel]:
     """Panels for :func:`plot_chain`: one image from its label to a mask, all classes of its label together.
 
     Args:
         sample: image with its mask.
-        cams: the teacher's maps, per scale (K, h_s, w_s).
+        cams: the teacher's maps, per scale (K, h_s, w_s); the first four are shown.
         maps: (K, H, W) in [0, 1] each: the teacher's fused, denoised and reactivated, the student's denoised.
         mask: pseudo mask, uint8 (H, W).
         class_names: the K classes.
@@ -222,39 +222,31 @@ def chain_steps(
     assert sample.mask is not None
     image, numbers = sample.image, sample.image_label.nonzero()[:, 0].tolist()
     size = (image.shape[1], image.shape[2])
-    scales = [torch.stack([at_size(cam[k], size) for k in numbers]).amax(dim=0) for cam in cams]
-    fused, denoised, target, student = ([overlay_map(image, strongest_map(each))] for each in maps)
+    shown = (torch.stack([at_size(cam[k], size) for k in numbers]).amax(dim=0) for cam in cams)
+    scales = [overlay_map(image, each) for each in shown]
+    fused, denoised, target, student = (overlay_map(image, strongest_map(each)) for each in maps)
     return {
-        f"an image and its label\n“{', '.join(class_names[k] for k in numbers)}”": [picture(image)],
-        "the teacher's attention\nat several scales": [overlay_map(image, scale) for scale in scales],
+        f"an image and its label\n“{', '.join(class_names[k] for k in numbers)}”": picture(image),
+        "the teacher's attention\nat several scales": np.vstack([np.hstack(scales[i : i + 2]) for i in (0, 2)]),
         "fused\nall classes, each peaks at 1": fused,
         "denoised\nabsent classes are zero": denoised,
         "reactivated\nthe winner of each pixel is 1": target,
         "the student, which has\nlearned such targets, fused": student,
-        "pseudo mask\nstrongest class, dense CRF": [overlay_mask(image, mask, class_names)],
-        "(the ground truth, which\nno step has seen)": [overlay_mask(image, sample.mask, class_names)],
+        "pseudo mask\nstrongest class, dense CRF": overlay_mask(image, mask, class_names),
+        "(the ground truth, which\nno step has seen)": overlay_mask(image, sample.mask, class_names),
     }
 
 
-def plot_chain(steps: Mapping[str, Sequence[Panel]], columns: int = 4) -> Figure:
-    """Steps in rows with arrows between them; the last step is only for comparison.
-
-    Args:
-        steps: title of a step, in two lines, to its panels: one, or four in a square.
-        columns: steps per row.
-    """
-    rows = -(-len(steps) // columns)
-    figure = plt.figure(figsize=(2.55 * columns, 2.75 * rows))
-    width, height = 0.8 / columns, 0.72 / rows
-    for number, (title, panels) in enumerate(steps.items()):
-        left, bottom = number % columns / columns, 1 - (number // columns + 1) / rows
-        side = 2 if len(panels) > 1 else 1
-        figure.text(left + width / 2, bottom + height + 0.02 / rows, title, ha="center", va="bottom", fontsize=9)
-        for place, panel in enumerate(panels[: side * side]):
-            box = (left + place % side * width / side, bottom + (side - 1 - place // side) * height / side)
-            show_panel(figure.add_axes((*box, width / side * 0.98, height / side * 0.98)), panel)
+def plot_chain(steps: Mapping[str, Panel], columns: int = 4) -> Figure:
+    """Steps by title, in rows with arrows between them; the last step is only for comparison."""
+    size = (2.55 * columns, 2.75 * -(-len(steps) // columns))
+    figure, axes = plt.subplots(-(-len(steps) // columns), columns, figsize=size, squeeze=False)
+    figure.subplots_adjust(left=0, right=0.95, bottom=0, top=0.88, wspace=0.22, hspace=0.28)
+    for number, (axis, (title, panel)) in enumerate(zip(axes.flat, steps.items(), strict=False)):
+        show_panel(axis, panel)
+        axis.set_title(title, fontsize=9)
         if number % columns < columns - 1 and number < len(steps) - 2:
-            figure.text(left + 0.9 / columns, bottom + height / 2, "→", ha="center", va="center", fontsize=20)
+            axis.text(1.11, 0.5, "→", transform=axis.transAxes, ha="center", va="center", fontsize=20)
     return _finish(figure)
 
 
