@@ -113,8 +113,6 @@ def test_crf_is_the_one_of_the_pseudo_masks() -> None:
     plain, refined = (gallery.explore(0, "teacher", replace(settings, crf=choice)) for choice in (None, crf))
     expected = pseudo_mask(gallery.samples[0].image, plain.denoised, settings.bg_score, PseudoMaskConfig(crf=crf))
     assert torch.equal(refined.mask, expected) and not torch.equal(refined.mask, plain.mask)
-    assert torch.equal(refined.labels, plain.mask) and plain.iou is not None and refined.iou_before_crf is not None
-    assert refined.iou_before_crf.nan_to_num(-1).tolist() == plain.iou.nan_to_num(-1).tolist()
 
 
 # --- the gallery

@@ -118,8 +118,7 @@ class Exploration:
         scale_maps: (S, H, W) in [0, 1], the shown class at each scale, each with its own peak at 1.
         denoised: (K, H, W) in [0, 1], fused and, if set, denoised.
         target: (H, W) in [0, 1], the shown class, reactivated if set.
-        labels: uint8 (H, W), the mask before the CRF.
-        mask: uint8 (H, W), the mask, after the CRF if set.
+        mask: uint8 (H, W), refined by the CRF if set.
         ground_truth: uint8 (H, W), 255 is void; None if unknown.
     """
 
@@ -128,7 +127,6 @@ class Exploration:
     scale_maps: Tensor
     denoised: Tensor
     target: Tensor
-    labels: Tensor
     mask: Tensor
     ground_truth: Tensor | None
 
@@ -140,12 +138,9 @@ class Exploration:
     @cached_property
     def iou(self) -> Tensor | None:
         """(K+1,) IoU of the mask, background first; nan for labels in neither mask nor ground truth."""
-        return self._iou_of(self.mask)
-
-    @cached_property
-    def iou_before_crf(self) -> Tensor | None:
-        """``iou`` of the mask before the CRF: the point of the curve at ``bg_score``."""
-        return self._iou_of(self.labels)
+        if self.ground_truth is None:
+            return None
+        return intersection_over_union(confusion_matrix(self.mask, self.ground_truth, len(self.denoised)))
 
     @property
     def miou(self) -> float:
@@ -153,7 +148,7 @@ class Exploration:
         return float("nan") if self.iou is None else mean_over_classes(self.iou)
 
     def iou_curve(self) -> Tensor | None:
-        """(T, K+1) IoU of the mask before the CRF at each of the T :data:`CURVE_SCORES`; None without ground truth."""
+        """(T, K+1) IoU of the mask without a CRF at each of the T :data:`CURVE_SCORES`; None without ground truth."""
         if self.ground_truth is None:
             return None
         names, config = [""] * len(self.denoised), EvaluationConfig(thresholds=CURVE_SCORES)
@@ -166,17 +161,12 @@ class Exploration:
         Raises:
             IndexError: if the pixel is outside the image.
         """
-        height, width = self.labels.shape
+        height, width = self.mask.shape
         if not (0 <= row < height and 0 <= col < width):
             raise IndexError(f"there is no pixel ({row}, {col}) in an image of {height} x {width} pixels")
         maps = {f"scale {scale:g}": cam for scale, cam in zip(self.scales, self.scale_maps, strict=True)}
         maps |= {"fused": self.fused, "target": self.target}
         return {name: float(values[row, col]) for name, values in maps.items()}
-
-    def _iou_of(self, mask: Tensor) -> Tensor | None:
-        if self.ground_truth is None:
-            return None
-        return intersection_over_union(confusion_matrix(mask, self.ground_truth, len(self.denoised)))
 
 
 def explore(sample: Sample, cams: Sequence[Tensor], scales: Sequence[float], settings: Settings) -> Exploration:
@@ -200,13 +190,13 @@ def explore(sample: Sample, cams: Sequence[Tensor], scales: Sequence[float], set
     weights = [settings.weights[i] for i in used]
     used_cams, used_scales = [cams[i] for i in used], [scales[i] for i in used]
     denoised = fuse_and_denoise(used_cams, size, kept, settings.fusion, used_scales, weights)
-    labels = hard_labels(denoised, settings.bg_score)
-    mask = labels
-    if settings.crf is not None:
+    if settings.crf is None:
+        mask = hard_labels(denoised, settings.bg_score)
+    else:
         mask = pseudo_mask(sample.image, denoised, settings.bg_score, PseudoMaskConfig(crf=settings.crf))
     target = reactivate(denoised, settings.bg_score)[1 + number] if settings.reactivate else denoised[number]
     scale_maps = torch.stack([at_size(cam[number], size) for cam in cams])
-    return Exploration(settings, tuple(scales), scale_maps, denoised, target, labels, mask, sample.mask)
+    return Exploration(settings, tuple(scales), scale_maps, denoised, target, mask, sample.mask)
 
 
 @dataclass

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,6 @@ class Explorer:
         self.exploration: Exploration
         self._quiet = False
         self._refining: asyncio.Task[None] | None = None
-        self._crf_thread = ThreadPoolExecutor(1, thread_name_prefix="explorer_crf")
         self._use(gallery or Gallery.pretrained(), index)
         self.board.observe(self._reporting(lambda change: self._go(change["new"])), "index")
         self.board.observe(self._reporting(lambda change: self._read_pixel()), "pixel")
@@ -232,38 +230,33 @@ class Explorer:
         if self._refining is not None:
             self._refining.cancel()
             self._refining = None
-        settings, index, gallery = self.settings, self.board.index, self.gallery
-        sample, cams = gallery.samples[index], gallery.cams(index, self.role, self.controls["flip"].value)
-        self._show(explore(sample, cams, gallery.scales, replace(settings, crf=None)), settings)
+        settings, index, scales = self.settings, self.board.index, self.gallery.scales
+        sample, cams = self.gallery.samples[index], self.gallery.cams(index, self.role, self.controls["flip"].value)
+        plain = explore(sample, cams, scales, replace(settings, crf=None))
+        self._show(plain, plain, settings)
         if settings.crf is None:
             self._say(remark)
             return
         self._say("refining the mask with the CRF ...", "busy")
 
-        def refine() -> Exploration:
-            return explore(sample, cams, gallery.scales, settings)
-
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:  # no kernel: a script or a test
-            self._show(refine(), settings)
+        async def refine() -> None:
+            await asyncio.sleep(REST_SECONDS)
+            try:
+                self._show(await asyncio.to_thread(explore, sample, cams, scales, settings), plain, settings)
+            except Exception as error:
+                self._say(f"the CRF failed: {error}", "error")
+                raise
             self._say(remark)
-        else:
-            self._refining = loop.create_task(self._refine_later(refine, settings, remark))
 
-    async def _refine_later(self, refine: Callable[[], Exploration], settings: Settings, remark: str) -> None:
-        await asyncio.sleep(REST_SECONDS)
         try:
-            result = await asyncio.get_running_loop().run_in_executor(self._crf_thread, refine)
-        except Exception as error:
-            self._say(f"the CRF failed: {error}", "error")
-            raise
-        self._show(result, settings)
-        self._say(remark)
+            self._refining = asyncio.get_running_loop().create_task(refine())
+        except RuntimeError:  # a script, without a kernel's event loop
+            asyncio.run(refine())
 
-    def _show(self, result: Exploration, settings: Settings) -> None:
+    def _show(self, result: Exploration, plain: Exploration, settings: Settings) -> None:
+        """Send a result to the board, with the curve of the mask without the CRF."""
         self.exploration = result
-        gallery, curve = self.gallery, result.iou_curve()
+        gallery, curve = self.gallery, plain.iou_curve()
         image = gallery.samples[self.board.index].image
         self.board.view = {  # documented in static/explorer_board.js, setView
             "size": [*result.mask.shape],
@@ -288,7 +281,7 @@ class Explorer:
             else {
                 "scores": list(CURVE_SCORES),
                 "ious": _plain(curve),
-                "at": [settings.bg_score, _plain(result.iou_before_crf)],
+                "at": [settings.bg_score, _plain(plain.iou)],
                 "note": "before the CRF" if settings.crf else "",
             },
         }
