@@ -134,6 +134,9 @@ class Explorer:
     def _use(self, gallery: Gallery, index: int, remark: str = "") -> None:
         """Show a gallery, with new controls: another gallery has other classes and scales."""
         self.gallery, self.controls = gallery, _make_controls(gallery)
+        of_image = ("class_number", "image_label", "upload")
+        values = {name: control.value for name, control in self.controls.items() if hasattr(control, "value")}
+        self._first = {name: value for name, value in values.items() if name not in of_image}
         self._show_images()
         self._open(index)
         self._connect()
@@ -200,7 +203,7 @@ class Explorer:
 
     def _reset(self) -> None:
         with self._without_redraw():
-            for name, value in _first_values(self.gallery).items():
+            for name, value in self._first.items():
                 self.controls[name].value = value
         self._open(self.board.index, keep_class=False)
         self._draw()
@@ -316,36 +319,23 @@ def _plain(ious: Any) -> Any:
     return None if ious is None or math.isnan(ious) else ious
 
 
-def _first_values(gallery: Gallery) -> dict[str, Any]:
-    """First value of each control that does not depend on the image."""
-    first, crf, numbers = gallery.first_settings(0), gallery.config.pseudo_masks.crf, range(len(gallery.scales))
-    values: dict[str, Any] = {"role": gallery.roles[0], "flip": gallery.config.attention.flip, "fusion": first.fusion}
-    values |= {"bg_score": first.bg_score, "denoise": True, "reactivate": True, "crf": False}
-    values |= {f"scale_{i}": True for i in numbers} | {f"weight_{i}": 1.0 for i in numbers}
-    values |= {name: getattr(crf, name) for name in CRF_RANGES}
-    return values | {"opacity": 0.75, "colormap": COLOR_MAPS[0]}
-
-
 def _make_controls(gallery: Gallery) -> dict[str, Any]:
     """All controls by name, with the run's settings."""
-    first = _first_values(gallery)
+    first, crf = gallery.first_settings(0), gallery.config.pseudo_masks.crf
     classes = [(name, number) for number, name in enumerate(gallery.class_names)]
-    rules = [(rule_title(rule), rule) for rule in fusion_rules(first["fusion"])]
+    rules = [(rule_title(rule), rule) for rule in fusion_rules(first.fusion)]
+    roles = [(ROLE_NAMES[role], role) for role in gallery.roles]
 
     def look(text: str, width: int = 310, label: int = 104) -> dict[str, Any]:
         return {"description": text, "layout": {"width": f"{width}px"}, "style": {"description_width": f"{label}px"}}
 
-    def slider(name: str, least: float, most: float, step: float, **options: Any) -> Any:
-        value, kind = first[name], widgets.IntSlider if isinstance(first[name], int) else widgets.FloatSlider
-        return kind(
-            value, min=min(least, value), max=max(most, value), step=step, **options
-        )  # a run may exceed a range
+    def slider(value: float, least: float, most: float, step: float, **options: Any) -> Any:
+        kind = widgets.IntSlider if isinstance(value, int) else widgets.FloatSlider
+        # A run's own setting may be outside the usual range.
+        return kind(value, min=min(least, value), max=max(most, value), step=step, **options)
 
-    def box(name: str, text: str) -> Any:
-        return widgets.Checkbox(first[name], description=text, indent=False, layout={"width": "98px"})
-
-    def menu(name: str, text: str, options: Sequence[Any]) -> Any:
-        return widgets.Dropdown(options=options, value=first[name], **look(text))
+    def box(value: bool, text: str) -> Any:
+        return widgets.Checkbox(value, description=text, indent=False, layout={"width": "98px"})
 
     def button(text: str, tooltip: str) -> Any:
         return widgets.Button(description=text, tooltip=tooltip, layout={"width": "98px"})
@@ -356,24 +346,24 @@ def _make_controls(gallery: Gallery) -> dict[str, Any]:
         "reset": button("reset", "back to the first settings"),
         "class_number": widgets.Dropdown(options=classes, **look("class")),
         "image_label": widgets.SelectMultiple(options=classes, rows=min(6, len(classes)), **look("image label")),
-        "role": menu("role", "stage", [(ROLE_NAMES[role], role) for role in gallery.roles]),
-        "flip": box("flip", "flip"),
-        "fusion": menu("fusion", "fusion rule", rules),
-        "bg_score": slider("bg_score", 0.01, 0.98, 0.01, **look("background")),
-        "denoise": box("denoise", "denoise"),
-        "reactivate": box("reactivate", "reactivate"),
-        "crf": box("crf", "CRF"),
-        "opacity": slider("opacity", 0.0, 1.0, 0.05, **look("opacity")),
-        "colormap": menu("colormap", "colour map", COLOR_MAPS),
+        "role": widgets.Dropdown(options=roles, **look("stage")),
+        "flip": box(gallery.config.attention.flip, "flip"),
+        "fusion": widgets.Dropdown(options=rules, value=first.fusion, **look("fusion rule")),
+        "bg_score": slider(first.bg_score, 0.01, 0.98, 0.01, **look("background")),
+        "denoise": box(True, "denoise"),
+        "reactivate": box(True, "reactivate"),
+        "crf": box(False, "CRF"),
+        "opacity": slider(0.75, 0.0, 1.0, 0.05, **look("opacity")),
+        "colormap": widgets.Dropdown(options=COLOR_MAPS, **look("colour map")),
         "upload": widgets.FileUpload(accept="image/*", description="custom image", layout={"width": "200px"}),
     }
     for i, scale in enumerate(gallery.scales):
-        controls[f"scale_{i}"] = box(f"scale_{i}", f"scale {scale:g}")
+        controls[f"scale_{i}"] = box(True, f"scale {scale:g}")
         weight = look("", 206, 0) | {"readout_format": ".1f", "tooltip": f"weight of scale {scale:g}"}
-        controls[f"weight_{i}"] = slider(f"weight_{i}", 0.0, 2.0, 0.1, **weight)
+        controls[f"weight_{i}"] = slider(1.0, 0.0, 2.0, 0.1, **weight)
     for name, (tooltip, *bounds) in CRF_RANGES.items():
         inside = look(name, 294, 112) | {"tooltip": tooltip, "continuous_update": False}  # narrower: in a folded box
-        controls[name] = slider(name, *bounds, **inside)
+        controls[name] = slider(getattr(crf, name), *bounds, **inside)
     return controls
 
 

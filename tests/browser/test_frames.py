@@ -46,31 +46,22 @@ def await_fit(page: Page) -> None:
     )
 
 
-def test_a_reports_frame_is_as_high_as_the_explorer_at_any_width(index: Path, browser: Browser) -> None:
-    context = browser.new_context(viewport={"width": 1500, "height": 900}, offline=True)
+def test_a_reports_frame_is_as_high_as_the_explorer_and_needs_no_sideways_scroll(index: Path, browser: Browser) -> None:
+    context = browser.new_context(viewport={"width": 1900, "height": 900}, offline=True)
     page = context.new_page()
     page.goto(index.as_uri())
     page.locator("iframe").scroll_into_view_if_needed()
-    await_fit(page)
-    wide = page.locator("iframe").bounding_box()
-    page.set_viewport_size({"width": 700, "height": 900})
-    await_fit(page)
-    narrow = page.locator("iframe").bounding_box()
-    assert wide and narrow and narrow["height"] > wide["height"] + 200  # the numbers stand below the panels now
-    context.close()
-
-
-@pytest.mark.parametrize("width", [400, 1900])
-def test_a_report_needs_no_sideways_scroll(index: Path, browser: Browser, width: int) -> None:
-    context = browser.new_context(viewport={"width": width, "height": 900}, offline=True)
-    page = context.new_page()
-    page.goto(index.as_uri())
-    assert page.evaluate("document.documentElement.scrollWidth") == width
-    frame = page.locator("iframe").bounding_box()
-    assert frame and frame["x"] >= 0 and abs(2 * frame["x"] + frame["width"] - width) <= 2  # in the middle
-    # A wide figure keeps its words readable, and is moved sideways by itself.
-    picture = page.locator("figure.wide img").first.bounding_box()
-    assert picture and picture["width"] >= min(600, width - 80)
+    heights = []
+    for width in (1900, 700, 400):
+        page.set_viewport_size({"width": width, "height": 900})
+        await_fit(page)
+        frame = page.locator("iframe").bounding_box()
+        assert frame and frame["x"] >= 0 and abs(2 * frame["x"] + frame["width"] - width) <= 2  # in the middle
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        picture = page.locator("figure.wide img").first.bounding_box()  # scrolls by itself where it is too wide
+        assert picture and picture["width"] >= min(600, width - 80)
+        heights.append(frame["height"])
+    assert heights[1] > heights[0] + 200  # the numbers are below the panels now
     context.close()
 
 

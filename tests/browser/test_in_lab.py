@@ -1,4 +1,4 @@
-"""The explorer in a real JupyterLab: each kind of control changes the picture, and the numbers are the library's."""
+"""The explorer in a real JupyterLab: its controls change the picture, and the numbers are the library's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from PIL import Image
 from playwright.sync_api import Browser, Locator, expect
 
 from smaflib.explorer.state import LIKELIEST_CLASSES, Exploration, Gallery
-from smaflib.models.pretrained import Role
 
 FIRST = 2  # the image that the notebook begins with
 AWAIT_SECONDS = 20.0
@@ -25,33 +24,28 @@ REDRAW_SECONDS = 1.0  # the aim is 0.2 on two idle cores; a busy machine must no
 
 
 class Lab:
-    """The notebook in the browser, and beside it the same settings in this process."""
+    """The notebook in the browser, and the same settings in this process."""
 
     def __init__(self, watched: Watched) -> None:
         self.watched, self.page = watched, watched.page
         self.root = self.page.locator(".smaf-explorer")
         self.board = BoardPage(self.root.locator(".smaf-board"))
         self.gallery = Gallery.pretrained(8)
-        self.index, self.role, self.flip = FIRST, "teacher", True
+        self.index = FIRST
         self.settings = self.gallery.first_settings(FIRST)
 
     def expected(self) -> Exploration:
-        role: Role = "student" if self.role == "student" else "teacher"
-        return self.gallery.explore(self.index, role, self.settings, self.flip)
+        return self.gallery.explore(self.index, "teacher", self.settings)
 
-    def await_right(self, also: Callable[[], bool] = lambda: True) -> None:
-        """Wait until the IoU is that of the settings: the kernel's answer to an earlier move may come in between."""
-        expected, deadline = expected_iou(self.expected(), self.gallery.class_names), time.monotonic() + AWAIT_SECONDS
-        while not (agrees(self.board.iou(), expected, 0.05001) and also()):
-            assert time.monotonic() < deadline, (self.board.iou(), expected, also(), self.settings)
-            self.page.wait_for_timeout(50)
-
-    def change(self, panel: str, act: Any, **settings: Any) -> None:
-        """Act, check that a panel gets another picture and that the IoU becomes that of the new settings."""
+    def change(self, panel: str, act: Any, also: Callable[[], bool] = lambda: True, **settings: Any) -> None:
+        """Act, and wait for another picture and the IoU of the new settings; earlier answers may come in between."""
         before = self.board.picture(panel)
         act()
         self.settings = replace(self.settings, **settings)
-        self.await_right(lambda: self.board.picture(panel) != before)
+        expected, deadline = expected_iou(self.expected(), self.gallery.class_names), time.monotonic() + AWAIT_SECONDS
+        while not (agrees(self.board.iou(), expected, 0.05001) and self.board.picture(panel) != before and also()):
+            assert time.monotonic() < deadline, (self.board.iou(), expected, self.settings)
+            self.page.wait_for_timeout(50)
 
     def box(self, text: str) -> Locator:
         return self.root.get_by_role("checkbox", name=text, exact=True)
@@ -61,10 +55,6 @@ class Lab:
 
     def handle(self, text: str) -> Locator:
         return self._named(".widget-hslider", text).locator(".noUi-handle")
-
-    def weight(self, number: int) -> Locator:
-        row = self.root.locator(".widget-hbox", has=self.page.locator(".widget-checkbox", has_text="scale "))
-        return row.nth(number).locator(".noUi-handle")
 
     def _named(self, kind: str, text: str) -> Locator:
         label = self.page.locator(".widget-label", has_text=re.compile(f"^{text}$"))
@@ -85,67 +75,52 @@ def lab_page(browser: Browser, lab: str) -> Iterator[Lab]:
     context.close()
 
 
-def test_each_kind_of_control_changes_picture_and_numbers(lab_page: Lab) -> None:
-    lab, settings = lab_page, lab_page.settings
-    lab.await_right()
-    lab.change("mask", lambda: lab.handle("background").press("ArrowRight"), bg_score=settings.bg_score + 0.01)
+def test_controls_change_picture_and_numbers(lab_page: Lab) -> None:
+    lab, bg_score = lab_page, lab_page.settings.bg_score
+    weights = lab.root.locator(".widget-hbox", has=lab.page.locator(".widget-checkbox", has_text="scale "))
+    lab.change("mask", lambda: lab.handle("background").press("ArrowRight"), bg_score=bg_score + 0.01)
     lab.change("fused", lambda: lab.box("scale 0.5").click(), weights=(0.0, 1.0, 1.0, 1.0))
     expect(lab.board.root.locator('figure[data-key="scale 0.5"] figcaption')).to_contain_text("off")
-    lab.change("fused", lambda: lab.weight(3).press("ArrowLeft"), weights=(0.0, 1.0, 1.0, 0.9))
-    lab.change("fused", lambda: lab.menu("fusion rule").select_option("max"), fusion="max")
+    last = weights.nth(3).locator(".noUi-handle")
+    lab.change("fused", lambda: last.press("ArrowLeft"), weights=(0.0, 1.0, 1.0, 0.9))
     lab.change("scale 1", lambda: lab.menu("class").select_option("crane"), class_number=2)
-    lab.change("mask", lambda: lab.box("denoise").click(), denoise=False)
-    lab.change("mask", lambda: lab.box("denoise").click(), denoise=True)
-    mask = lab.board.picture("mask")
-    lab.change("target", lambda: lab.box("reactivate").click(), reactivate=False)
-    assert lab.board.picture("mask") == mask  # the strongest class of a pixel stays the strongest
-
-    lab.flip = False
-    lab.change("scale 1", lambda: lab.box("flip").click())
-    lab.role = "student"
-    lab.change("scale 1", lambda: lab.menu("stage").select_option("student"))
     labels = lab.root.locator(".widget-select-multiple select")
     lab.change("mask", lambda: labels.select_option(["llama", "ram", "crane"]), image_label=(0, 1, 2))
-
-    numbers = lab.board.iou()
     lab.change("fused", lambda: lab.menu("colour map").select_option("viridis"))
-    lab.change("fused", lambda: lab.handle("opacity").press("ArrowLeft"))
-    assert lab.board.iou() == numbers  # appearance changes no numbers
 
 
 def test_crf_follows_when_nothing_moves(lab_page: Lab) -> None:
-    lab = lab_page
-    crf = lab.gallery.config.pseudo_masks.crf
-    status = lab.board.root.locator(".smaf-status")
+    lab, crf = lab_page, lab_page.gallery.config.pseudo_masks.crf
     note = lab.board.root.locator('figure[data-key="mask"] figcaption span')
-
-    def refined(**changes: Any) -> None:
-        """Wait until the CRF has been through with the last of the moves."""
-        lab.settings = replace(lab.settings, **changes)
-        lab.await_right(lambda: not status.inner_text() and note.inner_text() == "CRF")
-
-    plain = lab.board.picture("mask")
-    lab.page.evaluate(
-        """root => { window.said = []; new MutationObserver(() => window.said.push(root.textContent))
-           .observe(root, { childList: true, characterData: true, subtree: true }); }""",
-        status.element_handle(),
-    )
-    lab.board.after(lambda: lab.box("CRF").click())
-    refined(crf=crf)
-    assert any("refining" in text for text in lab.page.evaluate("() => window.said"))
-    assert lab.board.picture("mask") != plain
-
-    for _ in range(5):  # tests/test_explorer_widget.py checks that the CRF runs for the last of several moves only
-        lab.handle("background").press("ArrowRight")
-    refined(bg_score=round(lab.settings.bg_score + 0.05, 2))
-
+    lab.change("mask", lambda: lab.box("CRF").click(), lambda: note.inner_text() == "CRF", crf=crf)
     lab.root.get_by_text("CRF settings").click()
-    lab.board.after(lambda: lab.handle("iterations").press("ArrowLeft"))
-    refined(crf=crf.model_copy(update={"iterations": crf.iterations - 1}))
-    lab.board.after(lambda: lab.box("CRF").click())
+    none, done = crf.model_copy(update={"iterations": 0}), lambda: note.inner_text() == "CRF"
+    lab.change("mask", lambda: lab.handle("iterations").press("Home"), done, crf=none)
+    lab.root.get_by_text("CRF settings").click()
+    lab.box("CRF").click()
+    expect(note).to_have_text("no CRF")
     lab.settings = replace(lab.settings, crf=None)
-    lab.await_right(lambda: note.inner_text() == "no CRF")
-    lab.root.get_by_text("CRF settings").click()
+
+
+def test_pixel_and_keyboard(lab_page: Lab) -> None:
+    lab = lab_page
+    active = "() => window.jupyterapp.shell.currentWidget.content.activeCellIndex"
+    before, panels = lab.page.evaluate(active), lab.board.root.locator(".smaf-panels")
+    lab.board.after(lambda: lab.board.click_pixel(80, 60, (128, 128)))
+    row, col = await_reading(lab)
+    assert abs(row - 80) <= 1 and abs(col - 60) <= 1 and lab.board.num_markers() == 8
+    expected, names = lab.expected(), ("background", *lab.gallery.class_names)
+    expect(lab.board.root.locator("[data-mask]")).to_have_text(names[int(expected.mask[row, col])])
+    lab.board.after(lambda: lab.board.click_pixel(80, 60, (128, 128)))  # the same pixel: the kernel does not answer
+    assert await_reading(lab) == (row, col)
+    panels.press("Shift+ArrowRight")
+    assert await_reading(lab) == (row, col + 8)
+
+    lab.index = FIRST + 1
+    first = lab.gallery.first_settings(lab.index)
+    change = {"image_label": first.image_label, "class_number": first.class_number}
+    lab.change("image", lambda: panels.press("PageDown"), **change)
+    assert lab.page.evaluate(active) == before  # JupyterLab did not take the keys
 
 
 def await_reading(lab: Lab) -> tuple[int, int]:
@@ -156,48 +131,6 @@ def await_reading(lab: Lab) -> tuple[int, int]:
     return row, col
 
 
-def test_clicked_pixel_is_marked_in_every_panel_and_read_at_every_scale(lab_page: Lab) -> None:
-    lab = lab_page
-    lab.board.after(lambda: lab.board.click_pixel(80, 60, (128, 128)))
-    row, col = await_reading(lab)
-    assert abs(row - 80) <= 1 and abs(col - 60) <= 1
-    assert lab.board.num_markers() == 8
-    expected, names = lab.expected(), ("background", *lab.gallery.class_names)
-    expect(lab.board.root.locator("[data-mask]")).to_have_text(names[int(expected.mask[row, col])])
-    lab.board.after(lambda: lab.board.click_pixel(80, 60, (128, 128)))  # the same pixel: the kernel does not answer
-    assert await_reading(lab) == (row, col)
-
-
-def test_keyboard_is_enough(lab_page: Lab) -> None:
-    lab = lab_page
-    cell = "() => window.jupyterapp.shell.currentWidget.content.activeCellIndex"
-    panels = lab.board.root.locator(".smaf-panels")
-    active = lab.page.evaluate(cell)
-    panels.press("Escape")
-    panels.press("ArrowDown")  # begins in the middle
-    assert await_reading(lab) == (64, 64)
-    row, col = 64, 64
-    for key, (down, right) in {"ArrowDown": (1, 0), "Shift+ArrowRight": (0, 8), "ArrowUp": (-1, 0)}.items():
-        row, col = row + down, col + right
-        panels.press(key)
-        assert await_reading(lab) == (row, col)
-    panels.press("Escape")
-    lab.page.wait_for_function("() => !document.querySelector('.smaf-explorer .smaf-dot')")
-
-    lab.index = FIRST + 1
-    first = lab.gallery.first_settings(lab.index)
-    change = {"image_label": first.image_label, "class_number": first.class_number}
-    lab.change("image", lambda: panels.press("PageDown"), **change)
-    strip = lab.board.root.locator(".smaf-strip button")
-    lab.index = FIRST + 2
-    first = lab.gallery.first_settings(lab.index)
-    strip.nth(lab.index).focus()
-    # The class stays where the next image shows it too.
-    lab.change("image", lambda: strip.nth(lab.index).press("Enter"), image_label=first.image_label)
-    expect(strip.nth(lab.index)).to_have_attribute("aria-pressed", "true")
-    assert lab.page.evaluate(cell) == active  # JupyterLab did not take the keys for itself
-
-
 def test_moves_are_fast(lab_page: Lab, record_property: Any) -> None:
     lab = lab_page
     lab.root.get_by_role("button", name="reset").click()
@@ -205,7 +138,6 @@ def test_moves_are_fast(lab_page: Lab, record_property: Any) -> None:
     roles = itertools.cycle(("student", "classifier (teacher)"))
     medians = {
         "background": lab.board.median(lambda: lab.handle("background").press("ArrowRight")),
-        "denoise": lab.board.median(lambda: lab.box("denoise").click()),
         "stage": lab.board.median(lambda: lab.menu("stage").select_option(next(roles))),
     }
     for name, seconds in medians.items():
@@ -213,10 +145,25 @@ def test_moves_are_fast(lab_page: Lab, record_property: Any) -> None:
     assert max(medians.values()) < REDRAW_SECONDS, medians
 
 
+def test_screenshot_for_the_readme(lab_page: Lab, screenshots: Path | None) -> None:
+    if screenshots is None:
+        pytest.skip("SMAF_SCREENSHOTS names no folder; `make screenshots` does")
+    lab = lab_page
+    lab.board.root.locator(".smaf-strip button").nth(FIRST).click()
+    lab.root.get_by_role("button", name="reset").click()
+    lab.page.wait_for_timeout(1000)
+    lab.board.after(lambda: lab.board.click_pixel(45, 45, (128, 128), "image"))
+    lab.page.wait_for_timeout(1000)
+    lab.root.scroll_into_view_if_needed()
+    keep_screenshot(lab.root, screenshots / "explorer.png")
+
+
 def test_custom_image_and_a_file_that_is_none(lab_page: Lab, tmp_path: Path) -> None:
     lab = lab_page
-    (tmp_path / "letter.jpg").write_bytes(b"dear")
     shown = lab.board.picture("mask")
+    (tmp_path / "letter.jpg").write_bytes(b"dear")
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "mine.png")
 
     def give(path: Path) -> None:
         with lab.page.expect_file_chooser() as chosen:
@@ -226,9 +173,6 @@ def test_custom_image_and_a_file_that_is_none(lab_page: Lab, tmp_path: Path) -> 
     give(tmp_path / "letter.jpg")
     lab.root.get_by_text("cannot be read as").wait_for()
     assert lab.board.picture("mask") == shown
-
-    pixels = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "mine.png")
     lab.board.after(lambda: give(tmp_path / "mine.png"))
     lab.root.get_by_text("mine.png: the network predicts").wait_for()
     # JupyterLab swaps the controls for those of the other network on its own time.
@@ -239,24 +183,8 @@ def test_custom_image_and_a_file_that_is_none(lab_page: Lab, tmp_path: Path) -> 
 
 def test_page_in_the_notebook_works_and_nothing_left_this_machine(lab_page: Lab) -> None:
     lab = lab_page
-    frame = lab.page.locator("iframe[title='attention explorer']")
-    frame.scroll_into_view_if_needed()
+    lab.page.locator("iframe[title='attention explorer']").scroll_into_view_if_needed()
     inside = lab.page.frame_locator("iframe[title='attention explorer']")
     inside.locator(".smaf-board[data-drawn]").wait_for(timeout=20_000)
     expect(inside.locator(".smaf-panels canvas")).to_have_count(8)
-    assert lab.watched.errors == []
-    assert lab.watched.requests == []
-
-
-def test_screenshot_for_the_readme(lab_page: Lab, screenshots: Path | None) -> None:
-    if screenshots is None:
-        pytest.skip("SMAF_SCREENSHOTS names no folder; `make screenshots` does")
-    lab = lab_page
-    strip = lab.board.root.locator(".smaf-strip button")
-    strip.nth(FIRST).click()
-    lab.root.get_by_role("button", name="reset").click()
-    lab.page.wait_for_timeout(1000)
-    lab.board.after(lambda: lab.board.click_pixel(45, 45, (128, 128), "image"))
-    lab.page.wait_for_timeout(500)
-    lab.root.scroll_into_view_if_needed()
-    keep_screenshot(lab.root, screenshots / "explorer.png")
+    assert lab.watched.errors == [] and lab.watched.requests == []
