@@ -52,31 +52,30 @@ def test_from_scale_to_mask_by_hand() -> None:
     assert result.iou.tolist() == pytest.approx([0, 1, 0.5]) and result.miou == pytest.approx(0.5)
 
 
-def test_weights_set_how_much_a_scale_counts() -> None:
-    # Class 0: .8 * 1 and .4 * 1 + .4 * .5 = .6, so .75 of the peak. Class 1: .2 and .1 + .15 = .25.
-    result = explore(row_sample(), CAMS, SCALES, replace(BOTH, weights=(1.0, 0.5)))
-    assert near(result.fused, [1, 0.75, 0, 0]) and near(result.denoised[1], [0, 0, 0.8, 1])
-    alone = explore(row_sample(), CAMS, SCALES, replace(BOTH, weights=(0.0, 1.0)))
-    assert near(alone.fused, [0, 1, 0, 0]) and near(alone.denoised[1], [0, 0, 0, 1])
-    assert near(alone.scale_maps[0], [1, 0.5, 0, 0])  # a scale that takes no part is still shown
-    with pytest.raises(ValueError, match="no scale takes part"):
-        explore(row_sample(), CAMS, SCALES, replace(BOTH, weights=(0.0, 0.0)))
+@pytest.mark.parametrize(
+    ("changes", "mask"),
+    [
+        ({"image_label": (0,)}, [1, 1, 0, 0]),
+        ({"image_label": (0,), "denoise": False}, [1, 1, 2, 2]),
+        ({"image_label": ()}, [0, 0, 0, 0]),
+        # Class 0: .8 and .4 + .4 * .5 = .6, so .75 of the peak. Class 1: .2 and .1 + .3 * .5 = .25, so .8 and 1.
+        ({"weights": (1.0, 0.5), "bg_score": 0.9}, [1, 0, 0, 2]),
+        ({"weights": (1.0, 0.5), "bg_score": 0.9, "reactivate": False}, [1, 0, 0, 2]),
+        ({"weights": (0.0, 1.0)}, [0, 1, 0, 2]),
+    ],
+)
+def test_mask_of_each_setting(changes: dict, mask: list[int]) -> None:
+    assert explore(row_sample(), CAMS, SCALES, replace(BOTH, **changes)).mask.tolist() == [mask]
 
 
-def test_denoising_erases_what_the_image_label_does_not_name() -> None:
-    only = replace(BOTH, image_label=(0,))
-    assert explore(row_sample(), CAMS, SCALES, only).mask.tolist() == [[1, 1, 0, 0]]
-    assert explore(row_sample(), CAMS, SCALES, replace(only, denoise=False)).mask.tolist() == [[1, 1, 2, 2]]
-    shown = explore(row_sample(), CAMS, SCALES, replace(only, class_number=1))
-    assert near(shown.fused, [0, 0, 0, 0]) and shown.mask.tolist() == [[1, 1, 0, 0]]
-    assert explore(row_sample(), CAMS, SCALES, replace(BOTH, image_label=())).mask.tolist() == [[0, 0, 0, 0]]
-
-
-def test_reactivation_changes_the_target_and_never_the_mask() -> None:
+def test_reactivation_changes_the_target_and_a_scale_that_is_off_is_still_shown() -> None:
     weak = replace(BOTH, class_number=1, weights=(1.0, 0.5), bg_score=0.9)
     on, off = (explore(row_sample(), CAMS, SCALES, replace(weak, reactivate=choice)) for choice in (True, False))
     assert near(off.target, [0, 0, 0.8, 1]) and near(on.target, [0, 0, 0.8 / 0.9, 1])
-    assert torch.equal(on.mask, off.mask) and on.mask.tolist() == [[1, 0, 0, 2]]
+    alone = explore(row_sample(), CAMS, SCALES, replace(BOTH, weights=(0.0, 1.0)))
+    assert near(alone.fused, [0, 1, 0, 0]) and near(alone.scale_maps[0], [1, 0.5, 0, 0])
+    with pytest.raises(ValueError, match="no scale takes part"):
+        explore(row_sample(), CAMS, SCALES, replace(BOTH, weights=(0.0, 0.0)))
 
 
 def test_void_pixels_count_nowhere_and_without_ground_truth_there_is_no_iou() -> None:
