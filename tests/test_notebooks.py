@@ -349,7 +349,7 @@ def test_explore_runs_headless_and_keeps_a_page_that_needs_no_kernel(tmp_path):
 
 def test_a_run_is_explored_with_what_it_made(run):
     explorer = Explorer.from_run(run, num_images=2)
-    assert explorer.gallery.roles == ("teacher", "student") and explorer.gallery.source == "run tiny"
+    assert explorer.gallery.roles == ("teacher", "student")
     for role in explorer.gallery.roles:
         explorer.controls["role"].value = role
         cams, _ = AttentionMaps(run.path("cams", role), run.config.attention.scales).read("000000")
