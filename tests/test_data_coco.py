@@ -14,7 +14,6 @@ from PIL import Image
 from smaflib.config import Config
 from smaflib.data import Samples, load_samples, make_data
 from smaflib.data.classes import COCO_CLASSES
-from smaflib.data.masks import read_mask
 from smaflib.errors import DataError
 
 WIDTH, HEIGHT = 10, 8
@@ -118,12 +117,6 @@ def test_masks_of_the_config_are_used_instead(root: Path, tmp_path: Path) -> Non
     assert load(root, masks=folder).has_ground_truth
     with pytest.raises(DataError, match="data.masks"):
         load(root, masks=tmp_path / "no_such_folder")
-
-
-def test_masks_hold_the_chosen_classes_only(root: Path, tmp_path: Path) -> None:
-    make_data(config(root, class_names=["dog"]), tmp_path)
-    mask = read_mask(tmp_path / "data/train2014/COCO_train2014_000000000007.png")
-    assert mask.unique().tolist() == [0, 1] and int((mask == 1).sum()) == 9
 
 
 def test_killed_painting_goes_on_with_what_is_missing(root: Path, tmp_path: Path) -> None:

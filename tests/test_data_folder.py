@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smaflib.config import Config, load_config
+from smaflib.config import Config
 from smaflib.data import Samples, load_samples
 from smaflib.data.masks import save_mask
 from smaflib.errors import DataError
 
-TEMPLATE = Path(__file__).parents[1] / "configs" / "custom.yaml"
 WIDTH, HEIGHT = 12, 8
 
 
@@ -83,12 +82,6 @@ def test_names_may_hold_quotes_commas_and_letters_of_any_language(photos: Path) 
     assert samples.image_ids == ["grün, 1"] and samples.class_names == ("Bär, groß", "貓")
 
 
-def test_max_images_and_cache_are_respected(photos: Path) -> None:
-    samples = load(photos, max_images=2, cache=True)
-    assert samples.image_ids == ["a", "b"] and samples[0] is samples[0]
-    assert samples.class_names == ("ape", "cat", "dog")  # the classes do not depend on how many are taken
-
-
 def test_photo_is_turned_as_its_orientation_flag_says_and_the_mask_must_fit_that(photos: Path) -> None:
     pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     pixels[0, :] = 255  # the upper edge of the stored picture is the right edge of the upright one
@@ -103,13 +96,6 @@ def test_photo_is_turned_as_its_orientation_flag_says_and_the_mask_must_fit_that
     save_mask(masks / "c.png", np.zeros((HEIGHT, WIDTH), np.uint8))
     with pytest.raises(DataError, match=r"masks.c\.png is 12 x 8 pixels, but its image .*c\.png is 8 x 12"):
         samples[0]
-
-
-def test_transparent_and_palette_photos_become_rgb(photos: Path) -> None:
-    Image.new("RGBA", (4, 4), (1, 2, 3, 0)).save(photos / "c.png")
-    assert load(photos)[2].image[:, 0, 0].tolist() == [1, 2, 3]
-    Image.new("RGB", (4, 4), (1, 2, 3)).quantize(2).save(photos / "c.png")
-    assert load(photos)[2].image[:, 0, 0].tolist() == [1, 2, 3]
 
 
 def test_masks_and_saliency_are_found_by_name(photos: Path) -> None:
@@ -209,10 +195,3 @@ def test_masks_need_the_order_of_classes_and_are_no_source_of_labels(photos: Pat
 def test_unusable_class_names_are_refused(photos: Path, names: tuple[str, ...], words: str) -> None:
     with pytest.raises(DataError, match=words):
         load(photos, class_names=names)
-
-
-def test_template_loads_once_its_paths_are_set(photos: Path) -> None:
-    load(photos)  # writes the CSV
-    overrides = [f"data.images={photos}", f"data.labels={photos / 'labels.csv'}"]
-    samples = load_samples(load_config(TEMPLATE, overrides), "train")
-    assert len(samples) == 4 and samples.class_names == ("ape", "cat", "dog")

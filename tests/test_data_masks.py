@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from smaflib.data.masks import VOC_PALETTE, check_mask_values, mask_values, read_mask, save_mask
+from smaflib.data.masks import VOC_PALETTE, check_mask_values, read_mask, save_mask
 from smaflib.errors import DataError
 
 MASKS = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=40))
@@ -27,13 +27,6 @@ def test_saved_mask_reads_back_unchanged(tmp_path: Path, mask: np.ndarray, as_te
     assert again.dtype == torch.uint8
     assert np.array_equal(again.numpy(), mask)
     assert [file.name for file in tmp_path.iterdir()] == ["mask.png"]  # nothing temporary stays
-
-
-@given(value=st.integers(0, 255))
-def test_palette_interleaves_the_bits_of_a_value(value: int) -> None:
-    bits = f"{value:08b}"[::-1]  # lowest bit first
-    colour = [int((bits[channel::3]).ljust(8, "0"), 2) for channel in range(3)]
-    assert VOC_PALETTE[value].tolist() == colour
 
 
 def test_palette_has_the_published_colours() -> None:
@@ -55,14 +48,6 @@ def test_saved_mask_shows_the_palette_colours(tmp_path: Path) -> None:
     with Image.open(tmp_path / "new" / "mask.png") as picture:
         assert picture.mode == "P"
         assert np.asarray(picture.convert("RGB")).tolist() == VOC_PALETTE[[[0, 1], [15, 255]]].tolist()
-
-
-def test_grey_and_foreign_palette_masks_give_class_numbers(tmp_path: Path) -> None:
-    grey = Image.fromarray(np.array([[0, 3, 255]], dtype=np.uint8))
-    grey.save(tmp_path / "grey.png")
-    grey.putpalette([9, 9, 9] * 256)
-    grey.save(tmp_path / "palette.png")
-    assert read_mask(tmp_path / "grey.png").tolist() == read_mask(tmp_path / "palette.png").tolist() == [[0, 3, 255]]
 
 
 @pytest.mark.parametrize(
@@ -88,10 +73,6 @@ def test_picture_that_asks_for_gigabytes_is_refused_by_its_header(tmp_path: Path
     assert (tmp_path / "huge.png").stat().st_size < 50_000
     with pytest.raises(DataError, match=r"huge\.png has 13000 x 13000 pixels, more than 50 million"):
         read_mask(tmp_path / "huge.png")
-
-
-def test_mask_values_are_those_that_occur() -> None:
-    assert mask_values(torch.tensor([[7, 0], [255, 7]], dtype=torch.uint8)) == [0, 7, 255]
 
 
 def test_value_beyond_the_classes_is_named_with_their_count() -> None:

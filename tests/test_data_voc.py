@@ -14,7 +14,6 @@ from PIL import Image
 
 from smaflib.config import Config
 from smaflib.data import Samples, load_samples
-from smaflib.data.classes import VOC_CLASSES
 from smaflib.data.masks import save_mask
 from smaflib.data.voc import read_image, read_saliency
 from smaflib.errors import DataError
@@ -110,10 +109,6 @@ def test_difficult_objects_count_and_parts_and_unknown_classes_do_not(root: Path
     assert load(root)[0].image_label.tolist() == [0, 1, 0]
 
 
-def test_classes_are_voc_s_twenty_unless_named(root: Path) -> None:
-    assert load(root, class_names=()).class_names == tuple(VOC_CLASSES)
-
-
 def test_no_mask_is_opened_unless_the_ground_truth_is_asked_for(root: Path) -> None:
     for mask in (root / "SegmentationClass").iterdir():
         mask.write_bytes(b"not a picture")
@@ -130,17 +125,6 @@ def test_masks_folder_can_be_chosen(root: Path) -> None:
     assert not load(root).has_ground_truth
     with pytest.raises(DataError, match=r"there is no folder .*Other; correct data\.masks"):
         load(root, masks="Other")
-
-
-def test_max_images_keeps_the_first_and_opens_no_other(root: Path) -> None:
-    (root / "JPEGImages/c.jpg").unlink()
-    assert load(root, max_images=2).image_ids == ["a", "b"]
-
-
-def test_cache_keeps_decoded_samples(root: Path) -> None:
-    cached, fresh = load(root, cache=True), load(root)
-    assert cached[0] is cached[0]
-    assert fresh[0] is not fresh[0]
 
 
 def test_samples_travel_to_loader_processes(root: Path) -> None:
@@ -251,23 +235,6 @@ def test_truncated_and_deep_images_are_refused(root: Path) -> None:
     Image.new("I;16", (4, 4)).save(root / "deep.png")
     with pytest.raises(DataError, match=r"deep\.png is an image of mode I;16; save it as 8-bit RGB"):
         read_image(root / "deep.png")
-
-
-@pytest.mark.filterwarnings("ignore")  # Pillow warns of odd metadata in pictures that it can decode
-@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
-def test_damaged_pictures_raise_nothing_but_data_errors(tmp_path: Path, ending: str) -> None:
-    generator = np.random.default_rng(0)
-    path = tmp_path / f"a.{ending}"
-    Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
-    whole = path.read_bytes()
-    for _ in range(60):
-        damaged = np.frombuffer(whole, np.uint8).copy()
-        damaged[generator.integers(0, min(len(whole), 400), 4)] = generator.integers(0, 256, 4)
-        path.write_bytes(damaged.tobytes()[: generator.integers(1, len(whole))])
-        try:
-            read_image(path, oriented=True)
-        except DataError as error:
-            assert path.name in str(error)
 
 
 def test_grey_saliency_may_be_stored_as_colour(tmp_path: Path) -> None:
