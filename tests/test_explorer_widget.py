@@ -78,22 +78,11 @@ def test_numbers_on_the_board_are_those_of_the_exploration_and_json(explorer: Ex
     assert explorer.board.opacity == 0.4 and explorer.board.view is view  # appearance only
 
 
-def test_pixel_is_read_again_when_the_settings_change(explorer: Explorer) -> None:
-    explorer.board.pixel = [80, 60]
-    first = explorer.exploration.read(80, 60)
-    assert explorer.board.reading["values"] == [list(pair) for pair in first.items()]
-    explorer.controls["weight_0"].value = 0.0
-    assert explorer.board.reading["values"][4] == ["fused", explorer.exploration.read(80, 60)["fused"]]
-    assert explorer.board.reading["label"] == int(explorer.exploration.mask[80, 60])
-
-
-def test_other_image_has_its_own_label_and_keeps_the_class_if_it_can(explorer: Explorer) -> None:
-    explorer.board.pixel = [80, 60]
+def test_other_image_keeps_the_class_if_it_can(explorer: Explorer) -> None:
     explorer.controls["class_number"].value = 2  # crane, which image 1 shows too
     explorer.controls["previous"].click()
     assert explorer.board.index == 1 and explorer.settings.image_label == (2, 5) and explorer.settings.class_number == 2
-    assert explorer.board.pixel == []
-    explorer.board.index = 0  # as a click on a thumbnail does
+    explorer.controls["previous"].click()
     assert explorer.settings.image_label == (5,) and explorer.settings.class_number == 5
     explorer.controls["previous"].click()
     assert explorer.board.index == 0  # there is none before
@@ -128,30 +117,25 @@ def upload(explorer: Explorer, name: str, content: bytes) -> None:
     explorer._reporting(lambda change: explorer._add_photo(change["new"]))({"new": (given,)})
 
 
-def test_photo_has_no_ground_truth_and_a_label_that_can_be_corrected(explorer: Explorer) -> None:
-    explorer.gallery.knows_photos = True  # like a run on photos
+def test_photos_go_to_imagenets_network_and_their_label_can_be_corrected(explorer: Explorer) -> None:
     upload(explorer, "letter.jpg", b"dear sir")
     assert explorer.board.status["kind"] == "error" and "letter.jpg cannot be read" in explorer.board.status["text"]
-    upload(explorer, "mine.png", picture())
-    assert explorer.board.index == 3 and len(explorer.board.images) == 4
-    assert explorer.board.view["iou"] is None and explorer.board.view["curve"] is None
-    assert "mine.png: the network predicts" in explorer.board.status["text"]
-    explorer.controls["image_label"].value = (1,)
-    assert set(explorer.exploration.mask.unique().tolist()) <= {0, 2}
-
-
-def test_networks_of_drawings_leave_a_photo_to_imagenets(explorer: Explorer) -> None:
     upload(explorer, "first.png", picture())
     assert explorer.board.index == 0 and len(explorer.board.images) == 1
-    assert len(explorer.board.view["class_names"]) == LIKELIEST_CLASSES
-    assert "first.png: the network predicts" in explorer.board.status["text"]
+    assert len(explorer.board.view["class_names"]) == LIKELIEST_CLASSES and explorer.board.view["curve"] is None
     score = explorer.controls["bg_score"]
     score.value = np.nextafter(score.value, 1)  # as a browser rounds it when it shows the slider
     assert "first.png: the network predicts" in explorer.board.status["text"]
-    upload(explorer, "second.png", picture(1))  # the same gallery takes it
+    upload(explorer, "second.png", picture(1))  # the same gallery takes it, and has more classes now
     assert explorer.board.index == 1 and len(explorer.board.images) == 2
-    explorer.controls["bg_score"].value = 0.7  # other controls: there are more classes now
-    assert explorer.exploration.settings.bg_score == 0.7 and not explorer.board.status["text"]
+    explorer.controls["image_label"].value = (1,)
+    assert set(explorer.exploration.mask.unique().tolist()) <= {0, 2} and not explorer.board.status["text"]
+
+
+def test_a_network_of_photos_takes_a_photo_itself(explorer: Explorer) -> None:
+    explorer.gallery.knows_photos = True
+    upload(explorer, "mine.png", picture())
+    assert explorer.board.index == 3 and len(explorer.board.images) == 4
 
 
 def test_in_a_kernel_the_crf_waits_for_a_rest_and_runs_once(
