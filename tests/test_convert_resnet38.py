@@ -90,12 +90,14 @@ def test_converted_file_loads_into_the_network(tmp_path: Path) -> None:
     state = {name: value for name, value in ResNet38().state_dict().items() if "num_batches_tracked" not in name}
     arrays = {mxnet_name(name): value.numpy().astype(np.float16) for name, value in state.items()}
     path.write_bytes(params_bytes(arrays | {"arg:linear1000_weight": np.ones((1000, 1), dtype=np.float16)}, version=2))
-    with pytest.raises(ConfigError, match=r"is an MXNet file; .*python tools/convert_resnet38\.py"):
+    with pytest.raises(ConfigError, match=r"is an MXNet file; .*python -m tools\.convert_resnet38"):
         read_weights(path)
-    loaded = build_backbone(ModelConfig(backbone="resnet38", weights=str(convert(path)))).state_dict()
+    convert(path, tmp_path / "resnet38.safetensors")
+    config = ModelConfig(backbone="resnet38", weights=str(tmp_path / "resnet38.safetensors"))
+    loaded = build_backbone(config).state_dict()
     assert all(torch.equal(loaded[name], value.half().float()) for name, value in state.items())
 
     del arrays["aux:bn7_moving_var"]
     path.write_bytes(params_bytes(arrays, version=2))
     with pytest.raises(ConfigError, match=r"missing: bn7\.running_var"):
-        convert(path)
+        convert(path, tmp_path / "again.safetensors")

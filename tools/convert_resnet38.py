@@ -1,8 +1,8 @@
 """Convert the ImageNet weights of ResNet38 from MXNet's ``.params``, their only published form, to safetensors.
 
-    python tools/convert_resnet38.py data/weights/ilsvrc-cls_rna-a1_cls1000_ep-0001.params
+    python -m tools.convert_resnet38 ilsvrc-cls_rna-a1_cls1000_ep-0001.params resnet38.safetensors
 
-writes ``ilsvrc-cls_rna-a1_cls1000_ep-0001.safetensors`` beside it, without the classifier. MXNet is not needed.
+The classifier is left out. MXNet is not needed.
 
 Source: the NDArray list format of MXNet's ``src/ndarray/ndarray.cc``, versions 0 to 2; numbers are little-endian.
 """
@@ -101,15 +101,16 @@ def _translated(name: str) -> str:
     return f"{layer}.{STATISTICS.get(what, what)}"
 
 
-def convert(path: Path) -> Path:
-    """Write the safetensors file beside ``path``, if the weights fit the network."""
-    network, out = ResNet38(), path.with_suffix(".safetensors")
-    fill(network, resnet38_state(read_mxnet_params(path)), source=str(path))
+def convert(params: Path, out: Path) -> None:
+    """Write a safetensors file, if the weights fit the network."""
+    network = ResNet38()
+    fill(network, resnet38_state(read_mxnet_params(params)), source=str(params))
     write_weights(out, network.state_dict())
-    return out
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("params", type=Path)
-    print(convert(parser.parse_args().params))
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    convert(arguments.params, arguments.out)

@@ -29,10 +29,6 @@ class TimmBackbone(nn.Module):
 
     Every network here takes images with ImageNet's mean and standard deviation. A model that was trained with others
     gets its own, by a scale and a shift per channel that are stored with the weights.
-
-    Attributes:
-        num_features: channels C of the maps.
-        skip_channels: channels at stride 4.
     """
 
     scale: Tensor
@@ -70,7 +66,7 @@ class TimmBackbone(nn.Module):
 
 
 Backbone: TypeAlias = SlimResNet | ResNet38 | TimmBackbone
-"""What a custom backbone must look like, too: ``num_features`` and ``forward``; the rest is optional."""
+"""``num_features`` is the number of channels, ``skip_channels`` that at stride 4; for custom ones see below."""
 
 
 def build_backbone(config: ModelConfig) -> Backbone:

