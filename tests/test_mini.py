@@ -12,7 +12,7 @@ from PIL import Image
 
 from minidata import dataset as mini
 from minidata.dataset import CLASS_NAMES, FAMILIES, PREFERRED_SCENES, VOID, Scene, draw_scene, make_mini
-from minidata.drawing import CLASSES, DISTRACTORS, SCENES, TRIM, Sprite, render_object
+from minidata.drawing import CLASSES, DISTRACTORS, SCENES, TRIM, Sprite
 from smaflib.data.masks import VOC_PALETTE
 
 SIZE = 128
@@ -128,38 +128,6 @@ def test_object_casts_its_ring_on_what_is_behind() -> None:
         [0, 0, v, 5, 5, 5, v],
         [0, 0, v, v, v, v, v],
     ]
-
-
-def test_distractor_leaves_void_on_objects_only() -> None:
-    behind, thing, front = square_thing(0, 5, 1, side=1), square_thing(2, 1, 1), square_thing(0, 3, 3)
-    things = [behind, thing, front]
-    mask = mini._read_mask(things, mini._instance_map(things, 7))
-    v = VOID
-    assert mask.tolist() == [
-        [v, v, v, v, v, 0, 0],
-        [v, 2, 2, 2, v, 0, 0],
-        [v, 2, v, v, v, 0, 0],
-        [v, 2, v, 0, 0, 0, 0],
-        [v, v, v, 0, 0, 0, 0],
-        [0, 0, 0, 0, 0, 0, 0],
-        [0, 0, 0, 0, 0, 0, 0],
-    ]
-
-
-@pytest.mark.parametrize("name", [*CLASSES, *DISTRACTORS])
-@pytest.mark.parametrize("extent", [18.0, 90.0])
-def test_rendered_thing_has_its_extent_and_a_free_margin(name: str, extent: float) -> None:
-    look = (CLASSES | DISTRACTORS)[name]
-    for seed in range(5):
-        sprite = render_object(look, extent, np.random.default_rng(seed), light=(0.0, -1.0))
-        assert max(sprite.shape.shape) == extent + 2
-        assert not (sprite.shape[[0, -1]].any() or sprite.shape[:, [0, -1]].any())
-        # Thin ends - a leaf's tip, a hoof - may cover less than half of the outermost pixels.
-        rows, columns = np.nonzero(sprite.shape)
-        assert extent - 5 <= max(np.ptp(rows), np.ptp(columns)) + 1 <= extent
-        assert sprite.part.any() == (look.part is not None)
-        assert not (sprite.part & ~sprite.shape).any()
-        assert (sprite.colour <= 256 * sprite.alpha[..., None] * 1.3).all()  # nothing is painted outside
 
 
 # --- determinism ------------------------------------------------------------------------------------------------------

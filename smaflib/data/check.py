@@ -30,12 +30,9 @@ class Findings:
 
     def text(self) -> str:
         """Facts, notes and problems for a terminal."""
-        lines = [
-            *self.facts,
-            *(f"note: {each}" for each in self.notes),
-            *(f"PROBLEM: {each}" for each in self.problems),
-        ]
-        return "\n".join([*lines, f"{len(self.problems)} problems"])
+        notes = [f"note: {note}" for note in self.notes]
+        problems = [f"PROBLEM: {problem}" for problem in self.problems]
+        return "\n".join([*self.facts, *notes, *problems, f"{len(problems)} problems"])
 
 
 def check_data(config: Config, run_folder: Path | None = None) -> Findings:
