@@ -135,13 +135,7 @@ def evaluate(
     class_names: Sequence[str],
     config: EvaluationConfig | None = None,
 ) -> SegmentationMetrics:
-    """Compare masks with the ground truth of a whole split.
-
-    Args:
-        masks: per image uint8 (H, W).
-        ground_truths: per image uint8 (H, W), 255 is void.
-        class_names: the K foreground classes.
-        config: limits of the object sizes.
+    """Compare the uint8 masks (H, W) of a whole split with its ground truth, where 255 is void.
 
     Example:
         >>> mask, truth = torch.tensor([[[0, 1], [0, 1]], [[0, 1], [1, 1]]], dtype=torch.uint8)
@@ -184,6 +178,9 @@ def sweep_thresholds(
         ground_truths: per image uint8 (H, W), 255 is void.
         class_names: the K foreground classes.
         config: thresholds and limits of the object sizes.
+
+    Returns:
+        By threshold, in rising order.
     """
     config = config or EvaluationConfig()
     rising = sorted(set(config.thresholds))  # searchsorted needs the order
@@ -263,13 +260,7 @@ def evaluate_maps(
 
 
 def image_score(mask: Tensor, ground_truth: Tensor, num_classes: int) -> float:
-    """Mean IoU of one image over the labels in its mask and ground truth, in [0, 1].
-
-    Example:
-        >>> mask, truth = torch.tensor([[[0, 1], [0, 1]], [[0, 1], [1, 1]]], dtype=torch.uint8)
-        >>> f"{image_score(mask, truth, num_classes=1):.3f}"
-        '0.583'
-    """
+    """Mean IoU of one image over the labels in its mask and ground truth, in [0, 1]."""
     return mean_over_classes(intersection_over_union(confusion_matrix(mask, ground_truth, num_classes)))
 
 

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import site
 import sys
 import uuid
@@ -151,15 +150,6 @@ def save_image(path: Path, image: Image.Image) -> None:
         image.save(temporary)
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file, all or nothing; a hard link if possible, since no file of a run is modified in place."""
-    with replacing(target) as temporary:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-
-
 def walk(folder: Path | str) -> Iterator[os.DirEntry[str]]:
     """All files below a folder, unsorted; none if there is no such folder."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
@@ -185,14 +175,13 @@ def tree_hash(paths: Iterable[Path], root: Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, command: str, name: str = ".lock", wait: float = 0.0) -> Iterator[None]:
+def locked(folder: Path, command: str, name: str = ".lock") -> Iterator[None]:
     """Hold the lock of a folder, which is created if missing; it is released when the process ends, even if killed.
 
     Args:
         folder: the folder.
-        command: named in the error message of another process.
+        command: named in the error message.
         name: of the lock file.
-        wait: seconds to wait for another process.
 
     Raises:
         RunError: if another process holds the lock.
@@ -201,7 +190,7 @@ def locked(folder: Path, command: str, name: str = ".lock", wait: float = 0.0) -
 
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(folder / name).acquire(timeout=wait)
+        lock = FileLock(folder / name).acquire(timeout=0)
     except Timeout as error:
         message = f"another {command} is running in {display_path(folder)}; wait for it, stop it or use another folder"
         raise RunError(message) from error
@@ -216,20 +205,3 @@ def names_there(folder: Path, names: Collection[str]) -> set[str]:  # noqa: D103
     if len(names) < 1000:
         return {name for name in names if (folder / name).is_file()}
     return {entry.name for entry in walk(folder)}.intersection(names)
-
-
-def copy_folder(source: Path, target: Path, copied: Collection[str] = ()) -> None:  # noqa: D103
-    temporary = target.with_name(f"{PARTIAL}{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    for entry in walk(source):
-        place = temporary / Path(entry.path).relative_to(source)
-        copy_file(Path(entry.path), place)
-        if place.suffix in copied:
-            with replacing(place) as half:
-                shutil.copyfile(entry.path, half)
-    os.replace(temporary, target)
-
-
-def refuse_if_locked(folder: Path, command: str, name: str) -> None:  # noqa: D103
-    with locked(folder, command, name):
-        pass

@@ -16,7 +16,6 @@ import pytest
 from smaflib.errors import RunError
 from smaflib.files import (
     PARTIAL,
-    copy_file,
     duration,
     file_hash,
     load_arrays,
@@ -99,19 +98,6 @@ def test_arrays_round_trip_exactly_and_without_pickles(tmp_path: Path) -> None:
     np.savez(path, a=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="allow_pickle=False"):
         load_arrays(path)
-
-
-def test_a_copy_is_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_text(tmp_path / "a", "text")
-    copy_file(tmp_path / "a", tmp_path / "inner" / "b")
-    assert (tmp_path / "inner" / "b").samefile(tmp_path / "a")
-
-    def no_links(*_: Any) -> None:
-        raise OSError("no links here")
-
-    monkeypatch.setattr(os, "link", no_links)
-    copy_file(tmp_path / "a", tmp_path / "c")
-    assert (tmp_path / "c").read_text() == "text" and not (tmp_path / "c").samefile(tmp_path / "a")
 
 
 def test_walk_finds_every_file_below_a_folder(tmp_path: Path) -> None:
