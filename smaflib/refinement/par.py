@@ -35,6 +35,13 @@ def pixel_adaptive_refinement(image: Tensor, scores: Tensor, params: ParConfig) 
 
     Raises:
         ValueError: if the sizes differ.
+
+    Example:
+        >>> image, scores = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.zeros(1, 8, 8)
+        >>> scores[0, 4, 4] = 1  # in an image of one colour a single score is shared with its neighbours
+        >>> params = ParConfig(iterations=1, dilations=(1,), position_weight=0)
+        >>> pixel_adaptive_refinement(image, scores, params)[0, 4].round(decimals=3).tolist()
+        [0.0, 0.0, 0.0, 0.125, 0.0, 0.125, 0.0, 0.0]
     """
     if scores.dim() != 3 or image.shape[1:] != scores.shape[1:]:
         raise ValueError(
