@@ -17,10 +17,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
-
-from filelock import FileLock
 
 from smaflib.files import HOME, PROJECT_ROOT, python_path
 
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
 LOCK, FOLDER = "SMAF_KERNEL_LOCK", "SMAF_KERNEL_FOLDER"
 """Environment variables: a file that the kernel keeps locked as long as it lives; its temporary folder."""
 
-TRACEBACK_LINES = 12
 LONGEST_SOCKET_FOLDER = 80
 """Systems limit the path of a socket to some hundred bytes."""
 
@@ -54,12 +50,13 @@ class NotebookKernel:
     def __init__(self, title: str, num_cells: int, lock: Path | None = None) -> None:
         self.cell = 0
         self.peak_memory_mb: int | None = None
+        self._title, self._num_cells = title, num_cells
         self._pid: int | None = None
         self._temporary = tempfile.TemporaryDirectory(prefix="smaf-", ignore_cleanup_errors=True)
         self._folder = Path(self._temporary.name)
         self._progress = self._folder / "progress"
         self._ended = threading.Event()
-        self._bar = threading.Thread(target=self._draw_bar, args=(title, num_cells), daemon=True)
+        self._bar = threading.Thread(target=self._draw_bar, daemon=True)
         self._env = {
             "IPYTHONDIR": str(self._folder / "ipython"),  # without the user's start-up files
             "MPLBACKEND": "module://matplotlib_inline.backend_inline",
@@ -72,15 +69,13 @@ class NotebookKernel:
         } | ({LOCK: str(lock)} if lock else {})
 
     def __enter__(self) -> NotebookKernel:
-        if sys.stderr.isatty():
-            self._bar.start()
+        self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.kill()
         self._ended.set()
-        if self._bar.is_alive():
-            self._bar.join()
+        self._bar.join()
         self._temporary.cleanup()
 
     def execute(self, notebook: Path, target: Path | None, parameters: dict[str, Any], cwd: Path) -> NotebookNode:
@@ -114,10 +109,9 @@ class NotebookKernel:
 
     def last_words(self) -> list[str]:
         """Where a kernel that crashed did so, as it wrote into its log."""
-        path = self._folder / "log"
-        log = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        log = (self._folder / "log").read_text(encoding="utf-8", errors="replace")
         _, found, after = log.partition("Fatal Python error")
-        return (found + after).splitlines()[:TRACEBACK_LINES]
+        return (found + after).splitlines()[:12]
 
     def _manager_class(self) -> type[AsyncKernelManager]:
         """Starts kernels of this interpreter; an installed kernel called python3 may belong to another one."""
@@ -155,16 +149,17 @@ class NotebookKernel:
 
     def _note_memory(self, **_: object) -> None:
         with contextlib.suppress(OSError):
-            status = Path(f"/proc/{self._pid}/status").read_text()
-            if peak := re.search(r"VmHWM:\s*(\d+) kB", status):
-                self.peak_memory_mb = round(int(peak[1]) / 1024)
+            peak = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{self._pid}/status").read_text())
+            self.peak_memory_mb = round(int(peak[1]) / 1024) if peak else None
 
-    def _draw_bar(self, title: str, num_cells: int) -> None:
+    def _draw_bar(self) -> None:
         """A bar over the cells, and behind it the bar of the loop inside the kernel."""
+        if not sys.stderr.isatty():
+            return
         from tqdm import tqdm
 
         layout = "{desc}  {bar:20} cell {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
-        with tqdm(total=num_cells, desc=title, bar_format=layout, leave=False, dynamic_ncols=True) as bar:
+        with tqdm(total=self._num_cells, desc=self._title, bar_format=layout, leave=False, dynamic_ncols=True) as bar:
             while not self._ended.wait(0.3):
                 inner = ""
                 with contextlib.suppress(OSError, UnicodeDecodeError):  # no loop runs, or it is being written
@@ -173,23 +168,21 @@ class NotebookKernel:
                 bar.set_postfix_str(inner, refresh=True)
 
 
-def _end_with_parent(interval: float = 0.5) -> None:
+def _end_with_parent() -> None:
     """Kill this process group, workers included, once the parent process is gone."""
     parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(interval)
-        shutil.rmtree(os.environ.get(FOLDER, ""), ignore_errors=True)
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    shutil.rmtree(os.environ.get(FOLDER, ""), ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":
     if os.name == "posix" and os.getpgrp() == os.getpid():  # never a group that others belong to
-        _end_with_parent()
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     if LOCK in os.environ:
+        from filelock import FileLock
+
         lock = FileLock(os.environ[LOCK])
         lock.acquire()
     from ipykernel.kernelapp import launch_new_instance

@@ -41,7 +41,7 @@ from smaflib.runs.inputs import (
     stage_inputs,
     why_not_complete,
 )
-from smaflib.runs.kernel import TRACEBACK_LINES, NotebookKernel
+from smaflib.runs.kernel import NotebookKernel
 from smaflib.runs.manifest import (
     Entry,
     clear_stage,
@@ -62,8 +62,10 @@ PARAMETERS = ("config_file", "overrides", "run_dir")
 EDITED = (".ipynb", ".json", ".html")
 """Endings of files that a reused stage copies instead of linking them: editors write into an existing file."""
 
-SOURCE_LINES = 6
-KERNEL_EXIT_SECONDS = 15.0
+SOURCE_LINES, TRACEBACK_LINES = 6, 12
+"""Of a failing cell, in the error message."""
+
+KERNEL_LOCK, KERNEL_EXIT_SECONDS = ".kernel.lock", 15.0
 
 
 class _Stop(KeyboardInterrupt):
@@ -106,7 +108,9 @@ def run_notebooks(
         RunError: if the run cannot start (exit code 2), a notebook fails (1), or a signal ends the run (128 + number).
     """
     chosen = stages[: stages.index(stage_named(until_stage, stages)) + 1] if until_stage else stages
-    rerun = _stages_to_rerun(stages, from_stage, chosen)
+    rerun = chosen[stages.index(stage_named(from_stage, stages)) :] if from_stage else ()
+    if from_stage and not rerun:
+        raise RunError(f"--from {from_stage} comes after --until {until_stage}; nothing would run")
     config_file = absolute(config_file)
     config = load_config(config_file, list(overrides))
     for stage in chosen:
@@ -131,24 +135,10 @@ def run_notebooks(
             from smaflib.report.html import write_index
 
             write_index(run)
-    if changed:
-        from smaflib.report.tables import results_text
+    from smaflib.report.tables import results_text
 
-        print(results_text(run) + "\n")
-    print(f"report: {display_path(index)}", flush=True)
+    print(f"{results_text(run)}\n\nreport: {display_path(index)}", flush=True)
     return run
-
-
-# ------------------------------------------------------------------------------------------------------------- checks
-
-
-def _stages_to_rerun(stages: tuple[Stage, ...], from_stage: str | None, chosen: tuple[Stage, ...]) -> tuple[Stage, ...]:
-    if from_stage is None:
-        return ()
-    first = stage_named(from_stage, stages)
-    if first not in chosen:
-        raise RunError(f"--from {first.name} comes after --until {chosen[-1].name}; nothing would run")
-    return chosen[chosen.index(first) :]
 
 
 def _check_parameters(notebook: Path) -> None:
@@ -162,19 +152,12 @@ def _check_parameters(notebook: Path) -> None:
         )
 
 
-def _kernel_lock(run: Run) -> Path:
-    return run.path(".kernel.lock")
-
-
 def _await_kernel_of_killed_runner(run: Run) -> None:
     # A kernel notices within a second that its runner was killed; until then it may still write into the folder.
     try:
-        FileLock(_kernel_lock(run)).acquire(timeout=KERNEL_EXIT_SECONDS).lock.release()
+        FileLock(run.path(KERNEL_LOCK)).acquire(timeout=KERNEL_EXIT_SECONDS).lock.release()
     except Timeout as error:
         raise RunError(f"the kernel of a killed run is still writing to {display_path(run.folder)}; end it") from error
-
-
-# --------------------------------------------------------------------------------------------------------- one stage
 
 
 @dataclass
@@ -245,7 +228,7 @@ class _Chain:
         }
         put_entry(folder, stage, entry)
         # papermill adds a cell
-        kernel = NotebookKernel(stage.name, len(notebook_cells(notebook)) + 1, _kernel_lock(self.run))
+        kernel = NotebookKernel(stage.name, len(notebook_cells(notebook)) + 1, self.run.path(KERNEL_LOCK))
         result: Entry = {"status": "failed", "exit_code": 1}
         try:
             with kernel, _stopping(kernel.kill):
