@@ -1,4 +1,4 @@
-"""Choosing the background score without ground truth."""
+"""The background threshold chosen without ground truth."""
 
 from __future__ import annotations
 
