@@ -110,8 +110,8 @@ def _mini_as_voc(data: DataConfig, run_folder: Path | None) -> DataConfig:
     root = data.root or (run_folder / "data" if run_folder else None)
     if root is None or not root.is_dir():
         raise DataError(
-            f"there is no mini data set in {root}; notebook 01 or `smaf run CONFIG --until data` makes it in the folder "
-            "of a run: give run_folder, or set data.root"
+            f"there is no mini data set in {root}; notebook 01 or `smaf run CONFIG --until data` makes it in a run "
+            "folder: give run_folder, or set data.root"
         )
     if data.class_names and data.class_names != CLASS_NAMES:
         raise DataError(f"data.class_names cannot be chosen for the mini data set: it has {', '.join(CLASS_NAMES)}")
