@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from smaflib.config import Config
-from smaflib.data.masks import ground_truth_of
 from smaflib.data.sample import Samples
 from smaflib.evaluation import sweep_thresholds
 from smaflib.maps import AttentionMaps, FusedMaps, SaliencyMaps
@@ -84,14 +83,14 @@ def choose(criterion: Criterion, maps: AttentionMaps, samples: Samples, config: 
 
 def rows_of(name: str, max_images: int) -> list[dict[str, object]]:
     run = find_run(name)
-    config, samples = run.config, run.samples("train").with_ground_truth
+    config, samples = run.config, run.samples("train").annotated
     some = samples.subset(range(0, len(samples), max(1, -(-len(samples) // max_images))))
     rows = []
     for role in ("teacher", "student"):
         maps = AttentionMaps(run.path("cams", role), config.attention.scales)
         limits = config.evaluation.model_copy(update={"thresholds": CANDIDATES})
         denoised = FusedMaps(maps, samples, config.attention.fusion)
-        sweep = sweep_thresholds(denoised, ground_truth_of(samples) or [], samples.class_names, limits)
+        sweep = sweep_thresholds(denoised, samples.ground_truth or [], samples.class_names, limits)
         miou = {threshold: 100 * scores.miou for threshold, scores in sweep.items()}
         best = max(miou, key=lambda threshold: miou[threshold])
         row: dict[str, object] = {"run": run.name, "maps": role, "best score": best, "mIoU": round(miou[best], 1)}

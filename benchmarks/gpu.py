@@ -105,7 +105,7 @@ def measure_maps(backbones: Sequence[str], runtimes: Sequence[Runtime], clock: C
 def measure_split(backbone: str, runtime: Runtime, photos: Sequence[Tensor], number: int) -> Iterator[Row]:
     """Stage 03's function on a split, from JPEG files to maps in files."""
 
-    def read(files: SampleFiles, num_classes: int, load_masks: bool) -> Sample:
+    def read(files: SampleFiles, num_classes: int) -> Sample:
         return Sample(files.image_id, decode_jpeg(read_file(str(files.image))), torch.ones(num_classes))
 
     network, config = network_of(backbone, runtime), AttentionConfig(scales=SCALES)

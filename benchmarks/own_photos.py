@@ -28,7 +28,6 @@ from PIL import Image
 from smaflib import files
 from smaflib.config import load_config
 from smaflib.data.classes import VOC_CLASSES, VOID_LABEL
-from smaflib.data.masks import ground_truth_of
 from smaflib.data.sample import Samples
 from smaflib.evaluation import evaluate, sweep_thresholds
 from smaflib.files import PROJECT_ROOT
@@ -91,7 +90,7 @@ def make_folder(photos: Path, rows: Sequence[dict[str, str]], folder: Path) -> l
 def measure(name: str, settings: Sequence[str], data: Sequence[str], folder: Path) -> dict[str, Any]:
     """Train by a recipe on one fold and evaluate teacher and student."""
     work = Workspace(folder, load_config(PRESET, [*data, *settings]))
-    samples = work.samples().with_ground_truth
+    samples = work.samples().annotated
     begun = time.monotonic()
     train_teacher(work)
     write_maps(work, "teacher")
@@ -106,7 +105,7 @@ def measure(name: str, settings: Sequence[str], data: Sequence[str], folder: Pat
 
 def score(work: Workspace, network: str, samples: Samples) -> dict[str, Any]:
     """mIoU in % of the fused maps at their oracle threshold, and of the masks at the run's own."""
-    true, names = ground_truth_of(samples) or [], samples.class_names
+    true, names = samples.ground_truth or [], samples.class_names
     sweep = sweep_thresholds(work.denoised(network, samples), true, names, work.config.evaluation)
     shutil.rmtree(work.path("masks"), ignore_errors=True)
     masks = evaluate(write_masks(work, network), true, names, work.config.evaluation)

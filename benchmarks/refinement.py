@@ -62,7 +62,7 @@ def _drawn(num: int) -> Iterator[tuple[Tensor, Tensor]]:
     config = load_config(PROJECT_ROOT / "configs" / "mini.yaml", settings)
     with tempfile.TemporaryDirectory() as folder:
         make_data(config, Path(folder))
-        for sample in load_samples(config, "train", Path(folder)).with_masks():
+        for sample in load_samples(config, "train", Path(folder)).with_ground_truth():
             assert sample.mask is not None
             yield sample.image, sample.mask
 

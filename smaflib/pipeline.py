@@ -466,7 +466,6 @@ def write_masks(work: Workspace, network: str = "student") -> MaskFiles:
 
 def train_segmentation(work: Workspace) -> tuple[SegmentationNetwork, History]:
     """Stage 6: the segmentation network, trained on the pseudo masks, or on the ground truth as upper bound."""
-    from smaflib.data.masks import ground_truth_of
     from smaflib.segmentation import train_segmenter
     from smaflib.training import is_finished
 
@@ -474,8 +473,8 @@ def train_segmentation(work: Workspace) -> tuple[SegmentationNetwork, History]:
     settings = config.segmentation
     masks: Sequence[Tensor] | None
     if settings.supervision == "ground_truth":
-        samples = samples.with_ground_truth
-        masks = ground_truth_of(samples)
+        samples = samples.annotated
+        masks = samples.ground_truth
     else:
         masks = work.masks(samples)
     _share_work(work, "train_segmentation", lambda: is_finished(work.checkpoint("segmenter"), settings))
@@ -531,7 +530,6 @@ def evaluate_network(
     Returns:
         Tidy records for ``Run.record``, none where there is no ground truth; the background score.
     """
-    from smaflib.data.masks import ground_truth_of
     from smaflib.evaluation import evaluate_maps
 
     single = scales is not None and len(scales) == 1
@@ -539,10 +537,10 @@ def evaluate_network(
     where: dict[str, Any] = {"variant": variant} | ({"scale": scales[0]} if scales and single else {"fusion": fused_by})
     records = []
     for split in splits:
-        samples = work.samples(split).with_ground_truth
+        samples = work.samples(split).annotated
         found, chosen = evaluate_maps(
             work.denoised(network, samples, scales, rule, denoised),
-            ground_truth_of(samples),
+            samples.ground_truth,
             samples.class_names,
             work.config.evaluation,
             bg_score,

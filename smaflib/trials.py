@@ -103,7 +103,7 @@ def _try_data(data: DataConfig) -> None:
     for samples in (load_custom_data(data, "train"), load_custom_data(data, "val")):
         names[samples.split] = samples.class_names
         first = samples[:1]
-        for sample in first.with_masks() if first.has_ground_truth else first:
+        for sample in first.with_ground_truth() if first.has_ground_truth else first:
             assert sample.image_id
     if names["train"] != names["val"]:
         raise PluginError(f"the data set {data.kind} has other classes in 'val' than in 'train': {names}")

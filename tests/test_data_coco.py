@@ -99,7 +99,7 @@ def test_masks_are_painted_large_instances_first(root: Path, tmp_path: Path) -> 
     assert not load(root).has_ground_truth
     make_data(config(root), tmp_path / "run")
     samples = load_samples(config(root), "train", tmp_path / "run")
-    crowd, table = [sample.mask for sample in samples.with_masks()]
+    crowd, table = [sample.mask for sample in samples.with_ground_truth()]
     assert crowd is not None and table is not None
     expected = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
     expected[1:7, 1:9] = COCO_CLASSES.index("dining table") + 1

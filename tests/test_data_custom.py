@@ -38,7 +38,7 @@ def config(root: Path, **data: Any) -> Config:
 def test_custom_data_set_is_loaded_by_its_name_and_limited(tmp_path: Path) -> None:
     samples = load_samples(config(tmp_path, max_images=3), "val")
     assert len(samples) == 3 and samples.split == "val" and samples[0].mask is None
-    assert samples.with_masks()[1].mask is not None
+    assert samples.with_ground_truth()[1].mask is not None
     assert samples.image_labels.tolist() == [[1, 0], [0, 1], [1, 0]]
 
 

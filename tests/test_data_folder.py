@@ -90,7 +90,7 @@ def test_photo_is_turned_as_its_orientation_flag_says_and_the_mask_must_fit_that
     Image.fromarray(pixels).save(photos / "c.png", exif=exif)
     masks = photos.parent / "masks"
     save_mask(masks / "c.png", np.zeros((WIDTH, HEIGHT), np.uint8))
-    samples = load(photos, "image,labels\nc,cat\n", masks=masks, class_names=("cat",)).with_masks()
+    samples = load(photos, "image,labels\nc,cat\n", masks=masks, class_names=("cat",)).with_ground_truth()
     assert samples[0].image.shape == (3, WIDTH, HEIGHT)
     assert (samples[0].image[:, :, -1] == 255).all() and (samples[0].image[:, :, :-1] == 0).all()
     save_mask(masks / "c.png", np.zeros((HEIGHT, WIDTH), np.uint8))
@@ -105,7 +105,7 @@ def test_masks_and_saliency_are_found_by_name(photos: Path) -> None:
     names = ("cat", "dog", "ape")
     samples = load(photos, masks=photos.parent / "masks", saliency=photos.parent, class_names=names)
     assert samples.has_ground_truth and samples.has_saliency
-    sample = samples.with_masks().with_saliency()[3]
+    sample = samples.with_ground_truth().with_saliency()[3]
     assert sample.mask is not None and sample.mask.unique().tolist() == [2]
     assert sample.saliency is not None and sample.saliency.unique().tolist() == [1]
     (photos.parent / "d.e.png").unlink()

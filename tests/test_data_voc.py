@@ -77,7 +77,7 @@ def test_lists_of_paths_are_lists_of_names(root: Path) -> None:
 
 
 def test_sample_has_the_documented_shapes_and_ranges(root: Path) -> None:
-    sample = load(root, saliency="Saliency").with_masks().with_saliency()[1]
+    sample = load(root, saliency="Saliency").with_ground_truth().with_saliency()[1]
     assert sample.image_id == "b"
     assert sample.image.shape == (3, HEIGHT, WIDTH) and sample.image.dtype == torch.uint8
     assert sample.image_label.tolist() == [0, 1, 1] and sample.image_label.dtype == torch.float32
@@ -115,7 +115,7 @@ def test_no_mask_is_opened_unless_the_ground_truth_is_asked_for(root: Path) -> N
     samples = load(root)
     assert [sample.mask for sample in samples] == [None, None, None]
     with pytest.raises(DataError, match=r"SegmentationClass.a\.png cannot be decoded"):
-        samples.with_masks()[0]
+        samples.with_ground_truth()[0]
 
 
 def test_masks_folder_can_be_chosen(root: Path) -> None:
@@ -136,7 +136,7 @@ def test_orientation_flag_does_not_turn_voc_images(root: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # a viewer turns the picture by a quarter
     Image.new("RGB", (WIDTH, HEIGHT)).save(root / "JPEGImages/a.jpg", exif=exif)
-    assert load(root).with_masks()[0].image.shape == (3, HEIGHT, WIDTH)
+    assert load(root).with_ground_truth()[0].image.shape == (3, HEIGHT, WIDTH)
 
 
 def test_saliency_maps_are_opened_only_on_request(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +224,7 @@ def test_damaged_file_is_named_when_its_sample_is_read(root: Path, path: str, co
     save(root, path, content)
     assert samples[1].image_id == "b"
     with pytest.raises(DataError, match=words):
-        samples.with_masks().with_saliency()[0]
+        samples.with_ground_truth().with_saliency()[0]
 
 
 def test_truncated_and_deep_images_are_refused(root: Path) -> None:

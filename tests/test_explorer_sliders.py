@@ -28,7 +28,8 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Samples, AttentionM
     config = short_config(folder / "data")
     config = config.model_copy(update={"data": config.data.model_copy(update={"num_train": 2, "num_val": 1})})
     make_data(config, folder)
-    samples, maps = load_samples(config, "train").with_masks(), AttentionMaps(folder / "cams", config.attention.scales)
+    samples = load_samples(config, "train").with_ground_truth()
+    maps = AttentionMaps(folder / "cams", config.attention.scales)
     for sample in samples:
         cams = multi_scale_cams(pretrained_network("teacher"), sample.image, maps.scales)
         maps.write(sample.image_id, cams, (sample.image.shape[-2], sample.image.shape[-1]))

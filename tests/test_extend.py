@@ -82,7 +82,7 @@ def test_a_whole_chain_of_examples(beside: Path) -> None:
     self_train_rounds(work)
     masks = write_masks(work)
     train_segmentation(work)
-    samples = work.samples().with_masks()
+    samples = work.samples().with_ground_truth()
     assert 0 < evaluate(masks, [sample.mask for sample in samples], samples.class_names).miou < 1
     # The stored networks are built again by the example's class.
     rebuilt = work.network("student")

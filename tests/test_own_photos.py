@@ -47,10 +47,10 @@ def test_a_fold_is_a_folder_with_the_classes_of_its_own_labels(tmp_path):
     Image.fromarray(stored).save(photos / "SegmentationClass" / "a.png")
     settings = make_folder(photos, [{"image": "a.jpg", "labels": "sofa;cat"}], tmp_path / "fold")
     config = load_config("configs/custom.yaml", settings)
-    samples = load_samples(config, "train", tmp_path).with_ground_truth
+    samples = load_samples(config, "train", tmp_path).annotated
     assert samples.class_names == ("cat", "sofa")
     # the dog, which no label names, counts neither for nor against
-    assert samples.with_masks()[0].mask.tolist() == [[0, 1, 2, 255], [255, 1, 1, 0]]
+    assert samples.with_ground_truth()[0].mask.tolist() == [[0, 1, 2, 255], [255, 1, 1, 0]]
 
 
 def test_the_preset_is_the_recipe_that_was_chosen():

@@ -17,7 +17,7 @@ from torch import Tensor
 from smaflib import files
 from smaflib.cams import fuse_cams, multi_scale_cams
 from smaflib.config import ModelConfig, Variant
-from smaflib.data import ground_truth_of, make_data
+from smaflib.data import make_data
 from smaflib.data.sample import SampleFiles, Samples
 from smaflib.data.voc import check_saliency_sizes
 from smaflib.errors import DataError, InputError, MissingStage
@@ -240,7 +240,7 @@ def test_full_supervision_learns_the_ground_truth(copy: Workspace, monkeypatch: 
     monkeypatch.setattr("smaflib.segmentation.train_segmenter", lambda samples, masks, *_, **__: given.append(masks))
     train_segmentation(copy)
     train_segmentation(changed(copy, segmentation={"supervision": "ground_truth"}))
-    truth = ground_truth_of(copy.samples())
+    truth = copy.samples().ground_truth
     assert truth is not None
     assert torch.equal(given[0][0], copy.masks(copy.samples())[0]) and torch.equal(given[1][0], truth[0])
 
@@ -256,7 +256,7 @@ def test_networks_are_evaluated_at_the_training_splits_oracle_threshold(copy: Wo
     assert set(means) == {"train", "val"} and {r["scale"] for r in records} == {1.0}
     for split in ("train", "val"):
         samples = copy.samples(split)  # type: ignore[arg-type]
-        truth = ground_truth_of(samples)
+        truth = samples.ground_truth
         assert truth is not None and oracle is not None
         masks = masks_of(copy.denoised("teacher", samples, [1.0]), oracle)
         assert means[split] == evaluate(masks, truth, samples.class_names, copy.config.evaluation).miou
@@ -268,7 +268,7 @@ def test_networks_are_evaluated_at_the_training_splits_oracle_threshold(copy: Wo
     assert {(r.get("scale"), r.get("fusion")) for r in several} == {(None, "max")}
     samples = copy.samples()
     by_hand = masks_of(copy.denoised("teacher", samples, [0.5, 1.0], "max"), 0.35)
-    metrics = evaluate(by_hand, ground_truth_of(samples) or [], samples.class_names, copy.config.evaluation)
+    metrics = evaluate(by_hand, samples.ground_truth or [], samples.class_names, copy.config.evaluation)
     assert metrics.miou in [r["value"] for r in several if r["class_name"] == "mean"]
     own, score = evaluate_network(copy, "teacher", Variant.TEACHER_FUSED, bg_score=0.35, splits=["train"])
     assert score == 0.35 and {r["fusion"] for r in own} == {copy.config.attention.fusion}

@@ -6,7 +6,6 @@ from minidata.dataset import CLASS_NAMES, make_mini
 from smaflib.cams import fuse_cams, multi_scale_cams
 from smaflib.config import load_config
 from smaflib.data import load_samples
-from smaflib.data.masks import ground_truth_of
 from smaflib.evaluation import evaluate, masks_of
 from smaflib.models.pretrained import ASSETS, pretrained_config, pretrained_network, short_config
 from smaflib.models.weights import read_weights, write_weights
@@ -30,7 +29,7 @@ def test_their_maps_lie_on_the_objects_of_images_they_have_never_seen(tmp_path):
             denoise(fuse_cams(multi_scale_cams(network, s.image, attention.scales), (128, 128), "sum"), s.image_label)
             for s in samples
         ]
-        scores = evaluate(masks_of(denoised, attention.bg_score), ground_truth_of(samples), CLASS_NAMES)
+        scores = evaluate(masks_of(denoised, attention.bg_score), samples.ground_truth, CLASS_NAMES)
         # Background everywhere would score 0.13, and maps at chance stay below 0.2.
         assert scores.miou > 0.4, role
 

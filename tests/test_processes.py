@@ -51,7 +51,7 @@ def train_all(folder: Path) -> None:
     """Teachers, student and segmentation network after 25 steps, in batches of five: the parts differ in size."""
     torch.set_num_threads(1)
     samples, runtime = make_samples(7), cpu_runtime()
-    masks: list[Tensor] = [sample.mask for sample in samples.with_masks()]  # type: ignore[misc]
+    masks: list[Tensor] = [sample.mask for sample in samples.with_ground_truth()]  # type: ignore[misc]
     masks[0][:, :20] = 255  # so that the parts differ in the pixels that count
     settings = LONG | {"iterations": 25}
     for kind in ("plain", "eps"):

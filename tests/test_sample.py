@@ -37,7 +37,7 @@ def test_nothing_is_read_before_it_is_asked_for() -> None:
     samples, reader = recorded()
     assert len(samples) == 4 and samples.image_ids == ["i0", "i1", "i2", "i3"]
     assert samples.image_labels.tolist() == [[1, 0], [0, 1], [1, 0], [0, 1]]
-    assert samples[1:].subset([0]).with_masks().has_ground_truth
+    assert samples[1:].subset([0]).with_ground_truth().has_ground_truth
     assert reader.calls == []
     assert samples[-1].image_id == "i3"
     assert reader.calls == ["i3"]
@@ -45,9 +45,9 @@ def test_nothing_is_read_before_it_is_asked_for() -> None:
 
 def test_saliency_and_ground_truth_are_read_on_request() -> None:
     samples, reader = recorded()
-    evaluated = samples.with_masks()
+    evaluated = samples.with_ground_truth()
     evaluated[0], evaluated[1:][0], evaluated.subset([2])[0], samples[3]
-    samples.with_saliency()[1], samples.with_saliency().with_masks()[2:][0], samples[1]
+    samples.with_saliency()[1], samples.with_saliency().with_ground_truth()[2:][0], samples[1]
     assert reader.calls == ["i0 mask", "i1 mask", "i2 mask", "i3", "i1 saliency", "i2 saliency mask", "i1"]
 
 
@@ -57,7 +57,7 @@ def test_cache_reads_once_and_never_gives_one_samples_picture_for_another() -> N
     assert reader.calls == ["i1"]
     rest = samples[2:]
     assert rest.cached and [sample.image_id for sample in rest] == ["i2", "i3"]
-    assert samples.with_masks()[1] is not samples[1]
+    assert samples.with_ground_truth()[1] is not samples[1]
 
 
 def test_without_cache_every_access_reads() -> None:
@@ -85,7 +85,7 @@ def test_split_without_masks_cannot_be_evaluated() -> None:
     samples = dataclasses.replace(samples, files=(samples.files[0], one_missing, samples.files[2]))
     assert not samples.has_ground_truth and samples[2:].has_ground_truth
     with pytest.raises(DataError, match="no ground truth for image1; set data.masks"):
-        samples.with_masks()
+        samples.with_ground_truth()
 
 
 def test_empty_split_has_neither_ground_truth_nor_saliency() -> None:
@@ -93,7 +93,7 @@ def test_empty_split_has_neither_ground_truth_nor_saliency() -> None:
     assert not empty.has_ground_truth and not empty.has_saliency
     assert empty.image_labels.shape == (0, len(CLASSES)) and list(empty) == []
     with pytest.raises(DataError, match="no ground truth for any image"):
-        empty.with_masks()
+        empty.with_ground_truth()
 
 
 def test_has_saliency_needs_every_image() -> None:

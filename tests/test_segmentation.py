@@ -35,7 +35,7 @@ CPU = cpu_runtime(0)
 
 
 def true_masks(num: int = 5) -> list[Tensor]:
-    return [sample.mask for sample in make_samples(num).with_masks() if sample.mask is not None]
+    return [sample.mask for sample in make_samples(num).with_ground_truth() if sample.mask is not None]
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------

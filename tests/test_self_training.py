@@ -22,7 +22,7 @@ CPU = cpu_runtime(0)
 
 def masks_as_maps(num: int = 5) -> list[Tensor]:
     """(K, H, W) per sample of ``make_samples``: the ground truth, as if the teacher knew it."""
-    samples = make_samples(num).with_masks()
+    samples = make_samples(num).with_ground_truth()
     return [torch.nn.functional.one_hot(sample.mask.long(), 4).permute(2, 0, 1)[1:].float() for sample in samples]  # type: ignore[union-attr]
 
 

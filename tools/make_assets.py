@@ -38,7 +38,7 @@ def draw_chain(target: Path, image_index: int = 4) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = short_config(Path(folder) / "data")
         make_data(config, Path(folder))
-        samples = load_samples(config, "train").with_masks()
+        samples = load_samples(config, "train").with_ground_truth()
         sample = samples[image_index]
     bg_score = Workspace(Path(), config).bg_score
     assert sample.mask is not None

@@ -15,7 +15,7 @@ from smaflib.config import Config, DataConfig, Split
 from smaflib.data.coco import coco_masks_folder, load_coco
 from smaflib.data.folder import load_folder
 from smaflib.data.labels import check_class_names
-from smaflib.data.masks import MaskFiles, check_mask_values, ground_truth_of, save_mask
+from smaflib.data.masks import MaskFiles, check_mask_values, save_mask
 from smaflib.data.prepare import make_data, summarize
 from smaflib.data.sample import Sample, SampleFiles, Samples
 from smaflib.data.voc import load_voc
@@ -29,7 +29,6 @@ __all__ = [
     "Sample",
     "SampleFiles",
     "Samples",
-    "ground_truth_of",
     "load_samples",
     "make_data",
     "save_mask",
@@ -82,7 +81,7 @@ def load_custom_data(data: DataConfig, split: Split) -> Samples:
                 f"{data.kind}: {files.image_id} has the labels {files.labels}, not 0 to {num_classes - 1}"
             )
         names.add(files.image_id)
-    for sample in replace(samples[:1], load_saliency=True, load_masks=True):
+    for sample in replace(samples[:1], load_saliency=True, load_ground_truth=True):
         _check_sample(data.kind, sample, samples.files[0], num_classes)
     return samples[: data.max_images]
 

@@ -66,7 +66,7 @@ def _check_samples(samples: Samples, found: Findings) -> None:
     sizes: list[tuple[int, ...]] = []
     unseen: list[str] = []
     unlabelled: list[str] = []
-    everything = replace(samples, load_saliency=True, load_masks=True, cached=False)
+    everything = replace(samples, load_saliency=True, load_ground_truth=True, cached=False)
     for index in progress(range(len(samples)), total=len(samples), desc=f"check {name}"):
         try:
             sample = everything[index]

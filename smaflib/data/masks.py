@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from smaflib.data.classes import VOID_LABEL
-from smaflib.data.sample import Samples
 from smaflib.errors import DataError
 from smaflib.files import save_image
 
@@ -135,8 +134,3 @@ class MaskFiles(Sequence[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
         return read_mask(self.paths[index])
-
-
-def ground_truth_of(samples: Samples) -> MaskFiles | None:
-    """The ground truth masks of a split, for evaluation; None where the data has none."""
-    return MaskFiles([files.mask for files in samples.files if files.mask]) if samples.has_ground_truth else None

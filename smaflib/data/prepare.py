@@ -75,7 +75,7 @@ def summarize(samples: Samples, config: EvaluationConfig) -> dict[str, Any]:
         return facts
     shares: list[float] = []
     overlap = torch.zeros(3)  # pixels in both saliency and ground truth, in saliency, in ground truth
-    loaded = samples.with_masks().with_saliency()
+    loaded = samples.with_ground_truth().with_saliency()
     for sample in progress(loaded, total=len(samples), desc=f"summary of {samples.split}"):
         assert sample.mask is not None
         counted = sample.mask != VOID_LABEL

@@ -10,6 +10,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from smaflib.data.masks import MaskFiles
 from smaflib.errors import DataError
 
 
@@ -57,7 +58,7 @@ class Samples(Sequence[Sample]):
         read: ``read(files, num_classes)`` decodes all parts that ``files`` names; those not requested are None there.
         cached: keep decoded samples in memory.
         load_saliency: read saliency maps too.
-        load_masks: read ground truth too.
+        load_ground_truth: read ground truth too.
     """
 
     files: tuple[SampleFiles, ...]
@@ -66,7 +67,7 @@ class Samples(Sequence[Sample]):
     read: Callable[[SampleFiles, int], Sample]
     cached: bool = False
     load_saliency: bool = False
-    load_masks: bool = False
+    load_ground_truth: bool = False
     _cache: dict[int, Sample] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -85,7 +86,7 @@ class Samples(Sequence[Sample]):
             return self._cache[index]
         files = self.files[index]
         saliency = files.saliency if self.load_saliency else None
-        mask = files.mask if self.load_masks else None
+        mask = files.mask if self.load_ground_truth else None
         sample = self.read(replace(files, saliency=saliency, mask=mask), len(self.class_names))
         if self.cached:
             self._cache[index] = sample
@@ -118,24 +119,32 @@ class Samples(Sequence[Sample]):
         """The same samples, read with their saliency maps where there are any."""
         return replace(self, load_saliency=True)
 
-    def with_masks(self) -> Samples:
-        """The same samples with their masks, for evaluation."""
+    def with_ground_truth(self) -> Samples:
+        """The same samples, read with their masks, for evaluation.
+
+        Raises:
+            DataError: if an image has no mask.
+        """
         if not self.has_ground_truth:
             missing = next((files.image_id for files in self.files if files.mask is None), "any image")
             raise DataError(f"the split {self.split!r} has no ground truth for {missing}; set data.masks")
-        return replace(self, load_masks=True)
+        return replace(self, load_ground_truth=True)
 
     @property
-    def with_ground_truth(self) -> Samples:
+    def ground_truth(self) -> MaskFiles | None:
+        """The masks alone, uint8 (H, W) each, read when indexed; None if an image has none."""
+        return MaskFiles([files.mask for files in self.files if files.mask]) if self.has_ground_truth else None
+
+    @property
+    def annotated(self) -> Samples:
         """The samples that have a mask: of VOC's 10,582 images of train_aug the 1,464 that the field evaluates on."""
         if self.has_ground_truth:
             return self
         return self.subset([index for index, files in enumerate(self.files) if files.mask is not None])
 
-    def shown(self, num: int) -> Samples:
-        """The first few, to be shown: with their ground truth where there is any."""
-        with_ground_truth = self.with_ground_truth
-        return with_ground_truth[:num].with_masks() if len(with_ground_truth) else self[:num]
+    def examples(self, num: int) -> Samples:
+        """The first few samples for display, with their ground truth if there is any."""
+        return self.annotated[:num].with_ground_truth() if self.annotated else self[:num]
 
     def subset(self, indices: Sequence[int]) -> Samples:
         return replace(self, files=tuple(self.files[index] for index in indices))

@@ -233,7 +233,7 @@ class Gallery:
             root = Path(folder) / "data"
             make_mini(root, num_images, 1, size=config.data.image_size, seed=seed)
             data = config.data.model_copy(update={"root": root})
-            samples = load_samples(config.model_copy(update={"data": data}), "train").with_masks()
+            samples = load_samples(config.model_copy(update={"data": data}), "train").with_ground_truth()
             images, class_names = list(samples), samples.class_names
         networks: dict[Role, Any] = {role: pretrained_network(role) for role in ROLES}
         return cls(images, class_names, config, networks, knows_photos=False)
@@ -261,7 +261,7 @@ class Gallery:
         """
         run = run if isinstance(run, Run) else find_run(str(run))
         split = run.samples("train")
-        samples = list(split.shown(num_images))
+        samples = list(split.examples(num_images))
         networks: dict[Role, Any] = {}
         stored: dict[Role, AttentionMaps] = {}
         for role in ROLES:

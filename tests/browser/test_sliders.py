@@ -22,7 +22,7 @@ from smaflib.reactivation import denoise
 
 config = short_config(Path("drawn"))
 make_data(config, Path("."))
-samples = load_samples(config, "train").with_masks()[:3]
+samples = load_samples(config, "train").with_ground_truth()[:3]
 maps = AttentionMaps(Path("cams"), config.attention.scales)
 for each in samples:
     size = tuple(each.image.shape[-2:])
