@@ -58,6 +58,8 @@ class NotebookKernel:
         self._ended = threading.Event()
         self._bar = threading.Thread(target=self._draw_bar, daemon=True)
         self._env = {
+            # OpenMP threads wait actively for a short time only: beside another job a training step is 3 times as fast.
+            "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "20000"),
             "IPYTHONDIR": str(self._folder / "ipython"),  # without the user's start-up files
             "MPLBACKEND": "module://matplotlib_inline.backend_inline",
             "PYTHONHASHSEED": "0",
