@@ -16,7 +16,6 @@ from smaflib.report.plots import (
     LOST,
     draw_outline,
     draw_pixel_row,
-    mark_pixel,
     overlay_alternatives,
     overlay_changes,
     overlay_mask,
@@ -66,19 +65,6 @@ def test_row_of_pixels_has_an_axis_per_step_and_the_background_where_it_joins() 
     assert drawn == [["ram"], ["background", "ram"]]
     labelled = next(line for line in figure.axes[1].lines if line.get_label() == "ram")
     assert np.allclose(labelled.get_ydata(), [0.2, 0.9, 0.1])
-
-
-def test_a_marked_pixel_is_left_as_it_is_and_has_arms_on_four_sides() -> None:
-    panel = np.full((30, 30, 3), 77, dtype=np.uint8)
-    marked = mark_pixel(panel, 10, 12)
-    assert (marked[9:12, 11:14] == 77).all() and (panel == 77).all()
-    for row, column in ((7, 12), (13, 12), (10, 9), (10, 15)):
-        assert tuple(marked[row, column]) == (255, 255, 255)
-    assert tuple(marked[7, 11]) == tuple(marked[9, 9]) == (0, 0, 0)
-    # At the corner two arms lie outside, and nothing wraps around to the other side.
-    corner = mark_pixel(panel, 0, 0)
-    assert (corner[15:] == 77).all() and (corner[:, 15:] == 77).all()
-    assert tuple(corner[3, 0]) == tuple(corner[0, 3]) == (255, 255, 255)
 
 
 def test_masks_are_drawn_in_the_class_colours() -> None:

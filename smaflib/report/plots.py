@@ -121,19 +121,6 @@ def place_of_name(region: np.ndarray) -> tuple[int, int]:
     return row, column
 
 
-def mark_pixel(panel: Panel, row: int, column: int) -> Panel:
-    """Draw a white cross with a dark rim around a pixel, which stays visible."""
-    marked = panel.copy()
-    height, width = panel.shape[:2]
-    arm = max(3, min(height, width) // 24)
-    for thick, color in ((1, (0, 0, 0)), (0, (255, 255, 255))):
-        for start, end in ((-arm - thick, -1), (2, arm + thick + 1)):
-            for top, bottom, left, right in ((start, end, -thick, thick + 1), (-thick, thick + 1, start, end)):
-                rows = slice(max(0, row + top), max(0, row + bottom))
-                marked[rows, max(0, column + left) : max(0, column + right)] = color
-    return marked
-
-
 def window_around(mask: Tensor, margin: float = 0.6) -> tuple[slice, slice]:
     """Rows and columns of a square around the objects of a mask, uint8 (H, W), or of the whole image without any.
 
