@@ -236,7 +236,7 @@ function curveHtml({ curve, class_number, class_names }) {
     <text x="${box.left - 8}" y="${y(tick) + 5}" text-anchor="end">${100 * tick}</text>
     <text x="${x(tick)}" y="${box.top + box.height + 20}" text-anchor="middle">${tick}</text>`);
   const percent = (value) => (value === null ? "–" : `${(100 * value).toFixed(1)} %`);
-  return `<h3>IoU over the background threshold${curve.note ? ` <span>${escapeHtml(curve.note)}</span>` : ""}</h3>
+  return `<h3>IoU by background threshold${curve.note ? ` <span>${escapeHtml(curve.note)}</span>` : ""}</h3>
     <svg viewBox="0 0 306 186" role="img" aria-label="IoU over the background threshold, before the CRF">${ticks.join("")}
       <path class="smaf-now" d="M${x(at)} ${y(0)}V${y(1)}"/>${line(curve.ious.map(meanOf), "smaf-line-mean")}
       ${line(curve.ious.map((iou) => iou[label]), "smaf-line")}

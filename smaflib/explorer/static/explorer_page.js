@@ -89,7 +89,7 @@ function fuse(maps, weights, scales, rule) {
   const join = {
     sum: () => sum(ones),
     mean: () => sum(parts.map(() => 1 / parts.length)),
-    max: () => parts[0].map((_, i) => Math.max(...parts.map((part) => part[i]))),
+    max: () => parts[0].map((_, i) => parts.reduce((most, part) => Math.max(most, part[i]), 0)),
     size_adaptive: () => sum(sizeWeights(atPeakOne(sum(ones)), scales)),
   }[rule];
   if (!join) throw new Error(`this page cannot compute the fusion rule ${rule}, and holds no maps of it`);
@@ -114,22 +114,21 @@ function strongest(clean, classes, num) {
   return { label, score };
 }
 
-/** Labels of the mask at a background threshold. */
-function labelsAt({ label, score }, threshold) {
-  const limit = Math.fround(threshold);
-  return label.map((value, i) => (score[i] > limit ? value : 0));
-}
-
-/** IoU by label; null for what is in neither ground truth nor mask, as in intersection_over_union. */
-function iouOf(mask, truth) {
-  const [hits, inMask, inTruth] = [0, 1, 2].map(() => new Array(DATA.class_names.length + 1).fill(0));
+/** IoU by label at each background threshold; null for what is in neither ground truth nor mask. */
+function iousAt(thresholds, { label, score }, truth) {
+  const table = () => thresholds.map(() => new Uint32Array(DATA.class_names.length + 1));
+  const limits = Float32Array.from(thresholds), hits = table(), inMask = table(), inTruth = table()[0];
   truth.forEach((real, i) => {
     if (real === VOID) return;
     inTruth[real]++;
-    inMask[mask[i]]++;
-    if (real === mask[i]) hits[real]++;
+    for (let step = 0; step < limits.length; step++) {
+      const found = score[i] > limits[step] ? label[i] : 0;
+      inMask[step][found]++;
+      if (found === real) hits[step][found]++;
+    }
   });
-  return hits.map((hit, label) => { const union = inMask[label] + inTruth[label] - hit; return union ? hit / union : null; });
+  const iou = (hit, all) => (all ? hit / all : null);
+  return hits.map((row, step) => Array.from(row, (hit, label) => iou(hit, inMask[step][label] + inTruth[label] - hit)));
 }
 
 // ------------------------------------------------------------------------------------------------ state and controls
@@ -165,13 +164,14 @@ function compute(image) {
     const peak = Math.max(peakOf(scale[at]), 1e-5);
     return scale[at].map((value) => value / peak);
   }));
-  const background = Math.fround(state.bg), fused = clean[at], mask = labelsAt(winner, state.bg);
+  const background = Math.fround(state.bg), fused = clean[at];
+  const mask = winner.label.map((label, i) => (winner.score[i] > background ? label : 0));
   const target = state.reactivate ? fused.map((value, i) => value / Math.max(background, winner.score[i])) : fused;
   let curve = null, iou = null;
   if (image.truth) {
-    const scores = DATA.curve_scores, iouAt = (score) => iouOf(labelsAt(winner, score), image.truth);
-    iou = iouOf(mask, image.truth);
-    curve = { scores, ious: keep("curve", how, () => scores.map(iouAt)), at: [state.bg, iou] };
+    const scores = DATA.curve_scores, ious = keep("curve", how, () => iousAt(scores, winner, image.truth));
+    [iou] = iousAt([state.bg], winner, image.truth);
+    curve = { scores, ious, at: [state.bg, iou] };
   }
   const { class_names, colors, scales } = DATA, { denoise, reactivate, cls } = state, { size, picture, truth } = image;
   const view = {
