@@ -31,8 +31,9 @@ from smaflib.data.classes import VOC_CLASSES, VOID_LABEL
 from smaflib.data.sample import Samples
 from smaflib.evaluation import evaluate, sweep_thresholds
 from smaflib.files import PROJECT_ROOT
-from smaflib.pipeline import Workspace, resolve_bg_score, self_train_rounds, train_teacher, write_maps, write_masks
+from smaflib.pipeline import self_train_rounds, train_teacher, write_maps, write_masks
 from smaflib.runs.environment import git_state
+from smaflib.workspace import Workspace
 
 RESULTS = Path(__file__).parent / "results" / "own_photos.json"
 PRESET = PROJECT_ROOT / "configs" / "custom.yaml"
@@ -94,7 +95,6 @@ def measure(name: str, settings: Sequence[str], data: Sequence[str], folder: Pat
     begun = time.monotonic()
     train_teacher(work)
     write_maps(work, "teacher")
-    resolve_bg_score(work)
     networks = ["teacher"]
     if not name.startswith("teacher"):
         self_train_rounds(work)

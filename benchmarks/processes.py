@@ -25,7 +25,7 @@ from smaflib.config import Config, check_settings
 from smaflib.data import make_data
 from smaflib.models.networks import AttentionNetwork
 from smaflib.models.weights import write_weights
-from smaflib.pipeline import Workspace
+from smaflib.workspace import Workspace
 
 WAYS = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 processes, 1 thread each": (2, 1)}
 """(processes, threads of each)."""

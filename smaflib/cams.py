@@ -57,10 +57,7 @@ def class_attention(network: nn.Module, images: Tensor, flip: bool = True, runti
     """Class attention maps of a batch: one forward pass.
 
     Args:
-        network: as of :func:`multi_scale_cams`.
-        images: float32 (B, 3, H, W), normalised.
-        flip: average with the maps of the mirror images.
-        runtime: precision; None: float32.
+        images: float32 (B, 3, H, W), normalised; the other arguments are those of :func:`multi_scale_cams`.
 
     Returns:
         (B, K, h, w), non-negative float32, on the network's device.
@@ -161,11 +158,7 @@ def fuse_cams(
 
 
 def fusion_rule(rule: str | Fusion) -> Fusion:
-    """The function behind the name of a rule.
-
-    Raises:
-        ValueError: if there is no such rule.
-    """
+    """The function behind the name of a rule; ValueError if there is none."""
     if not isinstance(rule, str):
         return rule
     if rule not in FUSIONS and ":" not in rule:

@@ -1,7 +1,7 @@
 """Stage 1: learn from image labels which classes an image shows; the logit maps then tell where.
 
 *Plain* training compares the spatial mean of each class's logit map with the image label. *EPS* (Lee et al.,
-"Railroad is not a Train", CVPR 2021) also asks the maps to explain a saliency map, which teaches them borders.
+"Railroad is not a Train", CVPR 2021) also makes the maps explain a saliency map, which teaches them object borders.
 """
 
 from __future__ import annotations
@@ -41,12 +41,8 @@ def train_classifier(
 
     Args:
         samples: the training split; masks are not read.
-        model: the network.
-        settings: of stage 1.
-        runtime: device, precision and seed.
-        attention: scales and flip of the views that ``settings.solve_head`` takes of each image.
-        checkpoint: where weights are kept; an unfinished training resumes from there.
-        num_workers: loader processes.
+        attention: scales and flip of the views for ``settings.solve_head``.
+        checkpoint: file of the weights; an unfinished training resumes from it.
 
     Returns:
         The network in eval mode and its learning curve.
@@ -89,14 +85,7 @@ def train_classifier(
 
 
 def classification_loss(image_logits: Tensor, image_label: Tensor) -> Tensor:
-    """L_cls, the multi-label soft margin loss.
-
-    Args:
-        image_logits: (B, K).
-        image_label: (B, K) in {0, 1}.
-
-    Returns:
-        Scalar.
+    """L_cls, the multi-label soft margin loss: (B, K) logits and (B, K) labels in {0, 1} to a scalar.
 
     Example:
         >>> f"{classification_loss(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])):.4f}"
@@ -108,14 +97,14 @@ def classification_loss(image_logits: Tensor, image_label: Tensor) -> Tensor:
 def saliency_loss(logits: Tensor, saliency: Tensor, image_label: Tensor, config: ClassifierConfig) -> Tensor:
     r"""L_sal of EPS: foreground and inverted background maps together must explain the saliency map.
 
-    A labelled class of which more than ``eps_tau`` of its own area lies on the saliency is foreground; a labelled
-    class of which less does is background. Classes without label belong to neither.
+    A labelled class is foreground if more than ``eps_tau`` of its area is salient, else background. Classes without
+    label belong to neither.
 
     Args:
         logits: (B, K+1, h, w), background first.
         saliency: (B, H, W) or (B, 1, H, W) in [0, 1]; resized (nearest) to h x w.
         image_label: (B, K) in {0, 1}.
-        config: gives ``eps_tau`` and ``eps_lambda``.
+        config: ``eps_tau`` and ``eps_lambda``.
 
     Returns:
         Scalar.
@@ -171,12 +160,7 @@ def standardize_features(
 
     Crops and not whole images, since features depend on the size at which objects are shown: a mean measured at
     another size leaves every image the same offset, which the head uses as a bias, and the maps lose their zero point.
-
-    Args:
-        network: its ``standardize`` layer is filled in place.
-        batches: of the training.
-        runtime: device.
-        passes: over the samples.
+    The network's ``standardize`` layer is filled in place.
     """
     network.to(runtime.device).eval()
     statistics = ChannelStatistics(network)
@@ -210,10 +194,7 @@ def solve_head(
 
     Args:
         network: a plain teacher; its ``standardize`` layer and its head are filled in place; ends in eval mode.
-        samples: the training split.
-        settings: the maximal number of steps, and the penalty.
         attention: scales and flip.
-        runtime: device and precision.
         checkpoint: file of the weights; if it exists, it is only loaded.
 
     Returns:
@@ -280,17 +261,7 @@ def learned_views(config: Config) -> AttentionConfig:
 def classify(
     network: AttentionNetwork, samples: Sequence[Sample], runtime: Runtime, views: AttentionConfig = ONE_VIEW
 ) -> Tensor:
-    """What a network recognises in each image: logits averaged over its views.
-
-    Args:
-        network: teacher or student.
-        samples: the images.
-        runtime: device and precision.
-        views: scales and flip, see :func:`learned_views`.
-
-    Returns:
-        float32 (N, K) on the CPU.
-    """
+    """What a network recognises in each image: float32 (N, K), logits averaged over views (:func:`learned_views`)."""
     network.to(runtime.device).eval()
     batches = load_views(samples, views.scales, runtime, desc="classify")
     return torch.cat([_mean_logits(network, batch.views, views.flip, runtime) for batch in batches])
@@ -342,7 +313,7 @@ def classification_scores(
         class_names: K names.
 
     Returns:
-        Records with class_name, metric and value; nan: precision of a class never found, recall of one never there.
+        Records with class_name, metric and value; nan: precision of a class never predicted, recall of an absent one.
     """
     found, there = image_logits > 0, image_labels > 0
     hits = (found & there).sum(dim=0).double()

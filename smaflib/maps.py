@@ -23,7 +23,7 @@ from smaflib.data.sample import Samples
 from smaflib.data.views import ViewBatch, load_views
 from smaflib.errors import ConfigError, DataError
 from smaflib.files import load_arrays, save_arrays
-from smaflib.processes import barrier, missing_files
+from smaflib.processes import missing_files
 from smaflib.reactivation import blend_saliency
 from smaflib.runtime import Runtime, release_freed_memory
 
@@ -47,11 +47,7 @@ class AttentionMaps:
         save_arrays(self.path(image_id), size=np.array(size), **arrays)
 
     def read(self, image_id: str, scales: Sequence[float] | None = None) -> tuple[list[Tensor], tuple[int, int]]:
-        """One image's maps, per scale (K, h_s, w_s), of all scales or some, and its (H, W).
-
-        Raises:
-            DataError: if the file is missing or damaged.
-        """
+        """One image's maps, per scale (K, h_s, w_s), of all scales or some, and its (H, W); DataError if damaged."""
         path = self.path(image_id)
         names = [f"scale_{scale:g}" for scale in (self.scales if scales is None else scales)]
         try:
@@ -83,10 +79,7 @@ def write_attention_maps(
 
     Args:
         network: teacher, student, a custom source (:func:`~smaflib.cams.source_of`) or any module with ``attention``.
-        samples: the split.
-        folder: of the files.
         config: scales and flip.
-        runtime: device and precision.
 
     Raises:
         ConfigError: if the maps of an image do not fit into the device's memory.
@@ -117,7 +110,6 @@ def write_attention_maps(
             written = writer.submit(write, batch, on_cpu)
         if written:
             written.result()
-    barrier()
     release_freed_memory()
     return maps
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from smaflib.config import CrfConfig, PseudoMaskConfig
 from smaflib.data.masks import save_mask
 from smaflib.data.sample import Samples
-from smaflib.plugins import of_image
-from smaflib.processes import barrier, missing_files
+from smaflib.processes import missing_files
 from smaflib.reactivation import hard_labels, with_background_score
 from smaflib.refinement import refine, refine_many
 from smaflib.runtime import CPU, progress
@@ -32,9 +32,9 @@ def pseudo_mask(
     Args:
         image: uint8 (3, H, W).
         denoised: (K, H, W) in [0, 1], fused and denoised.
-        bg_score: the background's score.
-        config: the refinement and its back-end; ``refine: none`` gives :func:`~smaflib.reactivation.hard_labels`.
-        device: where torch refines.
+        bg_score: background threshold.
+        config: the refinement; ``refine: none`` gives :func:`~smaflib.reactivation.hard_labels`.
+        device: for refinements in torch.
 
     Returns:
         uint8 (H, W), 0 is background.
@@ -59,24 +59,9 @@ def pseudo_masks(
     config: PseudoMaskConfig = PseudoMaskConfig(),
     *,
     device: torch.device = CPU,
-    desc: str = "",
+    desc: str = "pseudo masks",
 ) -> Iterator[Tensor]:
-    """:func:`pseudo_mask` of a split, in its order, on all cores or on the GPU.
-
-    Args:
-        samples: the split.
-        denoised: per sample (K, H, W) in [0, 1]; may be lazy.
-        bg_score: the background's score.
-        config: the refinement, its back-end and its processes.
-        device: where torch refines.
-        desc: name on the progress bar.
-
-    Yields:
-        uint8 (H, W) per sample.
-
-    Raises:
-        PluginError: if a refinement of somebody's own does not do what it must; the masks before are whole.
-    """
+    """:func:`pseudo_mask` of each sample, in order, on all cores or on the GPU; ``denoised`` may be lazy."""
     masks: Iterator[Tensor]
     if config.refinement is None:
         masks = (hard_labels(denoised[index], bg_score) for index in range(len(samples)))
@@ -84,15 +69,7 @@ def pseudo_masks(
         jobs = ((samples[index].image, _unary(denoised[index], bg_score, config)) for index in range(len(samples)))
         num_labels, workers = len(samples.class_names) + 1, config.num_workers
         masks = refine_many(jobs, config.refinement, num_labels, workers, config.backend, device)
-    yield from progress(_naming_images(masks, samples.image_ids), total=len(samples), desc=desc)
-
-
-def _naming_images(masks: Iterator[Tensor], image_ids: Sequence[str]) -> Iterator[Tensor]:
-    """The masks; an error of somebody's own refinement says at which image."""
-    for image_id in image_ids:
-        with of_image(image_id):
-            mask = next(masks)
-        yield mask
+    yield from progress(masks, total=len(samples), desc=desc)
 
 
 def write_pseudo_masks(
@@ -104,20 +81,16 @@ def write_pseudo_masks(
     *,
     device: torch.device = CPU,
 ) -> None:
-    """Write a palette PNG per image, ``<image_id>.png``; images that have theirs already are skipped.
+    """Write :func:`pseudo_masks` as palette PNGs, ``<image_id>.png``; existing files are skipped.
 
-    Of several processes (:mod:`smaflib.processes`) each makes its part.
-
-    Arguments as of :func:`pseudo_masks`.
+    Several processes (:mod:`smaflib.processes`) share the images.
     """
     names = [f"{image_id}.png" for image_id in samples.image_ids]
     missing = missing_files(folder, names)
-    # torch's Subset is lazy, as the maps are: those of a data set do not fit into memory.
-    some: Any = torch.utils.data.Subset(denoised, missing)  # type: ignore[arg-type]
-    masks = pseudo_masks(samples.subset(missing), some, bg_score, config, device=device, desc="pseudo masks")
+    some: Any = Subset(denoised, missing)  # type: ignore[arg-type]  # lazy
+    masks = pseudo_masks(samples.subset(missing), some, bg_score, config, device=device)
     for index, mask in zip(missing, masks, strict=True):
         save_mask(folder / names[index], mask)
-    barrier()
 
 
 def _unary(denoised: Tensor, bg_score: float, config: PseudoMaskConfig) -> Tensor:

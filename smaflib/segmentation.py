@@ -17,7 +17,7 @@ from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import scaled_size
 from smaflib.data.views import load_views, views_of
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, SummedBranches
-from smaflib.processes import barrier, missing_files
+from smaflib.processes import missing_files
 from smaflib.refinement import dense_crf, refine_many
 from smaflib.runtime import Runtime, derive_seed, device_of, seeded
 from smaflib.training import Batch, Batches, CropField, History, fit
@@ -39,13 +39,9 @@ def train_segmenter(
     Args:
         samples: the training split.
         masks: per sample uint8 (H, W): pseudo masks, or the ground truth for the upper bound; 255 does not count.
-        model: backbone and weights, where ``settings.model`` names none of its own.
-        settings: of stage 6.
-        runtime: device, precision and seed.
-        student: where given, the network starts from it, which was learned from image labels only: see
-            :func:`start_as_student`.
-        checkpoint: where weights are kept; an unfinished training resumes from there.
-        num_workers: loader processes.
+        model: backbone and weights, unless ``settings.model`` names others.
+        student: the network starts from it (:func:`start_as_student`), which has learned from image labels only.
+        checkpoint: file of the weights; an unfinished training resumes from it.
 
     Returns:
         The network in eval mode and its learning curve.
@@ -74,9 +70,9 @@ def train_segmenter(
 def start_as_student(network: SegmentationNetwork, student: AttentionNetwork) -> None:
     """Give a segmentation network the features of a student, and where its head allows it, the student's logits.
 
-    DeepLab-V2's head is a sum of 3x3 convolutions. Where each has its share of the student's 1x1 convolution in the
-    middle and zeros around it, the network starts as the student does and learns the neighbourhood from there. Other
-    heads, and a student with ``model.head_channels``, have no such place; they start at random.
+    DeepLab-V2's head is a sum of 3x3 convolutions. If each has its share of the student's 1x1 convolution in the middle
+    and zeros around it, the network starts as the student and learns the neighbourhood from there. Other heads, and
+    heads after ``model.head_channels``, start at random.
 
     Args:
         network: changed in place.
@@ -96,7 +92,7 @@ def start_as_student(network: SegmentationNetwork, student: AttentionNetwork) ->
 
 
 def multi_scale_logits(network: nn.Module, images: Tensor, scales: Sequence[float]) -> list[Tensor]:
-    """Logits of a batch at several scales, and their maximum: what DeepLab-V2 learns from.
+    """Logits of a batch at several scales, and their maximum: the outputs on which DeepLab-V2 has a loss.
 
     Args:
         network: (B, 3, H, W) to (B, K+1, h, w).
@@ -121,14 +117,9 @@ def multi_scale_logits(network: nn.Module, images: Tensor, scales: Sequence[floa
 
 
 def segmentation_loss(logits: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy at full resolution.
+    """Cross-entropy at full resolution of logits (B, K+1, h, w) and masks, uint8 (B, H, W); 255 does not count.
 
-    Args:
-        logits: (B, K+1, h, w).
-        mask: uint8 (B, H, W); 255 does not count.
-
-    Returns:
-        Scalar; 0 where every pixel is void.
+    Returns a scalar, 0 if every pixel is void.
     """
     upsampled = F.interpolate(logits.float(), size=mask.shape[1:], mode="bilinear", align_corners=False)
     # A GPU adds up the losses of all pixels in any order, unless it has to give each.
@@ -173,7 +164,6 @@ def class_probabilities(
         views: per scale float32 (B, 3, H_s, W_s), normalised.
         size: (H, W) of the images.
         config: ``test_flip``.
-        runtime: precision; None: float32.
 
     Returns:
         float32 (B, K+1, H, W), on the network's device.
@@ -200,18 +190,9 @@ def segment_many(
     indices: Sequence[int] | None = None,
     desc: str = "segment",
 ) -> Iterator[Tensor]:
-    """:func:`segment` of many images; the CRF runs on the other cores or on the GPU.
+    """:func:`segment` of many images, in order; the CRF runs on the other cores or on the GPU.
 
-    Args:
-        network: is moved to the runtime's device.
-        samples: the images.
-        settings: ``test_scales``, ``test_flip``, ``test_crf``, its back-end and processes.
-        runtime: device and precision.
-        indices: of the samples to segment; None: all.
-        desc: name on the progress bar.
-
-    Yields:
-        uint8 (H, W) per image, in order.
+    ``indices`` chooses among the samples. The network is moved to the runtime's device.
     """
     runtime.place(network)
     crf = settings.test_crf
@@ -242,4 +223,3 @@ def write_segmentation(
     masks = segment_many(network, samples, settings, runtime, missing, f"segment {samples.split}")
     for index, mask in zip(missing, masks, strict=True):
         save_mask(folder / names[index], mask)
-    barrier()

@@ -15,14 +15,12 @@ import pytest
 import smaflib
 from smaflib.files import PROJECT_ROOT
 
-STAGES = (
-    "classifier cams maps reactivation thresholds self_training pseudo_masks segmentation training evaluation trials"
-)
+STAGES = "classifier cams maps reactivation thresholds self_training pseudo_masks segmentation training evaluation"
 LAYERS = (
     ("config", "plugins", "files", "errors"),
     ("data", "models", "refinement", "processes", "runtime"),
     tuple(STAGES.split()),
-    ("pipeline",),
+    ("pipeline", "workspace"),
     ("runs", "report"),
     ("explorer", "apps", "__main__"),
 )

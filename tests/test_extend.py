@@ -24,8 +24,7 @@ from smaflib.evaluation import evaluate
 from smaflib.files import PROJECT_ROOT
 from smaflib.models.networks import AttentionNetwork
 from smaflib.pipeline import (
-    Workspace,
-    check_plugins,
+    check_custom,
     self_train_rounds,
     train_segmentation,
     train_teacher,
@@ -37,6 +36,7 @@ from smaflib.runs.manifest import read_manifest
 from smaflib.runs.run import find_run
 from smaflib.runs.runner import run_notebooks
 from smaflib.runs.stages import STAGES
+from smaflib.workspace import Workspace
 
 PAGE = (PROJECT_ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
 EXAMPLES = {name: code for name, code in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL)}
@@ -74,7 +74,7 @@ def test_the_page_has_an_example_of_about_twenty_lines_for_each_kind() -> None:
 
 def test_a_whole_chain_of_examples(beside: Path) -> None:
     config = tiny(**NAMES)
-    check_plugins(config)
+    check_custom(config)
     work = Workspace(beside / "work", config)
     make_data(config, work.folder)
     train_teacher(work)
@@ -125,7 +125,7 @@ def test_a_data_set_of_a_folder_per_class(beside: Path) -> None:
         for number in range(6):
             Image.new("RGB", (48, 40), colour).save(beside / "photos" / name / f"{number}.jpg")
     config = tiny_config(data={"kind": "my_data:folder_per_class", "root": str(beside / "photos")})
-    check_plugins(config)
+    check_custom(config)
     train, val = load_samples(config, "train"), load_samples(config, "val")
     assert (len(train), len(val)) == (8, 4) and train.class_names == ("green", "red")
     assert val.image_ids == ["green_0", "green_5", "red_0", "red_5"]

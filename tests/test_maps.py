@@ -113,10 +113,6 @@ def test_a_scale_that_does_not_fit_into_memory_is_named(tmp_path: Path) -> None:
         write_attention_maps(Full(), make_samples(2), tmp_path, config, cpu_runtime())
 
 
-def test_whole_split_can_be_walked_through(maps: AttentionMaps) -> None:
-    assert [tuple(denoised.shape) for denoised in FusedMaps(maps, make_samples(3))] == [(3, 32, 40)] * 3
-
-
 @pytest.mark.parametrize("rule", FUSIONS)
 def test_fusing_the_labelled_classes_alone_changes_nothing(rule: str) -> None:
     torch.manual_seed(0)
@@ -125,13 +121,6 @@ def test_fusing_the_labelled_classes_alone_changes_nothing(rule: str) -> None:
         image_label = torch.tensor(label).float()
         expected = denoise(fuse_cams(cams, (8, 9), rule, scales), image_label)
         assert torch.equal(fuse_and_denoise(cams, (8, 9), image_label, rule, scales), expected)
-
-
-def test_maps_of_absent_classes_stay_where_they_are_asked_for(maps: AttentionMaps) -> None:
-    samples = make_samples(3)
-    noisy = FusedMaps(maps, samples, denoise=False)
-    assert torch.equal(noisy[1], maps.fused("image1"))
-    assert not torch.equal(noisy[1], FusedMaps(maps, samples)[1])
 
 
 def test_masks_are_maps_of_zero_and_one() -> None:

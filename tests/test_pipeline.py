@@ -12,24 +12,19 @@ import pytest
 import torch
 from helpers import same_weights, tiny_config
 from PIL import Image
-from torch import Tensor
 
 from smaflib import files
 from smaflib.cams import fuse_cams, multi_scale_cams
 from smaflib.config import ModelConfig, Variant
 from smaflib.data import make_data
-from smaflib.data.sample import SampleFiles, Samples
-from smaflib.data.voc import check_saliency_sizes
-from smaflib.errors import DataError, InputError, MissingStage
+from smaflib.errors import ConfigError, DataError, InputError
 from smaflib.evaluation import evaluate, masks_of
-from smaflib.maps import FusedMaps, MaskMaps, SaliencyMaps
+from smaflib.maps import FusedMaps, SaliencyMaps
 from smaflib.pipeline import (
-    Workspace,
     attend,
+    check_custom,
     check_networks,
     evaluate_network,
-    resolve_bg_score,
-    resolve_mask_bg_score,
     self_train_rounds,
     train_segmentation,
     train_student,
@@ -40,8 +35,9 @@ from smaflib.pipeline import (
 )
 from smaflib.pseudo_masks import pseudo_mask, pseudo_masks
 from smaflib.reactivation import blend_saliency, denoise, hard_labels, reactivate
-from smaflib.runtime import Runtime
+from smaflib.self_training import self_train
 from smaflib.thresholds import choose_bg_score
+from smaflib.workspace import Workspace
 
 
 def tiny(folder: Path, **groups: Any) -> Workspace:
@@ -62,7 +58,6 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     make_data(work.config, work.folder)
     train_teacher(work)
     write_maps(work, "teacher")
-    resolve_bg_score(work)
     self_train_rounds(work)
     write_masks(work)
     train_segmentation(work)
@@ -84,7 +79,6 @@ def test_everything_lies_where_the_workspace_says(done: Workspace) -> None:
     assert {f"checkpoints/{name}.safetensors" for name in ("teacher", "student", "segmenter")} <= made
     assert {f"cams/{name}/{image_id}.npz" for name in ("teacher", "student") for image_id in ids} <= made
     assert {f"masks/{image_id}.png" for image_id in ids} <= made
-    assert {"bg_scores/teacher.json", "bg_scores/student.json"} <= made
     assert len(done.masks(done.samples("val"), "masks_segmenter")) == 2
     assert done.maps("student", "val").folder.name == "student_val"
 
@@ -138,11 +132,10 @@ def test_each_rounds_student_is_the_next_rounds_teacher(copy: Workspace, monkeyp
     work = changed(copy, self_training={"rounds": 2})
     work.checkpoint("student").unlink()
     taught: list[Any] = []
-    original = __import__("smaflib.self_training").self_training.self_train
 
     def note(teacher: Any, samples: Any, denoised: FusedMaps, *rest: Any, **options: Any) -> Any:
         taught.append((teacher, denoised.maps.folder.name))
-        return original(teacher, samples, denoised, *rest, **options)
+        return self_train(teacher, samples, denoised, *rest, **options)
 
     monkeypatch.setattr("smaflib.self_training.self_train", note)
     histories = self_train_rounds(work)
@@ -176,63 +169,37 @@ def test_targets_are_the_denoised_maps_of_all_scales_or_of_one(
     train_student(copy, "student")
     assert taught.pop()[0] == []
 
-    # With refine the targets are the masks that the CRF, or code of somebody's own, makes of the maps.
-    code = "def upside_down(image, scores): return scores.flip(1)"
-    (copy.folder / "own_targets.py").write_text(code, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(copy.folder))
-    samples, made = copy.samples(), {}
-    for refine in ("crf", "par", "own_targets:upside_down"):
-        work = changed(copy, self_training={"refine": refine}, pseudo_masks={"refine": "none", "num_workers": 1})
-        train_student(work, "another")
-        refined = taught[-1][0]
-        assert isinstance(refined, MaskMaps)
-        settings = work.config.pseudo_masks.model_copy(update={"refine": refine})
-        made[refine] = list(pseudo_masks(samples, work.denoised("teacher", samples), work.bg_score, settings))
-        for maps, mask in zip(refined, made[refine], strict=True):
-            assert torch.equal(maps, torch.stack([(mask == k + 1).float() for k in range(len(maps))]))
-    by_hand = [hard_labels(maps, copy.bg_score).flip(0) for maps in copy.denoised("teacher", samples)]
-    assert all(map(torch.equal, made["own_targets:upside_down"], by_hand))
-    assert not all(map(torch.equal, made["crf"], by_hand))
+    # With refine the targets are the masks that a refinement makes of the maps.
+    samples = copy.samples()
+    work = changed(copy, self_training={"refine": "crf"}, pseudo_masks={"refine": "none", "num_workers": 1})
+    train_student(work, "another")
+    settings = work.config.pseudo_masks.model_copy(update={"refine": "crf"})
+    masks = list(pseudo_masks(samples, work.denoised("teacher", samples), work.bg_score, settings))
+    for maps, mask in zip(taught[-1][0], masks, strict=True):
+        assert torch.equal(maps, torch.stack([(mask == k + 1).float() for k in range(len(maps))]))
 
 
-def test_targets_are_refined_on_the_runs_device(copy: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    devices: list[torch.device] = []
-
-    def note(samples: Any, maps: Any, bg_score: float, settings: Any, *, device: torch.device, desc: str) -> list[Any]:
-        devices.append(device)
-        return [torch.zeros(1, 1, dtype=torch.uint8)] * len(samples)
-
-    monkeypatch.setattr("smaflib.pseudo_masks.pseudo_masks", note)
-    monkeypatch.setattr("smaflib.self_training.self_train", lambda *_, **__: (None, []))
-    monkeypatch.setattr("smaflib.runtime.make_runtime", lambda config: Runtime(torch.device("meta")))
-    train_student(changed(copy, self_training={"refine": "crf"}), "another")
-    assert devices == [torch.device("meta")]
-
-
-def test_auto_is_resolved_once_from_the_teachers_maps_and_stored(copy: Workspace) -> None:
+def test_auto_is_chosen_once_from_the_maps_and_stored(copy: Workspace) -> None:
     work = changed(copy, attention={"bg_score": "auto"}, pseudo_masks={"bg_score": None})
-    work.path("bg_scores", "teacher.json").unlink()
-    with pytest.raises(MissingStage, match="stage 03 resolves it"):
-        _ = work.bg_score
-    chosen = resolve_bg_score(work)
-    assert chosen == choose_bg_score(work.denoised("teacher", work.samples())) == work.bg_score
-    assert files.read_json(work.path("bg_scores", "teacher.json"), {}) == {"bg_score": chosen}
-    # What is stored counts, whatever the maps would say now.
-    files.write_json(work.path("bg_scores", "teacher.json"), {"bg_score": 0.55})
-    assert resolve_bg_score(work) == work.bg_score == 0.55
-    work.path("bg_scores", "student.json").unlink()
-    assert resolve_mask_bg_score(work) == choose_bg_score(work.denoised("student", work.samples()))
+    chosen = work.bg_score
+    assert chosen == choose_bg_score(work.denoised("teacher", work.samples()))
+    stored = work.path("bg_scores", "teacher.json")
+    assert files.read_json(stored, {}) == {"bg_score": chosen}
+    files.write_json(stored, {"bg_score": 0.55})
+    assert work.bg_score == 0.55  # what is stored counts, whatever the maps would say now
+    assert work.mask_bg_score() == choose_bg_score(work.denoised("student", work.samples()))
     eps = changed(work, classifier={"pretraining": "eps"})
     eps.path("bg_scores", "student.json").unlink()
     by_saliency = choose_bg_score(eps.denoised("student", eps.samples()), SaliencyMaps(eps.samples()))
-    assert resolve_mask_bg_score(eps) == by_saliency
-    fixed = changed(copy, attention={"bg_score": "auto"}, pseudo_masks={"bg_score": 0.45})
-    assert resolve_mask_bg_score(fixed) == 0.45
-    # The teacher's masks have a score of their own; that of the targets stays.
-    assert resolve_mask_bg_score(fixed, "teacher") == 0.45
-    assert files.read_json(work.path("bg_scores", "teacher_masks.json"), {}) == {"bg_score": 0.45}
-    assert files.read_json(work.path("bg_scores", "teacher.json"), {}) == {"bg_score": 0.55}
-    assert changed(copy, attention={"bg_score": 0.25}).bg_score == 0.25  # a number needs no file
+    assert eps.mask_bg_score() == by_saliency
+    # The teacher's masks have another threshold than the targets.
+    assert work.mask_bg_score("teacher") == chosen and work.bg_score == 0.55
+    fixed = changed(copy, attention={"bg_score": 0.25}, pseudo_masks={"bg_score": 0.45})  # numbers need no file
+    assert (fixed.bg_score, fixed.mask_bg_score()) == (0.25, 0.45)
+    unmade = changed(work, attention={"bg_score": "auto", "scales": (3.0,)})
+    stored.unlink()
+    with pytest.raises(DataError, match="attention maps"):
+        _ = unmade.bg_score
 
 
 def test_full_supervision_learns_the_ground_truth(copy: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,54 +229,29 @@ def test_networks_are_evaluated_at_the_training_splits_oracle_threshold(copy: Wo
         assert means[split] == evaluate(masks, truth, samples.class_names, copy.config.evaluation).miou
     copy._samples["val"] = copy.samples("val").subset([])  # a folder of custom images has no val
     assert evaluate_network(copy, "teacher", Variant.TEACHER, scales=[1.0])[1] == oracle
-    several, _ = evaluate_network(
-        copy, "teacher", Variant.TEACHER_FUSED, scales=[0.5, 1.0], rule="max", bg_score=0.35, splits=["train"]
-    )
-    assert {(r.get("scale"), r.get("fusion")) for r in several} == {(None, "max")}
-    samples = copy.samples()
-    by_hand = masks_of(copy.denoised("teacher", samples, [0.5, 1.0], "max"), 0.35)
-    metrics = evaluate(by_hand, samples.ground_truth or [], samples.class_names, copy.config.evaluation)
-    assert metrics.miou in [r["value"] for r in several if r["class_name"] == "mean"]
-    own, score = evaluate_network(copy, "teacher", Variant.TEACHER_FUSED, bg_score=0.35, splits=["train"])
-    assert score == 0.35 and {r["fusion"] for r in own} == {copy.config.attention.fusion}
+    own, score = evaluate_network(copy, "teacher", Variant.TEACHER_FUSED, rule="max", bg_score=0.35, splits=["train"])
+    assert score == 0.35 and {r["fusion"] for r in own} == {"max"}
 
 
-def test_importing_the_chain_imports_no_torch() -> None:
-    code = "import sys, smaflib.pipeline; sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
+def test_opening_a_run_imports_no_torch() -> None:
+    code = "import sys, smaflib.workspace, smaflib.runs; sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_saliency_takes_part_in_targets_only_where_the_teacher_knows_it(copy: Workspace) -> None:
-    def weights(work: Workspace) -> list[Tensor]:
-        work.checkpoint("student").unlink(missing_ok=True)
-        student, _ = train_student(work)
-        return [parameter.detach() for parameter in student.parameters()]
-
-    plain = weights(copy)
-    work = changed(copy, self_training={"saliency_weight": 0.4})
-    assert all(map(torch.equal, weights(work), plain))  # of a teacher that has learned from image labels alone
-    eps = changed(work, classifier={"pretraining": "eps"})
-    assert not all(map(torch.equal, weights(eps), plain))
-    samples = eps.samples()
-    maps = eps.denoised("teacher", samples)[0]
-    blended = eps.denoised("teacher", samples, saliency_weight=0.4)[0]
-    assert torch.equal(blended, blend_saliency(maps, SaliencyMaps(samples)[0], 0.4))
-
-
-def test_saliency_takes_part_in_masks_only_where_the_teacher_knows_it(copy: Workspace) -> None:
-    work = changed(copy, pseudo_masks={"saliency_weight": 0.4, "bg_score": "auto", "refine": "none"})
+def test_saliency_takes_part_only_where_the_teacher_knows_it(copy: Workspace) -> None:
+    settings = {"saliency_weight": 0.4}
+    work = changed(copy, self_training=settings, pseudo_masks=settings | {"bg_score": "auto", "refine": "none"})
     eps, samples = changed(work, classifier={"pretraining": "eps"}), copy.samples()
-    for kind, weight in ((work, 0.0), (eps, 0.4)):
-        kind.path("bg_scores", "student.json").unlink(missing_ok=True)
-        for mask in kind.path("masks").glob("*.png"):
-            mask.unlink()
-        by_hand = kind.denoised("student", samples, saliency_weight=weight)
-        assert all(map(torch.equal, kind.mask_maps("student", samples), by_hand))
-        masks, score = write_masks(kind), resolve_mask_bg_score(kind)
-        assert score == choose_bg_score(by_hand, SaliencyMaps(samples) if kind is eps else None)
-        assert all(torch.equal(mask, hard_labels(maps, score)) for mask, maps in zip(masks, by_hand, strict=True))
-    # What becomes a target is another setting.
-    assert torch.equal(eps.denoised("teacher", samples)[0], work.denoised("teacher", samples)[0])
+    assert (work.config.target_saliency_weight, eps.config.target_saliency_weight) == (0.0, 0.4)
+    blended = blend_saliency(eps.denoised("student", samples)[0], SaliencyMaps(samples)[0], 0.4)
+    assert torch.equal(eps.mask_maps("student", samples)[0], blended)
+    for kind in (work, eps):
+        for path in [*kind.path("masks").glob("*.png"), *kind.path("bg_scores").glob("student.json")]:
+            path.unlink()
+        maps = kind.mask_maps("student", samples)
+        masks, score = write_masks(kind), kind.mask_bg_score()
+        assert score == choose_bg_score(maps, SaliencyMaps(samples) if kind is eps else None)
+        assert all(torch.equal(mask, hard_labels(each, score)) for mask, each in zip(masks, maps, strict=True))
 
 
 # --- what is refused before anything is trained -----------------------------------------------------------------------
@@ -330,15 +272,6 @@ def test_saliency_maps_of_another_size_are_refused_before_the_teacher_is_trained
     assert str(chosen[0]) in str(caught.value) and not work.checkpoint("teacher").exists()
 
 
-def test_upright_saliency_maps_of_turned_photos_are_fine(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn
-    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
-    Image.new("L", (30, 40)).save(tmp_path / "a.png")
-    files = (SampleFiles("a", tmp_path / "a.jpg", (0,), tmp_path / "a.png"),)
-    check_saliency_sizes(Samples(files, ("cat",), "train", lambda *_: pytest.fail("nothing needs to be decoded")))
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -351,3 +284,52 @@ def test_networks_that_cannot_be_built_are_refused(settings: dict[str, Any], mes
     check_networks(changed(tiny(tmp_path), segmentation={"enabled": True}).config)
     with pytest.raises(InputError, match=message):
         check_networks(changed(tiny(tmp_path), **settings).config)
+
+
+# --- custom code ------------------------------------------------------------------------------------------------------
+
+CUSTOM = """
+import torch
+from torch import nn
+
+def rule(maps, scales): return maps.mean(dim=0)
+def softmax(maps, scales): return maps.softmax(dim=1).sum(dim=0)
+def too_small(maps, scales): return maps.sum(dim=0)[:, ::2]
+def refine(image, scores): return scores - 1
+class Source(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+    def forward(self, images):
+        gradient, = torch.autograd.grad(self.network(images.requires_grad_()).sum(), images)
+        return gradient.abs()[:, :2]
+class Backbone(nn.Conv2d):
+    num_features = 4
+    def __init__(self, config): super().__init__(3, 5, 8, stride=8)
+"""
+
+
+@pytest.mark.parametrize(
+    ("group", "setting", "name", "message"),
+    [
+        ("attention", "fusion", "rule", None),
+        ("attention", "fusion", "softmax", "fused differently without the others"),
+        ("attention", "fusion", "too_small", r"the shape \(2, 8, 12\), not \(2, 16, 12\)"),
+        ("attention", "fusion", "gone", "cannot load own_code:gone: AttributeError"),
+        ("attention", "source", "Source", None),
+        ("pseudo_masks", "refine", "refine", "not finite and non-negative"),
+        ("model", "backbone", "Backbone", "5 channels|num_features"),
+    ],
+)
+def test_custom_code_is_called_once_before_a_run(
+    group: str, setting: str, name: str, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_code.py").write_text(CUSTOM, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_code", raising=False)
+    config = tiny_config(**{group: {setting: f"own_code:{name}"}})
+    if message is None:
+        check_custom(config)
+    else:
+        with pytest.raises(ConfigError, match=rf"{group}\.{setting}: .*({message})"):
+            check_custom(config)

@@ -13,10 +13,7 @@ from smaflib.config import Config, load_config
 from smaflib.data.masks import save_mask
 from smaflib.files import PROJECT_ROOT
 from smaflib.pipeline import (
-    Workspace,
     check_networks,
-    resolve_bg_score,
-    resolve_mask_bg_score,
     self_train_rounds,
     train_segmentation,
     train_teacher,
@@ -27,6 +24,7 @@ from smaflib.pipeline import (
 from smaflib.runs.manifest import read_manifest
 from smaflib.runs.runner import run_notebooks
 from smaflib.runs.stages import STAGES
+from smaflib.workspace import Workspace
 
 SIZE = 48
 COLORS = {"bird": (210, 40, 40), "car": (40, 40, 210)}
@@ -160,9 +158,7 @@ def test_preset_runs_from_images_to_masks(preset: str, data: Path, tmp_path: Pat
     work = Workspace(tmp_path, config)
     train_teacher(work)
     write_maps(work, "teacher")
-    resolve_bg_score(work)
     self_train_rounds(work)
-    resolve_mask_bg_score(work)
     assert len(write_masks(work)) == len(work.samples()) > 0
     train_segmentation(work)
     assert len(write_segmentation(work)) == len(work.samples("val")) > 0

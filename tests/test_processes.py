@@ -24,9 +24,7 @@ from smaflib.config import Config, dump_config
 from smaflib.data import make_data
 from smaflib.errors import ConfigError, RunError
 from smaflib.pipeline import (
-    Workspace,
     check_networks,
-    resolve_bg_score,
     train_student,
     train_teacher,
     write_maps,
@@ -37,6 +35,7 @@ from smaflib.runtime import cpu_runtime
 from smaflib.segmentation import train_segmenter
 from smaflib.self_training import self_train
 from smaflib.training import load_history
+from smaflib.workspace import Workspace
 
 LONG: dict[str, Any] = TRAINING | {"iterations": 50, "batch_size": 5, "optimizer": "sgd", "learning_rate": 0.01}
 """Not AdamW: where a gradient is next to zero, its first steps are as long as elsewhere, with a rounding's sign."""
@@ -157,7 +156,6 @@ def test_maps_targets_and_masks_of_two_processes_are_those_of_one(tmp_path: Path
     shutil.copy(one.checkpoint("teacher"), two.checkpoint("teacher"))
     for work in (one, two):
         write_maps(work, "teacher")
-        resolve_bg_score(work)
     student, curve = train_student(two)
     assert curve == load_history(two.checkpoint("student")) and len(curve) == 6
     alone, _ = train_student(one)
@@ -240,8 +238,9 @@ def test_what_a_process_raises_is_raised_here(tmp_path: Path, capfd: pytest.Capt
 def test_processes_end_with_the_one_that_waits(tmp_path: Path) -> None:
     work = workspace(tmp_path, 2, classifier=LONG | {"iterations": 1000, "checkpoint_minutes": 0})
     (tmp_path / "config.yaml").write_text(dump_config(work.config), encoding="utf-8")
-    code = "import sys; from pathlib import Path; from smaflib import config, pipeline; folder = Path(sys.argv[1]); "
-    code += "pipeline.train_teacher(pipeline.Workspace(folder, config.load_config(folder / 'config.yaml')))"
+    code = "import sys; from pathlib import Path; from smaflib import config, pipeline, workspace\n"
+    code += "folder = Path(sys.argv[1]); "
+    code += "pipeline.train_teacher(workspace.Workspace(folder, config.load_config(folder / 'config.yaml')))"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.DEVNULL)
     try:
         while not work.checkpoint("teacher").is_file():

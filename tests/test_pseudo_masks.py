@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -19,7 +14,6 @@ from torch import Tensor
 from smaflib import pseudo_masks as module
 from smaflib.config import CrfConfig, ParConfig, PseudoMaskConfig
 from smaflib.data.masks import read_mask
-from smaflib.files import PARTIAL
 from smaflib.pseudo_masks import pseudo_mask, pseudo_masks, write_pseudo_masks
 from smaflib.refinement import dense_crf, pixel_adaptive_refinement
 
@@ -73,14 +67,6 @@ def test_processes_give_what_one_process_gives_in_the_same_order() -> None:
     assert not any(given.is_shared() for given in maps.given)
 
 
-def test_stopping_early_leaves_nothing_in_the_way_of_a_new_start() -> None:
-    samples, maps = make_samples(40, SIZE), RandomMaps(40)
-    first = next(pseudo_masks(samples, maps, 0.5, with_crf(2)))  # the rest is dropped
-    assert len(maps.asked) <= 8  # four images per process are under way, not the data set
-    again = list(pseudo_masks(samples, RandomMaps(40), 0.5, with_crf(2)))
-    assert len(again) == 40 and torch.equal(again[0], first)
-
-
 def test_masks_come_one_by_one() -> None:
     maps = RandomMaps(20)
     masks = pseudo_masks(make_samples(20, SIZE), maps, 0.5, UNREFINED)
@@ -98,54 +84,22 @@ def test_masks_are_written_as_palette_pngs(tmp_path: Path) -> None:
         assert torch.equal(read_mask(tmp_path / "masks" / f"{sample.image_id}.png"), expected)
 
 
-def test_refine_none_leaves_the_crf_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*args: object, **kwargs: object) -> None:
-        raise AssertionError("refined")
-
-    monkeypatch.setattr(module, "refine_many", never)
-    monkeypatch.setattr(module, "refine", never)
-    write_pseudo_masks(make_samples(2, SIZE), RandomMaps(2), tmp_path, 0.5, UNREFINED)
-    assert torch.equal(
-        read_mask(tmp_path / "image1.png"), pseudo_mask(torch.empty(0), RandomMaps(2)[1], 0.5, UNREFINED)
-    )
-
-
-def test_killed_writing_resumes_with_what_is_missing_one_map_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    samples, config = make_samples(6, SIZE), UNREFINED
-    whole = tmp_path / "whole"
-    write_pseudo_masks(samples, RandomMaps(6), whole, 0.5, config)
-
-    resumed = tmp_path / "resumed"
-    write_pseudo_masks(samples[:2], RandomMaps(2), resumed, 0.5, config)  # as far as the killed run came
-    write_pseudo_masks(samples.subset([4]), [RandomMaps(6)[4]], resumed, 0.5, config)
-    times = {path.name: path.stat().st_mtime_ns for path in resumed.iterdir()}
-    assert len(times) == 3
-
-    maps, most_ahead = RandomMaps(6), 0
+def test_existing_masks_are_kept_and_maps_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, maps, most_ahead = make_samples(6, SIZE), RandomMaps(6), 0
+    write_pseudo_masks(samples[:2], RandomMaps(2), tmp_path, 0.5, UNREFINED)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     original = module.save_mask
 
     def spy(path: Path, mask: Tensor) -> None:
         nonlocal most_ahead
         original(path, mask)
-        most_ahead = max(most_ahead, len(maps.asked) - (len(list(resumed.iterdir())) - 3))
+        most_ahead = max(most_ahead, len(maps.asked) - (len(list(tmp_path.iterdir())) - 2))
 
     monkeypatch.setattr(module, "save_mask", spy)
-    write_pseudo_masks(samples, maps, resumed, 0.5, config)
-    assert maps.asked == [2, 3, 5]
+    write_pseudo_masks(samples, maps, tmp_path, 0.5, UNREFINED)
+    assert maps.asked == [2, 3, 4, 5]
     assert most_ahead <= 1  # the maps of a data set do not fit into memory
-    for path in whole.iterdir():
-        assert (resumed / path.name).read_bytes() == path.read_bytes()
-    assert all((resumed / name).stat().st_mtime_ns == time for name, time in times.items())
-
-
-def test_complete_folder_asks_for_nothing(tmp_path: Path) -> None:
-    samples, config = make_samples(2, SIZE), UNREFINED
-    write_pseudo_masks(samples, RandomMaps(2), tmp_path, 0.5, config)
-    maps = RandomMaps(2)
-    write_pseudo_masks(samples, maps, tmp_path, 0.5, config)
-    assert maps.asked == []
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
 
 
 def test_scores_and_pixel_adaptive_refinement_start_from_the_maps() -> None:
@@ -171,59 +125,3 @@ def test_config_names_the_refinement(tmp_path: Path, refine: Literal["crf", "par
     expected = pseudo_mask(samples[1].image, maps[1], 0.5, config)
     assert torch.equal(read_mask(tmp_path / "image1.png"), expected)
     assert not torch.equal(expected, pseudo_mask(samples[1].image, maps[1], 0.5, UNREFINED))
-
-
-KILLED = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from test_pseudo_masks import CRF, SIZE, RandomMaps
-from helpers import make_samples
-from smaflib.config import PseudoMaskConfig
-from smaflib.pseudo_masks import write_pseudo_masks
-class SlowMaps(RandomMaps):  # so that there is time to kill it
-    def __getitem__(self, index):
-        time.sleep(0.02)
-        return super().__getitem__(index)
-config = PseudoMaskConfig(crf=CRF, num_workers=2)
-write_pseudo_masks(make_samples(400, SIZE), SlowMaps(400), Path(sys.argv[1]), 0.5, config)
-"""
-
-
-def processes_with(variable: str) -> list[str]:
-    """Where Linux lists them: processes that have an environment variable, told as NAME=VALUE."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # gone meanwhile
-            if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(folder.name)
-    return found
-
-
-def whole_masks(folder: Path) -> list[Path]:
-    """Masks without the file that is being written, which glob lists, too."""
-    return [path for path in folder.glob("*.png") if not path.name.startswith(PARTIAL)]
-
-
-def test_a_killed_process_and_its_successor_write_what_one_writes(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(Path(__file__).parent)]
-    mark = f"SMAF_TEST_MARK={tmp_path}"
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "SMAF_TEST_MARK": str(tmp_path)})
-    deadline = time.monotonic() + 60
-    while len(whole_masks(tmp_path / "killed")) < 20:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    while left := processes_with(mark):  # its workers go, too
-        assert time.monotonic() < deadline, left
-        time.sleep(0.05)
-    written = {path: path.read_bytes() for path in whole_masks(tmp_path / "killed")}
-    assert 20 <= len(written) < 400
-    samples, maps, config = make_samples(400, SIZE), RandomMaps(400), with_crf(1)
-    write_pseudo_masks(samples, maps, tmp_path / "killed", 0.5, config)
-    write_pseudo_masks(samples, RandomMaps(400), tmp_path / "whole", 0.5, config)
-    assert len(maps.asked) == 400 - len(written)  # nothing was made twice
-    for path in (tmp_path / "whole").iterdir():
-        assert (tmp_path / "killed" / path.name).read_bytes() == path.read_bytes()
-    assert all(path.read_bytes() == content for path, content in written.items())

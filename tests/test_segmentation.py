@@ -22,13 +22,11 @@ from torch import Tensor
 
 from smaflib import segmentation
 from smaflib.config import CrfConfig, SegmentationConfig
-from smaflib.data.masks import MaskFiles, read_mask, save_mask
-from smaflib.errors import ConfigError, DataError
+from smaflib.data.masks import read_mask
 from smaflib.evaluation import evaluate
-from smaflib.models.backbones import TimmBackbone
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
 from smaflib.refinement import dense_crf
-from smaflib.runtime import Runtime, cpu_runtime
+from smaflib.runtime import cpu_runtime
 from smaflib.segmentation import multi_scale_logits, segment, segmentation_loss, start_as_student
 
 CPU = cpu_runtime(0)
@@ -56,14 +54,6 @@ def test_loss_of_void_alone_is_zero_with_a_gradient() -> None:
     assert float(loss.detach()) == 0 and logits.grad is not None and not logits.grad.any()
 
 
-def test_loss_is_taken_at_the_masks_size() -> None:
-    logits = torch.randn(2, 3, 4, 4, generator=generator(0))
-    mask = torch.randint(0, 3, (2, 8, 8), dtype=torch.uint8, generator=generator(1))
-    upsampled = torch.nn.functional.interpolate(logits, size=(8, 8), mode="bilinear", align_corners=False)
-    expected = torch.nn.functional.cross_entropy(upsampled, mask.long())
-    torch.testing.assert_close(segmentation_loss(logits, mask), expected)
-
-
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -74,14 +64,6 @@ def test_segmenter_learns_three_colours() -> None:
     assert [set(record) for record in history] == [{"iteration", "L_seg"}] * 60
     predicted = [segment(network, sample.image, config.segmentation) for sample in samples]
     assert evaluate(predicted, masks, CLASSES).miou > 0.5
-
-
-def test_masks_given_are_what_is_learnt_and_not_the_ground_truth() -> None:
-    config = tiny_config(segmentation={"iterations": 2})
-    network, _ = train_segmentation(make_samples(ground_truth=True), true_masks(), config, CPU)
-    assert same_weights(network, train_segmentation(make_samples(ground_truth=False), true_masks(), config, CPU)[0])
-    inverted = [(mask == 0).byte() for mask in true_masks()]
-    assert not same_weights(network, train_segmentation(make_samples(ground_truth=True), inverted, config, CPU)[0])
 
 
 def test_outside_of_the_image_is_void(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,15 +81,6 @@ def test_outside_of_the_image_is_void(monkeypatch: pytest.MonkeyPatch) -> None:
     inside = mask != 255
     assert int(inside.sum()) == 2 * 32 * 26  # 32 x 40 images, the long side brought to 32
     assert set(mask[inside].tolist()) <= {0, 1, 2, 3} and bool((mask[inside] > 0).any())
-
-
-def test_training_is_kept_and_follows_the_seed(tmp_path: Path) -> None:
-    config, samples, path = tiny_config(), make_samples(), tmp_path / "segmenter.safetensors"
-    network, history = train_segmentation(samples, true_masks(), config, CPU, path)
-    again, same_history = train_segmentation(samples, true_masks(), config, CPU, path)
-    assert same_weights(network, again) and same_history == history and not again.training
-    assert not same_weights(network, train_segmentation(samples, true_masks(), config, cpu_runtime(1))[0])
-    assert same_weights(new_segmenter(config, 3, CPU), new_segmenter(config, 3, CPU))
 
 
 def test_features_of_a_frozen_backbone_are_standardised(tmp_path: Path) -> None:
@@ -206,16 +179,6 @@ def test_probabilities_and_not_logits_are_averaged_over_scales() -> None:
         assert bool((segment(Loud(), image, config) == label).all())
 
 
-def test_mirror_image_gets_the_mirrored_mask() -> None:
-    torch.manual_seed(0)
-    config = tiny_config()
-    network, image = new_segmenter(config, 3, CPU), make_samples(1)[0].image
-    settings = config.segmentation.model_copy(update={"test_scales": (0.5, 1.0)})
-    one, other = segment(network, image, settings), segment(network, image.flip(-1), settings)
-    assert float((one.flip(-1) == other).float().mean()) > 0.999  # but for ties of rounding
-    assert not network.training
-
-
 @pytest.mark.parametrize("unary", ["scores", "labels"])
 def test_crf_refines_the_averaged_probabilities_or_their_labels(unary: Any) -> None:
     image = make_samples(1)[0].image
@@ -228,14 +191,6 @@ def test_crf_refines_the_averaged_probabilities_or_their_labels(unary: Any) -> N
     probabilities = torch.stack([torch.zeros_like(logit), logit]).softmax(dim=0)
     given = probabilities if unary == "scores" else probabilities.argmax(dim=0)
     assert torch.equal(segment(network, image, config), dense_crf(image, given, crf, num_labels=2))
-
-
-def test_bf16_labels_nearly_the_same() -> None:
-    config = tiny_config()
-    network, image = new_segmenter(config, 3, CPU), make_samples(1)[0].image
-    exact = segment(network, image, config.segmentation)
-    rough = segment(network, image, config.segmentation, Runtime(torch.device("cpu"), "bf16"))
-    assert float((exact == rough).float().mean()) > 0.9
 
 
 # --- masks from files -------------------------------------------------------------------------------------------------
@@ -253,31 +208,6 @@ def test_a_split_is_segmented_like_each_image(tmp_path: Path, crf: CrfConfig | N
         assert (mask != segment(network, sample.image, settings, CPU)).float().mean() < 0.01
 
 
-def test_the_network_is_brought_to_the_runs_device(tmp_path: Path) -> None:
-    class Noting(Runtime):
-        def place(self, network: Any) -> Any:
-            placed.append(network)
-            return super().place(network)
-
-    placed: list[Any] = []
-    settings = tiny_config().segmentation
-    network = SegmentationNetwork(tiny_config().model, settings, len(CLASSES))
-    segmentation.write_segmentation(network, make_samples(1), tmp_path, settings, Noting(torch.device("cpu")))
-    assert placed == [network]
-
-
-def test_mask_files_are_read_when_asked_for(tmp_path: Path) -> None:
-    masks = true_masks(3)
-    paths = [tmp_path / f"{index}.png" for index in range(3)]
-    for path, mask in zip(paths, masks, strict=True):
-        save_mask(path, mask)
-    files = MaskFiles(paths)
-    assert len(files) == 3 and all(torch.equal(one, other) for one, other in zip(files, masks, strict=True))
-    paths[1].unlink()
-    with pytest.raises(DataError, match=r"1 of 3 masks are missing, the first is .*1\.png"):
-        MaskFiles(paths)
-
-
 # --- several scales ---------------------------------------------------------------------------------------------------
 
 
@@ -292,10 +222,3 @@ def test_views_of_several_scales_and_their_maximum() -> None:
     assert half.shape == (2, 3, 2, 3) and torch.equal(whole, single)
     upsampled = torch.nn.functional.interpolate(half, size=(4, 6), mode="bilinear", align_corners=False)
     assert torch.equal(strongest, torch.maximum(upsampled, whole)) and not torch.equal(strongest, whole)
-
-
-def test_own_backbone_for_segmentation() -> None:
-    config = tiny_config(segmentation={"model": {"backbone": "resnet18"}, "aspp_dilations": [1]})
-    assert isinstance(new_segmenter(config, 3, CPU).backbone, TimmBackbone)
-    with pytest.raises(ConfigError, match="segmentation.initial_weights"):
-        tiny_config(segmentation={"model": {"backbone": "resnet18"}, "initial_weights": "student"})

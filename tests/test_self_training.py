@@ -14,7 +14,7 @@ from smaflib import self_training
 from smaflib.errors import ConfigError
 from smaflib.maps import write_attention_maps
 from smaflib.models import with_background
-from smaflib.runtime import Runtime, cpu_runtime
+from smaflib.runtime import cpu_runtime
 from smaflib.self_training import mac_loss
 
 CPU = cpu_runtime(0)
@@ -42,11 +42,6 @@ def test_mac_loss_meets_at_the_targets_size_with_aligned_corners() -> None:
     expected = torch.sigmoid(torch.tensor([0.0, 1.0, 2.0, 3.0]))  # not 0, 0.75, 2.25, 3: the corners are aligned
     target = torch.stack([1 - expected, expected]).view(1, 2, 1, 4)
     assert float(mac_loss(logits, target)) == pytest.approx(0, abs=1e-9)
-
-
-def test_mac_loss_is_computed_in_float32() -> None:
-    logits, target = torch.randn(1, 3, 4, 4), torch.rand(1, 3, 8, 8)
-    assert torch.equal(mac_loss(logits.bfloat16(), target), mac_loss(logits.bfloat16().float(), target))
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -82,12 +77,6 @@ def test_student_trains_while_the_teacher_stays(pretraining: str, tmp_path: Path
     assert [set(record) for record in history] == [{"iteration", "L_mac"}] * 4
     again, same_history = train_student(teacher, samples, masks_as_maps(), config, CPU, path)
     assert same_weights(again, student) and same_history == history
-
-
-def test_student_learns_its_targets() -> None:
-    config = tiny_config(self_training={"iterations": 30, "learning_rate": 0.01, "batch_size": 3})
-    _, history = train_student(new_teacher(config, 3, CPU), make_samples(3), masks_as_maps(3), config, CPU)
-    assert history[-1]["L_mac"] < 0.5 * history[0]["L_mac"]
 
 
 def test_targets_are_reactivated_crops_at_a_quarter_of_the_side(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,17 +125,6 @@ def test_image_and_target_are_cut_alike(monkeypatch: pytest.MonkeyPatch) -> None
                 assert bool((image[number][core] > 1).all()) and bool((image[others][:, core] < -1).all())
                 checked += int(core.sum())
     assert checked > 1000
-
-
-def test_seed_and_precision_of_the_runtime_are_used() -> None:
-    config = tiny_config(self_training={"iterations": 2})
-    teacher, samples, denoised = new_teacher(config, 3, CPU), make_samples(), masks_as_maps()
-    students = [
-        train_student(teacher, samples, denoised, config, runtime)[0]
-        for runtime in (CPU, CPU, cpu_runtime(1), Runtime(torch.device("cpu"), "bf16"))
-    ]
-    assert same_weights(students[0], students[1])
-    assert not same_weights(students[0], students[2]) and not same_weights(students[0], students[3])
 
 
 def test_a_fresh_head_starts_undecided() -> None:

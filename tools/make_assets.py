@@ -12,8 +12,9 @@ from smaflib.data import load_samples, make_data
 from smaflib.files import replacing
 from smaflib.models.pretrained import ASSETS, CONFIG_FILE, ROLES, pretrained_network, short_config
 from smaflib.models.weights import read_weights, write_weights
-from smaflib.pipeline import Workspace, attend
+from smaflib.pipeline import attend
 from smaflib.pseudo_masks import pseudo_mask
+from smaflib.workspace import Workspace
 
 
 def export_networks(run_folder: Path, assets: Path = ASSETS) -> None:

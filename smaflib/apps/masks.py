@@ -14,10 +14,8 @@ from smaflib.data.masks import mask_values, read_mask
 from smaflib.data.sample import Samples
 from smaflib.errors import ConfigError
 from smaflib.pipeline import (
-    Workspace,
+    check_custom,
     check_networks,
-    check_plugins,
-    resolve_bg_score,
     self_train_rounds,
     train_teacher,
     write_maps,
@@ -27,6 +25,7 @@ from smaflib.report.html import write_page
 from smaflib.report.palette import class_color
 from smaflib.report.plots import overlay_mask
 from smaflib.runtime import progress
+from smaflib.workspace import Workspace
 
 OVERLAY_SIDE = 480
 """Longest side of an overlay, in pixels."""
@@ -47,7 +46,7 @@ def make_masks(config: Config, out: Path) -> Path:
         ConfigError: if ``out`` holds other files, or masks made from other images, labels or settings.
         DataError: if an image or the label table cannot be used.
     """
-    check_plugins(config)
+    check_custom(config)
     work = Workspace(out, config)
     samples = work.samples()
     if not work.checkpoint("teacher").is_file():
@@ -57,7 +56,6 @@ def make_masks(config: Config, out: Path) -> Path:
         if not all((out / "masks" / f"{image_id}.png").is_file() for image_id in samples.image_ids):
             train_teacher(work)
             write_maps(work, "teacher")
-            resolve_bg_score(work)
             self_train_rounds(work)
             write_masks(work)
         return _write_contact_sheet(samples, out)

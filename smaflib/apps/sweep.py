@@ -21,7 +21,6 @@ import yaml
 from smaflib import files
 from smaflib.config import load_config
 from smaflib.errors import ConfigError, RunError
-from smaflib.pipeline import check_plugins
 from smaflib.report.tables import FORMATS, difference_table, measurements, spread_table
 from smaflib.runs.manifest import read_manifest
 from smaflib.runs.run import read_run, run_folder
@@ -185,7 +184,10 @@ def run_jobs(
         run_folder(job.runs, job.name)
         config = load_config(job.config_file, list(job.overrides)).model_copy(update={"seed": 0})
         if config not in checked:
-            check_plugins(config)
+            if config.custom_code:
+                from smaflib.pipeline import check_custom  # imports torch
+
+                check_custom(config)
             checked.append(config)
     seeds = list(dict.fromkeys(job.seed for job in jobs))[int(found[1]) - 1 :: int(found[2])]
     chosen = [[job for job in jobs if job.seed == seed] for seed in seeds]

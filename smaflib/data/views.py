@@ -1,10 +1,4 @@
-"""Images as a network sees them: at several scales and normalised, decoded by loader workers while the device computes.
-
-Stages 2 and 6, and the classifier's solved head, run a network over a split in the same loop::
-
-    for batch in load_views(samples, scales, runtime):
-        for images in batch.views: ...  # (B, 3, H_s, W_s), on the device
-"""
+"""Images as a network sees them: at several scales and normalised, decoded by loader workers."""
 
 from __future__ import annotations
 
@@ -51,8 +45,7 @@ class ViewBatch:
     views: list[Tensor]
 
     @property
-    def size(self) -> tuple[int, int]:
-        """(H, W) of the images."""
+    def size(self) -> tuple[int, int]:  # (H, W)
         return self.images[0].shape[-2], self.images[0].shape[-1]
 
 
@@ -67,9 +60,7 @@ def load_views(
     """Load images at every scale, neighbours of one size together.
 
     Args:
-        samples: the split.
-        scales: factors of the images' size.
-        runtime: its device takes the views. On a CPU large images come one by one: together they would be slower.
+        runtime: its device receives the views. On a CPU large images come one by one: together they would be slower.
         indices: of the samples to load, in this order; None: all.
         desc: name on the progress bar.
         num_workers: loader processes; None: one per core beside a GPU, none on a CPU, whose cores compute.

@@ -29,7 +29,7 @@ from smaflib.classifier import classify_image, learned_views, predict_labels
 from smaflib.config import Config, CrfConfig, EvaluationConfig, FusionRule, PseudoMaskConfig
 from smaflib.data import Sample, load_samples
 from smaflib.data.masks import open_picture
-from smaflib.errors import DataError, MissingStage, RunError
+from smaflib.errors import DataError, RunError
 from smaflib.evaluation import confusion_matrix, intersection_over_union, mean_over_classes, sweep_thresholds
 from smaflib.files import display_path
 from smaflib.maps import AttentionMaps, fuse_and_denoise
@@ -277,7 +277,7 @@ class Gallery:
             )
         try:
             bg_score = run.bg_score
-        except MissingStage:  # "auto" is resolved by stage 03
+        except DataError:  # "auto", before stage 03 has written the maps
             bg_score = None
         return cls(samples, split.class_names, run.config, networks, stored, bg_score)
 

@@ -16,11 +16,11 @@ from smaflib import files
 from smaflib.config import Config, config_differences, dump_config, load_config
 from smaflib.errors import ConfigError, RunError
 from smaflib.files import RUNS_FOLDER, absolute, display_path
-from smaflib.pipeline import Workspace
 from smaflib.plugins import search_in
 from smaflib.runs.manifest import missing_outputs, read_manifest
 from smaflib.runs.metrics import RECORD_DEFAULTS, checked_record, read_records, replace_records
 from smaflib.runs.stages import STAGES, Stage, stage_named
+from smaflib.workspace import Workspace
 
 if TYPE_CHECKING:  # torch, pandas and matplotlib take seconds to import, and "smaf status" needs none
     import pandas as pd

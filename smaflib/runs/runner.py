@@ -27,7 +27,6 @@ from smaflib import files
 from smaflib.config import flat_settings, load_config
 from smaflib.errors import RunError
 from smaflib.files import RUNS_FOLDER, SHIPPED, absolute, display_path, duration
-from smaflib.pipeline import check_networks, check_plugins
 from smaflib.runs.environment import describe_machine
 from smaflib.runs.inputs import (
     NEVER_RAN,
@@ -119,7 +118,10 @@ def run_notebooks(
     sources = [find_run(source, runs, stages).folder for source in reuse]
     if folder in sources:
         raise RunError(f"--reuse {folder.name} is the run itself; name another one")
-    check_plugins(config)
+    if config.custom_code:
+        from smaflib.pipeline import check_custom  # imports torch, which a call that skips everything does not need
+
+        check_custom(config)
     run = open_run(folder, config_file, overrides, stages=stages)
     with files.locked(folder, "smaf run"):
         _await_kernel_of_killed_runner(run)
@@ -127,6 +129,8 @@ def run_notebooks(
             put_entry(folder, stage, None)
         entries = read_manifest(folder)["stages"]
         if stages == STAGES and any(entries.get(each.name, {}).get("status") != "complete" for each in chosen[2:]):
+            from smaflib.pipeline import check_networks
+
             check_networks(config)
         chain = _Chain(run, notebooks, outside_files(config), sources, keep_stale)
         changed = [stage for stage in chosen if chain.run_stage(stage, may_reuse=stage not in rerun)]

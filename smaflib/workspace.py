@@ -1,0 +1,163 @@
+"""The folder that a chain works in: its settings, networks, maps and masks by name.
+
+``smaf status`` opens one without torch: what needs torch is imported by the method that returns it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from smaflib import files
+from smaflib.config import BgScore, Config, Split
+
+if TYPE_CHECKING:
+    from smaflib.data.masks import MaskFiles
+    from smaflib.data.sample import Samples
+    from smaflib.maps import AttentionMaps, FusedMaps
+    from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
+    from smaflib.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder and the settings of everything in it.
+
+    Attributes:
+        folder: contains ``checkpoints/``, ``cams/``, ``bg_scores/``, ``masks/`` and ``masks_segmenter/``.
+        config: all settings.
+        data_home: folder for generated data; defaults to ``folder``.
+    """
+
+    folder: Path
+    config: Config
+    data_home: Path | None = field(default=None, kw_only=True)
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the folder."""
+        return self.folder.joinpath(*parts)
+
+    @property
+    def data_folder(self) -> Path:
+        """Parent of the folder ``data`` for generated data."""
+        return self.data_home or self.folder
+
+    def checkpoint(self, network: str) -> Path:
+        """The weights of ``teacher``, ``student``, ``student_control``, ``segmenter``, ..."""
+        return self.path("checkpoints", f"{network}.safetensors")
+
+    def samples(self, split: Split = "train") -> Samples:
+        """The images and image labels of a split, without masks; DataError if the data cannot be used."""
+        if split not in self._samples:
+            from smaflib.data import load_samples
+
+            self._samples[split] = load_samples(self.config, split, self.data_folder)
+        return self._samples[split]
+
+    @cached_property
+    def _samples(self) -> dict[str, Samples]:
+        return {}
+
+    def make_runtime(self) -> Runtime:
+        """Device, precision and seed of the config; sets torch's threads."""
+        from smaflib.runtime import make_runtime
+
+        return make_runtime(self.config)
+
+    def network(self, name: str) -> AttentionNetwork:
+        """A teacher or student from its checkpoint, in eval mode on the CPU; ConfigError if the file cannot be read."""
+        from smaflib.models.networks import load_attention_network
+
+        return load_attention_network(self.checkpoint(name), self.config.model, len(self.samples().class_names))
+
+    def segmenter(self) -> SegmentationNetwork:
+        """The segmentation network from its checkpoint, in eval mode on the CPU; ConfigError if it cannot be read."""
+        from smaflib.models.networks import load_segmentation_network
+
+        model, settings = self.config.model, self.config.segmentation
+        num_classes = len(self.samples().class_names)
+        return load_segmentation_network(self.checkpoint("segmenter"), model, settings, num_classes)
+
+    def maps(self, network: str, split: Split = "train") -> AttentionMaps:
+        """A network's attention maps of a split, per scale, which :func:`smaflib.pipeline.write_maps` writes."""
+        from smaflib.maps import AttentionMaps
+
+        folder = network if split == "train" else f"{network}_{split}"
+        return AttentionMaps(self.path("cams", folder), self.config.attention.scales)
+
+    def fused(
+        self,
+        network: str,
+        samples: Samples,
+        scales: Sequence[float] | None = None,
+        rule: str | None = None,
+        *,
+        denoise: bool = False,
+        saliency_weight: float = 0.0,
+    ) -> FusedMaps:
+        """A network's maps of some samples of a split, fused over scales and read when asked for.
+
+        Args:
+            scales: the scales to fuse; None: all.
+            rule: fusion rule; None: the config's. A single scale is taken as it is.
+            denoise: set the maps of absent classes to zero.
+            saliency_weight: share of the samples' saliency maps.
+        """
+        from smaflib.maps import FusedMaps
+
+        rule = rule or ("sum" if scales is not None and len(scales) == 1 else self.config.attention.fusion)
+        maps = self.maps(network, "train" if samples.split == "train" else "val")
+        return FusedMaps(maps, samples, rule, scales, denoise=denoise, saliency_weight=saliency_weight)
+
+    def denoised(
+        self, network: str, samples: Samples, scales: Sequence[float] | None = None, rule: str | None = None
+    ) -> FusedMaps:
+        """:meth:`fused` maps with those of absent classes set to zero."""
+        return self.fused(network, samples, scales, rule, denoise=True)
+
+    def mask_maps(self, network: str, samples: Samples, scales: Sequence[float] | None = None) -> FusedMaps:
+        """The maps that become pseudo masks: :meth:`denoised`, with ``pseudo_masks.saliency_weight``."""
+        weight = self.config.mask_saliency_weight
+        return self.fused(network, samples, scales, denoise=True, saliency_weight=weight)
+
+    def masks(self, samples: Samples, folder: str = "masks") -> MaskFiles:
+        """The pseudo masks of some samples in their order, or those of another folder; DataError if one is missing."""
+        from smaflib.data.masks import MaskFiles
+
+        return MaskFiles([self.path(folder, f"{image_id}.png") for image_id in samples.image_ids])
+
+    @property
+    def bg_score(self) -> float:
+        """Background threshold of the targets, ``attention.bg_score``; ``auto`` chooses it from the teacher's maps.
+
+        What was chosen is stored. Saliency maps take part in the choice where the teacher has learned from them.
+
+        Raises:
+            DataError: if ``auto`` needs maps that do not exist yet.
+            RunError: if the stored value is damaged.
+        """
+        score = self.config.attention.bg_score
+        return self._choose("teacher", self.denoised("teacher", self.samples())) if score == "auto" else score
+
+    def mask_bg_score(self, network: str = "student") -> float:
+        """Background threshold of a network's pseudo masks: ``pseudo_masks.bg_score``, else ``attention.bg_score``.
+
+        ``auto`` chooses it from the network's maps, as in :attr:`bg_score`.
+        """
+        score, name = self.config.mask_bg_score, "teacher_masks" if network == "teacher" else network
+        return self._choose(name, self.mask_maps(network, self.samples())) if score == "auto" else score
+
+    def _choose(self, name: str, maps: FusedMaps) -> float:
+        from smaflib.maps import SaliencyMaps
+        from smaflib.thresholds import choose_bg_score
+
+        stored = self.path("bg_scores", f"{name}.json")
+        known = files.read_json(stored, {}, dict[Literal["bg_score"], BgScore])
+        if not known:
+            eps = self.config.classifier.pretraining == "eps"
+            known = {"bg_score": choose_bg_score(maps, SaliencyMaps(self.samples()) if eps else None)}
+            files.write_json(stored, known)
+        return known["bg_score"]
