@@ -112,36 +112,12 @@ def test_debug_shows_the_traceback_and_faults_always_do(monkeypatch, config_file
 
     fail(ConfigError("no such\x1b[2J setting"))
     result = smaf("run", config_file)
-    assert (
-        result.exit_code == 2 and result.stderr == "error: no such\\x1b[2J setting\n"
-    )  # nothing that a terminal obeys
+    assert result.exit_code == 2 and result.stderr == "error: no such\\x1b[2J setting\n"  # the terminal is not cleared
     assert isinstance(smaf("--debug", "run", config_file).exception, ConfigError)
     fail(PermissionError(13, "Permission denied", "a.npz"))
     assert smaf("run", config_file).stderr == "error: [Errno 13] Permission denied: 'a.npz'\n"
     fail(ValueError("a fault"))
     assert isinstance(smaf("run", config_file).exception, ValueError)
-
-
-@pytest.mark.parametrize("place", ["x" * 5000, "tiny.yaml/inside", "loop"])
-@pytest.mark.parametrize("command", ["run", "ablate", "masks", "submit", "report", "compare", "status", "check"])
-def test_odd_paths_are_refused_in_a_sentence(monkeypatch, config_file, command, place):
-    monkeypatch.chdir(config_file.parent)
-    Path("loop").symlink_to("loop")
-    before = sorted(config_file.parent.rglob("*"))
-    words = {
-        "run": ["run", "tiny.yaml", "--runs", place],
-        "ablate": ["ablate", "tiny.yaml", "--runs", place],
-        "masks": ["masks", "--images", place, "--labels", place, "--out", place],
-        "submit": ["submit", place, "--images", place, "--list", place, "--out", place],
-        "report": ["report", place],
-        "compare": ["compare", place, place],
-        "status": ["status", place],
-        "check": ["data", "check", place],
-    }[command]
-    result = smaf(*words)
-    assert result.exit_code == 2, result.exception
-    assert "Traceback" not in result.stderr and len(result.stderr) < 12_000
-    assert sorted(config_file.parent.rglob("*")) == before
 
 
 @pytest.mark.parametrize("content", [b"[]", b"\xff\xfe\x00", b"[" * 100_000, b'{"stages": {"01_data": {"status"', None])
