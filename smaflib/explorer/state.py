@@ -156,14 +156,7 @@ class Exploration:
         return torch.stack([scores.iou for scores in swept.values()])
 
     def read(self, row: int, col: int) -> dict[str, float]:
-        """Scores of the shown class at a pixel, in [0, 1]: each scale, the fused map, the target.
-
-        Raises:
-            IndexError: if the pixel is outside the image.
-        """
-        height, width = self.mask.shape
-        if not (0 <= row < height and 0 <= col < width):
-            raise IndexError(f"there is no pixel ({row}, {col}) in an image of {height} x {width} pixels")
+        """Scores of the shown class at a pixel, in [0, 1]: each scale, the fused map, the target."""
         maps = {f"scale {scale:g}": cam for scale, cam in zip(self.scales, self.scale_maps, strict=True)}
         maps |= {"fused": self.fused, "target": self.target}
         return {name: float(values[row, col]) for name, values in maps.items()}

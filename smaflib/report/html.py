@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +86,9 @@ def write_index(run: Run, command: str | None = None) -> Path:
         chain=next((figure for stage in stages for figure in stage["figures"] if figure["name"] == CHAIN_FIGURE), None),
         chain_figure=CHAIN_FIGURE,
         fit_frame=FIT_FRAMES,
-        results=_table_html(results_table(metrics), "IoU, precision and recall in percent", best=True),
+        results=_shown(results_table(metrics)),
         explorer="explorer.html" if run.path("explorer.html").is_file() else None,
-        classes=_table_html(class_table(metrics), "IoU by class, in percent"),
+        classes=_shown(class_table(metrics)),
         config=dump_config(run.config),
         command=command or run.command(),
     )
@@ -101,6 +100,7 @@ def page_text(template: str, **values: Any) -> str:
         loader=jinja2.PackageLoader("smaflib.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["duration"] = duration
+    environment.globals["zip"] = zip
     return environment.get_template(template).render(**values)
 
 
@@ -142,20 +142,9 @@ def _figure_facts(path: Path) -> dict[str, Any]:
         }
 
 
-def _table_html(table: pd.DataFrame, caption: str, best: bool = False) -> str:
-    """A table of percentages; with ``best`` the highest number of each column and split is marked."""
+def _shown(table: pd.DataFrame) -> dict[str, pd.DataFrame] | None:
+    """A table of percentages with the highest value of each column and split; None if it is empty."""
     if table.empty:
-        return ""
+        return None
     table = labelled(table)
-    highest = table.groupby(level="split").transform("max")
-    head = "".join(f"<th scope='col' class='name'>{escape(str(name))}</th>" for name in table.index.names)
-    head += "".join(f"<th scope='col'>{escape(str(name))}</th>" for name in table.columns)
-    rows = []
-    for key, values, tops in zip(table.index, table.to_numpy(), highest.to_numpy(), strict=True):
-        cells = [f"<th scope='row'>{escape(str(part))}</th>" for part in key]
-        for value, top in zip(values, tops, strict=True):
-            mark = " class='best'" if best and value == top else ""
-            cells.append(f"<td{mark}>{'–' if pd.isna(value) else f'{value:.1f}'}</td>")
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    head = f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>"
-    return f"<table>{head}<tbody>{''.join(rows)}</tbody></table>"
+    return {"values": table, "highest": table.groupby(level="split").transform("max")}
