@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import subprocess
 import sys
 from operator import attrgetter
@@ -244,10 +243,6 @@ def test_stage_replaces_its_own_records_only(run):
     assert run.metrics()["value"].tolist() == [0.1, 0.4]
 
 
-def test_metrics_of_a_new_run_are_an_empty_table(run):
-    assert run.metrics().empty and "object_size" in run.metrics()
-
-
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -469,8 +464,3 @@ def test_manifest_that_is_no_json_is_an_error(run):
     run.path("manifest.json").write_text("{")
     with pytest.raises(RunError, match=r"manifest\.json is damaged"):
         read_manifest(run.folder)
-
-
-def test_manifest_lists_stages_in_pipeline_order(run):
-    write_manifest(run.folder, {"run": "tiny", "stages": {"02_use": {}, "01_make": {}}})
-    assert list(json.loads(run.path("manifest.json").read_text())["stages"]) == ["01_make", "02_use"]
