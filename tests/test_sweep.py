@@ -15,7 +15,6 @@ from smaflib.apps.cli import app
 from smaflib.apps.sweep import Job, parse_grid, parse_seeds, plan, run_jobs, shared_stage, write_tables
 from smaflib.errors import ConfigError, RunError
 from smaflib.runs import open_run, runner
-from smaflib.runs.stages import STAGES
 
 VALUES = {("sum", 0): 0.60, ("sum", 1): 0.64, ("max", 0): 0.59, ("max", 1): 0.61}
 GRID = {"attention.fusion": ["sum", "max"]}
@@ -202,7 +201,6 @@ def test_settings_that_do_not_fit_are_refused_before_anything_runs(
 # --- clusters ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not hasattr(STAGES[0], "settings"), reason="stages do not declare their settings yet")
 def test_stage_that_the_runs_of_a_seed_share(config: Path, tmp_path: Path) -> None:
     def shared(grid: dict[str, list[Any]], until: str = "08_results") -> str | None:
         return shared_stage(plan([0], grid, config, tmp_path, until=until))
@@ -215,7 +213,6 @@ def test_stage_that_the_runs_of_a_seed_share(config: Path, tmp_path: Path) -> No
     assert shared({}) is None
 
 
-@pytest.mark.skipif(not hasattr(STAGES[0], "settings"), reason="stages do not declare their settings yet")
 def test_jobs_of_a_cluster_wait_for_what_they_share(chain: FakeChain, config: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     assert sweep(config, out, [0, 1], GRID, until="04", cluster="debug") == []

@@ -19,12 +19,12 @@ import pandas as pd
 import yaml
 
 from smaflib import files
-from smaflib.config import load_config
+from smaflib.config import flat_settings, load_config
 from smaflib.errors import ConfigError, RunError
 from smaflib.report.tables import FORMATS, difference_table, measurements, spread_table
 from smaflib.runs.manifest import read_manifest
 from smaflib.runs.run import read_run, run_folder
-from smaflib.runs.stages import STAGES, stage_named
+from smaflib.runs.stages import STAGES, counts, stage_named
 
 MAX_RUNS = 1000
 JOB_MINUTES = 24 * 60
@@ -262,19 +262,11 @@ def _executor(folder: Path, cluster: str, options: Sequence[str]) -> Any:
 
 def shared_stage(jobs: Sequence[Job]) -> str | None:
     """The last stage that jobs of one seed share; None if that is the data, which is made in seconds, or nothing."""
-    common = set.intersection(*(set(job.overrides) for job in jobs))
-    varied = {setting.partition("=")[0] for job in jobs for setting in set(job.overrides) - common}
-    first = min((_first_stage(setting) for setting in varied), default=0)
-    return min(STAGES[first - 1].name, jobs[0].until) if first > 2 else None
-
-
-def _first_stage(setting: str) -> int:
-    """Number of the first stage that declares a setting, its group or a part of it; 0 if there is none."""
-    for number, stage in enumerate(STAGES):
-        for declared in getattr(stage, "settings", ()):
-            if f"{setting}.".startswith(f"{declared}.") or declared.startswith(f"{setting}."):
-                return number
-    return 0
+    settings = [flat_settings(load_config(job.config_file, list(job.overrides))) for job in jobs]
+    names = set().union(*settings)
+    varied = [name for name in names if any(each.get(name) != settings[0].get(name) for each in settings)]
+    shared = [stage.name for stage in STAGES if not any(counts("settings", name, stage) for name in varied)]
+    return min(shared[-1], jobs[0].until) if varied and len(shared) > 2 else None
 
 
 def write_tables(jobs: Sequence[Job], measure: str) -> None:
