@@ -70,9 +70,8 @@ def pages(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Pages: 
     config.write_text((PROJECT_ROOT / "configs" / "mini.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     tiny += ["classifier.pretraining=plain", "self_training.control=false", "pseudo_masks.saliency_weight=0"]
     run = run_notebooks(config, "hostile", [*tiny, *settings], runs=folder / FOLDER)
-    small = load_config(
-        PROJECT_ROOT / "configs" / "custom.yaml", ["model.backbone=slim", "model.weights=null", *settings]
-    )
+    quick = ["model.backbone=slim", "model.weights=null", "self_training.iterations=4", *settings]
+    small = load_config(PROJECT_ROOT / "configs" / "custom.yaml", quick)
     return Pages(run.folder, make_masks(small, folder / "out").parent)
 
 
@@ -92,8 +91,9 @@ def test_names_that_are_markup_are_shown_as_written_and_not_run(pages: Pages, br
             assert frame.evaluate("() => window.hit") is None, path.name
             assert not frame.locator("img[src=x]").count(), path.name
         text = watched.page.locator("body").text_content() or ""
-        for name in {"index.html": [FOLDER], "08_results.html": [CLASSES[0], CLASSES[2]]}.get(path.name, []):
-            assert name in text
+        if path.parent == pages.run:
+            for name in {"index.html": [FOLDER], "08_results.html": [CLASSES[0], CLASSES[2]]}.get(path.name, []):
+                assert name in text
         assert (watched.errors, watched.requests) == ([], []), path.name
         watched.page.close()
     context.close()
