@@ -70,17 +70,17 @@ def cost_of_file(folder: Path, call: Callable[[], object], few: int = 4, many: i
 def cost_of_step(work: Workspace, few: int = 3, many: int = 15) -> float:
     times = []
     for steps in (few, many):
-        config = work.config.model_copy(
-            update={"classifier": work.config.classifier.model_copy(update={"iterations": steps})}
-        )
-        other = Workspace(work.folder / f"steps{steps}", config, data_home=work.folder)
+        classifier = work.config.classifier.model_copy(update={"iterations": steps})
+        data = work.config.data.model_copy(update={"root": work.folder / "data"})
+        config = work.config.model_copy(update={"classifier": classifier, "data": data})
+        other = Workspace(work.folder / f"steps{steps}", config)
         times.append(seconds(lambda: pipeline.train_teacher(other)))  # noqa: B023
     return 1000 * (times[1] - times[0]) / (many - few)
 
 
 def measure(folder: Path, processes: int, threads: int) -> dict[str, float]:
     work = Workspace(folder, config_of(processes, threads))
-    seconds(lambda: make_data(work.config, work.data_folder))
+    seconds(lambda: make_data(work.config, work.folder))
     torch.manual_seed(0)
     network = AttentionNetwork(work.config.model, len(work.samples().class_names), background=False)
     write_weights(work.checkpoint("teacher"), network.state_dict(), iteration=0, history=[])

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from smaflib.config import AttentionConfig, ClassifierConfig, Config, HeadSolverConfig, ModelConfig
 from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import Crop
-from smaflib.data.views import load_views, views_of
+from smaflib.data.views import load_views
 from smaflib.errors import ConfigError
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, load_attention_network
 from smaflib.models.weights import fill, read_weights, write_weights
@@ -258,30 +258,30 @@ def learned_views(config: Config) -> AttentionConfig:
     return config.attention if config.classifier.solve_head else ONE_VIEW
 
 
+@torch.no_grad()
 def classify(
-    network: AttentionNetwork, samples: Sequence[Sample], runtime: Runtime, views: AttentionConfig = ONE_VIEW
+    network: AttentionNetwork,
+    samples: Sequence[Sample],
+    runtime: Runtime,
+    views: AttentionConfig = ONE_VIEW,
+    desc: str = "classify",
 ) -> Tensor:
     """What a network recognises in each image: float32 (N, K), logits averaged over views (:func:`learned_views`)."""
     network.to(runtime.device).eval()
-    batches = load_views(samples, views.scales, runtime, desc="classify")
-    return torch.cat([_mean_logits(network, batch.views, views.flip, runtime) for batch in batches])
+    means = []
+    for batch in load_views(samples, views.scales, runtime, desc=desc):
+        rows = []
+        for images in batch.views:
+            with runtime.autocast():
+                logits = network(torch.cat([images, images.flip(-1)]) if views.flip else images)
+                rows.append(network.image_logits(logits).float())  # (B or 2B, K)
+        means.append(torch.cat(rows).cpu().unflatten(0, (-1, len(batch.images))).mean(dim=0))
+    return torch.cat(means)
 
 
 def classify_image(network: AttentionNetwork, image: Tensor, runtime: Runtime, views: AttentionConfig) -> Tensor:
     """:func:`classify` of one image, uint8 (3, H, W): (K,)."""
-    of_scale = [view[None].to(runtime.device) for view in views_of(image, views.scales)]
-    return _mean_logits(network, of_scale, views.flip, runtime)[0]
-
-
-@torch.no_grad()
-def _mean_logits(network: AttentionNetwork, views: Sequence[Tensor], flip: bool, runtime: Runtime) -> Tensor:
-    """Per scale (B, 3, H_s, W_s) to (B, K)."""
-    rows = []
-    for images in views:
-        with runtime.autocast():
-            logits = network(torch.cat([images, images.flip(-1)]) if flip else images)
-            rows.append(network.image_logits(logits).float())  # (B or 2B, K)
-    return torch.cat(rows).cpu().unflatten(0, (-1, len(views[0]))).mean(dim=0)
+    return classify(network, [Sample("image", image, torch.zeros(0))], runtime, views, desc="")[0]
 
 
 def crop_saliency(sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:

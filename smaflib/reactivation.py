@@ -73,7 +73,7 @@ def reactivate(denoised: Tensor, bg_score: float) -> Tensor:
 
     Args:
         denoised: (K, H, W) or (B, K, H, W), in [0, 1], absent classes zero.
-        bg_score: the background's score, in (0, 1].
+        bg_score: background threshold, in (0, 1].
 
     Returns:
         (K+1, H, W) or (B, K+1, H, W) in [0, 1], background first.
@@ -128,7 +128,7 @@ def hard_labels(denoised: Tensor, bg_score: float) -> Tensor:
 
     Args:
         denoised: (K, H, W) in [0, 1], fused and denoised.
-        bg_score: the background's score, in [0, 1].
+        bg_score: background threshold, in [0, 1].
 
     Returns:
         uint8 (H, W), 0 is background.

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -27,23 +27,17 @@ class Workspace:
     """A folder and the settings of everything in it.
 
     Attributes:
-        folder: contains ``checkpoints/``, ``cams/``, ``bg_scores/``, ``masks/`` and ``masks_segmenter/``.
+        folder: contains ``checkpoints/``, ``cams/``, ``bg_scores/``, ``masks/``, ``masks_segmenter/``, and generated
+            data in ``data/``.
         config: all settings.
-        data_home: folder for generated data; defaults to ``folder``.
     """
 
     folder: Path
     config: Config
-    data_home: Path | None = field(default=None, kw_only=True)
 
     def path(self, *parts: str) -> Path:
         """A path inside the folder."""
         return self.folder.joinpath(*parts)
-
-    @property
-    def data_folder(self) -> Path:
-        """Parent of the folder ``data`` for generated data."""
-        return self.data_home or self.folder
 
     def checkpoint(self, network: str) -> Path:
         """The weights of ``teacher``, ``student``, ``student_control``, ``segmenter``, ..."""
@@ -54,7 +48,7 @@ class Workspace:
         if split not in self._samples:
             from smaflib.data import load_samples
 
-            self._samples[split] = load_samples(self.config, split, self.data_folder)
+            self._samples[split] = load_samples(self.config, split, self.folder)
         return self._samples[split]
 
     @cached_property

@@ -144,7 +144,7 @@ def workspace(folder: Path, number: int, **groups: Any) -> Workspace:
     config = tiny_config(data=data, model=FROZEN, segmentation={"enabled": False}, **trainings)
     own = {"processes": number, "num_threads": 1, "device": "cpu"}
     work = Workspace(folder, config.model_copy(update=own))
-    make_data(work.config, work.data_folder)
+    make_data(work.config, work.folder)
     return work
 
 

@@ -37,9 +37,9 @@ API = {
         "refinement.parallel",
     ),
     "Evaluation": ("evaluation", "report.tables"),
-    "Data": ("data", "data.sample", "data.masks", "data.transforms"),
+    "Data": ("data", "data.sample", "data.masks", "data.transforms", "data.views"),
     "Networks": ("models.networks", "models.backbones", "models.pretrained"),
-    "The chain over a folder": ("pipeline", "runs.run", "runtime"),
+    "The chain over a folder": ("pipeline", "workspace", "runs.run", "runtime"),
 }
 """Modules whose public names are documented, by the part of the method that they belong to."""
 

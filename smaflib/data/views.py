@@ -62,7 +62,7 @@ def load_views(
     Args:
         runtime: its device receives the views. On a CPU large images come one by one: together they would be slower.
         indices: of the samples to load, in this order; None: all.
-        desc: name on the progress bar.
+        desc: name on the progress bar; empty: no bar.
         num_workers: loader processes; None: one per core beside a GPU, none on a CPU, whose cores compute.
     """
     on_cpu, order = runtime.device.type == "cpu", range(len(samples)) if indices is None else indices
@@ -77,7 +77,7 @@ def load_views(
         pin_memory=runtime.device.type == "cuda",
     )
     waiting: list[_Loaded] = []
-    for index, image, views in progress(loader, total=len(order), desc=desc):
+    for index, image, views in progress(loader, total=len(order), desc=desc) if desc else loader:
         most = BATCH_SIZE * SMALL_IMAGE // image[0].numel() if on_cpu else BATCH_SIZE
         if waiting and (len(waiting) >= min(most, BATCH_SIZE) or image.shape != waiting[0].image.shape):
             yield _together(waiting, runtime.device)
