@@ -293,8 +293,8 @@ def check_networks(config: Config) -> None:
     """Build the networks that a chain will train, so that mistakes show before hours of work.
 
     Raises:
-        ConfigError: if a backbone, its stride, its weights, or device and precision are not available.
-        ConfigError: if a file of weights is missing, damaged or of another network.
+        ConfigError: if a backbone, its stride, its weights, or device and precision are not available, or a file of
+            weights is damaged or of another network.
     """
     device, number = make_runtime(config).device, num_processes(config)
     if config.classifier.checkpoint is None:

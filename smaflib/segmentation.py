@@ -122,10 +122,8 @@ def segmentation_loss(logits: Tensor, mask: Tensor) -> Tensor:
     Returns a scalar, 0 if every pixel is void.
     """
     upsampled = F.interpolate(logits.float(), size=mask.shape[1:], mode="bilinear", align_corners=False)
-    # A GPU adds up the losses of all pixels in any order, unless it has to give each.
-    each = logits.is_cuda and torch.are_deterministic_algorithms_enabled()
-    losses = F.cross_entropy(upsampled, mask.long(), ignore_index=VOID_LABEL, reduction="none" if each else "sum")
-    return losses.sum() / (mask != VOID_LABEL).sum().clamp(min=1)
+    total = F.cross_entropy(upsampled, mask.long(), ignore_index=VOID_LABEL, reduction="sum")
+    return total / (mask != VOID_LABEL).sum().clamp(min=1)
 
 
 def segment(network: nn.Module, image: Tensor, config: SegmentationConfig, runtime: Runtime | None = None) -> Tensor:
