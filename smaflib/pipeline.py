@@ -27,7 +27,7 @@ from smaflib.data.voc import check_saliency_sizes
 from smaflib.errors import ConfigError, InputError
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
 from smaflib.plugins import is_custom, load_custom
-from smaflib.processes import gather, missing_files, num_processes, part, run_in_processes
+from smaflib.processes import barrier, gather, missing_files, num_processes, part, run_in_processes
 from smaflib.reactivation import denoise, reactivate
 from smaflib.runtime import Runtime, make_runtime, seeded
 from smaflib.training import History, check_batch_norm, is_finished
@@ -195,6 +195,7 @@ def write_masks(work: Workspace, network: str = "student") -> MaskFiles:
         device = work.make_runtime().device
         maps = work.mask_maps(network, samples)
         write_pseudo_masks(samples, maps, folder, bg_score, config.pseudo_masks, device=device)
+    barrier()  # every process has written its masks
     return work.masks(samples)
 
 
@@ -231,6 +232,7 @@ def write_segmentation(work: Workspace, split: Split = "val") -> MaskFiles:
     if _missing(folder, samples):
         run_in_processes(num_processes(config), write_segmentation, replace(work), split)
         segmentation.write_segmentation(work.segmenter(), samples, folder, config.segmentation, work.make_runtime())
+    barrier()  # every process has written its masks
     return work.masks(samples, "masks_segmenter")
 
 
