@@ -345,7 +345,6 @@ def submit(
 
 
 def _runs_folder(runs: Path | None) -> Path:
-
     return runs.absolute() if runs else RUNS_FOLDER
 
 
