@@ -8,10 +8,10 @@ runs whatever its author put there, so only the constructors of NumPy arrays are
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import csv
 import pickle
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,10 @@ def convert(path: Path, target: Path, class_names: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    source, csv_path, classes = Path(sys.argv[1]), Path(sys.argv[2]), (sys.argv[3:] or ["voc"])[0]
-    chosen = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}.get(classes) or classes.split(",")
-    print(f"{csv_path}: {convert(source, csv_path, chosen)} images without a label left out")
+    parser = argparse.ArgumentParser(description="cls_labels.npy to a CSV, without executing its content")
+    parser.add_argument("npy", type=Path)
+    parser.add_argument("csv", type=Path)
+    parser.add_argument("classes", nargs="?", default="voc", help="voc, coco, or names joined by commas")
+    given = parser.parse_args()
+    names = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}.get(given.classes) or given.classes.split(",")
+    print(f"{given.csv}: {convert(given.npy, given.csv, names)} images without a label left out")
