@@ -102,11 +102,12 @@ def measure_maps(backbones: Sequence[str], runtimes: Sequence[Runtime], clock: C
         yield names | {"photos a second": number / taken, "memory, GB": memory}
 
 
+def read_sample(files: SampleFiles, num_classes: int) -> Sample:
+    return Sample(files.image_id, decode_jpeg(read_file(str(files.image))), torch.ones(num_classes))
+
+
 def measure_split(backbone: str, runtime: Runtime, photos: Sequence[Tensor], number: int) -> Iterator[Row]:
     """Stage 03's function on a split, from JPEG files to maps in files."""
-
-    def read(files: SampleFiles, num_classes: int) -> Sample:
-        return Sample(files.image_id, decode_jpeg(read_file(str(files.image))), torch.ones(num_classes))
 
     network, config = network_of(backbone, runtime), AttentionConfig(scales=SCALES)
     with tempfile.TemporaryDirectory() as name:
@@ -114,7 +115,7 @@ def measure_split(backbone: str, runtime: Runtime, photos: Sequence[Tensor], num
         listed = [SampleFiles(f"photo{index:04}", folder / f"photo{index:04}.jpg", (0,)) for index in range(number)]
         for files, photo in zip(listed, itertools.cycle(photos), strict=False):
             write_file(str(files.image), encode_jpeg(photo))
-        samples = Samples(tuple(listed), tuple(map(str, range(20))), "train", read)
+        samples = Samples(tuple(listed), tuple(map(str, range(20))), "train", read_sample)
         write_attention_maps(network, samples.subset(range(4)), folder / "warm-up", config, runtime)
         start = time.perf_counter()
         write_attention_maps(network, samples, folder / "maps", config, runtime)

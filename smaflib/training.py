@@ -176,7 +176,8 @@ def fit(
             losses = []
         is_due = done < config.iterations and time.monotonic() - saved >= 60 * config.checkpoint_minutes
         if checkpoint and is_due and rank() == 0:
-            _save_unfinished(checkpoint, network, optimizer, done, history, _numbers(losses))
+            state = {"iteration": done, "history": history, "losses": _numbers(losses)}
+            _save_unfinished(checkpoint, network, optimizer, **state)
             saved = time.monotonic()
     network.eval()
     with torch.no_grad():
@@ -299,20 +300,12 @@ def _stored(path: Path, name: str, default: Any) -> Any:
     return json.loads(read_metadata(path).get(name, "null")) or default
 
 
-def _save_unfinished(
-    path: Path,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    iteration: int,
-    history: History,
-    losses: Sequence[dict[str, float]],
-) -> None:
-    """Write all that a resumed training needs; the losses are those since the last record of the history."""
+def _save_unfinished(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, **metadata: object) -> None:
     tensors = dict(network.state_dict())
     # The optimizer's state as plain tensors: a torch checkpoint would be a pickle.
     for index, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"{OPTIMIZER}{index}.{name}": value for name, value in slots.items() if value is not None}
-    write_weights(path, tensors, iteration=iteration, history=history, losses=losses)
+    write_weights(path, tensors, **metadata)
 
 
 def _resume(

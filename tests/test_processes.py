@@ -43,9 +43,6 @@ LONG: dict[str, Any] = TRAINING | {"iterations": 50, "batch_size": 5, "optimizer
 FROZEN = {"freeze_batch_norm": True}
 
 
-# --- the same numbers -------------------------------------------------------------------------------------------------
-
-
 def train_all(folder: Path) -> None:
     """Teachers, student and segmentation network after 25 steps, in batches of five: the parts differ in size."""
     torch.set_num_threads(1)
@@ -123,17 +120,14 @@ def stop_half_way(path: Path) -> None:
 
     save = smaflib.training._save_unfinished
 
-    def save_and_stop(*arguments: Any) -> None:
-        save(*arguments)
-        if arguments[3] == 10:
+    def save_and_stop(*arguments: Any, **metadata: Any) -> None:
+        save(*arguments, **metadata)
+        if metadata["iteration"] == 10:
             raise RuntimeError("stopped half way")
 
     smaflib.training._save_unfinished = save_and_stop
     config = half_way()
     train_classifier(make_samples(7), config.model, config.classifier, cpu_runtime(), checkpoint=path)
-
-
-# --- stages in processes ----------------------------------------------------------------------------------------------
 
 
 def workspace(folder: Path, number: int, **groups: Any) -> Workspace:
@@ -172,9 +166,6 @@ def test_maps_targets_and_masks_of_two_processes_are_those_of_one(tmp_path: Path
 def bytes_in(work: Workspace, *folders: str) -> dict[Path, bytes]:
     paths = [path for folder in folders for path in work.path(folder).rglob("*.*") if path.is_file()]
     return {path.relative_to(work.folder): path.read_bytes() for path in paths}
-
-
-# --- kills and errors -------------------------------------------------------------------------------------------------
 
 
 def children_of(pid: int) -> list[int]:
@@ -253,9 +244,6 @@ def test_processes_end_with_the_one_that_waits(tmp_path: Path) -> None:
         process.wait()
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         time.sleep(0.05)
-
-
-# --- how many ---------------------------------------------------------------------------------------------------------
 
 
 def test_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,9 +75,6 @@ def equal_batches(one: Batch, other: Batch) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-# --- batches ----------------------------------------------------------------------------------------------------------
-
-
 def test_batch_holds_images_labels_and_what_the_loss_asked_for() -> None:
     batch = batches_of(training(batch_size=3))[0]
     assert batch["image"].shape == (3, 3, 8, 8) and batch["image"].dtype == torch.float32
@@ -119,9 +115,6 @@ def test_padding_is_the_mean_colour() -> None:
     image = batches[0]["image"][0]  # the picture is 7 x 8 or less: most of the crop is padding
     assert float((image == 0).all(dim=0).float().mean()) >= 1 - 8 * 8 / 16**2
     assert image.abs().max() > 0
-
-
-# --- optimizer and schedule -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -165,9 +158,6 @@ def test_one_cycle_is_torchs_to_the_last_bit(iterations: int) -> None:
         optimizer.step()
         scheduler.step()
     assert rates(config) == expected
-
-
-# --- fit --------------------------------------------------------------------------------------------------------------
 
 
 def test_fit_learns_and_keeps_a_curve() -> None:
@@ -307,13 +297,6 @@ def test_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         fit(tiny_network(), batches_of(config), label_loss(network), cpu_runtime(), path)  # type: ignore[arg-type]
 
 
-def test_seed_changes_the_result() -> None:
-    networks = [tiny_network() for _ in range(3)]
-    for network, seed in zip(networks, (0, 0, 1), strict=True):
-        fit(network, batches_of(training(), seed), label_loss(network), cpu_runtime())  # type: ignore[arg-type]
-    assert same_weights(networks[0], networks[1]) and not same_weights(networks[0], networks[2])
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_loss_that_is_not_finite_stops_before_it_ruins_the_weights(tmp_path: Path, bad: float) -> None:
     network = tiny_network()
@@ -355,9 +338,6 @@ def test_bf16_autocast_trains_float32_weights() -> None:
     assert not same_weights(network, other)
 
 
-# --- loader processes -------------------------------------------------------------------------------------------------
-
-
 def test_loader_processes_can_be_spawned(tmp_path: Path) -> None:
     """macOS and Windows spawn them, Linux from Python 3.14 on: what a data set holds must be picklable."""
     config = tiny_config(data={"num_train": 4, "num_val": 1, "image_size": 64, "root": tmp_path / "data"})
@@ -372,21 +352,6 @@ def test_loader_processes_can_be_spawned(tmp_path: Path) -> None:
         loader = DataLoader(batches, batch_size=None, num_workers=1, multiprocessing_context="spawn")
         for loaded, expected in zip(loader, batches, strict=False):
             assert loaded.keys() == expected.keys() and all(torch.equal(loaded[k], expected[k]) for k in loaded)
-
-
-def test_workers_live_as_long_as_the_training() -> None:
-    def who(sample: object, index: int, crop: object) -> dict[str, Tensor]:
-        return {"process": torch.tensor(os.getpid())}
-
-    network, config, seen = tiny_network(), training(iterations=12), set()
-
-    def loss(batch: Batch) -> dict[str, Tensor]:
-        seen.update(batch["process"].tolist())
-        return label_loss(network)(batch)
-
-    batches = Batches(make_samples(5, size=(10, 12)), config, 0, who, num_workers=2)
-    fit(network, batches, loss, cpu_runtime())  # type: ignore[arg-type]
-    assert len(seen) == 2 and os.getpid() not in seen  # over five passes
 
 
 def test_training_leaves_global_random_state_alone() -> None:
