@@ -158,8 +158,9 @@ def progress(items: Iterable[Item], total: int | None = None, desc: str = "", in
         yield from items
         return
     if (target := os.environ.get(PROGRESS_FILE)) is None:
-        # JupyterLab shows stderr in red, as it shows errors.
-        file = sys.stdout if type(sys.stderr).__module__.startswith("ipykernel.") else sys.stderr
+        # JupyterLab shows stderr in red, as it shows errors; the variable tells a process that a kernel has started.
+        in_notebook = type(sys.stderr).__module__.startswith("ipykernel.") or "JPY_PARENT_PID" in os.environ
+        file = sys.stdout if in_notebook else sys.stderr
         yield from tqdm(items, total=total, desc=desc, initial=initial, file=file, mininterval=0.3)
         return
     if total is None and hasattr(items, "__len__"):

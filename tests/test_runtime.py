@@ -92,6 +92,7 @@ def test_derived_seed_is_the_same_in_every_process() -> None:
 
 def test_progress_passes_items_on_in_order(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv(PROGRESS_FILE, raising=False)
+    monkeypatch.delenv("JPY_PARENT_PID", raising=False)
     assert list(progress(iter("abc"), total=3, desc="letters")) == ["a", "b", "c"]
     captured = capsys.readouterr()
     assert "letters" in captured.err and captured.out == ""  # plain text, and not between the results
@@ -102,9 +103,13 @@ def test_progress_in_a_notebook_is_not_shown_as_an_error(
 ) -> None:
     stream = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
     monkeypatch.delenv(PROGRESS_FILE, raising=False)
-    monkeypatch.setattr("sys.stderr", stream)
-    assert list(progress("abc", total=3, desc="letters")) == ["a", "b", "c"]
+    with monkeypatch.context() as kernel:
+        kernel.setattr("sys.stderr", stream)
+        assert list(progress("abc", total=3, desc="letters")) == ["a", "b", "c"]
     assert "letters: 100%" in capsys.readouterr().out and stream.getvalue() == ""
+    monkeypatch.setenv("JPY_PARENT_PID", "1")  # of a kernel and the processes that it starts
+    assert list(progress("abc", total=3, desc="letters")) == ["a", "b", "c"]
+    assert "letters: 100%" in capsys.readouterr().out
 
 
 def test_progress_goes_to_the_runners_file(

@@ -342,7 +342,7 @@ def test_loader_processes_can_be_spawned(tmp_path: Path) -> None:
     """macOS and Windows spawn them, Linux from Python 3.14 on: what a data set holds must be picklable."""
     config = tiny_config(data={"num_train": 4, "num_val": 1, "image_size": 64, "root": tmp_path / "data"})
     make_data(config, tmp_path)
-    samples = load_samples(config, "train")
+    samples = load_samples(config, "train").with_saliency()
     masks = MaskFiles([files.mask for files in samples.files if files.mask])
     maps = FusedMaps(AttentionMaps(tmp_path / "cams", (1.0,)), samples)
     for sample in samples:
