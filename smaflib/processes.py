@@ -1,7 +1,7 @@
 """Several processes on one machine that share the work of a stage.
 
-A *rank* is a process's number among them, from 0 on. All of them must call the collective functions (:func:`barrier`,
-:func:`gather`, the sums) in the same order. A process that works alone has rank 0 of 1, and there they do nothing.
+A *rank* is a process's number among them, from 0 on. All of them must call :func:`barrier`, :func:`gather` and the
+sums in the same order. A process that works alone has rank 0 of 1, and nothing is sent.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _work(rank: int, number: int, meeting: Path, errors: SimpleQueue[Exception],
         store = dist.FileStore(str(meeting), number)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, timeout=TIMEOUT, rank=rank, world_size=number)
         call()
-        barrier()
+        barrier()  # a process that leaves early breaks the connections of the others
         dist.destroy_process_group()
     except Exception as error:
         errors.put(_sendable(error, rank))
