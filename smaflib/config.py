@@ -75,8 +75,7 @@ def _one_of(*names: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-FUSION_RULES = ("sum", "mean", "max", "size_adaptive")
-FusionRule = Annotated[str, _one_of(*FUSION_RULES)]
+FusionRule = Annotated[str, _one_of("sum", "mean", "max", "size_adaptive")]
 MapSource = Annotated[str, _one_of("network")]
 DataKind = Annotated[str, _one_of("mini", "voc", "coco", "folder")]
 RefinementName = Annotated[str, _one_of("crf", "par", "none")]
@@ -437,17 +436,6 @@ class Config(StageConfig):
         choices = ("kind", "backbone", "source", "fusion", "refine")
         flat = flat_settings(self)
         return {key: flat[key] for key in flat if key.split(".")[-1] in choices and is_custom(flat[key])}
-
-    @property
-    def plugins(self) -> dict[str, tuple[Any, str]]:  # goes with the old half of smaflib/plugins.py
-        from dataclasses import replace
-
-        from smaflib.plugins import BACKBONE, DATA, FUSION, REFINEMENT, SOURCE
-
-        kinds = {"data.kind": DATA, "attention.source": SOURCE, "attention.fusion": FUSION}
-        kinds |= {"model.backbone": BACKBONE, "segmentation.model.backbone": BACKBONE}
-        kinds |= {"pseudo_masks.refine": REFINEMENT, "self_training.refine": REFINEMENT}
-        return {key: (replace(kinds[key], setting=key), name) for key, name in self.custom_code.items()}
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Config:

@@ -23,18 +23,3 @@ class RunError(Exception):
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-
-
-# Old names, until every area has moved.
-PluginError = ConfigError
-RunMismatch = RunError
-MissingStage = RunError
-
-
-class StageFailed(RunError):  # noqa: D101
-    def __init__(self, message: str) -> None:
-        super().__init__(message, exit_code=1)
-
-
-class RunStopped(RunError):  # noqa: D101
-    pass

@@ -196,12 +196,3 @@ def locked(folder: Path, command: str, name: str = ".lock") -> Iterator[None]:
         raise RunError(message) from error
     with lock:
         yield
-
-
-# -------------------------------------------------- old names, until every area has moved
-
-
-def names_there(folder: Path, names: Collection[str]) -> set[str]:  # noqa: D103
-    if len(names) < 1000:
-        return {name for name in names if (folder / name).is_file()}
-    return {entry.name for entry in walk(folder)}.intersection(names)

@@ -173,4 +173,4 @@ def test_a_real_notebook_compares_the_rule_and_an_edit_makes_its_stage_stale(bes
         "03_multi_scale_attention": "files of attention.fusion changed",
     }
     json.dumps(find_run(str(run.folder)).config.model_dump(mode="json"))
-    assert callable(plugins.load(plugins.FUSION, "my_rules:softmax_sum"))
+    assert callable(plugins.load_custom("my_rules:softmax_sum"))
