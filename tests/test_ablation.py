@@ -10,7 +10,7 @@ import matplotlib
 import pytest
 from typer.testing import CliRunner
 
-from smaflib.apps.ablation import FULL, LABELS, RESULT, ROWS, RUNS, ablate, ablation_table, command, read_ablation
+from smaflib.apps.ablation import FULL, LABELS, RESULT, RUNS, ablate, ablation_table, command, read_ablation
 from smaflib.apps.cli import app
 from smaflib.config import Variant
 from smaflib.errors import ConfigError
@@ -82,21 +82,19 @@ def records_of(run: Run) -> list[dict[str, Any]]:
 
 
 def test_runs_differ_in_one_setting_and_share_their_stages(chain: FakeChain, run: Run) -> None:
-    assert ablate(run, [0, 1], reuse=["/another"]) == []
+    assert ablate(run, [0, 1]) == []
     names = [f"seed{seed}-{name}" for seed in (0, 1) for name in RUNS]
     assert [name for name, *_ in chain.calls] == names
     off = [(True, True, True), (False, True, True), (True, False, True), (True, True, False)]
     assert [settings for _, settings, _ in chain.calls] == off * 2
-    assert [reuse for *_, reuse in chain.calls][:2] == [[str(run.folder), "/another"]] + [
-        ["seed0-full", str(run.folder), "/another"]
-    ]
+    assert [reuse for *_, reuse in chain.calls][:2] == [[str(run.folder)], ["seed0-full", str(run.folder)]]
 
 
 def test_rows_are_read_from_the_records_of_the_notebooks(chain: FakeChain, run: Run) -> None:
     ablate(run, [1])
     records = records_of(run)
     rows = {(r["variant"], r["bg_choice"], r["object_size"]) for r in records}
-    assert len(records) == len(rows) == (2 * len(ROWS) - 1) * 4 and {r["seed"] for r in records} == {1}
+    assert len(records) == len(rows) == 13 * 4 and {r["seed"] for r in records} == {1}
     value = {(r["variant"], r["bg_choice"]): round(r["value"], 2) for r in records if r["object_size"] == "all"}
     assert value == {
         ("full", "own"): 0.61,
@@ -113,16 +111,6 @@ def test_rows_are_read_from_the_records_of_the_notebooks(chain: FakeChain, run: 
         ("control", "own"): 0.56,
         ("control", "oracle"): 0.46,
     }
-
-
-def test_chosen_rows_need_fewer_runs_and_earlier_ones_stay(chain: FakeChain, run: Run) -> None:
-    ablate(run, [0], ["no_crf", "no_self_training"])
-    assert [name for name, *_ in chain.calls] == ["seed0-full"]
-    ablate(run, [0], ["no_denoising"])
-    names = {record["variant"] for record in records_of(run)}
-    assert names == {"full", "no_crf", "no_self_training", "no_denoising"}
-    with pytest.raises(ConfigError, match="no row 'no_students'; its rows are full, no_fusion"):
-        ablate(run, [0], ["full", "no_students"])
 
 
 def test_result_says_where_it_comes_from_and_stays_if_nothing_is_new(chain: FakeChain, run: Run) -> None:
@@ -179,11 +167,9 @@ def test_figure_has_a_dot_for_each_seed() -> None:
 
 def test_command_line(chain: FakeChain, run: Run) -> None:
     words = ["ablate", str(run.config_file), "--seeds", "4,5", "--name", "x", "--runs", str(run.folder.parent)]
-    for name in ("../escaped", "..", ""):
-        refused = CliRunner().invoke(app, ["ablate", str(run.config_file), "--name", name])
-        assert refused.exit_code == 2 and "plain folder name" in refused.output
-    result = CliRunner().invoke(app, [*words, "--rows", "full,control", "--reuse", "tiny"])
+    result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert "64.5 ± 0.7" in result.output and "ablation.json" in result.output
-    assert chain.calls[0][2] == [str(run.folder.parent / "x"), str(run.folder)]
-    assert CliRunner().invoke(app, [*words, "--seeds", "a,b"]).exit_code == 2
+    assert chain.calls[0][2] == [str(run.folder.parent / "x")]
+    refused = CliRunner().invoke(app, ["ablate", str(run.config_file), "--name", "../escaped"])
+    assert refused.exit_code == 2 and "plain folder name" in refused.output

@@ -1,11 +1,12 @@
-"""The ablation: what each step of the method is worth, on the same data, with the same seeds.
+"""The ablation: the chain without one step at a time, on the same data, with the same seeds.
 
-A row is the full chain without one step. ``smaf ablate`` is a sweep: the full chain and one run per setting of
-:data:`RUNS`, which share the teacher and its maps. Notebooks 03, 05 and 06 of these runs record all that the rows need.
+``smaf ablate`` is a sweep over :data:`RUNS`, which share the teacher and its maps. Notebooks 03, 05 and 06 of these
+runs record all that the rows need.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,25 +30,23 @@ FULL = "full"
 RESULT = "ablation/ablation.json"
 """The result inside a run folder; notebook 08 reads it."""
 
-RUNS = {
+RUNS: dict[str, tuple[str, ...]] = {
     FULL: (),
     "single-scale": ("self_training.fused=false", "self_training.control=false"),
     "undenoised": ("self_training.denoise=false", "self_training.control=false"),
     "unreactivated": ("self_training.reactivate=false", "self_training.control=false"),
 }
-"""Settings of the runs of a seed, by the end of their folder's name."""
+"""Settings by run; the folder of a run is ``seed<N>-<name>``."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the ablation.
+    """A row: its label, how its masks are made, and where they are measured.
 
     Attributes:
-        label: for people.
-        how: how the masks of this row are made.
-        run: the run that measures it, a key of :data:`RUNS`.
-        masks: records of notebook 06 with the masks, at the run's own background threshold.
-        maps: records of notebook 03 or 05 with the maps before refinement, at their oracle threshold; None: none.
+        run: a key of :data:`RUNS`.
+        masks: what notebook 06 measures at the run's background threshold.
+        maps: what notebook 03 or 05 measures before refinement, at the oracle threshold.
     """
 
     label: str
@@ -97,42 +96,28 @@ LABELS = {name: row.label for name, row in ROWS.items()}
 
 
 def ablate(
-    run: Run,
-    seeds: Sequence[int],
-    rows: Sequence[str] = tuple(ROWS),
-    reuse: Sequence[str] = (),
-    part: str = "1/1",
-    cluster: str | None = None,
-    options: Sequence[str] = (),
+    run: Run, seeds: Sequence[int], part: str = "1/1", cluster: str | None = None, options: Sequence[str] = ()
 ) -> list[str]:
     """Execute the runs of an ablation in the folder ``ablation`` of a run, and write :data:`RESULT`.
 
     Args:
-        run: whose settings, except the seed, all rows have; its own finished stages are reused.
+        run: its settings, except the seed, hold for all rows; its finished stages are reused.
         seeds: at least two give a spread.
-        rows: to measure, names in :data:`ROWS`; rows that earlier calls measured stay in the result.
-        reuse: paths of further runs whose finished stages may be reused.
         part: as for :func:`~smaflib.apps.sweep.run_jobs`, like ``cluster`` and ``options``.
 
     Returns:
         A line per failed run.
 
     Raises:
-        ConfigError: if there is no such row, or the data has no ground truth.
+        ConfigError: if the data has no ground truth.
     """
-    if unknown := [name for name in rows if name not in ROWS]:
-        raise ConfigError(f"the ablation has no row {unknown[0]!r}; its rows are {', '.join(ROWS)}")
     if run.config.data.kind == "folder" and run.config.data.masks is None:
         raise ConfigError("an ablation needs ground truth; set data.masks")
-    needed = {ROWS[name].run for name in (FULL, *rows)}
     jobs = []
-    for seed in seeds:
-        for name, changes in RUNS.items():
-            if name in needed:
-                overrides = (*run.overrides, f"seed={seed}", *changes)
-                sources = (str(run.folder), *reuse)
-                folder, until = run.path("ablation"), "06_pseudo_masks"
-                jobs.append(Job(f"seed{seed}-{name}", name, seed, overrides, run.config_file, folder, until, sources))
+    for seed, (name, changes) in itertools.product(seeds, RUNS.items()):
+        overrides, folder, until = (*run.overrides, f"seed={seed}", *changes), run.path("ablation"), "06_pseudo_masks"
+        source = str(run.folder)
+        jobs.append(Job(f"seed{seed}-{name}", name, seed, overrides, run.config_file, folder, until, source))
     return run_jobs(jobs, lambda: _write_result(run, seeds), part, cluster, options)
 
 
@@ -179,20 +164,15 @@ def command(run: Run, seeds: Sequence[int] = (0, 1, 2)) -> str:
 
 def read_ablation(run: Run) -> dict[str, Any] | None:
     """The result of a run's ablation; None if there is none."""
-    path = run.path(RESULT)
-    return files.read_json(path, {}) if path.is_file() else None
+    return files.read_json(run.path(RESULT), {}) or None
 
 
 def ablation_table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Mean ± standard deviation over seeds, in percent.
+    """The records of a result as mean ± standard deviation over seeds, in percent.
 
-    Args:
-        records: of the result.
-
-    Returns:
-        Index: labels of the rows. Columns: ``mIoU``, ``small``, ``medium``, ``large`` at the run's own background
-        threshold; ``to full``, the difference to the full chain with the same seed, in points; ``mIoU, oracle`` and
-        ``to full, oracle``: the same of the maps before refinement, at the oracle threshold of each row.
+    Columns: ``mIoU``, ``small``, ``medium``, ``large`` of the masks, at the run's background threshold; ``to full``,
+    the difference to the full chain with the same seed, in points; ``mIoU, oracle`` and ``to full, oracle``: the same
+    for the maps before refinement, at the oracle threshold of each row.
     """
     table = pd.DataFrame(list(records))
     table["value"] = 100 * table["value"].astype(float)

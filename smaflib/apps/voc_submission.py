@@ -35,12 +35,10 @@ def write_submission(run: Run, image_ids: Sequence[str], images: Path, target: P
         ConfigError: if the run has no segmentation network.
         DataError: if an image is missing or damaged.
     """
-    bad = [
-        image_id for image_id in image_ids if not is_plain_name(image_id) or not (images / f"{image_id}.jpg").is_file()
-    ]
-    if bad or not image_ids:
-        first = f"the first is {bad[0]}.jpg" if bad else "the list of images is empty"
-        raise DataError(f"{len(bad)} images are missing in {images}, {first}; unpack VOC 2012's test archive there")
+    if bad := [name for name in image_ids if not is_plain_name(name) or not (images / f"{name}.jpg").is_file()]:
+        raise DataError(
+            f"{len(bad)} images are missing in {images}, the first is {bad[0]}.jpg; unpack VOC's test images there"
+        )
     if not run.checkpoint("segmenter").is_file():
         raise ConfigError(f"the run {display_path(run.folder)} has no segmentation network; run it to stage 07")
     listed = tuple(SampleFiles(image_id, images / f"{image_id}.jpg", ()) for image_id in image_ids)
