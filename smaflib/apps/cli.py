@@ -282,6 +282,6 @@ def submit(
     from smaflib.apps.voc_submission import write_submission
     from smaflib.runs import find_run
 
-    ids = split.read_bytes().decode("utf-8-sig", errors="replace").split()
+    ids = split.read_text(encoding="utf-8").split()
     write_submission(find_run(name, runs), ids, images, target)
     typer.echo(f"{target}: {len(ids)} masks")

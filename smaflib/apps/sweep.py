@@ -24,9 +24,6 @@ from smaflib.report.tables import FORMATS, difference_table, measurements, sprea
 from smaflib.runs.run import read_run
 from smaflib.runs.stages import STAGES, counts, stage_named
 
-JOB_MINUTES = 24 * 60
-"""Default time limit of a cluster job; a job that reaches it is requeued and resumes."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -75,12 +72,10 @@ class Job:
 
 def parse_seeds(text: str) -> list[int]:
     """``"0-4"``, ``"0,1,7"``, or both joined by commas."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal():
-            raise ConfigError(f"--seeds must be numbers such as 0,1,2 or a range such as 0-4, got {text!r}")
-        seeds += range(int(first), int(last or first) + 1)
+    found = [re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part) for part in text.split(",")]
+    seeds = [seed for each in found if each for seed in range(int(each[1]), int(each[2] or each[1]) + 1)]
+    if not seeds or None in found:
+        raise ConfigError(f"--seeds must be numbers such as 0,1,2 or a range such as 0-4, got {text!r}")
     return list(dict.fromkeys(seeds))
 
 
@@ -108,13 +103,8 @@ def plan(
 ) -> list[Job]:
     """All runs of a sweep, seed by seed, so that the first seed's comparison is complete early.
 
-    Args:
-        seeds: a run for each, and for every combination of the grid.
-        grid: settings with the values of each.
-        config_file: a YAML file of settings.
-        out: folder of the run folders.
-        overrides: ``key=value`` settings of all runs.
-        until: last stage of each run; None: the whole chain.
+    There is a run for every seed and every combination of the grid's values, with the ``key=value`` overrides, up to
+    the stage ``until`` (by default the whole chain).
     """
     last = (stage_named(until) if until else STAGES[-1]).name
     combinations = [list(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
@@ -223,14 +213,15 @@ def _executor(folder: Path, cluster: str, options: Sequence[str]) -> Any:
         import submitit
     except ModuleNotFoundError as error:
         raise ConfigError("--cluster needs submitit: pip install 'smaflib[cluster]'") from error
-    # Without the additional parameter, jobs whose first job failed would wait for ever.
+    # A job that reaches the time limit is requeued and resumes. Without the parameter, jobs whose first job failed wait
+    # for ever.
     parameters: dict[str, Any] = {"slurm_additional_parameters": {"kill-on-invalid-dep": "yes"}}
     for option in options:
         key, _, value = option.partition("=")
         parameters[f"slurm_{key}"] = yaml.safe_load(value)
     try:
         executor = submitit.AutoExecutor(folder, cluster)
-        executor.update_parameters(name="smaf", timeout_min=JOB_MINUTES, **parameters)
+        executor.update_parameters(name="smaf", timeout_min=24 * 60, **parameters)
     except (RuntimeError, ValueError, NameError) as error:
         raise ConfigError(f"--cluster {cluster}: {error}") from error
     return executor

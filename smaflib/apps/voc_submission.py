@@ -14,7 +14,7 @@ from smaflib.data.masks import VOC_PALETTE
 from smaflib.data.sample import SampleFiles, Samples
 from smaflib.data.voc import read_sample
 from smaflib.errors import ConfigError, DataError
-from smaflib.files import display_path, is_plain_name, replacing
+from smaflib.files import display_path, replacing
 from smaflib.runs import Run
 from smaflib.segmentation import segment_many
 
@@ -35,10 +35,9 @@ def write_submission(run: Run, image_ids: Sequence[str], images: Path, target: P
         ConfigError: if the run has no segmentation network.
         DataError: if an image is missing or damaged.
     """
-    if bad := [name for name in image_ids if not is_plain_name(name) or not (images / f"{name}.jpg").is_file()]:
-        raise DataError(
-            f"{len(bad)} images are missing in {images}, the first is {bad[0]}.jpg; unpack VOC's test images there"
-        )
+    if absent := [name for name in image_ids if not (images / f"{name}.jpg").is_file()]:
+        first = f"{len(absent)} images are missing in {images}, the first is {absent[0]}.jpg"
+        raise DataError(f"{first}; unpack VOC 2012's test archive there")
     if not run.checkpoint("segmenter").is_file():
         raise ConfigError(f"the run {display_path(run.folder)} has no segmentation network; run it to stage 07")
     listed = tuple(SampleFiles(image_id, images / f"{image_id}.jpg", ()) for image_id in image_ids)
