@@ -7,14 +7,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 from smaflib.config import AttentionConfig, ClassifierConfig, Config, HeadSolverConfig, ModelConfig
 from smaflib.data.sample import Sample, Samples
@@ -35,7 +34,6 @@ def train_classifier(
     *,
     attention: AttentionConfig = AttentionConfig(),
     checkpoint: Path | None = None,
-    num_workers: int = 0,
 ) -> tuple[AttentionNetwork, History]:
     """Train the teacher from image labels, and with ``pretraining: eps`` from saliency maps too.
 
@@ -46,9 +44,6 @@ def train_classifier(
 
     Returns:
         The network in eval mode and its learning curve.
-
-    Raises:
-        ConfigError: if EPS is asked for and the samples have no saliency maps.
     """
     num_classes = len(samples.class_names)
     if settings.checkpoint is not None:
@@ -66,10 +61,8 @@ def train_classifier(
         network = AttentionNetwork(model, num_classes, background=eps).to(runtime.device)
     if settings.solve_head is not None:
         return network, solve_head(network, samples, settings.solve_head, attention, runtime, checkpoint)
-    seed = derive_seed(runtime.seed, "classifier")
-    if eps:
-        samples = samples.with_saliency()
-    batches = Batches(samples, settings, seed, crop_saliency if eps else None, num_workers)
+    samples, fields = (samples.with_saliency(), crop_saliency) if eps else (samples, None)
+    batches = Batches(samples, settings, derive_seed(runtime.seed, "classifier"), fields)
     if model.freeze_backbone and not (checkpoint and checkpoint.is_file()):
         standardize_features(network, batches, runtime)
 
@@ -102,17 +95,13 @@ def saliency_loss(logits: Tensor, saliency: Tensor, image_label: Tensor, config:
 
     Args:
         logits: (B, K+1, h, w), background first.
-        saliency: (B, H, W) or (B, 1, H, W) in [0, 1]; resized (nearest) to h x w.
+        saliency: (B, H, W) in [0, 1]; resized (nearest) to h x w.
         image_label: (B, K) in {0, 1}.
         config: ``eps_tau`` and ``eps_lambda``.
 
-    Returns:
-        Scalar.
-
     Source: equations 2 to 5 of EPS; the constants inside follow the reference code.
     """
-    saliency = saliency if saliency.dim() == 4 else saliency[:, None]
-    saliency = F.interpolate(saliency, size=logits.shape[2:])[:, 0]  # (B, h, w), nearest
+    saliency = F.interpolate(saliency[:, None], size=logits.shape[2:])[:, 0]  # (B, h, w), nearest
     probabilities = logits.softmax(dim=1)  # (B, K+1, h, w)
     background, classes = probabilities[:, 0], probabilities[:, 1:]
     rounded = classes.round()
@@ -127,54 +116,33 @@ def saliency_loss(logits: Tensor, saliency: Tensor, image_label: Tensor, config:
     return F.mse_loss(estimate, saliency)
 
 
-class ChannelStatistics:
-    """Mean and variance of a frozen backbone's features per channel, accumulated in float64 over batches."""
-
-    def __init__(self, network: AttentionNetwork | SegmentationNetwork) -> None:
-        layer = network.standardize
-        if not isinstance(layer, nn.BatchNorm2d):
-            raise ValueError("features are only standardised where model.freeze_backbone is true")
-        self.layer, self.count = layer, 0
-        self.total = torch.zeros(layer.num_features, dtype=torch.float64)
-        self.squares = torch.zeros_like(self.total)
-
-    def add(self, features: Tensor) -> None:  # (B, C, h, w), float64 on the CPU
-        self.count += features.numel() // features.shape[1]
-        self.total += features.sum(dim=(0, 2, 3))
-        self.squares += features.square().sum(dim=(0, 2, 3))
-
-    def fill_layer(self) -> tuple[Tensor, Tensor]:
-        """Put mean and variance, (C,) each, into the network's ``standardize`` layer; return them in float64."""
-        mean = self.total / self.count
-        variance = (self.squares / self.count - mean.square()).clamp(min=0)
-        device = self.layer.running_mean.device  # type: ignore[union-attr]
-        self.layer.running_mean, self.layer.running_var = mean.float().to(device), variance.float().to(device)
-        return mean, variance
+def fill_standardize(
+    network: AttentionNetwork | SegmentationNetwork, features: Iterable[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance per channel, float64 (C,), of features (B, C, h, w), for the ``standardize`` layer."""
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for batch in features:
+        count += batch.numel() // batch.shape[1]
+        total = total + batch.sum(dim=(0, 2, 3))
+        squares = squares + batch.square().sum(dim=(0, 2, 3))
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp(min=0)
+    network.standardize.load_state_dict({"running_mean": mean, "running_var": variance}, strict=False)
+    return mean, variance
 
 
 @torch.no_grad()
-def standardize_features(
-    network: AttentionNetwork | SegmentationNetwork, batches: Batches, runtime: Runtime, passes: int = 2
-) -> None:
-    """Measure mean and variance of a frozen backbone's features, once, over the first crops of a training.
+def standardize_features(network: AttentionNetwork | SegmentationNetwork, batches: Batches, runtime: Runtime) -> None:
+    """Measure mean and variance of a frozen backbone's features, once, over the first two passes of a training.
 
     Crops and not whole images, since features depend on the size at which objects are shown: a mean measured at
     another size leaves every image the same offset, which the head uses as a bias, and the maps lose their zero point.
-    The network's ``standardize`` layer is filled in place.
     """
     network.to(runtime.device).eval()
-    statistics = ChannelStatistics(network)
-    num_batches = min(len(batches), math.ceil(passes * len(batches.samples) / batches.config.batch_size))
-    loader: DataLoader[Batch] = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(num_batches),
-        num_workers=batches.num_workers,
-        generator=torch.Generator(),  # else the loader would draw from the global generator
-    )
-    for batch in progress(loader, total=num_batches, desc="feature statistics"):
-        statistics.add(network.backbone(batch["image"].to(runtime.device)).double().cpu())
-    statistics.fill_layer()
+    num_batches = min(len(batches), math.ceil(2 * len(batches.samples) / batches.config.batch_size))
+    loader = batches.loader(range(num_batches), runtime)
+    crops = (batch["image"].to(runtime.device) for batch in progress(loader, num_batches, "feature statistics"))
+    fill_standardize(network, (network.backbone(images).double().cpu() for images in crops))
 
 
 def solve_head(
@@ -196,9 +164,6 @@ def solve_head(
         network: a plain teacher; its ``standardize`` layer and its head are filled in place; ends in eval mode.
         attention: scales and flip.
         checkpoint: file of the weights; if it exists, it is only loaded.
-
-    Returns:
-        The losses of each evaluation, as a learning curve.
     """
     runtime.place(network).eval()
     if checkpoint and checkpoint.is_file():
@@ -230,24 +195,27 @@ def _mean_features(
     network: AttentionNetwork, samples: Samples, attention: AttentionConfig, runtime: Runtime
 ) -> tuple[Tensor, Tensor]:
     """Standardised features, float64: means over each image at each scale and mirrored (N, C), labels (N, K)."""
-    statistics = ChannelStatistics(network)
     means: list[Tensor] = []
     labels: list[Tensor] = []
     image_labels = samples.image_labels.double()
-    for batch in load_views(samples, attention.scales, runtime, desc="features"):
-        for images in batch.views:
-            with runtime.autocast():
-                features = network.backbone(torch.cat([images, images.flip(-1)]) if attention.flip else images)
-            features = features.double().cpu()  # (B or 2B, C, h, w)
-            means.append(features.mean(dim=(2, 3)))
-            labels.append(image_labels[batch.indices].repeat(len(features) // len(images), 1))
-            statistics.add(features)
-    mean, variance = statistics.fill_layer()
-    return (torch.cat(means) - mean) / (variance + statistics.layer.eps).sqrt(), torch.cat(labels)
+
+    def features() -> Iterator[Tensor]:
+        for batch in load_views(samples, attention.scales, runtime, desc="features"):
+            for images in batch.views:
+                views = torch.cat([images, images.flip(-1)]) if attention.flip else images
+                with runtime.autocast():
+                    seen = network.backbone(views)
+                seen = seen.double().cpu()  # (B or 2B, C, h, w)
+                means.append(seen.mean(dim=(2, 3)))
+                labels.append(image_labels[batch.indices].repeat(len(views) // len(images), 1))
+                yield seen
+
+    mean, variance = fill_standardize(network, features())
+    deviation = (variance + network.standardize.eps).sqrt()  # type: ignore[operator]
+    return (torch.cat(means) - mean) / deviation, torch.cat(labels)
 
 
 ONE_VIEW = AttentionConfig(scales=(1.0,), flip=False)
-"""Each image as it is."""
 
 
 def learned_views(config: Config) -> AttentionConfig:
@@ -266,7 +234,7 @@ def classify(
     views: AttentionConfig = ONE_VIEW,
     desc: str = "classify",
 ) -> Tensor:
-    """What a network recognises in each image: float32 (N, K), logits averaged over views (:func:`learned_views`)."""
+    """The network's image logits, averaged over views (:func:`learned_views`): float32 (N, K)."""
     network.to(runtime.device).eval()
     means = []
     for batch in load_views(samples, views.scales, runtime, desc=desc):
@@ -307,20 +275,14 @@ def classification_scores(
 ) -> list[dict[str, Any]]:
     """Precision and recall per class of "logit above 0", their means, and the share of images with all labels right.
 
-    Args:
-        image_logits: (N, K).
-        image_labels: (N, K) in {0, 1}.
-        class_names: K names.
-
-    Returns:
-        Records with class_name, metric and value; nan: precision of a class never predicted, recall of an absent one.
+    From logits and labels (N, K) to records with class_name, metric and value; nan: the precision of a class never
+    predicted, the recall of an absent one.
     """
     found, there = image_logits > 0, image_labels > 0
     hits = (found & there).sum(dim=0).double()
     records = []
     for metric, values in (("precision", hits / found.sum(dim=0)), ("recall", hits / there.sum(dim=0))):
-        names = [*class_names, "mean"]
-        for name, value in zip(names, [*values.tolist(), float(values.nanmean())], strict=True):
-            records.append({"class_name": name, "metric": metric, "value": value})
+        every = dict(zip(class_names, values.tolist(), strict=True)) | {"mean": float(values.nanmean())}
+        records += [{"class_name": name, "metric": metric, "value": value} for name, value in every.items()]
     exact = float((found == there).all(dim=1).double().mean())
     return [*records, {"class_name": "mean", "metric": "accuracy", "value": exact}]

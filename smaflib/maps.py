@@ -21,11 +21,11 @@ from smaflib.cams import Fusion, class_attention, fuse_cams
 from smaflib.config import AttentionConfig
 from smaflib.data.sample import Samples
 from smaflib.data.views import ViewBatch, load_views
-from smaflib.errors import ConfigError, DataError
+from smaflib.errors import DataError
 from smaflib.files import load_arrays, save_arrays
 from smaflib.processes import missing_files
 from smaflib.reactivation import blend_saliency
-from smaflib.runtime import Runtime, release_freed_memory
+from smaflib.runtime import Runtime, memory_advice, release_freed_memory
 
 
 @dataclass(frozen=True)
@@ -49,67 +49,49 @@ class AttentionMaps:
     def read(self, image_id: str, scales: Sequence[float] | None = None) -> tuple[list[Tensor], tuple[int, int]]:
         """One image's maps, per scale (K, h_s, w_s), of all scales or some, and its (H, W); DataError if damaged."""
         path = self.path(image_id)
-        names = [f"scale_{scale:g}" for scale in (self.scales if scales is None else scales)]
+        names = [f"scale_{scale:g}" for scale in scales or self.scales]
         try:
             arrays = load_arrays(path, ["size", *names])
             height, width = arrays["size"].tolist()
             return [torch.from_numpy(arrays[name]).float() for name in names], (height, width)
         except FileNotFoundError:
-            raise DataError(
-                f"there are no attention maps {path}; notebook 03 (teacher) or 05 (student) writes them"
-            ) from None
+            who = "notebook 03 (teacher) or 05 (student)"
+            raise DataError(f"there are no attention maps {path}; {who} writes them") from None
         except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            raise DataError(
-                f"{path} is not a complete file of attention maps ({error}); delete it and run again"
-            ) from error
+            cause = f"{path} is not a complete file of attention maps ({error})"
+            raise DataError(f"{cause}; delete it and run again") from error
 
     def fused(self, image_id: str, rule: str | Fusion = "sum", scales: Sequence[float] | None = None) -> Tensor:
         """(K, H, W) in [0, 1], of all scales or some."""
-        chosen = self.scales if scales is None else scales
-        cams, size = self.read(image_id, chosen)
-        return fuse_cams(cams, size, rule, chosen)
+        cams, size = self.read(image_id, scales)
+        return fuse_cams(cams, size, rule, scales or self.scales)
 
 
 def write_attention_maps(
     network: nn.Module, samples: Samples, folder: Path, config: AttentionConfig, runtime: Runtime
 ) -> AttentionMaps:
-    """Attention maps of a whole split, one ``.npz`` per image; existing files are skipped.
-
-    Several processes (:mod:`smaflib.processes`) share the images.
+    """Attention maps of a whole split, one ``.npz`` per image; existing files are skipped, processes share the images.
 
     Args:
         network: teacher, student, a custom source (:func:`~smaflib.cams.source_of`) or any module with ``attention``.
         config: scales and flip.
-
-    Raises:
-        ConfigError: if the maps of an image do not fit into the device's memory.
     """
-    maps = AttentionMaps(folder, config.scales)
+    maps, image_ids = AttentionMaps(folder, config.scales), samples.image_ids
+    missing = missing_files(folder, image_ids, ".npz")
     runtime.place(network)
-    image_ids = samples.image_ids
-    missing = missing_files(folder, [f"{image_id}.npz" for image_id in image_ids])
 
     def write(batch: ViewBatch, cams: list[Tensor]) -> None:
         for row, index in enumerate(batch.indices):
             maps.write(image_ids[index], [cam[row] for cam in cams], batch.size)
 
-    written: Future[None] | None = None
     # A thread compresses and writes a batch while the next one is computed.
-    with ThreadPoolExecutor(max_workers=1) as writer:
+    with ThreadPoolExecutor(max_workers=1) as writer, memory_advice("leave the largest scale out of attention.scales"):
+        written: Future[None] = writer.submit(lambda: None)
         for batch in load_views(samples, config.scales, runtime, missing, f"attention of {samples.split}"):
-            try:
-                cams = [class_attention(network, images, config.flip, runtime) for images in batch.views]
-            except torch.OutOfMemoryError as error:
-                raise ConfigError(
-                    f"image {image_ids[batch.indices[0]]} needs more memory at scale "
-                    f"{max(config.scales):g} than the device has; leave that scale out of attention.scales"
-                ) from error
-            on_cpu = [cam.cpu() for cam in cams]  # per scale (B, K, h_s, w_s)
-            if written:
-                written.result()
-            written = writer.submit(write, batch, on_cpu)
-        if written:
+            cams = [class_attention(network, images, config.flip, runtime).cpu() for images in batch.views]
             written.result()
+            written = writer.submit(write, batch, cams)
+        written.result()
     release_freed_memory()
     return maps
 
@@ -125,12 +107,6 @@ def fuse_and_denoise(
     """:func:`~smaflib.cams.fuse_cams`, then :func:`~smaflib.reactivation.denoise`, at the cost of the labelled classes.
 
     Fusion treats each class independently, so the classes that denoising erases need not be fused.
-
-    Args:
-        image_label: (K,) in {0, 1}; the other arguments are those of :func:`~smaflib.cams.fuse_cams`.
-
-    Returns:
-        (K, H, W) in [0, 1]; absent classes are zero.
     """
     denoised = torch.zeros(len(image_label), *size)
     present = image_label.nonzero()[:, 0]
@@ -215,7 +191,7 @@ class MaskMaps(Sequence[Tensor]):
 
 
 class SaliencyMaps(Sequence[Tensor]):
-    """The saliency maps of a split that has them, float32 (H, W) in [0, 1] each, read when asked for."""
+    """The saliency maps of a split, float32 (H, W) in [0, 1] each, read when asked for."""
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples.with_saliency()

@@ -9,27 +9,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 from smaflib.cams import fuse_cams, multi_scale_cams, source_of
 from smaflib.classifier import train_classifier
 from smaflib.config import AttentionConfig, Config, SelfTrainingConfig, Split, Variant
 from smaflib.data import load_samples
 from smaflib.data.masks import MaskFiles
-from smaflib.data.sample import Samples
 from smaflib.data.voc import check_saliency_sizes
 from smaflib.errors import ConfigError, InputError
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
 from smaflib.plugins import is_custom, load_custom
 from smaflib.processes import barrier, gather, missing_files, num_processes, part, run_in_processes
 from smaflib.reactivation import denoise, reactivate
-from smaflib.runtime import Runtime, make_runtime, seeded
+from smaflib.runtime import make_runtime, seeded
 from smaflib.training import History, check_batch_norm, is_finished
 from smaflib.workspace import Workspace
 
@@ -37,42 +34,20 @@ if TYPE_CHECKING:
     from smaflib.maps import AttentionMaps
 
 
-@dataclass(frozen=True)
-class ImageMaps:
-    """One image's maps on their way to a target.
+class ImageMaps(NamedTuple):
+    """One image's maps on their way to a target."""
 
-    Attributes:
-        cams: per scale (K, h_s, w_s), non-negative.
-        fused: (K, H, W) in [0, 1], each class peaks at 1.
-        denoised: (K, H, W) in [0, 1], absent classes are zero.
-        target: (K+1, H, W) in [0, 1], background first, the strongest score of each pixel is 1.
-    """
-
-    cams: list[Tensor]
-    fused: Tensor
-    denoised: Tensor
-    target: Tensor
+    cams: list[Tensor]  # per scale (K, h_s, w_s), non-negative
+    fused: Tensor  # (K, H, W) in [0, 1], each class peaks at 1
+    denoised: Tensor  # (K, H, W) in [0, 1], absent classes are zero
+    target: Tensor  # (K+1, H, W) in [0, 1], background first, the strongest score of each pixel is 1
 
 
 def attend(
-    network: nn.Module,
-    image: Tensor,
-    image_label: Tensor,
-    attention: AttentionConfig,
-    bg_score: float,
-    runtime: Runtime | None = None,
+    network: nn.Module, image: Tensor, image_label: Tensor, attention: AttentionConfig, bg_score: float
 ) -> ImageMaps:
-    """Stages 2 and 3 for a single image: the straight path, line by line.
-
-    Args:
-        network: teacher, student or any module with ``attention``.
-        image: uint8 (3, H, W).
-        image_label: (K,) in {0, 1}.
-        attention: scales, flip, source of maps and fusion rule.
-        bg_score: background threshold.
-        runtime: precision; None: float32.
-    """
-    cams = multi_scale_cams(source_of(network, attention.source), image, attention.scales, attention.flip, runtime)
+    """Stages 2 and 3 for a single image, uint8 (3, H, W), and its label, (K,) in {0, 1}: the straight path."""
+    cams = multi_scale_cams(source_of(network, attention.source), image, attention.scales, attention.flip)
     fused = fuse_cams(cams, (image.shape[-2], image.shape[-1]), attention.fusion, attention.scales)
     denoised = denoise(fused, image_label)
     return ImageMaps(cams, fused, denoised, reactivate(denoised, bg_score))
@@ -89,19 +64,14 @@ def train_teacher(work: Workspace) -> tuple[AttentionNetwork, History]:
         DataError: if saliency maps are of another size than their images.
     """
     config, samples, checkpoint = work.config, work.samples(), work.checkpoint("teacher")
-    if config.classifier.pretraining == "eps" and not is_custom(config.data.kind):  # which may have no files of images
-        check_saliency_sizes(samples)
-    trained = config.classifier.checkpoint is None and config.classifier.solve_head is None
-    if trained and not is_finished(checkpoint, config.classifier):
-        run_in_processes(num_processes(config), train_teacher, replace(work))
+    if not is_finished(checkpoint, config.classifier):
+        if config.classifier.pretraining == "eps" and not is_custom(config.data.kind):  # which may have no image files
+            check_saliency_sizes(samples)
+        if config.classifier.checkpoint is None and config.classifier.solve_head is None:
+            run_in_processes(num_processes(config), train_teacher, replace(work))
+    runtime = work.make_runtime()
     return train_classifier(
-        samples,
-        config.model,
-        config.classifier,
-        work.make_runtime(),
-        attention=config.attention,
-        checkpoint=checkpoint,
-        num_workers=config.data.num_workers,
+        samples, config.model, config.classifier, runtime, attention=config.attention, checkpoint=checkpoint
     )
 
 
@@ -110,7 +80,7 @@ def write_maps(work: Workspace, network: str, split: Split = "train") -> Attenti
     from smaflib.maps import write_attention_maps
 
     config, samples, maps = work.config, work.samples(split), work.maps(network, split)
-    if _missing(maps.folder, samples, ".npz"):
+    if missing_files(maps.folder, samples.image_ids, ".npz"):
         run_in_processes(num_processes(config), write_maps, replace(work), network, split)
         source = source_of(work.network(network), config.attention.source)
         write_attention_maps(source, samples, maps.folder, config.attention, work.make_runtime())
@@ -131,23 +101,15 @@ def train_student(
 
     config, runtime, checkpoint = work.config, work.make_runtime(), work.checkpoint(name)
     settings = config.self_training.model_copy(update=changes)
-    finished = is_finished(checkpoint, settings)
-    if not finished:
+    if not is_finished(checkpoint, settings):
         run_in_processes(num_processes(config), train_student, replace(work), name, teacher, **changes)
-        finished = is_finished(checkpoint, settings)
+    targets = [] if is_finished(checkpoint, settings) else _targets(work, teacher, settings)  # a CRF may take minutes
     return self_train(
-        work.network(teacher),
-        work.samples(),
-        [] if finished else _targets(work, teacher, settings, runtime),  # a CRF may take minutes
-        settings,
-        work.bg_score,
-        runtime,
-        checkpoint=checkpoint,
-        num_workers=config.data.num_workers,
+        work.network(teacher), work.samples(), targets, settings, work.bg_score, runtime, checkpoint=checkpoint
     )
 
 
-def _targets(work: Workspace, teacher: str, settings: SelfTrainingConfig, runtime: Runtime) -> Sequence[Tensor]:
+def _targets(work: Workspace, teacher: str, settings: SelfTrainingConfig) -> Sequence[Tensor]:
     """A teacher's maps, or the masks that ``self_training.refine`` makes of them.
 
     A student of masks learns where its teacher's maps agree with the edges of the images. The masks are kept in memory,
@@ -159,15 +121,14 @@ def _targets(work: Workspace, teacher: str, settings: SelfTrainingConfig, runtim
     config, samples = work.config, work.samples()
     scales = None if settings.fused else [config.attention.single_scale]
     weight = config.target_saliency_weight
-    maps = work.fused(teacher, samples, scales, denoise=settings.denoise, saliency_weight=weight)
+    maps = work.denoised(teacher, samples, scales, denoise=settings.denoise, saliency_weight=weight)
     if settings.refine == "none":
         maps.cached = config.data.cache
         return maps
     refinement = config.pseudo_masks.model_copy(update={"refine": settings.refine})
-    mine = part(range(len(samples)))
-    some: Any = Subset(maps, mine)  # type: ignore[arg-type]
-    masks = pseudo_masks(samples.subset(mine), some, work.bg_score, refinement, device=runtime.device, desc="targets")
-    return MaskMaps(gather(list(masks)), len(samples.class_names))
+    device, mine = work.make_runtime().device, part(range(len(samples)))
+    masks = gather(list(pseudo_masks(samples, maps, work.bg_score, refinement, mine, device=device, desc="targets")))
+    return MaskMaps(masks, len(samples.class_names))
 
 
 def self_train_rounds(work: Workspace) -> dict[str, History]:
@@ -190,10 +151,9 @@ def write_masks(work: Workspace, network: str = "student") -> MaskFiles:
 
     config, samples, folder = work.config, work.samples(), work.path("masks")
     bg_score = work.mask_bg_score(network)
-    if _missing(folder, samples):
+    if missing_files(folder, samples.image_ids):
         run_in_processes(num_processes(config), write_masks, replace(work), network)
-        device = work.make_runtime().device
-        maps = work.mask_maps(network, samples)
+        maps, device = work.mask_maps(network, samples), work.make_runtime().device
         write_pseudo_masks(samples, maps, folder, bg_score, config.pseudo_masks, device=device)
     barrier()  # every process has written its masks
     return work.masks(samples)
@@ -203,25 +163,18 @@ def train_segmentation(work: Workspace) -> tuple[SegmentationNetwork, History]:
     """Stage 6: the segmentation network, trained on the pseudo masks, or on the ground truth as upper bound."""
     from smaflib.segmentation import train_segmenter
 
-    config, samples, settings = work.config, work.samples(), work.config.segmentation
+    config, samples, checkpoint = work.config, work.samples(), work.checkpoint("segmenter")
+    settings, runtime = config.segmentation, work.make_runtime()
     masks: Sequence[Tensor]
     if settings.supervision == "ground_truth":
         samples = samples.annotated
         masks = samples.ground_truth or []
     else:
         masks = work.masks(samples)
-    if not is_finished(work.checkpoint("segmenter"), settings):
+    if not is_finished(checkpoint, settings):
         run_in_processes(num_processes(config), train_segmentation, replace(work))
-    return train_segmenter(
-        samples,
-        masks,
-        config.model,
-        settings,
-        work.make_runtime(),
-        student=work.network("student") if settings.initial_weights == "student" else None,
-        checkpoint=work.checkpoint("segmenter"),
-        num_workers=config.data.num_workers,
-    )
+    student = work.network("student") if settings.initial_weights == "student" else None
+    return train_segmenter(samples, masks, config.model, settings, runtime, student=student, checkpoint=checkpoint)
 
 
 def write_segmentation(work: Workspace, split: Split = "val") -> MaskFiles:
@@ -229,15 +182,11 @@ def write_segmentation(work: Workspace, split: Split = "val") -> MaskFiles:
     from smaflib import segmentation
 
     config, samples, folder = work.config, work.samples(split), work.path("masks_segmenter")
-    if _missing(folder, samples):
+    if missing_files(folder, samples.image_ids):
         run_in_processes(num_processes(config), write_segmentation, replace(work), split)
         segmentation.write_segmentation(work.segmenter(), samples, folder, config.segmentation, work.make_runtime())
     barrier()  # every process has written its masks
     return work.masks(samples, "masks_segmenter")
-
-
-def _missing(folder: Path, samples: Samples, ending: str = ".png") -> list[int]:
-    return missing_files(folder, [f"{image_id}{ending}" for image_id in samples.image_ids])
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
@@ -258,8 +207,8 @@ def evaluate_network(
 
     Args:
         variant: name of the records.
-        scales: the scales to fuse; None: all. Records of a single one name it, others the rule.
-        rule: fusion rule; None: the config's.
+        scales: as in :meth:`~smaflib.workspace.Workspace.denoised`. Records of a single one name it, others the rule.
+        rule: as there.
         denoise: False keeps the maps of absent classes.
         bg_score: background threshold; None: the oracle threshold of the first split, for all splits.
 
@@ -275,7 +224,7 @@ def evaluate_network(
     for split in splits:
         samples = work.samples(split).annotated
         found, chosen = evaluate_maps(
-            work.fused(network, samples, scales, rule, denoise=denoise),
+            work.denoised(network, samples, scales, rule, denoise=denoise),
             samples.ground_truth,
             samples.class_names,
             work.config.evaluation,
@@ -292,11 +241,10 @@ def evaluate_network(
 
 
 def check_networks(config: Config) -> None:
-    """Build the networks that a chain will train, so that mistakes show before hours of work.
+    """Build the networks that a chain will train.
 
-    Raises:
-        ConfigError: if a backbone, its stride, its weights, or device and precision are not available, or a file of
-            weights is damaged or of another network.
+    ConfigError if a backbone, its stride, its weights, or device and precision are not available, or a file of weights
+    is damaged or of another network.
     """
     device, number = make_runtime(config).device, num_processes(config)
     if config.classifier.checkpoint is None:
@@ -307,11 +255,7 @@ def check_networks(config: Config) -> None:
 
 
 def check_custom(config: Config) -> None:
-    """Call the custom code of a config once on tiny inputs, so that mistakes show before hours of work.
-
-    Raises:
-        ConfigError: with setting, name and cause.
-    """
+    """Call the custom code of a config once on tiny inputs; ConfigError with setting, name and cause."""
     for setting, name in config.custom_code.items():
         try:
             with seeded(0), torch.no_grad():
@@ -330,7 +274,6 @@ def _try_custom(config: Config, setting: str, name: str) -> None:
         rule, scales, maps = load_custom(name), torch.tensor([0.5, 1.0, 2.0]), torch.rand(3, 2, 16, 12)
         maps[:, 1] = 0  # a class without attention
         fused = _check_maps(rule(maps, scales), (2, 16, 12))
-        _check_maps(rule(maps[:1], scales[:1]), (2, 16, 12))
         if not torch.allclose(rule(maps[:, :1], scales), fused[:1], atol=1e-4):
             raise ValueError("a class is fused differently without the others; each must be fused independently")
     elif setting.endswith("refine"):

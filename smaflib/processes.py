@@ -32,25 +32,19 @@ from smaflib.runtime import LOCAL_RANK, LOCAL_SIZE
 Item = TypeVar("Item")
 Call = Callable[[], object]
 
-RESTARTS = 3
-"""How often all processes are started again after one was killed. Finished files are not made again."""
-
-TIMEOUT = datetime.timedelta(minutes=30)
-"""How long a process waits for another: one may refine its part of the masks much later."""
-
-RAISED = 3
-"""Exit code of a process whose function raised an error, which it has sent to the process that waits."""
+RESTARTS = 3  # of all processes after one was killed; finished files are not made again
+TIMEOUT = datetime.timedelta(minutes=30)  # for a process that waits: another may take long to refine its masks
+RAISED = 3  # exit code of a process whose function raised an error, which it has sent to the process that waits
 
 
 def num_processes(config: Config) -> int:
     """How many processes share a stage's work: ``processes``, where ``auto`` is one per GPU, and one without a GPU.
 
-    Raises:
-        ConfigError: if there are fewer GPUs, or fewer images in a batch.
+    ConfigError if there are fewer GPUs, or fewer images in a batch.
     """
-    trainings = [config.classifier, config.self_training]
-    trainings += [config.segmentation] if config.segmentation.enabled else []
-    smallest_batch = min(training.batch_size for training in trainings)
+    smallest_batch = min(config.classifier.batch_size, config.self_training.batch_size)
+    if config.segmentation.enabled:
+        smallest_batch = min(smallest_batch, config.segmentation.batch_size)
     on_gpu = config.device in ("auto", "cuda") and torch.cuda.is_available()
     gpus = torch.cuda.device_count() if on_gpu else 0
     if config.processes == "auto":
@@ -58,10 +52,8 @@ def num_processes(config: Config) -> int:
     if on_gpu and config.processes > gpus:
         raise ConfigError(f"processes is {config.processes}, but this machine has {gpus} GPU(s); set processes=auto")
     if config.processes > smallest_batch:
-        raise ConfigError(
-            f"processes is {config.processes}, but the smallest training batch has {smallest_batch} images; set "
-            f"processes={smallest_batch}, or a larger batch_size"
-        )
+        few = f"the smallest training batch has {smallest_batch} images; set processes={smallest_batch}"
+        raise ConfigError(f"processes is {config.processes}, but {few}, or a larger batch_size")
     return config.processes
 
 
@@ -73,8 +65,8 @@ def run_in_processes(number: int, function: Callable[..., object], *arguments: A
 
     Args:
         number: of processes.
-        function: defined at the top of a module; it must go on where it stopped, and write its results to files.
-        arguments: of the function; must be picklable.
+        function: defined at the top of a module, as its arguments must be picklable; it resumes what was interrupted,
+            and writes its results to files.
 
     Raises:
         Exception: what the function raised in one of the processes, with its traceback as a note.
@@ -87,10 +79,8 @@ def run_in_processes(number: int, function: Callable[..., object], *arguments: A
             codes = _run_once(number, Path(folder, "meeting"), partial(function, *arguments, **named))
         if not codes:
             return
-    raise RunError(
-        f"{number} processes of {function.__name__} ended {1 + RESTARTS} times, at last with exit code "
-        f"{', '.join(map(str, codes))}. Code -9 usually means that the memory was full: lower processes or batch_size"
-    )
+    ended = f"{number} processes of {function.__name__} ended {1 + RESTARTS} times, at last with exit code {codes}"
+    raise RunError(f"{ended}. Code -9 usually means that the memory was full: lower processes or batch_size")
 
 
 def _run_once(number: int, meeting: Path, call: Call) -> list[int]:
@@ -170,10 +160,10 @@ def part(items: Sequence[Item]) -> Sequence[Item]:
     return items[rank() :: num_ranks()]
 
 
-def missing_files(folder: Path, names: Sequence[str]) -> list[int]:
-    """The numbers of the files that this process has to make: its part of the names, without existing files."""
+def missing_files(folder: Path, image_ids: Sequence[str], ending: str = ".png") -> list[int]:
+    """The numbers of the images whose file this process has to make: its part of them, without existing files."""
     there = set(os.listdir(folder)) if folder.is_dir() else set()
-    return [number for number in part(range(len(names))) if names[number] not in there]
+    return [number for number in part(range(len(image_ids))) if f"{image_ids[number]}{ending}" not in there]
 
 
 def barrier() -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
 
 from smaflib.config import CrfConfig, PseudoMaskConfig
 from smaflib.data.masks import save_mask
@@ -27,11 +25,11 @@ def pseudo_mask(
     *,
     device: torch.device = CPU,
 ) -> Tensor:
-    """Label each pixel with its strongest class, or as background where no class reaches ``bg_score``; then refine.
+    """Label each pixel with its strongest class, or as background where no class exceeds ``bg_score``; then refine.
 
     Args:
         image: uint8 (3, H, W).
-        denoised: (K, H, W) in [0, 1], fused and denoised.
+        denoised: (K, H, W) in [0, 1].
         bg_score: background threshold.
         config: the refinement; ``refine: none`` gives :func:`~smaflib.reactivation.hard_labels`.
         device: for refinements in torch.
@@ -57,19 +55,21 @@ def pseudo_masks(
     denoised: Sequence[Tensor],
     bg_score: float,
     config: PseudoMaskConfig = PseudoMaskConfig(),
+    indices: Sequence[int] | None = None,
     *,
     device: torch.device = CPU,
     desc: str = "pseudo masks",
 ) -> Iterator[Tensor]:
-    """:func:`pseudo_mask` of each sample, in order, on all cores or on the GPU; ``denoised`` may be lazy."""
+    """:func:`pseudo_mask` of all samples or some, in order, on all cores or on the GPU; ``denoised`` may be lazy."""
+    indices = range(len(samples)) if indices is None else indices
     masks: Iterator[Tensor]
     if config.refinement is None:
-        masks = (hard_labels(denoised[index], bg_score) for index in range(len(samples)))
+        masks = (hard_labels(denoised[index], bg_score) for index in indices)
     else:
-        jobs = ((samples[index].image, _unary(denoised[index], bg_score, config)) for index in range(len(samples)))
+        jobs = ((samples[index].image, _unary(denoised[index], bg_score, config)) for index in indices)
         num_labels, workers = len(samples.class_names) + 1, config.num_workers
         masks = refine_many(jobs, config.refinement, num_labels, workers, config.backend, device)
-    yield from progress(masks, total=len(samples), desc=desc)
+    yield from progress(masks, len(indices), desc)
 
 
 def write_pseudo_masks(
@@ -85,12 +85,11 @@ def write_pseudo_masks(
 
     Several processes (:mod:`smaflib.processes`) share the images.
     """
-    names = [f"{image_id}.png" for image_id in samples.image_ids]
-    missing = missing_files(folder, names)
-    some: Any = Subset(denoised, missing)  # type: ignore[arg-type]  # lazy
-    masks = pseudo_masks(samples.subset(missing), some, bg_score, config, device=device)
+    image_ids = samples.image_ids
+    missing = missing_files(folder, image_ids)
+    masks = pseudo_masks(samples, denoised, bg_score, config, missing, device=device)
     for index, mask in zip(missing, masks, strict=True):
-        save_mask(folder / names[index], mask)
+        save_mask(folder / f"{image_ids[index]}.png", mask)
 
 
 def _unary(denoised: Tensor, bg_score: float, config: PseudoMaskConfig) -> Tensor:

@@ -21,7 +21,7 @@ def denoise(fused: Tensor, image_label: Tensor) -> Tensor:
         As ``fused``; absent classes are zero.
 
     Raises:
-        ValueError: if the label's shape does not match.
+        ValueError: if the label does not match.
 
     Example:
         >>> fused = torch.tensor([[[0.75, 0.25]], [[0.5, 1.0]]])  # two classes, one row of two pixels
@@ -51,15 +51,10 @@ def blend_saliency(denoised: Tensor, saliency: Tensor, weight: float) -> Tensor:
         (K, H, W) in [0, 1]: ``(1 - weight) * denoised + weight * saliency * denoised / strongest``; a pixel without any
         class stays without.
 
-    Raises:
-        ValueError: if the maps are of different sizes.
-
     Example:
         >>> blend_saliency(torch.tensor([[[0.5, 0.5]]]), saliency=torch.tensor([[1.0, 0.0]]), weight=0.5).tolist()
         [[[0.75, 0.25]]]
     """
-    if saliency.shape != denoised.shape[-2:]:
-        raise ValueError(f"a saliency map of {tuple(saliency.shape)} does not fit maps of {tuple(denoised.shape)}")
     strongest = denoised.amax(dim=-3, keepdim=True)
     share = denoised / strongest.clamp(min=torch.finfo(denoised.dtype).tiny)
     return (1 - weight) * denoised + weight * saliency * share
@@ -92,17 +87,10 @@ def reactivate(denoised: Tensor, bg_score: float) -> Tensor:
 
 
 def hard_targets(denoised: Tensor, bg_score: float) -> Tensor:
-    """What :func:`reactivate` gives, with 0 for all that is not strongest: targets that a softmax can reach.
+    """What :func:`reactivate` gives, with 0 for all but the strongest score: targets that a softmax can reach.
 
     The scores of a reactivated pixel sum to more than 1 wherever a second one is above 0, those of a softmax never do.
-    The paper does not do this.
-
-    Args:
-        denoised: as there.
-        bg_score: as there.
-
-    Returns:
-        (K+1, H, W) or (B, K+1, H, W) of 0 and 1, background first; one 1 per pixel, the first of equals.
+    The paper does not do this. Of equal scores the first is 1.
 
     Example:
         >>> hard_targets(torch.tensor([[[0.5, 0.125]]]), bg_score=0.25).tolist()
@@ -124,14 +112,9 @@ def with_background_score(denoised: Tensor, bg_score: float) -> Tensor:
 
 
 def hard_labels(denoised: Tensor, bg_score: float) -> Tensor:
-    """The mask that maps make by themselves: the strongest class of each pixel, background where none exceeds it.
+    """The mask before refinement: the strongest class of each pixel, background where none exceeds ``bg_score``.
 
-    Args:
-        denoised: (K, H, W) in [0, 1], fused and denoised.
-        bg_score: background threshold, in [0, 1].
-
-    Returns:
-        uint8 (H, W), 0 is background.
+    Maps (K, H, W) become a mask, uint8 (H, W).
 
     Example:
         >>> hard_labels(torch.tensor([[[0.5, 0.125]]]), bg_score=0.25).tolist()

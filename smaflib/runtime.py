@@ -21,30 +21,27 @@ from smaflib.config import Config
 from smaflib.errors import ConfigError
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 Network = TypeVar("Network", bound=nn.Module)
+CPU = torch.device("cpu")
+
 PROGRESS_FILE = "SMAF_PROGRESS_FILE"
 """Environment variable: a file for the state of the progress bar, which the headless runner shows."""
 
 LOCAL_RANK, LOCAL_SIZE = "LOCAL_RANK", "LOCAL_WORLD_SIZE"
 """Environment variables: number of this process among those that share a stage's work, and how many there are."""
 
-CPU = torch.device("cpu")
-
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how tensors are computed."""
+    """Where and how tensors are computed; by default in float32 on the CPU."""
 
-    device: torch.device
+    device: torch.device = CPU
     precision: str = "float32"
     seed: int = 0
+    num_workers: int = 0  # loader processes of a training
 
     def place(self, network: Network) -> Network:
-        """Move a network to the device, its weights in the memory format that convolutions run fastest in.
-
-        On CPUs channels last takes about 0.7 times as long.
-        """
+        """Move a network to the device, channels last: on CPUs convolutions take about 0.7 times as long."""
         return network.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -53,18 +50,12 @@ class Runtime:
 
 
 def make_runtime(config: Config) -> Runtime:
-    """Choose device and precision, and set the number of torch's threads.
-
-    Raises:
-        ConfigError: if this machine lacks the device, or the device would only emulate bf16.
-    """
+    """Choose device and precision, and set the number of torch's threads; ConfigError if this machine lacks them."""
     found = torch.accelerator.current_accelerator(check_available=True)
     device = (found or CPU) if config.device == "auto" else torch.device(config.device)
     if device.type not in ("cpu", found.type if found else "cpu"):
-        raise ConfigError(
-            f"device is {device.type!r}, but torch finds {'only ' + found.type if found else 'no accelerator'} here; "
-            "set device=auto or device=cpu"
-        )
+        what = f"only {found.type}" if found else "no accelerator"
+        raise ConfigError(f"device is {device.type!r}, but torch finds {what} here; set device=auto or device=cpu")
     if device.type == "cuda" and LOCAL_RANK in os.environ:
         device = torch.device("cuda", int(os.environ[LOCAL_RANK]))
         torch.cuda.set_device(device)
@@ -77,7 +68,7 @@ def make_runtime(config: Config) -> Runtime:
     if precision == "bf16" and device.type != "mps" and fastest != "bf16":
         what = "this CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
         raise ConfigError(f"{what} would only emulate precision=bf16; set precision=auto or precision=float32")
-    return Runtime(device, precision, config.seed)
+    return Runtime(device, precision, config.seed, config.data.num_workers)
 
 
 def fastest_precision(device: torch.device) -> Literal["float32", "bf16"]:
@@ -113,11 +104,6 @@ def _glibc(name: str) -> Any:
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
-def cpu_runtime(seed: int = 0) -> Runtime:
-    """float32 on the CPU."""
-    return Runtime(CPU, seed=seed)
-
-
 def device_of(module: nn.Module) -> torch.device:
     """The device of a module's weights."""
     return next(module.parameters()).device
@@ -139,17 +125,23 @@ def derive_seed(*parts: object) -> int:
 
 
 @contextlib.contextmanager
-def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
-    """Seed torch's global generators inside the block, and restore them after it.
+def memory_advice(advice: str) -> Iterator[None]:
+    """ConfigError with advice, such as the settings to lower, when the device's memory is full inside the block."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"out of memory; {advice}") from error
 
-    For initial weights and dropout, which take no generator.
-    """
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
+    """Seed torch's global generators inside the block: initial weights and dropout take no generator."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 
-def progress(items: Iterable[Item], total: int | None = None, desc: str = "", initial: int = 0) -> Iterator[Item]:
+def progress(items: Iterable[Item], total: int, desc: str) -> Iterator[Item]:
     """Iterate with a progress bar: as text in a terminal and in JupyterLab, in a file for the headless runner.
 
     Of several processes only the first shows its bar. ``tqdm.auto`` would leave dead widgets in saved notebooks.
@@ -161,18 +153,15 @@ def progress(items: Iterable[Item], total: int | None = None, desc: str = "", in
         # JupyterLab shows stderr in red, as it shows errors; the variable tells a process that a kernel has started.
         in_notebook = type(sys.stderr).__module__.startswith("ipykernel.") or "JPY_PARENT_PID" in os.environ
         file = sys.stdout if in_notebook else sys.stderr
-        yield from tqdm(items, total=total, desc=desc, initial=initial, file=file, mininterval=0.3)
+        yield from tqdm(items, total=total, desc=desc, file=file, mininterval=0.3)
         return
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)  # type: ignore[arg-type]
     start, written = time.monotonic(), 0.0
     try:
-        for count, item in enumerate(items, start=initial + 1):
+        for count, item in enumerate(items, start=1):
             yield item
             now = time.monotonic()
             if now - written > 0.3:
-                meter = tqdm.format_meter(count, total or count, now - start, prefix=desc, initial=initial)
-                Path(target).write_text(meter, encoding="utf-8")
+                Path(target).write_text(tqdm.format_meter(count, total, now - start, prefix=desc), encoding="utf-8")
                 written = now
     finally:
         Path(target).unlink(missing_ok=True)

@@ -15,11 +15,11 @@ from smaflib.data.classes import VOID_LABEL
 from smaflib.data.masks import save_mask
 from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import scaled_size
-from smaflib.data.views import load_views, views_of
+from smaflib.data.views import load_views
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, SummedBranches
 from smaflib.processes import missing_files
-from smaflib.refinement import dense_crf, refine_many
-from smaflib.runtime import Runtime, derive_seed, device_of, seeded
+from smaflib.refinement import refine_many
+from smaflib.runtime import Runtime, derive_seed, device_of, memory_advice, seeded
 from smaflib.training import Batch, Batches, CropField, History, fit
 
 
@@ -32,7 +32,6 @@ def train_segmenter(
     *,
     student: AttentionNetwork | None = None,
     checkpoint: Path | None = None,
-    num_workers: int = 0,
 ) -> tuple[SegmentationNetwork, History]:
     """Train a segmentation network.
 
@@ -51,7 +50,7 @@ def train_segmenter(
     if student is not None:
         start_as_student(network, student)
     masks_field = CropField("mask", masks, "nearest", fill=VOID_LABEL)
-    batches = Batches(samples, settings, derive_seed(runtime.seed, "segmenter"), masks_field, num_workers)
+    batches = Batches(samples, settings, derive_seed(runtime.seed, "segmenter"), masks_field)
     if network.config.freeze_backbone and not (checkpoint and checkpoint.is_file()):
         standardize_features(network, batches, runtime)
 
@@ -62,8 +61,7 @@ def train_segmenter(
     def num_terms(batch: Batch) -> Tensor:
         return (batch["mask"] != VOID_LABEL).sum()
 
-    history = fit(network, batches, loss, runtime, checkpoint, stage="segmentation", num_terms=num_terms)
-    return network, history
+    return network, fit(network, batches, loss, runtime, checkpoint, stage="segmentation", num_terms=num_terms)
 
 
 @torch.no_grad()
@@ -94,11 +92,6 @@ def start_as_student(network: SegmentationNetwork, student: AttentionNetwork) ->
 def multi_scale_logits(network: nn.Module, images: Tensor, scales: Sequence[float]) -> list[Tensor]:
     """Logits of a batch at several scales, and their maximum: the outputs on which DeepLab-V2 has a loss.
 
-    Args:
-        network: (B, 3, H, W) to (B, K+1, h, w).
-        images: float32 (B, 3, H, W), normalised.
-        scales: factors of their size; bilinear.
-
     Returns:
         Per scale (B, K+1, h_s, w_s); of several scales also the maximum over them, at the size of the largest.
 
@@ -126,58 +119,12 @@ def segmentation_loss(logits: Tensor, mask: Tensor) -> Tensor:
     return total / (mask != VOID_LABEL).sum().clamp(min=1)
 
 
-def segment(network: nn.Module, image: Tensor, config: SegmentationConfig, runtime: Runtime | None = None) -> Tensor:
-    """Label an image's pixels: the most probable class, after the CRF if the config has one.
-
-    Args:
-        network: (B, 3, H, W) to logits (B, K+1, h, w).
-        image: uint8 (3, H, W).
-        config: ``test_scales``, ``test_flip``, ``test_crf``.
-        runtime: device and precision; None: float32 on the CPU.
-
-    Returns:
-        uint8 (H, W).
-    """
-    views = [view[None] for view in views_of(image, config.test_scales)]
-    size = (image.shape[-2], image.shape[-1])
-    probabilities = class_probabilities(network, views, size, config, runtime)[0].cpu()
-    if config.test_crf is None:
-        return probabilities.max(dim=0).indices.to(torch.uint8)
-    given = probabilities if config.test_crf.unary == "scores" else probabilities.max(dim=0).indices
-    return dense_crf(image, given, config.test_crf, len(probabilities), device=runtime.device if runtime else None)
-
-
-@torch.no_grad()
-def class_probabilities(
-    network: nn.Module,
-    views: Sequence[Tensor],
-    size: tuple[int, int],
-    config: SegmentationConfig,
-    runtime: Runtime | None = None,
+def segment(
+    network: SegmentationNetwork, image: Tensor, settings: SegmentationConfig, runtime: Runtime | None = None
 ) -> Tensor:
-    """Softmax, averaged over test scales and flips.
-
-    Args:
-        network: as of :func:`segment`.
-        views: per scale float32 (B, 3, H_s, W_s), normalised.
-        size: (H, W) of the images.
-        config: ``test_flip``.
-
-    Returns:
-        float32 (B, K+1, H, W), on the network's device.
-    """
-    network.eval()
-    total = torch.zeros((), device=device_of(network))
-    for view in views:
-        images = view.to(device_of(network))
-        with runtime.autocast() if runtime else torch.autocast("cpu", enabled=False):
-            logits = network(torch.cat([images, images.flip(-1)]) if config.test_flip else images).float()
-        probabilities = F.interpolate(logits, size=size, mode="bilinear", align_corners=False).softmax(dim=1)
-        if config.test_flip:
-            plain, mirrored = probabilities.chunk(2)
-            probabilities = (plain + mirrored.flip(-1)) / 2
-        total = total + probabilities
-    return total / len(views)
+    """:func:`segment_many` of one image, uint8 (3, H, W); without a runtime in float32, where the network is."""
+    sample, runtime = Sample("image", image, torch.zeros(0)), runtime or Runtime(device_of(network))
+    return next(segment_many(network, [sample], settings, runtime, desc=""))
 
 
 def segment_many(
@@ -188,16 +135,21 @@ def segment_many(
     indices: Sequence[int] | None = None,
     desc: str = "segment",
 ) -> Iterator[Tensor]:
-    """:func:`segment` of many images, in order; the CRF runs on the other cores or on the GPU.
+    """Label the pixels of images, or of some, in order: the most probable class, after the CRF if there is one.
 
-    ``indices`` chooses among the samples. The network is moved to the runtime's device.
+    The softmax is averaged over test scales and flips. The CRF runs on the other cores or on the GPU.
+
+    Returns:
+        uint8 (H, W) each.
     """
-    runtime.place(network)
+    runtime.place(network).eval()
     crf = settings.test_crf
 
     def unrefined() -> Iterator[tuple[Tensor, Tensor]]:
         for batch in load_views(samples, settings.test_scales, runtime, indices, desc):
-            probabilities = class_probabilities(network, batch.views, batch.size, settings, runtime)
+            with memory_advice("lower segmentation.test_scales"):
+                views = (_probabilities(network, view, batch.size, settings.test_flip, runtime) for view in batch.views)
+                probabilities = sum(views, torch.zeros(())) / len(batch.views)  # (B, K+1, H, W)
             soft = crf is not None and crf.unary == "scores"
             given = probabilities if soft else probabilities.max(dim=1).indices.to(torch.uint8)
             yield from zip(batch.images, given.cpu(), strict=True)
@@ -209,15 +161,24 @@ def segment_many(
         yield from refine_many(unrefined(), crf, network.num_classes + 1, workers, backend, runtime.device)
 
 
+@torch.no_grad()
+def _probabilities(network: nn.Module, images: Tensor, size: tuple[int, int], flip: bool, runtime: Runtime) -> Tensor:
+    """Softmax of a batch at one scale, brought to the images' size: (B, K+1, H, W)."""
+    with runtime.autocast():
+        logits = network(torch.cat([images, images.flip(-1)]) if flip else images).float()
+    probabilities = F.interpolate(logits, size=size, mode="bilinear", align_corners=False).softmax(dim=1)
+    if not flip:
+        return probabilities
+    plain, mirrored = probabilities.chunk(2)
+    return (plain + mirrored.flip(-1)) / 2
+
+
 def write_segmentation(
     network: SegmentationNetwork, samples: Samples, folder: Path, settings: SegmentationConfig, runtime: Runtime
 ) -> None:
-    """Segment a split into palette PNGs, ``<image_id>.png``; existing files are skipped.
-
-    Several processes (:mod:`smaflib.processes`) share the images.
-    """
-    names = [f"{image_id}.png" for image_id in samples.image_ids]
-    missing = missing_files(folder, names)
+    """Segment a split into palette PNGs, ``<image_id>.png``; existing files are skipped, processes share the images."""
+    image_ids = samples.image_ids
+    missing = missing_files(folder, image_ids)
     masks = segment_many(network, samples, settings, runtime, missing, f"segment {samples.split}")
     for index, mask in zip(missing, masks, strict=True):
-        save_mask(folder / names[index], mask)
+        save_mask(folder / f"{image_ids[index]}.png", mask)

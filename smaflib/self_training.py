@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from smaflib.config import SelfTrainingConfig
 from smaflib.data.sample import Samples
-from smaflib.errors import ConfigError
 from smaflib.models.networks import Network, with_background
 from smaflib.reactivation import hard_targets, reactivate, with_background_score
 from smaflib.runtime import Runtime, derive_seed
@@ -32,7 +31,6 @@ def self_train(
     runtime: Runtime,
     *,
     checkpoint: Path | None = None,
-    num_workers: int = 0,
 ) -> tuple[Network, History]:
     """Train a student on the teacher's denoised maps, which are reactivated crop by crop.
 
@@ -43,27 +41,15 @@ def self_train(
             maps (B, K+1, h, w), background first.
         samples: the training split; masks are not read.
         denoised: per sample (K, H, W) in [0, 1]; may be lazy (:class:`~smaflib.maps.FusedMaps`).
-        settings: of stage 4.
         bg_score: background threshold of the targets.
-        runtime: device, precision and seed.
         checkpoint: file of the weights; an unfinished training resumes from it.
-        num_workers: loader processes.
 
     Returns:
         The student in eval mode and its learning curve.
-
-    Raises:
-        ConfigError: if ``settings.fresh_head`` is set and the network has no ``head``.
-        ValueError: if the network's logit maps do not fit the targets.
     """
     student = with_background(teacher).to(runtime.device)
     if settings.fresh_head:
-        head = getattr(student, "head", None)
-        if not isinstance(head, nn.Conv2d):
-            raise ConfigError(
-                f"self_training.fresh_head needs a network with a head; {type(teacher).__name__} has none"
-            )
-        nn.init.zeros_(head.weight)
+        nn.init.zeros_(student.head.weight)  # type: ignore[union-attr, arg-type]
     make_target = hard_targets if settings.targets == "hard" else reactivate
     if not settings.reactivate:
         make_target = with_background_score
@@ -74,7 +60,7 @@ def self_train(
         return {"L_mac": mac_loss(student(batch["image"]), make_target(maps, bg_score), settings.loss_weight)}
 
     seed = derive_seed(runtime.seed, "student")
-    batches = Batches(samples, settings, seed, CropField("denoised", denoised), num_workers)
+    batches = Batches(samples, settings, seed, CropField("denoised", denoised))
     return student, fit(student, batches, loss, runtime, checkpoint, stage="self_training")
 
 
@@ -86,12 +72,6 @@ def mac_loss(logits: Tensor, target: Tensor, weight: float = 100.0) -> Tensor:
         target: (B, K+1, H, W) in [0, 1], background first.
         weight: factor of the loss; 100 in the reference code.
 
-    Returns:
-        Scalar.
-
-    Raises:
-        ValueError: if they disagree on K+1.
-
     Example:
         >>> import torch
         >>> target = torch.zeros(1, 2, 8, 8)
@@ -99,10 +79,5 @@ def mac_loss(logits: Tensor, target: Tensor, weight: float = 100.0) -> Tensor:
         >>> mac_loss(torch.zeros(1, 2, 4, 4), target).item()
         25.0
     """
-    if logits.shape[1] != target.shape[1]:
-        raise ValueError(
-            f"the student returns {logits.shape[1]} logit maps where the target has {target.shape[1]}: one for the "
-            "background, first, and one per class"
-        )
     upsampled = F.interpolate(logits.float(), size=target.shape[2:], mode="bilinear", align_corners=True)
     return weight * F.mse_loss(upsampled.softmax(dim=1), target)

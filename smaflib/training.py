@@ -25,7 +25,7 @@ from smaflib.data.transforms import Crop, draw_crop, jitter_colors, normalize, w
 from smaflib.errors import ConfigError
 from smaflib.models.weights import OPTIMIZER, fill, read_metadata, read_weights, write_weights
 from smaflib.processes import num_ranks, rank, sum_gradients, sum_over_ranks
-from smaflib.runtime import Runtime, derive_seed, progress, release_freed_memory, seeded
+from smaflib.runtime import Runtime, derive_seed, memory_advice, progress, release_freed_memory, seeded
 
 Batch = dict[str, Tensor]
 Losses = Mapping[str, Tensor | float]
@@ -40,18 +40,12 @@ LOG_POINTS = 50
 
 @dataclass(frozen=True)
 class CropField:
-    """A field of the batch, cut from one item per sample: a mask, or denoised maps. Picklable for loader processes.
-
-    Attributes:
-        items: per sample (H, W) or (C, H, W); may be lazy.
-        interpolation: of the resize.
-        fill: value outside the image.
-    """
+    """A field of the batch, cut from one item per sample: a mask, or denoised maps. Picklable for loader processes."""
 
     name: str
-    items: Sequence[Tensor]
+    items: Sequence[Tensor]  # per sample (H, W) or (C, H, W); may be lazy
     interpolation: str = "bilinear"
-    fill: float = 0
+    fill: float = 0  # outside the image
 
     def __call__(self, sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:
         return {self.name: crop.apply(self.items[index], self.interpolation, self.fill)}
@@ -64,19 +58,24 @@ class Batches(Dataset[Batch]):
     """
 
     def __init__(
-        self,
-        samples: Sequence[Sample],
-        config: TrainingConfig,
-        seed: int,
-        crop_fields: CropFields | None = None,
-        num_workers: int = 0,
+        self, samples: Sequence[Sample], config: TrainingConfig, seed: int, crop_fields: CropFields | None = None
     ) -> None:
-        self.samples, self.config, self.seed = samples, config, seed
-        self.crop_fields, self.num_workers = crop_fields, num_workers
+        self.samples, self.config, self.seed, self.crop_fields = samples, config, seed, crop_fields
         self.part = slice(None)  # of each batch; fit sets that of its process
 
     def __len__(self) -> int:
         return self.config.iterations
+
+    def loader(self, iterations: range, runtime: Runtime) -> DataLoader[Batch]:
+        """Load the batches of some iterations in one pass, so that loader processes live as long as the training."""
+        return DataLoader(
+            self,
+            batch_size=None,
+            sampler=iterations,
+            num_workers=runtime.num_workers,
+            generator=torch.Generator(),  # else it would draw from the global generator
+            pin_memory=runtime.device.type == "cuda",
+        )
 
     def __getitem__(self, iteration: int) -> Batch:
         first = iteration * self.config.batch_size
@@ -89,20 +88,17 @@ class Batches(Dataset[Batch]):
         order = torch.randperm(len(self.samples), generator=_generator(self.seed, "order", round_))
         index = int(order[place])
         sample, generator = self.samples[index], _generator(self.seed, "crop", position)
-        if self.config.whole_images:
-            crop = whole_image(self._side(position // self.config.batch_size), self.config, generator)
+        if self.config.whole_images:  # squares, of one side for the whole batch
+            smallest, largest = self.config.resize_range
+            sides = _generator(self.seed, "side", position // self.config.batch_size)
+            side = int(torch.randint(smallest, largest + 1, (), generator=sides))
+            crop = whole_image(side, self.config, generator)
         else:
-            height, width = sample.image.shape[-2:]
-            crop = draw_crop((height, width), self.config, generator)
+            crop = draw_crop((sample.image.shape[-2], sample.image.shape[-1]), self.config, generator)
         image = jitter_colors(crop.apply(sample.image, "bicubic"), self.config.color_jitter, generator)
         # The padding is 0 after normalisation (the mean colour), as in the reference, not black before it.
         batch = {"image": crop.zero_outside(normalize(image)), "image_label": sample.image_label}
         return batch | (self.crop_fields(sample, index, crop) if self.crop_fields else {})
-
-    def _side(self, iteration: int) -> int:
-        """Of the squares of a batch of whole images, which must all be of one size."""
-        smallest, largest = self.config.resize_range
-        return int(torch.randint(smallest, largest + 1, (), generator=_generator(self.seed, "side", iteration)))
 
 
 def fit(
@@ -123,12 +119,9 @@ def fit(
             ``start_share`` needs the initial weights of the first time.
         batches: the data, the seed and the settings.
         loss: from a batch on the runtime's device to named losses, which are summed.
-        runtime: device and precision.
-        checkpoint: a safetensors file, written every ``checkpoint_minutes`` and at the end; a killed training resumes
-            from it.
+        checkpoint: written every ``checkpoint_minutes`` and at the end; a killed training resumes from it.
         stage: name of the settings, for the progress bar and errors.
-        num_terms: the number of terms that a batch's losses are the mean of, such as labelled pixels; defaults to the
-            number of images.
+        num_terms: how many terms a batch's losses are the mean of, such as labelled pixels; None: its images.
 
     Raises:
         FloatingPointError: if a loss is not finite. On a GPU losses are read when they are logged or saved.
@@ -150,25 +143,15 @@ def fit(
         network.eval()
         return history
     peaks = [group["lr"] for group in optimizer.param_groups]
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(start, config.iterations),  # in one pass, so that its workers live as long as the training
-        num_workers=batches.num_workers,
-        generator=torch.Generator(),  # else it would draw from the global generator
-        pin_memory=runtime.device.type == "cuda",
-    )
+    loader = batches.loader(range(start, config.iterations), runtime)
+    advice = f"lower {stage}.batch_size or {stage}.{'resize_range' if config.whole_images else 'crop_size'}"
     log_every, saved = max(1, config.iterations // LOG_POINTS), time.monotonic()
-    for done, batch in enumerate(progress(loader, total=len(loader), desc=stage), start=start + 1):
+    for done, batch in enumerate(progress(loader, config.iterations - start, stage), start=start + 1):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = learning_rate(config, peak, done - 1)
         # Each process has other images, so it draws other dropout masks.
-        with seeded(derive_seed(batches.seed, "dropout", done - 1) + rank(), runtime.device):
-            try:
-                losses.append(_step(network, optimizer, batch, loss, runtime, num_terms))
-            except torch.OutOfMemoryError as error:
-                size = f"{stage}.resize_range" if config.whole_images else f"{stage}.crop_size"
-                raise ConfigError(f"{runtime.device} ran out of memory; lower {stage}.batch_size or {size}") from error
+        with seeded(derive_seed(batches.seed, "dropout", done - 1) + rank(), runtime.device), memory_advice(advice):
+            losses.append(_step(network, optimizer, batch, loss, runtime, num_terms))
         if done % log_every == 0 or done == config.iterations:
             steps = _numbers(losses)
             means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
@@ -215,11 +198,7 @@ def _step(
 
 
 def _numbers(losses: Sequence[Losses]) -> list[dict[str, float]]:
-    """The losses of some steps as numbers; waits for the device.
-
-    Raises:
-        FloatingPointError: if one is not finite.
-    """
+    """The losses of some steps as numbers; waits for the device. FloatingPointError if one is not finite."""
     numbers = [{name: float(value) for name, value in step.items()} for step in losses]
     for step in numbers:
         if not all(map(math.isfinite, step.values())):
@@ -230,17 +209,12 @@ def _numbers(losses: Sequence[Losses]) -> list[dict[str, float]]:
 def check_batch_norm(network: nn.Module, number: int, device: torch.device) -> None:
     """Refuse several processes on a CPU for a network that learns batch statistics: torch's SyncBatchNorm needs GPUs.
 
-    Args:
-        network: is put into training mode.
-        number: of processes.
-        device: of the training.
+    The network is put into training mode; ``number`` is that of the processes.
     """
     learned = any(isinstance(layer, nn.BatchNorm2d) and layer.training for layer in network.train().modules())
     if learned and number > 1 and device.type == "cpu":
-        raise ConfigError(
-            "batch norm cannot learn its statistics in several processes on a CPU; set processes=1 (one process uses "
-            "all cores), or model.freeze_batch_norm=true"
-        )
+        advice = "set processes=1 (one process uses all cores), or model.freeze_batch_norm=true"
+        raise ConfigError(f"batch norm cannot learn its statistics in several processes on a CPU; {advice}")
 
 
 def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -271,17 +245,14 @@ def learning_rate(config: TrainingConfig, peak: float, iteration: int) -> float:
     """The learning rate of an iteration, from 0 on, in closed form: resuming needs no stored schedule.
 
     Source: ``poly`` as in DeepLab; ``onecycle`` as torch's OneCycleLR with its defaults: cosine from a 25th of the peak
-    up over the first 30 %, then down to a 10,000th of the start.
+    up over the first 30 %, then down to a 10,000th of that 25th.
     """
     if config.schedule == "poly":
         return peak * (1 - iteration / config.iterations) ** config.poly_power
     first, turn = peak / 25, 0.3 * (config.iterations + 1) - 1
-    if iteration <= turn:
-        return _cosine(first, peak, iteration / turn)
-    return _cosine(peak, first / 1e4, (iteration - turn) / (config.iterations - turn))
-
-
-def _cosine(start: float, end: float, share: float) -> float:
+    start, end, share = first, peak, iteration / turn
+    if iteration > turn:
+        start, end, share = peak, first / 1e4, (iteration - turn) / (config.iterations - turn)
     return end + (start - end) / 2.0 * (math.cos(math.pi * share) + 1)
 
 
@@ -292,8 +263,7 @@ def is_finished(checkpoint: Path, config: TrainingConfig) -> bool:
 
 def load_history(path: Path) -> History:
     """The learning curve stored beside a network's weights."""
-    history: History = _stored(path, "history", [])
-    return history
+    return _stored(path, "history", [])
 
 
 def _stored(path: Path, name: str, default: Any) -> Any:

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -34,6 +33,7 @@ class Workspace:
 
     folder: Path
     config: Config
+    _samples: dict[Split, Samples] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def path(self, *parts: str) -> Path:
         """A path inside the folder."""
@@ -50,10 +50,6 @@ class Workspace:
 
             self._samples[split] = load_samples(self.config, split, self.folder)
         return self._samples[split]
-
-    @cached_property
-    def _samples(self) -> dict[str, Samples]:
-        return {}
 
     def make_runtime(self) -> Runtime:
         """Device, precision and seed of the config; sets torch's threads."""
@@ -82,22 +78,22 @@ class Workspace:
         folder = network if split == "train" else f"{network}_{split}"
         return AttentionMaps(self.path("cams", folder), self.config.attention.scales)
 
-    def fused(
+    def denoised(
         self,
         network: str,
         samples: Samples,
         scales: Sequence[float] | None = None,
         rule: str | None = None,
         *,
-        denoise: bool = False,
+        denoise: bool = True,
         saliency_weight: float = 0.0,
     ) -> FusedMaps:
-        """A network's maps of some samples of a split, fused over scales and read when asked for.
+        """A network's maps of some samples of a split, fused and denoised when read.
 
         Args:
-            scales: the scales to fuse; None: all.
-            rule: fusion rule; None: the config's. A single scale is taken as it is.
-            denoise: set the maps of absent classes to zero.
+            scales: the scales to fuse; None: all. A single scale is taken as it is.
+            rule: fusion rule; None: the config's.
+            denoise: False keeps the maps of absent classes.
             saliency_weight: share of the samples' saliency maps.
         """
         from smaflib.maps import FusedMaps
@@ -106,16 +102,9 @@ class Workspace:
         maps = self.maps(network, "train" if samples.split == "train" else "val")
         return FusedMaps(maps, samples, rule, scales, denoise=denoise, saliency_weight=saliency_weight)
 
-    def denoised(
-        self, network: str, samples: Samples, scales: Sequence[float] | None = None, rule: str | None = None
-    ) -> FusedMaps:
-        """:meth:`fused` maps with those of absent classes set to zero."""
-        return self.fused(network, samples, scales, rule, denoise=True)
-
     def mask_maps(self, network: str, samples: Samples, scales: Sequence[float] | None = None) -> FusedMaps:
         """The maps that become pseudo masks: :meth:`denoised`, with ``pseudo_masks.saliency_weight``."""
-        weight = self.config.mask_saliency_weight
-        return self.fused(network, samples, scales, denoise=True, saliency_weight=weight)
+        return self.denoised(network, samples, scales, saliency_weight=self.config.mask_saliency_weight)
 
     def masks(self, samples: Samples, folder: str = "masks") -> MaskFiles:
         """The pseudo masks of some samples in their order, or those of another folder; DataError if one is missing."""
@@ -128,10 +117,6 @@ class Workspace:
         """Background threshold of the targets, ``attention.bg_score``; ``auto`` chooses it from the teacher's maps.
 
         What was chosen is stored. Saliency maps take part in the choice where the teacher has learned from them.
-
-        Raises:
-            DataError: if ``auto`` needs maps that do not exist yet.
-            RunError: if the stored value is damaged.
         """
         score = self.config.attention.bg_score
         return self._choose("teacher", self.denoised("teacher", self.samples())) if score == "auto" else score

@@ -24,7 +24,7 @@ from smaflib.data.masks import read_mask, save_mask
 from smaflib.errors import ConfigError, DataError
 from smaflib.models.weights import write_weights
 from smaflib.runs import Run
-from smaflib.runtime import cpu_runtime
+from smaflib.runtime import Runtime
 from smaflib.segmentation import segment
 from tools.cls_labels import convert
 
@@ -161,7 +161,7 @@ def test_submission_holds_palette_masks_where_the_server_expects_them(photos: Pa
     run = Run(tmp_path / "run", config, tmp_path / "my.yaml")
     with pytest.raises(ConfigError, match="has no segmentation network"):
         write_submission(run, ["0"], photos, tmp_path / "results.zip")
-    network = new_segmenter(config, 2, cpu_runtime()).eval()
+    network = new_segmenter(config, 2, Runtime()).eval()
     write_weights(run.path("checkpoints/segmenter.safetensors"), network.state_dict())
     for name in ("../0", "/etc/0", "a\\b", "", "..", "line\nbreak"):
         with pytest.raises(DataError, match="1 images are missing"):

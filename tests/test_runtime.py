@@ -117,7 +117,7 @@ def test_progress_goes_to_the_runners_file(
 ) -> None:
     path = tmp_path / "bar"
     monkeypatch.setenv(PROGRESS_FILE, str(path))
-    items = progress([10, 20, 30], desc="numbers")
+    items = progress([10, 20, 30], total=3, desc="numbers")
     assert [next(items), next(items)] == [10, 20]
     assert "numbers" in path.read_text() and "1/3" in path.read_text()
     assert list(items) == [30]

@@ -26,10 +26,10 @@ from smaflib.data.masks import read_mask
 from smaflib.evaluation import evaluate
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
 from smaflib.refinement import dense_crf
-from smaflib.runtime import cpu_runtime
+from smaflib.runtime import Runtime
 from smaflib.segmentation import multi_scale_logits, segment, segmentation_loss, start_as_student
 
-CPU = cpu_runtime(0)
+CPU = Runtime(seed=0)
 
 
 def true_masks(num: int = 5) -> list[Tensor]:
@@ -184,6 +184,7 @@ def test_crf_refines_the_averaged_probabilities_or_their_labels(unary: Any) -> N
     image = make_samples(1)[0].image
     matrix = torch.tensor([[0.0, 0.0, 0.0], [3.0, -3.0, 0.0]])
     network = PixelNetwork(matrix, stride=1)
+    network.num_classes = 1
     crf = CrfConfig(iterations=2, unary=unary)
     config = SegmentationConfig(test_scales=(1.0, 1.0), test_flip=True, test_crf=crf)
     pixels = image.float() / 255

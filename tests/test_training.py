@@ -26,7 +26,7 @@ from smaflib.data import MaskFiles, load_samples, make_data
 from smaflib.errors import ConfigError
 from smaflib.maps import AttentionMaps, FusedMaps
 from smaflib.models.weights import read_metadata, read_weights
-from smaflib.runtime import Runtime, cpu_runtime
+from smaflib.runtime import Runtime
 from smaflib.training import Batch, Batches, CropField, fit, learning_rate, load_history, make_optimizer
 
 
@@ -55,11 +55,11 @@ def training(**changes: object) -> TrainingConfig:
     return TrainingConfig.model_validate(TRAINING | tiny | changes)
 
 
-def batches_of(config: TrainingConfig, seed: int = 0, num: int = 5, num_workers: int = 0) -> Batches:
+def batches_of(config: TrainingConfig, seed: int = 0, num: int = 5) -> Batches:
     def which(sample: object, index: int, crop: object) -> dict[str, Tensor]:
         return {"index": torch.tensor(index)}
 
-    return Batches(make_samples(num, size=(10, 12)), config, seed, which, num_workers)
+    return Batches(make_samples(num, size=(10, 12)), config, seed, which)
 
 
 def label_loss(network: nn.Module) -> Callable[[Batch], dict[str, Tensor]]:
@@ -163,7 +163,7 @@ def test_one_cycle_is_torchs_to_the_last_bit(iterations: int) -> None:
 def test_fit_learns_and_keeps_a_curve() -> None:
     network = tiny_network()
     config = training(iterations=40, learning_rate=0.02)
-    history = fit(network, batches_of(config), label_loss(network), cpu_runtime())  # type: ignore[arg-type]
+    history = fit(network, batches_of(config), label_loss(network), Runtime())  # type: ignore[arg-type]
     assert not network.training
     assert [record["iteration"] for record in history] == [float(done) for done in range(1, 41)]
     assert history[0].keys() == {"iteration", "L_cls", "L_size"}
@@ -180,7 +180,7 @@ def test_history_is_the_mean_over_a_stretch() -> None:
         seen.append(float(value.detach()))
         return {"L_cls": value}
 
-    history = fit(network, batches_of(config), loss, cpu_runtime())  # type: ignore[arg-type]
+    history = fit(network, batches_of(config), loss, Runtime())  # type: ignore[arg-type]
     assert [record["iteration"] for record in history] == [*range(2, 101, 2), 101]
     assert history[1]["L_cls"] == pytest.approx(sum(seen[2:4]) / 2)
     assert history[-1]["L_cls"] == pytest.approx(seen[100])  # the last stretch is one iteration long
@@ -231,7 +231,7 @@ def test_killed_training_resumes_as_if_nothing_had_happened(
         start_share=0.25,
     )
     whole, undisturbed = tiny_network(), tmp_path / "undisturbed.safetensors"
-    expected = fit(whole, batches_of(config), label_loss(whole), cpu_runtime(), undisturbed)  # type: ignore[arg-type]
+    expected = fit(whole, batches_of(config), label_loss(whole), Runtime(), undisturbed)  # type: ignore[arg-type]
 
     steps, path = minute_per_step(monkeypatch), tmp_path / "net.safetensors"
     for kill in [*killed_at, None]:
@@ -246,10 +246,10 @@ def test_killed_training_resumes_as_if_nothing_had_happened(
             return inner(batch)
 
         if kill is None:
-            history = fit(network, batches_of(config), loss, cpu_runtime(), path)  # type: ignore[arg-type]
+            history = fit(network, batches_of(config), loss, Runtime(), path)  # type: ignore[arg-type]
         else:
             with pytest.raises(Killed):
-                fit(network, batches_of(config), loss, cpu_runtime(), path)  # type: ignore[arg-type]
+                fit(network, batches_of(config), loss, Runtime(), path)  # type: ignore[arg-type]
             assert path.is_file() == (kill >= minutes)
     assert start == {2: 0, 7: 6, 8: 6, 40: 25, 80: 80}[killed_at[-1]]
     assert same_weights(network, whole)
@@ -262,7 +262,7 @@ def test_a_share_of_the_start_is_kept_in_the_end(tmp_path: Path) -> None:
     for share in (0.0, 0.25, 1.0):
         network = tiny_network()
         config = training(start_share=share)
-        fit(network, batches_of(config), label_loss(network), cpu_runtime(), tmp_path / f"{share}.safetensors")  # type: ignore[arg-type]
+        fit(network, batches_of(config), label_loss(network), Runtime(), tmp_path / f"{share}.safetensors")  # type: ignore[arg-type]
         ends[share] = network.state_dict()
         kept = read_weights(tmp_path / f"{share}.safetensors")
         assert all(torch.equal(kept[name], value) for name, value in ends[share].items())
@@ -275,26 +275,26 @@ def test_a_share_of_the_start_is_kept_in_the_end(tmp_path: Path) -> None:
 
 def test_complete_checkpoint_is_not_trained_again(tmp_path: Path) -> None:
     path, config, trained = tmp_path / "net.safetensors", training(), tiny_network()
-    history = fit(trained, batches_of(config), label_loss(trained), cpu_runtime(), path)  # type: ignore[arg-type]
+    history = fit(trained, batches_of(config), label_loss(trained), Runtime(), path)  # type: ignore[arg-type]
     assert not any(name.startswith("optimizer.") for name in read_weights(path))
 
     def never(batch: Batch) -> dict[str, Tensor]:
         raise AssertionError("trained again")
 
     again = TinyNetwork()
-    assert fit(again, batches_of(config), never, cpu_runtime(), path) == history  # type: ignore[arg-type]
+    assert fit(again, batches_of(config), never, Runtime(), path) == history  # type: ignore[arg-type]
     assert same_weights(again, trained) and not again.training
 
 
 def test_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     path, config, network = tmp_path / "net.safetensors", training(), tiny_network()
-    fit(network, batches_of(config), label_loss(network), cpu_runtime(), path)  # type: ignore[arg-type]
+    fit(network, batches_of(config), label_loss(network), Runtime(), path)  # type: ignore[arg-type]
     network.head = nn.Conv2d(4, 7, 1)
     with pytest.raises(ConfigError, match=r"head\.bias \(3,\) instead of \(7,\)"):
-        fit(network, batches_of(config), label_loss(network), cpu_runtime(), path)  # type: ignore[arg-type]
+        fit(network, batches_of(config), label_loss(network), Runtime(), path)  # type: ignore[arg-type]
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ConfigError, match="not a complete safetensors file"):
-        fit(tiny_network(), batches_of(config), label_loss(network), cpu_runtime(), path)  # type: ignore[arg-type]
+        fit(tiny_network(), batches_of(config), label_loss(network), Runtime(), path)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -307,7 +307,7 @@ def test_loss_that_is_not_finite_stops_before_it_ruins_the_weights(tmp_path: Pat
         return {"L_good": network(batch["image"]).mean() * 0 + 2, "L_bad": network(batch["image"]).mean() * bad}
 
     with pytest.raises(FloatingPointError, match=r"no longer finite \(.*'L_good': 2\.0.*lower the learning rate"):
-        fit(network, batches_of(training()), loss, cpu_runtime(), path)  # type: ignore[arg-type]
+        fit(network, batches_of(training()), loss, Runtime(), path)  # type: ignore[arg-type]
     assert all(torch.equal(parameter, before[name]) for name, parameter in network.named_parameters())
     assert not path.exists()
 
@@ -318,8 +318,8 @@ def test_out_of_memory_names_the_settings_to_lower() -> None:
 
     for whole, size in ((False, "crop_size"), (True, "resize_range")):
         batches = batches_of(training(whole_images=whole))
-        with pytest.raises(ConfigError, match=f"ran out of memory; lower classifier.batch_size or classifier.{size}"):
-            fit(tiny_network(), batches, loss, cpu_runtime(), stage="classifier")
+        with pytest.raises(ConfigError, match=f"out of memory; lower classifier.batch_size or classifier.{size}"):
+            fit(tiny_network(), batches, loss, Runtime(), stage="classifier")
 
 
 def test_bf16_autocast_trains_float32_weights() -> None:
@@ -334,7 +334,7 @@ def test_bf16_autocast_trains_float32_weights() -> None:
     assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
     assert len(history) == 4 and all(record["L_cls"] < 2 for record in history)
     other = tiny_network()
-    fit(other, batches_of(training()), label_loss(other), cpu_runtime())  # type: ignore[arg-type]
+    fit(other, batches_of(training()), label_loss(other), Runtime())  # type: ignore[arg-type]
     assert not same_weights(network, other)
 
 
@@ -357,5 +357,5 @@ def test_loader_processes_can_be_spawned(tmp_path: Path) -> None:
 def test_training_leaves_global_random_state_alone() -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    train_teacher(make_samples(3), tiny_config(), cpu_runtime(3))
+    train_teacher(make_samples(3), tiny_config(), Runtime(seed=3))
     assert torch.equal(torch.get_rng_state(), before)

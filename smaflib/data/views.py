@@ -67,7 +67,7 @@ def load_views(
     """
     on_cpu, order = runtime.device.type == "cpu", range(len(samples)) if indices is None else indices
     if num_workers is None:
-        num_workers = 0 if on_cpu else min(num_cores(), MOST_WORKERS)
+        num_workers = 0 if on_cpu else min(num_cores(), MOST_WORKERS, len(order) // BATCH_SIZE)
     loader: DataLoader[_Loaded] = DataLoader(
         _ViewsDataset(samples, scales),
         batch_size=None,
