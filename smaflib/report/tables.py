@@ -28,21 +28,15 @@ PAPER_TOLERANCE = 1.0
 
 
 def results_table(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Results of a run in percent: a row per stage, variant, split and scale, in pipeline order.
+    """Results of a run in percent, from its records: a row per stage, variant, split and scale, in pipeline order.
 
-    Args:
-        metrics: tidy records as in ``metrics.json``.
-
-    Returns:
-        Columns of :data:`MEASURES`; NaN where nothing was measured. Rows without any IoU are left out, such as the
-        precision of a classifier's labels.
+    Columns are :data:`MEASURES`, NaN where nothing was measured. Rows without any IoU are left out, such as the
+    precision of a classifier's labels.
     """
-    means = metrics[metrics["class_name"] == "mean"]
-    columns = {}
-    for column, (metric, size) in MEASURES.items():
-        columns[column] = _by_row(means[(means["metric"] == metric) & (means["object_size"] == size)])
-    table = pd.DataFrame(columns).dropna(how="all", subset=["mIoU", "small", "medium", "large"])
-    return _in_pipeline_order(table, metrics)
+    means, names = metrics[metrics["class_name"] == "mean"], {pair: name for name, pair in MEASURES.items()}
+    columns = [names.get(pair) for pair in zip(means["metric"], means["object_size"], strict=True)]
+    table = _by_row(means.assign(column=columns)).reindex(columns=[*MEASURES])
+    return table.dropna(how="all", subset=["mIoU", "small", "medium", "large"])
 
 
 def headline(metrics: pd.DataFrame) -> list[tuple[str, float]]:
@@ -63,25 +57,20 @@ def headline(metrics: pd.DataFrame) -> list[tuple[str, float]]:
 def class_table(metrics: pd.DataFrame) -> pd.DataFrame:
     """IoU in percent: rows as in :func:`results_table`, a column per class."""
     ious = metrics[(metrics["metric"] == "iou") & (metrics["object_size"] == "all") & (metrics["class_name"] != "mean")]
-    columns = {name: _by_row(ious[ious["class_name"] == name]) for name in ious["class_name"].unique()}
-    return _in_pipeline_order(pd.DataFrame(columns), metrics)
+    return _by_row(ious.assign(column=ious["class_name"])).reindex(columns=ious["class_name"].unique())
 
 
 def labelled(table: pd.DataFrame) -> pd.DataFrame:
     """A table of results for people: each variant by its label and fusion rule."""
     if "fusion" not in table.index.names:
         return table
-    keys = pd.MultiIndex.from_tuples(table.index, names=table.index.names).to_frame(index=False)
+    keys = table.index.to_frame(index=False)
     keys["variant"] = [variant_label(*pair) for pair in zip(keys["variant"], keys["fusion"], strict=True)]
     return table.set_axis(pd.MultiIndex.from_frame(keys.drop(columns="fusion")))
 
 
 def paper_table(metrics: pd.DataFrame, paper_results: Mapping[Variant, float]) -> pd.DataFrame:
-    """A run's mIoU beside the paper's, in percent.
-
-    Args:
-        metrics: tidy records as in ``metrics.json``; of fused maps, those of the paper's rule ``sum`` count.
-        paper_results: mIoU in percent; variants that the run did not measure are left out.
+    """A run's mIoU beside the paper's, in percent, for the variants that the run measured (fused by the rule ``sum``).
 
     Returns:
         By label: ``run``, ``paper``, ``difference`` in points, and ``note``: "below" where the run is more than
@@ -99,11 +88,7 @@ def paper_table(metrics: pd.DataFrame, paper_results: Mapping[Variant, float]) -
 
 
 def compare_runs(folders: Sequence[str | Path], measure: str = "mIoU") -> pd.DataFrame:
-    """One measure of several runs side by side, in percent, with the differences to the first run.
-
-    Args:
-        folders: names of runs or paths of run folders.
-        measure: a column of :func:`results_table`.
+    """A column of :func:`results_table` for several runs, by name or folder, and its differences to the first run.
 
     Returns:
         Rows as in :func:`results_table`; a column per run, then ``<run> - <first run>`` in percentage points.
@@ -115,11 +100,12 @@ def compare_runs(folders: Sequence[str | Path], measure: str = "mIoU") -> pd.Dat
     if measure not in MEASURES:
         raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {measure!r}")
     runs = [find_run(str(folder)) for folder in folders]
-    labels, metrics = _labels(runs), [run.metrics() for run in runs]
-    table = pd.DataFrame({label: results_table(part)[measure] for label, part in zip(labels, metrics, strict=True)})
+    labels = _labels(runs)
+    results = {label: results_table(run.metrics())[measure] for label, run in zip(labels, runs, strict=True)}
+    table = pd.concat(results, axis=1).sort_index(level="stage", sort_remaining=False, kind="stable")
     for label in labels[1:]:
         table[f"{label} - {labels[0]}"] = table[label] - table[labels[0]]
-    return _in_pipeline_order(table, pd.concat(metrics)).dropna(how="all")
+    return table.dropna(how="all")
 
 
 def flat_comparison(folders: Sequence[str | Path], measure: str = "mIoU") -> pd.DataFrame:
@@ -153,23 +139,11 @@ def results_text(run: Run) -> str:
     return f"{run.name}: IoU in percent\n{text}"
 
 
-def _by_row(records: pd.DataFrame) -> pd.Series:
-    """Values in percent, indexed by :data:`ROW`."""
-    rows = _keyed(records).drop_duplicates(ROW, keep="last")
-    return rows.set_index(ROW)["value"].astype(float) * 100
-
-
-def _in_pipeline_order(table: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
-    """Stages by number, within a stage as its notebook recorded them."""
-    keys = _keyed(metrics)[ROW].drop_duplicates().itertuples(index=False, name=None)
-    position: dict[Any, int] = {key: number for number, key in enumerate(keys)}
-    return table.iloc[sorted(range(len(table)), key=lambda row: (table.index[row][0], position[table.index[row]]))]
-
-
-def _keyed(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Metrics whose columns :data:`ROW` are text."""
-    scales = metrics["scale"].map(lambda scale: "" if pd.isna(scale) else f"{scale:g}")
-    return metrics.assign(scale=scales, fusion=metrics["fusion"].fillna(""))
+def _by_row(records: pd.DataFrame) -> pd.DataFrame:
+    """Values in percent: a row per :data:`ROW`, in the order of the records; a column per name in ``column``."""
+    scales = records["scale"].map(lambda scale: "" if pd.isna(scale) else f"{scale:g}")
+    rows = records.assign(scale=scales, fusion=records["fusion"].fillna(""), value=100 * records["value"].astype(float))
+    return rows.pivot_table("value", ROW, "column", aggfunc="last", sort=False)
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
@@ -182,20 +156,15 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 
 
 def measurements(runs: Iterable[tuple[str, int, Run]], measure: str = "mIoU") -> pd.DataFrame:
-    """One measure of several runs, in percent.
-
-    Args:
-        runs: label of the settings, seed, and the run.
-        measure: a column of :func:`results_table`.
+    """A column of :func:`results_table` for several runs, each with the label of its settings and its seed.
 
     Returns:
-        Columns ``setting``, ``seed``, ``row`` (such as ``06 pseudo masks, train``) and ``value``.
+        Columns ``setting``, ``seed``, ``row`` (such as ``06 pseudo masks, train``) and ``value`` in percent.
     """
     found = []
     for setting, seed, run in runs:
-        metrics = run.metrics()
-        table = labelled(results_table(metrics)).reset_index() if len(metrics) else pd.DataFrame()
-        for record in table.dropna(subset=[measure]).to_dict("records") if len(table) else ():
+        table = labelled(results_table(run.metrics()))
+        for record in table.dropna(subset=[measure]).reset_index().to_dict("records"):
             scale = f", scale {record['scale']}" if record["scale"] else ""
             row = f"{record['stage'][:2]} {record['variant']}, {record['split']}{scale}"
             found.append({"setting": setting, "seed": seed, "row": row, "value": float(record[measure])})
@@ -234,9 +203,7 @@ def _cells(values: pd.DataFrame, form: str) -> pd.DataFrame:
 def spread(values: Iterable[float], form: str = "{:.1f}") -> str:
     """Mean ± standard deviation, such as ``67.8 ± 0.4``; a single value alone, and nothing for none. NaN is ignored.
 
-    Args:
-        values: one per seed.
-        form: of the mean; ``{:+.1f}`` for a difference. The deviation has as many digits and no sign.
+    ``form`` is the mean's, ``{:+.1f}`` for a difference; the deviation has as many digits and no sign.
     """
     column = pd.Series(list(values), dtype=float).dropna()
     if column.empty:
