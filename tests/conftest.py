@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from smaflib.explorer.state import Gallery
+
 # One thread: sums in one order, and threads that wait for each other on busy cores take ten times as long.
 torch.set_num_threads(1)
 
@@ -19,6 +21,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # No deadline: the first call of a torch kernel is slow. In CI the examples are the same every time.
 settings.register_profile("smaflib", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("smaflib")
+
+
+@pytest.fixture(scope="session")
+def pretrained() -> Gallery:
+    """Three drawn images, the pretrained networks, and their maps, computed once; tests change copies."""
+    return Gallery.pretrained(3)
 
 
 @pytest.fixture

@@ -20,18 +20,14 @@ from smaflib.explorer.page import MAX_BYTES, MAX_OTHERS, PAGE_SIDE, explorer_pag
 from smaflib.explorer.state import Gallery
 
 
-@pytest.fixture(scope="module")
-def gallery() -> Gallery:
-    return Gallery.pretrained(3)
-
-
 def data_of(page: str) -> dict[str, Any]:
     (text,) = re.findall(r'<script type="application/json" id="smaf-data">(.*?)</script>', page, re.DOTALL)
     data: dict[str, Any] = json.loads(text)
     return data
 
 
-def test_page_holds_images_and_maps(gallery: Gallery) -> None:
+def test_page_holds_images_and_maps(pretrained: Gallery) -> None:
+    gallery = pretrained
     page = explorer_page(gallery, "My <maps>", index=1)
     assert "<title>My &lt;maps&gt;</title>" in page and len(page) < 1_000_000
     data = data_of(page)
@@ -55,9 +51,8 @@ def test_run_lengths_and_quantized_maps_by_hand() -> None:
     assert [level.tolist() for level in levels] == [[[[0, 128, 255]]], [[[0]]]] and peaks.tolist() == [[4], [0]]
 
 
-def many_classes(num_classes: int, size: tuple[int, int], num: int = 1) -> Gallery:
+def many_classes(pretrained: Gallery, num_classes: int, size: tuple[int, int], num: int = 1) -> Gallery:
     """Images without ground truth or network, maps given: class k peaks at k."""
-    pretrained = Gallery.pretrained(1)
     image_label = torch.zeros(num_classes)
     image_label[0] = 1
     image = torch.zeros(3, *size, dtype=torch.uint8)
@@ -71,15 +66,15 @@ def many_classes(num_classes: int, size: tuple[int, int], num: int = 1) -> Galle
     return made
 
 
-def test_labelled_and_strongest_classes_are_kept_and_large_images_shrunk() -> None:
-    image = page_image(many_classes(20, (2048, 1024)), 0)
+def test_labelled_and_strongest_classes_are_kept_and_large_images_shrunk(pretrained: Gallery) -> None:
+    image = page_image(many_classes(pretrained, 20, (2048, 1024)), 0)
     assert image["classes"] == [0, *range(20 - MAX_OTHERS, 20)] and image["truth"] is None
     assert image["shrunk"] and image["size"] == [PAGE_SIDE, PAGE_SIDE // 2] and image["shapes"] == [[64, 32]] * 4
     assert image["maps"]["teacher"]["peaks"] == [image["classes"]] * 4
 
 
-def test_as_many_images_as_fit() -> None:
-    large = many_classes(20, (512, 512), num=40)
+def test_as_many_images_as_fit(pretrained: Gallery) -> None:
+    large = many_classes(pretrained, 20, (512, 512), num=40)
     page = explorer_page(large, index=39)
     data = data_of(page)
     assert 3 <= len(data["images"]) < 40 and len(page) <= MAX_BYTES
@@ -88,13 +83,14 @@ def test_as_many_images_as_fit() -> None:
         explorer_page(large, max_bytes=1000)
 
 
-def test_maps_of_a_custom_rule_are_computed_with_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_maps_of_a_custom_rule_are_computed_with_the_page(
+    pretrained: Gallery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "own_page_rule2.py").write_text("def least(maps, scales): return maps.amin(dim=0)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    gallery = Gallery.pretrained(1)
     rule = "own_page_rule2:least"
-    attention = gallery.config.attention.model_copy(update={"fusion": rule})
-    gallery.config = gallery.config.model_copy(update={"attention": attention})
+    attention = pretrained.config.attention.model_copy(update={"fusion": rule})
+    gallery = replace(pretrained, config=pretrained.config.model_copy(update={"attention": attention}))
     data = data_of(explorer_page(gallery))
     assert data["rules"][-1] == [rule, rule] and data["rules"][3] == ["size_adaptive", "size-adaptive"]
     assert data["computed_rules"] == [rule] and data["start"]["fusion"] == rule

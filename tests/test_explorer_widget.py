@@ -11,20 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from smaflib.config import CrfConfig
 from smaflib.explorer import widget as explorer_module
 from smaflib.explorer.state import LIKELIEST_CLASSES, Exploration, Gallery
 from smaflib.explorer.widget import Explorer
 
 
-@pytest.fixture(scope="module")
-def pretrained() -> Gallery:
-    return Gallery.pretrained(3)
-
-
 @pytest.fixture
 def explorer(pretrained: Gallery) -> Explorer:
-    # Maps once for all tests; each test has its own list of images to add to.
+    # Each test has its own list of images to add to.
     return Explorer(replace(pretrained, samples=list(pretrained.samples), _cams=dict(pretrained._cams)), index=2)
 
 
@@ -33,37 +27,30 @@ def expected(explorer: Explorer) -> Exploration:
     return explorer.gallery.explore(explorer.board.index, explorer.role, explorer.settings, flip)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "setting"),
-    [
-        ("bg_score", 0.6, {"bg_score": 0.6}),
-        ("fusion", "max", {"fusion": "max"}),
-        ("scale_1", False, {"weights": (1.0, 0.0, 1.0, 1.0)}),
-        ("weight_3", 0.3, {"weights": (1.0, 1.0, 1.0, 0.3)}),
-        ("denoise", False, {"denoise": False}),
-        ("reactivate", False, {"reactivate": False}),
-        ("class_number", 4, {"class_number": 4}),
-        ("image_label", (0, 5), {"image_label": (0, 5)}),
-        ("flip", False, {}),
-        ("role", "student", {}),
-        (
-            "crf",
-            True,
-            {"crf": CrfConfig(iterations=5, gaussian_sxy=1.5, bilateral_sxy=20, bilateral_srgb=8, bilateral_compat=6)},
-        ),
-    ],
-)
-def test_every_control_sets_the_numbers_and_reset_undoes_it(
-    explorer: Explorer, name: str, value: object, setting: dict
-) -> None:
+def test_every_control_sets_the_numbers_and_reset_undoes_it(explorer: Explorer) -> None:
     before, view = explorer.settings, explorer.board.view
     assert before == explorer.gallery.first_settings(2)
-    explorer.controls[name].value = value
-    assert explorer.settings == replace(before, **setting)
-    assert torch.equal(explorer.exploration.mask, expected(explorer).mask)
-    assert explorer.board.view != view and explorer.board.view["mask"] == explorer.exploration.mask.numpy().tobytes()
-    explorer.controls["reset"].click()
-    assert explorer.settings == before and explorer.role == "teacher"
+    changes: dict[str, tuple[object, dict]] = {
+        "bg_score": (0.6, {"bg_score": 0.6}),
+        "fusion": ("max", {"fusion": "max"}),
+        "scale_1": (False, {"weights": (1.0, 0.0, 1.0, 1.0)}),
+        "weight_3": (0.3, {"weights": (1.0, 1.0, 1.0, 0.3)}),
+        "denoise": (False, {"denoise": False}),
+        "reactivate": (False, {"reactivate": False}),
+        "class_number": (4, {"class_number": 4}),
+        "image_label": ((0, 5), {"image_label": (0, 5)}),
+        "flip": (False, {}),
+        "role": ("student", {}),
+        "crf": (True, {"crf": explorer.gallery.config.pseudo_masks.crf}),
+    }
+    for name, (value, setting) in changes.items():
+        explorer.controls[name].value = value
+        assert explorer.settings == replace(before, **setting)
+        assert torch.equal(explorer.exploration.mask, expected(explorer).mask)
+        assert explorer.board.view["mask"] == explorer.exploration.mask.numpy().tobytes()
+        assert explorer.board.view != view, name
+        explorer.controls["reset"].click()
+        assert explorer.settings == before and explorer.role == "teacher"
 
 
 def test_numbers_on_the_board_are_those_of_the_exploration_and_json(explorer: Explorer) -> None:
@@ -167,9 +154,8 @@ def test_in_a_kernel_the_crf_waits_for_a_rest_and_runs_once(
     assert explorer.board.status["kind"] == "" and torch.equal(explorer.exploration.mask, expected(explorer).mask)
 
 
-def test_a_runs_own_settings_and_networks_are_offered_as_they_are() -> None:
-    gallery = Gallery.pretrained(1)
-    del gallery.networks["student"]
+def test_a_runs_settings_and_networks_are_offered_as_they_are(pretrained: Gallery) -> None:
+    gallery = replace(pretrained, networks={"teacher": pretrained.networks["teacher"]})
     crf = gallery.config.pseudo_masks.crf.model_copy(update={"bilateral_sxy": 250.0, "iterations": 40})
     masks = gallery.config.pseudo_masks.model_copy(update={"crf": crf})
     gallery.config = gallery.config.model_copy(update={"pseudo_masks": masks})

@@ -49,13 +49,7 @@ MAX_OTHERS = 6
 def explorer_page(
     gallery: Gallery, title: str = "Attention explorer", index: int = 0, max_bytes: int = MAX_BYTES
 ) -> str:
-    """A self-contained HTML page that explores the images of a gallery.
-
-    Args:
-        gallery: images and maps; as many as fit, in its order.
-        title: title of the page.
-        index: first image shown, if it fits.
-        max_bytes: largest size of the page.
+    """A self-contained HTML page that explores as many images of a gallery as fit, ``index`` first if it does.
 
     Raises:
         ValueError: if not even one image fits.
@@ -76,17 +70,8 @@ def explorer_page(
             "reference_extent": cams_module.REFERENCE_EXTENT,
             "size_sharpness": cams_module.SIZE_SHARPNESS,
         },
-        "start": {
-            "index": index,
-            "cls": first.class_number,
-            "role": gallery.roles[0],
-            "fusion": first.fusion,
-            "bg": first.bg_score,
-            "denoise": True,
-            "reactivate": True,
-            "opacity": 0.75,
-            "colormap": COLOR_MAPS[0],
-        },
+        "start": {"index": index, "cls": first.class_number, "role": gallery.roles[0], "fusion": first.fusion}
+        | {"bg": first.bg_score, "denoise": True, "reactivate": True, "opacity": 0.75, "colormap": COLOR_MAPS[0]},
         "thumbs": [],
         "images": [],
     }
@@ -156,10 +141,7 @@ def page_image(gallery: Gallery, index: int) -> dict[str, Any]:
 
 
 def quantize(cams: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Round maps to 8 bits, relative to the peak of each class at each scale.
-
-    Args:
-        cams: per scale (K, h_s, w_s), non-negative.
+    """Round maps, per scale (K, h_s, w_s) and non-negative, to 8 bits relative to the peak of each class and scale.
 
     Returns:
         Per scale uint8 (K, h_s, w_s), and the peaks (S, K) that 255 stands for.
@@ -204,10 +186,7 @@ def write_explorer(run: Run, num_images: int = 8) -> Path:
 def explorer_frame(gallery: Gallery, index: int = 0, height: int = 960) -> Any:
     """The page inside a notebook's output, as the last line of a cell; it stays when the notebook is saved.
 
-    Args:
-        gallery: images and maps.
-        index: first image shown.
-        height: height of the frame in pixels, until the page reports its own.
+    ``height`` is the frame's in pixels, until the page reports its own.
     """
     from IPython.display import HTML
 

@@ -19,7 +19,6 @@ from IPython.display import Image as Picture
 from IPython.display import display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
 from smaflib.cams import at_size, fuse_cams, fusion_rules
@@ -52,16 +51,7 @@ CRF_RANGES: dict[str, tuple[str, float, float, float]] = {  # setting: tooltip, 
 
 
 def scale_sliders(samples: Samples, maps: AttentionMaps, bg_score: float, fusion: str = "sum") -> Any:
-    """Weigh the scales: maps of an image's first class, their fusion, and the mask.
-
-    Args:
-        samples: images to choose from; the mask shows its IoU if they have their masks.
-        maps: stored maps of the teacher or the student.
-        bg_score: background threshold, in (0, 1].
-        fusion: first fusion rule.
-    """
-    if not len(samples):
-        raise ValueError("scale_sliders needs at least one image")
+    """Weigh the scales: maps of an image's first class, their fusion, and the mask with its IoU if known."""
     read, names = functools.cache(maps.read), samples.class_names
 
     def draw(image: int, fusion: str, **weights: float) -> Figure:
@@ -80,39 +70,28 @@ def scale_sliders(samples: Samples, maps: AttentionMaps, bg_score: float, fusion
         title = f"attention for {names[number]}; background threshold {bg_score:g}"
         return show_panels([row], columns, title=title, captions=captions)
 
-    controls: dict[str, dict[str, Any]] = {
-        "image": _slider(0, 0, len(samples) - 1, 1),
-        "fusion": {"value": fusion, "options": fusion_rules(fusion)},
-    }
-    controls |= {f"weight of scale {scale:g}": _slider(1.0, 0.0, 2.0, 0.1) for scale in maps.scales}
-    return _sliders(draw, controls)
+    rules = {"value": fusion, "options": fusion_rules(fusion)}
+    weights = {f"weight of scale {scale:g}": slider_options(1.0, 0.0, 2.0, 0.1) for scale in maps.scales}
+    return _sliders(draw, {"image": slider_options(0, 0, len(samples) - 1, 1), "fusion": rules} | weights)
 
 
 def row_sliders(sample: Sample, fused: Tensor, bg_score: float, class_names: tuple[str, ...]) -> Any:
-    """Move the background threshold, and the row of pixels that the curves follow.
-
-    Args:
-        sample: image, with its mask if there is one.
-        fused: (K, H, W) in [0, 1], fused and not denoised.
-        bg_score: first background threshold, in (0, 1].
-        class_names: the K classes.
-    """
+    """Move the background threshold, and the row of pixels that the curves follow, on fused maps (K, H, W)."""
     denoised = denoise(fused, sample.image_label)
     strongest = strongest_map(denoised)
 
     def draw(bg_score: float, row: int) -> Figure:
         target, mask = reactivate(denoised, bg_score), hard_labels(denoised, bg_score)
-        maps = {"denoised": strongest, "target, reactivated": strongest_map(target[1:])}
-        panels = {"image": picture(sample.image)}
-        for name, cam in maps.items():
-            panels[name] = draw_outline(overlay_map(sample.image, cam), sample.mask, class_names)
-        panels["mask"] = overlay_mask(sample.image, mask, class_names)
+        maps = (overlay_map(sample.image, cam) for cam in (strongest, strongest_map(target[1:])))
+        outlined = (draw_outline(panel, sample.mask, class_names) for panel in maps)
+        panels = (picture(sample.image), *outlined, overlay_mask(sample.image, mask, class_names))
         figure = Figure(figsize=(8, 5.4), layout="constrained")
         above, below = figure.subfigures(2, 1, height_ratios=(1, 1.5))  # type: ignore[misc]  # two, as asked for
-        for axis, (name, panel) in zip(above.subplots(1, len(panels)), panels.items(), strict=True):
+        titles = ("image", "denoised", "target, reactivated", "mask")
+        for axis, title, panel in zip(above.subplots(1, 4), titles, panels, strict=True):
             show_panel(axis, panel)
             axis.axhline(row, color="white", linewidth=1, linestyle="--")
-            axis.set_title(name, fontsize=9)
+            axis.set_title(title, fontsize=9)
         steps = {
             "with background": with_background_score(denoised, bg_score)[:, row],
             "target: each pixel divided by its highest score": target[:, row],
@@ -124,22 +103,17 @@ def row_sliders(sample: Sample, fused: Tensor, bg_score: float, class_names: tup
         return figure
 
     first_row = int(strongest.amax(dim=1).argmax())
-    controls = {"bg_score": _slider(bg_score, 0.01, 0.98, 0.01), "row": _slider(first_row, 0, len(strongest) - 1, 1)}
+    controls = {
+        "bg_score": slider_options(bg_score, 0.01, 0.98, 0.01),
+        "row": slider_options(first_row, 0, len(strongest) - 1, 1),
+    }
     return _sliders(draw, controls)
 
 
 def crf_sliders(
     sample: Sample, denoised: Tensor, bg_score: float, config: PseudoMaskConfig, class_names: tuple[str, ...]
 ) -> Any:
-    """Change every setting of the dense CRF; the mask follows when a slider is released.
-
-    Args:
-        sample: image, with its mask if there is one.
-        denoised: (K, H, W) in [0, 1], fused and denoised.
-        bg_score: background threshold, in (0, 1].
-        config: first settings, in ``crf``.
-        class_names: the K classes.
-    """
+    """Change every setting of the dense CRF on denoised maps (K, H, W); the mask follows when a slider is released."""
     from smaflib.pseudo_masks import pseudo_mask  # not above: notebooks 03 and 04 do not depend on the CRF
 
     before = hard_labels(denoised, bg_score)
@@ -147,21 +121,21 @@ def crf_sliders(
     def draw(**values: float) -> Figure:
         crf = CrfConfig(**(config.crf.model_dump() | values))
         after = pseudo_mask(sample.image, denoised, bg_score, config.model_copy(update={"refine": "crf", "crf": crf}))
-        masks = {"before the CRF": before, "after the CRF": after}
-        masks |= {} if sample.mask is None else {"ground truth": sample.mask}
-        row = [picture(sample.image), *(overlay_mask(sample.image, mask, class_names) for mask in masks.values())]
+        masks = [before, after] if sample.mask is None else [before, after, sample.mask]
+        row = [picture(sample.image), *(overlay_mask(sample.image, mask, class_names) for mask in masks)]
         captions = ["", *(_score(mask, sample, len(class_names)) for mask in (before, after)), ""]
-        return show_panels([row], ["image", *masks], title="the dense CRF", side=2.4, captions=[captions])
+        columns = ["image", "before the CRF", "after the CRF", "ground truth"]
+        return show_panels([row], columns, title="the dense CRF", side=2.4, captions=[captions])
 
     controls = {}
     for name, (tooltip, *bounds) in CRF_RANGES.items():
-        options = {"tooltip": tooltip, "continuous_update": False}
-        controls[name] = _slider(getattr(config.crf, name), *bounds) | options
+        slider = slider_options(getattr(config.crf, name), *bounds)
+        controls[name] = slider | {"tooltip": tooltip, "continuous_update": False}
     return _sliders(draw, controls)
 
 
-def _slider(value: float, least: float, most: float, step: float) -> dict[str, Any]:
-    # A run's own setting may be outside the usual range.
+def slider_options(value: float, least: float, most: float, step: float) -> dict[str, Any]:
+    """Options of a slider for :func:`make_control`; a run's setting may be outside the usual range."""
     return {"value": value, "min": min(least, value), "max": max(most, value), "step": step}
 
 
@@ -177,12 +151,12 @@ def _sliders(draw: Callable[..., Figure], controls: Mapping[str, dict[str, Any]]
     first = _png(draw(**{name: options["value"] for name, options in controls.items()}))
     if os.environ.get(PROGRESS_FILE):  # a run: nbclient would store the state of widgets that nobody can move
         return first
-    made = {name: _control(name, options) for name, options in controls.items()}
+    look: dict[str, Any] = {"layout": {"width": "300px"}, "style": {"description_width": "120px"}}
+    made = {name: make_control(options | look | {"description": name}) for name, options in controls.items()}
     columns = {"grid_template_columns": "repeat(auto-fill, minmax(310px, 1fr))", "width": "100%"}
     box = _Box([widgets.GridBox([*made.values()], layout=columns), widgets.interactive_output(show, made)])
-    box.add_class("smaf-sliders")
     box.first = first
-    return box
+    return box.add_class("smaf-sliders")
 
 
 class _Box(widgets.VBox):  # type: ignore[misc]
@@ -194,18 +168,17 @@ class _Box(widgets.VBox):  # type: ignore[misc]
         return super()._repr_mimebundle_(**options) | {"image/png": base64.b64encode(self.first.data).decode()}
 
 
-def _control(name: str, options: dict[str, Any]) -> Any:
+def make_control(options: dict[str, Any]) -> Any:
+    """A menu where there are ``options`` to choose from, else a slider for whole numbers or for others."""
     whole = isinstance(options["value"], int)
     kind = widgets.Dropdown if "options" in options else widgets.IntSlider if whole else widgets.FloatSlider
-    return kind(description=name, layout={"width": "300px"}, style={"description_width": "120px"}, **options)
+    return kind(**options)
 
 
 def _png(figure: Figure) -> Picture:
     figure.set_dpi(90)  # enough for a screen, in half the time
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # once; savefig draws a figure with a constrained layout twice
     content = io.BytesIO()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(content, "PNG")
+    FigureCanvasAgg(figure).print_png(content)  # savefig would draw a constrained layout twice
     return Picture(content.getvalue())
 
 

@@ -85,50 +85,29 @@ def to_bytes(values: Tensor) -> bytes:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that leads from an image's attention maps to its mask.
+    """Everything that leads from an image's attention maps to its mask."""
 
-    Attributes:
-        class_number: class whose maps are shown, 0 to K-1.
-        image_label: class numbers that denoising keeps.
-        weights: weight of each scale in the fusion; 0 leaves it out.
-        fusion: fusion rule.
-        bg_score: background threshold, in (0, 1].
-        denoise: erase the maps of classes outside ``image_label``.
-        reactivate: divide each pixel by its highest score.
-        crf: settings of the CRF; None: no CRF.
-    """
-
-    class_number: int
-    image_label: tuple[int, ...]
-    weights: tuple[float, ...]
+    class_number: int  # whose maps are shown, 0 to K-1
+    image_label: tuple[int, ...]  # class numbers that denoising keeps
+    weights: tuple[float, ...]  # of each scale in the fusion; 0 leaves it out
     fusion: FusionRule = "sum"
-    bg_score: float = 0.2
+    bg_score: float = 0.2  # background threshold, in (0, 1]
     denoise: bool = True
     reactivate: bool = True
-    crf: CrfConfig | None = None
+    crf: CrfConfig | None = None  # None: no CRF
 
 
 @dataclass(frozen=True)
 class Exploration:
-    """One image under one setting.
-
-    Attributes:
-        settings: settings that it was computed with.
-        scales: the S scales.
-        scale_maps: (S, H, W) in [0, 1], the shown class at each scale, each with its own peak at 1.
-        denoised: (K, H, W) in [0, 1], fused and, if set, denoised.
-        target: (H, W) in [0, 1], the shown class, reactivated if set.
-        mask: uint8 (H, W), refined by the CRF if set.
-        ground_truth: uint8 (H, W), 255 is void; None if unknown.
-    """
+    """One image under one setting."""
 
     settings: Settings
-    scales: tuple[float, ...]
-    scale_maps: Tensor
-    denoised: Tensor
-    target: Tensor
-    mask: Tensor
-    ground_truth: Tensor | None
+    scales: tuple[float, ...]  # S of them
+    scale_maps: Tensor  # (S, H, W) in [0, 1]: the shown class at each scale, each with a peak of 1
+    denoised: Tensor  # (K, H, W) in [0, 1]: fused and, if set, denoised
+    target: Tensor  # (H, W) in [0, 1]: the shown class, reactivated if set
+    mask: Tensor  # uint8 (H, W), refined by the CRF if set
+    ground_truth: Tensor | None  # uint8 (H, W), 255 is void; None if unknown
 
     @property
     def fused(self) -> Tensor:
@@ -163,13 +142,9 @@ class Exploration:
 
 
 def explore(sample: Sample, cams: Sequence[Tensor], scales: Sequence[float], settings: Settings) -> Exploration:
-    """Take one image's maps to its mask.
+    """Take one image's maps, per scale (K, h_s, w_s) and non-negative, to its mask.
 
-    Args:
-        sample: image and, if known, ground truth; its label is ignored in favour of ``settings.image_label``.
-        cams: per scale (K, h_s, w_s), non-negative, flips already undone.
-        scales: scale of each map.
-        settings: settings of every step.
+    The label of the sample is ignored in favour of ``settings.image_label``.
 
     Raises:
         ValueError: if every weight is 0, or the settings do not fit the maps.
@@ -194,25 +169,15 @@ def explore(sample: Sample, cams: Sequence[Tensor], scales: Sequence[float], set
 
 @dataclass
 class Gallery:
-    """Images and their attention maps by teacher and student; maps are computed or read once.
-
-    Attributes:
-        samples: images, with ground truth where it is known.
-        class_names: the K classes.
-        config: first values of scales, fusion rule, background threshold and CRF.
-        networks: an ``AttentionNetwork`` or ``ImageNetClassifier`` each, which compute maps; may lack one or both.
-        stored: folders of finished maps, preferred over the networks.
-        bg_score: first background threshold; None: that of ``config``.
-        knows_photos: whether the networks recognise photos; see :meth:`for_photos`.
-    """
+    """Images and their attention maps by teacher and student; maps are computed or read once."""
 
     samples: list[Sample]
     class_names: tuple[str, ...]
-    config: Config
-    networks: dict[Role, Any]
-    stored: dict[Role, AttentionMaps] = field(default_factory=dict)
-    bg_score: float | None = None
-    knows_photos: bool = True
+    config: Config  # first values of the settings
+    networks: dict[Role, Any]  # an AttentionNetwork or ImageNetClassifier each; may lack one or both
+    stored: dict[Role, AttentionMaps] = field(default_factory=dict)  # finished maps, preferred over the networks
+    bg_score: float | None = None  # first background threshold; None: that of the config
+    knows_photos: bool = True  # whether the networks recognise photos; see for_photos
     _cams: dict[tuple[int, Role, bool], list[Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -233,11 +198,7 @@ class Gallery:
 
     @classmethod
     def imagenet(cls) -> Gallery:
-        """ImageNet's classifier, without images and classes; :meth:`add_photo` adds them.
-
-        Raises:
-            ConfigError: if the package with its weights is not installed.
-        """
+        """ImageNet's classifier, without images and classes; :meth:`add_photo` adds them."""
         return cls([], (), imagenet_config(), {"teacher": ImageNetClassifier()})
 
     def for_photos(self) -> Gallery:
@@ -284,17 +245,12 @@ class Gallery:
         return tuple(role for role in ROLES if role in self.networks or role in self.stored)
 
     def first_settings(self, index: int) -> Settings:
-        """The run's own settings for an image: its label and the first class of it, all scales alike, no CRF."""
-        numbers = tuple(torch.nonzero(self.samples[index].image_label)[:, 0].tolist())
-        own = self.config.attention.bg_score
-        bg_score = self.bg_score or (0.2 if own == "auto" else own)  # a few images cannot tell what auto would choose
-        return Settings(
-            class_number=numbers[0] if numbers else 0,
-            image_label=numbers,
-            weights=(1.0,) * len(self.scales),
-            fusion=self.config.attention.fusion,
-            bg_score=min(max(bg_score, 0.01), 1.0),
-        )
+        """The run's settings for an image: its label and the first class of it, all scales alike, no CRF."""
+        numbers, attention = tuple(self.samples[index].image_label.nonzero()[:, 0].tolist()), self.config.attention
+        chosen = self.bg_score or attention.bg_score
+        bg_score = 0.2 if chosen == "auto" else max(chosen, 0.01)  # a few images cannot tell what auto would choose
+        weights = (1.0,) * len(self.scales)
+        return Settings(numbers[0] if numbers else 0, numbers, weights, attention.fusion, bg_score)
 
     def flips(self, index: int, role: Role) -> tuple[bool, ...]:
         """Which maps are available: with the mirror image, without, or both."""

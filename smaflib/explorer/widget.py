@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 try:
     import anywidget
@@ -22,11 +22,12 @@ try:
 except ImportError as error:
     raise ImportError(f"the explorer needs {error.name}; install it with: pip install 'smaflib[explorer]'") from error
 
+import numpy as np
 from torch import Tensor
 
 from smaflib.cams import fusion_rules
 from smaflib.errors import InputError
-from smaflib.explorer.sliders import CRF_RANGES
+from smaflib.explorer.sliders import CRF_RANGES, make_control, slider_options
 from smaflib.explorer.state import (
     COLOR_MAPS,
     CURVE_SCORES,
@@ -72,9 +73,7 @@ class Board(anywidget.AnyWidget):
 class Explorer:
     """Controls and board over a :class:`~smaflib.explorer.state.Gallery`; display it as the last line of a cell.
 
-    Args:
-        gallery: images and maps; None: the pretrained networks and newly drawn images.
-        index: first image.
+    Without a gallery it shows newly drawn images with the pretrained networks.
 
     Attributes:
         exploration: the numbers that are shown.
@@ -98,11 +97,7 @@ class Explorer:
 
     @classmethod
     def from_run(cls, run: Run | str | Path, num_images: int = 8) -> Explorer:
-        """Explorer of a run, by name or folder: its first images, its maps and networks.
-
-        Raises:
-            RunError: if there is no such run, or it has no attention maps yet.
-        """
+        """Explorer of a run, by name or folder; raises what :meth:`Gallery.of_run` raises."""
         return cls(Gallery.of_run(run, num_images))
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
@@ -111,14 +106,15 @@ class Explorer:
     @property
     def role(self) -> Role:
         """Network whose maps are shown."""
-        role: Role = self.controls["role"].value
-        return role
+        return cast(Role, self.controls["role"].value)
+
+    def _values(self) -> dict[str, Any]:
+        return {name: control.value for name, control in self.controls.items() if hasattr(control, "value")}
 
     @property
     def settings(self) -> Settings:
         """Values of the controls."""
-        value = {name: control.value for name, control in self.controls.items() if hasattr(control, "value")}
-        numbers = range(len(self.gallery.scales))
+        value, numbers = self._values(), range(len(self.gallery.scales))
         crf = self.gallery.config.pseudo_masks.crf.model_copy(update={name: value[name] for name in CRF_RANGES})
         return Settings(
             class_number=value["class_number"],
@@ -135,8 +131,7 @@ class Explorer:
         """Show a gallery, with new controls: another gallery has other classes and scales."""
         self.gallery, self.controls = gallery, _make_controls(gallery)
         of_image = ("class_number", "image_label", "upload")
-        values = {name: control.value for name, control in self.controls.items() if hasattr(control, "value")}
-        self._first = {name: value for name, value in values.items() if name not in of_image}
+        self._first = {name: value for name, value in self._values().items() if name not in of_image}
         self._show_images()
         self._open(index)
         self._connect()
@@ -146,11 +141,12 @@ class Explorer:
     def _connect(self) -> None:
         controls, board = self.controls, self.board
         appearance = ("opacity", "colormap")  # the board redraws what it has
-        for name, control in controls.items():
-            if hasattr(control, "value") and name not in (*appearance, "upload"):
-                control.observe(self._reporting(lambda change: None if _is_rounding(change) else self._draw()), "value")
-        for name in appearance:
-            traitlets.dlink((controls[name], "value"), (board, name))
+        redraw = self._reporting(lambda change: None if _is_rounding(change) else self._draw())
+        for name in self._values():
+            if name in appearance:
+                traitlets.dlink((controls[name], "value"), (board, name))
+            elif name != "upload":
+                controls[name].observe(redraw, "value")
         controls["previous"].on_click(self._reporting(lambda button: self._go(board.index - 1)))
         controls["next"].on_click(self._reporting(lambda button: self._go(board.index + 1)))
         controls["reset"].on_click(self._reporting(lambda button: self._reset()))
@@ -174,11 +170,11 @@ class Explorer:
 
     @contextlib.contextmanager
     def _without_redraw(self) -> Iterator[None]:
-        before, self._quiet = self._quiet, True
+        self._quiet = True
         try:
             yield
         finally:
-            self._quiet = before
+            self._quiet = False
 
     def _say(self, text: str = "", kind: str = "") -> None:
         self.board.status = {"text": text, "kind": kind}
@@ -259,7 +255,10 @@ class Explorer:
     def _show(self, result: Exploration, plain: Exploration, settings: Settings) -> None:
         """Send a result to the board, with the curve of the mask without the CRF."""
         self.exploration = result
-        gallery, curve = self.gallery, plain.iou_curve()
+        gallery, ious, curve = self.gallery, plain.iou_curve(), None
+        if ious is not None:
+            at, note = [settings.bg_score, _plain(plain.iou)], "before the CRF" if settings.crf else ""
+            curve = {"scores": list(CURVE_SCORES), "ious": _plain(ious), "at": at, "note": note}
         image = gallery.samples[self.board.index].image
         self.board.view = {  # documented in static/explorer_board.js, setView
             "size": [*result.mask.shape],
@@ -279,14 +278,7 @@ class Explorer:
             "target": to_bytes(result.target),
             "mask": to_bytes(result.mask),
             "iou": _plain(result.iou),
-            "curve": None
-            if curve is None
-            else {
-                "scores": list(CURVE_SCORES),
-                "ious": _plain(curve),
-                "at": [settings.bg_score, _plain(plain.iou)],
-                "note": "before the CRF" if settings.crf else "",
-            },
+            "curve": curve,
         }
         self._read_pixel()
 
@@ -310,13 +302,9 @@ def _is_rounding(change: Any) -> bool:
     return all(isinstance(value, float) for value in both) and math.isclose(*both)
 
 
-def _plain(ious: Any) -> Any:
+def _plain(ious: Tensor | None) -> Any:
     """IoUs as nested lists with None for nan, which is not JSON."""
-    if isinstance(ious, Tensor):
-        ious = ious.tolist()
-    if isinstance(ious, list):
-        return [_plain(each) for each in ious]
-    return None if ious is None or math.isnan(ious) else ious
+    return None if ious is None else np.where(ious.isnan().numpy(), None, ious.numpy()).tolist()  # type: ignore[call-overload]
 
 
 def _make_controls(gallery: Gallery) -> dict[str, Any]:
@@ -330,9 +318,7 @@ def _make_controls(gallery: Gallery) -> dict[str, Any]:
         return {"description": text, "layout": {"width": f"{width}px"}, "style": {"description_width": f"{label}px"}}
 
     def slider(value: float, least: float, most: float, step: float, **options: Any) -> Any:
-        kind = widgets.IntSlider if isinstance(value, int) else widgets.FloatSlider
-        # A run's own setting may be outside the usual range.
-        return kind(value, min=min(least, value), max=max(most, value), step=step, **options)
+        return make_control(slider_options(value, least, most, step) | options)
 
     def box(value: bool, text: str) -> Any:
         return widgets.Checkbox(value, description=text, indent=False, layout={"width": "98px"})

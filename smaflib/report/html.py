@@ -39,7 +39,7 @@ CAPTIONS = {
     "03_object_sizes": "Is the scale that is best for small objects also the best for large ones?",
     "03_objects": "Where the lines cross, the best scale changes.",
     "03_examples": "The same objects at every scale: follow the IoU from left to right, for small and for large ones.",
-    "03_background_score": "Only the ground truth can tell where a curve peaks; dotted is what the run chose without it.",
+    "03_background_score": "Only the ground truth tells where a curve peaks; dotted is what the run chose without it.",
     "04_steps": "Denoising removes classes that are not in the image; reactivation makes what is left certain.",
     "04_row": "The highest line of each pixel is at 1 in the last row: that is what the student learns.",
     "05_learning_curves": "The student, and the control that learns from one scale alone.",

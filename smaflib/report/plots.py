@@ -42,10 +42,10 @@ def picture(image: Tensor) -> Panel:
     return image.permute(1, 2, 0).cpu().numpy()
 
 
-def overlay_map(image: Tensor, cam: Tensor, colormap: str = "inferno", opacity: float = 0.75) -> Panel:
+def overlay_map(image: Tensor, cam: Tensor, opacity: float = 0.75) -> Panel:
     """Overlay a map, (H, W) in [0, 1], on a grey version of an image, uint8 (3, H, W)."""
     grey = picture(image).mean(axis=2, keepdims=True)
-    colors = matplotlib.colormaps[colormap](cam.clamp(0, 1).cpu().numpy())[..., :3] * 255
+    colors = matplotlib.colormaps["inferno"](cam.clamp(0, 1).cpu().numpy())[..., :3] * 255
     return ((1 - opacity) * grey + opacity * colors).astype(np.uint8)
 
 
@@ -79,15 +79,15 @@ def overlay_alternatives(image: Tensor, low: Tensor, used: Tensor, high: Tensor,
     The masks are uint8 (H, W); the outline of the used one is white.
     """
     by_low, by_high = low != used, high != used
-    colors = {GAINED: by_low & ~by_high, LOST: by_high & ~by_low, BOTH: by_low & by_high}
-    return _colored(image, colors, used, opacity)
+    return _colored(image, {GAINED: by_low, LOST: by_high, BOTH: by_low & by_high}, used, opacity)
 
 
 def _colored(image: Tensor, colors: Mapping[tuple[int, int, int], Tensor], outline: Tensor, opacity: float) -> Panel:
-    panel = picture(image).mean(axis=2, keepdims=True).repeat(3, axis=2)
+    grey = picture(image).mean(axis=2, keepdims=True).repeat(3, axis=2)
+    panel = grey.copy()
     for color, pixels in colors.items():
         chosen = pixels.cpu().numpy()
-        panel[chosen] = (1 - opacity) * panel[chosen] + opacity * np.array(color)
+        panel[chosen] = (1 - opacity) * grey[chosen] + opacity * np.array(color)
     return draw_outline(panel.astype(np.uint8), outline)
 
 
@@ -152,7 +152,6 @@ def show_panels(
         rows: rows of panels, which may differ in length.
         columns: titles of the columns.
         names: names of the rows.
-        title: title of the figure.
         side: width of a panel, in inches.
         captions: a short text in the upper left corner of each panel, such as its IoU; may be empty.
     """
@@ -167,9 +166,9 @@ def show_panels(
             axis.set_axis_off()
         for axis, panel in zip(row_axes, row, strict=False):
             show_panel(axis, panel)
+    box = {"facecolor": "black", "alpha": 0.65, "linewidth": 0, "pad": 1.5}
     for texts, row_axes in zip(captions, axes, strict=False):
         for axis, text in zip(row_axes, texts, strict=False):
-            box = {"facecolor": "black", "alpha": 0.65, "linewidth": 0, "pad": 1.5}
             if text:
                 axis.text(0.02, 0.98, text, transform=axis.transAxes, va="top", fontsize=8, color="white", bbox=box)
     for axis, column in zip(axes[0], columns, strict=False):
@@ -198,11 +197,10 @@ def chain_steps(
     """Panels for :func:`plot_chain`: one image from its label to a mask, all classes of its label together.
 
     Args:
-        sample: image with its mask.
+        sample: image with its ground truth.
         cams: the teacher's maps, per scale (K, h_s, w_s); the first four are shown.
         maps: (K, H, W) in [0, 1] each: the teacher's fused, denoised and reactivated, the student's denoised.
         mask: pseudo mask, uint8 (H, W).
-        class_names: the K classes.
     """
     from smaflib.cams import at_size  # not above: most figures need no network
 
@@ -224,15 +222,14 @@ def chain_steps(
     }
 
 
-def plot_chain(steps: Mapping[str, Panel], columns: int = 4) -> Figure:
-    """Steps by title, in rows with arrows between them; the last step is only for comparison."""
-    size = (2.55 * columns, 2.75 * -(-len(steps) // columns))
-    figure, axes = plt.subplots(-(-len(steps) // columns), columns, figsize=size, squeeze=False)
+def plot_chain(steps: Mapping[str, Panel]) -> Figure:
+    """Eight steps by title, in two rows with arrows between them; the last step is only for comparison."""
+    figure, axes = plt.subplots(2, 4, figsize=(10.2, 5.5))
     figure.subplots_adjust(left=0, right=0.95, bottom=0, top=0.88, wspace=0.22, hspace=0.28)
-    for number, (axis, (title, panel)) in enumerate(zip(axes.flat, steps.items(), strict=False)):
+    for number, (axis, (title, panel)) in enumerate(zip(axes.flat, steps.items(), strict=True)):
         show_panel(axis, panel)
         axis.set_title(title, fontsize=9)
-        if number % columns < columns - 1 and number < len(steps) - 2:
+        if number not in (3, 6, 7):
             axis.text(1.11, 0.5, "→", transform=axis.transAxes, ha="center", va="center", fontsize=20)
     return _finish(figure)
 
@@ -272,17 +269,11 @@ def plot_curves(curves: pd.DataFrame, title: str) -> Figure:
 
 
 def plot_sizes(table: pd.DataFrame, title: str = "IoU by object size") -> Figure:
-    """Bars for small, medium and large objects.
-
-    Args:
-        table: a row per variant; columns ``small``, ``medium`` and ``large`` in percent.
-        title: title of the figure.
-    """
+    """Bars of a table: a row per variant; columns ``small``, ``medium`` and ``large`` in percent."""
     sizes = table[[*SIZE_COLORS]]
     figure, axis = plt.subplots(figsize=(max(5.0, 0.9 * len(table) + 1.5), 3.2), layout="constrained")
-    sizes.plot.bar(
-        ax=axis, color=[*SIZE_COLORS.values()], width=0.8, edgecolor="white", linewidth=0, xlabel="", fontsize=8
-    )
+    look: dict[str, Any] = {"width": 0.8, "edgecolor": "white", "linewidth": 0, "xlabel": "", "fontsize": 8}
+    sizes.plot.bar(ax=axis, color=[*SIZE_COLORS.values()], **look)
     for bars, hatch in zip(axis.containers, SIZE_HATCHES.values(), strict=True):
         axis.bar_label(bars, fmt="%.0f", fontsize=7)  # type: ignore[arg-type]
         plt.setp(bars, hatch=hatch)
@@ -306,7 +297,7 @@ def draw_pixel_row(
         axes: one per step, from top to bottom.
         steps: title of a step to scores in [0, 1]: (K, W), or (K+1, W) with the background first.
         names: the K classes.
-        present: whether each class is in the image label.
+        present: which of them the image label holds.
         ground_truth: labels of the row, uint8 (W,), drawn as bars below the curves.
     """
     styles = [line_style(sum(present[:k])) if there else {"color": "0.7"} for k, there in enumerate(present)]
@@ -331,15 +322,13 @@ def plot_ablation(records: Sequence[Mapping[str, Any]], labels: Mapping[str, str
     """A panel for all objects and one per size; per row a dot for each seed, and a bar at their mean.
 
     Args:
-        records: of :func:`smaflib.apps.ablation.ablate`; those at the run's own background score are drawn.
-        labels: what people read of each row.
-        title: of the figure.
+        records: those of :func:`smaflib.apps.ablation.ablate`; the ones at the run's background threshold are drawn.
+        labels: label of each variant.
     """
     table = pd.DataFrame(list(records)).query("bg_choice == 'own'")
     names, panels = list(dict.fromkeys(table["variant"])), ("all", *SIZE_COLORS)
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(2.9 * len(panels), 0.34 * len(names) + 1.3), sharey=True, layout="constrained"
-    )
+    figsize = (2.9 * len(panels), 0.34 * len(names) + 1.3)
+    figure, axes = plt.subplots(1, len(panels), figsize=figsize, sharey=True, layout="constrained")
     for axis, size in zip(axes, panels, strict=True):
         values = 100 * table[table["object_size"] == size].set_index("variant")["value"].astype(float)
         color = SIZE_COLORS.get(size, "0.35")

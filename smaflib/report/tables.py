@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -34,7 +33,7 @@ def results_table(metrics: pd.DataFrame) -> pd.DataFrame:
     precision of a classifier's labels.
     """
     means, names = metrics[metrics["class_name"] == "mean"], {pair: name for name, pair in MEASURES.items()}
-    columns = [names.get(pair) for pair in zip(means["metric"], means["object_size"], strict=True)]
+    columns = [names.get(pair, "") for pair in zip(means["metric"], means["object_size"], strict=True)]
     table = _by_row(means.assign(column=columns)).reindex(columns=[*MEASURES])
     return table.dropna(how="all", subset=["mIoU", "small", "medium", "large"])
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from playwright.sync_api import Locator, Page
+from playwright.sync_api import Browser, Locator, Page
 
 from smaflib.explorer.state import Exploration
 
@@ -38,9 +38,12 @@ class Watched:
             self.requests.append(url)
 
 
-def run_notebook(watched: Watched, base: str, name: str) -> None:
+def open_notebook(browser: Browser, base: str, name: str) -> Watched:
     """Open a notebook in JupyterLab and run all its cells; none may fail."""
-    page = watched.page
+    context = browser.new_context(viewport={"width": 1600, "height": 1000})
+    context.set_default_timeout(START_SECONDS * 1000)  # of all waits that name none: a machine with other work
+    page = context.new_page()
+    watched = Watched(page, (base, base.replace("http", "ws")))
     page.goto(f"{base}/lab/tree/{name}?token=test&reset")
     # A kernel is "idle" before the page is connected to it; run-all would then wait for ever.
     page.wait_for_function(
@@ -56,6 +59,7 @@ def run_notebook(watched: Watched, base: str, name: str) -> None:
     page.wait_for_function("() => window.ran !== null", timeout=START_SECONDS * 1000)
     assert page.evaluate("() => window.ran") == "ok"
     assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
+    return watched
 
 
 class BoardPage:

@@ -17,12 +17,7 @@ DARK = "rgb(20, 23, 29)"
 
 
 @pytest.fixture(scope="module")
-def gallery(browser: Browser) -> Gallery:  # no Chromium: nothing is made
-    return Gallery.pretrained(2)
-
-
-@pytest.fixture(scope="module")
-def index(gallery: Gallery, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def index(pretrained: Gallery, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     (folder / "tiny.yaml").write_text("data: {kind: mini, num_train: 2, num_val: 2}\n")
     run = open_run(folder / "runs" / "tiny", folder / "tiny.yaml")
@@ -30,7 +25,7 @@ def index(gallery: Gallery, tmp_path_factory: pytest.TempPathFactory) -> Path:
         figure = Figure()
         getattr(figure.subplots(), draw)([[0, 1], [1, 0]])
         run.save_figure(figure, name)
-    run.path("explorer.html").write_text(explorer_page(gallery), encoding="utf-8")
+    run.path("explorer.html").write_text(explorer_page(pretrained), encoding="utf-8")
     return write_index(run)
 
 
@@ -46,7 +41,7 @@ def await_fit(page: Page) -> None:
     )
 
 
-def test_a_reports_frame_is_as_high_as_the_explorer_and_needs_no_sideways_scroll(index: Path, browser: Browser) -> None:
+def test_a_reports_frame_is_as_high_as_the_explorer_and_needs_no_sideways_scroll(browser: Browser, index: Path) -> None:
     context = browser.new_context(viewport={"width": 1900, "height": 900}, offline=True)
     page = context.new_page()
     page.goto(index.as_uri())
@@ -65,7 +60,7 @@ def test_a_reports_frame_is_as_high_as_the_explorer_and_needs_no_sideways_scroll
     context.close()
 
 
-def test_a_dark_report_inverts_plots_and_dims_pictures(index: Path, browser: Browser) -> None:
+def test_a_dark_report_inverts_plots_and_dims_pictures(browser: Browser, index: Path) -> None:
     context = browser.new_context(color_scheme="dark", offline=True)
     page = context.new_page()
     page.goto(index.as_uri())
@@ -79,10 +74,10 @@ def test_a_dark_report_inverts_plots_and_dims_pictures(index: Path, browser: Bro
 
 
 def test_in_a_dark_jupyterlab_it_is_dark_even_if_the_system_is_not(
-    gallery: Gallery, browser: Browser, tmp_path: Path
+    browser: Browser, pretrained: Gallery, tmp_path: Path
 ) -> None:
     path = tmp_path / "notebook.html"
-    path.write_text(f'<body data-jp-theme-light="false">{explorer_frame(gallery).data}</body>', encoding="utf-8")
+    path.write_text(f'<body data-jp-theme-light="false">{explorer_frame(pretrained).data}</body>', encoding="utf-8")
     context = browser.new_context(color_scheme="light", offline=True)
     page = context.new_page()
     page.goto(path.as_uri())
