@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import html
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,16 +19,6 @@ from smaflib.runtime import Runtime, derive_seed, seeded
 from smaflib.segmentation import train_segmenter
 from smaflib.self_training import self_train
 from smaflib.training import History
-
-
-def fill_disk(folder: Path, room: int = 0) -> Path:
-    """Take all of a disk but for some bytes; returns the file that does, to be deleted."""
-    path = folder / "other"
-    with path.open("wb", buffering=0) as other, contextlib.suppress(OSError):
-        while True:
-            other.write(bytes(4096))
-    os.truncate(path, path.stat().st_size - room)
-    return path
 
 
 def network_references(page: str) -> list[str]:
