@@ -1,6 +1,6 @@
 """Sliders for one step of the method, in the notebook that explains the step.
 
-Every control has the name of its setting in the config. Where nobody can move it (``smaf run``, a page), the output is
+Every control has the name of its setting in the config. Where it cannot be moved (``smaf run``, a page), the output is
 the first picture alone.
 """
 

@@ -27,8 +27,8 @@ _WITH_FOLDED_SOLUTIONS = """{% extends "basic/index.html.j2" %}
 def notebook_body(notebook: Path) -> str:
     """An executed notebook as HTML without code: its text, its formulas as MathML, its outputs.
 
-    Cells tagged ``solution`` are folded and keep their code; cells tagged ``check`` are left out, since nobody can
-    answer on a page. The heading above a picture becomes its description.
+    Cells tagged ``solution`` are folded and keep their code; cells tagged ``check`` are left out, since a page takes
+    no answers. The heading above a picture becomes its description.
     """
     document, heading = nbformat.read(notebook, as_version=4), "figure"
     for cell in document.cells:

@@ -36,7 +36,7 @@ SIZE_COLORS = {"small": "#0072b2", "medium": "#e69f00", "large": "#009e73"}
 SIZE_HATCHES = {"small": "", "medium": "//", "large": ".."}
 
 SCALES = (0.5, 1.0, 1.5, 2.0, 0.75, 1.25, 0.25, 1.75, 2.5, 3.0)
-"""Scales with their own line style, the paper's first."""
+"""Scales with a fixed line style, the paper's first."""
 
 
 def class_color(number: int) -> str:

@@ -43,7 +43,7 @@ def browser() -> Iterator[Browser]:
             pytest.fail(what)
         pytest.skip(what)
     with sync_playwright() as playwright:
-        # No sandbox: in containers there is no user namespace for it, and the pages are this project's own.
+        # No sandbox: in containers there is no user namespace for it, and all pages are from this project.
         arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
         expect.set_options(timeout=START_SECONDS * 1000)
         chromium = playwright.chromium.launch(executable_path=path, headless=True, args=arguments)
@@ -61,7 +61,7 @@ def lab_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lab(lab_work: Path) -> Iterator[Any]:
-    """JupyterLab at work in a folder of its own with a copy of explore.ipynb, and none of the user's settings."""
+    """JupyterLab in a new folder with a copy of explore.ipynb, and without the user's settings."""
     work, home = lab_work, lab_work.parent
     shutil.copy(ROOT / "notebooks" / "explore.ipynb", work)
     settings = home / "settings" / "@jupyterlab" / "apputils-extension"
@@ -105,12 +105,11 @@ def lab(lab_work: Path) -> Iterator[Any]:
 
 def _await_server(server: subprocess.Popen[bytes], base: str, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
+    while server.poll() is None and time.monotonic() < deadline:
         try:
             with urllib.request.urlopen(f"{base}/api/status?token=test", timeout=1):
                 return
         except OSError:
-            assert server.poll() is None, log.read_text()[-2000:]
             time.sleep(0.2)
     raise AssertionError(f"JupyterLab did not start: {log.read_text()[-2000:]}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,10 +95,6 @@ class BoardPage:
             timeout=20_000,
         )
         return float(self.page.evaluate("() => window.drawnAt - window.movedAt")) / 1000
-
-    def median(self, act: Callable[[], Any], times: int = 7) -> float:
-        """Median of :meth:`after` over some moves, in seconds."""
-        return statistics.median(self.after(act) for _ in range(times))
 
     def iou(self) -> dict[str, float]:
         """IoU in percent by label and ``mean``, as shown."""

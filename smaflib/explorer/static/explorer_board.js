@@ -63,7 +63,7 @@ function createBoard(root, on) {
     }
     [...strip.children].forEach((button, number) => button.setAttribute("aria-pressed", String(number === index)));
   };
-  // Wide enough: the numbers stand beside the panels, and all fits on one screen.
+  // Wide enough: the numbers are beside the panels, and everything fits on one screen.
   const arrange = () => {
     root.classList.toggle("smaf-wide", root.clientWidth >= 1080);
     // Rows of equal length, at most six panels in one.

@@ -241,7 +241,7 @@ function buildControls() {
   ].join("");
   const fields = form.elements;
   form.addEventListener("input", (event) => {
-    // The slider knows steps of 0.01 only: a run's own score stays what it is until the slider is moved.
+    // The slider has steps of 0.01: a run's threshold between them is kept until the slider is moved.
     if (event.target === fields.bg) state.bg = Number(fields.bg.value);
     Object.assign(state, { cls: Number(fields.cls.value), role: fields.role.value, fusion: fields.fusion.value,
       denoise: fields.denoise.checked, reactivate: fields.reactivate.checked, opacity: Number(fields.opacity.value), colormap: fields.colormap.value,
@@ -276,7 +276,7 @@ choose(state.index);
 if (window.parent !== window) {
   const tell = () => window.parent.postMessage({ smafHeight: Math.ceil(document.body.getBoundingClientRect().height) }, "*");
   new ResizeObserver(tell).observe(document.body);
-  // JupyterLab has a theme of its own, which need not be the system's.
+  // JupyterLab's theme can differ from the system's.
   try {
     const light = window.parent.document.body.dataset.jpThemeLight;
     if (light) document.documentElement.dataset.theme = light === "true" ? "light" : "dark";
