@@ -40,52 +40,16 @@ def lab(rgb: np.ndarray) -> np.ndarray:
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
-def ciede2000(one: np.ndarray, two: np.ndarray) -> float:
-    """Colour difference; Sharma, Wu and Dalal, Color Research and Application 30(1), 2005."""
-    (l1, a1, b1), (l2, a2, b2) = one, two
-    chroma = (np.hypot(a1, b1) + np.hypot(a2, b2)) / 2
-    g = 0.5 * (1 - np.sqrt(chroma**7 / (chroma**7 + 25.0**7)))
-    a1, a2 = (1 + g) * a1, (1 + g) * a2
-    c1, c2 = np.hypot(a1, b1), np.hypot(a2, b2)
-    h1, h2 = np.degrees(np.arctan2(b1, a1)) % 360, np.degrees(np.arctan2(b2, a2)) % 360
-    grey = c1 * c2 == 0
-    turn = 0 if grey else (h2 - h1 + 180) % 360 - 180
-    hue = 2 * np.sqrt(c1 * c2) * np.sin(np.radians(turn) / 2)
-    mean_l, mean_c = (l1 + l2) / 2, (c1 + c2) / 2
-    mean_h = h1 + h2 if grey else (h1 + turn / 2) % 360
-    t = 1 - 0.17 * np.cos(np.radians(mean_h - 30)) + 0.24 * np.cos(np.radians(2 * mean_h))
-    t += 0.32 * np.cos(np.radians(3 * mean_h + 6)) - 0.2 * np.cos(np.radians(4 * mean_h - 63))
-    s_l = 1 + 0.015 * (mean_l - 50) ** 2 / np.sqrt(20 + (mean_l - 50) ** 2)
-    s_c, s_h = 1 + 0.045 * mean_c, 1 + 0.015 * mean_c * t
-    rotation = -2 * np.sqrt(mean_c**7 / (mean_c**7 + 25.0**7))
-    rotation *= np.sin(np.radians(60 * np.exp(-(((mean_h - 275) / 25) ** 2))))
-    parts = (l2 - l1) / s_l, (c2 - c1) / s_c, hue / s_h
-    return float(np.sqrt(sum(part**2 for part in parts) + rotation * parts[1] * parts[2]))
-
-
-@pytest.mark.parametrize(
-    ("one", "two", "difference"),
-    [
-        ((50, 2.6772, -79.7751), (50, 0, -82.7485), 2.0425),
-        ((50, 2.49, -0.001), (50, -2.49, 0.0009), 7.1792),
-        ((60.2574, -34.0099, 36.2677), (60.4626, -34.1751, 39.4387), 1.2644),
-        ((22.7233, 20.0904, -46.694), (23.0331, 14.973, -42.5619), 2.0373),
-    ],
-)
-def test_the_measure_gives_the_published_differences(one: tuple, two: tuple, difference: float) -> None:
-    assert ciede2000(np.array(one, dtype=float), np.array(two, dtype=float)) == pytest.approx(difference, abs=1e-4)
-
-
 def nearest(colors: tuple[str, ...], sight: str) -> float:
     seen = [lab(np.clip(SIGHT[sight] @ linear(color), 0, 1)) for color in colors]
-    return min(ciede2000(one, two) for one, two in itertools.combinations(seen, 2))
+    return min(float(np.linalg.norm(one - two)) for one, two in itertools.combinations(seen, 2))
 
 
 @pytest.mark.parametrize("sight", SIGHT)
-def test_no_two_class_colours_are_closer_than_15(sight: str) -> None:
-    assert nearest(CLASS_COLORS, sight) >= 15
+def test_no_two_class_colours_are_closer_than_19(sight: str) -> None:
+    assert nearest(CLASS_COLORS, sight) >= 19
     # What the test is for: the first colours of VOC's palette, dark red and green, would not pass it.
-    assert sight == "normal" or nearest(("#800000", "#008000", "#808000"), sight) < 15
+    assert sight == "normal" or nearest(("#800000", "#008000", "#808000"), sight) < 19
 
 
 def test_a_class_keeps_its_colour_whatever_else_there_is() -> None:

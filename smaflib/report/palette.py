@@ -22,7 +22,7 @@ CLASS_COLORS = (
     "#a5f0ff",
     "#3c8787",
 )
-"""Any two differ by a CIEDE2000 of at least 15, for normal sight, deuteranopia and protanopia: four of Okabe and Ito's
+"""Any two are at least 19 apart in CIELAB, for normal sight, deuteranopia and protanopia: four of Okabe and Ito's
 set, then the farthest of a grid over all colours. No larger set was found, so colours repeat from the thirteenth class
 on; names on the regions tell them apart (:func:`smaflib.report.plots.show_panels`)."""
 
