@@ -58,7 +58,7 @@ Part = Annotated[
 ]
 Cluster = Annotated[
     Literal["slurm", "local", "debug"] | None,
-    typer.Option(help="Submit the runs with submitit; all but slurm: to try."),
+    typer.Option(help="Submit the runs with submitit; local and debug are for trials."),
 ]
 Slurm = Annotated[
     list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of sbatch, such as gres=gpu:1; repeatable.")
