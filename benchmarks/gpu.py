@@ -26,12 +26,12 @@ from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg, read_file, r
 from torchvision.transforms.v2.functional import resize
 
 from smaflib.cams import class_attention
-from smaflib.config import AttentionConfig, CrfConfig, ModelConfig
+from smaflib.config import AttentionConfig, CrfBackend, CrfConfig, ModelConfig
 from smaflib.data.sample import Sample, SampleFiles, Samples
 from smaflib.data.views import views_of
 from smaflib.maps import write_attention_maps
 from smaflib.models.networks import AttentionNetwork
-from smaflib.refinement import dense_crf, dense_crf_batch
+from smaflib.refinement import dense_crf
 from smaflib.runtime import Runtime, keep_freed_memory
 
 BACKBONES = ("timm/tf_efficientnet_lite2", "timm/resnet101.tv_in1k", "resnet38")
@@ -157,14 +157,16 @@ def measure_crf(photos: Sequence[Tensor], clock: Clock) -> Iterator[Row]:
     for number in LABELS:
         noise = torch.rand(len(photos), number, 12, 16, generator=torch.Generator().manual_seed(0))
         labels = list(F.interpolate(noise, size=PHOTO, mode="bilinear").argmax(dim=1).to(torch.uint8))
-        taken, memory = clock.time(lambda: dense_crf_batch(photos, labels, params, number, "torch", clock.device))  # noqa: B023
+
+        def refined(backend: CrfBackend) -> list[Tensor]:
+            pairs = zip(photos, labels, strict=True)  # noqa: B023
+            return [dense_crf(photo, label, params, number, backend, clock.device) for photo, label in pairs]  # noqa: B023
+
+        taken, memory = clock.time(lambda: refined("torch"))  # noqa: B023
         start = time.perf_counter()
-        theirs = [
-            dense_crf(photo, label, params, number, backend="pydensecrf")
-            for photo, label in zip(photos, labels, strict=True)
-        ]
+        theirs = refined("pydensecrf")
         seconds = time.perf_counter() - start
-        ours = dense_crf_batch(photos, labels, params, number, "torch", clock.device)
+        ours = refined("torch")
         yield {
             "labels": number,
             "ms an image": 1000 * taken / len(photos),

@@ -30,7 +30,7 @@ from smaflib.data.voc import read_image
 from smaflib.evaluation import evaluate
 from smaflib.files import PROJECT_ROOT, write_json
 from smaflib.reactivation import hard_labels, with_background_score
-from smaflib.refinement import crf, dense_crf, dense_crf_batch, mean_field, refine
+from smaflib.refinement import crf, dense_crf, mean_field, refine
 from smaflib.runtime import progress
 
 LONGEST_SIDE = 500
@@ -91,11 +91,11 @@ def unmerged(labels: Tensor, num_labels: int) -> Tensor:
 def methods(device: str) -> dict[str, Callable[[Case], Tensor]]:
     """By name; each starts from hard labels or scores and ends with a mask."""
 
-    def usual(infer: Callable[..., list[Tensor]]) -> Callable[[Case], Tensor]:
+    def usual(infer: Callable[..., Tensor]) -> Callable[[Case], Tensor]:
         def call(case: Case) -> Tensor:
             mean_field.smoothness_kernel.cache_clear()  # sizes differ from photo to photo
             energies = unmerged(hard_labels(case[2], BG_SCORE), NUM_LABELS)
-            return infer([case[0]], [energies], [torch.ones(NUM_LABELS)], REFERENCE)[0].argmax(dim=0).to(torch.uint8)
+            return infer(case[0], energies, torch.ones(NUM_LABELS), REFERENCE).argmax(dim=0).to(torch.uint8)
 
         return call
 
@@ -108,7 +108,7 @@ def methods(device: str) -> dict[str, Callable[[Case], Tensor]]:
 
     def par(case: Case) -> Tensor:
         scores = with_background_score(case[2], BG_SCORE)
-        return refine([case[0]], [scores], ParConfig(), NUM_LABELS, device=torch.device(device))[0]
+        return refine(case[0], scores, ParConfig(), NUM_LABELS, device=torch.device(device))
 
     return {
         "pydensecrf, 21 labels": usual(crf.pydensecrf_mean_field),
@@ -162,8 +162,9 @@ def measure_agreement(cases: list[Case], device: str) -> list[dict[str, Any]]:
             params = CrfConfig.model_validate({"preset": name, "unary": unary})
             start = hard_labels if unary == "labels" else with_background_score
             given = [start(maps, BG_SCORE) for _, _, maps in cases]
-            ours = dense_crf_batch(images, given, params, NUM_LABELS, "torch", device)
-            theirs = dense_crf_batch(images, given, params, NUM_LABELS, "pydensecrf")
+            pairs = list(zip(images, given, strict=True))
+            ours = [dense_crf(image, each, params, NUM_LABELS, "torch", device) for image, each in pairs]
+            theirs = [dense_crf(image, each, params, NUM_LABELS, "pydensecrf") for image, each in pairs]
             different, pixels = different_pixels(ours, theirs), sum(mask.numel() for mask in theirs)
             row = {"preset": name, "from": unary, "different pixels": different, "of": pixels}
             rows.append(row | {"mIoU": miou(ours, cases)})

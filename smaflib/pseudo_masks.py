@@ -47,7 +47,7 @@ def pseudo_mask(
     if config.refinement is None:
         return hard_labels(denoised, bg_score)
     unary = _unary(denoised, bg_score, config)
-    return refine([image], [unary], config.refinement, len(denoised) + 1, config.backend, device)[0]
+    return refine(image, unary, config.refinement, len(denoised) + 1, config.backend, device)
 
 
 def pseudo_masks(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from helpers import generator
 from hypothesis import given, settings
@@ -15,10 +16,8 @@ from smaflib.refinement.lattice import (
     embed,
     find_neighbors,
     gaussian_filter,
-    join,
     normalize,
     number_vertices,
-    vertex_bags,
     vertex_keys,
 )
 
@@ -97,12 +96,10 @@ def test_keys_tell_vertices_apart_and_steps_lead_to_neighbors(drawn: tuple[int, 
                 assert (found == len(table)) if expected is None else (int(table[found]) == expected)
 
 
-def test_kernels_too_narrow_for_exact_keys_are_told_apart_all_the_same() -> None:
+def test_kernels_too_narrow_for_the_keys_are_refused() -> None:
     features = torch.randint(0, 256, (5, 4000), generator=generator(0)) / 0.01  # 2^17 steps in five dimensions
-    corner, rank, _ = embed(features)
-    keys, _ = vertex_keys(corner, rank)
-    vertices = torch.stack([corner + k - 6 * (rank > 5 - k) for k in range(6)]).permute(0, 2, 1).reshape(-1, 6)
-    assert len(number_vertices(keys)[0]) == len(vertices.unique(dim=0))
+    with pytest.raises(ValueError, match="the kernels are too narrow for the lattice"):
+        build_lattice(features)
 
 
 def test_filter_comes_near_the_written_out_sums() -> None:
@@ -132,37 +129,3 @@ def test_split_bags_give_the_same_filter() -> None:
     features, values = random_features((3, 40, 3.0, 0)), torch.rand(40, 4, generator=generator(3))
     whole, split = (gaussian_filter(build_lattice(features, most_per_bag=most), values) for most in (None, 2))
     torch.testing.assert_close(split, whole, atol=1e-6, rtol=1e-5)
-
-
-def test_joined_lattices_do_not_see_each_other() -> None:
-    pieces = [grid(5, 7, 2.0), grid(3, 4, 2.0), grid(6, 6, 2.0)]
-    values = [torch.rand(piece.shape[1], 2, generator=generator(4)) for piece in pieces]
-    for most in (None, 3):
-        lattices = [build_lattice(piece, most_per_bag=most) for piece in pieces]
-        together = gaussian_filter(join(lattices), torch.cat(values))
-        apart = [gaussian_filter(one, value) for one, value in zip(lattices, values, strict=True)]
-        assert torch.equal(together, torch.cat(apart))
-
-
-def test_bags_by_hand() -> None:
-    starts = torch.tensor([0, 5, 5, 6], dtype=torch.int32)  # three vertices with 5, 0 and 1 points
-    assert [bag.tolist() for bag in vertex_bags(starts, None)] == [[0, 5, 5, 6, 6]]
-    parts, sums = vertex_bags(starts, 2)
-    assert parts.tolist() == [0, 2, 4, 5, 6] and sums.tolist() == [0, 3, 3, 4, 4]
-
-
-def test_vertices_that_no_point_touches_are_not_made() -> None:
-    far_apart = torch.tensor([[0.0, 50.0]])
-    lattice = build_lattice(far_apart)
-    # Two points, each between two vertices; the filling-up touches none but those of the point at 0.
-    assert lattice.neighbors.shape[1] - 1 == 4
-    filtered = gaussian_filter(lattice, torch.tensor([[1.0], [0.0]]))
-    assert float(filtered[0]) > 0 and float(filtered[1]) == 0
-
-
-def test_points_are_filled_up_to_a_multiple_of_four() -> None:
-    # Where pydensecrf fills up, vertices at the origin pass values on; five points far from it do not touch those.
-    features = torch.full((2, 5), 40.0) + torch.rand(2, 5, generator=generator(5))
-    with_origin = torch.cat([features, torch.zeros(2, 1)], dim=1)
-    assert build_lattice(features).neighbors.shape[1] == build_lattice(with_origin).neighbors.shape[1]
-    assert build_lattice(features[:, :4]).neighbors.shape[1] < build_lattice(features).neighbors.shape[1]

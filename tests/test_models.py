@@ -20,34 +20,11 @@ def model_config(backbone: str = "slim", **settings: object) -> ModelConfig:
     return ModelConfig.model_validate({"backbone": backbone} | settings)
 
 
-def alive(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Random statistics for every BatchNorm, so that a confusion of layers or modes shows; eval mode."""
-    source = generator(seed)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            assert module.running_mean is not None and module.running_var is not None
-            module.running_mean.copy_(torch.randn(module.num_features, generator=source) * 0.1)
-            module.running_var.copy_(torch.rand(module.num_features, generator=source) * 0.5 + 0.75)
-    return network.eval()
-
-
 def random_images(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=generator(seed))
 
 
 # --- the attention network --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("head_channels", [0, 7])
-@pytest.mark.parametrize("background", [False, True])
-def test_logit_maps_and_attention(head_channels: int, background: bool) -> None:
-    network = AttentionNetwork(model_config(head_channels=head_channels), 3, background).eval()
-    logits = network(random_images(2, 3, 32, 48))
-    assert logits.shape == (2, 3 + background, 4, 6)
-    attention = network.attention(logits)
-    assert attention.shape == (2, 3, 4, 6) and attention.min() >= 0
-    assert network.head.bias is None
-    assert network.image_logits(logits).shape == (2, 3)
 
 
 def test_image_logits_are_means_of_the_foreground_maps() -> None:
@@ -64,21 +41,13 @@ def test_attention_is_softmax_with_a_background_and_relu_without() -> None:
     assert AttentionNetwork(model_config(), 3, background=False).attention(-logits).abs().max() == 0
 
 
-def names_of(network: nn.Module, layers: list[nn.Module]) -> set[str]:
-    wanted = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    return {name for name, parameter in network.named_parameters() if id(parameter) in wanted}
-
-
 def test_new_layers_are_all_but_the_backbone() -> None:
-    attention = AttentionNetwork(model_config(head_channels=5), 3, background=True)
-    assert names_of(attention, attention.new_layers()) == {
-        name for name, _ in attention.named_parameters() if not name.startswith("backbone.")
-    }
-    for skip in (0, 8):
-        segmenter = SegmentationNetwork(model_config(), SegmentationConfig(skip_channels=skip), 3)
-        assert names_of(segmenter, segmenter.new_layers()) == {
-            name for name, _ in segmenter.named_parameters() if not name.startswith("backbone.")
-        }
+    networks: list[AttentionNetwork | SegmentationNetwork]
+    networks = [AttentionNetwork(model_config(head_channels=5), 3, background=True)]
+    networks += [SegmentationNetwork(model_config(), SegmentationConfig(skip_channels=skip), 3) for skip in (0, 8)]
+    for network in networks:
+        new = {id(parameter) for layer in network.new_layers() for parameter in layer.parameters()}
+        assert new == {id(p) for name, p in network.named_parameters() if not name.startswith("backbone.")}
 
 
 # --- frozen layers ----------------------------------------------------------------------------------------------------
@@ -133,9 +102,7 @@ def test_frozen_layers_stay_bit_identical(
 
 def make_teacher(background: bool, **settings: object) -> AttentionNetwork:
     torch.manual_seed(3)
-    teacher = AttentionNetwork(model_config(**settings), 3, background)
-    alive(teacher)
-    return teacher
+    return AttentionNetwork(model_config(**settings), 3, background).eval()
 
 
 @pytest.mark.parametrize("settings", [{}, {"head_channels": 6}, {"freeze_backbone": True}])

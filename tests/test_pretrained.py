@@ -34,11 +34,8 @@ def test_their_maps_lie_on_the_objects_of_images_they_have_never_seen(tmp_path):
         assert scores.miou > 0.4, role
 
 
-def test_the_pretrained_settings_are_those_of_the_mini_config_but_for_the_data():
-    mini = load_config(
-        "configs/mini.yaml" if ASSETS.parent.parent.joinpath("configs").is_dir() else ASSETS / "mini.yaml"
-    )
-    assert pretrained_config().model == mini.model
+def test_the_pretrained_model_is_that_of_the_mini_config():
+    assert pretrained_config().model == load_config("configs/mini.yaml").model
 
 
 def test_export_halves_the_floats_and_keeps_the_settings(tmp_path):
@@ -48,9 +45,6 @@ def test_export_halves_the_floats_and_keeps_the_settings(tmp_path):
         write_weights(run / "checkpoints" / f"{role}.safetensors", state)
     (run / "config.yaml").write_text((ASSETS / "mini.yaml").read_text())
     export_networks(run, tmp_path / "assets")
-    assert (tmp_path / "assets" / "mini_teacher.safetensors").read_bytes() == (
-        tmp_path / "assets" / "mini_student.safetensors"
-    ).read_bytes()
     assert (tmp_path / "assets" / "mini.yaml").read_text() == (ASSETS / "mini.yaml").read_text()
     exported = read_weights(tmp_path / "assets" / "mini_teacher.safetensors")
     assert exported["head.weight"].dtype == torch.float16

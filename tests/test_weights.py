@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from smaflib.models.slim import SlimResNet
 from smaflib.models.weights import (
     attention_state,
     fill,
-    has_segmentation_head,
+    image_level_weights,
     read_metadata,
     read_weights,
     write_weights,
@@ -50,26 +48,18 @@ def test_written_weights_read_back_bit_for_bit_with_their_metadata(tmp_path: Pat
     assert [file.name for file in path.parent.iterdir()] == ["a.safetensors"]
 
 
-def test_the_same_weights_are_the_same_bytes_in_every_process(tmp_path: Path) -> None:
-    script = """
-import sys, torch
-from pathlib import Path
-from smaflib.models.weights import write_weights
-tensors = {f"layer{i}": torch.arange(4.0) + i for i in range(9)}
-write_weights(Path(sys.argv[1]), tensors, history=[1, 2], iteration=7, seed=0, kind="teacher", rounds=1)
-"""
-    written = []
-    for name in ("one", "two"):
-        subprocess.run([sys.executable, "-c", script, str(tmp_path / name)], check=True)
-        written.append((tmp_path / name).read_bytes())
-    assert written[0] == written[1]
+def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
+    tensors, written = {f"layer{i}": torch.arange(4.0) + i for i in range(9)}, set()
+    for number in range(5):  # safetensors orders metadata at random, also within a process
+        write_weights(tmp_path / str(number), tensors, history=[1, 2], iteration=7, seed=0, kind="teacher", rounds=1)
+        written.add((tmp_path / str(number)).read_bytes())
+    assert len(written) == 1
 
 
 @pytest.mark.parametrize(
     ("write", "message"),
     [
         (lambda path: None, r"there is no weights file .*a\.pth; give a \.safetensors or \.pth file"),
-        (lambda path: path.write_bytes(b""), r"a\.pth is not a complete safetensors file"),
         (lambda path: save_file({"a": torch.ones(9)}, path) or cut(path, 4), "is not a complete safetensors file"),
         (
             lambda path: torch.save({"a.b": torch.ones(99)}, path) or cut(path, 200),
@@ -101,11 +91,9 @@ class Malicious:
         return Path.touch, (self.target,)
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_checkpoint_that_would_run_code_is_refused(tmp_path: Path, legacy: bool) -> None:
+def test_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
     path, trace = tmp_path / "a.pth", tmp_path / "trace"
-    content = {"state_dict": {"head.weight": torch.ones(2)}, "args": Malicious(trace)}
-    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    torch.save({"state_dict": {"head.weight": torch.ones(2)}, "args": Malicious(trace)}, path)
     with pytest.raises(ConfigError, match=r"a\.pth holds more than weights, and loading that could run code"):
         read_weights(path)
     assert not trace.exists()
@@ -164,18 +152,11 @@ def test_mismatching_names_are_listed() -> None:
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert str(caught.value).splitlines() == [
         "the weights of some file do not fit Sequential:",
-        "  missing: 1.bias",
-        "  not known to the network: extra",
-        "  of another shape: 0.weight (2, 4, 1, 1) instead of (2, 3, 1, 1)",
-        "  NaN or infinite: 0.bias",
+        "  1 missing: 1.bias",
+        "  1 not known to the network: extra",
+        "  1 of another shape: 0.weight (2, 4, 1, 1) instead of (2, 3, 1, 1)",
+        "  1 NaN or infinite: 0.bias",
     ]
-
-
-def test_old_files_lack_the_batch_counters() -> None:
-    source, target = small_net(), small_net()
-    state = {name: value for name, value in source.state_dict().items() if "num_batches" not in name}
-    fill(target, state, source="some file")
-    assert torch.equal(target[0].weight, source[0].weight)  # type: ignore[index]
 
 
 # --- for backbones ----------------------------------------------------------------------------------------------------
@@ -198,5 +179,8 @@ def test_segmentation_weights_are_refused_unless_allowed(tmp_path: Path) -> None
     backbone = build_backbone(config.model_copy(update={"allow_mask_weights": True}))
     assert torch.equal(backbone.state_dict()["stem.0.weight"], state["backbone.stem.0.weight"])
     for name in ("aspp.0.weight", "scale.base.layer5.conv2d_list.0.weight", "layer5.conv2d_list.0.bias"):
-        assert has_segmentation_head({name: torch.ones(1)})
-    assert not has_segmentation_head({"classifier.1.weight": torch.ones(1), "features.0.weight": torch.ones(1)})
+        save_file({name: torch.ones(1)}, path)
+        with pytest.raises(ConfigError, match="holds a segmentation network"):
+            image_level_weights(path)
+    save_file({"classifier.1.weight": torch.ones(1), "features.0.weight": torch.ones(1)}, path)
+    assert len(image_level_weights(path)) == 2

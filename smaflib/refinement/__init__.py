@@ -1,6 +1,6 @@
 """Refinement of masks by the edges of the image."""
 
-from smaflib.refinement.crf import choose_backend, dense_crf, dense_crf_batch
+from smaflib.refinement.crf import choose_backend, dense_crf
 from smaflib.refinement.mean_field import kernels_seen_from
 from smaflib.refinement.par import pixel_adaptive_refinement
 from smaflib.refinement.parallel import refine, refine_many
@@ -8,7 +8,6 @@ from smaflib.refinement.parallel import refine, refine_many
 __all__ = [
     "choose_backend",
     "dense_crf",
-    "dense_crf_batch",
     "kernels_seen_from",
     "pixel_adaptive_refinement",
     "refine",

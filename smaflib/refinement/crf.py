@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ def dense_crf(
         scores_or_labels: hard labels, integer (H, W) in [0, num_labels), or scores, float (num_labels, H, W), not
             negative: probabilities, or attention maps with the background threshold as first channel.
         params: kernels, iterations, and how sure a hard label or how sharp a score is.
-        num_labels: K+1, at least 2; needed for hard labels.
+        num_labels: K+1; needed for hard labels.
         backend: ``pydensecrf`` (CPU), ``torch`` (any device), or ``auto``: torch on a CUDA GPU, pydensecrf on the CPU
             where it is installed, else torch on the CPU. All give the same mask, except for one pixel in many thousands
             whose two best labels are equally probable.
@@ -56,41 +55,17 @@ def dense_crf(
         >>> dense_crf(image, labels, CrfConfig(), num_labels=2, backend="torch")[2].tolist()
         [0, 0, 0, 0, 1, 1, 1, 1]
     """
-    return dense_crf_batch([image], [scores_or_labels], params, num_labels, backend, device)[0]
-
-
-def dense_crf_batch(
-    images: Sequence[Tensor],
-    scores_or_labels: Sequence[Tensor],
-    params: CrfConfig,
-    num_labels: int | None = None,
-    backend: CrfBackend = "auto",
-    device: torch.device | str | None = None,
-) -> list[Tensor]:
-    """:func:`dense_crf` of several images of any sizes at once, which keeps a GPU busy; pydensecrf takes one by one."""
-    for image, given in zip(images, scores_or_labels, strict=True):
-        _check(image, given, num_labels)
-    if not images:
-        return []
-    home = images[0].device
+    _check(image, scores_or_labels, num_labels)
+    home = image.device
     backend, place = choose_backend(backend, torch.device(device) if device is not None else home)
+    image, given = image.to(place), scores_or_labels.to(place)
+    unary = hard_unary(given, num_labels or 0, params) if given.dim() == 2 else soft_unary(given, params)
     infer = pydensecrf_mean_field if backend == "pydensecrf" else mean_field
-    images = [image.to(place) for image in images]
-    unaries = []
-    for given in scores_or_labels:
-        given = given.to(place)
-        hard = given.dim() == 2
-        unaries.append(hard_unary(given, num_labels or 0, params) if hard else soft_unary(given, params))
-    probabilities = infer(images, [unary.energies for unary in unaries], [unary.counts for unary in unaries], params)
-    return [unary.argmax_labels(each).to(home) for unary, each in zip(unaries, probabilities, strict=True)]
+    return unary.argmax_labels(infer(image, unary.energies, unary.counts, params)).to(home)
 
 
 def choose_backend(backend: CrfBackend, device: torch.device) -> tuple[CrfBackend, torch.device]:
-    """Resolve ``auto``; with the device on which the back-end computes.
-
-    Raises:
-        ConfigError: if pydensecrf is asked for and not installed.
-    """
+    """Resolve ``auto``; with the device on which the back-end computes. An error if pydensecrf is not installed."""
     if backend == "torch" or (backend == "auto" and device.type == "cuda"):
         return "torch", device
     if backend == "pydensecrf" and not HAS_PYDENSECRF:
@@ -99,30 +74,24 @@ def choose_backend(backend: CrfBackend, device: torch.device) -> tuple[CrfBacken
     return ("pydensecrf" if HAS_PYDENSECRF else "torch"), torch.device("cpu")
 
 
-def pydensecrf_mean_field(
-    images: Sequence[Tensor], energies: Sequence[Tensor], counts: Sequence[Tensor], params: CrfConfig
-) -> list[Tensor]:
+def pydensecrf_mean_field(image: Tensor, energies: Tensor, counts: Tensor, params: CrfConfig) -> Tensor:
     """:func:`~smaflib.refinement.mean_field.mean_field` by pydensecrf: compiled, on one CPU core."""
     import pydensecrf.densecrf as densecrf
 
-    results = []
-    for image, energy, count in zip(images, energies, counts, strict=True):
-        channels, height, width = energy.shape
-        if channels == 1:  # pydensecrf would divide by zero
-            results.append(torch.ones_like(energy))
-            continue
-        crf = densecrf.DenseCRF2D(width, height, channels)
-        crf.setUnaryEnergy(energy.reshape(channels, -1).contiguous().numpy())
-        # A vector is the diagonal of the compatibility matrix; pydensecrf adds it where it would subtract a number.
-        crf.addPairwiseGaussian(sxy=params.gaussian_sxy, compat=(-params.gaussian_compat / count).numpy())
-        crf.addPairwiseBilateral(
-            sxy=params.bilateral_sxy,
-            srgb=params.bilateral_srgb,
-            rgbim=np.array(image.permute(1, 2, 0).numpy(), order="C", copy=True),  # writable and contiguous
-            compat=(-params.bilateral_compat / count).numpy(),
-        )
-        results.append(torch.from_numpy(np.array(crf.inference(params.iterations))).reshape(energy.shape))
-    return results
+    channels, height, width = energies.shape
+    if channels == 1:  # pydensecrf would divide by zero
+        return torch.ones_like(energies)
+    crf = densecrf.DenseCRF2D(width, height, channels)
+    crf.setUnaryEnergy(energies.reshape(channels, -1).contiguous().numpy())
+    # A vector is the diagonal of the compatibility matrix; pydensecrf adds it where it would subtract a number.
+    crf.addPairwiseGaussian(sxy=params.gaussian_sxy, compat=(-params.gaussian_compat / counts).numpy())
+    crf.addPairwiseBilateral(
+        sxy=params.bilateral_sxy,
+        srgb=params.bilateral_srgb,
+        rgbim=np.array(image.permute(1, 2, 0).numpy(), order="C", copy=True),  # writable and contiguous
+        compat=(-params.bilateral_compat / counts).numpy(),
+    )
+    return torch.from_numpy(np.array(crf.inference(params.iterations))).reshape(energies.shape)
 
 
 def _check(image: Tensor, given: Tensor, num_labels: int | None) -> None:
@@ -132,10 +101,7 @@ def _check(image: Tensor, given: Tensor, num_labels: int | None) -> None:
             f"dense_crf needs a uint8 image (3, H, W) and labels (H, W) or scores (L, H, W) of its size, got "
             f"{image.dtype} {tuple(image.shape)} and {tuple(given.shape)}"
         )
-    labels = (num_labels or 0) if hard else len(given)
-    if labels < 2:
-        raise ValueError(f"dense_crf chooses between at least 2 labels, got {labels}; pass num_labels with hard labels")
-    if hard and int(given.max()) >= labels:
-        raise ValueError(f"label {int(given.max())} is not below num_labels={labels}; void has no unary")
+    if hard and (num_labels is None or int(given.max()) >= num_labels):
+        raise ValueError(f"label {int(given.max())} is not below num_labels={num_labels}; void has no unary")
     if not hard and not bool((given >= 0).all()):  # nan, too
         raise ValueError("dense_crf needs scores of 0 or more, got negative ones or nan; apply softmax or ReLU first")

@@ -55,10 +55,7 @@ class Lattice:
 
 
 def build_lattice(features: Tensor, most_per_bag: int | None = None) -> Lattice:
-    """Prepare the filter for points, float32 (d, N), each feature divided by its kernel's standard deviation.
-
-    ``most_per_bag`` is by default :data:`MOST_PER_BAG` on a GPU, without limit on the CPU (:func:`vertex_bags`).
-    """
+    """Prepare the filter for points, float32 (d, N), each feature divided by its kernel's standard deviation."""
     if most_per_bag is None and features.device.type != "cpu":
         most_per_bag = MOST_PER_BAG
     num_features, num_points = features.shape
@@ -114,41 +111,11 @@ def normalize(lattice: Lattice) -> Lattice:
     )
 
 
-def join(lattices: Sequence[Lattice]) -> Lattice:
-    """One lattice for the points of several, separate from each other: a batch of images of any sizes."""
-    if len(lattices) == 1:
-        return lattices[0]
-    num_points = [len(lattice.vertices) for lattice in lattices]
-    # Each lattice keeps its own vertex for missing neighbours; all of those stay 0.
-    num_vertices = [lattice.neighbors.shape[1] for lattice in lattices]
-
-    def shifted(tensors: list[Tensor], by: list[int], dim: int = 0) -> Tensor:
-        starts = [sum(by[:index]) for index in range(len(by))]
-        return torch.cat([tensor + start for tensor, start in zip(tensors, starts, strict=True)], dim=dim)
-
-    bags, rows = [], [len(lattice.points) for lattice in lattices]
-    for level in zip(*(lattice.bags for lattice in lattices), strict=True):
-        ends = [level[0][:1], *(tensor[1:] for tensor in level)]  # a bag's end is the next one's start
-        bags.append(torch.cat([ends[0], shifted(ends[1:], rows)]))
-        rows = [len(tensor) - 1 for tensor in level]
-    return Lattice(
-        vertices=shifted([lattice.vertices for lattice in lattices], num_vertices),
-        slice_weights=torch.cat([lattice.slice_weights for lattice in lattices]),
-        points=shifted([lattice.points for lattice in lattices], num_points),
-        splat_weights=torch.cat([lattice.splat_weights for lattice in lattices]),
-        bags=tuple(bags),
-        neighbors=shifted([lattice.neighbors for lattice in lattices], num_vertices, dim=1),
-    )
-
-
 def embed(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Find the lattice cell around each point.
+    """Find the lattice cell around each point: features, float32 (d, N).
 
     The lattice is in the plane of d+1 coordinates that sum to 0. The coordinates of a vertex are integers with the same
     remainder modulo d+1; a cell (a simplex) has one vertex of each remainder 0 to d.
-
-    Args:
-        features: float32 (d, N).
 
     Returns:
         The cell's vertex of remainder 0, float32 (d+1, N) of integers; the rank of each coordinate's distance to it,
@@ -194,50 +161,37 @@ def embed(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def vertex_keys(corner: Tensor, rank: Tensor) -> tuple[Tensor, list[int]]:
     """Name every vertex by one integer, to which a step along an axis adds a constant.
 
-    The key is a weighted sum of the first d coordinates, from which the last one follows.
-
-    Args:
-        corner: float32 (d+1, N), from :func:`embed`.
-        rank: int8 (d+1, N), from :func:`embed`.
+    The key has one digit for each of the first d coordinates, from which the last one follows. Corners and ranks are
+    those of :func:`embed`.
 
     Returns:
         int64 (d+1, N), the keys of each point's cell by remainder; and per axis what is added to a key for the next
         vertex along it.
+
+    Raises:
+        ValueError: if the features differ by so many kernel widths that the keys do not fit into 64 bits.
     """
     d = len(corner) - 1
-    whole = corner[:d].long()
-    lowest, highest = whole.amin(dim=1).tolist(), whole.amax(dim=1).tolist()
+    digits = corner[:d].long()
+    digits -= digits.amin(dim=1, keepdim=True)
     # Room for the corners of the outermost cells and for their neighbours: each is at most d+1 away.
-    room = [high - low + 4 * (d + 1) + 1 for low, high in zip(lowest, highest, strict=True)]
-    if math.prod(room) < 2**62:
-        factors = [math.prod(room[:i]) for i in range(d)]  # a number with one digit per coordinate: no two are equal
-    else:  # kernels far narrower than a colour step: sums modulo 2^64, of which a million coincide once in 10^7 images
-        factors = [pow(0x9E3779B97F4A7C15, i + 1, 2**64) for i in range(d)]
-    total = _wrapped(sum(factors))
-    key = torch.zeros_like(whole[0])
-    for i in range(d):
-        key += (whole[i] - lowest[i]) * _wrapped(factors[i])
+    room = (digits.amax(dim=1) + 4 * (d + 1) + 1).tolist()
+    if math.prod(room) >= 2**62:
+        raise ValueError(f"the kernels are too narrow for the lattice: features differ by {max(room)} steps")
+    factors = [math.prod(room[:i]) for i in range(d)]
     # From one remainder to the next all coordinates grow by 1, but for one, which falls by d: the next by rank.
-    falls = torch.tensor([_wrapped((d + 1) * factor) for factor in factors] + [0], device=corner.device)
+    falls = torch.tensor([(d + 1) * factor for factor in factors] + [0], device=corner.device)
     fall_of = torch.empty(rank.shape, dtype=torch.int64, device=corner.device)
     fall_of.scatter_(0, rank.long(), falls[:, None].expand(rank.shape))
     keys = torch.empty_like(fall_of)
-    keys[0] = key
+    keys[0] = sum(digit * factor for digit, factor in zip(digits, factors, strict=True))
     for remainder in range(d):
-        keys[remainder + 1] = keys[remainder] + (total - fall_of[d - remainder])
-    return keys, [_wrapped(sum(factors) - (d + 1) * factor) for factor in [*factors, 0]]
-
-
-def _wrapped(number: int) -> int:
-    """The number in int64 arithmetic."""
-    return (number + 2**63) % 2**64 - 2**63
+        keys[remainder + 1] = keys[remainder] + (sum(factors) - fall_of[d - remainder])
+    return keys, [sum(factors) - (d + 1) * factor for factor in [*factors, 0]]
 
 
 def number_vertices(keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Number the vertices, and group the entries that touch the same one.
-
-    Args:
-        keys: int64 (d+1, N), from :func:`vertex_keys`; ``E = (d+1) * N`` entries, ``M`` different ones.
+    """Number the vertices, and group the E entries of ``keys``, int64 (d+1, N), that touch the same one.
 
     Returns:
         The key of each number, int64 (M,) ascending; the number of each entry, int32 (d+1, N); the entries by number,
@@ -251,17 +205,11 @@ def number_vertices(keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def find_neighbors(table: Tensor, steps: Sequence[int]) -> Tensor:
-    """Link each vertex with the next ones along every axis.
+    """Link each vertex with the next ones along every axis: int32 (d+1, M+1, 2) in [0, M], where M means none.
 
     A neighbour that no point touches is missing, as in the original implementation. Creating it would be more exact
-    and make the lattice an order of magnitude larger.
-
-    Args:
-        table: int64 (M,), the vertices' keys, ascending, each once.
-        steps: per axis the difference of the keys, from :func:`vertex_keys`.
-
-    Returns:
-        int32 (d+1, M+1, 2) in [0, M], where M means that there is none.
+    and make the lattice an order of magnitude larger. ``table`` holds the keys, int64 (M,) ascending; ``steps`` are
+    those of :func:`vertex_keys`.
     """
     missing = len(table)
     neighbors = torch.full((len(steps), missing + 1, 2), missing, dtype=torch.int32, device=table.device)
@@ -279,12 +227,8 @@ def find_neighbors(table: Tensor, steps: Sequence[int]) -> Tensor:
 def vertex_bags(starts: Tensor, most: int | None) -> tuple[Tensor, ...]:
     """Offsets for ``embedding_bag`` with ``include_last_offset``; the last bag, of the missing neighbours, is empty.
 
-    Args:
-        starts: int32 (M+1,), the first point of each vertex, and the number of all points.
-        most: points per bag; None: no limit, so one bag per vertex.
-
-    Returns:
-        One tensor, or, where bags are split, one for the parts and one that sums each vertex's parts.
+    ``starts``, int32 (M+1,), holds the first point of each vertex, and the number of all points. With ``most`` points
+    per bag there are two tensors: for the parts of vertices, and for the sum of each vertex's parts.
     """
     whole = torch.cat([starts, starts[-1:]])
     if most is None:

@@ -1,4 +1,4 @@
-"""Dense CRF inference in torch, on any device, for one image or a batch.
+"""Dense CRF inference in torch, on any device.
 
 Every pixel has a probability per label. In each iteration it moves towards the mean of all other pixels, weighted by
 two Gaussian kernels: *smoothness*, of position, and *appearance*, of position and colour. The Potts model only rewards
@@ -11,36 +11,29 @@ Source: Kraehenbuehl and Koltun, "Efficient inference in fully connected CRFs wi
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from smaflib.config import CrfConfig
-from smaflib.refinement.lattice import Lattice, build_lattice, gaussian_filter, join, normalize
-
-NO_LABEL = 1e4
-"""Energy of channels that pad an image of a batch; their probability is 0."""
+from smaflib.refinement.lattice import Lattice, build_lattice, gaussian_filter, normalize
 
 
-def mean_field(
-    images: Sequence[Tensor], energies: Sequence[Tensor], counts: Sequence[Tensor], params: CrfConfig
-) -> list[Tensor]:
+def mean_field(image: Tensor, energies: Tensor, counts: Tensor, params: CrfConfig) -> Tensor:
     """Probabilities of the labels after ``params.iterations``.
 
     Args:
-        images: uint8 (3, H, W) each, on one device; sizes may differ.
-        energies: float32 (C, H, W) each, negative log probabilities; C may differ.
-        counts: (C,) each, how many labels a channel stands for (see :class:`~smaflib.refinement.unary.Unary`).
+        image: uint8 (3, H, W).
+        energies: float32 (C, H, W), negative log probabilities.
+        counts: (C,), how many labels a channel stands for (see :class:`~smaflib.refinement.unary.Unary`).
         params: kernels and iterations.
 
     Returns:
-        float32 (C, H, W) each, summing to 1 over the channels.
+        float32 (C, H, W), summing to 1 over the channels.
     """
-    smoothness = [smoothness_kernel(*image.shape[1:], params.gaussian_sxy, image.device) for image in images]
-    appearance = [appearance_kernel(image, params) for image in images]
-    kernels = ((params.gaussian_compat, join(smoothness)), (params.bilateral_compat, join(appearance)))
-    logits, shares = _padded(energies, counts)  # (C, N) each, N the pixels of all images
+    smoothness = smoothness_kernel(*image.shape[1:], params.gaussian_sxy, image.device)
+    kernels = ((params.gaussian_compat, smoothness), (params.bilateral_compat, appearance_kernel(image, params)))
+    logits, shares = -energies.flatten(1), (1 / counts)[:, None]  # (C, N), (C, 1)
     probabilities = torch.softmax(logits, dim=0)
     for _ in range(params.iterations):
         # The lattice gathers a pixel's values faster from (N, C); softmax is faster on (C, N).
@@ -49,8 +42,7 @@ def mean_field(
         for compatibility, lattice in kernels:
             message.add_(gaussian_filter(lattice, values), alpha=compatibility)
         probabilities = torch.softmax(torch.addcmul(logits, message.T, shares), dim=0)
-    pieces = probabilities.split([image.shape[-2] * image.shape[-1] for image in images], dim=1)
-    return [piece[: len(energy)].reshape(energy.shape) for piece, energy in zip(pieces, energies, strict=True)]
+    return probabilities.reshape(energies.shape)
 
 
 @functools.lru_cache(maxsize=4)
@@ -92,17 +84,3 @@ def kernels_seen_from(image: Tensor, row: int, column: int, params: CrfConfig) -
     smoothness = torch.exp(-distance / (2 * params.gaussian_sxy**2))
     appearance = torch.exp(-distance / (2 * params.bilateral_sxy**2) - difference / (2 * params.bilateral_srgb**2))
     return smoothness, appearance
-
-
-def _padded(energies: Sequence[Tensor], counts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Log probabilities (C, N), padded to the same C, and the weight of a message in each channel, which broadcasts."""
-    most = max(len(energy) for energy in energies)
-    logits, shares = [], []
-    for energy, count in zip(energies, counts, strict=True):
-        flat = -energy.reshape(len(energy), -1)
-        fill = flat.new_full((most - len(flat), flat.shape[1]), -NO_LABEL)
-        logits.append(torch.cat([flat, fill]) if len(fill) else flat)
-        share = torch.ones(most, 1, device=flat.device)
-        share[: len(count), 0] = 1 / count.to(flat.device)
-        shares.append(share if len(energies) == 1 else share.expand(-1, flat.shape[1]))
-    return torch.cat(logits, dim=1), torch.cat(shares, dim=1)

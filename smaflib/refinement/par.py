@@ -33,9 +33,6 @@ def pixel_adaptive_refinement(image: Tensor, scores: Tensor, params: ParConfig) 
     Returns:
         float32 (L, H, W): each value a weighted mean of the scores, so within their range.
 
-    Raises:
-        ValueError: if the sizes differ.
-
     Example:
         >>> image, scores = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.zeros(1, 8, 8)
         >>> scores[0, 4, 4] = 1  # in an image of one colour a single score is shared with its neighbours
@@ -43,30 +40,21 @@ def pixel_adaptive_refinement(image: Tensor, scores: Tensor, params: ParConfig) 
         >>> pixel_adaptive_refinement(image, scores, params)[0, 4].round(decimals=3).tolist()
         [0.0, 0.0, 0.0, 0.125, 0.0, 0.125, 0.0, 0.0]
     """
-    if scores.dim() != 3 or image.shape[1:] != scores.shape[1:]:
-        raise ValueError(
-            f"scores must be (L, H, W) of the image's size {tuple(image.shape[1:])}, got {tuple(scores.shape)}"
-        )
     weights = affinity(image, params)
-    refined = scores.float()
+    present = scores.flatten(1).any(dim=1)  # other channels stay 0: most of COCO's 81
+    refined = scores[present].float()
     for _ in range(params.iterations):
         total = torch.zeros_like(refined)
         for weight, shifted in zip(weights, _neighbors(refined, params.dilations), strict=True):
             total += weight * shifted
         refined = total
-    return refined
+    whole = torch.zeros_like(scores, dtype=torch.float32)
+    whole[present] = refined
+    return whole
 
 
 def affinity(image: Tensor, params: ParConfig) -> Tensor:
-    """The weight of each of a pixel's ``P = 8 * len(dilations)`` neighbours.
-
-    Args:
-        image: uint8 (3, H, W).
-        params: rings of neighbours and bandwidths.
-
-    Returns:
-        float32 (P, H, W), summing to 1 over the neighbours, ordered by ring, then as in :data:`DIRECTIONS`.
-    """
+    """The weights of a pixel's P neighbours, by ring, then as in :data:`DIRECTIONS`: float32 (P, H, W), sums of 1."""
     colors = image.float()
     around = torch.stack(_neighbors(colors, params.dilations))  # (P, 3, H, W)
     # Similarity is relative to the neighbourhood's spread: in a flat sky a small step is already a border.

@@ -48,9 +48,7 @@ def hard_unary(labels: Tensor, num_labels: int, params: CrfConfig) -> Unary:
     occurs[0] |= params.labels == "present"
     present = occurs.nonzero()[:, 0]
     total = len(present) if params.labels == "present" else num_labels
-    if total == 1:
-        return Unary(torch.zeros(1, *labels.shape, device=labels.device), present, torch.ones(1, device=labels.device))
-    rest = -math.log((1 - params.gt_prob) / (total - 1))
+    rest = -math.log((1 - params.gt_prob) / max(1, total - 1))
     energies = torch.where(labels == present[:, None, None], -math.log(params.gt_prob), rest).float()
     return _with_absent(energies, present, occurs, total, rest)
 
