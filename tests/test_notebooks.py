@@ -170,7 +170,7 @@ if "smaflib.runs.kernel" in sys.orig_argv:
 
     opens = runs.open_run
     # How many processes there are decides no result.
-    ASKED = ("self_training.batch_size", "segmentation.batch_size", "segmentation.enabled")
+    ASKED = ("data.num_workers", "self_training.batch_size", "segmentation.batch_size", "segmentation.enabled")
 
     def open_run(*args, stage, **options):
         run = opens(*args, stage=stage, **options)

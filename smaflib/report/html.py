@@ -79,7 +79,6 @@ def write_index(run: Run, command: str | None = None) -> Path:
         run=run,
         manifest=manifest,
         stages=stages,
-        pages=pages,
         total=duration(sum(stage["seconds"] or 0 for stage in stages)),
         peak=max((stage["peak_memory_mb"] or 0 for stage in stages), default=0),
         headline=headline(metrics),
