@@ -7,10 +7,9 @@ import ctypes
 import hashlib
 import os
 import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -25,7 +24,7 @@ Network = TypeVar("Network", bound=nn.Module)
 CPU = torch.device("cpu")
 
 PROGRESS_FILE = "SMAF_PROGRESS_FILE"
-"""Environment variable: a file for the state of the progress bar, which the headless runner shows."""
+"""Environment variable: the terminal for the progress bars of a notebook that ``smaf run`` executes."""
 
 LOCAL_RANK, LOCAL_SIZE = "LOCAL_RANK", "LOCAL_WORLD_SIZE"
 """Environment variables: number of this process among those that share a stage's work, and how many there are."""
@@ -142,26 +141,19 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
 
 
 def progress(items: Iterable[Item], total: int, desc: str) -> Iterator[Item]:
-    """Iterate with a progress bar: as text in a terminal and in JupyterLab, in a file for the headless runner.
+    """Iterate with a progress bar: as text in a terminal and in JupyterLab, and in that of ``smaf run``.
 
     Of several processes only the first shows its bar. ``tqdm.auto`` would leave dead widgets in saved notebooks.
     """
     if os.environ.get(LOCAL_RANK, "0") != "0" or total == 0:
         yield from items
         return
-    if (target := os.environ.get(PROGRESS_FILE)) is None:
-        # JupyterLab shows stderr in red, as it shows errors; the variable tells a process that a kernel has started.
-        in_notebook = type(sys.stderr).__module__.startswith("ipykernel.") or "JPY_PARENT_PID" in os.environ
-        file = sys.stdout if in_notebook else sys.stderr
-        yield from tqdm(items, total=total, desc=desc, file=file, mininterval=0.3)
+    if terminal := os.environ.get(PROGRESS_FILE):
+        with open(terminal, "w", encoding="utf-8") as file:
+            bar = partial(tqdm, position=1, leave=False, dynamic_ncols=True)  # below the runner's
+            yield from bar(items, total=total, desc=desc, file=file, mininterval=0.3)
         return
-    start, written = time.monotonic(), 0.0
-    try:
-        for count, item in enumerate(items, start=1):
-            yield item
-            now = time.monotonic()
-            if now - written > 0.3:
-                Path(target).write_text(tqdm.format_meter(count, total, now - start, prefix=desc), encoding="utf-8")
-                written = now
-    finally:
-        Path(target).unlink(missing_ok=True)
+    # JupyterLab shows stderr in red, as it shows errors; the variable tells a process that a kernel has started.
+    in_notebook = type(sys.stderr).__module__.startswith("ipykernel.") or "JPY_PARENT_PID" in os.environ
+    stream = sys.stdout if in_notebook else sys.stderr
+    yield from tqdm(items, total=total, desc=desc, file=stream, mininterval=0.3)

@@ -331,8 +331,7 @@ def test_the_report_needs_no_network(run):
 
 def test_explore_runs_headless_and_keeps_a_page_that_needs_no_kernel(tmp_path):
     executed = tmp_path / "explore.ipynb"
-    with NotebookKernel("explore", 1) as kernel:
-        kernel.execute(EXPLORE, executed, {"num_images": 3}, cwd=tmp_path)
+    NotebookKernel("explore").execute(EXPLORE, executed, {"num_images": 3}, cwd=tmp_path)
     cells = [cell for cell in nbformat.read(executed, as_version=4).cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]

@@ -17,7 +17,7 @@ from smaflib.apps.cli import app
 from smaflib.config import Config, DataConfig
 from smaflib.errors import ConfigError, RunError
 from smaflib.files import PARTIAL, PROJECT_ROOT, absolute
-from smaflib.runs import Run, find_run, open_run, read_run
+from smaflib.runs import Run, find_run, open_run
 from smaflib.runs.inputs import (
     changed_names,
     difference,
@@ -28,13 +28,12 @@ from smaflib.runs.inputs import (
 )
 from smaflib.runs.manifest import (
     clear_stage,
-    damaged_artifacts,
     describe_results,
     put_entry,
     read_manifest,
     write_manifest,
 )
-from smaflib.runs.metrics import RECORD_DEFAULTS
+from smaflib.runs.metrics import Record
 from smaflib.runs.stages import STAGES, Stage, counts, stage_named
 
 matplotlib.use("agg")
@@ -102,20 +101,12 @@ def test_runs_are_light_to_import_on_every_system():
 # stages
 
 
-@pytest.mark.parametrize("name", ["2", "02", "classifier", "02_classifier", "Classifier"])
-def test_stage_has_several_names(name):
-    assert stage_named(name).name == "02_classifier"
-
-
-def test_unknown_stage_names_the_nearest_and_all():
+def test_stage_has_several_names():
+    for name in ("2", "02", "classifier", "02_classifier", "Classifier"):
+        assert stage_named(name).name == "02_classifier"
     with pytest.raises(RunError, match="did you mean 02_classifier") as error:
         stage_named("clasifier")
     assert all(stage.name in str(error.value) for stage in STAGES)
-
-
-def test_stages_depend_only_on_earlier_ones():
-    for number, stage in enumerate(STAGES):
-        assert set(stage.depends_on) <= {earlier.name for earlier in STAGES[:number]}
 
 
 def test_settings_and_modules_count_from_the_stage_that_declares_the_longest_name():
@@ -125,24 +116,17 @@ def test_settings_and_modules_count_from_the_stage_that_declares_the_longest_nam
     def first(kind: str, name: str) -> str:
         return next(stage.name for stage in chain if counts(kind, name, stage, chain))
 
-    assert [first("settings", name) for name in ("seed", "attention.scales", "attention.fusion", "attention")] == [
-        "01_a",
-        "02_b",
-        "04_d",
-        "04_d",
-    ]
-    assert [first("code", name) for name in ("cams", "maps", "maps.inner", "mapsize")] == [
-        "01_a",
-        "03_c",
-        "03_c",
-        "01_a",
-    ]
+    for name, stage in (("seed", "01_a"), ("attention.scales", "02_b"), ("attention.fusion", "04_d")):
+        assert first("settings", name) == stage
+    for name, stage in (("cams", "01_a"), ("maps", "03_c"), ("maps.inner", "03_c"), ("mapsize", "01_a")):
+        assert first("code", name) == stage
     assert counts("code", "maps", chain[3], chain) and not counts("code", "maps", chain[1], chain)
 
 
-def test_every_declared_name_is_a_setting_or_a_module():
+def test_every_declared_name_is_a_stage_a_setting_or_a_module():
     config, library = Config(data=DataConfig(kind="mini")), PROJECT_ROOT / "smaflib"
-    for stage in STAGES:
+    for number, stage in enumerate(STAGES):
+        assert set(stage.depends_on) <= {earlier.name for earlier in STAGES[:number]}
         for name in stage.settings:
             attrgetter(name)(config)
         for name in set(stage.code) - {"*"}:
@@ -150,11 +134,16 @@ def test_every_declared_name_is_a_setting_or_a_module():
             assert path.is_dir() or path.with_suffix(".py").is_file(), name
 
 
-def test_refined_targets_depend_on_the_settings_of_masks():
-    config, student = Config(data=DataConfig(kind="mini")), stage_named("05")
-    assert not student.settings_if(config)
-    refined = config.self_training.model_copy(update={"refine": "crf"})
-    assert "pseudo_masks.crf" in student.settings_if(config.model_copy(update={"self_training": refined}))
+def test_refined_targets_depend_on_the_settings_of_masks(run, tmp_path):
+    notebook = write_notebook(tmp_path / "05_self_training.ipynb", "x = 1")
+
+    def asked(run: Run) -> dict:
+        return stage_inputs(run, stage_named("05"), notebook, {})
+
+    whole = dataclasses.replace(run, stages=STAGES)
+    assert "pseudo_masks.crf.iterations" not in asked(whole)
+    refined = run.config.self_training.model_copy(update={"refine": "crf"})
+    assert "pseudo_masks.crf.iterations" in asked(with_settings(whole, self_training=refined))
 
 
 # the folder
@@ -192,23 +181,11 @@ def test_settings_that_no_longer_exist_are_an_error_of_the_run(run, config_file)
         open_run(run.folder, config_file)
 
 
-@pytest.mark.parametrize("where", ["taken", "taken/run"])
-def test_file_in_the_way_is_named(tmp_path, config_file, where):
-    (tmp_path / "taken").write_text("not a folder")
-    with pytest.raises(RunError, match="cannot write the run folder"):
-        open_run(tmp_path / where, config_file)
-
-
 def test_find_run_names_those_that_exist(run):
     assert find_run("tiny", run.folder.parent).config == run.config
     assert find_run(str(run.folder)).name == "tiny"
-    with pytest.raises(RunError, match="there are tiny"):
+    with pytest.raises(RunError, match="there are: tiny"):
         find_run("tinny", run.folder.parent)
-
-
-def test_read_run_wants_a_run_folder(tmp_path):
-    with pytest.raises(RunError, match=r"config\.yaml"):
-        read_run(tmp_path)
 
 
 def test_figure_is_described_by_its_title(run):
@@ -228,7 +205,7 @@ def test_records_are_tidy_and_pandas_reads_them(run):
     run.record("02_use", [{"metric": "iou", "value": 0.25, "scale": 1.5, "object_size": "small"}])
     run.record("01_make", [{"metric": "loss", "value": float("nan"), "variant": "eps"}])
     table = pd.read_json(run.path("metrics.json"))
-    assert list(table.columns) == list(RECORD_DEFAULTS)
+    assert list(table.columns) == list(Record.model_fields)
     assert table["stage"].tolist() == ["01_make", "02_use"]
     assert table["value"].isna().tolist() == [True, False]
     assert table.loc[1, ["split", "class_name", "scale"]].tolist() == ["train", "mean", 1.5]
@@ -243,18 +220,14 @@ def test_stage_replaces_its_own_records_only(run):
     assert run.metrics()["value"].tolist() == [0.1, 0.4]
 
 
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"metric": "iou", "value": 0.1, "epoch": 3}, "no epoch"),
-        ({"metric": "iou"}, "needs value"),
-        ({"metric": "iou", "value": 64.6}, r"\[0, 1\]"),
-        ({"metric": "iou", "value": 0.1, "object_size": "tiny"}, "small, medium, large"),
-    ],
-)
-def test_wrong_record_is_refused_and_nothing_written(run, record, message):
-    with pytest.raises(ValueError, match=message):
-        run.record("01_make", [{"metric": "iou", "value": 0.5}, record])
+def test_wrong_record_is_refused_and_nothing_written(run):
+    for wrong, message in (
+        ({"epoch": 3}, "epoch"),
+        ({"value": 64.6}, r"\[0, 1\]"),
+        ({"object_size": "tiny"}, "'medium' or 'large'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run.record("01_make", [{"metric": "iou", "value": 0.5}, {"metric": "iou", "value": 0.1} | wrong])
     assert not run.path("metrics.json").exists()
 
 
@@ -277,7 +250,7 @@ def test_require_trusts_files_made_by_hand_but_no_unfinished_stage(run, tmp_path
     run.require("use")
     manifest["stages"]["01_make"]["status"] = "running"
     write_manifest(run.folder, manifest)
-    with pytest.raises(RunError, match="01_make has not finished"):
+    with pytest.raises(RunError, match="it has not finished"):
         run.require("02_use")
 
 
@@ -286,13 +259,6 @@ def test_text_layout_and_comments_do_not_change_the_code(tmp_path):
     assert notebook_hash(write_notebook(tmp_path / "b.ipynb", "x = 1  # one\n\ny = f( x )", text="Because.")) == before
     assert notebook_hash(write_notebook(tmp_path / "c.ipynb", "x = 2\ny = f(x)")) != before
     assert notebook_hash(write_notebook(tmp_path / "d.ipynb", "%matplotlib inline")) != before
-
-
-@pytest.mark.parametrize("content", ["", "{}", '{"cells": [{}]}', "[1]"])
-def test_unreadable_notebook_is_named(tmp_path, content):
-    (tmp_path / "a.ipynb").write_text(content)
-    with pytest.raises(RunError, match=r"a\.ipynb cannot be read"):
-        notebook_hash(tmp_path / "a.ipynb")
 
 
 def with_settings(run: Run, **config: object) -> Run:
@@ -317,10 +283,6 @@ def test_reasons_to_run_a_stage_again(run, tmp_path):
     assert reason(run, notebook) == "its records in metrics.json changed"
     write_notebook(notebook, "x = 2")
     assert reason(run, notebook) == "its notebook changed"
-
-
-def test_unfinished_stage_resumes(run, tmp_path):
-    notebook = write_notebook(tmp_path / "01_make.ipynb", "x = 1")
     put_entry(run.folder, CHAIN[0], {"status": "running", "inputs": inputs(run, notebook)})
     assert reason(run, notebook) == "resumes"
 
@@ -333,17 +295,6 @@ def test_difference_in_words():
     assert difference(before, before | changed) == "smaflib.cams and 1 more changed"
     assert difference(before, before | changed, lambda name: name == "smaflib.cams") == "smaflib.maps changed"
     assert difference(before, before | {"attention.denoise": True}) == "attention.denoise differs (- | True)"
-    assert difference(None, before) == "its manifest entry is from an older version"
-
-
-def test_content_is_checked_when_asked_for(run, tmp_path):
-    make_stage(run, write_notebook(tmp_path / "01_make.ipynb", "x = 1"))
-    entry = read_manifest(run.folder)["stages"]["01_make"]
-    run.path("cams/teacher/b.npz").write_text("cam of B")
-    assert damaged_artifacts(run.folder, entry) == []
-    assert damaged_artifacts(run.folder, entry, verify=True) == ["cams/teacher/"]
-    run.path("cams/teacher/b.npz").unlink()
-    assert damaged_artifacts(run.folder, entry) == ["cams/teacher/"]
 
 
 def test_status_verifies_the_content_of_artifacts(tmp_path, config_file):
@@ -382,32 +333,6 @@ def test_other_inputs_clear_a_stage_and_leave_others_alone(run, tmp_path):
     assert run.metrics()["stage"].tolist() == ["02_use"]
 
 
-def test_same_inputs_keep_what_an_earlier_attempt_made(run, tmp_path):
-    make_stage(run, write_notebook(tmp_path / "01_make.ipynb", "x = 1"))
-    run.path("data.json").write_text("cut sh")
-    clear_stage(run.folder, CHAIN[0], read_manifest(run.folder)["stages"]["01_make"])
-    assert not run.path("data.json").exists()
-    assert run.path("cams/teacher/b.npz").exists()
-
-
-def test_other_image_labels_make_a_stage_run_again(tmp_path):
-    table = tmp_path / "labels.csv"
-    table.write_text("image,labels\na.png,cat\n")
-    (tmp_path / "a.png").write_text("a picture")
-    settings = tmp_path / "photos.yaml"
-    settings.write_text(f"data: {{kind: folder, images: {tmp_path}/images, labels: {table}}}\n")
-    (tmp_path / "images").mkdir()
-    run = open_run(tmp_path / "runs" / "photos", settings, stages=CHAIN)
-    notebook = write_notebook(tmp_path / "01_make.ipynb", "x = 1")
-    make_stage(run, notebook)
-    assert reason(run, notebook) is None
-    table.write_text("image,labels\na.png,dog\n")
-    assert reason(run, notebook) == "files of data.labels changed"
-    table.write_text("image,labels\na.png,cat\n")
-    (tmp_path / "images/b.png").write_text("another one")
-    assert reason(run, notebook) == "files of data.images changed"
-
-
 def test_data_sets_count_by_lists_tables_and_the_sizes_of_pictures(tmp_path):
     def hashes(kind: str, **more: object) -> dict[str, str]:
         return outside_files(Config(data=DataConfig(kind=kind, root=tmp_path, **more)))
@@ -435,6 +360,10 @@ def test_data_sets_count_by_lists_tables_and_the_sizes_of_pictures(tmp_path):
     (tmp_path / "maps").mkdir()
     assert "data.saliency" in hashes("voc", saliency=tmp_path / "maps")
     assert list(hashes("coco", train_split="train2014")) == ["data.root/train2014"]
+    photos = {"images": tmp_path / "JPEGImages", "labels": tmp_path / "labels.csv"}
+    before = hashes("folder", **photos)
+    (tmp_path / "labels.csv").write_text("image,label")
+    assert changed_names(before, hashes("folder", **photos)) == ["data.labels"]
     assert outside_files(Config(data=DataConfig(kind="mini"))) == {}
 
 
@@ -449,18 +378,12 @@ def test_custom_code_counts_by_the_content_of_its_file(run, tmp_path, monkeypatc
     assert reason(custom, notebook) == "files of attention.fusion changed"
 
 
-def test_half_written_files_of_a_killed_attempt_go_and_others_stay(run, tmp_path):
+def test_half_written_and_damaged_files_of_a_killed_attempt_go_and_others_stay(run, tmp_path):
     make_stage(run, write_notebook(tmp_path / "01_make.ipynb", "x = 1"))
-    whole = describe_results(run.folder, CHAIN[0])
     for name in ("cams/teacher/c.npz", "data.json", "01_make.ipynb"):
         path = run.path(name)
         path.with_name(f"{PARTIAL}{path.name}").touch()
+    run.path("data.json").write_text("cut sh")
     clear_stage(run.folder, CHAIN[0], read_manifest(run.folder)["stages"]["01_make"])
-    assert not list(run.folder.rglob(f"{PARTIAL}*"))
-    assert describe_results(run.folder, CHAIN[0]) == whole
-
-
-def test_manifest_that_is_no_json_is_an_error(run):
-    run.path("manifest.json").write_text("{")
-    with pytest.raises(RunError, match=r"manifest\.json is damaged"):
-        read_manifest(run.folder)
+    assert not list(run.folder.rglob(f"{PARTIAL}*")) and not run.path("data.json").exists()
+    assert run.path("cams/teacher/b.npz").exists() and len(run.metrics()) == 1

@@ -112,13 +112,11 @@ def test_progress_in_a_notebook_is_not_shown_as_an_error(
     assert "letters: 100%" in capsys.readouterr().out
 
 
-def test_progress_goes_to_the_runners_file(
+def test_progress_goes_to_the_runners_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "bar"
+    path = tmp_path / "terminal"
     monkeypatch.setenv(PROGRESS_FILE, str(path))
-    items = progress([10, 20, 30], total=3, desc="numbers")
-    assert [next(items), next(items)] == [10, 20]
-    assert "numbers" in path.read_text() and "1/3" in path.read_text()
-    assert list(items) == [30]
+    assert list(progress([10, 20, 30], total=3, desc="numbers")) == [10, 20, 30]
+    assert "numbers" in path.read_text() and "0/3" in path.read_text()
     assert capsys.readouterr().err == ""

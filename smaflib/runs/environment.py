@@ -21,18 +21,17 @@ PACKAGES = (
 
 def describe_machine(runtime: Runtime) -> dict[str, Any]:
     """The device by name, the precision, Python, platform, commit and package versions."""
-    device = runtime.device
-    kind = f"{device.type} ({platform.machine()})"
-    if device.type == "cuda":
+    name = platform.machine()
+    if runtime.device.type == "cuda":
         import torch
 
-        kind = f"cuda ({torch.cuda.get_device_name(device)})"
+        name = torch.cuda.get_device_name(runtime.device)
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {
-        "device": kind,
+        "device": f"{runtime.device.type} ({name})",
         "precision": runtime.precision,
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -1,11 +1,7 @@
 """What decides a stage's result, in one flat dictionary, and whether it has changed since the stage ran.
 
-::
-
-    {"attention.fusion": "sum", "its notebook": hash, "smaflib.cams": hash, "files of data.labels": hash,
-     "02_classifier": hash, ...}
-
-The dictionary is kept in the manifest. A stage with the same inputs is skipped, resumed, or reused from another run.
+Such as ``{"attention.fusion": "sum", "its notebook": hash, "smaflib.cams": hash, "files of data.labels": hash,
+"02_classifier": hash}``. The manifest keeps it. A stage with the same inputs is skipped, resumed, or reused.
 """
 
 from __future__ import annotations
@@ -43,30 +39,20 @@ DATA_FOLDERS = {
 
 
 def stage_inputs(run: Run, stage: Stage, notebook: Path, outside: Mapping[str, str]) -> Entry:
-    """All inputs of a stage as a flat dictionary: settings by value, everything else by hash.
+    """All inputs of a stage: settings by value, everything else by hash; ``outside`` is of :func:`outside_files`."""
+    of_masks = stage.settings_of_masks if run.config.self_training.refine != "none" else ()
 
-    Args:
-        run: its manifest says what earlier stages made.
-        stage: the stage.
-        notebook: its notebook.
-        outside: from :func:`outside_files`.
-    """
-    conditional = stage.settings_if(run.config)
-
-    def setting_counts(name: str) -> bool:
-        return counts("settings", name, stage, run.stages) or any(
-            f"{name}.".startswith(f"{each}.") for each in conditional
-        )
+    def matters(setting: str) -> bool:
+        return counts("settings", setting, stage, run.stages) or setting.startswith(of_masks)
 
     settings = {name: value for name, value in flat_settings(run.config).items() if name not in FREE_SETTINGS}
     made = read_manifest(run.folder)["stages"]
-    extra = [name for name in stage.extra_inputs if run.path(name).is_file()]
     return {
-        **{name: value for name, value in settings.items() if setting_counts(name)},
+        **{name: value for name, value in settings.items() if matters(name)},
         "its notebook": notebook_hash(notebook),
-        **{f"files of {name}": hashed for name, hashed in outside.items() if setting_counts(name)},
+        **{f"files of {name}": hashed for name, hashed in outside.items() if matters(name)},
         **{name: made.get(name, {}).get("made") for name in stage.depends_on},
-        **{name: _content_hash(run.path(name)) for name in extra},
+        **{name: _content_hash(run.path(name)) for name in stage.extra_inputs if run.path(name).is_file()},
         **{
             name: hashed
             for name, hashed in code_hashes().items()
@@ -78,18 +64,14 @@ def stage_inputs(run: Run, stage: Stage, notebook: Path, outside: Mapping[str, s
 def why_not_complete(
     folder: Path, stage: Stage, inputs: Entry, ignored: Callable[[str], bool] = lambda name: False
 ) -> str | None:
-    """Why a stage has to run, in words; None if it is complete and unchanged.
+    """Why a stage of a run folder has to run, in words; None if it is complete and unchanged.
 
-    Args:
-        folder: of the run that holds its manifest entry, artifacts and records.
-        stage: the stage.
-        inputs: from :func:`stage_inputs`.
-        ignored: names of inputs whose changes do not count.
+    Changes of inputs that are ``ignored`` do not count.
     """
     entry = read_manifest(folder)["stages"].get(stage.name)
     if entry is None:
         return NEVER_RAN
-    if reason := difference(entry.get("inputs"), inputs, ignored):
+    if reason := difference(entry.get("inputs", {}), inputs, ignored):
         return reason
     if entry["status"] != "complete":
         return RESUMES
@@ -98,10 +80,8 @@ def why_not_complete(
     return None if entry.get("records") == record_hash(folder, stage) else "its records in metrics.json changed"
 
 
-def difference(before: Entry | None, now: Entry, ignored: Callable[[str], bool] = lambda name: False) -> str | None:
+def difference(before: Entry, now: Entry, ignored: Callable[[str], bool] = lambda name: False) -> str | None:
     """The first input that changed, in words, such as ``attention.fusion differs (sum | max)``; None if none did."""
-    if before is None:
-        return "its manifest entry is from an older version"
     changed = [name for name in changed_names(before, now) if not ignored(name)]
     if not changed:
         return None
@@ -146,24 +126,14 @@ def outside_files(config: Config) -> dict[str, str]:
     if data.root and data.kind == "voc":
         named |= {f"data.{split}_split": data.split_list(split) for split in get_args(Split)}
     named |= {setting: custom_file(name) for setting, name in config.custom_code.items()}
-    there = {name: path for name, path in named.items() if path and path.exists()}
-    return {name: _content_hash(path) if path.is_file() else _listing_hash(path) for name, path in there.items()}
+    return {name: _content_hash(path) for name, path in named.items() if path and path.exists()}
 
 
 def _content_hash(path: Path) -> str:
-    return f"sha256:{files.file_hash(path)[:16]}"
-
-
-def _listing_hash(folder: Path) -> str:
-    listing = [
-        f"{Path(entry.path).relative_to(folder).as_posix()}\0{entry.stat().st_size}"
-        for entry in files.walk(folder)
-        if not entry.name.startswith(".")
-    ]
-    return hash_value(sorted(listing))
-
-
-# --------------------------------------------------------------------------------------------------------------- code
+    if path.is_file():
+        return f"sha256:{files.file_hash(path)[:16]}"
+    shown = [entry for entry in files.walk(path) if not entry.name.startswith(".")]
+    return hash_value(sorted([Path(entry.path).relative_to(path).as_posix(), entry.stat().st_size] for entry in shown))
 
 
 def code_hashes() -> dict[str, str]:
@@ -188,23 +158,17 @@ def notebook_hash(notebook: Path) -> str:
 
 
 def notebook_cells(notebook: Path) -> list[Entry]:
-    """Cells of a notebook: ``cell_type``, ``source`` as one text, ``tags``. Importing nbformat takes longer.
+    """Cells of a notebook, each with ``source`` as one text and ``tags``. Importing nbformat takes longer.
 
     Raises:
         RunError: if there is no such notebook, or it cannot be read.
     """
-    if not notebook.is_file():
-        raise RunError(f"the notebook {display_path(notebook)} is missing")
     try:
-        return [
-            {
-                "cell_type": cell["cell_type"],
-                "source": "".join(cell["source"]),
-                "tags": cell["metadata"].get("tags", []),
-            }
-            for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        return [{"tags": cell["metadata"].get("tags", []), **cell, "source": "".join(cell["source"])} for cell in cells]
+    except FileNotFoundError as error:
+        raise RunError(f"the notebook {display_path(notebook)} is missing") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{display_path(notebook)} cannot be read as a notebook: {error!r}") from error
 
 
@@ -216,9 +180,7 @@ def _code_only(source: str) -> str:
         return source
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            node.body = [line for line in node.body if not _is_text(line)]
+            node.body = [
+                line for line in node.body if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
+            ]
     return ast.dump(tree)
-
-
-def _is_text(line: ast.stmt) -> bool:
-    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)

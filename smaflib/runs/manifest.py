@@ -6,9 +6,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict
+from typing import Any
 
 from smaflib import files
 from smaflib.runs.metrics import read_records, replace_records
@@ -18,35 +16,10 @@ Entry = dict[str, Any]
 """A stage in the manifest: ``status``, ``inputs``, ``artifacts``, ``records``, ``made``, ``seconds``, ..."""
 
 
-class StoredStage(BaseModel):
-    """The keys of an entry that other modules read; there are more."""
-
-    model_config = ConfigDict(strict=True)
-
-    status: Literal["running", "complete", "failed"]
-    started: str | None = None
-    seconds: float | None = None
-    peak_memory_mb: float | None = None
-    inputs: dict[str, Any] = {}
-    artifacts: dict[str, dict[str, Any]] = {}
-    parameters: dict[str, Any] = {}
-
-
-class StoredManifest(BaseModel):
-    """The keys of a manifest that other modules read; there are more."""
-
-    model_config = ConfigDict(strict=True)
-
-    stages: dict[str, StoredStage] = {}
-    overrides: list[str] = []
-    config_file: str = ""
-    packages: dict[str, str] = {}
-
-
 def read_manifest(folder: Path) -> Entry:
     """The manifest of a run folder; without stages if nothing has run yet."""
-    manifest: Entry = files.read_json(folder / "manifest.json", {}, StoredManifest)
-    return manifest if "stages" in manifest else manifest | {"stages": {}}
+    manifest: Entry = files.read_json(folder / "manifest.json", {})
+    return {"stages": {}} | manifest
 
 
 def write_manifest(folder: Path, manifest: Entry) -> None:
@@ -74,11 +47,8 @@ def describe_results(folder: Path, stage: Stage) -> Entry:
     page = f"{stage.name}.html"  # belongs to the report, which is written after the stage
     artifacts = {_key(folder, path): _fingerprint(path) for path in _made_by(folder, stage) if path.name != page}
     records = record_hash(folder, stage)
-    passed_on = {
-        key: artifact
-        for key, artifact in artifacts.items()
-        if not key.startswith("figures/") and not key.endswith(".ipynb")
-    }
+    shown = [key for key in artifacts if key.startswith("figures/") or key.endswith(".ipynb")]
+    passed_on = {key: artifact for key, artifact in artifacts.items() if key not in shown}
     return {"artifacts": artifacts, "records": records, "made": hash_value([records, passed_on])}
 
 
@@ -108,13 +78,7 @@ def damaged_artifacts(folder: Path, entry: Entry, verify: bool = False) -> list[
 
 
 def clear_stage(folder: Path, stage: Stage, resumed: Entry | None = None) -> None:
-    """Delete what a stage must not build on.
-
-    Args:
-        folder: the run folder.
-        stage: the stage.
-        resumed: the entry of an earlier attempt with the same inputs, whose intact artifacts and records stay.
-    """
+    """Delete what a stage must not build on; what is intact of an earlier attempt to resume stays."""
     homes = {folder / pattern.split("/")[0] for pattern in stage.outputs if "/" in pattern}
     half_written = [path for home in homes for path in home.rglob(f"{files.PARTIAL}*")]
     _delete([*folder.glob(f"{files.PARTIAL}*"), *half_written])  # by a process that was killed

@@ -5,48 +5,43 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 from smaflib import files
 
-RECORD_DEFAULTS: dict[str, Any] = {
-    "stage": "",
-    "variant": "",
-    "split": "train",
-    "scale": None,
-    "fusion": None,
-    "object_size": "all",
-    "class_name": "mean",
-    "bg_score": None,
-    "metric": None,
-    "value": None,
-}
-OBJECT_SIZES = ("all", "small", "medium", "large")
 FRACTIONS = ("iou", "iou_sweep", "precision", "recall", "accuracy")
+Number = Annotated[float | None, AfterValidator(lambda number: number if math.isfinite(number or 0) else None)]
+"""NaN and infinity, which are not JSON, become null."""
 
 
-class StoredRecord(BaseModel):
-    """The keys of a stored record that tables rely on."""
+class Record(BaseModel):
+    """A measurement and what it was taken of."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(extra="forbid")
 
     stage: str
     variant: str = ""
-    split: str = ""
-    scale: float | None = None
+    split: str = "train"
+    scale: Number = None
     fusion: str | None = None
-    object_size: str = ""
-    class_name: str = ""
-    bg_score: float | None = None
-    metric: str | None = None
-    value: float | None = None
+    object_size: Literal["all", "small", "medium", "large"] = "all"
+    class_name: str = "mean"
+    bg_score: Number = None
+    metric: str
+    value: Number
+
+    @model_validator(mode="after")
+    def _is_fraction(self) -> Record:
+        if self.metric in FRACTIONS and not 0 <= (self.value or 0) <= 1:
+            raise ValueError(f"{self.metric} must be in [0, 1], got {self.value}; percent only where printed")
+        return self
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """The records of ``metrics.json``; none if there is no such file."""
-    records: list[dict[str, Any]] = files.read_json(folder / "metrics.json", [], list[StoredRecord])
+    records: list[dict[str, Any]] = files.read_json(folder / "metrics.json", [], list[Record])
     return records
 
 
@@ -57,20 +52,3 @@ def replace_records(folder: Path, stage: str, records: Iterable[dict[str, Any]])
         files.write_json(folder / "metrics.json", sorted(whole, key=lambda record: record["stage"]))
     else:
         (folder / "metrics.json").unlink(missing_ok=True)
-
-
-def checked_record(record: dict[str, Any]) -> dict[str, Any]:
-    """A record with its defaults filled in; :meth:`smaflib.runs.run.Run.record` says what is refused."""
-    if unknown := sorted(set(record) - set(RECORD_DEFAULTS)):
-        raise ValueError(f"a record has no {', '.join(unknown)}; its keys are {', '.join(RECORD_DEFAULTS)}")
-    if absent := sorted({"metric", "value"} - set(record)):
-        raise ValueError(f"a record needs {' and '.join(absent)}, got {record}")
-    full = RECORD_DEFAULTS | record
-    if full["object_size"] not in OBJECT_SIZES:
-        raise ValueError(f"object_size must be one of {', '.join(OBJECT_SIZES)}, got {full['object_size']!r}")
-    for key in ("scale", "bg_score", "value"):
-        number = math.nan if full[key] is None else float(full[key])
-        full[key] = number if math.isfinite(number) else None  # NaN is not JSON
-    if full["metric"] in FRACTIONS and full["value"] is not None and not 0 <= full["value"] <= 1:
-        raise ValueError(f"{full['metric']} must lie in [0, 1], got {full['value']}; percent only where printed")
-    return full

@@ -18,7 +18,7 @@ from smaflib.errors import ConfigError, RunError
 from smaflib.files import RUNS_FOLDER, absolute, display_path
 from smaflib.plugins import search_in
 from smaflib.runs.manifest import missing_outputs, read_manifest
-from smaflib.runs.metrics import RECORD_DEFAULTS, checked_record, read_records, replace_records
+from smaflib.runs.metrics import Record, read_records, replace_records
 from smaflib.runs.stages import STAGES, Stage, stage_named
 from smaflib.workspace import Workspace
 
@@ -50,23 +50,17 @@ class Run(Workspace):
     def record(self, stage: str, records: Iterable[dict[str, Any]]) -> None:
         """Write a stage's measurements to ``metrics.json``, in place of those it wrote before.
 
-        Args:
-            stage: the stage's name.
-            records: each has ``metric`` and ``value`` (a float; IoU and its kin in [0, 1]; NaN becomes null) and any of
-                ``variant``, ``split``, ``scale``, ``fusion``, ``object_size``, ``class_name``, ``bg_score``.
-
         Raises:
-            ValueError: if a record has an unknown key, lacks one, or holds a value out of range.
+            ValueError: if one is no :class:`smaflib.runs.metrics.Record`.
         """
         name = stage_named(stage, self.stages).name
-        checked = [checked_record({**record, "stage": name}) for record in records]
-        replace_records(self.folder, name, checked)
+        replace_records(self.folder, name, [Record(**record | {"stage": name}).model_dump() for record in records])
 
     def metrics(self) -> pd.DataFrame:
         """All measurements so far, a row per record; ``pandas.read_json("metrics.json")`` gives the same."""
         import pandas as pd
 
-        table = pd.DataFrame(read_records(self.folder), columns=list(RECORD_DEFAULTS))
+        table = pd.DataFrame(read_records(self.folder), columns=list(Record.model_fields))
         return table.astype({"fusion": object, "scale": float, "bg_score": float, "value": float})
 
     def save_figure(self, figure: Figure, name: str) -> Path:
@@ -90,17 +84,15 @@ class Run(Workspace):
         """
         manifest = read_manifest(self.folder)
         for name in stage_named(stage, self.stages).depends_on:
-            needed = stage_named(name, self.stages)
             # A stage run by hand in JupyterLab has no entry; then only its files count.
             status = manifest["stages"].get(name, {}).get("status", "complete")
-            absent = missing_outputs(self.folder, needed)
-            if status == "complete" and not absent:
-                continue
-            what = f"{absent[0]} is missing" if absent else f"{name} has not finished"
-            raise RunError(
-                f"{stage_named(stage, self.stages).name} needs {name}, but in {display_path(self.folder)} {what}. "
-                f"This command makes it:\n  {self.command('--until', name.partition('_')[2])}"
-            )
+            absent = missing_outputs(self.folder, stage_named(name, self.stages))
+            if absent or status != "complete":
+                what = f"{absent[0]} is missing" if absent else "it has not finished"
+                raise RunError(
+                    f"{stage} needs {name}, but in {display_path(self.folder)} {what}. "
+                    f"This command makes it:\n  {self.command('--until', name.partition('_')[2])}"
+                )
 
     def command(self, *arguments: str) -> str:
         """The ``smaf run`` command of this run."""
@@ -118,11 +110,8 @@ def run_folder(runs: Path, name: str) -> Path:
     Raises:
         RunError: if the name is empty, too long or holds anything but letters, digits and ``_-.+``.
     """
-    if not re.fullmatch(r"\w[\w.+-]*", name) or len(name.encode()) > 100:
-        raise RunError(
-            f"the run name {name[:100]!r} must be a plain folder name of at most 100 bytes: letters, digits, "
-            "'_', '-', '.', '+'"
-        )
+    if not re.fullmatch(r"\w[\w.+-]{,99}", name):
+        raise RunError(f"the run name {name!r} must be a plain folder name: letters, digits, '_', '-', '.', '+'")
     return absolute(runs) / name
 
 
@@ -133,31 +122,21 @@ def open_run(
     stage: str | None = None,
     stages: tuple[Stage, ...] = STAGES,
 ) -> Run:
-    """Open a run folder, or begin it. Relative paths are relative to the checkout.
+    """Open a run folder, or begin it, with ``key=value`` overrides on top of a YAML file of settings.
 
-    Args:
-        run_dir: the run folder.
-        config_file: a YAML file of settings.
-        overrides: ``key=value`` settings on top of it.
-        stage: the stage about to run; what it needs must be there.
-        stages: the chain; only tests use another one.
+    Relative paths are relative to the checkout. What the ``stage`` about to run needs must be there.
 
     Raises:
         ConfigError: if a setting does not exist or fit.
         FileNotFoundError: if there is no such config file.
-        RunError: if the folder belongs to other settings, which the message lists, or cannot be written, or if
-            ``stage`` needs something that is missing.
+        RunError: if the folder belongs to other settings, which the message lists, or what ``stage`` needs is missing.
     """
     config_file = absolute(config_file)
     config = load_config(config_file, list(overrides))
     run = Run(absolute(run_dir), config, config_file, tuple(overrides), stages)
     stored = run.path("config.yaml")
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        if not stored.is_file():
-            files.write_text(stored, dump_config(config))
-    except OSError as error:
-        raise RunError(f"cannot write the run folder {display_path(run.folder)}: {error.strerror or error}") from error
+    if not stored.is_file():
+        files.write_text(stored, dump_config(config))
     if differences := config_differences(_load_stored(stored), config):
         listing = "\n".join(f"  {line}" for line in differences)
         raise RunError(
@@ -169,7 +148,7 @@ def open_run(
     return run
 
 
-def read_run(folder: str | Path, stages: tuple[Stage, ...] = STAGES) -> Run:
+def read_run(folder: str | Path) -> Run:
     """Open an existing run folder with the settings that it holds.
 
     Raises:
@@ -179,15 +158,14 @@ def read_run(folder: str | Path, stages: tuple[Stage, ...] = STAGES) -> Run:
     stored = folder / "config.yaml"
     if not stored.is_file():
         raise RunError(f"{display_path(folder)} is not a run folder: it holds no config.yaml")
-    manifest = read_manifest(folder)
+    manifest, config = read_manifest(folder), _load_stored(stored)
     config_file = absolute(manifest.get("config_file", stored))
-    config = _load_stored(stored)
     if config.custom_code:
         search_in(config_file.parent)
-    return Run(folder, config, config_file, tuple(manifest.get("overrides", ())), stages)
+    return Run(folder, config, config_file, tuple(manifest.get("overrides", ())))
 
 
-def find_run(name: str, runs: Path = RUNS_FOLDER, stages: tuple[Stage, ...] = STAGES) -> Run:
+def find_run(name: str, runs: Path = RUNS_FOLDER) -> Run:
     """A run by name or by path.
 
     Raises:
@@ -195,11 +173,9 @@ def find_run(name: str, runs: Path = RUNS_FOLDER, stages: tuple[Stage, ...] = ST
     """
     for folder in (runs / name, Path(name).absolute()):
         if (folder / "config.yaml").is_file():
-            return read_run(folder, stages)
-    names = sorted(stored.parent.name for stored in runs.glob("*/config.yaml"))
-    raise RunError(
-        f"there is no run {name!r} in {display_path(runs)}; there {'are ' + ', '.join(names) if names else 'is none'}"
-    )
+            return read_run(folder)
+    names = ", ".join(sorted(stored.parent.name for stored in runs.glob("*/config.yaml")))
+    raise RunError(f"there is no run {name!r} in {display_path(runs)}; there are: {names or 'none'}")
 
 
 def _load_stored(stored: Path) -> Config:

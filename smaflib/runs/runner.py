@@ -9,19 +9,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-
-from filelock import FileLock, Timeout
 
 from smaflib import files
 from smaflib.config import flat_settings, load_config
@@ -35,6 +31,7 @@ from smaflib.runs.inputs import (
     difference,
     is_code,
     notebook_cells,
+    notebook_hash,
     only_shows,
     outside_files,
     stage_inputs,
@@ -54,25 +51,6 @@ from smaflib.runs.manifest import (
 from smaflib.runs.metrics import read_records, replace_records
 from smaflib.runs.run import Run, find_run, open_run, run_folder
 from smaflib.runs.stages import STAGES, Stage, stage_named
-
-PARAMETERS = ("config_file", "overrides", "run_dir")
-"""The parameters that every notebook takes; others only change what it shows, and keep their defaults."""
-
-EDITED = (".ipynb", ".json", ".html")
-"""Endings of files that a reused stage copies instead of linking them: editors write into an existing file."""
-
-SOURCE_LINES, TRACEBACK_LINES = 6, 12
-"""Of a failing cell, in the error message."""
-
-KERNEL_LOCK, KERNEL_EXIT_SECONDS = ".kernel.lock", 15.0
-
-
-class _Stop(KeyboardInterrupt):
-    """A signal that ends the run. asyncio lets only KeyboardInterrupt and SystemExit through."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
 
 
 def run_notebooks(
@@ -95,8 +73,7 @@ def run_notebooks(
         overrides: ``key=value`` settings on top of the file.
         from_stage: run this stage and all later ones again, even if they are complete.
         until_stage: stop after this stage.
-        notebooks: folder of the notebooks.
-        runs: folder of the run folders.
+        notebooks, runs: folders of the notebooks and of the run folders.
         reuse: names or paths of runs whose finished stages are reused if their inputs are the same.
         keep_stale: keep stages that another version of the library made.
         stages: the chain; only tests use another one.
@@ -113,9 +90,9 @@ def run_notebooks(
     config_file = absolute(config_file)
     config = load_config(config_file, list(overrides))
     for stage in chosen:
-        _check_parameters(notebooks / f"{stage.name}.ipynb")
+        notebook_hash(notebooks / f"{stage.name}.ipynb")  # it can be read
     folder = run_folder(runs, config_file.stem if name is None else name)
-    sources = [find_run(source, runs, stages).folder for source in reuse]
+    sources = [find_run(source, runs).folder for source in reuse]
     if folder in sources:
         raise RunError(f"--reuse {folder.name} is the run itself; name another one")
     if config.custom_code:
@@ -124,7 +101,6 @@ def run_notebooks(
         check_custom(config)
     run = open_run(folder, config_file, overrides, stages=stages)
     with files.locked(folder, "smaf run"):
-        _await_kernel_of_killed_runner(run)
         for stage in rerun:
             put_entry(folder, stage, None)
         entries = read_manifest(folder)["stages"]
@@ -143,25 +119,6 @@ def run_notebooks(
 
     print(f"{results_text(run)}\n\nreport: {display_path(index)}", flush=True)
     return run
-
-
-def _check_parameters(notebook: Path) -> None:
-    """Papermill only warns of a parameter that a notebook does not take, and only once the kernel runs."""
-    tagged = "\n".join(cell["source"] for cell in notebook_cells(notebook) if "parameters" in cell["tags"])
-    known = re.findall(r"^(\w+)\s*[:=]", tagged, re.MULTILINE)
-    if absent := [name for name in PARAMETERS if name not in known]:
-        raise RunError(
-            f"{display_path(notebook)} does not take {', '.join(absent)}; "
-            f"its cell tagged 'parameters' must set {', '.join(PARAMETERS)}"
-        )
-
-
-def _await_kernel_of_killed_runner(run: Run) -> None:
-    # A kernel notices within a second that its runner was killed; until then it may still write into the folder.
-    try:
-        FileLock(run.path(KERNEL_LOCK)).acquire(timeout=KERNEL_EXIT_SECONDS).lock.release()
-    except Timeout as error:
-        raise RunError(f"the kernel of a killed run is still writing to {display_path(run.folder)}; end it") from error
 
 
 @dataclass
@@ -200,7 +157,7 @@ class _Chain:
             reason = f"{f'{reason}; ' if reason != NEVER_RAN else ''}{source.name}: {refusal}"
         # Modules that only show a result execute the notebook again, on the artifacts that are there.
         keeps = self._ignored if self.keep_stale else only_shows
-        resumed = entry if entry and difference(entry.get("inputs"), inputs, keeps) is None else None
+        resumed = entry if entry and difference(entry.get("inputs", {}), inputs, keeps) is None else None
         if resumed and difference(resumed["inputs"], inputs):
             reason = f"{reason}{_stale(resumed, inputs) if self.keep_stale else '; its artifacts stay'}"
         if resumed and self.keep_stale:
@@ -218,44 +175,39 @@ class _Chain:
     def _execute(self, stage: Stage, notebook: Path, inputs: Entry, resumed: bool) -> None:
         """Execute a stage and keep its manifest entry."""
         folder, begun = self.run.folder, time.monotonic()
-        parameters = {
-            "config_file": display_path(self.run.config_file),
-            "overrides": list(self.run.overrides),
-            "run_dir": display_path(folder),
-        }
-        entry = {
-            "status": "running",
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "resumed": resumed,
-            "parameters": parameters,
-            "inputs": inputs,
-        }
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        entry = {"status": "running", "started": started, "resumed": resumed, "inputs": inputs}
         put_entry(folder, stage, entry)
-        # papermill adds a cell
-        kernel = NotebookKernel(stage.name, len(notebook_cells(notebook)) + 1, self.run.path(KERNEL_LOCK))
-        result: Entry = {"status": "failed", "exit_code": 1}
+        kernel, result = NotebookKernel(stage.name), Entry(status="failed")
         try:
-            with kernel, _stopping(kernel.kill):
-                self._execute_notebook(stage, notebook, parameters, kernel)
+            with _stopping(kernel.kill):
+                self._execute_notebook(stage, notebook, kernel)
             if absent := missing_outputs(folder, stage):
                 made = f"{stage.name} ended without making {', '.join(absent)}"
                 raise RunError(f"{made}. {self._how_to_resume()}", exit_code=1)
-            result = {"status": "complete", "exit_code": 0, **describe_results(folder, stage)}
-        except _Stop as stop:
-            code = result["exit_code"] = 128 + stop.signum
-            what = f"{stage.name} was stopped by {signal.Signals(stop.signum).name}"
-            raise RunError(f"{what}. {self._how_to_resume()}", code) from None
+            result = {"status": "complete", **describe_results(folder, stage)}
+        except KeyboardInterrupt as stop:
+            signum = signal.Signals(stop.args[0] if stop.args else signal.SIGINT)
+            raise RunError(
+                f"{stage.name} was stopped by {signum.name}. {self._how_to_resume()}", 128 + signum
+            ) from None
         finally:
             result |= {"seconds": round(time.monotonic() - begun, 1), "peak_memory_mb": kernel.peak_memory_mb}
             put_entry(folder, stage, entry | result)
         _log(f"{stage.name}  done in {duration(result['seconds'])}")
 
-    def _execute_notebook(self, stage: Stage, notebook: Path, parameters: Entry, kernel: NotebookKernel) -> None:
+    def _execute_notebook(self, stage: Stage, notebook: Path, kernel: NotebookKernel) -> None:
         """Execute one notebook into the run folder; a failed one is kept as ``<name>.failed.ipynb``."""
         import nbformat
+        from nbclient.exceptions import DeadKernelError
         from papermill.exceptions import PapermillExecutionError, strip_color
 
         logging.getLogger("papermill").setLevel(logging.CRITICAL)  # its errors come as exceptions
+        parameters = {
+            "config_file": display_path(self.run.config_file),
+            "overrides": list(self.run.overrides),
+            "run_dir": display_path(self.run.folder),
+        }
         done, running, failed = (self.run.path(f"{stage.name}{ending}.ipynb") for ending in ("", ".running", ".failed"))
         try:
             executed = kernel.execute(notebook, running, parameters, cwd=notebook.parent)
@@ -270,9 +222,9 @@ class _Chain:
             if isinstance(error, PapermillExecutionError):
                 cell, what = error.cell_index, f"{error.ename}: {error.evalue}"
                 trace = strip_color("\n".join(error.traceback)).strip().splitlines()
-            elif type(error).__name__ == "DeadKernelError":
+            elif isinstance(error, DeadKernelError):
                 what = "the kernel died; if dmesg shows 'out of memory', use smaller batches or fewer workers"
-                trace = kernel.last_words()
+                trace = kernel.last_words
             raise RunError(self._failure(notebook, failed, cell, what, trace), exit_code=1) from error
         finally:
             running.unlink(missing_ok=True)
@@ -280,15 +232,15 @@ class _Chain:
     def _failure(self, notebook: Path, failed: Path, cell_index: int, error: str, trace: list[str]) -> str:
         """What went wrong, where, and how to go on, over several lines."""
         cells = notebook_cells(notebook)
-        given = next(i for i, cell in enumerate(cells) if "parameters" in cell["tags"])
+        given = next((i for i, cell in enumerate(cells) if "parameters" in cell["tags"]), -1)
         number = cell_index - (cell_index > given)  # papermill inserts a cell after the parameters
         source = cells[number]["source"].splitlines()
         lines = [f"{display_path(notebook)} failed in cell {number + 1} of {len(cells)}:"]
-        lines += [f"    {line}" for line in source[:SOURCE_LINES]] + ["    ..."] * (len(source) > SOURCE_LINES)
+        lines += [f"    {line}" for line in source[:6]] + ["    ..."] * (len(source) > 6)
         lines.append(error)
         if trace:
             lines += [f"  last lines of its traceback (all of it, and the notebook so far: {display_path(failed)}):"]
-            lines += [f"    {line}" for line in trace[-TRACEBACK_LINES:]]
+            lines += [f"    {line}" for line in trace[-12:]]
         return "\n".join([*lines, self._how_to_resume()])
 
     def _how_to_resume(self) -> str:
@@ -315,14 +267,11 @@ def _reuse(source: Path, folder: Path, stage: Stage) -> Entry:
     put_entry(folder, stage, None)
     clear_stage(folder, stage)
     for key in entry["artifacts"]:
-        target = folder / key
-        partial = target.with_name(f"{files.PARTIAL}{target.name}")
-        target.parent.mkdir(parents=True, exist_ok=True)
+        (folder / key).parent.mkdir(parents=True, exist_ok=True)
         if key.endswith("/"):
-            shutil.copytree(source / key, partial, copy_function=_link)
+            shutil.copytree(source / key, folder / key, copy_function=_link)
         else:
-            _link(str(source / key), str(partial))
-        os.replace(partial, target)
+            _link(str(source / key), str(folder / key))
     replace_records(folder, stage.name, [record for record in read_records(source) if record["stage"] == stage.name])
     entry["reused_from"] = display_path(source)
     put_entry(folder, stage, entry)
@@ -330,9 +279,9 @@ def _reuse(source: Path, folder: Path, stage: Stage) -> Entry:
 
 
 def _link(source: str, target: str) -> None:
-    """Link a file; copy it if the file system has no links, or if somebody may edit it."""
+    """Link a file; copy it if the file system has no links, or if an editor may write into it."""
     with contextlib.suppress(OSError):
-        if not source.endswith(EDITED):
+        if not source.endswith((".ipynb", ".json", ".html")):
             os.link(source, target)
             return
     shutil.copyfile(source, target)
@@ -353,29 +302,27 @@ def _describe_run(run: Run) -> None:
 
 @contextlib.contextmanager
 def _stopping(kill_kernel: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and a closed terminal kill the kernel and end the block as :class:`_Stop`."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
-        yield
-        return
+    """Ctrl-C, SIGTERM and a closed terminal kill the kernel and end the block as a KeyboardInterrupt."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         from jupyter_core.utils import ensure_event_loop
 
-        for number in numbers:
+        for number in before:
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not cut the clean-up short
         # Without a handler asyncio complains at exit that nobody asked how the interrupted cell ended.
         ensure_event_loop().set_exception_handler(lambda loop, context: None)
         kill_kernel()  # nbclient would ask politely and wait for the cell
-        raise _Stop(signum)
+        raise KeyboardInterrupt(signum)  # asyncio lets it through
 
-    wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    wanted = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
     # What is ignored stays ignored: nohup does that, and a shell for jobs in the background.
-    numbers = [number for number in wanted if signal.getsignal(number) != signal.SIG_IGN]
-    before = [signal.signal(number, stop) for number in numbers]
+    before = {number: signal.getsignal(number) for number in wanted if signal.getsignal(number) != signal.SIG_IGN}
     try:
+        for number in before:
+            signal.signal(number, stop)
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from smaflib.config import Config
 from smaflib.errors import RunError
 
 EVERYTHING = "*"
@@ -28,7 +27,7 @@ class Stage:
         required_outputs: the artifacts among them that every config makes, as globs; without them the stage has failed.
         extra_inputs: files of other commands in the run folder; when one changes, the stage runs again.
         settings: such as ``attention`` or ``attention.fusion``; the longest name that fits decides.
-        settings_if: further settings that count with some configs only.
+        settings_of_masks: further settings that count if ``self_training.refine`` asks for masks.
         code: modules of the library, such as ``maps``, or whole packages; :data:`EVERYTHING` for all.
     """
 
@@ -39,15 +38,8 @@ class Stage:
     required_outputs: tuple[str, ...] = ()
     extra_inputs: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
-    settings_if: Callable[[Config], tuple[str, ...]] = lambda config: ()
+    settings_of_masks: tuple[str, ...] = ()
     code: tuple[str, ...] = ()
-
-
-def _settings_of_refined_targets(config: Config) -> tuple[str, ...]:
-    """What makes masks of a student's targets, where ``self_training.refine`` asks for masks."""
-    if config.self_training.refine == "none":
-        return ()
-    return ("pseudo_masks.crf", "pseudo_masks.par", "pseudo_masks.backend")
 
 
 STAGES: tuple[Stage, ...] = (
@@ -95,19 +87,15 @@ STAGES: tuple[Stage, ...] = (
         outputs=("checkpoints/student*.safetensors", "cams/student*/**", "figures/05_*.png"),
         required_outputs=("checkpoints/student*.safetensors", "cams/student*/**"),
         settings=("self_training",),
-        settings_if=_settings_of_refined_targets,
+        settings_of_masks=("pseudo_masks.crf", "pseudo_masks.par", "pseudo_masks.backend"),
         code=("self_training", "pseudo_masks", "refinement"),
     ),
     Stage(
         "06_pseudo_masks",
         "How good are the masks, and what does the dense CRF add?",
         depends_on=("01_data", "03_multi_scale_attention", "05_self_training"),
-        outputs=(
-            "masks/**",
-            "masks_compared/**",
-            "bg_scores/student*.json",
-            "bg_scores/teacher_masks.json",
-            "figures/06_*.png",
+        outputs=tuple(
+            "masks/** masks_compared/** bg_scores/student*.json bg_scores/teacher_masks.json figures/06_*.png".split()
         ),
         required_outputs=("masks/**",),
         settings=("pseudo_masks",),
@@ -123,44 +111,23 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "08_results",
         "What did each stage gain, for which objects?",
-        depends_on=(
-            "01_data",
-            "02_classifier",
-            "03_multi_scale_attention",
-            "04_denoise_and_reactivate",
-            "05_self_training",
-            "06_pseudo_masks",
-            "07_segmentation",
+        depends_on=tuple(
+            "01_data 02_classifier 03_multi_scale_attention 04_denoise_and_reactivate 05_self_training "
+            "06_pseudo_masks 07_segmentation".split()
         ),
         outputs=("figures/08_*.png", "explorer.html"),
         extra_inputs=("ablation/ablation.json",),
         settings=("evaluation.paper_results",),
-        code=(
-            "apps",
-            "explorer.page",
-            "explorer.state",
-            "models.imagenet",
-            "models.pretrained",
-            "report.html",
-            "report.notebook",
-            "runs.environment",
-            "runs.inputs",
-            "runs.kernel",
-            "runs.runner",
+        code=tuple(
+            "apps explorer.page explorer.state models.imagenet models.pretrained report.html report.notebook "
+            "runs.environment runs.inputs runs.kernel runs.runner".split()
         ),
     ),
 )
 
 
 def counts(kind: Literal["settings", "code"], name: str, stage: Stage, stages: Sequence[Stage] = STAGES) -> bool:
-    """Whether a setting or a module counts for a stage: unless a later stage declares that it is the first.
-
-    Args:
-        kind: what ``name`` is.
-        name: such as ``attention.fusion`` or ``models.networks``.
-        stage: one of ``stages``.
-        stages: the chain.
-    """
+    """Whether a setting, or a module such as ``models.networks``, counts for a stage: no later stage declares it."""
     if EVERYTHING in getattr(stage, kind):
         return True
     declared = [
@@ -180,11 +147,12 @@ def stage_named(name: str, stages: Sequence[Stage] = STAGES) -> Stage:
         RunError: if there is none; the message names the nearest one and all of them.
     """
     wanted = name.strip().lower()
+    words: dict[str, str] = {}
     for stage in stages:
         number, _, word = stage.name.partition("_")
         if wanted in (stage.name, number, number.lstrip("0") or "0", word):
             return stage
-    words = {spelling: stage.name for stage in stages for spelling in (stage.name, stage.name.partition("_")[2])}
+        words |= {stage.name: stage.name, word: stage.name}
     close = difflib.get_close_matches(wanted, words, n=1)
     hint = f"; did you mean {words[close[0]]}?" if close else "."
     raise RunError(f"there is no stage {name!r}{hint} The stages are {', '.join(stage.name for stage in stages)}")
