@@ -7,30 +7,9 @@ that ``import smaflib`` does not wait for torch.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from smaflib.cams import fuse_cams, multi_scale_cams
-    from smaflib.config import Config
-    from smaflib.evaluation import evaluate
-    from smaflib.pseudo_masks import pseudo_mask
-    from smaflib.reactivation import denoise, reactivate
-    from smaflib.segmentation import train_segmenter
-    from smaflib.self_training import self_train
-
 __version__ = "0.1.0"
 
-__all__ = [
-    "multi_scale_cams",
-    "fuse_cams",
-    "denoise",
-    "reactivate",
-    "self_train",
-    "pseudo_mask",
-    "train_segmenter",
-    "evaluate",
-    "Config",
-]
-
-_HOMES = {
+_MODULES = {
     "multi_scale_cams": "cams",
     "fuse_cams": "cams",
     "denoise": "reactivation",
@@ -41,13 +20,24 @@ _HOMES = {
     "evaluate": "evaluation",
     "Config": "config",
 }
+__all__ = list(_MODULES)
 
-if not TYPE_CHECKING:  # a type checker that sees this function believes in every name
+if TYPE_CHECKING:
+    from smaflib.cams import fuse_cams as fuse_cams
+    from smaflib.cams import multi_scale_cams as multi_scale_cams
+    from smaflib.config import Config as Config
+    from smaflib.evaluation import evaluate as evaluate
+    from smaflib.pseudo_masks import pseudo_mask as pseudo_mask
+    from smaflib.reactivation import denoise as denoise
+    from smaflib.reactivation import reactivate as reactivate
+    from smaflib.segmentation import train_segmenter as train_segmenter
+    from smaflib.self_training import self_train as self_train
+else:
 
     def __getattr__(name: str) -> Any:
-        if name not in _HOMES:
+        if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

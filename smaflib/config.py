@@ -22,25 +22,20 @@ from smaflib.errors import ConfigError
 from smaflib.files import PROJECT_ROOT, absolute
 from smaflib.plugins import is_custom, search_in
 
-# --------------------------------------------------------------------------------------------------------------- types
-
 Split = Literal["train", "val"]
 CrfBackend = Literal["auto", "pydensecrf", "torch"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BgScore = Annotated[float, Field(gt=0, le=1)]  # 0 would make reactivation divide by 0
 Positive = Annotated[int, Field(gt=0, le=2**31 - 1)]
-BatchSize = Annotated[int, Field(gt=0, le=65536)]
 Count = Annotated[int, Field(ge=0, le=65536)]
-Processes = Annotated[int, Field(ge=0, le=1024)]
 Side = Annotated[int, Field(ge=4, le=16384)]  # pixels
 Scale = Annotated[float, Field(ge=0.05, le=8)]  # relative to the image size
-Dilation = Annotated[int, Field(gt=0, le=1000)]
 Weight = Annotated[float, Field(ge=0, le=1e5)]
 Rate = Annotated[float, Field(gt=0, le=1e6)]
 Reach = Annotated[float, Field(ge=0.05, le=1e5)]  # of a kernel; a narrower one overflows the keys of the lattice
 Jitter = Annotated[float, Field(ge=0, le=10)]
-ColorJitter = tuple[Jitter, Jitter, Jitter, Annotated[float, Field(ge=0, le=0.5)]]
-"""Brightness, contrast, saturation, hue."""
+Hue = Annotated[float, Field(ge=0, le=0.5)]
+ColorJitter = tuple[Jitter, Jitter, Jitter, Hue]  # brightness, contrast, saturation, hue
 # Commands and their kernels run in different folders, so relative paths start at the checkout.
 ProjectPath = Annotated[Path, AfterValidator(lambda path: PROJECT_ROOT / path)]
 
@@ -94,9 +89,6 @@ class StageConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-# ------------------------------------------------------------------------------------------------------------ settings
-
-
 class DataConfig(StageConfig):
     """Images and image labels. Masks serve evaluation only (but see ``label_source``)."""
 
@@ -118,7 +110,7 @@ class DataConfig(StageConfig):
     masks: DataPath | None = None  # palette PNGs for evaluation; None: SegmentationClass (voc), none (folder)
     max_images: Positive | None = None  # use only the first images of each split
     cache: bool = False  # keep decoded images in memory
-    num_workers: Processes = 0  # loader processes
+    num_workers: Count = 0  # loader processes
     num_train: Positive = 400  # mini: number of images
     num_val: Positive = 200
     image_size: Annotated[int, Field(ge=64, le=4096)] = 128  # mini: side in pixels
@@ -155,7 +147,7 @@ class TrainingConfig(StageConfig):
     """One training: sampling, optimiser, length."""
 
     iterations: Positive = 20_000
-    batch_size: BatchSize = 8
+    batch_size: Positive = 8
     crop_size: Side = 448  # side of the square crop, in pixels
     resize_range: Sides = (256, 512)  # the long side is drawn from this range, in pixels
     # Instead of crops: the whole image, squashed to a square whose side is drawn from resize_range for each batch. For
@@ -291,13 +283,13 @@ class ParConfig(StageConfig):
     """
 
     iterations: Count = 10
-    dilations: tuple[Dilation, ...] = Field((1, 2, 4, 8, 12, 24), min_length=1)  # rings of eight neighbours, in pixels
+    dilations: tuple[Positive, ...] = Field((1, 2, 4, 8, 12, 24), min_length=1)  # rings of eight neighbours, in pixels
     bandwidth: Annotated[float, Field(ge=1e-3, le=1e3)] = 0.3  # in standard deviations of the neighbours' colours
     position_weight: Weight = 0.01  # of proximity relative to similarity
 
 
 class CustomRefinement(StageConfig):
-    """Custom refinement, which has no settings here."""
+    """Refinement by custom code."""
 
     name: str  # package.module:attribute
 
@@ -312,7 +304,7 @@ class PseudoMaskConfig(StageConfig):
     par: ParConfig = ParConfig()
     # Both give the same masks. auto: torch on a CUDA GPU; on a CPU pydensecrf if installed, else torch.
     backend: CrfBackend = "auto"
-    num_workers: Processes = 0  # processes on a CPU; 0: one per core
+    num_workers: Count = 0  # processes on a CPU; 0: one per core
 
     @property
     def refinement(self) -> CrfConfig | ParConfig | CustomRefinement | None:
@@ -331,20 +323,20 @@ class SegmentationConfig(TrainingConfig):
     color_jitter: ColorJitter = (0.0, 0.0, 0.0, 0.0)
     learning_rate: Rate = 2.5e-4
     momentum: Fraction = 0.9
-    batch_size: BatchSize = 10
+    batch_size: Positive = 10
     model: ModelConfig | None = None  # backbone and weights; None: those of the classifier
     architecture: Literal["deeplabv2", "deeplabv3"] = "deeplabv2"  # deeplabv3: torchvision's head
     # DeepLab-V2 as published trains at (0.5, 0.75, 1.0) and on the maximum of the three.
     loss_scales: tuple[Scale, ...] = Field((1.0,), min_length=1)
     supervision: Literal["pseudo_masks", "ground_truth"] = "pseudo_masks"  # ground_truth: the fully supervised bound
     initial_weights: Literal["backbone", "student"] = "backbone"  # model.weights, or those of the student
-    aspp_dilations: tuple[Dilation, ...] = Field((6, 12, 18, 24), min_length=1)
+    aspp_dilations: tuple[Positive, ...] = Field((6, 12, 18, 24), min_length=1)
     skip_channels: Count = 0  # width of a skip connection from stride 4, for small objects; 0: none
     test_scales: tuple[Scale, ...] = Field((1.0,), min_length=1)
     test_flip: bool = True
     test_crf: CrfConfig | None = None
     test_crf_backend: CrfBackend = "auto"
-    test_crf_workers: Processes = 0  # processes on a CPU; 0: one per core
+    test_crf_workers: Count = 0  # processes on a CPU; 0: one per core
 
 
 class Variant(StrEnum):
@@ -402,7 +394,7 @@ class Config(StageConfig):
     # else float32. The manifest records the choice.
     precision: Literal["auto", "float32", "bf16"] = "float32"
     num_threads: Annotated[int, Field(ge=0, le=4096)] = 0  # torch's CPU threads; 0: one per core
-    # Processes that share the work of a stage on this machine; auto: one per GPU, one without GPUs. Each needs the
+    # Count that share the work of a stage on this machine; auto: one per GPU, one without GPUs. Each needs the
     # memory of a single process.
     processes: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
     data: DataConfig = DataConfig()
@@ -413,22 +405,6 @@ class Config(StageConfig):
     pseudo_masks: PseudoMaskConfig = PseudoMaskConfig()
     segmentation: SegmentationConfig = SegmentationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-
-    @property
-    def target_saliency_weight(self) -> float:
-        """Share of the saliency maps in the targets; 0 without EPS."""
-        return self.self_training.saliency_weight if self.classifier.pretraining == "eps" else 0.0
-
-    @property
-    def mask_saliency_weight(self) -> float:
-        """Share of the saliency maps in the pseudo masks; 0 without EPS."""
-        return self.pseudo_masks.saliency_weight if self.classifier.pretraining == "eps" else 0.0
-
-    @property
-    def mask_bg_score(self) -> float | Literal["auto"]:
-        """Background threshold of the pseudo masks."""
-        own = self.pseudo_masks.bg_score
-        return self.attention.bg_score if own is None else own
 
     @property
     def custom_code(self) -> dict[str, str]:
@@ -450,10 +426,8 @@ class Config(StageConfig):
             raise ValueError("segmentation.skip_channels is for deeplabv2; set 0")
         if not plain and data.kind in ("voc", "coco", "folder") and data.saliency is None:
             raise ValueError("classifier.pretraining=eps learns from saliency maps, but data.saliency is not set")
-        if data.kind == "voc" and data.root is None:
-            raise ValueError("data.root is not set; give the folder that holds JPEGImages (VOCdevkit/VOC2012)")
-        if data.kind == "coco" and data.root is None:
-            raise ValueError("data.root is not set; give the folder that holds annotations/ and the image folders")
+        if data.kind in ("voc", "coco") and data.root is None:
+            raise ValueError("data.root is not set; give the folder that holds JPEGImages (voc) or annotations (coco)")
         if data.kind == "folder" and (data.images is None or data.labels is None):
             raise ValueError("data.images and data.labels must be set: a folder of images and a CSV image,labels")
         if data.kind == "voc" and data.label_source == "csv" and data.labels is None:
@@ -461,23 +435,17 @@ class Config(StageConfig):
         return self
 
 
-# ---------------------------------------------------------------------------------------------------- reading, writing
-
-
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a YAML file, apply overrides, check everything.
 
     Args:
-        path: a YAML file of nested settings.
         overrides: such as ``"classifier.iterations=100"``; values are YAML, so ``null``, ``true`` and lists work.
 
     Raises:
         ConfigError: if the file is not a YAML mapping, a setting does not exist (the closest one is suggested) or a
             value is invalid.
-        FileNotFoundError: if there is no such file.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not (path := Path(path)).is_file():
         raise FileNotFoundError(f"there is no config file {path}; smaflib comes with those in configs/")
     try:
         settings = _parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}

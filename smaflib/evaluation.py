@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,6 @@ def confusion_matrix(mask: Tensor, ground_truth: Tensor, num_classes: int) -> Te
     Args:
         mask: uint8 (H, W) in [0, K].
         ground_truth: uint8 (H, W) in [0, K] or 255.
-        num_classes: K.
 
     Returns:
         int64 (K+1, K+1), rows are the ground truth.
@@ -37,11 +37,10 @@ def confusion_matrix(mask: Tensor, ground_truth: Tensor, num_classes: int) -> Te
         [[1, 0], [0, 1]]
     """
     if mask.shape != ground_truth.shape:
-        raise ValueError(
-            f"mask {tuple(mask.shape)} and ground truth {tuple(ground_truth.shape)} must have the same size"
-        )
-    _refuse_labels_above(num_classes, "mask", mask, void=False)
-    _refuse_labels_above(num_classes, "ground truth", ground_truth)
+        shapes = f"mask {tuple(mask.shape)} and ground truth {tuple(ground_truth.shape)}"
+        raise ValueError(f"{shapes} must have the same size")
+    _refuse_labels_above(num_classes, "mask", mask)
+    _refuse_labels_above(num_classes, "ground truth", ground_truth.where(ground_truth != VOID_LABEL, 0))
     side = num_classes + 1
     # Void pixels get a separate row, which is cheaper than selecting the others.
     cells = ground_truth.int() * side + mask
@@ -49,10 +48,9 @@ def confusion_matrix(mask: Tensor, ground_truth: Tensor, num_classes: int) -> Te
     return counts[: side * side].view(side, side)
 
 
-def _refuse_labels_above(num_classes: int, what: str, labels: Tensor, void: bool = True) -> None:
-    known = labels.where(labels != VOID_LABEL, 0) if void else labels
-    if known.numel() and int(known.max()) > num_classes:
-        raise ValueError(f"the {what} holds label {int(known.max())}, but there are {num_classes} classes")
+def _refuse_labels_above(num_classes: int, what: str, labels: Tensor) -> None:
+    if labels.numel() and int(labels.max()) > num_classes:
+        raise ValueError(f"the {what} holds label {int(labels.max())}, but there are {num_classes} classes")
 
 
 def intersection_over_union(confusion: Tensor) -> Tensor:
@@ -115,8 +113,7 @@ class SegmentationMetrics:
     def records(self, **where: Any) -> list[dict[str, Any]]:
         """Tidy records for ``metrics.json``: IoU, precision and recall per class and their means, mean IoU per size.
 
-        Args:
-            where: fields of every record: stage, variant, split, scale, bg_score.
+        ``where`` are fields of every record: stage, variant, split, scale, bg_score.
         """
         records = []
         for metric, values in (("iou", self.iou), ("precision", self.precision), ("recall", self.recall)):
@@ -166,21 +163,16 @@ def _add_by_size(by_size: Tensor, counts: Tensor, num_pixels: int, config: Evalu
 
 
 def sweep_thresholds(
-    denoised: Iterable[Tensor],
-    ground_truths: Iterable[Tensor],
+    denoised: Sequence[Tensor],
+    ground_truths: Sequence[Tensor],
     class_names: Sequence[str],
     config: EvaluationConfig | None = None,
 ) -> dict[float, SegmentationMetrics]:
-    """Scores of attention maps at every background threshold in ``config.thresholds``.
+    """Scores of attention maps at every background threshold in ``config.thresholds``, in rising order.
 
     Args:
-        denoised: per image (K, H, W) in [0, 1].
-        ground_truths: per image uint8 (H, W), 255 is void.
-        class_names: the K foreground classes.
-        config: thresholds and limits of the object sizes.
-
-    Returns:
-        By threshold, in rising order.
+        denoised: per image (K, H, W) in [0, 1]; may be lazy.
+        ground_truths: per image uint8 (H, W), 255 is void; may be lazy.
     """
     config = config or EvaluationConfig()
     rising = sorted(set(config.thresholds))  # searchsorted needs the order
@@ -188,29 +180,38 @@ def sweep_thresholds(
     confusion = torch.zeros(steps, num_labels, num_labels, dtype=torch.int64)
     by_size = torch.zeros(steps, len(SIZES), num_labels - 1, 3, dtype=torch.int64)
 
-    for (score, winner), ground_truth in zip(_strongest(denoised), ground_truths, strict=True):
-        _refuse_labels_above(num_labels - 1, "ground truth", ground_truth)
+    def count(index: int) -> tuple[Tensor, int]:
+        (score, winner), ground_truth = _strongest(denoised, index), ground_truths[index]
+        void = ground_truth == VOID_LABEL
+        _refuse_labels_above(num_labels - 1, "ground truth", ground_truth.where(~void, 0))
         # One histogram over (ground truth, best class, number of thresholds below its score) holds the confusion
         # matrices of all thresholds.
         exceeded = torch.searchsorted(thresholds, score.contiguous())
         cell = (ground_truth.long() * num_labels + winner + 1) * (steps + 1) + exceeded
         size = num_labels * num_labels * (steps + 1)
-        cell = cell.where(ground_truth != VOID_LABEL, size)  # a last cell for void
+        cell = cell.where(~void, size)  # a last cell, which is cheaper than selecting the others
         histogram = torch.bincount(cell.flatten(), minlength=size + 1)[:size].view(num_labels, num_labels, steps + 1)
         found = histogram.flip(2).cumsum(dim=2).flip(2)[..., 1:].permute(2, 0, 1).clone()  # (T, ground truth, class)
         found[:, :, 0] = histogram.sum(dim=(1, 2)) - found.sum(dim=2)  # the other pixels of each true label
-        confusion += found
-        _add_by_size(by_size, found, ground_truth.numel(), config)
+        return found, ground_truth.numel()
+
+    if len(denoised) != len(ground_truths):
+        raise ValueError(f"there are maps of {len(denoised)} images and {len(ground_truths)} ground truths")
+    # Images in parallel, one torch thread each: torch's own threads lose more than they gain on a single image.
+    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for found, num_pixels in pool.map(count, range(len(denoised))):
+            confusion += found
+            _add_by_size(by_size, found, num_pixels, config)
     names = tuple(class_names)
     return {t: SegmentationMetrics(confusion[i], by_size[i], names) for i, t in enumerate(rising)}
 
 
-def _strongest(denoised: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Per image the highest score (H, W) of each pixel and its class (H, W)."""
+def _strongest(denoised: Sequence[Tensor], index: int) -> tuple[Tensor, Tensor]:
+    """The highest score (H, W) of each pixel of an image and its class (H, W)."""
     if isinstance(denoised, FusedMaps):  # of the classes in the image only
-        yield from (denoised.strongest(index) for index in range(len(denoised)))
-    else:
-        yield from (maps.max(dim=0) for maps in denoised)
+        return denoised.strongest(index)
+    score, winner = denoised[index].max(dim=0)
+    return score, winner
 
 
 def best_threshold(sweep: dict[float, SegmentationMetrics]) -> float:
@@ -218,27 +219,24 @@ def best_threshold(sweep: dict[float, SegmentationMetrics]) -> float:
     return max(sweep, key=lambda threshold: sweep[threshold].miou)
 
 
-def masks_of(denoised: Iterable[Tensor], bg_score: float) -> Iterator[Tensor]:
+def masks_of(denoised: Sequence[Tensor], bg_score: float) -> Iterator[Tensor]:
     """Masks of attention maps without refinement: uint8 (H, W) each, as :func:`~smaflib.reactivation.hard_labels`."""
-    for score, winner in _strongest(denoised):
+    for score, winner in (_strongest(denoised, index) for index in range(len(denoised))):
         yield ((winner + 1) * (score > bg_score)).to(torch.uint8)
 
 
 def evaluate_maps(
-    denoised: Iterable[Tensor],
-    ground_truths: Iterable[Tensor] | None,
+    denoised: Sequence[Tensor],
+    ground_truths: Sequence[Tensor] | None,
     class_names: Sequence[str],
     config: EvaluationConfig,
     bg_score: float | None = None,
     **where: Any,
 ) -> tuple[list[dict[str, Any]], float | None]:
-    """Evaluate attention maps at a background threshold.
+    """Evaluate attention maps at a background threshold; the other arguments are those of :func:`sweep_thresholds`.
 
     Args:
-        denoised: per image (K, H, W) in [0, 1].
-        ground_truths: per image uint8 (H, W), 255 is void; None: no ground truth and no records.
-        class_names: the K foreground classes.
-        config: thresholds to sweep and limits of the object sizes.
+        ground_truths: None: no records.
         bg_score: the background threshold; None: the oracle of this split.
         where: fields of every record: variant, split, scale.
 
@@ -252,10 +250,8 @@ def evaluate_maps(
     sweep = sweep_thresholds(denoised, ground_truths, class_names, config)
     chosen = best_threshold(sweep) if bg_score is None else bg_score
     records = sweep[chosen].records(bg_score=chosen, **where)
-    for threshold, scores in sweep.items():
-        records.append(
-            where | {"metric": "iou_sweep", "class_name": "mean", "bg_score": threshold, "value": scores.miou}
-        )
+    swept = where | {"metric": "iou_sweep", "class_name": "mean"}
+    records += [swept | {"bg_score": threshold, "value": scores.miou} for threshold, scores in sweep.items()]
     return records, chosen
 
 
@@ -272,8 +268,6 @@ def object_scores(
     Args:
         denoised: per image (K, H, W) in [0, 1].
         ground_truths: per image uint8 (H, W), 255 is void.
-        class_names: the K foreground classes.
-        bg_score: the background threshold.
 
     Returns:
         Per object ``image`` (index), ``class_number`` (0 to K-1), ``share`` of the image area in (0, 1], ``iou`` in
@@ -295,12 +289,7 @@ def object_scores(
 
 
 def compare_masks(before: Tensor, after: Tensor, ground_truth: Tensor) -> dict[str, int]:
-    """Count the pixels that each of two masks labels correctly.
-
-    Args:
-        before: uint8 (H, W).
-        after: uint8 (H, W).
-        ground_truth: uint8 (H, W), 255 is void and not counted.
+    """Count the pixels that each of two masks, uint8 (H, W), labels correctly; void ones do not count.
 
     Returns:
         Numbers of pixels: ``both right``, ``gained`` (only ``after`` is right), ``lost`` (only ``before``),
@@ -325,7 +314,6 @@ def score_on_objects(
     Args:
         denoised: per image (K, H, W) in [0, 1].
         ground_truths: per image uint8 (H, W), 255 is void.
-        bg_score: the background threshold of the reactivation.
 
     Returns:
         By ("denoised" or "reactivated", "score on objects" or "score on background"): the mean score of the true class

@@ -109,15 +109,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, default: Any, schema: Any = None) -> Any:
-    """Read JSON written by a command of this project.
-
-    Args:
-        path: the file.
-        default: returned if there is no such file; the file must hold the same type.
-        schema: a type for pydantic to check the content against.
+    """Read JSON that a command has written; ``default`` if there is no such file.
 
     Raises:
-        RunError: if the file is damaged.
+        RunError: if the content does not fit ``schema``, a type for pydantic, by default that of ``default``.
     """
     if not path.exists():
         return default
@@ -169,8 +164,8 @@ def file_hash(path: Path) -> str:
 def tree_hash(paths: Iterable[Path], root: Path) -> str:
     """SHA-256 over the names relative to ``root`` and the contents of files, in any order."""
     digest = hashlib.sha256()
-    for name in sorted((path.relative_to(root).as_posix() for path in paths), key=lambda name: name.split("/")):
-        digest.update(f"{name}\0{file_hash(root / name)}\n".encode())
+    for path in sorted(paths):
+        digest.update(f"{path.relative_to(root).as_posix()}\0{file_hash(path)}\n".encode())
     return digest.hexdigest()
 
 
@@ -178,21 +173,16 @@ def tree_hash(paths: Iterable[Path], root: Path) -> str:
 def locked(folder: Path, command: str, name: str = ".lock") -> Iterator[None]:
     """Hold the lock of a folder, which is created if missing; it is released when the process ends, even if killed.
 
-    Args:
-        folder: the folder.
-        command: named in the error message.
-        name: of the lock file.
-
     Raises:
-        RunError: if another process holds the lock.
+        RunError: if another process holds it; says that another ``command`` is running.
     """
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(folder / name).acquire(timeout=0)
-    except Timeout as error:
+    except Timeout:
         message = f"another {command} is running in {display_path(folder)}; wait for it, stop it or use another folder"
-        raise RunError(message) from error
+        raise RunError(message) from None
     with lock:
         yield

@@ -120,7 +120,7 @@ def _targets(work: Workspace, teacher: str, settings: SelfTrainingConfig) -> Seq
 
     config, samples = work.config, work.samples()
     scales = None if settings.fused else [config.attention.single_scale]
-    weight = config.target_saliency_weight
+    weight = settings.saliency_weight
     maps = work.denoised(teacher, samples, scales, denoise=settings.denoise, saliency_weight=weight)
     if settings.refine == "none":
         maps.cached = config.data.cache

@@ -28,7 +28,8 @@ def is_custom(name: str) -> bool:
 
 def search_in(*folders: Path) -> None:
     """Also search these folders, in this process and in those that it starts."""
-    os.environ[FOLDERS] = os.pathsep.join(dict.fromkeys([*_listed(), *(str(folder.resolve()) for folder in folders)]))
+    listed = filter(None, os.environ.get(FOLDERS, "").split(os.pathsep))
+    os.environ[FOLDERS] = os.pathsep.join(dict.fromkeys([*listed, *(str(folder.resolve()) for folder in folders)]))
 
 
 def load_custom(name: str) -> Callable[..., Any]:
@@ -39,12 +40,11 @@ def load_custom(name: str) -> Callable[..., Any]:
     Raises:
         ConfigError: if it cannot be imported or called; with the name and the cause.
     """
-    _extend_search()
+    searched = _extend_search()
     try:
         value = pkgutil.resolve_name(name)
     except (Exception, SystemExit) as error:
-        folders = ", ".join(_folders())
-        cause = f"{type(error).__name__}: {error}. Modules are searched for in {folders}"
+        cause = f"{type(error).__name__}: {error}. Modules are searched for in {searched}"
         raise ConfigError(f"cannot load {name}: {cause}") from error
     if not callable(value):
         raise ConfigError(f"{name} is a {type(value).__name__} and cannot be called")
@@ -57,26 +57,21 @@ def custom_file(name: str) -> Path:
     Raises:
         ConfigError: if there is no such module, or it has no file.
     """
-    _extend_search()
-    module = name.partition(":")[0]
+    searched, module = _extend_search(), name.partition(":")[0]
     try:
         spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"cannot load {name}: {error}") from error
+    except (ImportError, ValueError):
+        spec = None
     if spec is None or not spec.has_location or spec.origin is None:
-        raise ConfigError(f"cannot load {name}: there is no file of {module} in {', '.join(_folders())}")
+        raise ConfigError(f"cannot load {name}: there is no file of {module} in {searched}")
     return Path(spec.origin)
 
 
-def _listed() -> list[str]:
-    return [folder for folder in os.environ.get(FOLDERS, "").split(os.pathsep) if folder]
-
-
-def _folders() -> list[str]:
-    return list(dict.fromkeys([*_listed(), str(Path.cwd()), str(PROJECT_ROOT)]))
-
-
-def _extend_search() -> None:
+def _extend_search() -> str:
+    """Let Python find modules in the folders, which are returned for messages."""
+    listed = filter(None, os.environ.get(FOLDERS, "").split(os.pathsep))
+    folders = list(dict.fromkeys([*listed, str(Path.cwd()), str(PROJECT_ROOT)]))
     # At the end: a module in these folders must not replace an installed package of the same name.
-    sys.path += [folder for folder in _folders() if folder not in sys.path]
+    sys.path += [folder for folder in folders if folder not in sys.path]
     importlib.invalidate_caches()  # the file may be younger than what Python knows of its folder
+    return ", ".join(folders)

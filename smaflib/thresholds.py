@@ -23,7 +23,7 @@ def choose_bg_score(denoised: Sequence[Tensor], saliency: Sequence[Tensor] | Non
     """The threshold with the best :func:`agreement` with saliency maps or, without any, the best :func:`separation`.
 
     Args:
-        denoised: per image (K, H, W) in [0, 1], fused and denoised; at least one; may be lazy.
+        denoised: per image (K, H, W) in [0, 1], fused and denoised; may be lazy.
         saliency: per image (H, W) in [0, 1]; may be lazy. Agreement is counted over all pixels, separation is the mean
             over the images.
 

@@ -94,17 +94,18 @@ class Workspace:
             scales: the scales to fuse; None: all. A single scale is taken as it is.
             rule: fusion rule; None: the config's.
             denoise: False keeps the maps of absent classes.
-            saliency_weight: share of the samples' saliency maps.
+            saliency_weight: share of the samples' saliency maps; ignored without EPS.
         """
         from smaflib.maps import FusedMaps
 
         rule = rule or ("sum" if scales is not None and len(scales) == 1 else self.config.attention.fusion)
         maps = self.maps(network, "train" if samples.split == "train" else "val")
-        return FusedMaps(maps, samples, rule, scales, denoise=denoise, saliency_weight=saliency_weight)
+        weight = saliency_weight if self.config.classifier.pretraining == "eps" else 0.0
+        return FusedMaps(maps, samples, rule, scales, denoise=denoise, saliency_weight=weight)
 
     def mask_maps(self, network: str, samples: Samples, scales: Sequence[float] | None = None) -> FusedMaps:
         """The maps that become pseudo masks: :meth:`denoised`, with ``pseudo_masks.saliency_weight``."""
-        return self.denoised(network, samples, scales, saliency_weight=self.config.mask_saliency_weight)
+        return self.denoised(network, samples, scales, saliency_weight=self.config.pseudo_masks.saliency_weight)
 
     def masks(self, samples: Samples, folder: str = "masks") -> MaskFiles:
         """The pseudo masks of some samples in their order, or those of another folder; DataError if one is missing."""
@@ -126,7 +127,8 @@ class Workspace:
 
         ``auto`` chooses it from the network's maps, as in :attr:`bg_score`.
         """
-        score, name = self.config.mask_bg_score, "teacher_masks" if network == "teacher" else network
+        score = self.config.pseudo_masks.bg_score or self.config.attention.bg_score
+        name = "teacher_masks" if network == "teacher" else network
         return self._choose(name, self.mask_maps(network, self.samples())) if score == "auto" else score
 
     def _choose(self, name: str, maps: FusedMaps) -> float:
