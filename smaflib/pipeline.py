@@ -20,10 +20,9 @@ from smaflib.classifier import train_classifier
 from smaflib.config import AttentionConfig, Config, SelfTrainingConfig, Split, Variant
 from smaflib.data import load_samples
 from smaflib.data.masks import MaskFiles
-from smaflib.data.voc import check_saliency_sizes
 from smaflib.errors import ConfigError, InputError
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
-from smaflib.plugins import is_custom, load_custom
+from smaflib.plugins import load_custom
 from smaflib.processes import barrier, gather, missing_files, num_processes, part, run_in_processes
 from smaflib.reactivation import denoise, reactivate
 from smaflib.runtime import make_runtime, seeded
@@ -61,14 +60,11 @@ def train_teacher(work: Workspace) -> tuple[AttentionNetwork, History]:
 
     Raises:
         ConfigError: if EPS is asked for and not every image has a saliency map.
-        DataError: if saliency maps are of another size than their images.
     """
     config, samples, checkpoint = work.config, work.samples(), work.checkpoint("teacher")
-    if not is_finished(checkpoint, config.classifier):
-        if config.classifier.pretraining == "eps" and not is_custom(config.data.kind):  # which may have no image files
-            check_saliency_sizes(samples)
-        if config.classifier.checkpoint is None and config.classifier.solve_head is None:
-            run_in_processes(num_processes(config), train_teacher, replace(work))
+    trained = config.classifier.checkpoint is None and config.classifier.solve_head is None
+    if trained and not is_finished(checkpoint, config.classifier):
+        run_in_processes(num_processes(config), train_teacher, replace(work))
     runtime = work.make_runtime()
     return train_classifier(
         samples, config.model, config.classifier, runtime, attention=config.attention, checkpoint=checkpoint

@@ -18,7 +18,8 @@ from smaflib.classifier import (
     standardize_features,
 )
 from smaflib.config import AttentionConfig, ClassifierConfig, Config
-from smaflib.data.transforms import normalize, resize_to_each
+from smaflib.data.transforms import normalize
+from smaflib.data.views import views_of
 from smaflib.errors import ConfigError
 from smaflib.models import load_attention_network
 from smaflib.runtime import Runtime, derive_seed
@@ -170,8 +171,7 @@ def test_solved_head_is_the_minimum_of_the_loss_over_whole_images() -> None:
     losses = []
     for sample in samples:
         for scale in config.attention.scales:
-            size = tuple(round(side * scale) for side in sample.image.shape[-2:])
-            picture = normalize(resize_to_each(sample.image, [size])[0])[None]
+            picture = views_of(sample.image, [scale])[0][None]
             for view in (picture, picture.flip(-1)):
                 logits = network.image_logits(network(view))
                 losses.append(classification_loss(logits, sample.image_label[None]))

@@ -24,41 +24,27 @@ def test_saved_mask_reads_back_unchanged(tmp_path: Path, mask: np.ndarray, as_te
     path = tmp_path / "mask.png"
     save_mask(path, torch.from_numpy(mask) if as_tensor else mask)
     again = read_mask(path)
-    assert again.dtype == torch.uint8
-    assert np.array_equal(again.numpy(), mask)
+    assert again.dtype == torch.uint8 and np.array_equal(again.numpy(), mask)
+    with Image.open(path) as picture:
+        assert np.array_equal(np.asarray(picture.convert("RGB")), VOC_PALETTE[mask])
     assert [file.name for file in tmp_path.iterdir()] == ["mask.png"]  # nothing temporary stays
 
 
 def test_palette_has_the_published_colours() -> None:
     # aeroplane, bicycle, person, tvmonitor and the void border, as the VOC development kit prints them.
-    published = {
-        0: [0, 0, 0],
-        1: [128, 0, 0],
-        2: [0, 128, 0],
-        15: [192, 128, 128],
-        20: [0, 64, 128],
-        255: [224, 224, 192],
-    }
+    published = {0: [0, 0, 0], 1: [128, 0, 0], 2: [0, 128, 0], 15: [192, 128, 128], 20: [0, 64, 128]}
+    published[255] = [224, 224, 192]
     assert {value: VOC_PALETTE[value].tolist() for value in published} == published
     assert len({tuple(colour) for colour in VOC_PALETTE.tolist()}) == 256
-
-
-def test_saved_mask_shows_the_palette_colours(tmp_path: Path) -> None:
-    save_mask(tmp_path / "new" / "mask.png", np.array([[0, 1], [15, 255]]))
-    with Image.open(tmp_path / "new" / "mask.png") as picture:
-        assert picture.mode == "P"
-        assert np.asarray(picture.convert("RGB")).tolist() == VOC_PALETTE[[[0, 1], [15, 255]]].tolist()
 
 
 @pytest.mark.parametrize(
     ("mode", "kind", "words"),
     [
         ("RGB", "PNG", "mode RGB; a mask is an 8-bit palette or grey PNG"),
-        ("LA", "PNG", "mode LA"),
         ("I;16", "PNG", "mode I;16"),
-        ("RGB", "EPS", "cannot be decoded"),  # Pillow would start Ghostscript
-        ("RGB", "TIFF", "cannot be decoded"),
-        (None, None, "cannot be opened: No such file"),
+        ("RGB", "EPS", "cannot be read as an image"),  # Pillow would start Ghostscript
+        (None, None, "cannot be read as an image: .*No such file"),
     ],
 )
 def test_file_that_is_no_mask_is_named(tmp_path: Path, mode: str, kind: str, words: str) -> None:
@@ -81,18 +67,8 @@ def test_value_beyond_the_classes_is_named_with_their_count() -> None:
         check_mask_values(torch.tensor([[0, 7, 255]], dtype=torch.uint8), 2, Path("cat.png"))
 
 
-@pytest.mark.parametrize(
-    ("mask", "name", "words"),
-    [
-        (np.zeros((1, 4, 4), np.uint8), "a.png", r"integers \(H, W\), got uint8 \(1, 4, 4\)"),
-        (np.zeros((0, 4), np.uint8), "a.png", r"got uint8 \(0, 4\)"),
-        (np.zeros((4, 4), np.float32), "a.png", "got float32"),
-        (np.array([[0, 256]]), "a.png", "0 to 255, got 0 to 256"),
-        (np.array([[-1, 0]]), "a.png", "0 to 255, got -1 to 0"),
-        (np.zeros((4, 4), np.uint8), "a.jpg", r"saved as \.png.*got a\.jpg"),
-    ],
-)
-def test_unfit_mask_is_refused_and_leaves_no_file(tmp_path: Path, mask: np.ndarray, name: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        save_mask(tmp_path / name, mask)
+@pytest.mark.parametrize("mask", [np.zeros((4, 4), np.float32), np.array([[0, 256]]), np.array([[-1, 0]])], ids=str)
+def test_unfit_mask_is_refused_and_leaves_no_file(tmp_path: Path, mask: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="integers from 0 to 255, got"):
+        save_mask(tmp_path / "a.png", mask)
     assert not list(tmp_path.iterdir())

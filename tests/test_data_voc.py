@@ -70,12 +70,6 @@ def test_list_of_the_augmented_set_comes_from_its_masks_where_there_is_none(root
     assert load(root, train_split="train_aug").image_ids == ["b"]
 
 
-def test_lists_of_paths_are_lists_of_names(root: Path) -> None:
-    lines = [f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png" for name in "cb"]
-    (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(lines))
-    assert load(root).image_ids == ["c", "b"]
-
-
 def test_sample_has_the_documented_shapes_and_ranges(root: Path) -> None:
     sample = load(root, saliency="Saliency").with_ground_truth().with_saliency()[1]
     assert sample.image_id == "b"
@@ -91,7 +85,9 @@ def test_splits_follow_their_lists_in_order(root: Path) -> None:
     (root / "ImageSets/Segmentation/train.txt").write_text("\ufeffc\r\n\r\n b \r\na", encoding="utf-8")
     assert load(root).image_ids == ["c", "b", "a"]
     assert load_samples(config(root), "val").image_ids == ["d"]
-    assert load(root, train_split="val").image_ids == ["d"]
+    lines = [f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png" for name in "cb"]
+    (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(lines))
+    assert load(root).image_ids == ["c", "b"]
 
 
 def test_xml_and_csv_and_masks_give_the_same_labels(root: Path) -> None:
@@ -107,15 +103,6 @@ def test_difficult_objects_count_and_parts_and_unknown_classes_do_not(root: Path
         "<object><name>unicorn</name></object></annotation>"
     )
     assert load(root)[0].image_label.tolist() == [0, 1, 0]
-
-
-def test_no_mask_is_opened_unless_the_ground_truth_is_asked_for(root: Path) -> None:
-    for mask in (root / "SegmentationClass").iterdir():
-        mask.write_bytes(b"not a picture")
-    samples = load(root)
-    assert [sample.mask for sample in samples] == [None, None, None]
-    with pytest.raises(DataError, match=r"SegmentationClass.a\.png cannot be decoded"):
-        samples.with_ground_truth()[0]
 
 
 def test_masks_folder_can_be_chosen(root: Path) -> None:
@@ -177,18 +164,19 @@ LISTS, CSV = "ImageSets/Segmentation/train.txt", {"label_source": "csv", "labels
 STRUCTURE: list[tuple[str, object, dict[str, Any], str]] = [
     ("JPEGImages", None, {}, r"there is no folder .*JPEGImages; set data\.root"),
     (LISTS, None, {}, r"no split list .*train\.txt; data\.train_split and data\.val_split can be: val"),
-    (LISTS, "\n \n", {}, r"the split list .*train\.txt is empty"),
-    (LISTS, "a\nb\na\n", {}, r"train\.txt names a 2 times"),
     (LISTS, "a\nbb\n", {}, r"no image in .*JPEGImages for bb \(did you mean 'b'\?\) \(1 of 2 missing\); .*train\.txt"),
-    ("Annotations/b.xml", None, {}, r"no annotation .*b\.xml; add it, or set data\.label_source=csv"),
-    ("Annotations/b.xml", "<annotation><object>", {}, r"b\.xml cannot be read as XML"),
-    ("Annotations/b.xml", '<?xml version="1.0" encoding="klingon"?><a/>', {}, r"b\.xml cannot be read as XML"),
+    ("Annotations/b.xml", None, {}, r"b\.xml cannot be read \(.*No such file.*; add it, or set"),
+    ("Annotations/b.xml", "<annotation><object>", {}, r"b\.xml cannot be read \(no element"),
     ("Annotations/c.xml", annotation(), {}, r"c\.xml has no object; add its class"),
     ("Annotations/c.xml", annotation("horse", "cow"), {}, r"c\.xml has only cow, horse; add its class"),
-    ("labels.csv", "image,labels\na,cat\nb,dog\n", CSV, r"labels\.csv: there is no line for c; add c,<labels>"),
-    ("labels.csv", "image,labels\nd,soffa\n", CSV, r"labels\.csv, line 2: there is no class 'soffa' \(did you"),
+    ("labels.csv", "image,labels\na,cat\nb,dog\n", CSV, r"no line in .*labels\.csv for c \(1 of 3 missing\)"),
+    (
+        "labels.csv",
+        "image,labels\na,cat\nb,soffa\nc,cat",
+        CSV,
+        r"labels\.csv, line 3: .* no class 'soffa' \(did you",
+    ),
     ("SegmentationClass/b.png", None, {"label_source": "masks"}, r"no mask in .*SegmentationClass for b "),
-    ("SegmentationClass", None, {"label_source": "masks"}, r"no mask in .*SegmentationClass for a, b, c "),
     ("SegmentationClass/c.png", np.zeros((8, 12), np.uint8), {"label_source": "masks"}, r"c\.png is all background"),
     ("SegmentationClass/c.png", np.full((8, 12), 4), {"label_source": "masks"}, r"c\.png holds the value 4; with 3 cl"),
     ("Saliency", None, {"saliency": "Saliency"}, r"there is no folder .*Saliency; correct data\.saliency"),
@@ -206,15 +194,11 @@ def test_structure_is_checked_before_anything_is_decoded(
 
 SMALL = Image.new("L", (6, 5))
 FILES: list[tuple[str, object, str]] = [
-    ("JPEGImages/a.jpg", None, r"a\.jpg cannot be opened: No such file"),
-    ("JPEGImages/a.jpg", b"", r"a\.jpg cannot be decoded"),
-    ("JPEGImages/a.jpg", b"\xff\xd8\xff\xe0", r"a\.jpg cannot be decoded"),
+    ("JPEGImages/a.jpg", None, r"a\.jpg cannot be read as an image: .*No such file"),
     ("SegmentationClass/a.png", SMALL, r"the mask .*a\.png is 6 x 5 pixels, but its image .*a\.jpg is 12 x 8"),
     ("SegmentationClass/a.png", np.full((8, 12), 4), r"a\.png holds the value 4; with 3 classes"),
-    ("SegmentationClass/a.png", b"not a picture", r"SegmentationClass.a\.png cannot be decoded"),
     ("Saliency/a.png", SMALL, r"the saliency map .*a\.png is 6 x 5 pixels, but its image .*a\.jpg is 12 x 8"),
     ("Saliency/a.png", Image.new("RGB", (12, 8), (9, 9, 8)), r"a\.png is no saliency map \(mode RGB\); save it as an"),
-    ("Saliency/a.png", Image.new("I;16", (12, 8)), r"a\.png is no saliency map \(mode I;16\)"),
 ]
 
 
@@ -230,7 +214,7 @@ def test_damaged_file_is_named_when_its_sample_is_read(root: Path, path: str, co
 def test_truncated_and_deep_images_are_refused(root: Path) -> None:
     path = root / "JPEGImages/b.jpg"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(DataError, match=r"b\.jpg cannot be decoded \(.*runcated.*\): it is damaged or no image"):
+    with pytest.raises(DataError, match=r"b\.jpg cannot be read as an image: .*runcated"):
         load(root)[1]
     Image.new("I;16", (4, 4)).save(root / "deep.png")
     with pytest.raises(DataError, match=r"deep\.png is an image of mode I;16; save it as 8-bit RGB"):

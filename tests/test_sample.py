@@ -58,12 +58,8 @@ def test_cache_reads_once_and_never_gives_one_samples_picture_for_another() -> N
     rest = samples[2:]
     assert rest.cached and [sample.image_id for sample in rest] == ["i2", "i3"]
     assert samples.with_ground_truth()[1] is not samples[1]
-
-
-def test_without_cache_every_access_reads() -> None:
-    samples, reader = recorded()
-    samples[0], samples[0]
-    assert len(reader.calls) == 2
+    with pytest.raises(IndexError):
+        samples[4]
 
 
 @given(start=st.integers(-6, 6), stop=st.integers(-6, 6), step=st.sampled_from([-2, -1, 1, 2]))
@@ -72,32 +68,18 @@ def test_slices_are_those_of_a_list(start: int, stop: int, step: int) -> None:
     assert samples[start:stop:step].image_ids == samples.image_ids[start:stop:step]
 
 
-def test_index_out_of_range() -> None:
-    samples = make_samples(2)
-    for index in (2, -3):
-        with pytest.raises(IndexError):
-            samples[index]
-
-
-def test_split_without_masks_cannot_be_evaluated() -> None:
+def test_ground_truth_and_saliency_need_every_image() -> None:
     samples = make_samples(3)
-    one_missing = dataclasses.replace(samples.files[1], mask=None)
-    samples = dataclasses.replace(samples, files=(samples.files[0], one_missing, samples.files[2]))
-    assert not samples.has_ground_truth and samples[2:].has_ground_truth
-    with pytest.raises(DataError, match="no ground truth for image1; set data.masks"):
-        samples.with_ground_truth()
+    bare = dataclasses.replace(samples.files[1], mask=None, saliency=None)
+    some = dataclasses.replace(samples, files=(samples.files[0], bare, samples.files[2]))
+    assert samples.has_ground_truth and samples.has_saliency
+    assert not some.has_ground_truth and not some.has_saliency and some[2:].has_ground_truth
+    assert some.annotated.image_ids == ["image0", "image2"] and some.examples(2)[1].mask is not None
+    with pytest.raises(DataError, match="'train' has images without ground truth; set data.masks"):
+        some.with_ground_truth()
 
 
 def test_empty_split_has_neither_ground_truth_nor_saliency() -> None:
     empty = make_samples(0)
     assert not empty.has_ground_truth and not empty.has_saliency
     assert empty.image_labels.shape == (0, len(CLASSES)) and list(empty) == []
-    with pytest.raises(DataError, match="no ground truth for any image"):
-        empty.with_ground_truth()
-
-
-def test_has_saliency_needs_every_image() -> None:
-    samples = make_samples(2)
-    bare = dataclasses.replace(samples.files[0], saliency=None)
-    assert samples.has_saliency
-    assert not dataclasses.replace(samples, files=(*samples.files, bare)).has_saliency

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader
 
 from smaflib.classifier import crop_saliency
 from smaflib.config import TrainingConfig
-from smaflib.data import MaskFiles, load_samples, make_data
+from smaflib.data import load_samples, make_data
+from smaflib.data.masks import MaskFiles
 from smaflib.errors import ConfigError
 from smaflib.maps import AttentionMaps, FusedMaps
 from smaflib.models.weights import read_metadata, read_weights

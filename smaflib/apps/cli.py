@@ -253,9 +253,9 @@ def data_check(config: ConfigFile, settings: Settings = None) -> None:
     from smaflib.config import load_config
     from smaflib.data.check import check_data
 
-    found = check_data(load_config(config, settings or []), RUNS_FOLDER / config.stem)
-    typer.echo(found.text())
-    if found.problems:
+    facts, problems = check_data(load_config(config, settings or []), RUNS_FOLDER / config.stem)
+    typer.echo("\n".join([*facts, *(f"PROBLEM: {problem}" for problem in problems), f"{len(problems)} problems"]))
+    if problems:
         raise typer.Exit(1)
 
 

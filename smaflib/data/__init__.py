@@ -1,7 +1,6 @@
 """Data sets: whatever the layout on disk, each one yields :class:`Sample` objects.
 
-Functions of this package raise :class:`DataError` if data is missing, damaged or does not fit; the message names the
-file and the cure.
+If data is missing, damaged or does not fit, a :class:`~smaflib.errors.DataError` names the file and the cure.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from pathlib import Path
 import torch
 
 from smaflib.config import Config, DataConfig, Split
-from smaflib.data.coco import coco_masks_folder, load_coco
+from smaflib.data.coco import load_coco
 from smaflib.data.folder import load_folder
 from smaflib.data.labels import check_class_names
-from smaflib.data.masks import MaskFiles, check_mask_values, save_mask
+from smaflib.data.masks import check_mask_values
 from smaflib.data.prepare import make_data, summarize
 from smaflib.data.sample import Sample, SampleFiles, Samples
 from smaflib.data.voc import load_voc
@@ -23,17 +22,7 @@ from smaflib.errors import ConfigError, DataError
 from smaflib.files import is_plain_name
 from smaflib.plugins import is_custom, load_custom
 
-__all__ = [
-    "DataError",
-    "MaskFiles",
-    "Sample",
-    "SampleFiles",
-    "Samples",
-    "load_samples",
-    "make_data",
-    "save_mask",
-    "summarize",
-]
+__all__ = ["Sample", "SampleFiles", "Samples", "load_samples", "make_data", "summarize"]
 
 
 def load_samples(config: Config, split: Split, run_folder: Path | None = None) -> Samples:
@@ -52,21 +41,16 @@ def load_samples(config: Config, split: Split, run_folder: Path | None = None) -
     """
     data = config.data
     if is_custom(data.kind):
-        return load_custom_data(data, split)
+        return _load_custom(data, split)
     if data.kind == "folder":
         return load_folder(data, split)
     if data.kind == "coco":
-        return load_coco(data, split, run_folder and coco_masks_folder(data, split, run_folder))
+        return load_coco(data, split, run_folder)
     return load_voc(data if data.kind == "voc" else _mini_as_voc(data, run_folder), split)
 
 
-def load_custom_data(data: DataConfig, split: Split) -> Samples:
-    """The samples of a custom data set: ``data.kind`` names a function that maps ``(data, split)`` to :class:`Samples`.
-
-    Raises:
-        ConfigError: if image names repeat or cannot be file names, a label is no class number, or the first sample does
-            not have the shapes, types and ranges that :class:`Sample` documents.
-    """
+def _load_custom(data: DataConfig, split: Split) -> Samples:
+    """Call the function that ``data.kind`` names; check names, labels and the first sample."""
     samples: Samples = load_custom(data.kind)(data, split)
     check_class_names(samples.class_names)
     samples = replace(samples, split=split, cached=samples.cached or data.cache)
@@ -78,28 +62,24 @@ def load_custom_data(data: DataConfig, split: Split) -> Samples:
             raise ConfigError(f"{data.kind}: the image_id {files.image_id!r} is given twice or cannot be a file name")
         if not set(files.labels) <= set(range(num_classes)):
             raise ConfigError(
-                f"{data.kind}: {files.image_id} has the labels {files.labels}, not 0 to {num_classes - 1}"
+                f"{data.kind}: the labels of {files.image_id} are {files.labels}, not below {num_classes}"
             )
         names.add(files.image_id)
     for sample in replace(samples[:1], load_saliency=True, load_ground_truth=True):
-        _check_sample(data.kind, sample, samples.files[0], num_classes)
+        size, expected = sample.image.shape[1:], torch.zeros(num_classes)
+        expected[list(samples.files[0].labels)] = 1
+        documented = {"image": (torch.uint8, (3, *size)), "image_label": (torch.float32, (num_classes,))}
+        documented |= {"saliency": (torch.float32, size), "mask": (torch.uint8, size)}
+        for name, (dtype, shape) in documented.items():
+            part = getattr(sample, name)
+            if part is not None and (part.dtype, part.shape) != (dtype, shape):
+                found = f"{part.dtype} {tuple(part.shape)}"
+                raise ConfigError(f"{data.kind}: {name} of {sample.image_id} is {found}, not {dtype} {tuple(shape)}")
+        if not torch.equal(sample.image_label, expected):
+            raise ConfigError(f"{data.kind}: image_label of {sample.image_id} differs from the labels of its files")
+        if sample.mask is not None:
+            check_mask_values(sample.mask, num_classes, f"{data.kind}: mask of {sample.image_id}")
     return samples[: data.max_images]
-
-
-def _check_sample(kind: str, sample: Sample, files: SampleFiles, num_classes: int) -> None:
-    size = sample.image.shape[1:]
-    expected = {"image": (torch.uint8, (3, *size)), "image_label": (torch.float32, (num_classes,))}
-    expected |= {"saliency": (torch.float32, size)} if files.saliency else {}
-    expected |= {"mask": (torch.uint8, size)} if files.mask else {}
-    for name, (dtype, shape) in expected.items():
-        part = getattr(sample, name)
-        if not isinstance(part, torch.Tensor) or part.dtype != dtype or part.shape != shape:
-            found = f"{part.dtype} {tuple(part.shape)}" if isinstance(part, torch.Tensor) else type(part).__name__
-            raise ConfigError(f"{kind}: {name} of {files.image_id} is {found}; it must be {dtype} {tuple(shape)}")
-    if sample.image_label.nonzero().flatten().tolist() != sorted(files.labels):
-        raise ConfigError(f"{kind}: image_label of {files.image_id} differs from its labels {files.labels}")
-    if sample.mask is not None:
-        check_mask_values(sample.mask, num_classes, Path(files.image_id))
 
 
 def _mini_as_voc(data: DataConfig, run_folder: Path | None) -> DataConfig:
@@ -112,8 +92,6 @@ def _mini_as_voc(data: DataConfig, run_folder: Path | None) -> DataConfig:
             f"there is no mini data set in {root}; notebook 01 or `smaf run CONFIG --until data` makes it in a run "
             "folder: give run_folder, or set data.root"
         )
-    if data.class_names and data.class_names != CLASS_NAMES:
-        raise DataError(f"data.class_names cannot be chosen for the mini data set: it has {', '.join(CLASS_NAMES)}")
     settings = {
         "root": root,
         "class_names": CLASS_NAMES,

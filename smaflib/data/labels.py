@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,72 +23,69 @@ class LabelRow:
     labels: tuple[str, ...]
 
 
-def read_label_rows(path: Path) -> list[LabelRow]:
+def read_label_rows(path: Path) -> dict[str, LabelRow]:
     """Read a CSV with the columns ``image`` and ``labels``; other columns and empty lines are ignored.
 
-    Class names are checked by :func:`class_numbers`.
+    Returns:
+        The rows by :func:`image_stem`. Their class names are checked by :func:`class_numbers`.
     """
     if not path.is_file():
         raise DataError(f"there is no CSV file {path}; set data.labels to a file with the columns image,labels")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True, skipinitialspace=True)
-            columns = [name.strip().lower() for name in reader.fieldnames or ()]
-            if not {"image", "labels"} <= set(columns):
-                raise DataError(
-                    f"{path}: the first line must name the columns image,labels, separated by a comma (labels of one "
-                    f"image by a semicolon); it is {','.join(columns)!r}"
-                )
-            reader.fieldnames = columns
-            rows = [_read_row(f"{path}, line {reader.line_num}", reader.line_num, fields) for fields in reader]
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error}); save it as 'CSV UTF-8'") from error
+    reader = csv.DictReader(io.StringIO(text), strict=True, skipinitialspace=True)
+    rows: dict[str, LabelRow] = {}
+    try:
+        columns = [name.strip().lower() for name in reader.fieldnames or ()]
+        if not {"image", "labels"} <= set(columns):
+            raise DataError(
+                f"{path}: the first line must name the columns image,labels, separated by a comma (labels of one image "
+                f"by a semicolon); it is {','.join(columns)!r}"
+            )
+        reader.fieldnames = columns
+        for fields in reader:
+            row = _read_row(f"{path}, line {reader.line_num}", reader.line_num, fields)
+            if row is None:
+                continue
+            stem = image_stem(row.image)
+            if stem in rows:
+                raise DataError(
+                    f"{path}, line {row.line}: {row.image} is already listed on line {rows[stem].line}; put all labels "
+                    "of an image on one line, and rename images that differ in their extension only: masks are named "
+                    f"{stem}.png"
+                )
+            rows[stem] = row
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.reader.line_num}: {error}; check the quotes of that line") from error
-    found = [row for row in rows if row is not None]
-    if not found:
+    if not rows:
         raise DataError(f"{path} lists no image")
-    first: dict[str, int] = {}
-    for row in found:
-        stem = image_stem(row.image)
-        if first.setdefault(stem, row.line) != row.line:
-            raise DataError(
-                f"{path}, line {row.line}: {row.image} is already listed on line {first[stem]}; put all labels of an "
-                f"image on one line, and rename images that differ in their extension only: masks are named {stem}.png"
-            )
-    return found
+    return rows
 
 
 def _read_row(where: str, line: int, fields: dict[str | None, str | list[str] | None]) -> LabelRow | None:
     values = {name: (value or "").strip() for name, value in fields.items() if not isinstance(value, list)}
     # An unquoted comma between two labels would otherwise lose all but the first.
-    extra = [value for value in fields.get(None) or () if value.strip()]
-    if extra:
+    if extra := [value for value in fields.get(None) or () if value.strip()]:
         raise DataError(f"{where}: more fields than columns ({', '.join(extra)}); separate labels by ; not by a comma")
     if not any(values.values()):
         return None
     labels = tuple(dict.fromkeys(name.strip() for name in values["labels"].split(";") if name.strip()))
     if not values["image"] or not labels:
-        missing = f"{values['image']} has no label" if values["image"] else "there is no image name"
-        raise DataError(f"{where}: {missing}; add it or delete the line")
+        raise DataError(f"{where}: {'no label' if values['image'] else 'no image name'}; add it or delete the line")
     return LabelRow(line, values["image"], labels)
 
 
 def class_numbers(labels: Sequence[str], class_names: Sequence[str], where: str) -> tuple[int, ...]:
-    """The class numbers, 0 to K-1 and ascending, of one image's labels.
-
-    Args:
-        labels: class names.
-        class_names: all K names, in the order of the mask values 1 to K.
-        where: file and line, for the error.
-    """
+    """The class numbers, 0 to K-1 and ascending, of one image's labels; ``where`` is file and line, for the error."""
     for name in labels:
         if name not in class_names:
             raise DataError(
                 f"{where}: there is no class {name!r}{nearest(name, class_names)}; the classes are "
                 f"{', '.join(class_names)} (data.class_names)"
             )
-    return tuple(sorted({class_names.index(name) for name in labels}))
+    return tuple(sorted(class_names.index(name) for name in labels))
 
 
 def check_class_names(class_names: Sequence[str]) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from smaflib.config import Config, EvaluationConfig
+from smaflib.config import Config
 from smaflib.data.classes import VOID_LABEL
-from smaflib.data.coco import coco_masks_folder, write_coco_masks
+from smaflib.data.coco import write_coco_masks
 from smaflib.data.sample import Samples
 from smaflib.data.voc import SPLITS
 from smaflib.errors import DataError
@@ -44,18 +44,18 @@ def make_data(config: Config, run_folder: Path) -> None:
     data = config.data
     if data.kind == "coco" and data.masks is None:
         for split in SPLITS:
-            write_coco_masks(data, split, coco_masks_folder(data, split, run_folder))
+            write_coco_masks(data, split, run_folder)
     root = data.root or run_folder / "data"
     if data.kind == "mini" and not (root.is_dir() and any(root.iterdir())):
         from minidata import make_mini  # minidata imports this package
 
         # Starting a worker costs as much as drawing a hundred images.
         num_workers = num_cores() if data.num_train + data.num_val >= 300 else 1
-        options: dict[str, Any] = {"size": data.image_size, "seed": config.seed, "num_workers": num_workers}
-        make_mini(root, data.num_train, data.num_val, **options, progress=progress)
+        size, seed = data.image_size, config.seed
+        make_mini(root, data.num_train, data.num_val, size=size, seed=seed, num_workers=num_workers, progress=progress)
 
 
-def summarize(samples: Samples, config: EvaluationConfig) -> dict[str, Any]:
+def summarize(samples: Samples) -> dict[str, Any]:
     """Count images and labels of a split; with ground truth also object sizes and the quality of saliency maps.
 
     Returns:
@@ -76,7 +76,7 @@ def summarize(samples: Samples, config: EvaluationConfig) -> dict[str, Any]:
     shares: list[float] = []
     overlap = torch.zeros(3)  # pixels in both saliency and ground truth, in saliency, in ground truth
     loaded = samples.with_ground_truth().with_saliency()
-    for sample in progress(loaded, total=len(samples), desc=f"summary of {samples.split}"):
+    for sample in progress(loaded, desc=f"summary of {samples.split}"):
         assert sample.mask is not None
         counted = sample.mask != VOID_LABEL
         areas = torch.bincount(sample.mask[counted].flatten().long(), minlength=1)[1:]

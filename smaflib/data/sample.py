@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import overload
@@ -85,15 +85,11 @@ class Samples(Sequence[Sample]):
         if index in self._cache:
             return self._cache[index]
         files = self.files[index]
-        saliency = files.saliency if self.load_saliency else None
-        mask = files.mask if self.load_ground_truth else None
-        sample = self.read(replace(files, saliency=saliency, mask=mask), len(self.class_names))
+        saliency, mask = self.load_saliency and files.saliency, self.load_ground_truth and files.mask
+        sample = self.read(replace(files, saliency=saliency or None, mask=mask or None), len(self.class_names))
         if self.cached:
             self._cache[index] = sample
         return sample
-
-    def __iter__(self) -> Iterator[Sample]:
-        return (self[index] for index in range(len(self.files)))
 
     @property
     def image_ids(self) -> list[str]:
@@ -120,14 +116,9 @@ class Samples(Sequence[Sample]):
         return replace(self, load_saliency=True)
 
     def with_ground_truth(self) -> Samples:
-        """The same samples, read with their masks, for evaluation.
-
-        Raises:
-            DataError: if an image has no mask.
-        """
+        """The same samples, read with their masks, for evaluation; :class:`DataError` if an image has none."""
         if not self.has_ground_truth:
-            missing = next((files.image_id for files in self.files if files.mask is None), "any image")
-            raise DataError(f"the split {self.split!r} has no ground truth for {missing}; set data.masks")
+            raise DataError(f"the split {self.split!r} has images without ground truth; set data.masks")
         return replace(self, load_ground_truth=True)
 
     @property
@@ -138,8 +129,6 @@ class Samples(Sequence[Sample]):
     @property
     def annotated(self) -> Samples:
         """The samples that have a mask: of VOC's 10,582 images of train_aug the 1,464 that the field evaluates on."""
-        if self.has_ground_truth:
-            return self
         return self.subset([index for index, files in enumerate(self.files) if files.mask is not None])
 
     def examples(self, num: int) -> Samples:

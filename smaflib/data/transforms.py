@@ -36,18 +36,6 @@ def renormalization(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor
     return scale.view(3, 1, 1), shift.view(3, 1, 1)
 
 
-def resize_to_each(image: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """uint8 (3, H, W) to each size (H', W') by PIL, whose bicubic filter the reference uses."""
-    here = tuple(image.shape[-2:])
-    if all(size == here for size in sizes):
-        return [image] * len(sizes)
-    picture = F.to_pil_image(image)
-    return [
-        image if size == here else F.pil_to_tensor(F.resize(picture, list(size), InterpolationMode.BICUBIC))
-        for size in sizes
-    ]
-
-
 @dataclass(frozen=True)
 class Crop:
     """A resize, an optional flip and a window, in pixels; the window may reach over the image's border."""
@@ -65,9 +53,6 @@ class Crop:
             field: (C, H, W) or (H, W), of any type that torchvision resizes.
             interpolation: ``bilinear``, ``bicubic`` or ``nearest``.
             fill: value outside the image.
-
-        Returns:
-            (C, side, side) or (side, side).
         """
         flat = field.dim() == 2
         # torchvision's bilinear and bicubic antialias, as PIL's do; its "nearest" would shift a mask against its image.
@@ -75,26 +60,21 @@ class Crop:
         resized = F.resize(field[None] if flat else field, list(self.resized), mode)
         if self.flip:
             resized = resized.flip(-1)
-        source, place = self._overlap()
-        canvas = resized.new_full((resized.shape[0], self.side, self.side), fill)
-        canvas[(slice(None), *place)] = resized[(slice(None), *source)]
-        return canvas[0] if flat else canvas
+        inside = resized[:, max(self.top, 0) : self.top + self.side, max(self.left, 0) : self.left + self.side]
+        cut = F.pad(inside, self._border, fill=fill)
+        return cut[0] if flat else cut
 
     def zero_outside(self, field: Tensor) -> Tensor:
         """Set the pixels outside the image to 0 in a field that is already cut, (..., side, side)."""
-        _, place = self._overlap()
-        canvas = torch.zeros_like(field)
-        canvas[(..., *place)] = field[(..., *place)]
-        return canvas
+        left, top, right, bottom = self._border
+        return F.pad(field[..., top : self.side - bottom, left : self.side - right], self._border)
 
-    def _overlap(self) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-        """Where window and resized image meet: rows and columns in the image, and in the window."""
-        source, place = [], []
-        for start, length in zip((self.top, self.left), self.resized, strict=True):
-            first, last = max(start, 0), min(start + self.side, length)
-            source.append(slice(first, last))
-            place.append(slice(first - start, last - start))
-        return (source[0], source[1]), (place[0], place[1])
+    @property
+    def _border(self) -> list[int]:
+        """Columns and rows of the window outside the image: left, top, right, bottom."""
+        height, width = self.resized
+        end = (self.left + self.side - width, self.top + self.side - height)
+        return [max(length, 0) for length in (-self.left, -self.top, *end)]
 
 
 def draw_crop(size: tuple[int, int], config: TrainingConfig, generator: torch.Generator) -> Crop:
@@ -122,16 +102,12 @@ def jitter_colors(image: Tensor, strengths: tuple[float, float, float, float], g
 
     Args:
         image: uint8 (3, H, W).
-        strengths: half-widths of the ranges around "unchanged".
-        generator: source of the four draws.
+        strengths: half-widths of the ranges around "unchanged"; 0 draws nothing.
+        generator: source of the draws.
     """
-    for adjust, strength, neutral in (
-        (F.adjust_brightness, strengths[0], 1.0),
-        (F.adjust_contrast, strengths[1], 1.0),
-        (F.adjust_saturation, strengths[2], 1.0),
-        (F.adjust_hue, strengths[3], 0.0),
-    ):
+    steps = (F.adjust_brightness, 1), (F.adjust_contrast, 1), (F.adjust_saturation, 1), (F.adjust_hue, 0)
+    for (adjust, unchanged), strength in zip(steps, strengths, strict=True):
         if strength:
             draw = float(torch.rand((), generator=generator))
-            image = adjust(image, neutral + (2 * draw - 1) * strength)
+            image = adjust(image, unchanged + (2 * draw - 1) * strength)
     return image

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
+import torchvision.transforms.v2.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode
 
 from smaflib.data.sample import Sample
-from smaflib.data.transforms import normalize, resize_to_each, scaled_size
+from smaflib.data.transforms import normalize, scaled_size
 from smaflib.runtime import Runtime, num_cores, progress
 
 BATCH_SIZE = 4
@@ -20,14 +23,15 @@ BATCH_SIZE = 4
 SMALL_IMAGE = 128 * 128
 """Pixels up to which a forward pass of several images on a CPU takes less time than one of each."""
 
-MOST_WORKERS = 8
+MAX_WORKERS = 8
 """Loader processes beside a GPU; each keeps an image's views in memory."""
 
 
 def views_of(image: Tensor, scales: Sequence[float]) -> list[Tensor]:
-    """An image, uint8 (3, H, W), at each scale: bicubic, normalised, float32 (3, H_s, W_s)."""
+    """An image, uint8 (3, H, W), at each scale: PIL's bicubic, normalised, float32 (3, H_s, W_s)."""
+    picture = F.to_pil_image(image)
     sizes = [scaled_size(image.shape[-2:], scale) for scale in scales]
-    return [normalize(resized) for resized in resize_to_each(image, sizes)]
+    return [normalize(F.pil_to_tensor(F.resize(picture, list(size), InterpolationMode.BICUBIC))) for size in sizes]
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,6 @@ def load_views(
     runtime: Runtime,
     indices: Sequence[int] | None = None,
     desc: str = "",
-    num_workers: int | None = None,
 ) -> Iterator[ViewBatch]:
     """Load images at every scale, neighbours of one size together.
 
@@ -63,47 +66,30 @@ def load_views(
         runtime: its device receives the views. On a CPU large images come one by one: together they would be slower.
         indices: of the samples to load, in this order; None: all.
         desc: name on the progress bar; empty: no bar.
-        num_workers: loader processes; None: one per core beside a GPU, none on a CPU, whose cores compute.
     """
     on_cpu, order = runtime.device.type == "cpu", range(len(samples)) if indices is None else indices
-    if num_workers is None:
-        num_workers = 0 if on_cpu else min(num_cores(), MOST_WORKERS, len(order) // BATCH_SIZE)
-    loader: DataLoader[_Loaded] = DataLoader(
-        _ViewsDataset(samples, scales),
+    loader: DataLoader[tuple[int, Tensor, list[Tensor]]] = DataLoader(
+        _Views(samples, scales),
         batch_size=None,
         sampler=order,
-        num_workers=num_workers,
+        num_workers=0 if on_cpu else min(num_cores(), MAX_WORKERS, len(order) // BATCH_SIZE),  # a CPU's cores compute
         generator=torch.Generator(),  # else the loader would draw from the global generator
         pin_memory=runtime.device.type == "cuda",
     )
-    waiting: list[_Loaded] = []
-    for index, image, views in progress(loader, total=len(order), desc=desc) if desc else loader:
-        most = BATCH_SIZE * SMALL_IMAGE // image[0].numel() if on_cpu else BATCH_SIZE
-        if waiting and (len(waiting) >= min(most, BATCH_SIZE) or image.shape != waiting[0].image.shape):
-            yield _together(waiting, runtime.device)
-            waiting = []
-        waiting.append(_Loaded(index, image, views))
-    if waiting:
-        yield _together(waiting, runtime.device)
+    loaded = progress(loader, total=len(order), desc=desc) if desc else loader
+    for shape, neighbours in itertools.groupby(loaded, key=lambda item: item[1].shape):
+        most = BATCH_SIZE * SMALL_IMAGE // math.prod(shape[1:]) if on_cpu else BATCH_SIZE
+        while batch := list(itertools.islice(neighbours, min(max(most, 1), BATCH_SIZE))):
+            numbers, images, views = zip(*batch, strict=True)
+            of_scale = zip(*views, strict=True)
+            stacked = [torch.stack([view.to(runtime.device, non_blocking=True) for view in same]) for same in of_scale]
+            yield ViewBatch(list(numbers), list(images), stacked)
 
 
-class _Loaded(NamedTuple):
-    number: int
-    image: Tensor
-    views: list[Tensor]
-
-
-class _ViewsDataset(Dataset[_Loaded]):
+class _Views(Dataset[tuple[int, Tensor, list[Tensor]]]):
     def __init__(self, samples: Sequence[Sample], scales: Sequence[float]) -> None:
         self.samples, self.scales = samples, scales
 
-    def __getitem__(self, index: int) -> _Loaded:
+    def __getitem__(self, index: int) -> tuple[int, Tensor, list[Tensor]]:
         image = self.samples[index].image
-        return _Loaded(index, image, views_of(image, self.scales))
-
-
-def _together(loaded: list[_Loaded], device: torch.device) -> ViewBatch:
-    indices, images, views = zip(*loaded, strict=True)
-    of_scale = zip(*views, strict=True)
-    stacked = [torch.stack([view.to(device, non_blocking=True) for view in same]) for same in of_scale]
-    return ViewBatch(list(indices), list(images), stacked)
+        return index, image, views_of(image, self.scales)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import os
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import get_args
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from smaflib.config import DataConfig, Split
 from smaflib.data.classes import VOC_CLASSES, VOID_LABEL
-from smaflib.data.labels import check_class_names, class_numbers, image_stem, nearest, read_label_rows
+from smaflib.data.labels import check_class_names, class_numbers, nearest, read_label_rows
 from smaflib.data.masks import check_mask_values, decoding, mask_values, read_mask
 from smaflib.data.sample import Sample, SampleFiles, Samples
 from smaflib.errors import DataError
@@ -50,15 +49,19 @@ def load_voc(data: DataConfig, split: Split) -> Samples:
     annotations = data.root / "Annotations"
     if data.label_source == "masks":
         require_all(image_ids, masks, f"mask in {masks_folder}", "add it or change data.label_source")
-        labels = [_labels_of_mask(masks[image_id], len(class_names)) for image_id in image_ids]
+        labels = {image_id: _labels_of_mask(masks[image_id], len(class_names)) for image_id in image_ids}
     elif data.label_source == "xml" or (data.label_source == "auto" and annotations.is_dir()):
-        labels = [_labels_of_xml(annotations / f"{image_id}.xml", class_names) for image_id in image_ids]
+        labels = {image_id: _labels_of_xml(annotations / f"{image_id}.xml", class_names) for image_id in image_ids}
     else:
-        labels = _labels_of_csv(data.labels or data.root / "labels.csv", image_ids, class_names)
+        path = data.labels or data.root / "labels.csv"
+        rows = read_label_rows(path)
+        require_all(image_ids, rows, f"line in {path}", "add <image>,<labels>")
+        labels = {
+            image_id: class_numbers(rows[image_id].labels, class_names, f"{path}, line {rows[image_id].line}")
+            for image_id in image_ids
+        }
     # VOC's masks were drawn over the pixels as stored: an EXIF orientation must not rotate the image.
-    return make_samples(
-        data, split, class_names, images, dict(zip(image_ids, labels, strict=True)), masks, oriented=False
-    )
+    return make_samples(data, split, class_names, images, labels, masks, oriented=False)
 
 
 def make_samples(
@@ -86,20 +89,22 @@ def read_sample(files: SampleFiles, num_classes: int, oriented: bool) -> Sample:
     """Decode all parts of a sample that ``files`` names.
 
     Args:
-        files: the paths.
+        files: paths and labels.
         num_classes: K.
         oriented: rotate the image according to its EXIF orientation, as image viewers do.
     """
     image = read_image(files.image, oriented)
     image_label = torch.zeros(num_classes)
     image_label[list(files.labels)] = 1
-    saliency = mask = None
-    if files.saliency is not None:
-        saliency = read_saliency(files.saliency)
-        _check_size("saliency map", files.saliency, saliency, files.image, image)
-    if files.mask is not None:
-        mask = read_mask(files.mask)
-        _check_size("mask", files.mask, mask, files.image, image)
+    saliency = read_saliency(files.saliency) if files.saliency else None
+    mask = read_mask(files.mask) if files.mask else None
+    for what, path, part in (("saliency map", files.saliency, saliency), ("mask", files.mask, mask)):
+        if part is not None and part.shape != image.shape[1:]:
+            raise DataError(
+                f"the {what} {path} is {part.shape[1]} x {part.shape[0]} pixels, but its image {files.image} is "
+                f"{image.shape[2]} x {image.shape[1]}; bring both to one size"
+            )
+    if mask is not None:
         check_mask_values(mask, num_classes, files.mask)
     return Sample(files.image_id, image, image_label, saliency, mask)
 
@@ -148,32 +153,6 @@ def require_all(image_ids: Sequence[str], there: Collection[str], what: str, cur
         )
 
 
-def check_saliency_sizes(samples: Samples) -> None:
-    """Compare the size of each saliency map with that of its image, from the file headers: seconds for 10,000."""
-    wrong = []
-    for files in samples.files:
-        if files.saliency is None:
-            continue
-        with decoding(files.saliency) as saliency, decoding(files.image) as image:
-            if saliency.size not in (image.size, ImageOps.exif_transpose(image).size):
-                sizes = [f"{picture.width} x {picture.height}" for picture in (saliency, image)]
-                wrong.append(f"{files.saliency} is {sizes[0]} pixels, its image {sizes[1]}")
-    if wrong:
-        raise DataError(
-            f"{len(wrong)} of {len(samples)} saliency maps are not of their image's size: {'; '.join(wrong[:3])}; "
-            "make them at the size of the images, or use classifier.pretraining=plain without data.saliency"
-        )
-
-
-def _check_size(what: str, path: Path, part: Tensor, image_path: Path, image: Tensor) -> None:
-    (height, width), (image_height, image_width) = part.shape, image.shape[1:]
-    if (height, width) != (image_height, image_width):
-        raise DataError(
-            f"the {what} {path} is {width} x {height} pixels, but its image {image_path} is {image_width} x "
-            f"{image_height}; bring both to one size"
-        )
-
-
 def _read_split(data: DataConfig, split: Split) -> list[str]:
     """The image names of a split list."""
     assert data.root is not None
@@ -186,40 +165,20 @@ def _read_split(data: DataConfig, split: Split) -> list[str]:
         raise DataError(f"there is no split list {path}; data.train_split and data.val_split can be: {ready}")
     rows = [row.split() for row in path.read_text(encoding="utf-8-sig").splitlines()]
     # Some lists hold paths: /JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png
-    image_ids = [Path(row[0]).stem if row[0].startswith("/") else row[0] for row in rows if row]
-    if not image_ids:
-        raise DataError(f"the split list {path} is empty; it must name one image per line")
-    first, count = Counter(image_ids).most_common(1)[0]
-    if count > 1:
-        raise DataError(f"the split list {path} names {first} {count} times")
-    return image_ids
-
-
-def _labels_of_csv(path: Path, image_ids: Sequence[str], class_names: tuple[str, ...]) -> list[tuple[int, ...]]:
-    numbers = {
-        image_stem(row.image): class_numbers(row.labels, class_names, f"{path}, line {row.line}")
-        for row in read_label_rows(path)
-    }
-    for image_id in image_ids:
-        if image_id not in numbers:
-            raise DataError(f"{path}: there is no line for {image_id}; add {image_id},<labels>")
-    return [numbers[image_id] for image_id in image_ids]
+    return [Path(row[0]).stem if row[0].startswith("/") else row[0] for row in rows if row]
 
 
 def _labels_of_xml(path: Path, class_names: tuple[str, ...]) -> tuple[int, ...]:
     try:
         root = ElementTree.parse(path).getroot()
-    except FileNotFoundError as error:
-        raise DataError(f"there is no annotation {path}; add it, or set data.label_source=csv") from error
-    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: unknown encodings
-        raise DataError(f"{path} cannot be read as XML: {error}") from error
+    except (OSError, ElementTree.ParseError) as error:
+        raise DataError(f"{path} cannot be read ({error}); add it, or set data.label_source=csv") from error
     # Parts of an object (head, hand) are one level deeper; findall does not go there.
     names = {(element.findtext("name") or "").strip() for element in root.findall("object")}
-    known = sorted(names.intersection(class_names))
-    if not known:
+    if not names.intersection(class_names):
         found = f"only {', '.join(sorted(names))}" if names else "no object"
         raise DataError(f"{path} has {found}; add its class to data.class_names or take it off the split list")
-    return class_numbers(known, class_names, str(path))
+    return tuple(number for number, name in enumerate(class_names) if name in names)
 
 
 def _labels_of_mask(path: Path, num_classes: int) -> tuple[int, ...]:
