@@ -45,7 +45,7 @@ def _check_samples(samples: Samples, problems: list[str]) -> list[str]:
     names, sizes = samples.class_names, []
     differing: dict[str, list[str]] = {"labels without a pixel in the mask": [], "pixels without a label": []}
     everything = replace(samples, load_saliency=True, load_ground_truth=True, cached=False)
-    for index in progress(range(len(samples)), desc=f"check {samples.split}"):
+    for index in progress(range(len(samples)), total=len(samples), desc=f"check {samples.split}"):
         try:
             sample = everything[index]
         except InputError as error:

@@ -55,7 +55,7 @@ def write_coco_masks(data: DataConfig, split: Split, run_folder: Path) -> None:
     """
     name = _split_name(data, split)
     instances, to_mask = _read_instances(data, split)
-    for image, found in progress(instances, desc=f"masks of {name}"):
+    for image, found in progress(instances, total=len(instances), desc=f"masks of {name}"):
         path = run_folder / "data" / name / f"{Path(image['file_name']).stem}.png"
         if path.is_file():
             continue

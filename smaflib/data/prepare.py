@@ -76,7 +76,7 @@ def summarize(samples: Samples) -> dict[str, Any]:
     shares: list[float] = []
     overlap = torch.zeros(3)  # pixels in both saliency and ground truth, in saliency, in ground truth
     loaded = samples.with_ground_truth().with_saliency()
-    for sample in progress(loaded, desc=f"summary of {samples.split}"):
+    for sample in progress(loaded, total=len(loaded), desc=f"summary of {samples.split}"):
         assert sample.mask is not None
         counted = sample.mask != VOID_LABEL
         areas = torch.bincount(sample.mask[counted].flatten().long(), minlength=1)[1:]
