@@ -35,13 +35,6 @@ def refused(folder: Path, *words: object, naming: object) -> None:
     assert tree(folder) == before
 
 
-@pytest.mark.parametrize("setting", ["classifier.iteration=1", "attention.bg_score=1.5", "model.output_stride=7", "="])
-def test_settings(tmp_path: Path, setting: str) -> None:
-    refused(
-        tmp_path, "run", "configs/mini.yaml", "--runs", tmp_path, "--set", setting, naming=setting.partition("=")[0]
-    )
-
-
 @pytest.mark.parametrize(
     "name", ["..", "", "../escaped", "/tmp/escaped", "a\\b", "x" * 300, "a\nb", "a\x1b[31m"], ids=repr
 )
