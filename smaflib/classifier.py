@@ -22,7 +22,7 @@ from smaflib.data.views import load_views
 from smaflib.errors import ConfigError
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, load_attention_network
 from smaflib.models.weights import fill, read_weights, write_weights
-from smaflib.runtime import Runtime, derive_seed, progress, seeded
+from smaflib.runtime import Runtime, derive_seed, device_of, progress, seeded
 from smaflib.training import Batch, Batches, History, fit, load_history
 
 
@@ -218,14 +218,6 @@ def _mean_features(
 ONE_VIEW = AttentionConfig(scales=(1.0,), flip=False)
 
 
-def learned_views(config: Config) -> AttentionConfig:
-    """The views in which an image is classified: those that a solved head was computed from, else the image itself.
-
-    A head that was computed (:func:`solve_head`) finds far too many classes in an image of another size.
-    """
-    return config.attention if config.classifier.solve_head else ONE_VIEW
-
-
 @torch.no_grad()
 def classify(
     network: AttentionNetwork,
@@ -234,7 +226,7 @@ def classify(
     views: AttentionConfig = ONE_VIEW,
     desc: str = "classify",
 ) -> Tensor:
-    """The network's image logits, averaged over views (:func:`learned_views`): float32 (N, K)."""
+    """The network's image logits, averaged over views: float32 (N, K)."""
     network.to(runtime.device).eval()
     means = []
     for batch in load_views(samples, views.scales, runtime, desc=desc):
@@ -247,27 +239,22 @@ def classify(
     return torch.cat(means)
 
 
-def classify_image(network: AttentionNetwork, image: Tensor, runtime: Runtime, views: AttentionConfig) -> Tensor:
-    """:func:`classify` of one image, uint8 (3, H, W): (K,)."""
-    return classify(network, [Sample("image", image, torch.zeros(0))], runtime, views, desc="")[0]
+def predict_label(network: AttentionNetwork, image: Tensor, config: Config) -> Tensor:
+    """An image, uint8 (3, H, W), to its label (K,): classes with a logit above 0, or the likeliest one.
+
+    A head that was computed (:func:`solve_head`) sees the views that it was computed from: it finds far too many
+    classes in an image of another size.
+    """
+    views = config.attention if config.classifier.solve_head else ONE_VIEW
+    samples, runtime = [Sample("image", image, torch.zeros(0))], Runtime(device_of(network))
+    (logits,) = classify(network, samples, runtime, views, desc="")
+    return ((logits > 0) | (logits == logits.max())).float()
 
 
 def crop_saliency(sample: Sample, index: int, crop: Crop) -> dict[str, Tensor]:
     """The saliency map as a field of the batch."""
     assert sample.saliency is not None  # train_classifier has checked the whole split
     return {"saliency": crop.apply(sample.saliency)}
-
-
-def predict_labels(image_logits: Tensor) -> Tensor:
-    """The classes whose logit is above 0, or the likeliest one where none is: (N, K) to float32 (N, K) in {0, 1}.
-
-    Example:
-        >>> predict_labels(torch.tensor([[1.0, -1.0], [-2.0, -1.0]])).tolist()
-        [[1.0, 0.0], [0.0, 1.0]]
-    """
-    labels = (image_logits > 0).float()
-    labels[torch.arange(len(labels)), image_logits.argmax(dim=1)] = 1  # above 0 already, where any is
-    return labels
 
 
 def classification_scores(

@@ -58,8 +58,7 @@ def attend(
 def train_teacher(work: Workspace) -> tuple[AttentionNetwork, History]:
     """Stage 1: the classifier.
 
-    Raises:
-        ConfigError: if EPS is asked for and not every image has a saliency map.
+    ConfigError if EPS is asked for and not every image has a saliency map.
     """
     config, samples, checkpoint = work.config, work.samples(), work.checkpoint("teacher")
     trained = config.classifier.checkpoint is None and config.classifier.solve_head is None
@@ -95,17 +94,18 @@ def train_student(
     """
     from smaflib.self_training import self_train
 
-    config, runtime, checkpoint = work.config, work.make_runtime(), work.checkpoint(name)
+    config, checkpoint = work.config, work.checkpoint(name)
     settings = config.self_training.model_copy(update=changes)
     if not is_finished(checkpoint, settings):
         run_in_processes(num_processes(config), train_student, replace(work), name, teacher, **changes)
-    targets = [] if is_finished(checkpoint, settings) else _targets(work, teacher, settings)  # a CRF may take minutes
+    runtime = work.make_runtime()
+    targets = [] if is_finished(checkpoint, settings) else _targets(work, teacher, settings, runtime.device)
     return self_train(
         work.network(teacher), work.samples(), targets, settings, work.bg_score, runtime, checkpoint=checkpoint
     )
 
 
-def _targets(work: Workspace, teacher: str, settings: SelfTrainingConfig) -> Sequence[Tensor]:
+def _targets(work: Workspace, teacher: str, settings: SelfTrainingConfig, device: torch.device) -> Sequence[Tensor]:
     """A teacher's maps, or the masks that ``self_training.refine`` makes of them.
 
     A student of masks learns where its teacher's maps agree with the edges of the images. The masks are kept in memory,
@@ -116,13 +116,12 @@ def _targets(work: Workspace, teacher: str, settings: SelfTrainingConfig) -> Seq
 
     config, samples = work.config, work.samples()
     scales = None if settings.fused else [config.attention.single_scale]
-    weight = settings.saliency_weight
-    maps = work.denoised(teacher, samples, scales, denoise=settings.denoise, saliency_weight=weight)
+    cached, weight = config.data.cache and settings.refine == "none", settings.saliency_weight
+    maps = work.denoised(teacher, samples, scales, denoise=settings.denoise, saliency_weight=weight, cached=cached)
     if settings.refine == "none":
-        maps.cached = config.data.cache
         return maps
     refinement = config.pseudo_masks.model_copy(update={"refine": settings.refine})
-    device, mine = work.make_runtime().device, part(range(len(samples)))
+    mine = part(range(len(samples)))
     masks = gather(list(pseudo_masks(samples, maps, work.bg_score, refinement, mine, device=device, desc="targets")))
     return MaskMaps(masks, len(samples.class_names))
 
@@ -160,7 +159,7 @@ def train_segmentation(work: Workspace) -> tuple[SegmentationNetwork, History]:
     from smaflib.segmentation import train_segmenter
 
     config, samples, checkpoint = work.config, work.samples(), work.checkpoint("segmenter")
-    settings, runtime = config.segmentation, work.make_runtime()
+    settings = config.segmentation
     masks: Sequence[Tensor]
     if settings.supervision == "ground_truth":
         samples = samples.annotated
@@ -170,6 +169,7 @@ def train_segmentation(work: Workspace) -> tuple[SegmentationNetwork, History]:
     if not is_finished(checkpoint, settings):
         run_in_processes(num_processes(config), train_segmentation, replace(work))
     student = work.network("student") if settings.initial_weights == "student" else None
+    runtime = work.make_runtime()
     return train_segmenter(samples, masks, config.model, settings, runtime, student=student, checkpoint=checkpoint)
 
 
@@ -204,8 +204,7 @@ def evaluate_network(
     Args:
         variant: name of the records.
         scales: as in :meth:`~smaflib.workspace.Workspace.denoised`. Records of a single one name it, others the rule.
-        rule: as there.
-        denoise: False keeps the maps of absent classes.
+        rule: as there; ``denoise=False`` keeps the maps of absent classes.
         bg_score: background threshold; None: the oracle threshold of the first split, for all splits.
 
     Returns:

@@ -118,19 +118,18 @@ def _work(rank: int, number: int, meeting: Path, errors: SimpleQueue[Exception],
         barrier()  # a process that leaves early breaks the connections of the others
         dist.destroy_process_group()
     except Exception as error:
-        errors.put(_sendable(error, rank))
+        error.add_note(f"In process {rank}:\n{''.join(traceback.format_exception(error))}")
+        errors.put(_sendable(error))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(RAISED)  # at once, without waiting for the other processes
 
 
-def _sendable(error: Exception, rank: int) -> Exception:
-    error.add_note(f"In process {rank}:\n{''.join(traceback.format_exception(error))}")
+def _sendable(error: Exception) -> Exception:
     try:
-        pickle.loads(pickle.dumps(error))
+        return pickle.loads(pickle.dumps(error))
     except Exception:
         return RunError(f"{type(error).__name__}: {error}")
-    return error
 
 
 def end_with_parent() -> None:

@@ -48,8 +48,7 @@ def blend_saliency(denoised: Tensor, saliency: Tensor, weight: float) -> Tensor:
         weight: share of the saliency map, in [0, 1].
 
     Returns:
-        (K, H, W) in [0, 1]: ``(1 - weight) * denoised + weight * saliency * denoised / strongest``; a pixel without any
-        class stays without.
+        (K, H, W) in [0, 1]; a pixel without any class stays without.
 
     Example:
         >>> blend_saliency(torch.tensor([[[0.5, 0.5]]]), saliency=torch.tensor([[1.0, 0.0]]), weight=0.5).tolist()

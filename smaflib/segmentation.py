@@ -71,10 +71,6 @@ def start_as_student(network: SegmentationNetwork, student: AttentionNetwork) ->
     DeepLab-V2's head is a sum of 3x3 convolutions. If each has its share of the student's 1x1 convolution in the middle
     and zeros around it, the network starts as the student and learns the neighbourhood from there. Other heads, and
     heads after ``model.head_channels``, start at random.
-
-    Args:
-        network: changed in place.
-        student: of the same backbone and classes.
     """
     network.backbone.load_state_dict(student.backbone.state_dict())
     branches = network.aspp

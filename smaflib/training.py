@@ -125,7 +125,7 @@ def fit(
 
     Raises:
         FloatingPointError: if a loss is not finite. On a GPU losses are read when they are logged or saved.
-        ConfigError: if memory runs out, or several processes cannot share batch norm (:func:`check_batch_norm`).
+        ConfigError: if memory runs out, or several processes cannot share batch norm.
     """
     config, batches = batches.config, copy.copy(batches)
     batches.part = slice(rank(), None, num_ranks())
@@ -207,10 +207,7 @@ def _numbers(losses: Sequence[Losses]) -> list[dict[str, float]]:
 
 
 def check_batch_norm(network: nn.Module, number: int, device: torch.device) -> None:
-    """Refuse several processes on a CPU for a network that learns batch statistics: torch's SyncBatchNorm needs GPUs.
-
-    The network is put into training mode; ``number`` is that of the processes.
-    """
+    """Refuse batch norm that learns in several processes on a CPU: torch's SyncBatchNorm needs GPUs."""
     learned = any(isinstance(layer, nn.BatchNorm2d) and layer.training for layer in network.train().modules())
     if learned and number > 1 and device.type == "cpu":
         advice = "set processes=1 (one process uses all cores), or model.freeze_batch_norm=true"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from smaflib import files
 from smaflib.config import BgScore, Config, Split
@@ -84,24 +84,23 @@ class Workspace:
         samples: Samples,
         scales: Sequence[float] | None = None,
         rule: str | None = None,
-        *,
-        denoise: bool = True,
         saliency_weight: float = 0.0,
+        **options: Any,
     ) -> FusedMaps:
         """A network's maps of some samples of a split, fused and denoised when read.
 
         Args:
             scales: the scales to fuse; None: all. A single scale is taken as it is.
             rule: fusion rule; None: the config's.
-            denoise: False keeps the maps of absent classes.
             saliency_weight: share of the samples' saliency maps; ignored without EPS.
+            options: of :class:`~smaflib.maps.FusedMaps`, such as ``denoise=False``.
         """
         from smaflib.maps import FusedMaps
 
         rule = rule or ("sum" if scales is not None and len(scales) == 1 else self.config.attention.fusion)
         maps = self.maps(network, "train" if samples.split == "train" else "val")
         weight = saliency_weight if self.config.classifier.pretraining == "eps" else 0.0
-        return FusedMaps(maps, samples, rule, scales, denoise=denoise, saliency_weight=weight)
+        return FusedMaps(maps, samples, rule, scales, saliency_weight=weight, **options)
 
     def mask_maps(self, network: str, samples: Samples, scales: Sequence[float] | None = None) -> FusedMaps:
         """The maps that become pseudo masks: :meth:`denoised`, with ``pseudo_masks.saliency_weight``."""

@@ -10,7 +10,7 @@ import pytest
 FUNCTIONS = {
     "cams": ("multi_scale_cams", "fuse_cams", "size_adaptive_weights"),
     "reactivation": ("denoise", "blend_saliency", "reactivate", "hard_targets", "with_background_score", "hard_labels"),
-    "classifier": ("classification_loss", "predict_labels"),
+    "classifier": ("classification_loss",),
     "self_training": ("mac_loss",),
     "thresholds": ("choose_bg_score",),
     "pseudo_masks": ("pseudo_mask",),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
@@ -67,23 +66,6 @@ def test_processes_give_what_one_process_gives_in_the_same_order() -> None:
     assert not any(given.is_shared() for given in maps.given)
 
 
-def test_masks_come_one_by_one() -> None:
-    maps = RandomMaps(20)
-    masks = pseudo_masks(make_samples(20, SIZE), maps, 0.5, UNREFINED)
-    next(masks)
-    next(masks)
-    assert maps.asked == [0, 1]
-
-
-def test_masks_are_written_as_palette_pngs(tmp_path: Path) -> None:
-    samples, maps = make_samples(3, SIZE), RandomMaps(3)
-    write_pseudo_masks(samples, maps, tmp_path / "masks", 0.5, with_crf(1))
-    assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["image0.png", "image1.png", "image2.png"]
-    for index, sample in enumerate(samples):
-        expected = pseudo_mask(sample.image, maps[index], 0.5, with_crf())
-        assert torch.equal(read_mask(tmp_path / "masks" / f"{sample.image_id}.png"), expected)
-
-
 def test_existing_masks_are_kept_and_maps_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples, maps, most_ahead = make_samples(6, SIZE), RandomMaps(6), 0
     write_pseudo_masks(samples[:2], RandomMaps(2), tmp_path, 0.5, UNREFINED)
@@ -98,6 +80,9 @@ def test_existing_masks_are_kept_and_maps_read_one_by_one(tmp_path: Path, monkey
     monkeypatch.setattr(module, "save_mask", spy)
     write_pseudo_masks(samples, maps, tmp_path, 0.5, UNREFINED)
     assert maps.asked == [2, 3, 4, 5]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"image{index}.png" for index in range(6)]
+    expected = pseudo_mask(samples[3].image, maps[3], 0.5, UNREFINED)
+    assert torch.equal(read_mask(tmp_path / "image3.png"), expected)
     assert most_ahead <= 1  # the maps of a data set do not fit into memory
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
 
@@ -115,13 +100,3 @@ def test_scores_and_pixel_adaptive_refinement_start_from_the_maps() -> None:
         pseudo_mask(sample.image, denoised, 0.5, PseudoMaskConfig(refine="par", par=par)),
         smoothed.argmax(dim=0).to(torch.uint8),
     )
-
-
-@pytest.mark.parametrize("refine", ["crf", "par"])
-def test_config_names_the_refinement(tmp_path: Path, refine: Literal["crf", "par"]) -> None:
-    samples, maps = make_samples(2, SIZE), RandomMaps(2)
-    config = PseudoMaskConfig(refine=refine, crf=CRF, par=ParConfig(dilations=(1, 2)), num_workers=1, backend="torch")
-    write_pseudo_masks(samples, maps, tmp_path, 0.5, config)
-    expected = pseudo_mask(samples[1].image, maps[1], 0.5, config)
-    assert torch.equal(read_mask(tmp_path / "image1.png"), expected)
-    assert not torch.equal(expected, pseudo_mask(samples[1].image, maps[1], 0.5, UNREFINED))

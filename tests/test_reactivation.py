@@ -17,10 +17,6 @@ MAPS = MAPS.map(torch.from_numpy)
 BG_SCORES = st.floats(0.01, 1)
 
 
-def labels_for(maps: Tensor) -> st.SearchStrategy[Tensor]:
-    return st.lists(st.sampled_from([0.0, 1.0]), min_size=len(maps), max_size=len(maps)).map(torch.tensor)
-
-
 # --- denoise ----------------------------------------------------------------------------------------------------------
 
 
@@ -31,17 +27,7 @@ def test_denoise_by_hand() -> None:
     assert batch[0].tolist() == [[[0.5, 1.0]], [[0, 0]]] and torch.equal(batch[1], fused)
 
 
-@settings(max_examples=50)
-@given(data=st.data(), maps=MAPS)
-def test_denoise_is_idempotent_and_touches_absent_classes_only(data: st.DataObject, maps: Tensor) -> None:
-    label = data.draw(labels_for(maps))
-    denoised = denoise(maps, label)
-    assert torch.equal(denoise(denoised, label), denoised)
-    assert torch.equal(denoised[label > 0], maps[label > 0])
-    assert not denoised[label == 0].any()
-
-
-@pytest.mark.parametrize("shape", [(3,), (1, 2), (1,), (2, 1, 1)])
+@pytest.mark.parametrize("shape", [(3,), (1, 2)])
 def test_label_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(
         ValueError, match=r"image_label must be \(2,\) to match the maps \(2, 4, 4\).*background has no"
@@ -61,17 +47,6 @@ def test_blend_of_saliency_by_hand() -> None:
     assert torch.equal(blend_saliency(denoised, saliency, 0), denoised)
 
 
-@settings(max_examples=50)
-@given(maps=MAPS, weight=st.floats(0, 1), seed=st.integers(0, 99))
-def test_blended_maps_keep_range_and_order(maps: Tensor, weight: float, seed: int) -> None:
-    saliency = torch.rand(maps.shape[1:], generator=torch.Generator().manual_seed(seed))
-    blended = blend_saliency(maps, saliency, weight)
-    assert blended.min() >= 0 and blended.max() <= 1 + 1e-6
-    assert ((blended >= maps) | (saliency < maps.amax(dim=0)) | torch.isclose(blended, maps)).all()
-    if weight < 0.99:
-        assert torch.equal(blended > 0, maps * (1 - weight) > 0)
-
-
 # --- reactivate -------------------------------------------------------------------------------------------------------
 
 
@@ -80,11 +55,7 @@ def test_reactivate_by_hand() -> None:
     denoised = torch.tensor([[[0.8, 0.1, 0.4]], [[0.0, 0.0, 0.5]]])
     expected = torch.tensor([[[0.25, 1.0, 0.4]], [[1.0, 0.5, 0.8]], [[0.0, 0.0, 1.0]]])
     torch.testing.assert_close(reactivate(denoised, bg_score=0.2), expected)
-
-
-def test_pixel_below_background_score_becomes_background() -> None:
-    cam = torch.tensor([[[0.9, 0.1]]])
-    assert reactivate(cam, bg_score=0.2).argmax(dim=0).tolist() == [[1, 0]]
+    torch.testing.assert_close(reactivate(torch.stack([denoised, denoised]), 0.2)[1], expected)
 
 
 def test_image_without_classes_is_background_and_never_nan() -> None:
@@ -116,23 +87,10 @@ def test_the_ratios_inside_a_pixel_stay(maps: Tensor, bg_score: float) -> None:
     torch.testing.assert_close(target * scores.amax(dim=0), scores, rtol=1e-6, atol=1e-7)
 
 
-@settings(max_examples=50)
-@given(maps=MAPS, bg_score=BG_SCORES)
-def test_a_batch_is_its_images(maps: Tensor, bg_score: float) -> None:
-    other = maps.flip(-1)
-    batch = reactivate(torch.stack([maps, other]), bg_score)
-    assert torch.equal(batch[0], reactivate(maps, bg_score)) and torch.equal(batch[1], reactivate(other, bg_score))
-
-
-@pytest.mark.parametrize("bg_score", [0.0, -0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("bg_score", [0.0, 1.5, float("nan")])
 def test_background_score_without_sense_is_refused(bg_score: float) -> None:
     with pytest.raises(ValueError, match=r"bg_score must be in \(0, 1\]"):
         reactivate(torch.rand(1, 2, 2), bg_score)
-
-
-def test_background_comes_first() -> None:
-    scores = with_background_score(torch.zeros(2, 3, 1, 1), 0.5)
-    assert scores[:, :, 0, 0].tolist() == [[0.5, 0, 0, 0]] * 2
 
 
 # --- hard targets -----------------------------------------------------------------------------------------------------

@@ -74,10 +74,11 @@ def test_logits_of_the_network(reference: dict[str, Tensor], network: AttentionN
 
 def test_multi_scale_attention(reference: dict[str, Tensor], network: AttentionNetwork) -> None:
     image, scales = reference["image"].permute(2, 0, 1), AttentionConfig().scales
-    fused = fuse_cams(multi_scale_cams(network, image, scales), tuple(image.shape[1:]), AttentionConfig().fusion)
+    cams, size = multi_scale_cams(network, image, scales), (image.shape[1], image.shape[2])
+    fused = fuse_cams(cams, size, AttentionConfig().fusion)
     torch.testing.assert_close(fused[reference["label"].bool()], reference["fused"], rtol=0, atol=1e-4)
     # The test would notice a missing scale.
-    short = fuse_cams(multi_scale_cams(network, image, scales[:3]), tuple(image.shape[1:]))
+    short = fuse_cams(cams[:3], size)
     assert float((short[reference["label"].bool()] - reference["fused"]).abs().max()) > 1e-3
 
 

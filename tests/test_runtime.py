@@ -69,7 +69,6 @@ def test_device_that_is_not_there_is_refused(device: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("flags", "precision"),
     [
-        ({"avx512_f": True, "avx512_bf16": True}, "bf16"),
         ({"avx512_bf16": False, "amx_bf16": True}, "bf16"),
         ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, "float32"),  # would emulate it
         ({"neon": True, "bf16": True}, "float32"),  # ARM: not measured

@@ -128,16 +128,6 @@ def test_other_heads_take_the_students_features_alone(
 # --- labelling --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("scales", [(1.0,), (0.5, 1.0, 1.7)])
-def test_network_of_one_opinion_gives_one_label_at_every_scale(scales: tuple[float, ...], flip: bool) -> None:
-    network = PixelNetwork(torch.zeros(3, 3), stride=4, bias=torch.tensor([0.0, 0.1, 2.0]))
-    config = SegmentationConfig(test_scales=scales, test_flip=flip)
-    image = torch.randint(0, 256, (3, 17, 22), dtype=torch.uint8, generator=generator(0))
-    mask = segment(network, image, config)
-    assert mask.dtype == torch.uint8 and mask.shape == (17, 22) and bool((mask == 2).all())
-
-
 class Sided(torch.nn.Module):
     """Class 1 on the left half of any image, with a logit of ``strength``."""
 

@@ -18,7 +18,7 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 
 from smaflib.classifier import crop_saliency
 from smaflib.config import TrainingConfig
@@ -161,17 +161,6 @@ def test_one_cycle_is_torchs_to_the_last_bit(iterations: int) -> None:
     assert rates(config) == expected
 
 
-def test_fit_learns_and_keeps_a_curve() -> None:
-    network = tiny_network()
-    config = training(iterations=40, learning_rate=0.02)
-    history = fit(network, batches_of(config), label_loss(network), Runtime())  # type: ignore[arg-type]
-    assert not network.training
-    assert [record["iteration"] for record in history] == [float(done) for done in range(1, 41)]
-    assert history[0].keys() == {"iteration", "L_cls", "L_size"}
-    first, last = (sum(record["L_cls"] for record in part) for part in (history[:10], history[-10:]))
-    assert last < first
-
-
 def test_history_is_the_mean_over_a_stretch() -> None:
     network, config = tiny_network(), training(iterations=101)  # a record for every 2 iterations
     seen: list[float] = []
@@ -205,7 +194,7 @@ SGD, PLAIN_SGD, ADAMW = ("sgd", "poly", 0.9), ("sgd", "poly", 0.0), ("adamw", "o
     ("optimizer", "schedule", "momentum", "iterations", "minutes", "killed_at"),
     [
         (*SGD, 9, 3, [2]),  # before the first checkpoint
-        *((*kind, 9, 3, [7]) for kind in (SGD, PLAIN_SGD, ADAMW)),
+        (*PLAIN_SGD, 9, 3, [7]),
         (*SGD, 9, 3, [3, 4, 8]),  # right after a checkpoint, and again, and again
         (*ADAMW, 102, 25, [40]),  # records every 2 iterations, so the checkpoint at 25 holds half a mean
         (*SGD, 160, 0, [80]),  # records every 3 iterations, a checkpoint at each
@@ -348,11 +337,10 @@ def test_loader_processes_can_be_spawned(tmp_path: Path) -> None:
     maps = FusedMaps(AttentionMaps(tmp_path / "cams", (1.0,)), samples)
     for sample in samples:
         maps.maps.write(sample.image_id, [torch.rand(6, 4, 4)], (64, 64))
-    for field in (crop_saliency, CropField("mask", masks, "nearest", 255), CropField("denoised", maps)):
-        batches = Batches(samples, training(iterations=2), 0, field)
-        loader = DataLoader(batches, batch_size=None, num_workers=1, multiprocessing_context="spawn")
-        for loaded, expected in zip(loader, batches, strict=False):
-            assert loaded.keys() == expected.keys() and all(torch.equal(loaded[k], expected[k]) for k in loaded)
+    fields = (crop_saliency, CropField("mask", masks, "nearest", 255), CropField("denoised", maps))
+    batches = ConcatDataset([Batches(samples, training(iterations=1), 0, field) for field in fields])
+    loader = DataLoader(batches, batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    assert [equal_batches(loaded, batches[number]) for number, loaded in enumerate(loader)] == [True] * 3
 
 
 def test_training_leaves_global_random_state_alone() -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minidata import make_mini
 from smaflib.cams import FUSIONS, at_size, multi_scale_cams, source_of
-from smaflib.classifier import classify_image, learned_views, predict_labels
+from smaflib.classifier import predict_label
 from smaflib.config import Config, CrfConfig, EvaluationConfig, FusionRule, PseudoMaskConfig
 from smaflib.data import Sample, load_samples
 from smaflib.data.masks import open_picture
@@ -38,7 +38,6 @@ from smaflib.models.pretrained import ROLES, UNSEEN_SEED, Role, pretrained_confi
 from smaflib.pseudo_masks import pseudo_mask
 from smaflib.reactivation import hard_labels, reactivate
 from smaflib.runs import Run, find_run
-from smaflib.runtime import Runtime, device_of
 
 CURVE_SCORES: tuple[float, ...] = tuple(round(0.02 * step, 2) for step in range(1, 50))
 """Background thresholds of the IoU curve."""
@@ -296,8 +295,7 @@ class Gallery:
         network = self.networks[next(role for role in ROLES if role in self.networks)].eval()
         if isinstance(network, ImageNetClassifier):
             self._add_classes(network, image)
-        logits = classify_image(network, image, Runtime(device_of(network)), learned_views(self.config))
-        self.samples.append(Sample(Path(name).stem, image, predict_labels(logits[None])[0]))
+        self.samples.append(Sample(Path(name).stem, image, predict_label(network, image, self.config)))
         return len(self.samples) - 1
 
     def _add_classes(self, network: ImageNetClassifier, image: Tensor) -> None:
