@@ -16,8 +16,8 @@ setup: .venv/.stamp  ## install the versions of requirements.lock into .venv (7 
 reproduce: setup  ## run the whole chain on the mini data set; ends with the results and the path of the report
 	$(BIN)/smaf run configs/mini.yaml
 
-# A test of two processes beside two others wants no more; whole files, since a file shares what its tests set up.
-AT_ONCE := --numprocesses=auto --maxprocesses=4 --dist=loadfile
+# Whole files, since a file shares what its tests set up, in the order of tests/conftest.py.
+AT_ONCE := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 test: setup browser  ## run all tests
 	$(BIN)/python -m pytest $(AT_ONCE)
 

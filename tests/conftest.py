@@ -19,6 +19,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("smaflib", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("smaflib")
 
+SLOWEST = ("test_notebooks", "test_presets", "test_processes", "test_in_lab", "test_installed", "test_segmentation")
+"""Files that start first, so that no worker waits for one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    names = {name: number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: names.get(item.path.stem, len(names)))
+
 
 @pytest.fixture(scope="session")
 def pretrained() -> Gallery:
