@@ -20,7 +20,6 @@ from smaflib.report.plots import (
     overlay_changes,
     overlay_mask,
     picture,
-    place_of_name,
     show_panels,
     window_around,
 )
@@ -48,12 +47,6 @@ def test_alternatives_are_blue_orange_or_green_where_they_differ_from_the_mask_i
     panel = overlay_alternatives(image, low, used, high, opacity=1)
     assert [tuple(panel[place]) for place in ((0, 0), (3, 3), (0, 3))] == [GAINED, LOST, BOTH]
     assert tuple(panel[1, 1]) == (100, 100, 100)
-
-
-def test_panels_have_captions_where_there_is_one() -> None:
-    panel = np.zeros((4, 4, 3), dtype=np.uint8)
-    figure = show_panels([[panel, panel]], captions=[["", "IoU 5%"]])
-    assert [[text.get_text() for text in axis.texts] for axis in figure.axes] == [[], ["IoU 5%"]]
 
 
 def test_row_of_pixels_has_an_axis_per_step_and_the_background_where_it_joins() -> None:
@@ -98,15 +91,3 @@ def test_names_stand_inside_of_their_regions_and_reach_the_figure() -> None:
     (axis,) = show_panels([[panel]]).axes
     assert [(text.get_text(), text.get_position()) for text in axis.texts] == [("ram", (6, 5)), ("$boat", (23, 15))]
     axis.figure.savefig(io.BytesIO())  # a dollar begins no formula
-
-
-def test_a_name_is_in_the_widest_part_of_a_region_or_beside_a_small_one() -> None:
-    region = np.zeros((10, 12), dtype=bool)
-    region[:, 0:5] = True
-    region[0, 8:] = True
-    row, column = place_of_name(region)
-    assert column == 2 and 2 <= row <= 7
-    region = np.zeros((64, 64), dtype=bool)
-    region[40:43, 20:23] = True
-    assert place_of_name(region) == (36, 21)
-    assert place_of_name(np.roll(region, -38, axis=0)) == (11, 21)  # no room above: below

@@ -13,12 +13,6 @@ from smaflib.reactivation import denoise
 from tools.make_assets import export_networks
 
 
-def test_they_are_small():
-    sizes = {path.name: path.stat().st_size for path in ASSETS.glob("*.safetensors")}
-    assert set(sizes) == {"mini_teacher.safetensors", "mini_student.safetensors"}
-    assert sum(sizes.values()) <= 3_000_000
-
-
 def test_their_maps_lie_on_the_objects_of_images_they_have_never_seen(tmp_path):
     make_mini(tmp_path / "data", 16, 1, seed=987)
     config = short_config(tmp_path / "data")
