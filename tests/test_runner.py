@@ -464,10 +464,3 @@ def test_missing_or_damaged_notebook_is_named(chain):
     with pytest.raises(RunError, match=r"02_use\.ipynb is missing"):
         chain.run()
     assert not chain.file("").exists()
-
-
-@pytest.mark.parametrize("name", ["../elsewhere", ".hidden", "a b", "", "n" * 101])
-def test_run_name_is_a_plain_folder_name(chain, name):
-    folders = {"notebooks": chain.folder / "notebooks", "runs": chain.folder / "runs"}
-    with pytest.raises(RunError, match="plain folder name"):
-        run_notebooks(chain.folder / "tiny.yaml", name, **folders, stages=CHAIN)

@@ -4,18 +4,15 @@ import sys
 from operator import attrgetter
 from pathlib import Path
 
-import matplotlib
 import nbformat
 import pandas as pd
 import pytest
-from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from PIL import Image
 from typer.testing import CliRunner
 
 from smaflib.apps.cli import app
 from smaflib.config import Config, DataConfig
-from smaflib.errors import ConfigError, RunError
+from smaflib.errors import RunError
 from smaflib.files import PARTIAL, PROJECT_ROOT, absolute
 from smaflib.runs import Run, find_run, open_run
 from smaflib.runs.inputs import (
@@ -35,8 +32,6 @@ from smaflib.runs.manifest import (
 )
 from smaflib.runs.metrics import Record
 from smaflib.runs.stages import STAGES, Stage, counts, stage_named
-
-matplotlib.use("agg")
 
 CHAIN = (
     Stage(
@@ -149,11 +144,6 @@ def test_refined_targets_depend_on_the_settings_of_masks(run, tmp_path):
 # the folder
 
 
-def test_new_run_folder_holds_all_settings(run, config_file):
-    assert "num_train: 2" in run.path("config.yaml").read_text()
-    assert open_run(run.folder, config_file).config == run.config
-
-
 def test_relative_paths_are_relative_to_the_checkout(monkeypatch, tmp_path, config_file):
     monkeypatch.chdir(tmp_path)
     run = Run(absolute("papermill_runs/x"), config=None, config_file=PROJECT_ROOT / "configs/mini.yaml")
@@ -169,12 +159,6 @@ def test_folder_of_other_settings_is_refused_and_kept(run, config_file):
     assert run.path("config.yaml").read_text() == before
 
 
-def test_wrong_setting_makes_no_folder(tmp_path, config_file):
-    with pytest.raises(ConfigError, match="did you mean"):
-        open_run(tmp_path / "new", config_file, ["classifier.iteration=3"])
-    assert not (tmp_path / "new").exists()
-
-
 def test_settings_that_no_longer_exist_are_an_error_of_the_run(run, config_file):
     run.path("config.yaml").write_text("gone: 1\n")
     with pytest.raises(RunError, match="another --name"):
@@ -186,16 +170,6 @@ def test_find_run_names_those_that_exist(run):
     assert find_run(str(run.folder)).name == "tiny"
     with pytest.raises(RunError, match="there are: tiny"):
         find_run("tinny", run.folder.parent)
-
-
-def test_figure_is_described_by_its_title(run):
-    figure = Figure()
-    figure.suptitle("Maps of a cat")
-    path = run.save_figure(figure, "03_scales")
-    assert path == run.path("figures", "03_scales.png")
-    with Image.open(path) as image:
-        assert image.info["Description"] == "Maps of a cat"
-    assert [left.name for left in path.parent.iterdir()] == ["03_scales.png"]
 
 
 # metrics
@@ -218,17 +192,6 @@ def test_stage_replaces_its_own_records_only(run):
     run.record("02_use", [{"metric": "iou", "value": 0.2}, {"metric": "recall", "value": 0.3}])
     run.record("02_use", [{"metric": "iou", "value": 0.4}])
     assert run.metrics()["value"].tolist() == [0.1, 0.4]
-
-
-def test_wrong_record_is_refused_and_nothing_written(run):
-    for wrong, message in (
-        ({"epoch": 3}, "epoch"),
-        ({"value": 64.6}, r"\[0, 1\]"),
-        ({"object_size": "tiny"}, "'medium' or 'large'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            run.record("01_make", [{"metric": "iou", "value": 0.5}, {"metric": "iou", "value": 0.1} | wrong])
-    assert not run.path("metrics.json").exists()
 
 
 # what is complete
@@ -365,17 +328,6 @@ def test_data_sets_count_by_lists_tables_and_the_sizes_of_pictures(tmp_path):
     (tmp_path / "labels.csv").write_text("image,label")
     assert changed_names(before, hashes("folder", **photos)) == ["data.labels"]
     assert outside_files(Config(data=DataConfig(kind="mini"))) == {}
-
-
-def test_custom_code_counts_by_the_content_of_its_file(run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_fusion_rule.py").write_text("def mean(maps): ...")
-    attention = run.config.attention.model_copy(update={"fusion": "my_fusion_rule:mean"})
-    custom, notebook = with_settings(run, attention=attention), write_notebook(tmp_path / "01_make.ipynb", "x = 1")
-    make_stage(custom, notebook)
-    assert reason(custom, notebook) is None
-    (tmp_path / "my_fusion_rule.py").write_text("def mean(maps): return maps[0]")
-    assert reason(custom, notebook) == "files of attention.fusion changed"
 
 
 def test_half_written_and_damaged_files_of_a_killed_attempt_go_and_others_stay(run, tmp_path):
