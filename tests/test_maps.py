@@ -12,10 +12,10 @@ from helpers import generator, make_samples
 
 from smaflib.cams import FUSIONS, fuse_cams
 from smaflib.config import AttentionConfig, EvaluationConfig
-from smaflib.data.views import load_views, views_of
+from smaflib.data.views import load_views
 from smaflib.errors import ConfigError
 from smaflib.evaluation import masks_of, sweep_thresholds
-from smaflib.maps import AttentionMaps, FusedMaps, MaskMaps, fuse_and_denoise, write_attention_maps
+from smaflib.maps import AttentionMaps, FusedMaps, fuse_and_denoise, write_attention_maps
 from smaflib.reactivation import denoise, hard_labels
 from smaflib.runtime import Runtime
 
@@ -71,17 +71,6 @@ def test_image_without_any_class_is_background(maps: AttentionMaps) -> None:
     assert [mask.any().item() for mask in masks_of(denoised, 0.5)] == [False]
 
 
-def test_views_of_a_split_are_those_of_each_image() -> None:
-    samples = make_samples(5)
-    batches = list(load_views(samples, (0.5, 1.0), Runtime()))
-    assert [len(batch.indices) for batch in batches] == [4, 1]
-    for batch in batches:
-        for row, index in enumerate(batch.indices):
-            assert torch.equal(batch.images[row], samples[index].image)
-            for views, view in zip(batch.views, views_of(samples[index].image, (0.5, 1.0)), strict=True):
-                assert torch.equal(views[row], view)
-
-
 def test_large_images_come_one_by_one_on_a_cpu_and_sizes_are_not_mixed() -> None:
     samples = [*make_samples(3, size=(150, 130)), *make_samples(2, size=(300, 200)), *make_samples(1, size=(64, 64))]
     batches = load_views(samples, (1.0,), Runtime(), indices=[0, 1, 2, 3, 4, 5])
@@ -106,8 +95,3 @@ def test_fusing_the_labelled_classes_alone_changes_nothing(rule: str) -> None:
         image_label = torch.tensor(label).float()
         expected = denoise(fuse_cams(cams, (8, 9), rule, scales), image_label)
         assert torch.equal(fuse_and_denoise(cams, (8, 9), image_label, rule, scales), expected)
-
-
-def test_masks_are_maps_of_zero_and_one() -> None:
-    (maps,) = MaskMaps([torch.tensor([[0, 2], [1, 2]], dtype=torch.uint8)], num_classes=2)
-    assert maps.tolist() == [[[0, 0], [1, 0]], [[0, 1], [0, 1]]]

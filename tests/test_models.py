@@ -156,15 +156,6 @@ def test_skip_gives_maps_at_stride_4() -> None:
 # --- networks from checkpoints ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("background", [False, True])
-def test_network_is_rebuilt_from_its_checkpoint(tmp_path: Path, background: bool) -> None:
-    teacher = make_teacher(background)
-    path = tmp_path / "teacher.safetensors"
-    write_weights(path, teacher.state_dict() | {"optimizer.0.step": torch.ones(())})
-    again = load_attention_network(path, tiny_config().model, 3)
-    assert again.background == background and not again.training and same_weights(again, teacher)
-
-
 def test_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "some.safetensors"
     write_weights(path, {"aspp.0.weight": torch.ones(1)})
