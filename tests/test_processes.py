@@ -30,7 +30,7 @@ from smaflib.pipeline import (
     write_maps,
     write_masks,
 )
-from smaflib.processes import barrier, gather, num_processes, num_ranks, part, rank, run_in_processes, sum_over_ranks
+from smaflib.processes import barrier, num_processes, rank, run_in_processes
 from smaflib.runtime import Runtime
 from smaflib.segmentation import train_segmenter
 from smaflib.self_training import self_train
@@ -76,25 +76,6 @@ def test_several_processes_learn_what_one_learns(tmp_path: Path) -> None:
             assert difference <= 1e-5 * float(value.float().abs().max()), (name, key)
         for left, right in zip(load_history(one / name), load_history(three / name), strict=True):
             assert right == pytest.approx(left, rel=1e-4)
-
-
-def check_collectives() -> None:
-    assert num_ranks() == 3 and gather(part(range(7))) == list(range(7))
-    assert sum_over_ranks(torch.tensor([1.0, rank()])).tolist() == [3, 0 + 1 + 2]
-    own = torch.full((2,), float(rank()), requires_grad=True)
-    (own * 2).sum().backward()
-    processes.sum_gradients([own])  # type: ignore[list-item]
-    assert own.grad is not None and own.grad.tolist() == [6, 6]
-    run_in_processes(2, check_collectives)  # inside one of several: nothing is started
-
-
-def test_sums_and_parts(tmp_path: Path) -> None:
-    run_in_processes(3, check_collectives)
-    value = torch.ones(2)
-    assert (rank(), num_ranks()) == (0, 1) and sum_over_ranks(value) is value and gather([1, 2]) == [1, 2]
-    (tmp_path / "a.png").touch()
-    assert processes.missing_files(tmp_path, ["b", "a", "c"]) == [0, 2]
-    assert processes.missing_files(tmp_path / "none", ["a"]) == [0]
 
 
 def test_a_training_resumes_with_another_number_of_processes(tmp_path: Path) -> None:

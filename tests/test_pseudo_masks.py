@@ -13,7 +13,7 @@ from torch import Tensor
 from smaflib import pseudo_masks as module
 from smaflib.config import CrfConfig, ParConfig, PseudoMaskConfig
 from smaflib.data.masks import read_mask
-from smaflib.pseudo_masks import pseudo_mask, pseudo_masks, write_pseudo_masks
+from smaflib.pseudo_masks import pseudo_mask, write_pseudo_masks
 from smaflib.refinement import dense_crf, pixel_adaptive_refinement
 
 CRF = CrfConfig(iterations=3, bilateral_sxy=10, bilateral_srgb=8, bilateral_compat=6)
@@ -21,23 +21,18 @@ SIZE = (16, 20)
 UNREFINED = PseudoMaskConfig(refine="none")
 
 
-def with_crf(num_workers: int = 1) -> PseudoMaskConfig:
-    return PseudoMaskConfig(crf=CRF, num_workers=num_workers)
-
-
 class RandomMaps(Sequence[Tensor]):
     """(3, 16, 20) per image, made when asked for; notes what was asked for."""
 
     def __init__(self, num: int) -> None:
-        self.num, self.asked, self.given = num, [], []  # type: ignore[var-annotated]
+        self.num, self.asked = num, []  # type: ignore[var-annotated]
 
     def __len__(self) -> int:
         return self.num
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
         self.asked.append(index)
-        self.given.append(torch.rand(3, *SIZE, generator=generator(index)))
-        return self.given[-1]
+        return torch.rand(3, *SIZE, generator=generator(index))
 
 
 def test_labels_by_hand() -> None:
@@ -51,19 +46,9 @@ def test_labels_by_hand() -> None:
 def test_crf_refines_the_hard_labels_over_all_classes() -> None:
     sample, denoised = make_samples(1, SIZE)[0], RandomMaps(1)[0]
     hard = pseudo_mask(sample.image, denoised, 0.5, UNREFINED)
-    refined = pseudo_mask(sample.image, denoised, 0.5, with_crf())
+    refined = pseudo_mask(sample.image, denoised, 0.5, PseudoMaskConfig(crf=CRF))
     assert torch.equal(refined, dense_crf(sample.image, hard, CRF, num_labels=4))
     assert not torch.equal(refined, hard)
-
-
-def test_processes_give_what_one_process_gives_in_the_same_order() -> None:
-    samples, maps = make_samples(9, SIZE), RandomMaps(9)
-    serial = list(pseudo_masks(samples, maps, 0.5, with_crf(1)))
-    parallel = list(pseudo_masks(samples, maps, 0.5, with_crf(2)))
-    assert all(torch.equal(one, other) for one, other in zip(serial, parallel, strict=True))
-    assert not torch.equal(serial[0], serial[1])
-    # Shared memory is small in containers (64 MB) and maps are large.
-    assert not any(given.is_shared() for given in maps.given)
 
 
 def test_existing_masks_are_kept_and_maps_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

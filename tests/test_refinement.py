@@ -81,16 +81,6 @@ def test_merging_the_absent_labels_is_exact(
     assert len(merged.labels) <= num_present + 1 and int(merged.counts.sum()) == num_labels
 
 
-def test_merged_channel_by_hand() -> None:
-    # Labels 0 and 2 of five occur: 1, 3 and 4 share a channel in the place of label 1.
-    unary = hard_unary(torch.tensor([[0, 2]]), 5, CrfConfig(gt_prob=0.6))
-    assert unary.labels.tolist() == [0, 1, 2] and unary.counts.tolist() == [1, 3, 1]
-    expected = torch.tensor([[0.6, 0.1], [0.3, 0.3], [0.1, 0.6]])  # probabilities, (channel, pixel)
-    torch.testing.assert_close((-unary.energies).exp()[:, 0], expected)
-    # A channel of three labels is no likelier than each of them.
-    assert unary.argmax_labels(torch.tensor([[[0.3, 0.2]], [[0.5, 0.8]], [[0.2, 0.0]]])).tolist() == [[0, 1]]
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("soft", [False, True])
 def test_noisy_square_becomes_the_square(soft: bool, backend: CrfBackend) -> None:
@@ -326,13 +316,3 @@ def test_jobs_are_taken_as_there_is_room() -> None:
     for index, _ in enumerate(parallel._one_ahead(jobs())):  # for a GPU
         assert len(taken) <= index + 2
     assert len(taken) == 60
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_in_a_job_arrives(workers: int) -> None:
-    def broken() -> Iterator[tuple[Tensor, Tensor]]:
-        yield from many_jobs(9)
-        raise OSError("photo7.jpg is damaged")
-
-    with pytest.raises(OSError, match=r"photo7\.jpg is damaged"):
-        list(refine_many(broken(), PARAMS, 3, num_workers=workers))

@@ -102,30 +102,6 @@ def test_targets_are_reactivated_crops_at_a_quarter_of_the_side(monkeypatch: pyt
     assert len(seen) == 2
 
 
-def test_image_and_target_are_cut_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the target has class c the image has its colour, whatever the crop and flip."""
-    pairs: list[tuple[Tensor, Tensor]] = []
-    original = self_training.Batches.__getitem__
-
-    def spy(batches: object, iteration: int) -> dict[str, Tensor]:
-        batch = original(batches, iteration)  # type: ignore[arg-type]
-        pairs.append((batch["image"], batch["denoised"]))
-        return batch
-
-    monkeypatch.setattr(self_training.Batches, "__getitem__", spy)
-    config = tiny_config(self_training={"iterations": 6, "batch_size": 4})
-    train_student(new_teacher(config, 3, CPU), make_samples(), masks_as_maps(), config, CPU)
-    checked = 0
-    for images, cleans in pairs:
-        for image, denoised in zip(images, cleans, strict=True):
-            for number in range(3):
-                core = denoised[number] > 0.99
-                others = [channel for channel in range(3) if channel != number]
-                assert bool((image[number][core] > 1).all()) and bool((image[others][:, core] < -1).all())
-                checked += int(core.sum())
-    assert checked > 1000
-
-
 def test_a_fresh_head_starts_undecided() -> None:
     config = tiny_config(self_training={"fresh_head": True, "learning_rate": 1e-12, "iterations": 1})
     teacher, samples = new_teacher(config, 3, CPU), make_samples(2)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smaflib.errors import ConfigError
 from smaflib.reactivation import hard_labels
 from smaflib.thresholds import CANDIDATES, MAX_IMAGES, agreement, choose_bg_score, separation
 
@@ -42,22 +40,6 @@ def test_only_the_strongest_class_counts() -> None:
 def test_choice_lies_between_the_groups(low: float, gap: float) -> None:
     chosen = choose_bg_score([two_levels(low - 0.02, low + gap), torch.zeros(1, 3, 3)])
     assert low - 0.02 <= chosen < low + gap
-
-
-def test_without_an_image_there_is_no_choice() -> None:
-    with pytest.raises(ValueError, match="at least one image"):
-        choose_bg_score([])
-    with pytest.raises(ConfigError, match="attention.bg_score"):
-        tiny_config(attention={"bg_score": "otsu"})
-
-
-def test_agreement_by_hand() -> None:
-    # Four pixels of scores 0.1, 0.3, 0.5, 0.7, the last two salient. Above 0.2 are three, two of them salient.
-    maps, saliency = torch.tensor([[[0.1, 0.3], [0.5, 0.7]]]), torch.tensor([[0.0, 0.5], [0.6, 1.0]])
-    both, either = agreement(maps, saliency)
-    values = dict(zip(CANDIDATES, torch.stack([both, either]).T.tolist(), strict=True))
-    assert values[0.2] == [2, 3] and values[0.3] == [2, 2]  # a score on the threshold is background
-    assert values[0.5] == [1, 2] and values[0.7] == [0, 2]
 
 
 def test_saliency_maps_decide_where_there_are_some() -> None:

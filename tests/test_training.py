@@ -76,13 +76,6 @@ def equal_batches(one: Batch, other: Batch) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_batch_holds_images_labels_and_what_the_loss_asked_for() -> None:
-    batch = batches_of(training(batch_size=3))[0]
-    assert batch["image"].shape == (3, 3, 8, 8) and batch["image"].dtype == torch.float32
-    samples = make_samples(5)
-    assert torch.equal(batch["image_label"], samples.image_labels[batch["index"]])
-
-
 def test_batches_of_whole_images_are_squares_of_one_side_each() -> None:
     batches = batches_of(training(batch_size=3, whole_images=True, iterations=30))
     shapes = [tuple(batches[iteration]["image"].shape) for iteration in range(30)]
