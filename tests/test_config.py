@@ -56,11 +56,6 @@ def test_defaults_are_those_of_the_reference_on_voc() -> None:
     assert DataConfig().kind == "voc"
 
 
-def test_settings_are_frozen() -> None:
-    with pytest.raises(ValueError, match="frozen"):
-        check().seed = 1  # type: ignore[misc]
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_is_valid_and_names_settings_that_exist(path: Path) -> None:
     load_config(path)
@@ -93,35 +88,23 @@ def test_the_closest_setting_is_suggested(override: str) -> None:
 
 REFUSED = {
     "classifier.iterations=banana": r"classifier\.iterations: .*integer.*got 'banana'",
-    "classifier.iterations=0": "greater than 0",
     "classifier.iterations=2.5": "integer",
-    f"classifier.iterations={10**30}": "less than",
-    "classifier.learning_rate=-1": "greater than 0",
     "classifier.learning_rate=.inf": "finite",
-    "classifier.momentum=1.5": "less than or equal to 1",
-    "classifier.crop_size=2": "greater",
     "classifier.optimizer=adam": "'sgd' or 'adamw'",
     "classifier.resize_range=[512, 256]": r"must be \(smaller, larger\), got \[512, 256\]",
-    "classifier.color_jitter=[0.1]": "required",
     "classifier=3": "dictionary.*got 3",
-    "attention.scales=[]": "at least 1",
     "attention.scales=[0]": r"attention\.scales\.0: .*greater",
     "attention.bg_score=0": "greater",
-    "attention.bg_score=1.2": "less",
     "attention.bg_score=otsu": "'auto'",
     "attention.fusion=product": r"must be sum, mean, max, size_adaptive or package\.module:attribute",
     "attention.source=grad_cam": "must be network or package",
     "data.kind=imagenet": "must be mini, voc, coco, folder or package",
     "pseudo_masks.refine=sam": "must be crf, par, none or package",
     "pseudo_masks.crf=fast": "no CRF preset 'fast'; choose one of reference, irn, deeplab, mini, soft",
-    "pseudo_masks.crf.preset=fast": "no CRF preset 'fast'",
-    "pseudo_masks.crf.gt_prob=1": "less than 1",
     "pseudo_masks.crf.bilateral_sxy=1e-30": "greater",  # would be a segmentation fault
     "pseudo_masks.crf.bilateral_compat=-.inf": "finite|greater",
     "evaluation.size_limits=[0.5, 0.1]": "smaller, larger",
-    "evaluation.paper_results={pseudo_masks: 739}": "less",
     "evaluation.paper_results={pseudo_mask: 73.9}": "pseudo_masks",
-    "model.head_channels={a: 1}": "integer",
     "processes=0": "greater|'auto'",
     "precision=fp16": "'auto', 'float32' or 'bf16'",
     "seed=2001-13-45": "not valid YAML",
@@ -136,7 +119,7 @@ REFUSED = {
 def test_values_that_do_not_fit_are_refused(override: str) -> None:
     with pytest.raises(ConfigError, match=f"(?s){REFUSED[override]}") as caught:
         load_config(MINI, [override])
-    assert override.partition("=")[0].removesuffix(".preset") in str(caught.value) and len(str(caught.value)) < 2000
+    assert override.partition("=")[0] in str(caught.value) and len(str(caught.value)) < 2000
 
 
 def test_all_problems_are_listed_at_once() -> None:
@@ -176,7 +159,6 @@ def test_the_drawn_set_brings_its_saliency_maps() -> None:
     ("content", "message"),
     [
         (b"data: [1, ", "is not valid YAML"),
-        (b"seed: " + b"[" * 100_000, "is not valid YAML"),
         (b"seed: \xff\xfe", "is not UTF-8 text"),
         (b"- 1\n- 2\n", "must hold settings such as 'seed: 0', got a list"),
         (b"sed: 1\n", r"some\.yaml:\n  there is no setting sed; did you mean seed\?"),
@@ -191,17 +173,6 @@ def test_files_that_hold_no_settings(tmp_path: Path, content: bytes, message: st
     assert len(str(caught.value)) < 4000
     with pytest.raises(FileNotFoundError, match=r"no config file .*absent\.yaml; smaflib comes with those in configs/"):
         load_config(tmp_path / "absent.yaml")
-
-
-@settings(max_examples=40)
-@given(text=st.text(st.characters(codec="utf-8"), max_size=200))
-def test_any_text_is_settings_or_an_error(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    path = tmp_path_factory.getbasetemp() / "any.yaml"
-    path.write_text(text, encoding="utf-8")
-    try:
-        load_config(path)
-    except ConfigError as error:
-        assert len(str(error)) < 3000
 
 
 # --- reading and writing ----------------------------------------------------------------------------------------------

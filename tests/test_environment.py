@@ -2,19 +2,13 @@
 
 import os
 import re
-import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
-import nbformat
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-import smaflib
 
 ROOT = Path(__file__).parents[1]
 CONDA_NAMES = {
@@ -61,12 +55,6 @@ def read_lock() -> dict[str, str]:
     return pins
 
 
-def test_the_dev_extra_has_the_packages_of_the_others():
-    extras = read_pyproject()["project"]["optional-dependencies"]
-    assert {Requirement(line).name for line in extras["offline"]} == WEIGHTS
-    assert set(extras["dev"]) > {*extras["coco"], *extras["offline"]}
-
-
 def test_environment_yml_lists_the_packages_of_pyproject():
     packages, pip_section = read_environment()
     expected = {CONDA_NAMES.get(name, name) for name in read_requirements().keys() - NOT_ON_CONDA_FORGE}
@@ -90,23 +78,12 @@ def test_lock_satisfies_the_bound_of_pyproject(name):
     assert read_requirements()[name].specifier.contains(version), f"{name} {version}: run `make lock`"
 
 
-def test_the_version_is_said_once_and_cited():
-    assert read_pyproject()["project"]["dynamic"] == ["version"]
-    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == smaflib.__version__
-
-
 def test_wheel_holds_every_file_of_the_package():
     patterns = read_pyproject()["tool"]["setuptools"]["package-data"]["smaflib"]
     package = ROOT / "smaflib"
     files = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert package / "py.typed" in files
     assert {path for pattern in patterns for path in package.glob(pattern)} == files
-
-
-def test_ci_runs_what_make_test_runs():
-    last_line = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
-    assert last_line == "exec make --no-print-directory test"
-    assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
 def test_binder_installs_the_packages_of_environment_yml_but_for_development():
@@ -126,38 +103,3 @@ def test_binder_installs_the_packages_of_environment_yml_but_for_development():
     assert binder_conda - {"setuptools>=77"} == needed
     assert binder_pip == {line for line in pip - {"-e ."} if Requirement(line).name not in development}
     assert os.access(ROOT / "binder" / "postBuild", os.X_OK)
-
-
-@pytest.mark.skipif(shutil.which("git") is None or shutil.which("make") is None, reason="needs git and make")
-def test_a_notebook_that_jupyterlab_has_saved_is_not_changed_for_git(tmp_path):
-    for name in (".gitattributes", "Makefile"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "notebooks").mkdir()
-    path = Path(shutil.copy(ROOT / "notebooks" / "01_data.ipynb", tmp_path / "notebooks"))
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    strip = tmp_path / ".venv" / "bin" / "nbstripout"
-    strip.write_text(f"#!/bin/sh\nexec '{sys.executable}' -m nbstripout \"$@\"\n")
-    strip.chmod(0o755)
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-c", "user.name=x", "-c", "user.email=x@x", *arguments]
-        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-
-    git("init", "--quiet")
-    subprocess.run(["make", "--silent", "gitfilter"], cwd=tmp_path, check=True)
-    git("add", "--all")
-    assert git("show", ":notebooks/01_data.ipynb") == path.read_text(encoding="utf-8")  # a clean notebook stays
-    git("commit", "--quiet", "--message", "x")
-
-    notebook = nbformat.read(path, as_version=4)
-    notebook.metadata.language_info |= {"version": "3.12.1", "mimetype": "text/x-python"}
-    cell = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    cell.execution_count, cell.outputs = 7, [nbformat.v4.new_output("stream", text="hello")]
-    nbformat.write(notebook, path)
-    # "git status" names a file of another size until it is added; there is nothing to see or to commit.
-    assert git("diff") == ""
-    git("add", "--all")
-    assert git("status", "--porcelain", "notebooks") == ""
-    cell.source += "\nchanged = True"
-    nbformat.write(notebook, path)
-    assert git("status", "--porcelain", "notebooks") == " M notebooks/01_data.ipynb\n"
