@@ -132,15 +132,6 @@ def test_bad_csv_is_refused_with_line_and_cure(photos: Path, text: str | bytes, 
     assert "labels.csv" in str(caught.value)
 
 
-def test_everything_is_checked_before_anything_is_decoded(photos: Path) -> None:
-    (photos / "a.jpg").write_bytes(b"damaged")
-    with pytest.raises(DataError, match=r"no image x\.jpg"):
-        load(photos, "image,labels\na.jpg,cat\nx.jpg,cat\n")
-    samples = load(photos)
-    with pytest.raises(DataError, match=r"a\.jpg cannot be read as an image"):
-        samples[0]
-
-
 def test_name_without_ending_must_be_clear(photos: Path) -> None:
     Image.new("RGB", (4, 4)).save(photos / "a.png")
     assert load(photos, "image,labels\na.jpg,cat\n")[0].image.shape == (3, HEIGHT, WIDTH)

@@ -60,15 +60,6 @@ def test_labels_that_would_run_code_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "trace").exists() and not (tmp_path / "labels.csv").exists()
 
 
-@pytest.mark.parametrize("table", [{"x": [0, 2]}, {"x": "cat"}, [1, 2]], ids=str)
-def test_other_content_is_named(tmp_path: Path, table: Any) -> None:
-    boxed = np.empty((), dtype=object)
-    boxed[()] = table
-    np.save(tmp_path / "a.npy", boxed, allow_pickle=True)
-    with pytest.raises(ValueError, match=r"a\.npy.*(the labels of 'x' are no vector of 2|not a dictionary)"):
-        convert(tmp_path / "a.npy", tmp_path / "labels.csv", ["cat", "dog"])
-
-
 # --- check ------------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -114,11 +113,6 @@ def test_masks_folder_can_be_chosen(root: Path) -> None:
         load(root, masks="Other")
 
 
-def test_samples_travel_to_loader_processes(root: Path) -> None:
-    samples = pickle.loads(pickle.dumps(load(root)))
-    assert torch.equal(samples[2].image, load(root)[2].image)
-
-
 def test_orientation_flag_does_not_turn_voc_images(root: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # a viewer turns the picture by a quarter
@@ -168,14 +162,7 @@ STRUCTURE: list[tuple[str, object, dict[str, Any], str]] = [
     ("Annotations/b.xml", None, {}, r"b\.xml cannot be read \(.*No such file.*; add it, or set"),
     ("Annotations/b.xml", "<annotation><object>", {}, r"b\.xml cannot be read \(no element"),
     ("Annotations/c.xml", annotation(), {}, r"c\.xml has no object; add its class"),
-    ("Annotations/c.xml", annotation("horse", "cow"), {}, r"c\.xml has only cow, horse; add its class"),
     ("labels.csv", "image,labels\na,cat\nb,dog\n", CSV, r"no line in .*labels\.csv for c \(1 of 3 missing\)"),
-    (
-        "labels.csv",
-        "image,labels\na,cat\nb,soffa\nc,cat",
-        CSV,
-        r"labels\.csv, line 3: .* no class 'soffa' \(did you",
-    ),
     ("SegmentationClass/b.png", None, {"label_source": "masks"}, r"no mask in .*SegmentationClass for b "),
     ("SegmentationClass/c.png", np.zeros((8, 12), np.uint8), {"label_source": "masks"}, r"c\.png is all background"),
     ("SegmentationClass/c.png", np.full((8, 12), 4), {"label_source": "masks"}, r"c\.png holds the value 4; with 3 cl"),
