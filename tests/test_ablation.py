@@ -6,19 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pytest
 from typer.testing import CliRunner
 
-from smaflib.apps.ablation import FULL, LABELS, RESULT, RUNS, ablate, ablation_table, command, read_ablation
+from smaflib.apps.ablation import FULL, RESULT, RUNS, ablate, ablation_table, command, read_ablation
 from smaflib.apps.cli import app
 from smaflib.config import Variant
 from smaflib.errors import ConfigError
-from smaflib.report.plots import plot_ablation
 from smaflib.runs import Run, open_run, runner
 from smaflib.runs.manifest import write_manifest
-
-matplotlib.use("agg")
 
 STUDENTS = {"full": 0.6, "single-scale": 0.55, "undenoised": 0.5, "unreactivated": 0.45}
 """mIoU of the pseudo masks, by the end of a run's name."""
@@ -155,14 +151,6 @@ def test_table_by_hand() -> None:
     one_seed = ablation_table(by_hand((FULL, 0, 0.5), ("no_crf", 0, 0.4)))
     assert one_seed.loc["without CRF", "to full"] == "-10.0"
     assert ablation_table(by_hand((FULL, 0, 0.5))).loc["the whole chain", "to full"] == "–"
-
-
-def test_figure_has_a_dot_for_each_seed() -> None:
-    figure = plot_ablation(by_hand((FULL, 0, 0.5), (FULL, 1, 0.7), ("no_crf", 0, 0.4), ("no_crf", 1, 0.5)), LABELS)
-    titles = [axis.get_title() for axis in figure.axes]
-    assert titles == ["mIoU, all pixels", "small objects", "medium objects", "large objects"]
-    dots = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
-    assert [sorted(float(x) for x in line.get_xdata()) for line in dots] == [[50.0, 70.0], [40.0, 50.0]]
 
 
 def test_command_line(chain: FakeChain, run: Run) -> None:

@@ -110,19 +110,6 @@ def test_every_class_peaks_at_1(seed: int, rule: str) -> None:
     assert bool((peaks <= 1).all()) and bool((peaks > 1 - 1e-4).all())
 
 
-@settings(max_examples=30)
-@given(seed=st.integers(0, 2**20), rule=st.sampled_from(RULES))
-def test_classes_are_fused_independently(seed: int, rule: str) -> None:
-    cams, scales = some_cams(seed, num_classes=3), (0.5, 1.0, 2.0)
-    for cam in cams:
-        cam[2] = 0  # a class without attention stays without
-    together = fuse_cams(cams, (6, 6), rule, scales)
-    assert not together[2].any()
-    for number in range(3):
-        alone = fuse_cams([cam[number : number + 1] for cam in cams], (6, 6), rule, scales)
-        torch.testing.assert_close(alone[0], together[number], rtol=1e-5, atol=1e-6)
-
-
 def test_maps_that_cannot_be_fused_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot load product"):
         fuse_cams([torch.rand(2, 3, 3)], (4, 4), "product", [1.0])

@@ -67,11 +67,6 @@ def tiny(**groups: dict[str, Any]) -> Config:
     return tiny_config(data={"kind": "mini", "num_train": 10, "num_val": 4, "image_size": 64}, **groups)
 
 
-def test_the_page_has_an_example_of_about_twenty_lines_for_each_kind() -> None:
-    assert sorted(EXAMPLES) == ["my_data.py", "my_networks.py", "my_refinements.py", "my_rules.py", "my_sources.py"]
-    assert {name: len(code.splitlines()) for name, code in EXAMPLES.items() if len(code.splitlines()) > 26} == {}
-
-
 def test_a_whole_chain_of_examples(beside: Path) -> None:
     config = tiny(**NAMES)
     check_custom(config)
