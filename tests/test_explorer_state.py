@@ -126,39 +126,6 @@ def test_pretrained_gallery_is_the_same_every_time_and_unseen(pretrained: Galler
     assert one.cams(0, "teacher", True)[0] is one.cams(0, "teacher", True)[0]  # kept
 
 
-def test_what_the_notebook_suggests_to_try_is_so() -> None:
-    gallery, index = Gallery.pretrained(8), 2
-    names, first = gallery.class_names, gallery.first_settings(2)
-    llama, crane = names.index("llama"), names.index("crane")
-    assert first.image_label == (llama, crane) and gallery.scales == (0.5, 1.0, 1.5, 2.0)
-
-    def iou(number: int, role: str = "teacher", image: int = index, **changes: object) -> float:
-        settings = replace(gallery.first_settings(image), **changes)  # type: ignore[arg-type]
-        found = gallery.explore(image, role, settings).iou  # type: ignore[arg-type]
-        assert found is not None
-        return float(found[number + 1])
-
-    small, large = (0.0, 0.0, 0.0, 1.0), (1.0, 0.0, 0.0, 0.0)
-    assert iou(crane, weights=small) > iou(crane, weights=large) + 0.3
-    assert iou(llama, weights=large) > iou(llama, weights=small) + 0.1
-
-    def mean(**changes: object) -> float:
-        return gallery.explore(index, "teacher", replace(first, **changes)).miou  # type: ignore[arg-type]
-
-    assert mean(denoise=False) < mean() - 0.2
-    assert mean(image_label=(*first.image_label, names.index("ram"))) < mean() - 0.02
-    by_role = [
-        [iou(k, role, image) for image, k in ((1, names.index("plant")), (2, crane))] for role in ("teacher", "student")
-    ]
-    assert by_role[1][0] > by_role[0][0] and by_role[1][1] < by_role[0][1]  # better on some, worse on others
-    curve = gallery.explore(index, "teacher", first).iou_curve()
-    assert curve is not None
-    assert curve[:, llama + 1].nan_to_num(-1).argmax() < curve[:, crane + 1].nan_to_num(-1).argmax()
-    crf = gallery.config.pseudo_masks.crf
-    gains = [iou(llama, image=image, crf=crf) - iou(llama, image=image) for image in (4, 2)]
-    assert gains[0] > 0.2 and gains[1] < 0.1
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """A run on four drawn images, without attention maps."""

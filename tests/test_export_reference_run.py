@@ -17,7 +17,6 @@ from nbformat import v4
 from PIL import Image
 
 from smaflib.apps.ablation import RESULT
-from smaflib.errors import RunError
 from smaflib.files import PROJECT_ROOT
 from smaflib.runs import Run, open_run
 from smaflib.runs.manifest import write_manifest
@@ -28,7 +27,6 @@ from tools.export_reference_run import (
     code_of,
     export_reference,
     folder_size,
-    to_small,
 )
 
 NAMES = [stage.name for stage in STAGES]
@@ -46,10 +44,6 @@ def dangling(folder: Path) -> list[str]:
 
 
 # --- the one that git keeps -------------------------------------------------------------------------------------------
-
-
-def test_reference_run_is_there() -> None:
-    assert (REFERENCE / "index.html").is_file(), f"papermill_runs/reference is missing; {RENEW}"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -144,20 +138,3 @@ def test_export_holds_what_people_read_and_nothing_else(run: Run, tmp_path: Path
     assert page.count('src="figures/03_thing.webp"') == 1  # saved by the run: not a second time inside the page
     assert page.count('src="data:image/webp;base64,') == 1
     assert page.count('alt="What it shows"') == 2
-
-
-def test_picture_of_few_colours_stays_sharp() -> None:
-    buffer = io.BytesIO()
-    plain = Image.new("RGB", (300, 200), (255, 255, 255))
-    plain.paste((0, 114, 178), (50, 50, 60, 150))
-    plain.save(buffer, "png")
-    kind, small = to_small(buffer.getvalue())
-    with Image.open(io.BytesIO(small)) as picture:
-        assert kind == "image/png" and picture.convert("RGB").tobytes() == plain.tobytes()
-
-
-def test_an_incomplete_run_is_refused(run: Run, tmp_path: Path) -> None:
-    write_manifest(run.folder, {"stages": {}})
-    with pytest.raises(RunError, match="00_one_image_end_to_end"):
-        export_reference(run.folder, tmp_path / "reference")
-    assert not (tmp_path / "reference").exists()
