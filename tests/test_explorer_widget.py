@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from dataclasses import replace
 
@@ -122,6 +123,35 @@ def test_a_network_of_photos_takes_a_photo_itself(explorer: Explorer) -> None:
     explorer.gallery.knows_photos = True
     upload(explorer, "mine.png", picture())
     assert explorer.board.index == 3 and len(explorer.board.images) == 4
+
+
+def test_in_a_kernel_the_crf_waits_for_a_rest_and_runs_once(
+    explorer: Explorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explorer_module, "REST_SECONDS", 0.05)
+    refined = []
+    explore = explorer_module.explore
+
+    def counted(sample, cams, scales, settings):  # type: ignore[no-untyped-def]
+        refined.extend([settings.bg_score] if settings.crf else [])
+        return explore(sample, cams, scales, settings)
+
+    monkeypatch.setattr(explorer_module, "explore", counted)
+
+    async def drag() -> None:
+        explorer.controls["crf"].value = True
+        for step in range(5):
+            explorer.controls["bg_score"].value = 0.40 + 0.01 * step
+            assert explorer.board.status["kind"] == "busy" and "refining" in explorer.board.status["text"]
+            assert explorer.exploration.settings.crf is None  # meanwhile the mask before the CRF
+            await asyncio.sleep(0.01)
+        assert explorer._refining is not None
+        await explorer._refining
+
+    asyncio.run(drag())
+    assert refined == [pytest.approx(0.44)]
+    assert explorer.exploration.settings == explorer.settings and explorer.settings.crf is not None
+    assert explorer.board.status["kind"] == "" and torch.equal(explorer.exploration.mask, expected(explorer).mask)
 
 
 def test_a_runs_settings_and_networks_are_offered_as_they_are(pretrained: Gallery) -> None:
