@@ -55,10 +55,9 @@ docs: setup  ## build the documentation, offline: docs/_build/html/index.html
 lab: setup  ## open the notebooks in JupyterLab; the reports of runs can be opened there, too
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_one_image_end_to_end.ipynb
 
-assets: setup  ## take the pretrained weights and the README's pictures from the run papermill_runs/mini and its ablation
+assets: setup  ## renew the pretrained weights and the README's picture from the run papermill_runs/mini
 	$(BIN)/python -m tools.make_assets papermill_runs/mini docs/chain.png
-	cd papermill_runs/mini/figures && for pair in 03_examples:scales_per_image 08_ablation:ablation \
-	  06_pseudo_masks:pseudo_masks; do cp $${pair%%:*}.png ../../../docs/$${pair##*:}.png; done
+	cp papermill_runs/mini/figures/03_examples.png docs/scales_per_image.png
 
 screenshots: setup browser  ## take the pictures of the explorer again, in a real browser
 	SMAF_SCREENSHOTS=docs $(BIN)/python -m pytest tests/browser -k screenshot
