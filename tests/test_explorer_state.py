@@ -122,7 +122,7 @@ def test_pretrained_gallery_is_the_same_every_time_and_unseen(pretrained: Galler
     network, image = one.networks["teacher"], one.samples[0].image
     for flip in (True, False):
         expected = multi_scale_cams(network, image, one.scales, flip)
-        assert all(map(torch.equal, one.cams(0, "teacher", flip), expected))
+        torch.testing.assert_close(one.cams(0, "teacher", flip), expected)  # the network's memory layout may differ
     assert one.cams(0, "teacher", True)[0] is one.cams(0, "teacher", True)[0]  # kept
 
 
