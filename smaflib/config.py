@@ -239,7 +239,7 @@ CRF_PRESETS: dict[str, dict[str, Any]] = {
     "deeplab": {"unary": "scores", "gaussian_sxy": 1, "bilateral_sxy": 67, "bilateral_srgb": 3, "bilateral_compat": 4},
     # images of 128 pixels, in a fraction of a second
     "mini": _SMALL_IMAGES,
-    # the same from soft scores: tuned on mini's training split by benchmarks/soft_preset.py
+    # the same from soft scores: tuned on mini's training split, by benchmarks/soft_preset.py of commit e335c90
     "soft": _SMALL_IMAGES | {"unary": "scores", "sharpness": 1.5, "gaussian_compat": 1.0},
 }
 """CRF settings by name: ``crf: irn`` in a file, or ``crf: {preset: irn, iterations: 5}`` to change one of them."""

@@ -60,7 +60,8 @@ def test_commands_exist(page: str, line: str) -> None:
 def test_files_that_texts_name_exist() -> None:
     texts = PAGES | {path.name: path.read_text(encoding="utf-8") for path in PROJECT_ROOT.glob("configs/*.yaml")}
     for page, text in texts.items():
-        text = re.sub(r"[^`]*`e335c90`[^`]*`[^`]*`", "", text)  # a file of an earlier commit
+        # A file of an earlier commit is named together with it.
+        text = re.sub(r"`[\w/.]+` of commit `\w+`|`e335c90`, whose `[\w/.]+`", "", text)
         named = re.findall(r"\b(?:smaflib|minidata|tests|tools|benchmarks|configs)/[\w/.-]+\.\w+", text)
         assert [name for name in named if not (PROJECT_ROOT / name).is_file()] == [], page
 
