@@ -2,11 +2,15 @@
 
 import os
 import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+from smaflib import plugins
 from smaflib.explorer.state import Gallery
 
 # One thread: sums in one order, and threads that wait for each other on busy cores take ten times as long.
@@ -32,3 +36,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pretrained() -> Gallery:
     """Three drawn images, the pretrained networks, and their maps, computed once; tests change copies."""
     return Gallery.pretrained(3)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    """Settings of a run on two drawn images."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text("data: {kind: mini, num_train: 2, num_val: 2}\n")
+    return path
+
+
+@pytest.fixture
+def code_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working directory, for modules of custom code, which are forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(plugins.FOLDERS, "")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if name.startswith(("my_", "own_")):
+            del sys.modules[name]

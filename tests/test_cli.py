@@ -16,13 +16,6 @@ from smaflib.runs.manifest import write_manifest
 
 
 @pytest.fixture
-def config_file(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.yaml"
-    path.write_text("data: {kind: mini, num_train: 2, num_val: 2}\n")
-    return path
-
-
-@pytest.fixture
 def run(tmp_path: Path, config_file: Path) -> Run:
     run = open_run(tmp_path / "runs" / "first", config_file)
     run.record("03", [{"variant": "fused", "metric": "iou", "value": 0.646}])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +48,11 @@ NAMES = {
 
 
 @pytest.fixture
-def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the page's files, where the command is called; afterwards nobody finds them any more."""
+def beside(code_folder: Path) -> Path:
+    """The working directory, with the page's files."""
     for name, code in EXAMPLES.items():
-        (tmp_path / name).write_text(code, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(plugins.FOLDERS, "")
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if name.startswith("my_"):
-            del sys.modules[name]
+        (code_folder / name).write_text(code, encoding="utf-8")
+    return code_folder
 
 
 def tiny(**groups: dict[str, Any]) -> Config:

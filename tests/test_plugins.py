@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from smaflib import plugins
 from smaflib.config import load_config
 from smaflib.errors import ConfigError
 from smaflib.files import PROJECT_ROOT
@@ -17,17 +16,10 @@ from smaflib.plugins import custom_file, is_custom, load_custom
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with a module; its modules are forgotten afterwards."""
-    (tmp_path / "own_rules.py").write_text("def f(maps, scales): return maps.sum(dim=0)\nclass A:\n    x = 3\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(plugins.FOLDERS, "")
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if name.startswith("own_"):
-            del sys.modules[name]
+def home(code_folder: Path) -> Path:
+    """The working directory, with a module."""
+    (code_folder / "own_rules.py").write_text("def f(maps, scales): return maps.sum(dim=0)\nclass A:\n    x = 3\n")
+    return code_folder
 
 
 def test_a_name_is_a_module_and_an_attribute(home: Path) -> None:

@@ -45,13 +45,6 @@ CHAIN = (
 
 
 @pytest.fixture
-def config_file(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.yaml"
-    path.write_text("data: {kind: mini, num_train: 2, num_val: 2}\n")
-    return path
-
-
-@pytest.fixture
 def run(tmp_path: Path, config_file: Path) -> Run:
     return open_run(tmp_path / "runs" / "tiny", config_file, stages=CHAIN)
 
