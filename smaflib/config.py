@@ -109,11 +109,19 @@ class DataConfig(StageConfig):
     saliency: DataPath | None = None  # folder of grey PNGs named like the images; required by EPS
     masks: DataPath | None = None  # palette PNGs for evaluation; None: SegmentationClass (voc), none (folder)
     max_images: Positive | None = None  # use only the first images of each split
+    # Long side, in pixels, to which images of any size are brought for maps, targets and CRF; masks are written at the
+    # images' own size. None: no change. 512 by default for kind folder, whose photos come from any camera.
+    longest_side: Side | None = None
     cache: bool = False  # keep decoded images in memory
     num_workers: Count = 0  # loader processes
     num_train: Positive = 400  # mini: number of images
     num_val: Positive = 200
     image_size: Annotated[int, Field(ge=64, le=4096)] = 128  # mini: side in pixels
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_longest_side(cls, value: Any) -> Any:
+        return {"longest_side": 512} | value if isinstance(value, dict) and value.get("kind") == "folder" else value
 
     def split_list(self, split: Split) -> Path:
         """voc: the file that lists the images of a split."""

@@ -9,11 +9,10 @@ import os
 import site
 import sys
 import uuid
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from smaflib.errors import RunError
@@ -124,19 +123,6 @@ def read_json(path: Path, default: Any, schema: Any = None) -> Any:
     except (ValueError, RecursionError) as error:
         raise RunError(f"{display_path(path)} is damaged; delete it to run its stages again\n{error}") from error
     return value
-
-
-def save_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Write a compressed ``.npz`` without pickles, all or nothing."""
-    with replacing(path) as temporary:
-        np.savez_compressed(temporary, allow_pickle=False, **arrays)
-
-
-def load_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
-    """Read all or some arrays of a ``.npz`` without pickles."""
-    # np.load leaves a file that it opened itself open when it turns out to be damaged.
-    with path.open("rb") as handle, np.load(handle, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in (arrays.files if names is None else names)}
 
 
 def save_image(path: Path, image: Image.Image) -> None:

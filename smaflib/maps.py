@@ -5,14 +5,15 @@ Stage 2 writes them (:func:`write_attention_maps`); every later stage reads :cla
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from smaflib.cams import Fusion, class_attention, fuse_cams
@@ -20,42 +21,50 @@ from smaflib.config import AttentionConfig
 from smaflib.data.sample import Samples
 from smaflib.data.views import ViewBatch, load_views
 from smaflib.errors import DataError
-from smaflib.files import load_arrays, save_arrays
+from smaflib.files import replacing
 from smaflib.processes import missing_files
 from smaflib.reactivation import blend_saliency
 from smaflib.runtime import Runtime, memory_advice, release_freed_memory
+
+ENDING = ".safetensors.gz"
+"""Of a file of attention maps."""
+
+COMPRESSION = 6
+"""Of gzip, 1 to 9: at 9 writing takes several times as long, for files that are as large."""
 
 
 @dataclass(frozen=True)
 class AttentionMaps:
     """A folder of class attention maps, one file per image: written once, fused when read.
 
-    Fusing again is cheaper than reading fused maps, and leaves the fusion rule open.
+    Fusing again is cheaper than reading fused maps, and leaves the fusion rule open. The files are gzipped safetensors:
+    threads that read numpy's ``.npz`` fail at random, since they share the state with which Python 3.11 parses headers.
     """
 
     folder: Path
     scales: tuple[float, ...]
 
     def path(self, image_id: str) -> Path:
-        return self.folder / f"{image_id}.npz"
+        return self.folder / f"{image_id}{ENDING}"
 
     def write(self, image_id: str, cams: Sequence[Tensor], size: tuple[int, int]) -> None:
         """Store one image's maps in half precision."""
-        arrays = {f"scale_{scale:g}": cam.half().numpy() for scale, cam in zip(self.scales, cams, strict=True)}
-        save_arrays(self.path(image_id), size=np.array(size), **arrays)
+        tensors = {f"scale_{scale:g}": cam.half().contiguous() for scale, cam in zip(self.scales, cams, strict=True)}
+        with replacing(self.path(image_id)) as temporary:
+            temporary.write_bytes(gzip.compress(save(tensors | {"size": torch.tensor(size)}), COMPRESSION, mtime=0))
 
     def read(self, image_id: str, scales: Sequence[float] | None = None) -> tuple[list[Tensor], tuple[int, int]]:
         """One image's maps, per scale (K, h_s, w_s), of all scales or some, and its (H, W); DataError if damaged."""
         path = self.path(image_id)
         names = [f"scale_{scale:g}" for scale in scales or self.scales]
         try:
-            arrays = load_arrays(path, ["size", *names])
-            height, width = arrays["size"].tolist()
-            return [torch.from_numpy(arrays[name]).float() for name in names], (height, width)
+            tensors = load(gzip.decompress(path.read_bytes()))
+            height, width = tensors["size"].tolist()
+            return [tensors[name].float() for name in names], (height, width)
         except FileNotFoundError:
             who = "notebook 03 (teacher) or 05 (student)"
             raise DataError(f"there are no attention maps {path}; {who} writes them") from None
-        except Exception as error:  # whatever numpy, zipfile and zlib raise for damaged bytes
+        except Exception as error:  # whatever gzip, zlib and safetensors raise for damaged bytes
             cause = f"{path} is not a complete file of attention maps ({error})"
             raise DataError(f"{cause}; delete it and run again") from error
 
@@ -68,14 +77,14 @@ class AttentionMaps:
 def write_attention_maps(
     network: nn.Module, samples: Samples, folder: Path, config: AttentionConfig, runtime: Runtime
 ) -> AttentionMaps:
-    """Attention maps of a whole split, one ``.npz`` per image; existing files are skipped, processes share the images.
+    """Attention maps of a whole split, one file per image; existing files are skipped, processes share the images.
 
     Args:
         network: teacher, student, a custom source (:func:`~smaflib.cams.source_of`) or any module with ``attention``.
         config: scales and flip.
     """
     maps, image_ids = AttentionMaps(folder, config.scales), samples.image_ids
-    missing = missing_files(folder, image_ids, ".npz")
+    missing = missing_files(folder, image_ids, ENDING)
     runtime.place(network)
 
     def write(batch: ViewBatch, cams: list[Tensor]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,7 +21,8 @@ from smaflib.classifier import train_classifier
 from smaflib.config import AttentionConfig, Config, SelfTrainingConfig, Split, Variant
 from smaflib.data import load_samples
 from smaflib.data.masks import MaskFiles
-from smaflib.errors import ConfigError, InputError
+from smaflib.data.voc import SPLITS
+from smaflib.errors import ConfigError, DataError, InputError
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
 from smaflib.plugins import load_custom
 from smaflib.processes import barrier, gather, missing_files, num_processes, part, run_in_processes
@@ -72,10 +74,10 @@ def train_teacher(work: Workspace) -> tuple[AttentionNetwork, History]:
 
 def write_maps(work: Workspace, network: str, split: Split = "train") -> AttentionMaps:
     """Stage 2: a network's attention maps of a split."""
-    from smaflib.maps import write_attention_maps
+    from smaflib.maps import ENDING, write_attention_maps
 
     config, samples, maps = work.config, work.samples(split), work.maps(network, split)
-    if missing_files(maps.folder, samples.image_ids, ".npz"):
+    if missing_files(maps.folder, samples.image_ids, ENDING):
         run_in_processes(num_processes(config), write_maps, replace(work), network, split)
         source = source_of(work.network(network), config.attention.source)
         write_attention_maps(source, samples, maps.folder, config.attention, work.make_runtime())
@@ -164,6 +166,8 @@ def train_segmentation(work: Workspace) -> tuple[SegmentationNetwork, History]:
     if settings.supervision == "ground_truth":
         samples = samples.annotated
         masks = samples.ground_truth or []
+        if not masks:
+            raise DataError("segmentation.supervision=ground_truth needs masks of the training split; set data.masks")
     else:
         masks = work.masks(samples)
     if not is_finished(checkpoint, settings):
@@ -233,6 +237,23 @@ def evaluate_network(
 
 
 # --------------------------------------------------------------------------------------------- checks before a run
+
+
+def check_config(config: Config, run_folder: Path, networks: bool = True) -> None:
+    """Find what a run needs before it writes anything: custom code, networks, the files of both splits.
+
+    Custom images are also read, as there are few of them and nobody has checked them.
+
+    Raises:
+        InputError: says what is missing or does not fit.
+    """
+    check_custom(config)
+    if networks:
+        check_networks(config)
+    for split in SPLITS if config.data.kind != "mini" else ():  # which is drawn
+        samples = load_samples(config, split, run_folder)
+        if config.data.kind == "folder":
+            samples.check_images()
 
 
 def check_networks(config: Config) -> None:

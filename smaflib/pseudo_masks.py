@@ -89,7 +89,7 @@ def write_pseudo_masks(
     missing = missing_files(folder, image_ids)
     masks = pseudo_masks(samples, denoised, bg_score, config, missing, device=device)
     for index, mask in zip(missing, masks, strict=True):
-        save_mask(folder / f"{image_ids[index]}.png", mask)
+        save_mask(folder / f"{image_ids[index]}.png", samples.at_full_size(index, mask))
 
 
 def _unary(denoised: Tensor, bg_score: float, config: PseudoMaskConfig) -> Tensor:

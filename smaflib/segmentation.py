@@ -177,4 +177,4 @@ def write_segmentation(
     missing = missing_files(folder, image_ids)
     masks = segment_many(network, samples, settings, runtime, missing, f"segment {samples.split}")
     for index, mask in zip(missing, masks, strict=True):
-        save_mask(folder / f"{image_ids[index]}.png", mask)
+        save_mask(folder / f"{image_ids[index]}.png", samples.at_full_size(index, mask))

@@ -48,7 +48,10 @@ class Workspace:
         if split not in self._samples:
             from smaflib.data import load_samples
 
-            self._samples[split] = load_samples(self.config, split, self.folder)
+            samples = load_samples(self.config, split, self.folder)
+            known: dict[str, dict[str, Any]] = files.read_json(self.path("data.json"), {})
+            unusable = "unusable" in known.get(split, {})
+            self._samples[split] = samples.without_ground_truth() if unusable else samples
         return self._samples[split]
 
     def make_runtime(self) -> Runtime:
@@ -110,7 +113,7 @@ class Workspace:
         """The pseudo masks of some samples in their order, or those of another folder; DataError if one is missing."""
         from smaflib.data.masks import MaskFiles
 
-        return MaskFiles([self.path(folder, f"{image_id}.png") for image_id in samples.image_ids])
+        return MaskFiles([self.path(folder, f"{image_id}.png") for image_id in samples.image_ids], samples.longest_side)
 
     @property
     def bg_score(self) -> float:

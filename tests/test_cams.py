@@ -14,7 +14,7 @@ from torch import Tensor
 from smaflib.cams import FUSIONS, fuse_cams, multi_scale_cams
 from smaflib.config import AttentionConfig
 from smaflib.errors import DataError
-from smaflib.maps import AttentionMaps, write_attention_maps
+from smaflib.maps import ENDING, AttentionMaps, write_attention_maps
 from smaflib.runtime import Runtime
 
 RULES = list(FUSIONS)
@@ -146,7 +146,7 @@ def test_maps_come_back_in_half_precision(tmp_path: Path) -> None:
     for cam, back in zip(cams, again, strict=True):
         assert back.dtype == torch.float32 and torch.equal(back, cam.half().float())
     assert torch.equal(maps.fused("a.b", "mean"), fuse_cams(again, (9, 11), "mean"))
-    assert [path.name for path in maps.folder.iterdir()] == ["a.b.npz"]
+    assert [path.name for path in maps.folder.iterdir()] == ["a.b.safetensors.gz"]
 
 
 def test_some_scales_in_a_chosen_order(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_some_scales_in_a_chosen_order(tmp_path: Path) -> None:
 
 
 def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no attention maps .*cat\.npz; notebook 03 \(teacher\) or 05 \(student\)"):
+    with pytest.raises(DataError, match=r"no attention maps .*cat\.safe.*; notebook 03 \(teacher\) or 05 \(student\)"):
         AttentionMaps(tmp_path, (1.0,)).read("cat")
     maps = AttentionMaps(tmp_path, (0.5, 1.0, 2.0))
     maps.write("a", some_cams(0), (9, 11))
@@ -171,7 +171,7 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
     whole = maps.path("a").read_bytes()
     for kept in (0, len(whole) // 2, len(whole) - 1):
         maps.path("a").write_bytes(whole[:kept])
-        with pytest.raises(DataError, match=r"a\.npz is not a complete file of attention maps .*delete it and run"):
+        with pytest.raises(DataError, match=r"a\.safe.* is not a complete file of attention maps .*delete it and run"):
             maps.read("a")
 
 
@@ -182,17 +182,17 @@ def test_split_is_written_once_and_missing_maps_are_added(tmp_path: Path) -> Non
     samples, config = make_samples(5, size=(16, 24)), AttentionConfig(scales=(0.5, 1.0))
     network, runtime = slim_network(), Runtime()
     maps = write_attention_maps(network, samples, tmp_path, config, runtime)
-    assert sorted(path.stem for path in tmp_path.iterdir()) == samples.image_ids
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}{ENDING}" for name in samples.image_ids]
     for sample in samples:
         cams, size = maps.read(sample.image_id)
         assert size == (16, 24)
         for cam, alone in zip(cams, multi_scale_cams(network, sample.image, config.scales), strict=True):
             torch.testing.assert_close(cam, alone, rtol=2e-3, atol=1e-4)
 
-    untouched = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.stem != "image3"}
+    untouched = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path != maps.path("image3")}
     maps.path("image3").unlink()
     with torch.no_grad():
         network.head.weight.zero_()  # whatever is written now is not what was written before
     write_attention_maps(network, samples, tmp_path, config, runtime)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.stem != "image3"} == untouched
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path != maps.path("image3")} == untouched
     torch.testing.assert_close(maps.read("image3")[0][0], torch.full((3, 1, 2), 0.25), rtol=1e-3, atol=0)

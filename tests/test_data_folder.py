@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from smaflib.config import Config
+from smaflib.config import Config, check_settings
 from smaflib.data import Samples, load_samples
 from smaflib.data.masks import save_mask
 from smaflib.errors import DataError
@@ -32,7 +33,7 @@ def load(photos: Path, text: str | bytes | None = None, **data: Any) -> Samples:
         text = "image,labels\na.jpg,cat\nb.JPEG,dog;cat\nc.png,dog\nd.e.webp,ape\n"
     labels.write_bytes(text.encode() if isinstance(text, str) else text)
     split = data.pop("split", "train")
-    settings = {"data": {"kind": "folder", "images": photos, "labels": labels, **data}}
+    settings = {"data": {"kind": "folder", "images": photos, "labels": labels, "longest_side": None, **data}}
     return load_samples(Config.model_validate(settings), split)
 
 
@@ -47,6 +48,35 @@ def test_images_of_all_kinds_load_with_their_labels(photos: Path) -> None:
     ordered = load(photos, class_names=("dog", "cat", "zebra", "ape"))
     assert ordered[1].image_label.tolist() == [1, 1, 0, 0]
     assert len(load(photos, split="val")) == 0
+
+
+def test_image_without_a_label_is_a_negative_of_all_classes(photos: Path) -> None:
+    samples = load(photos, "image,labels\na.jpg,cat\nb.JPEG,\nc.png\n")
+    assert samples.image_ids == ["a", "b", "c"] and samples.class_names == ("cat",)
+    assert samples.image_labels.tolist() == [[1], [0], [0]]
+    with pytest.raises(DataError, match=r"labels\.csv: no image has a label"):
+        load(photos, "image,labels\na.jpg,\nb.JPEG,\n")
+
+
+def test_images_of_any_size_are_worked_on_at_one_size(photos: Path) -> None:
+    save_mask(photos.parent / "masks" / "a.png", np.full((HEIGHT, WIDTH), 1, np.uint8))
+    Image.new("RGB", (4000, 3000), (9, 9, 9)).save(photos / "b.JPEG")
+    save_mask(photos.parent / "masks" / "b.png", np.full((3000, 4000), 2, np.uint8))
+    text, names = "image,labels\na,cat\nb,dog\n", ("cat", "dog")
+    samples = load(photos, text, masks=photos.parent / "masks", class_names=names, longest_side=60).with_ground_truth()
+    assert [sample.image.shape for sample in samples] == [(3, 40, 60), (3, 45, 60)]
+    assert [sample.full_size for sample in samples] == [(HEIGHT, WIDTH), (3000, 4000)]
+    for number, (sample, mask) in enumerate(zip(samples, samples.ground_truth or (), strict=True)):
+        assert sample.mask is not None and torch.equal(sample.mask, mask) and mask.unique().tolist() == [number + 1]
+        assert samples.at_full_size(number, mask).shape == sample.full_size
+
+
+def test_folders_have_a_working_size_and_data_sets_of_the_field_have_none() -> None:
+    folder = {"kind": "folder", "images": "a", "labels": "b"}
+    assert check_settings({"data": folder}).data.longest_side == 512
+    assert check_settings({"data": folder | {"longest_side": None}}).data.longest_side is None
+    for data in ({"kind": "voc", "root": "a"}, {"kind": "coco", "root": "a"}, {"kind": "mini"}):
+        assert check_settings({"data": data}).data.longest_side is None
 
 
 @pytest.mark.parametrize(
@@ -116,7 +146,6 @@ def test_masks_and_saliency_are_found_by_name(photos: Path) -> None:
         ("image,labels\nold/a.jpg,cat\n", r"line 2: there is no image old/a\.jpg .*; write the file name only"),
         ("image;labels\na.jpg;cat\n", r"separated by a comma.* it is 'image;labels'"),
         ("image,labels\n", "lists no image"),
-        ("image,labels\na.jpg,cat\nb.JPEG,\n", "line 3: no label; add it or delete the line"),
         ("image,labels\n,cat\n", "line 2: no image name"),
         ("image,labels\na.jpg,cat,dog\n", r"line 2: more fields than columns \(dog\); separate labels by ;"),
         ("image,labels\na.jpg,cat\n\na.jpg,dog\n", r"line 4: a\.jpg is already listed on line 2; put all labels"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from smaflib.data.masks import VOC_PALETTE, check_mask_values, read_mask, save_mask
+from smaflib.data.masks import VOC_PALETTE, check_mask_values, read_mask, resize_mask, save_mask
 from smaflib.errors import DataError
 
 MASKS = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=40))
@@ -41,8 +41,7 @@ def test_palette_has_the_published_colours() -> None:
 @pytest.mark.parametrize(
     ("mode", "kind", "words"),
     [
-        ("RGB", "PNG", "mode RGB; a mask is an 8-bit palette or grey PNG"),
-        ("I;16", "PNG", "mode I;16"),
+        ("I;16", "PNG", "mode I;16; save masks as 8-bit grey PNGs of class numbers"),
         ("RGB", "EPS", "cannot be read as an image"),  # Pillow would start Ghostscript
         (None, None, "cannot be read as an image: .*No such file"),
     ],
@@ -57,8 +56,51 @@ def test_file_that_is_no_mask_is_named(tmp_path: Path, mode: str, kind: str, wor
 def test_picture_that_asks_for_gigabytes_is_refused_by_its_header(tmp_path: Path) -> None:
     Image.new("1", (13_000, 13_000)).save(tmp_path / "huge.png")
     assert (tmp_path / "huge.png").stat().st_size < 50_000
-    with pytest.raises(DataError, match=r"huge\.png has 13000 x 13000 pixels, more than 50 million"):
+    with pytest.raises(DataError, match=r"huge\.png has 13000 x 13000 pixels, more than 120 million"):
         read_mask(tmp_path / "huge.png")
+
+
+# Row and column: background, aeroplane (1), person (15), void (255) of VOC.
+NUMBERS = np.array([[0, 1], [15, 255]], np.uint8)
+ORDERS = {"by use": [0, 1, 15, 255], "reversed": [255, 15, 1, 0], "with unused colours": [7, 255, 15, 1, 0, 20]}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_palette_that_an_editor_has_sorted_is_read_by_colour(tmp_path: Path, order: list[int]) -> None:
+    picture = Image.fromarray(np.array([[order.index(n) for n in row] for row in NUMBERS.tolist()], np.uint8))
+    picture.putpalette(VOC_PALETTE[order].tobytes())
+    picture.save(tmp_path / "a.png")
+    assert np.array_equal(read_mask(tmp_path / "a.png"), NUMBERS)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_mask_of_colours_is_read_by_colour(tmp_path: Path, mode: str) -> None:
+    Image.fromarray(VOC_PALETTE[NUMBERS]).convert(mode).save(tmp_path / "a.png")
+    assert np.array_equal(read_mask(tmp_path / "a.png"), NUMBERS)
+
+
+def test_grey_palette_holds_class_numbers(tmp_path: Path) -> None:
+    picture = Image.fromarray(NUMBERS)
+    picture.putpalette(np.arange(256, dtype=np.uint8).repeat(3).tobytes())
+    picture.save(tmp_path / "a.png")
+    assert np.array_equal(read_mask(tmp_path / "a.png"), NUMBERS)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P"])
+def test_colour_that_is_none_of_vocs_is_named(tmp_path: Path, mode: str) -> None:
+    pixels = VOC_PALETTE[NUMBERS]
+    pixels[0, 1] = 255, 128, 0
+    Image.fromarray(pixels).convert(mode, palette=Image.Palette.ADAPTIVE).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png has the color \[255, 128, 0\]; save masks as 8-bit grey PNGs"):
+        read_mask(tmp_path / "a.png")
+
+
+def test_resized_mask_gives_each_pixel_the_label_of_most_of_it() -> None:
+    rows = [[0, 0, 0, 3], [0, 3, 3, 3], [255, 255, 3, 3], [255, 0, 3, 3]]
+    mask = torch.tensor(rows, dtype=torch.uint8)
+    assert resize_mask(mask, (4, 4)).tolist() == rows
+    assert resize_mask(mask, (2, 2)).tolist() == [[0, 3], [255, 3]]
+    assert resize_mask(mask, (40, 40))[5::10, 5::10].tolist() == rows
 
 
 def test_value_beyond_the_classes_is_named_with_their_count() -> None:

@@ -161,10 +161,8 @@ STRUCTURE: list[tuple[str, object, dict[str, Any], str]] = [
     (LISTS, "a\nbb\n", {}, r"no image in .*JPEGImages for bb \(did you mean 'b'\?\) \(1 of 2 missing\); .*train\.txt"),
     ("Annotations/b.xml", None, {}, r"b\.xml cannot be read \(.*No such file.*; add it, or set"),
     ("Annotations/b.xml", "<annotation><object>", {}, r"b\.xml cannot be read \(no element"),
-    ("Annotations/c.xml", annotation(), {}, r"c\.xml has no object; add its class"),
     ("labels.csv", "image,labels\na,cat\nb,dog\n", CSV, r"no line in .*labels\.csv for c \(1 of 3 missing\)"),
     ("SegmentationClass/b.png", None, {"label_source": "masks"}, r"no mask in .*SegmentationClass for b "),
-    ("SegmentationClass/c.png", np.zeros((8, 12), np.uint8), {"label_source": "masks"}, r"c\.png is all background"),
     ("SegmentationClass/c.png", np.full((8, 12), 4), {"label_source": "masks"}, r"c\.png holds the value 4; with 3 cl"),
     ("Saliency", None, {"saliency": "Saliency"}, r"there is no folder .*Saliency; correct data\.saliency"),
 ]

@@ -120,7 +120,7 @@ def test_a_data_set_of_a_folder_per_class(beside: Path) -> None:
     work = Workspace(beside / "work", config)
     train_teacher(work)
     write_maps(work, "teacher")
-    assert len(list(work.maps("teacher").folder.glob("*.npz"))) == 8
+    assert len(list(work.maps("teacher").folder.glob("*.safetensors.gz"))) == 8
     before = outside_files(config)
     Image.new("RGB", (48, 40)).save(beside / "photos" / "red" / "6.jpg")
     assert outside_files(config) != before

@@ -7,17 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from smaflib.errors import RunError
 from smaflib.files import (
     PARTIAL,
-    load_arrays,
     locked,
     read_json,
     replacing,
-    save_arrays,
     write_json,
     write_text,
 )
@@ -75,21 +72,6 @@ def test_damaged_json_is_named(tmp_path: Path, content: str, default: Any, schem
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(RunError, match=rf"(?s)a\.json is damaged; delete it.*{cause}"):
         read_json(tmp_path / "a.json", default, schema)
-
-
-def test_arrays_round_trip_exactly_and_without_pickles(tmp_path: Path) -> None:
-    path = tmp_path / "a.npz"
-    arrays = {"half": np.array([0.1, 2], np.float16), "size": np.array((3, 4)), "empty": np.zeros((0, 2))}
-    save_arrays(path, **arrays)
-    again = load_arrays(path)
-    assert again.keys() == arrays.keys() and load_arrays(path, ["size"]).keys() == {"size"}
-    for name, array in arrays.items():
-        assert again[name].dtype == array.dtype and np.array_equal(again[name], array)
-    with pytest.raises(ValueError, match="allow_pickle=False"):
-        save_arrays(path, a=np.array([{}], dtype=object))
-    np.savez(path, a=np.array([{}], dtype=object))
-    with pytest.raises(ValueError, match="allow_pickle=False"):
-        load_arrays(path)
 
 
 def test_lock_keeps_others_out_and_is_free_afterwards(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_everything_lies_where_the_workspace_says(done: Workspace) -> None:
     made = {path.relative_to(done.folder).as_posix() for path in done.folder.rglob("*") if path.is_file()}
     ids = done.samples().image_ids
     assert {f"checkpoints/{name}.safetensors" for name in ("teacher", "student", "segmenter")} <= made
-    assert {f"cams/{name}/{image_id}.npz" for name in ("teacher", "student") for image_id in ids} <= made
+    assert {f"cams/{name}/{image_id}.safetensors.gz" for name in ("teacher", "student") for image_id in ids} <= made
     assert {f"masks/{image_id}.png" for image_id in ids} <= made
     assert len(done.masks(done.samples("val"), "masks_segmenter")) == 2
     assert done.maps("student", "val").folder.name == "student_val"

@@ -11,6 +11,7 @@ import os
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from smaflib.cams import fuse_cams, multi_scale_cams
 from smaflib.classifier import saliency_loss
 from smaflib.config import AttentionConfig, ClassifierConfig, ModelConfig, SelfTrainingConfig
 from smaflib.data.transforms import normalize
-from smaflib.files import load_arrays
 from smaflib.models import AttentionNetwork, load_attention_network
 from smaflib.models.resnet38 import ResNet38
 from smaflib.reactivation import denoise, reactivate
@@ -30,7 +30,7 @@ PARITY = Path(os.environ.get("SMAF_PARITY") or Path(__file__).parent / "data" / 
 
 @pytest.fixture(scope="module")
 def reference() -> dict[str, Tensor]:
-    return {name: torch.from_numpy(array) for name, array in load_arrays(PARITY).items() if array.dtype.kind != "U"}
+    return {name: torch.from_numpy(array) for name, array in np.load(PARITY).items() if array.dtype.kind != "U"}
 
 
 def background_first(maps: Tensor) -> Tensor:  # (B, K+1, h, w), background last -> background first
@@ -40,7 +40,7 @@ def background_first(maps: Tensor) -> Tensor:  # (B, K+1, h, w), background last
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> AttentionNetwork:
     """ResNet38 and the paper's head, read from a checkpoint in the reference's form; random by the parity rule."""
-    salt = str(load_arrays(PARITY)["salt"])
+    salt = str(np.load(PARITY)["salt"])
     state = {name: parity_weight(salt, name, value) for name, value in ResNet38().state_dict().items()}
     head = {"cov_feat.weight": (128, 4096, 1, 1), "fc8.weight": (21, 128, 1, 1)}
     head |= {f"bn.{name}": (128,) for name in ("weight", "bias", "running_mean", "running_var")}

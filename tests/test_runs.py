@@ -144,7 +144,10 @@ def test_relative_paths_are_relative_to_the_checkout(monkeypatch, tmp_path, conf
     assert run.command("--until", "classifier") == "smaf run configs/mini.yaml --name x --until classifier"
 
 
-def test_folder_of_other_settings_is_refused_and_kept(run, config_file):
+def test_folder_of_other_settings_is_refused_and_kept_unless_nothing_was_made_in_it(run, config_file):
+    assert open_run(run.folder, config_file, ["seed=3"]).config.seed == find_run(str(run.folder)).config.seed == 3
+    open_run(run.folder, config_file)
+    run.path("data.json").write_text("{}")
     before = run.path("config.yaml").read_text()
     with pytest.raises(RunError, match="--name") as error:
         open_run(run.folder, config_file, ["seed=3", "data.num_val=5"])
@@ -154,6 +157,7 @@ def test_folder_of_other_settings_is_refused_and_kept(run, config_file):
 
 def test_settings_that_no_longer_exist_are_an_error_of_the_run(run, config_file):
     run.path("config.yaml").write_text("gone: 1\n")
+    run.path("data.json").write_text("{}")
     with pytest.raises(RunError, match="another --name"):
         open_run(run.folder, config_file)
 

@@ -136,7 +136,7 @@ def lose_a_node(out: Path, environment: Mapping[str, str]) -> None:
 
 def hashes(out: Path) -> dict[str, str]:
     """Hashes of the weights, arrays, pictures and metrics of a sweep's runs."""
-    paths = [path for path in out.rglob("*") if path.suffix in (".safetensors", ".npz", ".png", ".csv", ".json")]
+    paths = [path for path in out.rglob("*") if path.suffix in (".safetensors", ".gz", ".png", ".csv", ".json")]
     return {str(path.relative_to(out)): file_hash(path) for path in paths if path.name != "manifest.json"}
 
 

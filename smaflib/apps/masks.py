@@ -10,10 +10,11 @@ from PIL import Image
 
 from smaflib import files
 from smaflib.config import Config, dump_config
-from smaflib.data.masks import mask_values, read_mask
+from smaflib.data.masks import mask_values
 from smaflib.data.sample import Samples
 from smaflib.errors import ConfigError
 from smaflib.pipeline import check_custom, check_networks, self_train_rounds, train_teacher, write_maps, write_masks
+from smaflib.processes import missing_files
 from smaflib.report.html import write_page
 from smaflib.report.palette import class_color
 from smaflib.report.plots import overlay_mask
@@ -42,20 +43,24 @@ def make_masks(config: Config, out: Path) -> Path:
     check_custom(config)
     work = Workspace(out, config)
     samples = work.samples()
-    if not work.checkpoint("teacher").is_file():
-        check_networks(config)  # before anything is written
+    if not work.checkpoint("teacher").is_file():  # before anything is written
+        check_networks(config)
+        samples.check_images()
     _claim(out, config, samples)
     with files.locked(out, "smaf masks"):
-        if not all((out / "masks" / f"{image_id}.png").is_file() for image_id in samples.image_ids):
+        if missing_files(out / "masks", samples.image_ids):
             train_teacher(work)
             write_maps(work, "teacher")
             self_train_rounds(work)
             write_masks(work)
-        return _write_contact_sheet(samples, out)
+        return _write_contact_sheet(work, samples)
 
 
 def _claim(out: Path, config: Config, samples: Samples) -> None:
-    """Note in ``config.yaml`` that the folder belongs to this config and these images, or check that it does."""
+    """Note in ``config.yaml`` that the folder belongs to this config and these images, or check that it does.
+
+    A folder in which no network was trained belongs to nobody.
+    """
     listing = "\n".join(f"{file.image}:{file.labels}:{file.image.stat().st_size}" for file in samples.files)
     claim = f"# images and labels: {hashlib.sha256(listing.encode()).hexdigest()}\n{dump_config(config)}"
     note = out / "config.yaml"
@@ -63,16 +68,18 @@ def _claim(out: Path, config: Config, samples: Samples) -> None:
         if out.is_dir() and any(out.iterdir()):
             raise ConfigError(f"{out} is not empty and was not written by smaf masks; choose another --out")
         files.write_text(note, claim)
+    elif not (out / "checkpoints").is_dir():
+        files.write_text(note, claim)
     elif note.read_text(encoding="utf-8") != claim:
         raise ConfigError(
             f"{out} holds masks made from other images, labels or settings; choose another --out, or delete it"
         )
 
 
-def _write_contact_sheet(samples: Samples, out: Path) -> Path:
-    cards = []
+def _write_contact_sheet(work: Workspace, samples: Samples) -> Path:
+    out, cards, masks = work.folder, [], work.masks(samples)
     for index, file in enumerate(progress(samples.files, total=len(samples), desc="overlays")):
-        mask, overlay = read_mask(out / "masks" / f"{file.image_id}.png"), out / "overlays" / f"{file.image_id}.jpg"
+        mask, overlay = masks[index], out / "overlays" / f"{file.image_id}.jpg"
         if not overlay.is_file():
             picture = Image.fromarray(overlay_mask(samples[index].image, mask))
             picture.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))

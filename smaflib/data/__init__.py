@@ -41,12 +41,14 @@ def load_samples(config: Config, split: Split, run_folder: Path | None = None) -
     """
     data = config.data
     if is_custom(data.kind):
-        return _load_custom(data, split)
-    if data.kind == "folder":
-        return load_folder(data, split)
-    if data.kind == "coco":
-        return load_coco(data, split, run_folder)
-    return load_voc(data if data.kind == "voc" else _mini_as_voc(data, run_folder), split)
+        samples = _load_custom(data, split)
+    elif data.kind == "folder":
+        samples = load_folder(data, split)
+    elif data.kind == "coco":
+        samples = load_coco(data, split, run_folder)
+    else:
+        samples = load_voc(data if data.kind == "voc" else _mini_as_voc(data, run_folder), split)
+    return replace(samples, longest_side=samples.longest_side or data.longest_side)
 
 
 def _load_custom(data: DataConfig, split: Split) -> Samples:

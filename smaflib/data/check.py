@@ -11,6 +11,7 @@ from smaflib.config import Config
 from smaflib.data import load_samples
 from smaflib.data.classes import VOID_LABEL
 from smaflib.data.masks import mask_values
+from smaflib.data.prepare import NO_CLASS
 from smaflib.data.sample import Samples
 from smaflib.data.voc import SPLITS
 from smaflib.errors import InputError
@@ -42,9 +43,9 @@ def check_data(config: Config, run_folder: Path | None = None) -> tuple[list[str
 
 def _check_samples(samples: Samples, problems: list[str]) -> list[str]:
     """The facts of a split; its problems are appended to ``problems``."""
-    names, sizes = samples.class_names, []
+    names, sizes, in_masks = samples.class_names, [], set[int]()
     differing: dict[str, list[str]] = {"labels without a pixel in the mask": [], "pixels without a label": []}
-    everything = replace(samples, load_saliency=True, load_ground_truth=True, cached=False)
+    everything = replace(samples, load_saliency=True, load_ground_truth=True, cached=False, longest_side=None)
     for index in progress(range(len(samples)), total=len(samples), desc=f"check {samples.split}"):
         try:
             sample = everything[index]
@@ -54,9 +55,12 @@ def _check_samples(samples: Samples, problems: list[str]) -> list[str]:
         sizes.append(sample.image.shape[1:])
         if sample.mask is not None:
             seen = set(mask_values(sample.mask)) - {0, VOID_LABEL}
+            in_masks |= seen
             labelled = {number + 1 for number in samples.files[index].labels}
             for which, values in zip(differing.values(), (labelled - seen, seen - labelled), strict=True):
                 which += [f"{sample.image_id} ({names[value - 1]})" for value in sorted(values)]
+    if samples.annotated and not in_masks:
+        problems.append(f"{samples.split}: {NO_CLASS}")
     counts = dict(zip(names, samples.image_labels.sum(dim=0).int().tolist(), strict=True))
     masks = sum(files.mask is not None for files in samples.files)
     saliency = sum(files.saliency is not None for files in samples.files)
@@ -68,6 +72,8 @@ def _check_samples(samples: Samples, problems: list[str]) -> list[str]:
     if sizes:
         (low_h, low_w), (mid_h, mid_w), (high_h, high_w) = np.percentile(sizes, (0, 50, 100), axis=0).astype(int)
         facts.append(f"width {low_w} to {high_w} (median {mid_w}), height {low_h} to {high_h} (median {mid_h})")
+    if negatives := sum(not files.labels for files in samples.files):
+        facts.append(f"without any label, so negatives for all classes: {negatives} images")
     rare = [name for name, count in counts.items() if count < RARE]
     if samples.split == "train" and rare:
         facts.append(f"on fewer than {RARE} images, so learned badly: {', '.join(rare)}")

@@ -26,6 +26,8 @@ def load_folder(data: DataConfig, split: Split) -> Samples:
     rows = read_label_rows(data.labels).values()
     class_names = data.class_names or tuple(sorted({name for row in rows for name in row.labels}))
     check_class_names(class_names)
+    if not class_names:
+        raise DataError(f"{data.labels}: no image has a label")
     paths = list_files(data.images, IMAGE_ENDINGS, "set data.images to the folder of images")
     count = Counter(path.stem for path in paths)
     by_name = {path.name: path for path in paths} | {path.stem: path for path in paths if count[path.stem] == 1}

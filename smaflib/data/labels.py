@@ -16,7 +16,7 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass(frozen=True, slots=True)  # there may be 100,000 of them
 class LabelRow:
-    """A line of the CSV: ``image`` with or without extension, ``labels`` at least one and without repetition."""
+    """A line of the CSV: ``image`` with or without extension; no ``labels`` if it shows none of the classes."""
 
     line: int
     image: str
@@ -72,8 +72,8 @@ def _read_row(where: str, line: int, fields: dict[str | None, str | list[str] | 
     if not any(values.values()):
         return None
     labels = tuple(dict.fromkeys(name.strip() for name in values["labels"].split(";") if name.strip()))
-    if not values["image"] or not labels:
-        raise DataError(f"{where}: {'no label' if values['image'] else 'no image name'}; add it or delete the line")
+    if not values["image"]:
+        raise DataError(f"{where}: no image name; add it or delete the line")
     return LabelRow(line, values["image"], labels)
 
 

@@ -10,14 +10,16 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+import torchvision.transforms.v2.functional as F
 from PIL import Image
 from torch import Tensor
 
 from smaflib.data.classes import VOID_LABEL
+from smaflib.data.transforms import working_size
 from smaflib.errors import DataError
 from smaflib.files import save_image
 
-MAX_PIXELS = 50_000_000
+MAX_PIXELS = 120_000_000
 """Largest image, saliency map or mask; a small file may decode to gigabytes."""
 
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")  # (256, 8), lowest bit first
@@ -25,6 +27,10 @@ _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder=
 VOC_PALETTE = np.hstack([np.packbits(_BITS[:, channel::3], axis=1) for channel in range(3)])
 """uint8 (256, 3): the RGB colour of each mask value. Bits 0, 3, 6 of a value are the highest bits of its red, bits 1,
 4, 7 of its green, bits 2, 5 of its blue, so that neighbours look different. Source: the VOC development kit."""
+
+
+_NUMBER_OF_COLOR = {tuple(color): number for number, color in enumerate(VOC_PALETTE.tolist())}
+_MASK_CURE = "save masks as 8-bit grey PNGs of class numbers, or in the colors of PASCAL VOC"
 
 
 def open_picture(file: Path | BinaryIO, name: str) -> Image.Image:
@@ -35,7 +41,7 @@ def open_picture(file: Path | BinaryIO, name: str) -> Image.Image:
         picture = Image.open(file, formats=("JPEG", "PNG", "WEBP"))
     if picture.width * picture.height > MAX_PIXELS:
         picture.close()
-        raise DataError(f"{name} has {picture.width} x {picture.height} pixels, more than 50 million; save it smaller")
+        raise DataError(f"{name} has {picture.width} x {picture.height} pixels, more than 120 million; save it smaller")
     return picture
 
 
@@ -52,15 +58,30 @@ def decoding(path: Path) -> Iterator[Image.Image]:
 
 
 def read_mask(path: Path) -> Tensor:
-    """Read the class numbers of a palette or grey PNG; the colours of the palette do not matter.
+    """Read the class numbers of a grey PNG, or of one in VOC's colours: with a palette in any order, or RGB.
 
     Returns:
         uint8 (H, W): 0 background, 1 to K the classes, 255 void; see :func:`check_mask_values`.
     """
     with decoding(path) as picture:
-        if picture.mode not in ("P", "L"):
-            raise DataError(f"{path} is a picture of mode {picture.mode}; a mask is an 8-bit palette or grey PNG")
-        return torch.from_numpy(np.array(picture, dtype=np.uint8))
+        if picture.mode not in ("P", "L", "RGB", "RGBA"):
+            raise DataError(f"{path} is a picture of mode {picture.mode}; {_MASK_CURE}")
+        if picture.mode == "L":
+            return torch.from_numpy(np.array(picture))
+        if picture.mode == "P":
+            used, values = np.unique(np.array(picture), return_inverse=True)
+            palette = np.array(picture.getpalette()).reshape(-1, 3)
+            colors = np.array([palette[value] if value < len(palette) else [-1] * 3 for value in used])
+            if (colors == used[:, None]).all():  # a grey ramp, which software adds to class numbers
+                return torch.from_numpy(np.array(picture))
+        else:
+            pixels = np.array(picture.convert("RGB")).reshape(-1, 3)
+            colors, values = np.unique(pixels, axis=0, return_inverse=True)
+        numbers = [_NUMBER_OF_COLOR.get(tuple(color)) for color in colors.tolist()]
+        if None in numbers:
+            raise DataError(f"{path} has the color {colors[numbers.index(None)].tolist()}; {_MASK_CURE}")
+        labels = np.array(numbers, dtype=np.uint8)[values.ravel()]
+        return torch.from_numpy(labels.reshape(picture.height, picture.width))
 
 
 def mask_values(mask: Tensor) -> list[int]:
@@ -92,14 +113,25 @@ def save_mask(path: Path, mask: Tensor | np.ndarray) -> None:
     save_image(path, picture)
 
 
-class MaskFiles(Sequence[Tensor]):
-    """Masks of a split, uint8 (H, W) each, read when indexed."""
+def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """A mask, uint8 (H, W), at another size: each pixel gets the label with the largest share of it."""
+    labels, largest = torch.zeros(2, *size, dtype=torch.uint8)
+    for value in mask_values(mask):
+        share = F.resize((mask == value)[None].to(torch.uint8) * 255, list(size))[0]
+        labels[share > largest] = value
+        largest = largest.maximum(share)
+    return labels
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
+
+class MaskFiles(Sequence[Tensor]):
+    """Masks of a split, uint8 (H, W) each, read when indexed; with ``longest_side`` at their working size."""
+
+    def __init__(self, paths: Sequence[Path], longest_side: int | None = None) -> None:
+        self.paths, self.longest_side = paths, longest_side
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
-        return read_mask(self.paths[index])
+        mask = read_mask(self.paths[index])
+        return resize_mask(mask, working_size(mask.shape, self.longest_side)) if self.longest_side else mask

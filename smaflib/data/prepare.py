@@ -14,7 +14,11 @@ from smaflib.data.coco import write_coco_masks
 from smaflib.data.sample import Samples
 from smaflib.data.voc import SPLITS
 from smaflib.errors import DataError
+from smaflib.files import write_json
 from smaflib.runtime import num_cores, progress
+
+NO_CLASS = "the masks hold 0 (background) and 255 (void) only; give the pixels of a class its number, 1 for the first"
+"""Of masks of a yes or no: 255 is void."""
 
 
 def fetch_voc12(folder: Path) -> Path:
@@ -36,10 +40,14 @@ def fetch_voc12(folder: Path) -> Path:
     return folder / "VOCdevkit" / "VOC2012"
 
 
-def make_data(config: Config, run_folder: Path) -> None:
-    """Draw the mini data set, or paint COCO's masks for evaluation, unless it exists; other data is left alone.
+def make_data(config: Config, run_folder: Path) -> dict[str, dict[str, Any]]:
+    """Draw the mini data set, or paint COCO's masks for evaluation, unless it exists; then read and describe all data.
 
     The mini set goes to ``data.root`` or the run folder, COCO's masks to the run folder unless ``data.masks`` is set.
+
+    Returns:
+        By split what :func:`summarize` says, which is also written to ``data.json``. Ground truth that cannot be used
+        is left out from then on (:meth:`smaflib.workspace.Workspace.samples`), so that it never stops a run.
     """
     data = config.data
     if data.kind == "coco" and data.masks is None:
@@ -53,6 +61,11 @@ def make_data(config: Config, run_folder: Path) -> None:
         num_workers = num_cores() if data.num_train + data.num_val >= 300 else 1
         size, seed = data.image_size, config.seed
         make_mini(root, data.num_train, data.num_val, size=size, seed=seed, num_workers=num_workers, progress=progress)
+    from smaflib.data import load_samples  # imports this module
+
+    summary: dict[str, dict[str, Any]] = {split: summarize(load_samples(config, split, run_folder)) for split in SPLITS}
+    write_json(run_folder / "data.json", summary)
+    return summary
 
 
 def summarize(samples: Samples) -> dict[str, Any]:
@@ -61,7 +74,7 @@ def summarize(samples: Samples) -> dict[str, Any]:
     Returns:
         ``images``, ``labels_per_image``, ``images_per_class``, ``labels_sha256`` (of ids and labels), and with ground
         truth ``object_shares`` (of the image's area) and ``saliency`` (iou, precision, recall of the maps above 0.5
-        against the foreground; omitted where they are undefined).
+        against the foreground; omitted where they are undefined). ``unusable`` says why masks are no ground truth.
     """
     labels = samples.image_labels
     listing = "\n".join(f"{files.image_id}:{files.labels}" for files in samples.files)
@@ -71,8 +84,16 @@ def summarize(samples: Samples) -> dict[str, Any]:
         "images_per_class": dict(zip(samples.class_names, labels.sum(dim=0).int().tolist(), strict=True)),
         "labels_sha256": hashlib.sha256(listing.encode()).hexdigest(),
     }
-    if not samples.has_ground_truth:
+    if not samples.annotated:
         return facts
+    try:
+        return facts | _summarize_ground_truth(samples.annotated)
+    except DataError as error:
+        samples.without_ground_truth().with_saliency().check_images()  # what training needs must be there
+        return facts | {"unusable": str(error)}
+
+
+def _summarize_ground_truth(samples: Samples) -> dict[str, Any]:
     shares: list[float] = []
     overlap = torch.zeros(3)  # pixels in both saliency and ground truth, in saliency, in ground truth
     loaded = samples.with_ground_truth().with_saliency()
@@ -84,7 +105,9 @@ def summarize(samples: Samples) -> dict[str, Any]:
         if sample.saliency is not None:
             found, there = (sample.saliency > 0.5)[counted], (sample.mask > 0)[counted]
             overlap += torch.stack([(found & there).sum(), found.sum(), there.sum()])
-    facts["object_shares"] = [round(share, 4) for share in shares]
+    if not shares:
+        raise DataError(NO_CLASS)
+    facts: dict[str, Any] = {"object_shares": [round(share, 4) for share in shares]}
     both, found, there = overlap.tolist()
     if found and there:
         facts["saliency"] = {"iou": both / (found + there - both), "precision": both / found, "recall": both / there}

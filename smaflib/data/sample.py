@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import overload
 
 import torch
+import torchvision.transforms.v2.functional as F
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 
-from smaflib.data.masks import MaskFiles
+from smaflib.data.masks import MaskFiles, resize_mask
+from smaflib.data.transforms import working_size
 from smaflib.errors import DataError
+from smaflib.runtime import progress
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Sample:
         image_label: float32 (K,) in {0, 1}; the background has no entry.
         saliency: float32 (H, W) in [0, 1]; None unless requested and available.
         mask: ground truth, uint8 (H, W), 0 background, 1 to K the classes, 255 void; None likewise.
+        full_size: (H, W) of the image's file, where the sample has been brought to a working size.
     """
 
     image_id: str
@@ -31,6 +36,16 @@ class Sample:
     image_label: Tensor
     saliency: Tensor | None = None
     mask: Tensor | None = None
+    full_size: tuple[int, int] | None = None
+
+    def at_working_size(self, longest_side: int) -> Sample:
+        """The same sample at :func:`~smaflib.data.transforms.working_size`."""
+        full_size = (self.image.shape[-2], self.image.shape[-1])
+        size = working_size(full_size, longest_side)
+        image = F.resize(self.image, list(size), InterpolationMode.BICUBIC)
+        saliency = None if self.saliency is None else F.resize(self.saliency[None], list(size))[0]
+        mask = None if self.mask is None else resize_mask(self.mask, size)
+        return replace(self, image=image, saliency=saliency, mask=mask, full_size=full_size)
 
 
 @dataclass(frozen=True, slots=True)  # there may be 100,000 of them
@@ -59,6 +74,7 @@ class Samples(Sequence[Sample]):
         cached: keep decoded samples in memory.
         load_saliency: read saliency maps too.
         load_ground_truth: read ground truth too.
+        longest_side: working size of samples and masks (``data.longest_side``); None: that of the files.
     """
 
     files: tuple[SampleFiles, ...]
@@ -68,6 +84,7 @@ class Samples(Sequence[Sample]):
     cached: bool = False
     load_saliency: bool = False
     load_ground_truth: bool = False
+    longest_side: int | None = None
     _cache: dict[int, Sample] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -87,6 +104,8 @@ class Samples(Sequence[Sample]):
         files = self.files[index]
         saliency, mask = self.load_saliency and files.saliency, self.load_ground_truth and files.mask
         sample = self.read(replace(files, saliency=saliency or None, mask=mask or None), len(self.class_names))
+        if self.longest_side:
+            sample = sample.at_working_size(self.longest_side)
         if self.cached:
             self._cache[index] = sample
         return sample
@@ -121,10 +140,31 @@ class Samples(Sequence[Sample]):
             raise DataError(f"the split {self.split!r} has images without ground truth; set data.masks")
         return replace(self, load_ground_truth=True)
 
+    def without_ground_truth(self) -> Samples:
+        """The same samples as if the data set had no masks."""
+        return replace(self, files=tuple(replace(files, mask=None) for files in self.files))
+
+    def check_images(self) -> None:
+        """Read every image; a :class:`DataError` lists those that cannot be used."""
+        problems = []
+        for index in progress(range(len(self)), len(self), f"read {self.split}"):
+            try:
+                self[index]
+            except DataError as error:
+                problems.append(str(error))
+        if problems:
+            raise DataError("\n".join([*problems[:10], *[f"and {len(problems) - 10} more"][: len(problems) > 10]]))
+
     @property
     def ground_truth(self) -> MaskFiles | None:
         """The masks alone, uint8 (H, W) each, read when indexed; None if an image has none."""
-        return MaskFiles([files.mask for files in self.files if files.mask]) if self.has_ground_truth else None
+        paths = [files.mask for files in self.files if files.mask]
+        return MaskFiles(paths, self.longest_side) if self.has_ground_truth else None
+
+    def at_full_size(self, index: int, mask: Tensor) -> Tensor:
+        """A sample's mask, uint8 (H, W) at its working size, at the size of the image's file."""
+        full_size = self[index].full_size if self.longest_side else None
+        return resize_mask(mask, full_size) if full_size else mask
 
     @property
     def annotated(self) -> Samples:

@@ -29,6 +29,19 @@ def scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
+def working_size(size: Sequence[int], longest_side: int) -> tuple[int, int]:
+    """The size, (H, W), at which images of any size are worked on: the long side has ``longest_side`` pixels.
+
+    An image more than twice as long as wide gets the area of one that is twice as long: a panorama would become a line.
+
+    Example:
+        >>> working_size((3000, 4000), 512), working_size((48, 64), 512), working_size((600, 8000), 512)
+        ((384, 512), (384, 512), (99, 1322))
+    """
+    height, width = size
+    return scaled_size(size, longest_side / min(max(size), (2 * height * width) ** 0.5))
+
+
 def renormalization(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Scale and shift, (3, 1, 1) each, from :func:`normalize`'s result to another mean and std of pixels in [0, 1]."""
     imagenet_mean, imagenet_std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)

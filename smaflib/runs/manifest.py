@@ -45,7 +45,7 @@ def describe_results(folder: Path, stage: Stage) -> Entry:
         ``made``: hash of what later stages may read, so without figures and executed notebooks, which hold times.
     """
     page = f"{stage.name}.html"  # belongs to the report, which is written after the stage
-    artifacts = {_key(folder, path): _fingerprint(path) for path in _made_by(folder, stage) if path.name != page}
+    artifacts = {_key(folder, path): _fingerprint(path) for path in made_by(folder, stage) if path.name != page}
     records = record_hash(folder, stage)
     shown = [key for key in artifacts if key.startswith("figures/") or key.endswith(".ipynb")]
     passed_on = {key: artifact for key, artifact in artifacts.items() if key not in shown}
@@ -84,7 +84,7 @@ def clear_stage(folder: Path, stage: Stage, resumed: Entry | None = None) -> Non
     _delete([*folder.glob(f"{files.PARTIAL}*"), *half_written])  # by a process that was killed
     if resumed is None:
         replace_records(folder, stage.name, ())
-        _delete(_made_by(folder, stage))
+        _delete(made_by(folder, stage))
     else:
         _delete([folder / key for key in damaged_artifacts(folder, resumed)])
 
@@ -94,7 +94,7 @@ def hash_value(value: Any) -> str:
     return f"sha256:{hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
-def _made_by(folder: Path, stage: Stage) -> list[Path]:
+def made_by(folder: Path, stage: Stage) -> list[Path]:
     """Files of a stage; for ``folder/**`` the folders themselves."""
     patterns = [f"{stage.name}.ipynb", f"{stage.name}.html", *stage.outputs]
     paths = {path for pattern in patterns for path in folder.glob(pattern.removesuffix("/**"))}

@@ -17,7 +17,7 @@ from smaflib.config import Config, config_differences, dump_config, load_config
 from smaflib.errors import ConfigError, RunError
 from smaflib.files import RUNS_FOLDER, absolute, display_path
 from smaflib.plugins import search_in
-from smaflib.runs.manifest import missing_outputs, read_manifest
+from smaflib.runs.manifest import made_by, missing_outputs, read_manifest
 from smaflib.runs.metrics import Record, read_records, replace_records
 from smaflib.runs.stages import STAGES, Stage, stage_named
 from smaflib.workspace import Workspace
@@ -135,7 +135,8 @@ def open_run(
     config = load_config(config_file, list(overrides))
     run = Run(absolute(run_dir), config, config_file, tuple(overrides), stages)
     stored = run.path("config.yaml")
-    if not stored.is_file():
+    # A folder in which no stage has made what later ones read belongs to nobody.
+    if not stored.is_file() or not any(made_by(run.folder, each) for each in stages if each.required_outputs):
         files.write_text(stored, dump_config(config))
     if differences := config_differences(_load_stored(stored), config):
         listing = "\n".join(f"  {line}" for line in differences)

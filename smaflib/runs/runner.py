@@ -95,19 +95,16 @@ def run_notebooks(
     sources = [find_run(source, runs).folder for source in reuse]
     if folder in sources:
         raise RunError(f"--reuse {folder.name} is the run itself; name another one")
-    if config.custom_code:
-        from smaflib.pipeline import check_custom  # imports torch, which a call that skips everything does not need
+    entries = read_manifest(folder)["stages"]
+    begun = [each for each in chosen if each not in rerun and entries.get(each.name, {}).get("status") == "complete"]
+    if config.custom_code or (stages == STAGES and begun != list(chosen)):
+        from smaflib.pipeline import check_config  # imports torch, which a call that skips everything does not need
 
-        check_custom(config)
+        check_config(config, folder, networks=len(chosen) > 2)
     run = open_run(folder, config_file, overrides, stages=stages)
     with files.locked(folder, "smaf run"):
         for stage in rerun:
             put_entry(folder, stage, None)
-        entries = read_manifest(folder)["stages"]
-        if stages == STAGES and any(entries.get(each.name, {}).get("status") != "complete" for each in chosen[2:]):
-            from smaflib.pipeline import check_networks
-
-            check_networks(config)
         chain = _Chain(run, notebooks, outside_files(config), sources, keep_stale)
         changed = [stage for stage in chosen if chain.run_stage(stage, may_reuse=stage not in rerun)]
         index = run.path("index.html")
