@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import ErrorDetails
 
 from smaflib.errors import ConfigError
-from smaflib.files import PROJECT_ROOT, absolute
+from smaflib.files import PROJECT_ROOT, absolute, compose
 from smaflib.plugins import is_custom, search_in
 
 Split = Literal["train", "val"]
@@ -36,6 +36,7 @@ Reach = Annotated[float, Field(ge=0.05, le=1e5)]  # of a kernel; a narrower one 
 Jitter = Annotated[float, Field(ge=0, le=10)]
 Hue = Annotated[float, Field(ge=0, le=0.5)]
 ColorJitter = tuple[Jitter, Jitter, Jitter, Hue]  # brightness, contrast, saturation, hue
+ClassName = Annotated[str, AfterValidator(compose)]
 # Commands and their kernels run in different folders, so relative paths start at the checkout.
 ProjectPath = Annotated[Path, AfterValidator(lambda path: PROJECT_ROOT / path)]
 
@@ -102,7 +103,7 @@ class DataConfig(StageConfig):
     # auto: VOC's Annotations if present, else labels.csv in data.root; masks: breaks the image-level setting, which the
     # run reports
     label_source: Literal["auto", "csv", "xml", "masks"] = "xml"
-    class_names: tuple[str, ...] = ()  # (): VOC's 20, COCO's 80, or the names in the CSV, sorted
+    class_names: tuple[ClassName, ...] = ()  # (): VOC's 20, COCO's 80, or the names in the CSV, sorted
     # voc: ImageSets/Segmentation/<name>.txt, or the path of a .txt list; coco: train2014
     train_split: str = "train"
     val_split: str = "val"

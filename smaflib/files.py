@@ -8,6 +8,7 @@ import json
 import os
 import site
 import sys
+import unicodedata
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from smaflib.errors import RunError
+from smaflib.errors import DataError, RunError
 
 HOME = "SMAF_HOME"
 """Environment variable: the folder that relative paths of an installed package start from; set for its kernels."""
@@ -54,6 +55,20 @@ def find_config(config: Path) -> Path:
     """A config file by its path, or a shipped one by its name, such as ``mini``."""
     shipped = SHIPPED / "configs" / f"{config}.yaml"
     return shipped if not config.exists() and config.name == str(config) and shipped.is_file() else config.absolute()
+
+
+def compose(name: str) -> str:
+    """One spelling of a name in Unicode (NFC): a Mac writes é in file names as e and an accent."""
+    return unicodedata.normalize("NFC", name)
+
+
+def read_text(path: Path) -> str:
+    """Read UTF-8, or UTF-16 as some programs of Windows write it, with composed letters."""
+    content = path.read_bytes()
+    try:
+        return compose(content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error}); save it as UTF-8, a table as 'CSV UTF-8'") from error
 
 
 def is_plain_name(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from PIL import Image
 
 from smaflib.config import Config
 from smaflib.data import Samples, load_samples, make_data
+from smaflib.data.check import check_data
 from smaflib.data.classes import COCO_CLASSES
+from smaflib.data.coco import write_coco_masks
 from smaflib.errors import DataError
 
 WIDTH, HEIGHT = 10, 8
@@ -91,7 +94,7 @@ def test_labels_are_the_classes_of_the_instances_and_empty_images_are_left_out(r
 def test_some_classes_only(root: Path) -> None:
     samples = load(root, class_names=["dog"])
     assert samples.image_ids == ["COCO_train2014_000000000007"] and names_of(samples) == [["dog"]]
-    with pytest.raises(DataError, match="has no image of bird; check data.class_names"):
+    with pytest.raises(DataError, match=r"train2014\.json has no category 'bird'"):
         load(root, class_names=["bird"])
 
 
@@ -135,20 +138,119 @@ def test_what_is_missing_is_named(root: Path, tmp_path: Path, monkeypatch: pytes
     (root / "train2014/COCO_train2014_000000000003.jpg").unlink()
     with pytest.raises(DataError, match=r"no image in .*train2014 for .*0003.* \(1 of 2 missing\); unpack train2014"):
         load(root)
-    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
-    with pytest.raises(DataError, match="needs pycocotools; install it: pip install pycocotools"):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    with pytest.raises(DataError, match="need pycocotools; install it: pip install pycocotools"):
+        make_data(config(root), tmp_path / "run")
+
+
+def change(root: Path, **parts: Any) -> None:
+    """Replace parts of the file of the training split."""
+    file = root / "annotations/instances_train2014.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | parts))
+
+
+DOG = instance(1, 7, 18, box(3, 2, 6, 5), 9)
+NO_OUTLINE: list[Any] = [
+    {},
+    None,
+    [],
+    [[]],
+    [[1, 1, 2, 2]],
+    [[1, 1, 5, 1, 5, float("nan")]],
+    [[1, 1, 5, 1, 5, 1e12]],
+    ["a"],
+    {"counts": [80], "size": [WIDTH, HEIGHT]},
+    {"counts": [3, 4], "size": [HEIGHT, WIDTH]},  # ends early
+    {"counts": [99], "size": [HEIGHT, WIDTH]},
+    {"counts": "", "size": [HEIGHT, WIDTH]},
+]
+
+
+@pytest.mark.parametrize("outline", NO_OUTLINE, ids=str)
+def test_instance_without_a_valid_outline_counts_and_its_image_gets_no_mask(
+    root: Path, tmp_path: Path, outline: object
+) -> None:
+    person, table = instance(2, 3, 1, box(1, 1, 9, 7), 48), instance(3, 7, 67, box(1, 1, 9, 7), 48)
+    change(
+        root, annotations=[person, table, DOG | {"segmentation": outline} if outline != {} else no_segmentation(DOG)]
+    )
+    assert names_of(load(root)) == [["person"], ["dog", "dining table"]]
+    words = r"train: 1 instances without a valid outline, so no mask for 1 images, such as COCO_train2014_0*7$"
+    with pytest.warns(UserWarning, match=words), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of pycocotools
+        make_data(config(root), tmp_path / "run")
+    samples = load_samples(config(root), "train", tmp_path / "run")
+    assert [files.mask is not None for files in samples.files] == [True, False]
+    assert samples.annotated.image_ids == ["COCO_train2014_000000000003"]
+    facts, problems = check_data(config(root))
+    assert not problems and any("1 instances without a valid outline" in fact for fact in facts)
+    assert not list((tmp_path / "run").rglob("*7.png"))
+
+
+def no_segmentation(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name != "segmentation"}
+
+
+def test_annotations_of_no_image_or_category_are_ignored_and_counted(root: Path, tmp_path: Path) -> None:
+    strays = [DOG | {"image_id": 99}, DOG | {"category_id": 99}, {"id": 5}]
+    change(root, annotations=[DOG, *strays])
+    assert names_of(load(root)) == [["dog"]]
+    run_folder, note = tmp_path / "run", "3 annotations ignored: their image_id or category_id is not in the file"
+    assert write_coco_masks(config(root).data, "train", run_folder) == [note]
+    assert [path.stem for path in run_folder.rglob("*.png")] == ["COCO_train2014_000000000007"]
+
+
+def test_fields_that_labels_and_masks_do_not_need_may_be_missing(root: Path, tmp_path: Path) -> None:
+    bare = {name: DOG[name] for name in ("image_id", "category_id", "segmentation")}
+    change(root, annotations=[bare])
+    make_data(config(root), tmp_path / "run")
+    (mask,) = load_samples(config(root), "train", tmp_path / "run").ground_truth or ()
+    assert int((mask > 0).sum()) == 9
+
+
+@pytest.mark.parametrize(
+    ("parts", "settings", "words"),
+    [
+        ({}, {"class_names": ["Dining Table"]}, r"no category 'Dining Table' \(did you mean 'dining table'\?\)"),
+        ({}, {"class_names": ["dog", "diningtable"]}, r"no category 'diningtable' \(did you mean 'dining table'\?\)"),
+        (
+            {"categories": [{"id": 1, "name": "tv"}, {"id": 18, "name": "dog"}]},
+            {"class_names": ["dog", "tvmonitor"]},
+            r"no category 'tvmonitor' \(did you mean 'tv'\?\)",
+        ),
+        ({"categories": [{"id": 18, "name": "cell"}]}, {}, r"categories that are not COCO's, such as 'cell'; set data"),
+        ({"annotations": None}, {}, "no complete file of COCO instances"),
+        ({"annotations": []}, {}, "train2014 has no image of person, "),
+        ({"images": [{"id": 7}]}, {}, r"no complete file of COCO instances \(KeyError\('file_name'\)"),
+    ],
+)
+def test_what_fits_no_class_or_image_is_refused(
+    root: Path, parts: dict[str, Any], settings: dict[str, Any], words: str
+) -> None:
+    change(root, **parts)
+    with pytest.raises(DataError, match=words):
+        load(root, **settings)
+
+
+@pytest.mark.parametrize("other", ["a.png", "A.jpg", "sub/a.jpg", "a.jpg"])
+def test_two_images_of_one_id_are_refused(root: Path, other: str) -> None:
+    size = {"width": WIDTH, "height": HEIGHT}
+    for name in ("a.jpg", "a.png", "A.jpg"):
+        Image.new("RGB", (WIDTH, HEIGHT)).save(root / "train2014" / name)
+    images = [{"id": 7, "file_name": "a.jpg"} | size, {"id": 8, "file_name": other} | size]
+    change(root, images=images, annotations=[DOG])
+    assert load(root)[0].image_id == "a"  # only one of them is in use
+    change(root, annotations=[DOG, DOG | {"id": 2, "image_id": 8}])
+    with pytest.raises(DataError, match=rf"a\.jpg and {other} would share the mask [aA]\.png; rename one"):
         load(root)
 
 
-@pytest.mark.parametrize("outline", [None, [], {"counts": [80], "size": [WIDTH, HEIGHT]}], ids=str)
-def test_outline_that_does_not_fit_is_refused_before_its_mask_is_written(
-    root: Path, tmp_path: Path, outline: object
-) -> None:
-    file = root / "annotations/instances_train2014.json"
-    content = json.loads(file.read_text())
-    content["annotations"][0]["segmentation"] = outline
-    file.write_text(json.dumps(content))
-    assert len(load(root)) == 2  # labels need no outlines
-    with pytest.raises(DataError, match="train2014: an instance of COCO_train2014_0*7 has no valid outline"):
-        make_data(config(root), tmp_path / "run")
-    assert not (tmp_path / "run/data/train2014/COCO_train2014_000000000007.png").exists()
+def test_letters_of_a_mac_are_the_same_letters(root: Path, tmp_path: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    Image.new("RGB", (WIDTH, HEIGHT)).save(root / "train2014" / f"{composed}.jpg")
+    images = [{"id": 7, "file_name": f"images/{decomposed}.jpg", "width": WIDTH, "height": HEIGHT}]
+    change(root, images=images, annotations=[DOG], categories=[{"id": 18, "name": decomposed}])
+    settings = config(root, class_names=[composed], val_split="train2014")
+    make_data(settings, tmp_path / "run")
+    samples = load_samples(settings, "train", tmp_path / "run")
+    assert samples.image_ids == [composed] and samples.class_names == (composed,) and samples.has_ground_truth

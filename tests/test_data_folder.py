@@ -104,6 +104,19 @@ def test_names_may_hold_quotes_commas_and_letters_of_any_language(photos: Path) 
     assert samples.image_ids == ["grün, 1"] and samples.class_names == ("Bär, groß", "貓")
 
 
+def test_letters_of_a_mac_are_the_same_letters(photos: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    (photos / "a.jpg").rename(photos / f"{decomposed}.jpg")
+    Image.new("L", (WIDTH, HEIGHT)).save(photos.parent / f"{decomposed}.png")
+    table = f"image,labels\n{composed},{composed}\nb.JPEG,{decomposed}\n"
+    samples = load(photos, table)
+    assert samples.image_ids == [composed, "b"] and samples.class_names == (composed,)
+    assert samples[0].image.shape == (3, HEIGHT, WIDTH)
+    samples = load(photos, table.splitlines()[0] + f"\n{decomposed}.jpg,{composed}", saliency=photos.parent)
+    assert samples.image_ids == [composed] and samples.has_saliency
+    assert load(photos, table, class_names=(decomposed,)).image_labels.tolist() == [[1], [1]]
+
+
 def test_photo_is_turned_as_its_orientation_flag_says_and_the_mask_must_fit_that(photos: Path) -> None:
     pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     pixels[0, :] = 255  # the upper edge of the stored picture is the right edge of the upright one
@@ -150,8 +163,9 @@ def test_masks_and_saliency_are_found_by_name(photos: Path) -> None:
         ("image,labels\na.jpg,cat,dog\n", r"line 2: more fields than columns \(dog\); separate labels by ;"),
         ("image,labels\na.jpg,cat\n\na.jpg,dog\n", r"line 4: a\.jpg is already listed on line 2; put all labels"),
         ("image,labels\na.jpg,cat\na.png,dog\n", r"line 3: a\.png is already .* masks are named a\.png"),
+        ("image,labels\na.jpg,cat\nA.png,dog\n", r"line 3: A\.png is already listed on line 2; .* case or extension"),
         ('image,labels\na.jpg,"cat\n', r"labels\.csv, line 2: .*check the quotes"),
-        (b"image,labels\na.jpg,B\xe4r\n", r"labels\.csv is not UTF-8 .*save it as 'CSV UTF-8'"),
+        (b"image,labels\na.jpg,B\xe4r\n", r"labels\.csv is not UTF-8 .*a table as 'CSV UTF-8'"),
         ("image,labels\na.jpg,cat\nb.JPEG,dog;Catt\n", r"line 3: there is no class 'Catt' \(did you mean 'cat'\?\)"),
     ],
 )

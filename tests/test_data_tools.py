@@ -43,6 +43,22 @@ def test_labels_of_the_field_become_a_csv(tmp_path: Path, protocol: int, dtype: 
     assert target.read_text() == "image,labels\n2007_000032,cat;dog\n2007_000039,cow\n"
 
 
+@pytest.mark.parametrize(
+    "key", [2007000032, np.int64(2007000032), "2007000032", b"2007_000032", "2007_000032.jpg", "JPEGImages/2007_000032"]
+)
+def test_ids_in_other_spellings_are_vocs(tmp_path: Path, key: Any) -> None:
+    np.save(tmp_path / "a.npy", {key: np.array([0, 1])}, allow_pickle=True)  # type: ignore[arg-type]
+    convert(tmp_path / "a.npy", tmp_path / "labels.csv", ["cat", "cow"])
+    assert (tmp_path / "labels.csv").read_text() == "image,labels\n2007_000032,cow\n"
+
+
+def test_two_spellings_of_one_id_are_refused(tmp_path: Path) -> None:
+    table = {2007000032: np.array([0, 1]), "2007_000032": np.array([1, 0])}
+    np.save(tmp_path / "a.npy", table, allow_pickle=True)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'2007_000032' is given twice"):
+        convert(tmp_path / "a.npy", tmp_path / "labels.csv", ["cat", "cow"])
+
+
 class Trap:
     """Unpickled without care, it makes a file."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,14 @@ from PIL import Image
 
 from smaflib.config import Config
 from smaflib.data import Samples, load_samples
+from smaflib.data.check import check_data
 from smaflib.data.masks import save_mask
 from smaflib.data.voc import read_image, read_saliency
 from smaflib.errors import DataError
 
 CLASSES = ("cat", "dog", "sofa")
 WIDTH, HEIGHT = 12, 8
+LISTS, CSV = "ImageSets/Segmentation/train.txt", {"label_source": "csv", "labels": "labels.csv"}
 
 
 def annotation(*names: str) -> str:
@@ -84,9 +88,73 @@ def test_splits_follow_their_lists_in_order(root: Path) -> None:
     (root / "ImageSets/Segmentation/train.txt").write_text("\ufeffc\r\n\r\n b \r\na", encoding="utf-8")
     assert load(root).image_ids == ["c", "b", "a"]
     assert load_samples(config(root), "val").image_ids == ["d"]
-    lines = [f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png" for name in "cb"]
-    (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(lines))
-    assert load(root).image_ids == ["c", "b"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "image_ids"),
+    [
+        ("/JPEGImages/c.jpg /SegmentationClassAug/c.png\n/JPEGImages/b.jpg /SegmentationClassAug/a.png", ["c", "b"]),
+        ("c.jpg\nb.JPG\na.png", ["c", "b", "a"]),  # all three are .jpg
+        ("JPEGImages\\c\r\nD:\\photos\\b.jpg\r\n", ["c", "b"]),
+        ("c  1\na -1\nb 0\n", ["c", "a", "b"]),  # ImageSets/Main
+        ("my cat\nmy dog.jpeg\nmy cat 1\n", ["my cat", "my dog", "my cat 1"]),
+        ("x/my cat.jpg x/a.png\nmy dog 1\n", ["my cat", "my dog"]),
+        ("a\na\n", ["a"]),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_list_is_read_as_meant(root: Path, listed: str, image_ids: list[str], encoding: str) -> None:
+    for name in ("my cat.jpg", "my dog.png", "my cat 1.jpeg"):
+        Image.new("RGB", (WIDTH, HEIGHT)).save(root / "JPEGImages" / name)
+        (root / "Annotations" / f"{Path(name).stem}.xml").write_text(annotation("cat"))
+    (root / LISTS).write_text(listed, encoding=encoding)
+    samples = load(root)
+    assert samples.image_ids == image_ids and len(list(samples)) == len(image_ids)
+
+
+@pytest.mark.parametrize(
+    ("listed", "words"),
+    [
+        ("a b\n", r"no image in .*JPEGImages for a b "),
+        (
+            "a\nx/b.jpg\ny/b.jpg\n",
+            r"x/b\.jpg and y/b\.jpg would share the mask b\.png; rename one, or correct the list",
+        ),
+        ("C.jpg\nc.jpg\n", r"C\.jpg and c\.jpg would share the mask c\.png"),
+        ("b\nC\n", r"no image in .* for C \(did you mean 'c'\?\)|C"),
+    ],
+)
+def test_row_that_means_no_image_or_the_same_is_refused(root: Path, listed: str, words: str) -> None:
+    Image.new("RGB", (WIDTH, HEIGHT)).save(root / "JPEGImages/C.jpg")
+    Image.new("RGB", (WIDTH, HEIGHT)).save(root / "JPEGImages/C.png")
+    (root / LISTS).write_text(listed)
+    with pytest.raises(DataError, match=words):
+        load(root)
+
+
+def test_letters_of_a_mac_are_the_same_letters(root: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for path in ("JPEGImages/a.jpg", "Annotations/a.xml", "SegmentationClass/a.png", "Saliency/a.png"):
+        (root / path).rename((root / path).with_stem(decomposed))
+    (root / LISTS).write_text(f"{composed}\n", encoding="utf-8")
+    samples = load(root, saliency="Saliency")
+    assert samples.image_ids == [composed] and samples.has_ground_truth and samples.has_saliency
+    assert samples[0].image.shape == (3, HEIGHT, WIDTH)
+    (root / LISTS).write_text(f"{decomposed}\n", encoding="utf-8")
+    (root / "labels.csv").write_text(f"image,labels\n{decomposed},{decomposed}\n", encoding="utf-8")
+    samples = load(root, class_names=(composed,), **CSV)
+    assert samples.image_ids == [composed] and samples.image_labels.tolist() == [[1]]
+
+
+def test_class_name_that_no_xml_has_is_refused_with_the_nearest(root: Path) -> None:
+    (root / "Annotations/b.xml").write_text(annotation("sofa", "dining table"))
+    with pytest.raises(DataError, match=r"'Dining-Table' \(did you mean 'dining table'\?\); they have dining table"):
+        load(root, class_names=("cat", "sofa", "Dining-Table"))
+    assert load(root, class_names=("cat", "sofa", "Dining-Table"), max_images=1).image_ids == ["a"]
+    assert load(root, class_names=("cat", "sofa", "bird")).image_labels.sum(dim=0).tolist() == [1, 2, 0]
+    assert load(root, class_names=()).class_names[14] == "person"
+    (root / "Annotations/b.xml").write_text(annotation("sofa", "dog"))
+    assert len(load(root, class_names=("cat", "dog", "sofa", "zebra"))) == 3  # no object is without a class
 
 
 def test_xml_and_csv_and_masks_give_the_same_labels(root: Path) -> None:
@@ -154,7 +222,6 @@ def save(root: Path, path: str, content: object) -> None:
         file.write_bytes(content if isinstance(content, bytes) else str(content).encode())
 
 
-LISTS, CSV = "ImageSets/Segmentation/train.txt", {"label_source": "csv", "labels": "labels.csv"}
 STRUCTURE: list[tuple[str, object, dict[str, Any], str]] = [
     ("JPEGImages", None, {}, r"there is no folder .*JPEGImages; set data\.root"),
     (LISTS, None, {}, r"no split list .*train\.txt; data\.train_split and data\.val_split can be: val"),
@@ -183,7 +250,11 @@ FILES: list[tuple[str, object, str]] = [
     ("SegmentationClass/a.png", SMALL, r"the mask .*a\.png is 6 x 5 pixels, but its image .*a\.jpg is 12 x 8"),
     ("SegmentationClass/a.png", np.full((8, 12), 4), r"a\.png holds the value 4; with 3 classes"),
     ("Saliency/a.png", SMALL, r"the saliency map .*a\.png is 6 x 5 pixels, but its image .*a\.jpg is 12 x 8"),
-    ("Saliency/a.png", Image.new("RGB", (12, 8), (9, 9, 8)), r"a\.png is no saliency map \(mode RGB\); save it as an"),
+    (
+        "Saliency/a.png",
+        Image.new("RGB", (12, 8), (9, 9, 8)),
+        r"a\.png is no saliency map, it has colours; save it as an",
+    ),
 ]
 
 
@@ -202,8 +273,49 @@ def test_truncated_and_deep_images_are_refused(root: Path) -> None:
     with pytest.raises(DataError, match=r"b\.jpg cannot be read as an image: .*runcated"):
         load(root)[1]
     Image.new("I;16", (4, 4)).save(root / "deep.png")
-    with pytest.raises(DataError, match=r"deep\.png is an image of mode I;16; save it as 8-bit RGB"):
+    with pytest.raises(DataError, match=r"deep\.png has more than 8 bits per channel \(mode I;16\)"):
         read_image(root / "deep.png")
+
+
+def deep_png(colour_type: int, channels: int, value: int) -> bytes:
+    """A PNG of 1 x 1 pixels with 16 bits per channel, which Pillow cannot write in colour."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, colour_type, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"\0" + struct.pack(">H", value) * channels)),
+        (b"IEND", b""),
+    ]
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_sixteen_bits_per_channel_are_refused(tmp_path: Path, colour_type: int, channels: int) -> None:
+    (tmp_path / "deep.png").write_bytes(deep_png(colour_type, channels, 1000))
+    for read in (read_image, read_saliency):
+        with pytest.raises(DataError, match=r"deep\.png has more than 8 bits per channel .*; save it with 8 bits"):
+            read(tmp_path / "deep.png")
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "CMYK", "RGBA"])
+def test_other_modes_become_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("white.jpg" if mode == "CMYK" else "white.png")
+    Image.new("RGBA" if mode in ("LA", "RGBA") else "RGB", (3, 2), "white").convert(mode).save(path)
+    assert (read_image(path) == 255).all() and (read_saliency(path) == 1).all()
+
+
+def test_saliency_of_zero_and_one_is_refused_with_the_cure(root: Path) -> None:
+    pixels = np.zeros((HEIGHT, WIDTH), np.uint8)
+    Image.fromarray(pixels).save(root / "Saliency/a.png")  # nothing is salient
+    pixels[2:4] = 1
+    Image.fromarray(pixels).save(root / "Saliency/b.png")
+    samples = load(root, saliency="Saliency").with_saliency()
+    assert samples[0].saliency is not None and samples[0].saliency.max() == 0
+    with pytest.raises(DataError, match=r"b\.png holds 0 and 1 where 255 is salient: multiply it by 255"):
+        samples[1]
+    _, problems = check_data(config(root, saliency="Saliency"))
+    assert len(problems) == 1 and "b.png holds 0 and 1" in problems[0]
 
 
 def test_grey_saliency_may_be_stored_as_colour(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import argparse
 import codecs
 import csv
 import pickle
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 from numpy._core.multiarray import _reconstruct, scalar
 
 from smaflib.data.classes import COCO_CLASSES, VOC_CLASSES
+from smaflib.data.labels import image_stem
 from smaflib.files import replacing
 
 # As written by NumPy 1 and 2 on Python 2 and 3.
@@ -44,7 +46,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def read_cls_labels(path: Path, num_classes: int) -> dict[str, tuple[int, ...]]:
-    """Class numbers, 0 to K-1, by image name.
+    """Class numbers, 0 to K-1, by image name; VOC's names may lack their underscore, as in IRN's file.
 
     Raises:
         UnpicklingError: if the file would run code.
@@ -63,7 +65,11 @@ def read_cls_labels(path: Path, num_classes: int) -> dict[str, tuple[int, ...]]:
         values = np.asarray(vector)
         if values.shape != (num_classes,) or not np.isin(values, (0, 1)).all():
             raise ValueError(f"{path}: the labels of {name!r} are no vector of {num_classes} zeros and ones")
-        labels[str(name)] = tuple(np.flatnonzero(values).tolist())
+        image_id = image_stem(name.decode() if isinstance(name, bytes) else str(name))
+        image_id = re.sub(r"^(20\d\d)(\d{6})$", r"\1_\2", image_id)  # IRN keeps VOC's names as integers
+        if image_id in labels:
+            raise ValueError(f"{path}: {name!r} is given twice, in two spellings")
+        labels[image_id] = tuple(np.flatnonzero(values).tolist())
     return labels
 
 

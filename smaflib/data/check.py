@@ -10,6 +10,7 @@ import numpy as np
 from smaflib.config import Config
 from smaflib.data import load_samples
 from smaflib.data.classes import VOID_LABEL
+from smaflib.data.coco import write_coco_masks
 from smaflib.data.masks import mask_values
 from smaflib.data.prepare import NO_CLASS
 from smaflib.data.sample import Samples
@@ -37,6 +38,8 @@ def check_data(config: Config, run_folder: Path | None = None) -> tuple[list[str
             problems.append(f"{split}: {error}")
             continue
         found = _check_samples(samples, problems) if len(samples) else ["no images"]
+        if config.data.kind == "coco" and not config.data.masks:
+            found += write_coco_masks(config.data, split, None)
         facts += [f"{split}: {fact}" for fact in found]
     return facts, problems
 

@@ -6,9 +6,8 @@ archives unpack: ``train2014``, ``val2014``, ``train2017``, ``val2017``.
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Callable
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,86 +15,120 @@ import numpy as np
 
 from smaflib.config import DataConfig, Split
 from smaflib.data.classes import COCO_CLASSES
-from smaflib.data.labels import IMAGE_ENDINGS, check_class_names
+from smaflib.data.labels import check_class_names, image_stem, nearest
 from smaflib.data.masks import save_mask
 from smaflib.data.sample import Samples
-from smaflib.data.voc import list_files, list_pngs, make_samples, require_all
+from smaflib.data.voc import find_images, list_pngs, make_samples
 from smaflib.errors import DataError
+from smaflib.files import compose
 from smaflib.runtime import progress
 
 
 def load_coco(data: DataConfig, split: Split, run_folder: Path | None = None) -> Samples:
     """The samples of one split, nothing decoded yet.
 
-    The image label holds the classes of all instances, crowds included. Images without any instance of
+    The image label holds the classes of all instances, crowds and mere boxes included. Images without any instance of
     ``data.class_names`` are left out, as in the field: 82,081 of 82,783 images of train2014 remain, 40,137 of 40,504
     of val2014. Without ``data.masks`` the PNGs that :func:`write_coco_masks` painted in the run folder are used.
     """
     assert data.root is not None  # Config has checked it
-    name, class_names = _split_name(data, split), data.class_names or COCO_CLASSES
+    name, class_names = getattr(data, f"{split}_split"), data.class_names or COCO_CLASSES
     check_class_names(class_names)
     instances, _ = _read_instances(data, split)
-    labels = {Path(image["file_name"]).stem: tuple(sorted({k for k, _ in found})) for image, found in instances}
-    folder = data.root / name
-    images = {path.stem: path for path in list_files(folder, IMAGE_ENDINGS, f"unpack {name}.zip into {data.root}")}
-    require_all(list(labels), images, f"image in {folder}", f"unpack {name}.zip again")
-    if not labels:
+    if not instances:
         raise DataError(f"{name} has no image of {', '.join(class_names)}; check data.class_names")
+    labels = {image_stem(image["file_name"]): tuple(sorted({k for k, _ in found})) for image, found in instances}
+    unpack, file_names = f"unpack {name}.zip into {data.root}", [image["file_name"] for image, _ in instances]
+    images = find_images(file_names, data.root / name, unpack, f"unpack {name}.zip again")
     painted = run_folder / "data" / name if run_folder else None
     masks = list_pngs(data.masks or (painted if painted and painted.is_dir() else None), "data.masks")
     # COCO's annotations were drawn over the pixels as stored.
     return make_samples(data, split, class_names, images, labels, masks, oriented=False)
 
 
-def write_coco_masks(data: DataConfig, split: Split, run_folder: Path) -> None:
+def write_coco_masks(data: DataConfig, split: Split, run_folder: Path | None) -> list[str]:
     """Paint the instances of a split into palette PNGs below ``data`` of a run, for evaluation; existing ones are kept.
 
     Large instances are painted first, so that a table does not hide what is on it. A crowd is painted as its class,
-    like a single instance. Pixels of classes outside ``data.class_names`` are background.
+    like a single instance. Pixels of classes outside ``data.class_names`` are background. An image with an instance
+    that cannot be drawn gets no mask, so that evaluation leaves it out. Without ``run_folder`` nothing is written.
+
+    Returns:
+        Sentences on such images and on annotations that are ignored.
     """
-    name = _split_name(data, split)
-    instances, to_mask = _read_instances(data, split)
+    try:
+        from pycocotools import mask as runs
+    except ImportError as error:
+        raise DataError("masks from COCO's outlines need pycocotools; install it: pip install pycocotools") from error
+    name, unpainted = getattr(data, f"{split}_split"), Counter[str]()
+    instances, ignored = _read_instances(data, split)
     for image, found in progress(instances, total=len(instances), desc=f"masks of {name}"):
-        path = run_folder / "data" / name / f"{Path(image['file_name']).stem}.png"
-        if path.is_file():
+        image_id = image_stem(image["file_name"])
+        path = run_folder / "data" / name / f"{image_id}.png" if run_folder else None
+        if path and path.is_file():
             continue
-        mask = np.zeros((image["height"], image["width"]), dtype=np.uint8)
-        try:
-            for number, instance in sorted(found, key=lambda each: -each[1]["area"]):
-                mask[to_mask(instance).astype(bool)] = number + 1
-        except Exception as error:  # what pycocotools raises
-            raise DataError(f"{name}: an instance of {path.stem} has no valid outline: {error!r}") from error
-        save_mask(path, mask)
+        outlines = [(number, _outline(runs, image, each)) for number, each in found]
+        if undrawn := sum(outline is None for _, outline in outlines):
+            unpainted[image_id] = undrawn
+        elif path:
+            mask = np.zeros((image["height"], image["width"]), dtype=np.uint8)
+            for number, outline in sorted(outlines, key=lambda each: runs.area(each[1]), reverse=True):
+                mask[runs.decode(outline).astype(bool)] = number + 1
+            save_mask(path, mask)
+    notes = [f"{ignored} annotations ignored: their image_id or category_id is not in the file"] if ignored else []
+    if unpainted:
+        few = f"{len(unpainted)} images, such as {', '.join(list(unpainted)[:3])}"
+        notes.append(f"{unpainted.total()} instances without a valid outline, so no mask for {few}")
+    return notes
 
 
-def _split_name(data: DataConfig, split: Split) -> str:
-    return data.train_split if split == "train" else data.val_split
+def _outline(runs: Any, image: dict[str, Any], instance: dict[str, Any]) -> dict[str, Any] | None:
+    """The run lengths of an instance for pycocotools (``runs``); None if its outline is missing or damaged.
+
+    pycocotools itself paints whatever is in memory if run lengths end early, and fills the memory for a NaN.
+    """
+    try:
+        size, outline = [image["height"], image["width"]], instance["segmentation"]
+        if isinstance(outline, list):
+            parts = [part for part in outline if len(part) >= 6]  # fewer than three points have no area
+            drawable = np.abs(np.concatenate(parts)).max() < 1e5
+            return runs.merge(runs.frPyObjects(parts, *size)) if drawable else None
+        if isinstance(counts := outline["counts"], list):
+            outline, complete = runs.frPyObjects(outline, *size), sum(counts) == size[0] * size[1]
+        else:
+            complete = runs.encode(runs.decode(outline))["counts"] == counts.encode()
+        return outline if complete and outline["size"] == size else None
+    except Exception:  # what else is wrong in such a file
+        return None
 
 
-def _read_instances(
-    data: DataConfig, split: Split
-) -> tuple[list[tuple[dict[str, Any], list[tuple[int, dict[str, Any]]]]], Callable[[dict[str, Any]], np.ndarray]]:
-    """Images with an instance of a class, each with pairs of class number and instance; and how to draw an instance."""
+def _read_instances(data: DataConfig, split: Split) -> tuple[list[Any], int]:
+    """Images, each with pairs of class number and instance; number of annotations without an image or category."""
     assert data.root is not None
-    path = data.root / "annotations" / f"instances_{_split_name(data, split)}.json"
+    path, ignored = data.root / "annotations" / f"instances_{getattr(data, f'{split}_split')}.json", 0
     if not path.is_file():
         raise DataError(
             f"there is no file {path}; unpack the annotations of COCO into {data.root}, and set data.train_split and "
             "data.val_split to names such as train2014 and val2014"
         )
+    class_names = data.class_names or COCO_CLASSES
     try:
-        from pycocotools.coco import COCO
-    except ImportError as error:
-        raise DataError("data.kind: coco needs pycocotools; install it: pip install pycocotools") from error
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-            coco = COCO(path)
-    except Exception as error:  # a damaged file breaks pycocotools anywhere
+        content = json.loads(path.read_bytes())
+        names = {each["id"]: compose(each["name"]) for each in content["categories"]}
+        images: dict[Any, Any] = {
+            each["id"]: (each | {"file_name": compose(each["file_name"])}, []) for each in content["images"]
+        }
+        for each in content["annotations"]:
+            image, name = images.get(each.get("image_id")), names.get(each.get("category_id"))
+            ignored += image is None or name is None
+            if image and name in class_names:
+                image[1].append((class_names.index(name), each))
+        found = [images[number] for number in sorted(images) if images[number][1]]
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is no complete file of COCO instances ({error!r:.200}); unpack it again") from error
-    number_of = {name: number for number, name in enumerate(data.class_names or COCO_CLASSES)}
-    images = []
-    for image_number in sorted(coco.imgs):
-        found = [(coco.cats[each["category_id"]]["name"], each) for each in coco.imgToAnns.get(image_number, ())]
-        if known := [(number_of[name], each) for name, each in found if name in number_of]:
-            images.append((coco.imgs[image_number], known))
-    return images[: data.max_images], coco.annToMask
+    known = set(names.values())
+    if absent := [name for name in data.class_names if name not in known]:
+        raise DataError(f"data.class_names: {path} has no category {absent[0]!r}{nearest(absent[0], known)}")
+    if others := sorted(known.difference(class_names)) if not data.class_names else []:
+        raise DataError(f"{path} has categories that are not COCO's, such as {others[0]!r}; set data.class_names")
+    return found[: data.max_images], ignored

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from smaflib.config import DataConfig, Split
-from smaflib.data.labels import IMAGE_ENDINGS, check_class_names, class_numbers, nearest, read_label_rows
+from smaflib.data.labels import IMAGE_ENDINGS, check_class_names, class_numbers, image_stem, nearest, read_label_rows
 from smaflib.data.sample import Samples
-from smaflib.data.voc import list_files, list_pngs, make_samples, require_all
+from smaflib.data.voc import list_images, list_pngs, make_samples, require_all
 from smaflib.errors import DataError
 
 
@@ -28,9 +26,7 @@ def load_folder(data: DataConfig, split: Split) -> Samples:
     check_class_names(class_names)
     if not class_names:
         raise DataError(f"{data.labels}: no image has a label")
-    paths = list_files(data.images, IMAGE_ENDINGS, "set data.images to the folder of images")
-    count = Counter(path.stem for path in paths)
-    by_name = {path.name: path for path in paths} | {path.stem: path for path in paths if count[path.stem] == 1}
+    by_name = list_images(data.images, "set data.images to the folder of images")
     images, labels = {}, {}
     for row in rows:
         where = f"{data.labels}, line {row.line}"
@@ -39,9 +35,9 @@ def load_folder(data: DataConfig, split: Split) -> Samples:
                 f"{where}: there is no image {row.image} in {data.images}{nearest(row.image, list(by_name))}; write "
                 f"the file name only, with the extension {', '.join(IMAGE_ENDINGS)} (or none, if that is unique)"
             )
-        image = by_name[row.image]
-        images[image.stem] = image
-        labels[image.stem] = class_numbers(row.labels, class_names, where)
+        image_id = image_stem(row.image)
+        images[image_id] = by_name[row.image]
+        labels[image_id] = class_numbers(row.labels, class_names, where)
     masks = list_pngs(data.masks, "data.masks")
     if data.masks:
         require_all(list(labels), masks, f"mask in {data.masks}", "add it or leave data.masks empty")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import difflib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from smaflib.errors import DataError
+from smaflib.files import compose, read_text
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -31,12 +32,9 @@ def read_label_rows(path: Path) -> dict[str, LabelRow]:
     """
     if not path.is_file():
         raise DataError(f"there is no CSV file {path}; set data.labels to a file with the columns image,labels")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error}); save it as 'CSV UTF-8'") from error
-    reader = csv.DictReader(io.StringIO(text), strict=True, skipinitialspace=True)
+    reader = csv.DictReader(io.StringIO(read_text(path)), strict=True, skipinitialspace=True)
     rows: dict[str, LabelRow] = {}
+    lines: dict[str, int] = {}
     try:
         columns = [name.strip().lower() for name in reader.fieldnames or ()]
         if not {"image", "labels"} <= set(columns):
@@ -50,13 +48,13 @@ def read_label_rows(path: Path) -> dict[str, LabelRow]:
             if row is None:
                 continue
             stem = image_stem(row.image)
-            if stem in rows:
+            if line := lines.get(stem.casefold()):  # not every system tells A.png from a.png
                 raise DataError(
-                    f"{path}, line {row.line}: {row.image} is already listed on line {rows[stem].line}; put all labels "
-                    "of an image on one line, and rename images that differ in their extension only: masks are named "
+                    f"{path}, line {row.line}: {row.image} is already listed on line {line}; put all labels "
+                    "of an image on one line, and rename images that differ in case or extension only: masks are named "
                     f"{stem}.png"
                 )
-            rows[stem] = row
+            rows[stem], lines[stem.casefold()] = row, row.line
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.reader.line_num}: {error}; check the quotes of that line") from error
     if not rows:
@@ -103,12 +101,14 @@ def check_class_names(class_names: Sequence[str]) -> None:
 
 
 def image_stem(name: str) -> str:
-    """The name of an image without its extension: ``a.b.jpg`` and ``a.b`` are both ``a.b``."""
+    """The image's id: composed, without folder and extension; ``x/a.b.jpg`` and ``a.b`` are both ``a.b``."""
+    name = compose(name.replace("\\", "/").rpartition("/")[2])
     return name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in IMAGE_ENDINGS else name
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """`` (did you mean 'cat'?)``, or nothing if no name is similar; case does not matter."""
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'cat'?)``, or nothing if no name is similar or the beginning of ``name``; case is ignored."""
     by_lower = {other.lower(): other for other in known}
     close = difflib.get_close_matches(name.lower(), list(by_lower), n=1)
+    close = close or [other for other in by_lower if len(other) > 1 and name.lower().startswith(other)]
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""

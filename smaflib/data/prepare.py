@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def make_data(config: Config, run_folder: Path) -> dict[str, dict[str, Any]]:
     data = config.data
     if data.kind == "coco" and data.masks is None:
         for split in SPLITS:
-            write_coco_masks(data, split, run_folder)
+            for note in write_coco_masks(data, split, run_folder):
+                warnings.warn(f"{split}: {note}", stacklevel=2)
     root = data.root or run_folder / "data"
     if data.kind == "mini" and not (root.is_dir() and any(root.iterdir())):
         from minidata import make_mini  # minidata imports this package

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -20,10 +21,11 @@ from torch import Tensor
 
 from smaflib.config import DataConfig, Split
 from smaflib.data.classes import VOC_CLASSES, VOID_LABEL
-from smaflib.data.labels import check_class_names, class_numbers, nearest, read_label_rows
+from smaflib.data.labels import IMAGE_ENDINGS, check_class_names, class_numbers, image_stem, nearest, read_label_rows
 from smaflib.data.masks import check_mask_values, decoding, mask_values, read_mask
 from smaflib.data.sample import Sample, SampleFiles, Samples
 from smaflib.errors import DataError
+from smaflib.files import compose, read_text
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -40,10 +42,8 @@ def load_voc(data: DataConfig, split: Split) -> Samples:
     assert data.root is not None  # Config has checked it
     class_names = data.class_names or tuple(VOC_CLASSES)
     check_class_names(class_names)
-    folder = data.root / "JPEGImages"
-    images = {path.stem: path for path in list_files(folder, (".jpg",), "set data.root to the folder that holds it")}
-    image_ids = _read_split(data, split)[: data.max_images]
-    require_all(image_ids, images, f"image in {folder}", f"correct the list {data.split_list(split)}")
+    images = _read_split(data, split)
+    image_ids = list(images)
     masks_folder = data.masks or data.root / "SegmentationClass"
     masks = list_pngs(masks_folder if data.masks or masks_folder.is_dir() else None, "data.masks")
     annotations = data.root / "Annotations"
@@ -51,7 +51,13 @@ def load_voc(data: DataConfig, split: Split) -> Samples:
         require_all(image_ids, masks, f"mask in {masks_folder}", "add it or change data.label_source")
         labels = {image_id: _labels_of_mask(masks[image_id], len(class_names)) for image_id in image_ids}
     elif data.label_source == "xml" or (data.label_source == "auto" and annotations.is_dir()):
-        labels = {image_id: _labels_of_xml(annotations / f"{image_id}.xml", class_names) for image_id in image_ids}
+        files = {compose(path.stem): path for path in annotations.glob("*.xml")}
+        names = {image_id: _names_in_xml(files.get(image_id, annotations / f"{image_id}.xml")) for image_id in images}
+        if split == "train" and not data.max_images:  # a part of the images may lack a class
+            _check_class_names(class_names, set().union(*names.values()))
+        labels = {
+            image_id: tuple(k for k, name in enumerate(class_names) if name in names[image_id]) for image_id in images
+        }
     else:
         path = data.labels or data.root / "labels.csv"
         rows = read_label_rows(path)
@@ -112,8 +118,9 @@ def read_sample(files: SampleFiles, num_classes: int, oriented: bool) -> Sample:
 def read_image(path: Path, oriented: bool = False) -> Tensor:
     """Read an image as uint8 (3, H, W), RGB; transparency is dropped."""
     with decoding(path) as picture:
-        if picture.mode.startswith(("I", "F")):
-            raise DataError(f"{path} is an image of mode {picture.mode}; save it as 8-bit RGB")
+        # Pillow keeps the upper 8 bits of 16-bit colours, which makes some images black.
+        if picture.mode.startswith(("I", "F")) or ";16" in str(getattr(picture, "tile", "")):
+            raise DataError(f"{path} has more than 8 bits per channel (mode {picture.mode}); save it with 8 bits")
         upright = ImageOps.exif_transpose(picture) if oriented else picture
         pixels = np.array(upright.convert("RGB"))  # (H, W, 3)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
@@ -121,12 +128,12 @@ def read_image(path: Path, oriented: bool = False) -> Tensor:
 
 def read_saliency(path: Path) -> Tensor:
     """Read a grey image, which may be stored as RGB, as float32 (H, W) in [0, 1]."""
-    with decoding(path) as picture:
-        pixels = np.array(picture if picture.mode == "L" else picture.convert("RGB"))
-        channels = pixels if pixels.ndim == 3 else pixels[..., None]
-        if picture.mode.startswith(("I", "F")) or (channels != channels[..., :1]).any():
-            raise DataError(f"{path} is no saliency map (mode {picture.mode}); save it as an 8-bit grey PNG")
-        return torch.from_numpy(channels[..., 0].copy()).float() / 255
+    channels = read_image(path)
+    if (channels != channels[:1]).any():
+        raise DataError(f"{path} is no saliency map, it has colours; save it as an 8-bit grey PNG")
+    if channels.max() == 1:
+        raise DataError(f"{path} holds 0 and 1 where 255 is salient: multiply it by 255, or by 0 if nothing is")
+    return channels[0].float() / 255
 
 
 def list_files(folder: Path, endings: Sequence[str], cure: str) -> list[Path]:
@@ -137,11 +144,41 @@ def list_files(folder: Path, endings: Sequence[str], cure: str) -> list[Path]:
     return [folder / name for name in sorted(names) if name.lower().endswith(tuple(endings))]
 
 
+def list_images(folder: Path, cure: str) -> dict[str, Path]:
+    """The images of a folder by composed name, and by :func:`image_stem` where only one image has it."""
+    found: dict[str, list[Path]] = {}
+    for path in list_files(folder, IMAGE_ENDINGS, cure):
+        for name in (compose(path.name), image_stem(path.name)):
+            found.setdefault(name, []).append(path)
+    return {name: paths[0] for name, paths in found.items() if len(paths) == 1}
+
+
+def find_images(rows: Sequence[str], folder: Path, setting: str, cure: str) -> dict[str, Path]:
+    """The images that ``rows`` of a list name, by id: a name, a path, an image's and a mask's path, VOC's ``a -1``.
+
+    Raises:
+        DataError: if an image is missing, or if two would share a mask: ``a.jpg`` and ``a.png``, in places also ``A``.
+    """
+    by_name, names, seen = list_images(folder, setting), [], dict[str, str]()
+    for row in map(compose, rows):
+        first = re.match(rf".+?({'|'.join(IMAGE_ENDINGS)})(?=\s)", row, re.IGNORECASE)
+        name = first[0] if first else row
+        tried = (row, re.split(r"[/\\]", name)[-1], image_stem(name), image_stem(re.sub(r"\s+-?[01]$", "", name)))
+        names.append(next((each for each in tried if each in by_name), row))
+        if other := seen.get(stem := image_stem(names[-1]).casefold()):
+            raise DataError(
+                f"{other} and {row} would share the mask {image_stem(names[-1])}.png; rename one, or {cure}"
+            )
+        seen[stem] = row
+    require_all(names, by_name, f"image in {folder}", cure)
+    return {image_stem(name): by_name[name] for name in names}
+
+
 def list_pngs(folder: Path | None, setting: str) -> dict[str, Path]:
     """The masks or saliency maps of a folder by image; none without a folder."""
     if folder is None:
         return {}
-    return {path.stem: path for path in list_files(folder, (".png",), f"correct {setting} or leave it out")}
+    return {compose(path.stem): path for path in list_files(folder, (".png",), f"correct {setting} or leave it out")}
 
 
 def require_all(image_ids: Sequence[str], there: Collection[str], what: str, cure: str) -> None:
@@ -153,29 +190,42 @@ def require_all(image_ids: Sequence[str], there: Collection[str], what: str, cur
         )
 
 
-def _read_split(data: DataConfig, split: Split) -> list[str]:
-    """The image names of a split list."""
+def _read_split(data: DataConfig, split: Split) -> dict[str, Path]:
+    """The images of a split list by id."""
     assert data.root is not None
     path, augmented = data.split_list(split), data.root / "SegmentationClassAug"
     if path.stem == "train_aug" and not path.is_file() and augmented.is_dir():
-        held_out = set(_read_split(data, "val"))
-        return [mask.stem for mask in list_files(augmented, (".png",), "") if mask.stem not in held_out]
-    if not path.is_file():
+        held_out = _read_split(data.model_copy(update={"max_images": None}), "val")
+        masks = [compose(mask.stem) for mask in list_files(augmented, (".png",), "")]
+        rows = [image_id for image_id in masks if image_id not in held_out]
+    elif path.is_file():
+        rows = list(dict.fromkeys(filter(None, map(str.strip, read_text(path).splitlines()))))
+    else:
         ready = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt"))) or "none"
         raise DataError(f"there is no split list {path}; data.train_split and data.val_split can be: {ready}")
-    rows = [row.split() for row in path.read_text(encoding="utf-8-sig").splitlines()]
-    # Some lists hold paths: /JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png
-    return [Path(row[0]).stem if row[0].startswith("/") else row[0] for row in rows if row]
+    cure = "set data.root to the folder that holds it"
+    return find_images(rows[: data.max_images], data.root / "JPEGImages", cure, f"correct the list {path}")
 
 
-def _labels_of_xml(path: Path, class_names: tuple[str, ...]) -> tuple[int, ...]:
+def _names_in_xml(path: Path) -> set[str]:
     try:
         root = ElementTree.parse(path).getroot()
     except (OSError, ElementTree.ParseError) as error:
         raise DataError(f"{path} cannot be read ({error}); add it, or set data.label_source=csv") from error
     # Parts of an object (head, hand) are one level deeper; findall does not go there.
-    names = {(element.findtext("name") or "").strip() for element in root.findall("object")}
-    return tuple(number for number, name in enumerate(class_names) if name in names)
+    return {compose(name.text or "").strip() for name in root.findall("object/name")}
+
+
+def _check_class_names(class_names: Sequence[str], found: set[str]) -> None:
+    """Refuse class names without an object where objects are without a class; one of VOC's 20 may just be rare."""
+    rare = VOC_CLASSES if found.intersection(class_names) else ()
+    absent, unknown = (
+        [name for name in class_names if name not in {*found, *rare}],
+        sorted(found.difference(class_names)),
+    )
+    if absent and unknown:
+        hint = f"{nearest(absent[0], unknown)}; they have {', '.join(unknown)}, which are no classes"
+        raise DataError(f"data.class_names: no XML of the split has {absent[0]!r}{hint}")
 
 
 def _labels_of_mask(path: Path, num_classes: int) -> tuple[int, ...]:
