@@ -116,7 +116,7 @@ def test_masks_of_the_config_are_used_instead(root: Path, tmp_path: Path) -> Non
     make_data(config(root), tmp_path / "run")
     folder = tmp_path / "run" / "data" / "train2014"
     make_data(config(root, masks=folder), tmp_path / "other")
-    assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "other/data").exists()
     assert load(root, masks=folder).has_ground_truth
     with pytest.raises(DataError, match="data.masks"):
         load(root, masks=tmp_path / "no_such_folder")

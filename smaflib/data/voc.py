@@ -10,7 +10,7 @@ import functools
 import os
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import get_args
 
