@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import reprlib
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import ErrorDetails
 
 from smaflib.errors import ConfigError
-from smaflib.files import PROJECT_ROOT, absolute, compose
+from smaflib.files import PROJECT_ROOT, absolute, compose, expanded
 from smaflib.plugins import is_custom, search_in
 
 Split = Literal["train", "val"]
@@ -38,12 +39,12 @@ Hue = Annotated[float, Field(ge=0, le=0.5)]
 ColorJitter = tuple[Jitter, Jitter, Jitter, Hue]  # brightness, contrast, saturation, hue
 ClassName = Annotated[str, AfterValidator(compose)]
 # Commands and their kernels run in different folders, so relative paths start at the checkout.
-ProjectPath = Annotated[Path, AfterValidator(lambda path: PROJECT_ROOT / path)]
+ProjectPath = Annotated[Path, AfterValidator(lambda path: PROJECT_ROOT / expanded(path))]
 
 
 def _in_data_set(path: Path, info: ValidationInfo) -> Path:
     """A path relative to data.root if it exists there, else to the checkout."""
-    root = info.data.get("root")
+    root, path = info.data.get("root"), expanded(path)
     return root / path if root and (root / path).exists() else PROJECT_ROOT / path
 
 
@@ -76,7 +77,7 @@ MapSource = Annotated[str, _one_of("network")]
 DataKind = Annotated[str, _one_of("mini", "voc", "coco", "folder")]
 RefinementName = Annotated[str, _one_of("crf", "par", "none")]
 
-Weights = Annotated[str, AfterValidator(lambda name: name if name in NAMED_WEIGHTS else str(PROJECT_ROOT / name))]
+Weights = Annotated[str, AfterValidator(lambda n: n if n in NAMED_WEIGHTS else str(PROJECT_ROOT / expanded(n)))]
 NAMED_WEIGHTS = ("torchvision", "pretrained", "wheel")
 """Values of ``model.weights`` that are not a file."""
 
@@ -444,7 +445,12 @@ class Config(StageConfig):
         return self
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def listed(overrides: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Overrides as a tuple; papermill's ``-p overrides seed=1`` gives a single string."""
+    return (overrides,) if isinstance(overrides, str) else tuple(overrides or ())
+
+
+def load_config(path: str | Path, overrides: str | Sequence[str] | None = ()) -> Config:
     """Read a YAML file, apply overrides, check everything.
 
     Args:
@@ -457,12 +463,12 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if not (path := Path(path)).is_file():
         raise FileNotFoundError(f"there is no config file {path}; smaflib comes with those in configs/")
     try:
-        settings = _parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+        settings = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold settings such as 'seed: 0', got a {type(settings).__name__}")
-    for override in overrides:
+    for override in listed(overrides):
         _apply_override(settings, override)
     config = check_settings(settings, source=str(path))
     if config.custom_code:
@@ -524,15 +530,29 @@ def config_differences(ours: Config, theirs: Config) -> list[str]:
     ]
 
 
-def _parse_yaml(text: str, what: str) -> Any:
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML forbids a key twice in a mapping; PyYAML silently takes the last one."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node, lines = super().compose_mapping_node(anchor), dict[str, int]()
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if (name := str(key.value)) in lines:
+                raise yaml.YAMLError(f"{name} is given twice, in lines {lines[name]} and {line}; keep one or join them")
+            lines[name] = line
+        return node
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """Read YAML text; ConfigError says ``what`` is not valid."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates that do not exist
         raise ConfigError(f"{what} is not valid YAML: {str(error):.300}") from error
 
 
 def _apply_override(settings: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
+    key, separator, text = str(override).partition("=")
     if not separator or not key:
         raise ConfigError(f"an override must look like key=value, got {override!r}")
     *parents, last = key.strip().split(".")
@@ -545,4 +565,4 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
         node = node[parent]
         if not isinstance(node, dict):
             raise ConfigError(f"{key!r} cannot be set: {parent!r} is not a group of settings")
-    node[last] = _parse_yaml(text, f"the value of {override!r}")
+    node[last] = parse_yaml(text, f"the value of {override!r}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from smaflib.config import EvaluationConfig
 from smaflib.data.classes import VOID_LABEL
+from smaflib.data.masks import strongest
 from smaflib.maps import FusedMaps
 from smaflib.reactivation import hard_labels, reactivate
 
@@ -210,8 +211,7 @@ def _strongest(denoised: Sequence[Tensor], index: int) -> tuple[Tensor, Tensor]:
     """The highest score (H, W) of each pixel of an image and its class (H, W)."""
     if isinstance(denoised, FusedMaps):  # of the classes in the image only
         return denoised.strongest(index)
-    score, winner = denoised[index].max(dim=0)
-    return score, winner
+    return strongest(denoised[index])
 
 
 def best_threshold(sweep: dict[float, SegmentationMetrics]) -> float:

@@ -44,8 +44,14 @@ PARTIAL = ".partial-"
 """Prefix of files that are being written, or were left by a killed process."""
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with ``~`` and ``$VARIABLE`` replaced, as a shell does at the beginning of a word only."""
+    return Path(os.path.expanduser(os.path.expandvars(path)))
+
+
 def absolute(path: str | Path) -> Path:
     """A path relative to :data:`PROJECT_ROOT`, or to :data:`SHIPPED` if it exists only there."""
+    path = expanded(path)
     found = Path(os.path.normpath(PROJECT_ROOT / path))
     shipped = Path(os.path.normpath(SHIPPED / path))
     return shipped if not found.exists() and shipped.exists() else found

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from smaflib.cams import Fusion, class_attention, fuse_cams
 from smaflib.config import AttentionConfig
+from smaflib.data.masks import strongest
 from smaflib.data.sample import Samples
 from smaflib.data.views import ViewBatch, load_views
 from smaflib.errors import DataError
@@ -165,7 +166,7 @@ class FusedMaps(Sequence[Tensor]):
         present, maps = self.present(index)
         if len(present) == 0:
             return torch.zeros(maps.shape[1:]), torch.zeros(maps.shape[1:], dtype=torch.int64)
-        score, winner = maps.max(dim=0)
+        score, winner = strongest(maps)
         return score, present[winner]
 
     def present(self, index: int) -> tuple[Tensor, Tensor]:

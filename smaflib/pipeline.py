@@ -263,11 +263,14 @@ def check_networks(config: Config) -> None:
     is damaged or of another network.
     """
     device, number = make_runtime(config).device, num_processes(config)
-    if config.classifier.checkpoint is None:
-        check_batch_norm(AttentionNetwork(config.model, num_classes=1, background=True), number, device)
-    if config.segmentation.enabled:
-        settings = config.segmentation
-        check_batch_norm(SegmentationNetwork(settings.model or config.model, settings, num_classes=1), number, device)
+    given, settings = config.classifier.checkpoint, config.segmentation
+    model = config.model.model_copy(update={"weights": None}) if given else config.model
+    network = AttentionNetwork(model, num_classes=1, background=True)
+    for stage in ("self_training",) if given else ("classifier", "self_training"):
+        check_batch_norm(network, getattr(config, stage), stage, number, device)
+    if settings.enabled:
+        segmenter = SegmentationNetwork(settings.model or config.model, settings, num_classes=1)
+        check_batch_norm(segmenter, settings, "segmentation", number, device)
 
 
 def check_custom(config: Config) -> None:

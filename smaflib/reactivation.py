@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from smaflib.data.masks import strongest
+
 
 def denoise(fused: Tensor, image_label: Tensor) -> Tensor:
     """Erase the maps of classes that the image does not show.
@@ -119,5 +121,4 @@ def hard_labels(denoised: Tensor, bg_score: float) -> Tensor:
         >>> hard_labels(torch.tensor([[[0.5, 0.125]]]), bg_score=0.25).tolist()
         [[1, 0]]
     """
-    # Not argmax, which takes several times as long on the CPU; both name the first of equals.
-    return with_background_score(denoised, bg_score).max(dim=0).indices.to(torch.uint8)
+    return strongest(with_background_score(denoised, bg_score))[1].to(torch.uint8)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from smaflib.classifier import standardize_features
 from smaflib.config import ModelConfig, SegmentationConfig
 from smaflib.data.classes import VOID_LABEL
-from smaflib.data.masks import save_mask
+from smaflib.data.masks import save_mask, strongest
 from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import scaled_size
 from smaflib.data.views import load_views
@@ -147,7 +147,7 @@ def segment_many(
                 views = (_probabilities(network, view, batch.size, settings.test_flip, runtime) for view in batch.views)
                 probabilities = sum(views, torch.zeros(())) / len(batch.views)  # (B, K+1, H, W)
             soft = crf is not None and crf.unary == "scores"
-            given = probabilities if soft else probabilities.max(dim=1).indices.to(torch.uint8)
+            given = probabilities if soft else strongest(probabilities, dim=1)[1].to(torch.uint8)
             yield from zip(batch.images, given.cpu(), strict=True)
 
     if crf is None:

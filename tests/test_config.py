@@ -175,6 +175,61 @@ def test_files_that_hold_no_settings(tmp_path: Path, content: bytes, message: st
         load_config(tmp_path / "absent.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nattention: {flip: true}\ndata: {kind: mini}\nattention: {bg_score: 0.3}\n", "attention .* 2 and 4"),
+        ("data:\n  kind: mini\n  num_val: 2\n  num_val: 3\n", "num_val is given twice, in lines 3 and 4"),
+        ("segmentation: {test_crf: {iterations: 1, iterations: 2}}\n", "iterations is given twice, in lines 1 and 1"),
+        ('seed: 1\n"seed": 2\n', "seed is given twice"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused_with_both_lines(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"some\.yaml is not valid YAML: {message}"):
+        load_config(write_yaml(tmp_path, text))
+
+
+def test_merged_mappings_may_repeat_keys_and_an_override_may_not(tmp_path: Path) -> None:
+    text = "data: {kind: mini}\nclassifier: &a {iterations: 7, batch_size: 3}\nself_training: {<<: *a, iterations: 9}\n"
+    config = load_config(write_yaml(tmp_path, text))
+    assert (config.self_training.iterations, config.self_training.batch_size) == (9, 3)
+    with pytest.raises(ConfigError, match="flip is given twice"):
+        load_config(MINI, ["attention={flip: true, flip: false}"])
+    assert load_config(MINI, ["seed=1", "seed=2"]).seed == 2  # the last one, as commands do
+
+
+def test_a_single_string_is_one_override() -> None:
+    assert load_config(MINI, "seed=12").seed == 12
+    assert load_config(MINI, None) == load_config(MINI)
+    with pytest.raises(
+        ConfigError, match=r"must look like key=value, got {'seed': 1}"
+    ):  # papermill -y "overrides: ..."
+        load_config(MINI, [{"seed": 1}])  # type: ignore[list-item]
+
+
+PATHS = (
+    "data.root",
+    "data.images",
+    "data.labels",
+    "data.saliency",
+    "data.masks",
+    "model.weights",
+    "segmentation.model.weights",
+    "classifier.checkpoint",
+)
+
+
+@pytest.mark.parametrize("typed", ["~/set/x.txt", "$HOME/set/x.txt", "${HOME}/set/x.txt"])
+def test_home_and_variables_are_replaced_in_every_path(monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    more = [f"data.train_split={typed}", "segmentation.initial_weights=backbone"]
+    config = load_config(MINI, [*more, *(f"{name}={typed}" for name in PATHS)])
+    flat = flat_settings(config)
+    assert {flat[name] for name in PATHS} == {"/home/ada/set/x.txt"}
+    assert config.data.split_list("train") == Path("/home/ada/set/x.txt")
+    assert flat_settings(load_config(MINI, ["model.weights=wheel"]))["model.weights"] == "wheel"
+
+
 # --- reading and writing ----------------------------------------------------------------------------------------------
 
 

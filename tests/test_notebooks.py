@@ -10,12 +10,14 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
+import papermill
 import pytest
 import torch
 from helpers import network_references
 
 from smaflib.apps import ablation
 from smaflib.apps.ablation import RESULT, ablate
+from smaflib.config import load_config
 from smaflib.explorer.widget import Explorer
 from smaflib.files import PROJECT_ROOT
 from smaflib.maps import AttentionMaps
@@ -62,6 +64,29 @@ def test_form(path):
         assert not cell.outputs, "notebooks are stored without outputs: make format"
         assert cell.execution_count is None
         assert len(cell.source.splitlines()) <= 15, cell.source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_papermill_knows_every_parameter(path, caplog):
+    """A comment with an equals sign hides its line from papermill, which then warns of an unknown parameter."""
+    (cell,) = [cell for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
+    found = papermill.inspect_notebook(str(path))
+    assert list(found) == [line.partition(":")[0] for line in cell.source.splitlines()]
+    assert all(each["help"] for each in found.values()) and caplog.messages == []
+
+
+def test_plain_papermill_takes_one_override_and_then_the_settings_of_the_run(tmp_path, config_file):
+    def execute(*parameters):
+        words = [sys.executable, "-m", "papermill", "notebooks/01_data.ipynb", str(tmp_path / "out.ipynb"), *parameters]
+        words += ["-p", "run_dir", str(tmp_path / "run"), "--no-progress-bar"]
+        environment = os.environ | {"PYTHONPATH": str(PROJECT_ROOT)}
+        done = subprocess.run(words, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and "parameter" not in done.stderr, done.stderr
+        return load_config(tmp_path / "run" / "config.yaml").data
+
+    for parameters in (("-p", "config_file", str(config_file), "-p", "overrides", "data.num_train=3"), ()):
+        data = execute(*parameters)
+        assert (data.num_train, data.num_val) == (3, 2)
 
 
 @pytest.mark.parametrize("path", OF_STAGES, ids=lambda path: path.stem)

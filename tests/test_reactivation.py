@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
+from smaflib.cams import fuse_cams
+from smaflib.evaluation import masks_of
 from smaflib.reactivation import blend_saliency, denoise, hard_labels, hard_targets, reactivate, with_background_score
 
 SIDES = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5))  # K, H, W
@@ -109,3 +111,26 @@ def test_hard_targets_are_the_mask_of_the_maps(maps: Tensor, bg_score: float) ->
     target = hard_targets(maps, bg_score)
     assert torch.equal(target.sum(dim=0), torch.ones(maps.shape[1:]))
     assert torch.equal(target.argmax(dim=0), hard_labels(maps, bg_score).long())
+
+
+# --- what no mask can hold --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_scores_that_are_not_finite_give_no_mask(bad: float) -> None:
+    cam = torch.tensor([[[0.5, bad]], [[0.25, 0.125]]])
+    with pytest.raises(ValueError, match="the scores hold NaN or infinity"):
+        hard_labels(cam, bg_score=0.25)
+    with pytest.raises(ValueError, match="the scores hold NaN or infinity"):
+        hard_labels(denoise(fuse_cams([cam], (1, 2)), torch.tensor([1.0, 0.0])), bg_score=0.25)
+    with pytest.raises(ValueError, match="the scores hold NaN or infinity"):
+        list(masks_of([cam], bg_score=0.25))
+
+
+def test_a_mask_has_room_for_254_classes() -> None:
+    maps = torch.zeros(254, 1, 1)
+    maps[253] = 1
+    assert hard_labels(maps, bg_score=0.25).tolist() == [[254]]
+    for make in (lambda maps: hard_labels(maps, 0.25), lambda maps: next(masks_of([maps], 0.25))):
+        with pytest.raises(ValueError, match="30[01] labels do not fit into a mask of 8 bits"):
+            make(torch.rand(300, 1, 1))

@@ -26,6 +26,7 @@ from smaflib.refinement import (
     kernels_seen_from,
     parallel,
     pixel_adaptive_refinement,
+    refine,
     refine_many,
 )
 from smaflib.refinement.par import affinity
@@ -98,9 +99,13 @@ def test_what_does_not_fit_is_refused() -> None:
     image, mask = square()
     with pytest.raises(ValueError, match="label 255 is not below num_labels=2; void has no unary"):
         dense_crf(image, mask.masked_fill(mask == 1, 255), PARAMS, num_labels=2)
-    for bad in (-0.1, float("nan")):
-        with pytest.raises(ValueError, match="needs scores of 0 or more, got negative ones or nan"):
-            dense_crf(image, torch.full((2, 24, 30), bad), PARAMS)
+    for bad, num in ((-0.1, 2), (float("nan"), 2), (float("inf"), 2), (0.5, 256)):
+        with pytest.raises(ValueError, match="needs finite scores of 0 or more, of 255 labels at most"):
+            dense_crf(image, torch.full((num, 24, 30), bad), PARAMS)
+    with pytest.raises(ValueError, match="label 300 is not below"):  # would be 44 in a mask
+        dense_crf(image, mask.long() * 300, PARAMS, num_labels=301)
+    with pytest.raises(ValueError, match="NaN"):
+        refine(image, torch.full((2, 24, 30), float("nan")), ParConfig(iterations=1), 2)
     with pytest.raises(ValueError, match=r"of its size, got torch.uint8 \(3, 24, 30\) and \(24, 29\)"):
         dense_crf(image, mask[:, :-1], PARAMS, num_labels=2)
     with pytest.raises(ValueError, match="needs a uint8 image .* got torch.float32"):

@@ -11,7 +11,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from typer.testing import CliRunner
 
 from smaflib.apps.cli import app
-from smaflib.config import Config, DataConfig
+from smaflib.config import Config, DataConfig, load_config
 from smaflib.errors import RunError
 from smaflib.files import PARTIAL, PROJECT_ROOT, absolute
 from smaflib.runs import Run, find_run, open_run
@@ -153,6 +153,20 @@ def test_folder_of_other_settings_is_refused_and_kept_unless_nothing_was_made_in
         open_run(run.folder, config_file, ["seed=3", "data.num_val=5"])
     assert "seed: 0 | 3" in str(error.value) and "data.num_val: 2 | 5" in str(error.value)
     assert run.path("config.yaml").read_text() == before
+
+
+def test_without_a_config_file_a_run_has_its_own_settings_and_a_new_one_those_of_mini(tmp_path, config_file):
+    first = open_run(tmp_path / "own", config_file, "seed=3")  # papermill gives a single override as a string
+    assert first.overrides == ("seed=3",) and first.config.seed == 3
+    assert open_run(tmp_path / "own").config == first.config
+    assert open_run(tmp_path / "own", overrides=["seed=3"]).config == first.config
+    assert open_run(tmp_path / "new").config == load_config(PROJECT_ROOT / "configs" / "mini.yaml")
+
+
+def test_home_is_replaced_in_the_folder_of_a_run(monkeypatch, tmp_path, config_file):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_run("~/a", "$HOME/tiny.yaml").folder == tmp_path / "a"
+    assert find_run("~/a").folder == tmp_path / "a"
 
 
 def test_settings_that_no_longer_exist_are_an_error_of_the_run(run, config_file):

@@ -36,6 +36,13 @@ def true_masks(num: int = 5) -> list[Tensor]:
     return [sample.mask for sample in make_samples(num).with_ground_truth() if sample.mask is not None]
 
 
+@pytest.mark.parametrize(("channels", "weight", "message"), [(4, float("nan"), "NaN"), (301, 1.0, "301 labels")])
+def test_logits_that_no_mask_can_hold_are_an_error(channels: int, weight: float, message: str) -> None:
+    network, image = PixelNetwork(torch.full((channels, 3), weight)), torch.zeros(3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=message):
+        segment(network, image, SegmentationConfig(test_flip=False))  # type: ignore[arg-type]
+
+
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 

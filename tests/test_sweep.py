@@ -85,10 +85,10 @@ def test_grid() -> None:
     }
 
 
-@pytest.mark.parametrize("text", ["attention.fusion", "a=", "a=[1"])
-def test_wrong_grid(text: str) -> None:
-    with pytest.raises(ConfigError, match="--grid must be a setting and its values"):
-        parse_grid([text])
+@pytest.mark.parametrize("texts", [["attention.fusion"], ["a="], ["a=[1"], ["a=1", "a=2"], ["a={b: 1, b: 2}"]])
+def test_wrong_grid(texts: list[str]) -> None:
+    with pytest.raises(ConfigError, match="--grid must be a setting and all its values|--grid .* is not valid YAML"):
+        parse_grid(texts)
 
 
 def test_plan_is_seed_by_seed_with_names_that_are_folders(config: Path, tmp_path: Path) -> None:

@@ -106,6 +106,14 @@ def test_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
         lambda state: state,
         lambda state: {"state_dict": state, "epoch": 3},
         lambda state: {"model": {f"module.{name}": value for name, value in state.items()}, "lr": 0.1},
+        lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},  # torch.compile
+        lambda state: {
+            "state_dict": {f"model._orig_mod.{name}": v for name, v in state.items()},
+            "epoch": 1,
+        },  # Lightning
+        lambda state: {f"module._orig_mod.net.{name}": value for name, value in state.items()},
+        lambda state: {f"_orig_mod.module.{name}": value for name, value in state.items()},
+        lambda state: {name.replace("0.", "0._orig_mod."): value for name, value in state.items()},  # a part compiled
         lambda state: {"Net": {"model_state": state, "objective_vectors": torch.zeros(2)}, "iter": 7},
     ],
 )
@@ -116,6 +124,21 @@ def test_checkpoint_of_pytorch_is_unwrapped(
     torch.save(wrap(state), tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
     again = read_weights(tmp_path / "a.pth")
     assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
+
+
+def test_prefixes_that_not_all_names_have_stay(tmp_path: Path) -> None:
+    names = {"model.0.weight", "module.0.bias", "encoder.x"}
+    save_file({name: torch.ones(1) for name in names}, tmp_path / "a.safetensors")
+    assert read_weights(tmp_path / "a.safetensors").keys() == names
+
+
+def test_a_network_whose_own_names_look_wrapped_reads_its_weights(tmp_path: Path) -> None:
+    network = nn.ModuleDict({"net": small_net()})  # as many custom backbones are
+    for state in (network.state_dict(), small_net().state_dict()):
+        save_file(state, tmp_path / "a.safetensors")
+        fill(network, read_weights(tmp_path / "a.safetensors"), source="a file")
+        again = {name.removeprefix("net."): value for name, value in state.items()}
+        assert all(torch.equal(network.state_dict()[f"net.{name}"], value) for name, value in again.items())
 
 
 # --- checkpoints of the reference -------------------------------------------------------------------------------------
@@ -182,5 +205,8 @@ def test_segmentation_weights_are_refused_unless_allowed(tmp_path: Path) -> None
         save_file({name: torch.ones(1)}, path)
         with pytest.raises(ConfigError, match="holds a segmentation network"):
             image_level_weights(path)
+    save_file({f"model.{name}": value for name, value in state.items()} | {"model.aspp.0.weight": torch.ones(1)}, path)
+    with pytest.raises(ConfigError, match="holds a segmentation network"):
+        image_level_weights(path)
     save_file({"classifier.1.weight": torch.ones(1), "features.0.weight": torch.ones(1)}, path)
     assert len(image_level_weights(path)) == 2

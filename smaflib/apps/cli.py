@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,11 +11,16 @@ import typer
 from typer.core import TyperGroup
 
 from smaflib.errors import InputError, RunError
-from smaflib.files import RUNS_FOLDER, SHIPPED, display_path, duration, find_config
+from smaflib.files import RUNS_FOLDER, SHIPPED, display_path, duration, expanded, find_config
 
 
 class _PlainErrors(TyperGroup):
     """Commands whose errors are printed without traceback: exit code 2 for bad input, 1 for a failed stage."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # A shell replaces ~ where a word begins, not in --out=~/masks.
+        path = re.compile(r"^(--[a-z-]+=|)([~$].*)")
+        return super().parse_args(ctx, [path.sub(lambda word: f"{word[1]}{expanded(word[2])}", word) for word in args])
 
     def invoke(self, ctx: Any) -> Any:
         try:

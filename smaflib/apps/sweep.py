@@ -15,10 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from smaflib import files
-from smaflib.config import flat_settings, load_config
+from smaflib.config import flat_settings, load_config, parse_yaml
 from smaflib.errors import ConfigError, RunError
 from smaflib.report.tables import FORMATS, difference_table, measurements, spread_table
 from smaflib.runs.run import read_run
@@ -84,12 +82,9 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
     grid: dict[str, list[Any]] = {}
     for text in texts:
         key, _, values = text.partition("=")
-        try:
-            grid[key] = yaml.safe_load(f"[{values}]")
-        except yaml.YAMLError:
-            grid[key] = []
-        if not grid[key]:
-            raise ConfigError(f"--grid must be a setting and its values, KEY=VALUE,VALUE, got {text!r}")
+        if key in grid or not values:
+            raise ConfigError(f"--grid must be a setting and all its values, KEY=VALUE,VALUE, got {text!r}")
+        grid[key] = parse_yaml(f"[{values}]", f"--grid {text!r}")
     return grid
 
 
@@ -218,7 +213,7 @@ def _executor(folder: Path, cluster: str, options: Sequence[str]) -> Any:
     parameters: dict[str, Any] = {"slurm_additional_parameters": {"kill-on-invalid-dep": "yes"}}
     for option in options:
         key, _, value = option.partition("=")
-        parameters[f"slurm_{key}"] = yaml.safe_load(value)
+        parameters[f"slurm_{key}"] = parse_yaml(value, f"--slurm {option!r}")
     try:
         executor = submitit.AutoExecutor(folder, cluster)
         executor.update_parameters(name="smaf", timeout_min=24 * 60, **parameters)

@@ -89,6 +89,16 @@ def mask_values(mask: Tensor) -> list[int]:
     return np.flatnonzero(np.bincount(mask.numpy().ravel())).tolist()  # torch.unique sorts: 60 times as long
 
 
+def strongest(scores: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """Each pixel's highest score and its number, the first of equals; ValueError where no mask can be made of it."""
+    if scores.shape[dim] > VOID_LABEL:
+        raise ValueError(f"{scores.shape[dim]} labels do not fit into a mask of 8 bits: 254 classes and the background")
+    best, number = scores.max(dim=dim)  # not argmax, which takes several times as long on the CPU
+    if not best.isfinite().all():
+        raise ValueError("the scores hold NaN or infinity, so they tell no label; look at the network that made them")
+    return best, number
+
+
 def check_mask_values(mask: Tensor, num_classes: int, path: object) -> None:
     """Refuse a mask (H, W) with values other than 0 to ``num_classes`` and 255."""
     wrong = [value for value in mask_values(mask) if num_classes < value < VOID_LABEL]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import pickle
 import re
 from pathlib import Path
@@ -50,7 +51,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         )
     if not magic.startswith((b"PK", b"\x80\x02")):  # zip archive, or the pickle that torch wrote before version 1.6
         try:
-            return load_file(path)
+            return _unwrapped(load_file(path))
         except SafetensorError as error:
             raise ConfigError(f"{path} is not a complete safetensors file ({error})") from error
     try:
@@ -66,7 +67,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if len(states) != 1:
         what = f"{len(states)} networks" if states else "no state dict"
         raise ConfigError(f"{path} holds {what}; save the one state dict that you mean to its own file")
-    return {name.removeprefix("module."): value for name, value in states[0].items()}
+    return _unwrapped(states[0])
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take off what torch.compile, DataParallel and Lightning put before names."""
+    state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+    return {name[len(_wrapper(state)) :]: value for name, value in state.items()}
+
+
+def _wrapper(state: dict[str, Tensor]) -> str:
+    """What all names begin with, such as ``module.model.``, of the known wrappers; ``""`` if it is none."""
+    known = re.match(r"((module|_forward_module|model|net|network)\.)*", os.path.commonprefix(list(state)))
+    return known[0] if known else ""
 
 
 def _states_inside(node: Any) -> list[dict[str, Tensor]]:
@@ -146,6 +159,8 @@ def fill(module: nn.Module, state: dict[str, Tensor], source: str, network: str 
         ConfigError: lists the names that are missing, unknown, of another shape, or hold NaN or infinity.
     """
     own = module.state_dict()
+    wrapper = _wrapper(own)  # of the network itself, which read_weights has taken off
+    state = {name if name.startswith(wrapper) else wrapper + name: value for name, value in state.items()}
     problems = {
         "missing": [name for name in own.keys() - state if not name.endswith("num_batches_tracked")],
         "not known to the network": list(state.keys() - own),

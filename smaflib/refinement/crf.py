@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from smaflib.config import CrfBackend, CrfConfig
+from smaflib.data.classes import VOID_LABEL
 from smaflib.errors import ConfigError
 from smaflib.refinement.mean_field import mean_field
 from smaflib.refinement.unary import hard_unary, soft_unary
@@ -101,7 +102,9 @@ def _check(image: Tensor, given: Tensor, num_labels: int | None) -> None:
             f"dense_crf needs a uint8 image (3, H, W) and labels (H, W) or scores (L, H, W) of its size, got "
             f"{image.dtype} {tuple(image.shape)} and {tuple(given.shape)}"
         )
-    if hard and (num_labels is None or int(given.max()) >= num_labels):
+    if hard and (num_labels is None or int(given.max()) >= min(num_labels, VOID_LABEL)):
         raise ValueError(f"label {int(given.max())} is not below num_labels={num_labels}; void has no unary")
-    if not hard and not bool((given >= 0).all()):  # nan, too
-        raise ValueError("dense_crf needs scores of 0 or more, got negative ones or nan; apply softmax or ReLU first")
+    if not hard and not (len(given) <= VOID_LABEL and bool((given.isfinite() & (given >= 0)).all())):
+        raise ValueError(
+            "dense_crf needs finite scores of 0 or more, of 255 labels at most; apply softmax or ReLU first"
+        )

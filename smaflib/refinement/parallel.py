@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from smaflib.config import CrfBackend, CrfConfig, CustomRefinement, ParConfig
+from smaflib.data.masks import strongest
 from smaflib.plugins import load_custom
 from smaflib.processes import end_with_parent
 from smaflib.refinement.crf import choose_backend, dense_crf
@@ -58,7 +59,7 @@ def refine(
     else:
         with torch.no_grad():
             refined = load_custom(params.name)(image, scores)
-    return refined.max(dim=0).indices.to(torch.uint8).cpu()
+    return strongest(refined)[1].to(torch.uint8).cpu()
 
 
 def refine_many(

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smaflib import files
-from smaflib.config import Config, config_differences, dump_config, load_config
+from smaflib.config import Config, config_differences, dump_config, listed, load_config
 from smaflib.errors import ConfigError, RunError
-from smaflib.files import RUNS_FOLDER, absolute, display_path
+from smaflib.files import RUNS_FOLDER, absolute, display_path, expanded
 from smaflib.plugins import search_in
 from smaflib.runs.manifest import made_by, missing_outputs, read_manifest
 from smaflib.runs.metrics import Record, read_records, replace_records
@@ -117,24 +117,25 @@ def run_folder(runs: Path, name: str) -> Path:
 
 def open_run(
     run_dir: str | Path,
-    config_file: str | Path,
-    overrides: Sequence[str] = (),
+    config_file: str | Path = "",
+    overrides: str | Sequence[str] | None = (),
     stage: str | None = None,
     stages: tuple[Stage, ...] = STAGES,
 ) -> Run:
     """Open a run folder, or begin it, with ``key=value`` overrides on top of a YAML file of settings.
 
-    Relative paths are relative to the checkout. What the ``stage`` about to run needs must be there.
+    Without a file the settings are the run's own, and those of ``configs/mini.yaml`` in a new folder. Relative paths
+    are relative to the checkout. What the ``stage`` about to run needs must be there.
 
     Raises:
         ConfigError: if a setting does not exist or fit.
         FileNotFoundError: if there is no such config file.
         RunError: if the folder belongs to other settings, which the message lists, or what ``stage`` needs is missing.
     """
-    config_file = absolute(config_file)
-    config = load_config(config_file, list(overrides))
-    run = Run(absolute(run_dir), config, config_file, tuple(overrides), stages)
-    stored = run.path("config.yaml")
+    stored = absolute(run_dir) / "config.yaml"
+    config_file = absolute(config_file or (stored if stored.is_file() else "configs/mini.yaml"))
+    config = load_config(config_file, overrides)
+    run = Run(stored.parent, config, config_file, listed(overrides), stages)
     # A folder in which no stage has made what later ones read belongs to nobody.
     if not stored.is_file() or not any(made_by(run.folder, each) for each in stages if each.required_outputs):
         files.write_text(stored, dump_config(config))
@@ -172,7 +173,7 @@ def find_run(name: str, runs: Path = RUNS_FOLDER) -> Run:
     Raises:
         RunError: if there is none; the message names those that exist.
     """
-    for folder in (runs / name, Path(name).absolute()):
+    for folder in (runs / name, expanded(name).absolute()):
         if (folder / "config.yaml").is_file():
             return read_run(folder)
     names = ", ".join(sorted(stored.parent.name for stored in runs.glob("*/config.yaml")))

@@ -88,7 +88,7 @@ def run_notebooks(
     if from_stage and not rerun:
         raise RunError(f"--from {from_stage} comes after --until {until_stage}; nothing would run")
     config_file = absolute(config_file)
-    config = load_config(config_file, list(overrides))
+    config = load_config(config_file, overrides)
     for stage in chosen:
         notebook_hash(notebooks / f"{stage.name}.ipynb")  # it can be read
     folder = run_folder(runs, config_file.stem if name is None else name)
