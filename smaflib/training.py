@@ -213,16 +213,15 @@ def check_batch_norm(network: nn.Module, config: TrainingConfig, stage: str, num
         advice = "set processes=1 (one process uses all cores), or model.freeze_batch_norm=true"
         raise ConfigError(f"batch norm cannot learn its statistics in several processes on a CPU; {advice}")
     if learned and config.batch_size == 1:  # a larger batch has a value per image
-        name, side = (
-            ("resize_range", config.resize_range[0]) if config.whole_images else ("crop_size", config.crop_size)
-        )
+        side = config.resize_range[0] if config.whole_images else config.crop_size
         smallest = scaled_size((side, side), min(getattr(config, "loss_scales", [1])))
         try:
             with torch.no_grad():
                 copy.deepcopy(network).to(device)(torch.zeros(1, 3, *smallest, device=device))
         except ValueError as error:
-            small = f"{stage}.batch_size 1 and {stage}.{name} {side} are too small for batch norm; raise the first"
-            raise ConfigError(f"{small}, or the second if the feature map is one cell ({error})") from error
+            name = "resize_range" if config.whole_images else "crop_size"
+            cause = f"{stage}.batch_size=1 with {stage}.{name}={side} is too small for batch norm ({error})"
+            raise ConfigError(f"{cause}; raise batch_size, or {name} where the feature map is one cell") from error
 
 
 def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
