@@ -2,9 +2,10 @@
 
     python -m benchmarks.photo_sizes VOC_FOLDER OUT [--set data.longest_side=null]
 
-VOC_FOLDER holds ``JPEGImages``, ``SegmentationClass`` and ``labels.csv``: photos with one label, a class each, whose object
-covers 15 to 50 % of the photo, the first :data:`CLASSES` of them. Each is enlarged or shrunk (Lanczos, JPEG of quality 95),
-its true mask with it. The panorama repeats the photo in mirror images. IoU is that of the object, at the photo's own size.
+VOC_FOLDER holds ``JPEGImages``, ``SegmentationClass`` and ``labels.csv``. Three photos are taken: the first of each of
+:data:`CLASSES` with no other label, whose object covers 15 to 50 % of it. Each is enlarged or shrunk (Lanczos, JPEG of
+quality 95), its true mask with it; the panorama repeats the photo in mirror images. IoU is that of the object, at the
+photo's own size.
 """
 
 from __future__ import annotations

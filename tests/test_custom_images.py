@@ -48,7 +48,8 @@ def write_table(path: Path, rows: list[tuple[str, str]]) -> Path:
 
 def config_of(folder: Path) -> Config:
     table = write_table(folder / "labels.csv", draw_photos(folder / "photos", 6))
-    return check_settings(SETTINGS | {"data": {"kind": "folder", "images": folder / "photos", "labels": table}})
+    data = {"kind": "folder", "images": folder / "photos", "labels": table, "longest_side": 48}
+    return check_settings(SETTINGS | {"data": data})
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_folder_of_other_work_is_refused(made: tuple[Config, Path], tmp_path: Pa
 
 
 def test_changed_photos_are_noticed(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smaflib.apps.masks.train_teacher", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("smaflib.apps.masks.write_maps", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         make_masks(config, tmp_path / "out")
     write_table(tmp_path / "labels.csv", [(f"{number}.png", "red;blue") for number in range(6)])
@@ -123,6 +124,22 @@ def test_bad_photos_leave_nothing_behind(config: Config, tmp_path: Path) -> None
     with pytest.raises(DataError, match="there is no image 9.png"):
         make_masks(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_photo_that_is_cut_off_leaves_nothing_behind_and_can_be_taken_off_the_list(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo = tmp_path / "photos/3.png"
+    photo.write_bytes(photo.read_bytes()[:2000])
+    with pytest.raises(DataError, match=r"3\.png cannot be read as an image"):
+        make_masks(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    write_table(tmp_path / "labels.csv", [("1.png", "blue"), ("2.png", "red"), ("4.png", "")])
+    monkeypatch.setattr("smaflib.apps.masks.train_teacher", Mock(side_effect=KeyboardInterrupt))
+    for labels in ("red", "blue"):  # nothing was learned, so the folder is free for other labels
+        with pytest.raises(KeyboardInterrupt):
+            make_masks(config, tmp_path / "out")
+        write_table(tmp_path / "labels.csv", [("1.png", labels), ("2.png", "red")])
 
 
 def test_rounds_names_and_limits(config: Config, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from smaflib.apps.cli import app
 from smaflib.apps.voc_submission import write_submission
 from smaflib.config import Config
+from smaflib.data import make_data
 from smaflib.data.check import check_data
 from smaflib.data.masks import read_mask, save_mask
 from smaflib.errors import ConfigError, DataError
@@ -26,6 +27,7 @@ from smaflib.models.weights import write_weights
 from smaflib.runs import Run
 from smaflib.runtime import Runtime
 from smaflib.segmentation import segment
+from smaflib.workspace import Workspace
 from tools.cls_labels import convert
 
 # --- cls_labels.npy ---------------------------------------------------------------------------------------------------
@@ -122,6 +124,58 @@ def test_check_finds_all_damage_at_once(photos: Path) -> None:
     assert "0.jpg cannot be read as an image" in problems[0] and "1.png is 4 x 4 pixels" in problems[1]
     assert "train: labels without a pixel in the mask: 1, such as 2 (cat)" in facts
     assert "train: pixels without a label: 1, such as 2 (dog)" in facts
+
+
+def spoil_masks(root: Path, how: str) -> None:
+    for number, path in enumerate(sorted((root / "masks").iterdir())):
+        mask = read_mask(path).numpy()
+        if how == "yes or no":
+            save_mask(path, (mask > 0).astype(np.uint8) * 255)
+        elif how == "all background":
+            save_mask(path, mask * 0)
+        elif number == 1:  # a single one is enough
+            unknown = Image.fromarray(np.full((*mask.shape, 3), (255, 10, 99), np.uint8))
+            spoiled = {"colors of no class": unknown, "a class too many": Image.fromarray(mask + 4)}
+            spoiled["another size"] = Image.fromarray(mask[1:])
+            if how in spoiled:
+                spoiled[how].save(path)
+            else:
+                path.write_bytes(path.read_bytes()[:60])
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    {
+        "yes or no": "hold 0 (background) and 255 (void) only; give the pixels of a class its number",
+        "all background": "hold 0 (background) and 255 (void) only; give the pixels of a class its number",
+        "colors of no class": "1.png has the color [255, 10, 99]; save masks as 8-bit grey PNGs",
+        "a class too many": "1.png holds the value 4; with 2 classes",
+        "another size": "1.png is 13 x 7 pixels",
+        "cut off": "1.png cannot be read as an image",
+    }.items(),
+)
+def test_masks_that_cannot_be_used_are_a_problem_of_the_check_and_leave_a_run_without_ground_truth(
+    photos: Path, tmp_path: Path, how: str, words: str
+) -> None:
+    spoil_masks(photos, how)
+    config = photos_config(photos, longest_side=16)
+    assert [problem for problem in check_data(config)[1] if words in problem]
+    work = Workspace(tmp_path / "run", config)
+    summary = make_data(config, work.folder)
+    assert words in summary["train"]["unusable"] and "object_shares" not in summary["train"]
+    samples = work.samples()
+    assert len(samples) == 3 and not samples.annotated and samples.ground_truth is None
+
+
+def test_a_photo_that_cannot_be_used_is_no_matter_of_the_masks(photos: Path, tmp_path: Path) -> None:
+    (photos / "1.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"1\.jpg cannot be read as an image"):
+        make_data(photos_config(photos), tmp_path)
+
+
+def test_check_counts_the_negatives(photos: Path) -> None:
+    (photos / "labels.csv").write_text("image,labels\n0,cat\n1,dog\n2,\n")
+    assert "train: without any label, so negatives for all classes: 1 images" in check_data(photos_config(photos))[0]
 
 
 def test_check_on_the_command_line(photos: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from smaflib.errors import RunError
+from smaflib.errors import InputError, RunError
 from smaflib.files import PROJECT_ROOT, locked
 from smaflib.runs import Run
 from smaflib.runs.kernel import NotebookKernel
@@ -442,6 +442,23 @@ def test_second_runner_is_kept_out(finished):
     with locked(finished.file(""), "smaf run"), pytest.raises(RunError, match="tiny"):
         finished.run(from_stage="01")
     assert finished.log == ["01", "02"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["data.images={}/none"], "no folder .*none; set data.images"),
+        (["data.images={}"], "a.jpg cannot be read as an image"),
+        (["data.images={}", "model.weights=none.pth"], "no weights file .*none.pth"),
+    ],
+)
+def test_what_cannot_run_leaves_no_folder_behind(tmp_path, settings, words):
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    (tmp_path / "labels.csv").write_text("image,labels\na.jpg,cat\n")
+    given = [f"data.labels={tmp_path}/labels.csv", *(setting.format(tmp_path) for setting in settings)]
+    with pytest.raises(InputError, match=words):
+        run_notebooks(PROJECT_ROOT / "configs" / "custom.yaml", overrides=given, runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_wrong_stage_is_refused(chain):

@@ -172,8 +172,9 @@ class Samples(Sequence[Sample]):
         return self.subset([index for index, files in enumerate(self.files) if files.mask is not None])
 
     def examples(self, num: int) -> Samples:
-        """The first few samples for display, with their ground truth if there is any."""
-        return self.annotated[:num].with_ground_truth() if self.annotated else self[:num]
+        """The first few samples with a label for display, with their ground truth if there is any."""
+        labelled = self.subset([index for index, files in enumerate(self.files) if files.labels])
+        return labelled.annotated[:num].with_ground_truth() if labelled.annotated else labelled[:num]
 
     def subset(self, indices: Sequence[int]) -> Samples:
         return replace(self, files=tuple(self.files[index] for index in indices))
