@@ -87,10 +87,11 @@ def test_folders_have_a_working_size_and_data_sets_of_the_field_have_none() -> N
         b"image,labels\n a.jpg , cat ; dog \n\nc.png,  dog\n  ,  \n",
         b'"image","labels"\n"a.jpg","cat;dog"\n"c.png", "dog"\n',
         b"image,labels\na,cat;dog\nc,dog\n",
+        b"image,labels\na.JPG,cat;dog\nold/c.jpg,dog\n",
         b"photographer,labels,image\nme,cat;dog,a\n,dog,c\n",
         b"Image,Labels,\na,cat;dog,\nc,dog,,\n",
     ],
-    ids=["crlf", "bom", "spaces", "quotes", "no-ending", "more-columns", "spreadsheet"],
+    ids=["crlf", "bom", "spaces", "quotes", "no-ending", "other-ending", "more-columns", "spreadsheet"],
 )
 def test_csv_is_read_as_programs_write_it(photos: Path, text: bytes) -> None:
     samples = load(photos, text)
@@ -154,16 +155,20 @@ def test_masks_and_saliency_are_found_by_name(photos: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("image,labels\na.jpg,cat\nx.jpg,cat\n", r"labels\.csv, line 3: there is no image x\.jpg in .*my photos"),
-        ("image,labels\na.JPG,cat\n", r"line 2: there is no image a\.JPG .*\(did you mean 'a\.jpg'\?\)"),
-        ("image,labels\nold/a.jpg,cat\n", r"line 2: there is no image old/a\.jpg .*; write the file name only"),
+        (
+            "image,labels\na.jpg,cat\nx.jpg,cat\n",
+            r"no image in .*my photos for x\.jpg .* \(1 of 2 missing\); correct .*labels\.csv",
+        ),
         ("image;labels\na.jpg;cat\n", r"separated by a comma.* it is 'image;labels'"),
         ("image,labels\n", "lists no image"),
         ("image,labels\n,cat\n", "line 2: no image name"),
         ("image,labels\na.jpg,cat,dog\n", r"line 2: more fields than columns \(dog\); separate labels by ;"),
         ("image,labels\na.jpg,cat\n\na.jpg,dog\n", r"line 4: a\.jpg is already listed on line 2; put all labels"),
         ("image,labels\na.jpg,cat\na.png,dog\n", r"line 3: a\.png is already .* masks are named a\.png"),
-        ("image,labels\na.jpg,cat\nA.png,dog\n", r"line 3: A\.png is already listed on line 2; .* case or extension"),
+        (
+            "image,labels\na.jpg,cat\nA.png,dog\n",
+            r"a\.jpg and A\.png would share the mask A\.png; rename one, or correct .*labels\.csv",
+        ),
         ('image,labels\na.jpg,"cat\n', r"labels\.csv, line 2: .*check the quotes"),
         (b"image,labels\na.jpg,B\xe4r\n", r"labels\.csv is not UTF-8 .*a table as 'CSV UTF-8'"),
         ("image,labels\na.jpg,cat\nb.JPEG,dog;Catt\n", r"line 3: there is no class 'Catt' \(did you mean 'cat'\?\)"),
@@ -179,7 +184,7 @@ def test_name_without_ending_must_be_clear(photos: Path) -> None:
     Image.new("RGB", (4, 4)).save(photos / "a.png")
     assert load(photos, "image,labels\na.jpg,cat\n")[0].image.shape == (3, HEIGHT, WIDTH)
     with pytest.raises(
-        DataError, match=r"line 2: there is no image a in .*; write the file name only, with the extension"
+        DataError, match=r"no image in .* for a \(did you mean 'a\.(jpg|png)'\?\).*, with extensions where needed"
     ):
         load(photos, "image,labels\na,cat\n")
 

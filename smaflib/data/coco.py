@@ -7,7 +7,6 @@ archives unpack: ``train2014``, ``val2014``, ``train2017``, ``val2017``.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,8 @@ def load_coco(data: DataConfig, split: Split, run_folder: Path | None = None) ->
     instances, _ = _read_instances(data, split)
     if not instances:
         raise DataError(f"{name} has no image of {', '.join(class_names)}; check data.class_names")
-    labels = {image_stem(image["file_name"]): tuple(sorted({k for k, _ in found})) for image, found in instances}
-    unpack, file_names = f"unpack {name}.zip into {data.root}", [image["file_name"] for image, _ in instances]
+    labels = {image_id: tuple(sorted({k for k, _ in found})) for image_id, _, found in instances}
+    unpack, file_names = f"unpack {name}.zip into {data.root}", [image["file_name"] for _, image, _ in instances]
     images = find_images(file_names, data.root / name, unpack, f"unpack {name}.zip again")
     painted = run_folder / "data" / name if run_folder else None
     masks = list_pngs(data.masks or (painted if painted and painted.is_dir() else None), "data.masks")
@@ -60,10 +59,9 @@ def write_coco_masks(data: DataConfig, split: Split, run_folder: Path | None) ->
         from pycocotools import mask as runs
     except ImportError as error:
         raise DataError("masks from COCO's outlines need pycocotools; install it: pip install pycocotools") from error
-    name, unpainted = getattr(data, f"{split}_split"), Counter[str]()
+    name, unpainted = getattr(data, f"{split}_split"), dict[str, int]()
     instances, ignored = _read_instances(data, split)
-    for image, found in progress(instances, total=len(instances), desc=f"masks of {name}"):
-        image_id = image_stem(image["file_name"])
+    for image_id, image, found in progress(instances, total=len(instances), desc=f"masks of {name}"):
         path = run_folder / "data" / name / f"{image_id}.png" if run_folder else None
         if path and path.is_file():
             continue
@@ -78,7 +76,7 @@ def write_coco_masks(data: DataConfig, split: Split, run_folder: Path | None) ->
     notes = [f"{ignored} annotations ignored: their image_id or category_id is not in the file"] if ignored else []
     if unpainted:
         few = f"{len(unpainted)} images, such as {', '.join(list(unpainted)[:3])}"
-        notes.append(f"{unpainted.total()} instances without a valid outline, so no mask for {few}")
+        notes.append(f"{sum(unpainted.values())} instances without a valid outline, so no mask for {few}")
     return notes
 
 
@@ -103,27 +101,22 @@ def _outline(runs: Any, image: dict[str, Any], instance: dict[str, Any]) -> dict
 
 
 def _read_instances(data: DataConfig, split: Split) -> tuple[list[Any], int]:
-    """Images, each with pairs of class number and instance; number of annotations without an image or category."""
+    """Id, entry, and pairs of class number and instance of each image; number of annotations that fit none."""
     assert data.root is not None
     path, ignored = data.root / "annotations" / f"instances_{getattr(data, f'{split}_split')}.json", 0
     if not path.is_file():
-        raise DataError(
-            f"there is no file {path}; unpack the annotations of COCO into {data.root}, and set data.train_split and "
-            "data.val_split to names such as train2014 and val2014"
-        )
+        raise DataError(f"there is no file {path}; unpack the annotations of COCO there; a split is called train2014")
     class_names = data.class_names or COCO_CLASSES
     try:
         content = json.loads(path.read_bytes())
         names = {each["id"]: compose(each["name"]) for each in content["categories"]}
-        images: dict[Any, Any] = {
-            each["id"]: (each | {"file_name": compose(each["file_name"])}, []) for each in content["images"]
-        }
+        images: dict[Any, Any] = {each["id"]: (image_stem(each["file_name"]), each, []) for each in content["images"]}
         for each in content["annotations"]:
             image, name = images.get(each.get("image_id")), names.get(each.get("category_id"))
             ignored += image is None or name is None
             if image and name in class_names:
-                image[1].append((class_names.index(name), each))
-        found = [images[number] for number in sorted(images) if images[number][1]]
+                image[2].append((class_names.index(name), each))
+        found = [images[number] for number in sorted(images) if images[number][2]]
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is no complete file of COCO instances ({error!r:.200}); unpack it again") from error
     known = set(names.values())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from smaflib.config import DataConfig, Split
-from smaflib.data.labels import IMAGE_ENDINGS, check_class_names, class_numbers, image_stem, nearest, read_label_rows
+from smaflib.data.labels import check_class_names, class_numbers, image_stem, read_label_rows
 from smaflib.data.sample import Samples
-from smaflib.data.voc import list_images, list_pngs, make_samples, require_all
+from smaflib.data.voc import find_images, list_pngs, make_samples, require_all
 from smaflib.errors import DataError
 
 
@@ -26,18 +26,13 @@ def load_folder(data: DataConfig, split: Split) -> Samples:
     check_class_names(class_names)
     if not class_names:
         raise DataError(f"{data.labels}: no image has a label")
-    by_name = list_images(data.images, "set data.images to the folder of images")
-    images, labels = {}, {}
-    for row in rows:
-        where = f"{data.labels}, line {row.line}"
-        if row.image not in by_name:
-            raise DataError(
-                f"{where}: there is no image {row.image} in {data.images}{nearest(row.image, list(by_name))}; write "
-                f"the file name only, with the extension {', '.join(IMAGE_ENDINGS)} (or none, if that is unique)"
-            )
-        image_id = image_stem(row.image)
-        images[image_id] = by_name[row.image]
-        labels[image_id] = class_numbers(row.labels, class_names, where)
+    setting = "set data.images to the folder of images"
+    images = find_images(
+        [row.image for row in rows], data.images, setting, f"correct {data.labels}, with extensions where needed"
+    )
+    labels = {
+        image_stem(row.image): class_numbers(row.labels, class_names, f"{data.labels}, line {row.line}") for row in rows
+    }
     masks = list_pngs(data.masks, "data.masks")
     if data.masks:
         require_all(list(labels), masks, f"mask in {data.masks}", "add it or leave data.masks empty")

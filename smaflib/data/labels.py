@@ -34,7 +34,6 @@ def read_label_rows(path: Path) -> dict[str, LabelRow]:
         raise DataError(f"there is no CSV file {path}; set data.labels to a file with the columns image,labels")
     reader = csv.DictReader(io.StringIO(read_text(path)), strict=True, skipinitialspace=True)
     rows: dict[str, LabelRow] = {}
-    lines: dict[str, int] = {}
     try:
         columns = [name.strip().lower() for name in reader.fieldnames or ()]
         if not {"image", "labels"} <= set(columns):
@@ -48,13 +47,13 @@ def read_label_rows(path: Path) -> dict[str, LabelRow]:
             if row is None:
                 continue
             stem = image_stem(row.image)
-            if line := lines.get(stem.casefold()):  # not every system tells A.png from a.png
+            if stem in rows:
                 raise DataError(
-                    f"{path}, line {row.line}: {row.image} is already listed on line {line}; put all labels "
-                    "of an image on one line, and rename images that differ in case or extension only: masks are named "
+                    f"{path}, line {row.line}: {row.image} is already listed on line {rows[stem].line}; put all labels "
+                    "of an image on one line, and rename images that differ in their extension only: masks are named "
                     f"{stem}.png"
                 )
-            rows[stem], lines[stem.casefold()] = row, row.line
+            rows[stem] = row
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.reader.line_num}: {error}; check the quotes of that line") from error
     if not rows:
@@ -107,8 +106,9 @@ def image_stem(name: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'cat'?)``, or nothing if no name is similar or the beginning of ``name``; case is ignored."""
+    """`` (did you mean 'cat'?)``, or nothing if no name is similar or begins alike (``tv``); case is ignored."""
     by_lower = {other.lower(): other for other in known}
     close = difflib.get_close_matches(name.lower(), list(by_lower), n=1)
-    close = close or [other for other in by_lower if len(other) > 1 and name.lower().startswith(other)]
+    first = name.lower()
+    close = close or [other for other in by_lower if other.startswith(first) or (other[1:] and first.startswith(other))]
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""

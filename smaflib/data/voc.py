@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import get_args
@@ -43,28 +44,25 @@ def load_voc(data: DataConfig, split: Split) -> Samples:
     class_names = data.class_names or tuple(VOC_CLASSES)
     check_class_names(class_names)
     images = _read_split(data, split)
-    image_ids = list(images)
     masks_folder = data.masks or data.root / "SegmentationClass"
     masks = list_pngs(masks_folder if data.masks or masks_folder.is_dir() else None, "data.masks")
     annotations = data.root / "Annotations"
     if data.label_source == "masks":
-        require_all(image_ids, masks, f"mask in {masks_folder}", "add it or change data.label_source")
-        labels = {image_id: _labels_of_mask(masks[image_id], len(class_names)) for image_id in image_ids}
+        require_all(list(images), masks, f"mask in {masks_folder}", "add it or change data.label_source")
+        labels = {image_id: _labels_of_mask(masks[image_id], len(class_names)) for image_id in images}
     elif data.label_source == "xml" or (data.label_source == "auto" and annotations.is_dir()):
         files = {compose(path.stem): path for path in annotations.glob("*.xml")}
         names = {image_id: _names_in_xml(files.get(image_id, annotations / f"{image_id}.xml")) for image_id in images}
         if split == "train" and not data.max_images:  # a part of the images may lack a class
             _check_class_names(class_names, set().union(*names.values()))
-        labels = {
-            image_id: tuple(k for k, name in enumerate(class_names) if name in names[image_id]) for image_id in images
-        }
+        labels = {key: tuple(k for k, name in enumerate(class_names) if name in found) for key, found in names.items()}
     else:
         path = data.labels or data.root / "labels.csv"
         rows = read_label_rows(path)
-        require_all(image_ids, rows, f"line in {path}", "add <image>,<labels>")
+        require_all(list(images), rows, f"line in {path}", "add <image>,<labels>")
         labels = {
             image_id: class_numbers(rows[image_id].labels, class_names, f"{path}, line {rows[image_id].line}")
-            for image_id in image_ids
+            for image_id in images
         }
     # VOC's masks were drawn over the pixels as stored: an EXIF orientation must not rotate the image.
     return make_samples(data, split, class_names, images, labels, masks, oriented=False)
@@ -144,34 +142,26 @@ def list_files(folder: Path, endings: Sequence[str], cure: str) -> list[Path]:
     return [folder / name for name in sorted(names) if name.lower().endswith(tuple(endings))]
 
 
-def list_images(folder: Path, cure: str) -> dict[str, Path]:
-    """The images of a folder by composed name, and by :func:`image_stem` where only one image has it."""
-    found: dict[str, list[Path]] = {}
-    for path in list_files(folder, IMAGE_ENDINGS, cure):
-        for name in (compose(path.name), image_stem(path.name)):
-            found.setdefault(name, []).append(path)
-    return {name: paths[0] for name, paths in found.items() if len(paths) == 1}
-
-
 def find_images(rows: Sequence[str], folder: Path, setting: str, cure: str) -> dict[str, Path]:
     """The images that ``rows`` of a list name, by id: a name, a path, an image's and a mask's path, VOC's ``a -1``.
 
     Raises:
-        DataError: if an image is missing, or if two would share a mask: ``a.jpg`` and ``a.png``, in places also ``A``.
+        DataError: if an image is missing, or if two would share a mask: ``a.jpg`` and ``a.png``, on a Mac also ``A``.
     """
-    by_name, names, seen = list_images(folder, setting), [], dict[str, str]()
+    files = [(compose(path.name), path) for path in list_files(folder, IMAGE_ENDINGS, setting)]
+    count = Counter(image_stem(name) for name, _ in files)
+    by_name = {image_stem(name): path for name, path in files if count[image_stem(name)] == 1} | dict(files)
+    names: dict[str, str] = {}  # by what their masks are called where case does not matter
     for row in map(compose, rows):
         first = re.match(rf".+?({'|'.join(IMAGE_ENDINGS)})(?=\s)", row, re.IGNORECASE)
         name = first[0] if first else row
         tried = (row, re.split(r"[/\\]", name)[-1], image_stem(name), image_stem(re.sub(r"\s+-?[01]$", "", name)))
-        names.append(next((each for each in tried if each in by_name), row))
-        if other := seen.get(stem := image_stem(names[-1]).casefold()):
-            raise DataError(
-                f"{other} and {row} would share the mask {image_stem(names[-1])}.png; rename one, or {cure}"
-            )
-        seen[stem] = row
-    require_all(names, by_name, f"image in {folder}", cure)
-    return {image_stem(name): by_name[name] for name in names}
+        found = next((each for each in tried if each in by_name), row)
+        if other := names.get(key := image_stem(found).casefold()):
+            raise DataError(f"{other} and {row} would share the mask {image_stem(found)}.png; rename one, or {cure}")
+        names[key] = found
+    require_all(list(names.values()), by_name, f"image in {folder}", cure)
+    return {image_stem(name): by_name[name] for name in names.values()}
 
 
 def list_pngs(folder: Path | None, setting: str) -> dict[str, Path]:
@@ -219,11 +209,8 @@ def _names_in_xml(path: Path) -> set[str]:
 def _check_class_names(class_names: Sequence[str], found: set[str]) -> None:
     """Refuse class names without an object where objects are without a class; one of VOC's 20 may just be rare."""
     rare = VOC_CLASSES if found.intersection(class_names) else ()
-    absent, unknown = (
-        [name for name in class_names if name not in {*found, *rare}],
-        sorted(found.difference(class_names)),
-    )
-    if absent and unknown:
+    absent = [name for name in class_names if name not in found and name not in rare]
+    if absent and (unknown := sorted(found.difference(class_names))):
         hint = f"{nearest(absent[0], unknown)}; they have {', '.join(unknown)}, which are no classes"
         raise DataError(f"data.class_names: no XML of the split has {absent[0]!r}{hint}")
 
