@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from smaflib.report.palette import class_colors
 from smaflib.report.plots import (
@@ -21,6 +23,7 @@ from smaflib.report.plots import (
     overlay_mask,
     picture,
     show_panels,
+    show_scales,
     window_around,
 )
 
@@ -91,3 +94,54 @@ def test_names_stand_inside_of_their_regions_and_reach_the_figure() -> None:
     (axis,) = show_panels([[panel]]).axes
     assert [(text.get_text(), text.get_position()) for text in axis.texts] == [("ram", (6, 5)), ("$boat", (23, 15))]
     axis.figure.savefig(io.BytesIO())  # a dollar begins no formula
+
+
+def scales_of_a_crane() -> dict[str, Any]:
+    """Two rows of pixels: class 0 is in the left pixel, class 1 beside it; the last pixel is void."""
+    cams = [torch.tensor([[[0.0, 0.0, 0.1, 0.0]], [[0.0, 0.2, 0.0, 0.0]]])]
+    cams.append(torch.tensor([[[0.4, 0.2, 0.0, 0.4]], [[0.0, 0.3, 0.0, 0.0]]]))
+    fused = torch.tensor([[[1.0, 0.6, 0.0, 0.0]], [[0.0, 0.8, 1.0, 0.0]]])
+    truth = torch.tensor([[1, 2, 0, 255]], dtype=torch.uint8)
+    mask = torch.tensor([[1, 1, 0, 1]], dtype=torch.uint8)
+    image = torch.full((3, 1, 4), 90, dtype=torch.uint8)
+    return {"image": image, "cams": cams, "fused": fused, "mask": mask, "ground_truth": truth, "scales": (0.5, 2.0)}
+
+
+def captions_of(figure: Figure) -> list[str]:
+    return [text.get_text() for axis in figure.axes for text in axis.texts]
+
+
+def test_scales_peaks_and_iou_are_on_the_panels() -> None:
+    figure = show_scales(**scales_of_a_crane(), class_names=["crane", "llama"], bg_score=0.2)
+    # The map of 0.5 is on the wrong pixel. At 2 half the peak is on the neighbour, which the other class wins; the void
+    # does not count. The mask covers the neighbour, too.
+    assert [text for text in captions_of(figure) if text not in ("crane", "llama")] == [
+        "crane, 25.0%",
+        "scale 0.5\npeak 0.10, IoU 0%",
+        "scale 2\npeak 0.40, IoU 100%",
+        "fused\npeak 1.00, IoU 100%",
+        "mask\nIoU 50%",
+    ]
+
+
+def test_a_scale_that_sees_little_is_dark_in_the_common_range() -> None:
+    facts = scales_of_a_crane() | {"ground_truth": None}
+    brightest = {}
+    for common in (True, False):
+        axes = show_scales(**facts, common_range=common).axes
+        brightest[common] = [int(axis.images[0].get_array()[..., 0].max()) for axis in axes[1:3]]
+    assert brightest[True][0] < brightest[True][1] == brightest[False][1] == brightest[False][0]
+
+
+def test_rows_share_what_is_given_once_and_unknown_ground_truth_leaves_no_iou() -> None:
+    image, mask = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)
+    facts = scales_of_a_crane() | {"ground_truth": None, "image": image, "mask": mask}
+    figure = show_scales(**facts, class_number=[0, 1], names=["a", "b"])
+    assert len(figure.axes) == 2 * 5 + 1  # and one colour bar
+    assert [text for text in captions_of(figure) if "0.5" in text] == [
+        "scale 0.5\npeak 0.10",
+        "scale 0.5\npeak 0.20",
+    ]
+    figure.savefig(io.BytesIO())
+    assert min(axis.get_window_extent().width for axis in figure.axes[:10]) >= 200
+    assert {"a", "b", "mask"} <= {*captions_of(figure)} and "IoU" not in "".join(captions_of(figure))

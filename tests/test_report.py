@@ -148,8 +148,8 @@ def test_index_ties_the_run_together_without_a_network(run):
         assert network_references(html.read_text()) == []
 
 
-def test_index_begins_with_the_result_and_the_chain_and_ends_with_the_tables(run):
-    for name in ("00_chain", "00_scales", "03_scales"):
+def test_index_begins_with_the_result_and_the_scales_and_ends_with_the_tables(run):
+    for name in ("00_mask", "00_scales", "03_scales"):
         figure = Figure()
         figure.subplots().imshow([[0, 1]])
         run.save_figure(figure, name)
@@ -167,10 +167,10 @@ def test_index_begins_with_the_result_and_the_chain_and_ends_with_the_tables(run
         ("pseudo masks (train)", pytest.approx(68.5)),
         ("segmentation network (val)", pytest.approx(57.3)),
     ]
-    places = [text.index(part) for part in ("68.5 %", "00_chain.png", "00_scales.png", "08_sizes.png", 'id="results"')]
+    places = [text.index(part) for part in ("68.5 %", "00_scales.png", "00_mask.png", "08_sizes.png", 'id="results"')]
     assert places == sorted(places)
-    assert images(page).count("figures/00_chain.png") == 1
-    assert "Compare the last two panels" in page.text and "no scale has all of it" in page.text
+    assert images(page).count("figures/00_scales.png") == 1
+    assert "Compare smallest and largest scale" in page.text and "follow the IoU from left to right" in page.text
     # A dark page turns the colours of plots, not of photos.
     assert [image["src"] for image in page.find_all("img", class_="plot")] == ["figures/08_sizes.png"]
 

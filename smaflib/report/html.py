@@ -24,21 +24,19 @@ FIT_FRAMES = """window.addEventListener("message", (event) => {
 });"""
 """Script of a page with the explorer in a frame, which gets the height that ``explorer_page.js`` reports."""
 
-CHAIN_FIGURE = "00_chain"  # the first picture of the report
+FIRST_FIGURE = "00_scales"  # of the report
 
 CAPTIONS = {
-    CHAIN_FIGURE: "One drawn image from its label to a mask. Compare the last two panels: what is found?",
-    "00_scales": "Compare smallest and largest scale: which finds the small object, which the large one whole?",
+    FIRST_FIGURE: "Compare smallest and largest scale: which finds the small object, which the large one whole?",
     "00_mask": "From hesitant attention to a sharp mask. White: the ground truth's outline, which no step read.",
     "01_images_per_class": "A class with few images is learned badly.",
     "01_samples": "The labels above the images are all that the method is told about them.",
     "01_object_sizes": "Dotted: the limits of small and large objects in all tables below.",
     "02_learning_curves": "The loss should fall and level off.",
     "02_attention": "Look for objects of which the bright area covers one part only.",
-    "03_scales": "Follow one object from left to right: no scale has all of it, and each is wrong in another place.",
+    "03_scales": "The same objects at every scale: follow the IoU from left to right, for small and for large ones.",
     "03_object_sizes": "Is the scale that is best for small objects also the best for large ones?",
     "03_objects": "Where the lines cross, the best scale changes.",
-    "03_examples": "The same objects at every scale: follow the IoU from left to right, for small and for large ones.",
     "03_background_score": "Only the ground truth tells where a curve peaks; dotted is what the run chose without it.",
     "04_steps": "Denoising removes classes that are not in the image; reactivation makes what is left certain.",
     "04_row": "The highest line of each pixel is at 1 in the last row: that is what the student learns.",
@@ -82,8 +80,7 @@ def write_index(run: Run, command: str | None = None) -> Path:
         total=duration(sum(stage["seconds"] or 0 for stage in stages)),
         peak=max((stage["peak_memory_mb"] or 0 for stage in stages), default=0),
         headline=headline(metrics),
-        chain=next((figure for stage in stages for figure in stage["figures"] if figure["name"] == CHAIN_FIGURE), None),
-        chain_figure=CHAIN_FIGURE,
+        first=next((figure for stage in stages for figure in stage["figures"] if figure["name"] == FIRST_FIGURE), None),
         fit_frame=FIT_FRAMES,
         results=_shown(results_table(metrics)),
         explorer="explorer.html" if run.path("explorer.html").is_file() else None,

@@ -24,11 +24,14 @@ from smaflib.data.classes import VOID_LABEL
 from smaflib.report.palette import SIZE_COLORS, SIZE_HATCHES, class_colors, fused_style, line_style, scale_style
 
 if TYPE_CHECKING:
-    from smaflib.data import Sample
     from smaflib.training import History
 
 Panel = np.ndarray
 """uint8 (H, W, 3)."""
+
+
+SCALE_SIDE, SCALE_DPI = 2.2, 110
+"""Width of a panel of :func:`show_scales`, in inches, and dots per inch: 200 pixels at least."""
 
 
 class NamedPanel(np.ndarray):
@@ -191,47 +194,79 @@ def show_panel(axis: Axes, panel: Panel) -> None:
         axis.text(column, row, name, ha=side, parse_math=False, **look)  # a name may hold dollars
 
 
-def chain_steps(
-    sample: Sample, cams: Sequence[Tensor], maps: Sequence[Tensor], mask: Tensor, class_names: Sequence[str]
-) -> dict[str, Panel]:
-    """Panels for :func:`plot_chain`: one image from its label to a mask, all classes of its label together.
+def show_scales(
+    image: Any,
+    cams: Any,
+    fused: Any,
+    mask: Any,
+    scales: Sequence[float],
+    class_number: Any = 0,
+    ground_truth: Any = None,
+    *,
+    bg_score: float | Sequence[float] = 0.2,
+    common_range: bool = True,
+    class_names: Sequence[str] = (),
+    names: Sequence[str] = (),
+    title: str = "",
+) -> Figure:
+    """One class of an image at every scale, fused, and the mask; peak and, with ground truth, IoU are on the panels.
+
+    For several rows, give a list with an entry per row for any of the arguments from ``image`` to ``ground_truth`` but
+    ``scales``; what is given once serves all rows.
 
     Args:
-        sample: image with its ground truth.
-        cams: the teacher's maps, per scale (K, h_s, w_s); the first four are shown.
-        maps: (K, H, W) in [0, 1] each: the teacher's fused, denoised and reactivated, the student's denoised.
-        mask: pseudo mask, uint8 (H, W).
+        image: uint8 (3, H, W).
+        cams: per scale (K, h_s, w_s), non-negative.
+        fused: (K, H, W) in [0, 1].
+        mask: uint8 (H, W), 0 is background.
+        scales: that of each of the ``cams``.
+        class_number: the class to show, 0 to K-1.
+        ground_truth: uint8 (H, W), 255 is void; the object's outline is drawn in white. None: unknown.
+        bg_score: background threshold at which the maps of the classes in the ground truth compete for their IoU; or
+            one for each scale and one for the fused map.
+        common_range: the colours of a row's scales reach up to the highest peak among them, so that a scale that sees
+            nothing stays dark; if false, each to its own peak, as the fused map does anyway.
+        names: names of the rows; by default the class and the object's share of the image.
     """
     from smaflib.cams import at_size  # not above: most figures need no network
+    from smaflib.reactivation import hard_labels
 
-    assert sample.mask is not None
-    image, numbers = sample.image, sample.image_label.nonzero()[:, 0].tolist()
-    size = (image.shape[1], image.shape[2])
-    shown = (torch.stack([at_size(cam[k], size) for k in numbers]).amax(dim=0) for cam in cams)
-    scales = [overlay_map(image, each) for each in shown]
-    fused, denoised, target, student = (overlay_map(image, strongest_map(each)) for each in maps)
-    return {
-        f"an image and its label\n“{', '.join(class_names[k] for k in numbers)}”": picture(image),
-        "the teacher's attention\nat several scales": np.vstack([np.hstack(scales[i : i + 2]) for i in (0, 2)]),
-        "fused\nall classes, each peaks at 1": fused,
-        "denoised\nabsent classes are zero": denoised,
-        "reactivated\nthe winner of each pixel is 1": target,
-        "the student, which has\nlearned such targets, fused": student,
-        "pseudo mask\nstrongest class, dense CRF": overlay_mask(image, mask, class_names),
-        "(the ground truth, which\nno step has seen)": overlay_mask(image, sample.mask, class_names),
-    }
+    columns = [image, cams, fused, mask, class_number, ground_truth]
+    listed = [isinstance(each, list | tuple) and not (each is cams and isinstance(each[0], Tensor)) for each in columns]
+    num_rows = max([len(each) for each, many in zip(columns, listed, strict=True) if many], default=1)
+    rows = zip(*(each if many else [each] * num_rows for each, many in zip(columns, listed, strict=True)), strict=True)
+    titles = [*(f"scale {scale:g}" for scale in scales), "fused", "mask"]
+    betas = [bg_score] * len(titles) if isinstance(bg_score, int | float) else [*bg_score, 0.0]
+    panels, captions, labels = [], [], []
+    for picked, per_scale, joined, found, k, truth in rows:
+        peaks = [float(cam[k].max()) for cam in (*per_scale, joined)]
+        shares = [peak / (max(peaks[:-1]) or 1.0) if common_range else 1.0 for peak in peaks[:-1]] + [1.0]
+        texts, share, outline = [f"peak {peak:.2f}" for peak in peaks] + [""], "", None
+        if truth is not None:
+            outline = (truth == k + 1).to(torch.uint8)
+            share = f", {outline.float().mean():.1%}"
+            rivals = [k, *(label - 1 for label in truth.unique().tolist() if label not in (0, k + 1, VOID_LABEL))]
+            scores = [torch.stack([at_size(cam[i], truth.shape) for i in rivals]) for cam in (*per_scale, joined)]
+            masks = [hard_labels(each, beta) == 1 for each, beta in zip(scores, betas, strict=False)] + [found == k + 1]
+            ious = (_iou(each[truth != VOID_LABEL], outline[truth != VOID_LABEL]) for each in masks)
+            texts = [f"{text}, IoU {iou:.0%}".strip(", ") for text, iou in zip(texts, ious, strict=True)]
+        at_peaks = (at_size(cam[k], picked.shape[-2:]) for cam in (*per_scale, joined))
+        shown = [overlay_map(picked, cam * part) for cam, part in zip(at_peaks, shares, strict=True)]
+        outlined = (draw_outline(panel, outline) for panel in shown)
+        panels.append([picture(picked), *outlined, overlay_mask(picked, found, class_names)])
+        captions.append(["", *(f"{name}\n{text}".strip() for name, text in zip(titles, texts, strict=True))])
+        labels.append(f"{class_names[k]}{share}" if class_names else "")
+    figure = show_panels(panels, names=names or labels, title=title, side=SCALE_SIDE, captions=captions)
+    figure.set_dpi(SCALE_DPI)
+    look: dict[str, Any] = {"fraction": 0.02, "pad": 0.01, "aspect": 30, "ticks": [0, 0.5, 1]}
+    bar = figure.colorbar(matplotlib.cm.ScalarMappable(cmap="inferno"), ax=figure.axes, **look)
+    bar.set_label(f"share of the {'highest scale' if common_range else 'map'}'s peak", fontsize=8)
+    return figure
 
 
-def plot_chain(steps: Mapping[str, Panel]) -> Figure:
-    """Eight steps by title, in two rows with arrows between them; the last step is only for comparison."""
-    figure, axes = plt.subplots(2, 4, figsize=(10.2, 5.5))
-    figure.subplots_adjust(left=0, right=0.95, bottom=0, top=0.88, wspace=0.22, hspace=0.28)
-    for number, (axis, (title, panel)) in enumerate(zip(axes.flat, steps.items(), strict=True)):
-        show_panel(axis, panel)
-        axis.set_title(title, fontsize=9)
-        if number not in (3, 6, 7):
-            axis.text(1.11, 0.5, "→", transform=axis.transAxes, ha="center", va="center", fontsize=20)
-    return _finish(figure)
+def _iou(found: Tensor, true: Tensor) -> float:
+    """Of two masks of one object; 0 if both are empty."""
+    return float((found & (true > 0)).sum() / (found | (true > 0)).sum().clamp(min=1))
 
 
 def plot_history(histories: Mapping[str, History], title: str = "learning curves") -> Figure:
