@@ -55,9 +55,8 @@ docs: setup  ## build the documentation, offline: docs/_build/html/index.html
 lab: setup  ## open the notebooks in JupyterLab; the reports of runs can be opened there, too
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_one_image_end_to_end.ipynb
 
-assets: setup  ## renew the pretrained weights and the README's picture from the run papermill_runs/mini
-	$(BIN)/python -m tools.make_assets papermill_runs/mini docs/chain.png
-	cp papermill_runs/mini/figures/03_examples.png docs/scales_per_image.png
+assets: setup  ## renew the pretrained weights from the run papermill_runs/mini, and the README's picture
+	$(BIN)/python -m tools.make_assets papermill_runs/mini docs/scales.png
 
 screenshots: setup browser  ## take the pictures of the explorer again, in a real browser
 	SMAF_SCREENSHOTS=docs $(BIN)/python -m pytest tests/browser -k screenshot

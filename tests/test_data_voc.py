@@ -17,7 +17,7 @@ from smaflib.config import Config
 from smaflib.data import Samples, load_samples
 from smaflib.data.check import check_data
 from smaflib.data.masks import save_mask
-from smaflib.data.voc import read_image, read_saliency
+from smaflib.data.voc import open_image, read_image, read_saliency
 from smaflib.errors import DataError
 
 CLASSES = ("cat", "dog", "sofa")
@@ -351,3 +351,15 @@ def test_missing_mini_set_says_what_makes_it(tmp_path: Path) -> None:
         load_samples(settings, "train", tmp_path)
     with pytest.raises(DataError, match=re.escape("give run_folder, or set data.root")):
         load_samples(settings, "train")
+
+
+def test_a_photo_is_opened_upright_and_a_large_one_is_shrunk(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (60, 40), (200, 0, 0))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # the camera was turned
+    picture.save(tmp_path / "photo.jpg", exif=exif)
+    image = open_image(str(tmp_path / "photo.jpg"))
+    assert image.dtype == torch.uint8 and tuple(image.shape) == (3, 60, 40)  # small ones keep their size
+    assert tuple(open_image(tmp_path / "photo.jpg", longest_side=30).shape) == (3, 30, 20)
+    with pytest.raises(DataError, match="gone.jpg"):
+        open_image(tmp_path / "gone.jpg")

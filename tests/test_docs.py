@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import typer
 from helpers import network_references
+from PIL import Image
 
 from smaflib.apps.cli import app
 from smaflib.config import CRF_PRESETS, CrfConfig, load_config
@@ -90,8 +91,17 @@ def test_python_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGES["README.md"], re.DOTALL)
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     (printed,) = re.findall(r"```text\n(.*?)```", PAGES["README.md"], re.DOTALL)
-    value = float(re.fullmatch(r"mIoU ([\d.]+)%\n", ran.stdout)[1])  # type: ignore[index]
-    assert value == pytest.approx(float(printed.strip().removeprefix("mIoU ").removesuffix("%")), abs=1.0)
+    expected, found = (re.fullmatch(r"(.+): (\d+)% of the photo\n", text) for text in (printed, ran.stdout))
+    assert expected and found and found[1] == expected[1]
+    assert int(found[2]) == pytest.approx(int(expected[2]), abs=1)
+    assert Image.open(tmp_path / "cat.png").width > 7 * 200
+
+
+def test_classifier_of_the_page_is_wrapped_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(import torchvision\n.*?)```", PAGES["docs/extend.md"], re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 96), (90, 120, 30)).save("photo.jpg")
+    exec(code.replace('weights="DEFAULT"', ""), {})  # the weights would be downloaded
 
 
 def test_presets_of_the_crf_are_those_of_the_page() -> None:

@@ -26,6 +26,9 @@ from smaflib.apps.cli import app
 from smaflib.files import RUNS_FOLDER, write_text
 from smaflib.runs.stages import STAGES
 
+NINE = "open_image wrap multi_scale_cams fuse_cams denoise reactivate pseudo_mask show_scales evaluate".split()
+"""What a newcomer calls, in that order; the API page begins with it."""
+
 API = {
     "Attention maps": ("cams", "maps"),
     "Denoising and reactivation": ("reactivation", "thresholds"),
@@ -38,7 +41,14 @@ API = {
     ),
     "Evaluation": ("evaluation", "report.tables"),
     "Data": ("data", "data.sample", "data.masks", "data.transforms", "data.views"),
-    "Networks": ("models.networks", "models.backbones", "models.pretrained"),
+    "Networks": ("models.networks", "models.backbones", "models.pretrained", "models.wrap", "models.imagenet"),
+    "Figures and the explorer": (
+        "report.plots",
+        "explorer.state",
+        "explorer.widget",
+        "explorer.page",
+        "explorer.sliders",
+    ),
     "The chain over a folder": ("pipeline", "workspace", "runs.run", "runtime"),
 }
 """Modules whose public names are documented, by the part of the method that they belong to."""
@@ -93,7 +103,11 @@ def without_missing_links(text: str) -> str:
 
 def api_page() -> str:
     """Docstrings of every public module, for autodoc to fill in."""
-    parts = ["# API\n\nImport a function from its module; the nine of `import smaflib` are on its first page, too."]
+    lines = [f".. autofunction:: smaflib.{name}\n   :noindex:" for name in NINE]
+    begin = (
+        "Nine functions take an image and a classifier to a mask, its picture and its score; `import smaflib` has them."
+    )
+    parts = [f"# API\n\n{begin}\n\n" + "\n".join(["```{eval-rst}", *lines, "```"])]
     for title, modules in API.items():
         parts.append(f"## {title}")
         for module in modules:

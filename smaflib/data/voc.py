@@ -17,14 +17,17 @@ from typing import get_args
 
 import numpy as np
 import torch
+import torchvision.transforms.v2.functional as F
 from PIL import ImageOps
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 
 from smaflib.config import DataConfig, Split
 from smaflib.data.classes import VOC_CLASSES, VOID_LABEL
 from smaflib.data.labels import IMAGE_ENDINGS, check_class_names, class_numbers, image_stem, nearest, read_label_rows
 from smaflib.data.masks import check_mask_values, decoding, mask_values, read_mask
 from smaflib.data.sample import Sample, SampleFiles, Samples
+from smaflib.data.transforms import working_size
 from smaflib.errors import DataError
 from smaflib.files import compose, read_text
 
@@ -122,6 +125,17 @@ def read_image(path: Path, oriented: bool = False) -> Tensor:
         upright = ImageOps.exif_transpose(picture) if oriented else picture
         pixels = np.array(upright.convert("RGB"))  # (H, W, 3)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def open_image(path: str | Path, longest_side: int = 512) -> Tensor:
+    """Read a photo as uint8 (3, H, W), RGB, upright; a larger one is shrunk to ``longest_side`` pixels.
+
+    Raises:
+        DataError: if there is no such file, or it is no JPEG, PNG or WebP image.
+    """
+    image = read_image(Path(path), oriented=True)
+    height, width = working_size(image.shape[1:], longest_side)
+    return F.resize(image, [height, width], InterpolationMode.BICUBIC) if height < image.shape[1] else image
 
 
 def read_saliency(path: Path) -> Tensor:

@@ -27,7 +27,7 @@ def wrap(
     Args:
         model: images (B, 3, H, W) of any size to logits (B, N).
         classes: numbers of the K classes whose maps are wanted; None: all N.
-        mean: of the pixels in [0, 1] that the model expects, with ``std``; None: those of timm's model, else ImageNet's.
+        mean: with ``std``, of the pixels in [0, 1] that the model expects; None: as timm's models say, or ImageNet's.
 
     Raises:
         ValueError: if the model has another head, as a vision transformer.
@@ -126,9 +126,9 @@ def _find_parts(model: nn.Module, input_size: Sequence[int]) -> tuple[nn.Module,
                     if _same(features.mean(dim=(2, 3)), norm[1][0] if norm else pooled):
                         return source, norm and norm[0], last
     raise ValueError(
-        f"{type(model).__name__} has no class activation maps: its logits are not a linear layer of the mean of its last "
-        "features, as those of a ResNet, EfficientNet, ConvNeXt or DenseNet are. Give multi_scale_cams a module of your "
-        "own: forward makes maps of images, attention makes them non-negative (docs/extend.md)"
+        f"{type(model).__name__} has no class activation maps: its logits are not a linear layer of the mean of its "
+        "last features, as those of a ResNet, EfficientNet, ConvNeXt or DenseNet are. Give multi_scale_cams a module "
+        "of your own: forward makes maps of images, attention makes them non-negative (docs/extend.md)"
     )
 
 

@@ -260,7 +260,7 @@ def show_scales(
     figure.set_dpi(SCALE_DPI)
     look: dict[str, Any] = {"fraction": 0.02, "pad": 0.01, "aspect": 30, "ticks": [0, 0.5, 1]}
     bar = figure.colorbar(matplotlib.cm.ScalarMappable(cmap="inferno"), ax=figure.axes, **look)
-    bar.set_label(f"share of the {'highest scale' if common_range else 'map'}'s peak", fontsize=8)
+    bar.set_label(f"share of {'the highest' if common_range else 'its own'} peak", fontsize=8)
     return figure
 
 
