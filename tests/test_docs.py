@@ -94,7 +94,8 @@ def test_python_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
     expected, found = (re.fullmatch(r"(.+): (\d+)% of the photo\n", text) for text in (printed, ran.stdout))
     assert expected and found and found[1] == expected[1]
     assert int(found[2]) == pytest.approx(int(expected[2]), abs=1)
-    assert Image.open(tmp_path / "cat.png").width > 7 * 200
+    with Image.open(tmp_path / "cat.png") as picture:
+        assert picture.width > 7 * 200
 
 
 def test_classifier_of_the_page_is_wrapped_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
