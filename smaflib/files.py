@@ -152,14 +152,9 @@ def save_image(path: Path, image: Image.Image) -> None:
         image.save(temporary)
 
 
-def walk(folder: Path | str) -> Iterator[os.DirEntry[str]]:
-    """All files below a folder, unsorted; none if there is no such folder."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_file():
-                yield entry
-            elif entry.is_dir(follow_symlinks=False):
-                yield from walk(entry.path)
+def files_below(folder: Path) -> list[Path]:
+    """All files below a folder; none if there is no such folder."""
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def file_hash(path: Path) -> str:

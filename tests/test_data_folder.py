@@ -148,8 +148,10 @@ def test_masks_and_saliency_are_found_by_name(photos: Path) -> None:
     with pytest.raises(DataError, match=r"no saliency map in .* for d\.e"):
         load(photos, saliency=photos.parent)
     (photos.parent / "masks/d.e.png").unlink()
-    with pytest.raises(DataError, match=r"no mask in .*masks for d\.e .*leave data\.masks empty"):
-        load(photos, masks=photos.parent / "masks", class_names=names)
+    assert load(photos, masks=photos.parent / "masks", class_names=names).annotated.image_ids == ["a", "b", "c"]
+    with pytest.raises(DataError, match=r"no mask in .*nowhere for a.* \(4 of 4 missing\); .*leave data\.masks empty"):
+        (photos.parent / "nowhere").mkdir()
+        load(photos, masks=photos.parent / "nowhere", class_names=names)
 
 
 @pytest.mark.parametrize(

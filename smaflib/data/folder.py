@@ -34,7 +34,7 @@ def load_folder(data: DataConfig, split: Split) -> Samples:
         image_stem(row.image): class_numbers(row.labels, class_names, f"{data.labels}, line {row.line}") for row in rows
     }
     masks = list_pngs(data.masks, "data.masks")
-    if data.masks:
+    if data.masks and masks.keys().isdisjoint(labels):  # images without one are left out of the evaluation
         require_all(list(labels), masks, f"mask in {data.masks}", "add it or leave data.masks empty")
     samples = make_samples(data, split, class_names, images, labels, masks, oriented=True)
     return samples[: data.max_images] if split == "train" else samples[:0]

@@ -132,8 +132,8 @@ def outside_files(config: Config) -> dict[str, str]:
 def _content_hash(path: Path) -> str:
     if path.is_file():
         return f"sha256:{files.file_hash(path)[:16]}"
-    shown = [entry for entry in files.walk(path) if not entry.name.startswith(".")]
-    return hash_value(sorted([Path(entry.path).relative_to(path).as_posix(), entry.stat().st_size] for entry in shown))
+    shown = [each for each in files.files_below(path) if not each.name.startswith(".")]
+    return hash_value(sorted([each.relative_to(path).as_posix(), each.stat().st_size] for each in shown))
 
 
 def code_hashes() -> dict[str, str]:

@@ -62,7 +62,7 @@ def missing_outputs(folder: Path, stage: Stage) -> list[str]:
     return [
         pattern
         for pattern in stage.required_outputs
-        if not any(path.is_file() or any(files.walk(path)) for path in folder.glob(pattern.removesuffix("/**")))
+        if not any(path.is_file() or files.files_below(path) for path in folder.glob(pattern.removesuffix("/**")))
     ]
 
 
@@ -111,9 +111,9 @@ def _delete(paths: list[Path]) -> None:
 
 def _fingerprint(path: Path, hashed: bool = True) -> Entry:
     if path.is_dir():
-        sizes = {entry.path: entry.stat().st_size for entry in files.walk(path)}
+        sizes = {each: each.stat().st_size for each in files.files_below(path)}
         facts: Entry = {"files": len(sizes), "bytes": sum(sizes.values())}
-        return facts | ({"sha256": files.tree_hash(map(Path, sizes), path)} if hashed else {})
+        return facts | ({"sha256": files.tree_hash(sizes, path)} if hashed else {})
     return {"bytes": path.stat().st_size} | ({"sha256": files.file_hash(path)} if hashed else {})
 
 
