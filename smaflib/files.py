@@ -58,9 +58,9 @@ def absolute(path: str | Path) -> Path:
 
 
 def find_config(config: Path) -> Path:
-    """A config file by its path, or a shipped one by its name, such as ``mini``."""
-    shipped = SHIPPED / "configs" / f"{config}.yaml"
-    return shipped if not config.exists() and config.name == str(config) and shipped.is_file() else config.absolute()
+    """A config file by its path from the working directory or the checkout, or a shipped one by its name (``mini``)."""
+    places = (config.absolute(), SHIPPED / "configs" / f"{config}.yaml", absolute(config))
+    return next((path for path in places if path.is_file()), places[0])
 
 
 def compose(name: str) -> str:
@@ -89,8 +89,13 @@ def python_path() -> str:
 
 
 def display_path(path: Path) -> str:
-    """A path for output and records: relative to the checkout if inside it."""
+    """A path for records: relative to the checkout if inside it."""
     return str(path.relative_to(PROJECT_ROOT)) if path.is_relative_to(PROJECT_ROOT) else str(path)
+
+
+def shown_path(path: Path) -> str:
+    """A path for output, which exists where one stands: relative to the working directory if inside it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def duration(seconds: float | None) -> str:

@@ -12,9 +12,12 @@ import pytest
 from smaflib.errors import RunError
 from smaflib.files import (
     PARTIAL,
+    PROJECT_ROOT,
+    find_config,
     locked,
     read_json,
     replacing,
+    shown_path,
     write_json,
     write_text,
 )
@@ -82,3 +85,13 @@ def test_lock_keeps_others_out_and_is_free_afterwards(tmp_path: Path) -> None:
             locked(tmp_path, "smaf masks"),
         ):
             pytest.fail("two at once")
+
+
+def test_paths_in_output_and_configs_are_found_from_where_one_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in (PROJECT_ROOT, PROJECT_ROOT / "configs", Path("/")):
+        monkeypatch.chdir(folder)
+        preset = PROJECT_ROOT / "configs" / "mini.yaml"
+        assert Path(shown_path(preset)).resolve() == preset
+        for given in ("mini", "configs/mini.yaml", str(preset)):
+            assert find_config(Path(given)).resolve() == preset
+        assert find_config(Path("gone.yaml")) == folder / "gone.yaml"  # the message names what was meant

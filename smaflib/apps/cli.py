@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from smaflib.errors import InputError, RunError
-from smaflib.files import RUNS_FOLDER, SHIPPED, display_path, duration, expanded, find_config
+from smaflib.files import RUNS_FOLDER, SHIPPED, duration, expanded, find_config, shown_path
 
 
 class _PlainErrors(TyperGroup):
@@ -151,7 +151,7 @@ def ablate(
     failures = ablate(opened, parse_seeds(seeds), part, cluster, slurm or [])
     if result := read_ablation(opened):
         typer.echo(ablation_table(result["records"]).to_string())
-        typer.echo(f"ablation: {display_path(opened.path(RESULT))}")
+        typer.echo(f"ablation: {shown_path(opened.path(RESULT))}")
     _report_failures(failures)
 
 

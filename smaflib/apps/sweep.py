@@ -194,13 +194,13 @@ def _run_on_cluster(groups: Sequence[Sequence[Job]], cluster: str, options: Sequ
             elif task is not None and task.exception() is not None:
                 continue
             tasks += zip((job.name for job in group), executor.submit_array(group), strict=True)
-        print(f"{len(tasks)} jobs; logs: {files.display_path(executor.folder)}", file=sys.stderr, flush=True)
+        print(f"{len(tasks)} jobs; logs: {files.shown_path(executor.folder)}", file=sys.stderr, flush=True)
         failed = {name: task.paths.stderr for name, task in tasks if task.exception() is not None}
     except KeyboardInterrupt:
         for _, task in tasks:
             task.cancel(check=False)
         raise
-    return [f"{name}: failed or cancelled; log: {files.display_path(log)}" for name, log in failed.items()]
+    return [f"{name}: failed or cancelled; log: {files.shown_path(log)}" for name, log in failed.items()]
 
 
 def _executor(folder: Path, cluster: str, options: Sequence[str]) -> Any:

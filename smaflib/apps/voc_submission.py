@@ -14,7 +14,7 @@ from smaflib.data.masks import VOC_PALETTE
 from smaflib.data.sample import SampleFiles, Samples
 from smaflib.data.voc import read_sample
 from smaflib.errors import ConfigError, DataError
-from smaflib.files import display_path, replacing
+from smaflib.files import replacing, shown_path
 from smaflib.runs import Run
 from smaflib.segmentation import segment_many
 
@@ -39,7 +39,7 @@ def write_submission(run: Run, image_ids: Sequence[str], images: Path, target: P
         first = f"{len(absent)} images are missing in {images}, the first is {absent[0]}.jpg"
         raise DataError(f"{first}; unpack VOC 2012's test archive there")
     if not run.checkpoint("segmenter").is_file():
-        raise ConfigError(f"the run {display_path(run.folder)} has no segmentation network; run it to stage 07")
+        raise ConfigError(f"the run {shown_path(run.folder)} has no segmentation network; run it to stage 07")
     listed = tuple(SampleFiles(image_id, images / f"{image_id}.jpg", ()) for image_id in image_ids)
     samples = Samples(listed, run.samples().class_names, "test", functools.partial(read_sample, oriented=False))
     masks = segment_many(run.segmenter(), samples, run.config.segmentation, run.make_runtime(), desc="test images")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,58 +41,41 @@ def wrap(
         >>> network.attention(network(torch.zeros(1, 3, 64, 96))).shape
         torch.Size([1, 2, 2, 3])
     """
-    return CamNetwork(model, classes, mean, std)
+    facts: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}  # of timm's models
+    mean, std = mean or facts.get("mean", IMAGENET_MEAN), std or facts.get("std", IMAGENET_STD)
+    return CamNetwork(model, classes, mean, std, facts.get("input_size", (3, 224, 224)))
 
 
 class CamNetwork(nn.Module):
-    """A wrapped classifier: what :func:`wrap` returns.
+    """A classifier with class attention maps, see :func:`wrap`.
 
     Attributes:
-        model: the classifier.
         classes: the chosen classes; may be set at any time.
         bias: (N,) of the last layer. With it the mean of the maps of ``forward`` over the cells is the model's logit.
     """
 
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(
-        self,
-        model: nn.Module,
-        classes: Sequence[int] | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, classes: Any, mean: Any, std: Any, input_size: Sequence[int]) -> None:
         super().__init__()
-        facts: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}  # of timm's models
         self.model = model.eval()
-        # In a list, modules of the model do not count a second time.
-        self._parts = [*_find_parts(model, facts.get("input_size", (3, 224, 224)))]
-        self.classes = list(range(len(self.last.weight)) if classes is None else classes)
-        scale, shift = renormalization(mean or facts.get("mean", IMAGENET_MEAN), std or facts.get("std", IMAGENET_STD))
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("shift", shift, persistent=False)
+        self._parts = [*_find_parts(model, input_size)]  # in a list, as they are modules of the model already
+        self.classes = [*range(len(self._parts[2].weight))] if classes is None else [*classes]
+        self._renormalization = renormalization(mean, std)
 
     @property
-    def last(self) -> nn.Linear:
-        """The last layer, (N, C)."""
-        return self._parts[2]
-
-    @property
-    def bias(self) -> Tensor:
-        return self.last.weight.new_zeros(len(self.last.weight)) if self.last.bias is None else self.last.bias
+    def bias(self) -> Any:
+        bias = self._parts[2].bias
+        return 0 if bias is None else bias
 
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, N, h, w), of all classes
         source, norm, last = self._parts
+        scale, shift = (each.to(images.device) for each in self._renormalization)
         seen: list[Tensor] = []
         with source.register_forward_hook(lambda module, args, output: seen.append(output)):
-            self.model(images * self.scale + self.shift)
+            self.model(images * scale + shift)
         cells = seen[-1]  # (B, C, h, w)
         if norm is not None:  # with the statistics of the mean, so that the mean of the maps stays the logit
-            pooled = cells.mean(dim=(2, 3), keepdim=True)
-            spread = (pooled.var(dim=1, keepdim=True, correction=0) + norm.eps).sqrt()
-            cells = (cells - pooled.mean(dim=1, keepdim=True)) / spread
-            cells = cells * norm.weight[:, None, None] + norm.bias[:, None, None]
+            var, mean = torch.var_mean(cells.mean(dim=(2, 3), keepdim=True), dim=1, keepdim=True, correction=0)
+            cells = (cells - mean) / (var + norm.eps).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
         return F.conv2d(cells, last.weight[:, :, None, None])
 
     def image_logits(self, maps: Tensor) -> Tensor:  # (B, N, h, w) -> (B, K)
@@ -108,23 +92,22 @@ def _find_parts(model: nn.Module, input_size: Sequence[int]) -> tuple[nn.Module,
     They are found by their values for one image of noise.
     """
     ran: list[tuple[nn.Module, Any, Any]] = []
-    hooks = [each.register_forward_hook(lambda *call: ran.append(call)) for each in model.modules()]
-    noise = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0))
-    try:
+    with contextlib.ExitStack() as stack:
+        for each in model.modules():
+            stack.enter_context(each.register_forward_hook(lambda *call: ran.append(call)))
+        noise = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0))
         logits = model(noise.to(device_of(model)))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    outputs = [call for call in reversed(ran) if isinstance(call[2], Tensor)]
-    for last, (pooled, *_), output in outputs:
+    ran = [call for call in reversed(ran) if isinstance(call[2], Tensor)]
+    for last, (pooled, *_), output in ran:
         if isinstance(last, nn.Linear) and torch.equal(output, logits):
-            norm = next(
-                (each for each in outputs if isinstance(each[0], nn.LayerNorm) and _same(each[2], pooled)), None
+            norms = (
+                (each, args[0]) for each, args, out in ran if isinstance(each, nn.LayerNorm) and _same(out, pooled)
             )
-            for source, _, features in outputs:
-                if features.dim() == 4 and features.shape[2:].numel() > 1:
-                    if _same(features.mean(dim=(2, 3)), norm[1][0] if norm else pooled):
-                        return source, norm and norm[0], last
+            norm, pooled = next(norms, (None, pooled))
+            for source, _, features in ran:
+                whole = features.dim() == 4 and features.shape[2:].numel() > 1
+                if whole and _same(features.mean(dim=(2, 3)), pooled):
+                    return source, norm, last
     raise ValueError(
         f"{type(model).__name__} has no class activation maps: its logits are not a linear layer of the mean of its "
         "last features, as those of a ResNet, EfficientNet, ConvNeXt or DenseNet are. Give multi_scale_cams a module "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from smaflib import files
 from smaflib.config import Config, config_differences, dump_config, listed, load_config
 from smaflib.errors import ConfigError, RunError
-from smaflib.files import RUNS_FOLDER, absolute, display_path, expanded
+from smaflib.files import RUNS_FOLDER, absolute, display_path, expanded, shown_path
 from smaflib.plugins import search_in
 from smaflib.runs.manifest import made_by, missing_outputs, read_manifest
 from smaflib.runs.metrics import Record, read_records, replace_records
@@ -90,7 +90,7 @@ class Run(Workspace):
             if absent or status != "complete":
                 what = f"{absent[0]} is missing" if absent else "it has not finished"
                 raise RunError(
-                    f"{stage} needs {name}, but in {display_path(self.folder)} {what}. "
+                    f"{stage} needs {name}, but in {shown_path(self.folder)} {what}. "
                     f"This command makes it:\n  {self.command('--until', name.partition('_')[2])}"
                 )
 
@@ -98,7 +98,7 @@ class Run(Workspace):
         """The ``smaf run`` command of this run."""
         words = ["smaf", "run", display_path(self.config_file), "--name", self.name]
         if self.folder.parent != RUNS_FOLDER:
-            words += ["--runs", display_path(self.folder.parent)]
+            words += ["--runs", shown_path(self.folder.parent)]
         for override in self.overrides:
             words += ["--set", override]
         return shlex.join([*words, *arguments])
@@ -142,7 +142,7 @@ def open_run(
     if differences := config_differences(_load_stored(stored), config):
         listing = "\n".join(f"  {line}" for line in differences)
         raise RunError(
-            f"the run folder {display_path(run.folder)} belongs to other settings (setting: there | now):\n{listing}\n"
+            f"the run folder {shown_path(run.folder)} belongs to other settings (setting: there | now):\n{listing}\n"
             "Give another --name (in a notebook another run_dir), or delete the folder."
         )
     if stage is not None:
@@ -159,7 +159,7 @@ def read_run(folder: str | Path) -> Run:
     folder = absolute(folder)
     stored = folder / "config.yaml"
     if not stored.is_file():
-        raise RunError(f"{display_path(folder)} is not a run folder: it holds no config.yaml")
+        raise RunError(f"{shown_path(folder)} is not a run folder: it holds no config.yaml")
     manifest, config = read_manifest(folder), _load_stored(stored)
     config_file = absolute(manifest.get("config_file", stored))
     if config.custom_code:
@@ -177,7 +177,7 @@ def find_run(name: str, runs: Path = RUNS_FOLDER) -> Run:
         if (folder / "config.yaml").is_file():
             return read_run(folder)
     names = ", ".join(sorted(stored.parent.name for stored in runs.glob("*/config.yaml")))
-    raise RunError(f"there is no run {name!r} in {display_path(runs)}; there are: {names or 'none'}")
+    raise RunError(f"there is no run {name!r} in {shown_path(runs)}; there are: {names or 'none'}")
 
 
 def _load_stored(stored: Path) -> Config:

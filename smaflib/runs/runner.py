@@ -22,7 +22,7 @@ from types import FrameType
 from smaflib import files
 from smaflib.config import flat_settings, load_config
 from smaflib.errors import RunError
-from smaflib.files import RUNS_FOLDER, SHIPPED, absolute, display_path, duration
+from smaflib.files import RUNS_FOLDER, SHIPPED, absolute, display_path, duration, shown_path
 from smaflib.runs.environment import describe_machine
 from smaflib.runs.inputs import (
     NEVER_RAN,
@@ -114,7 +114,7 @@ def run_notebooks(
             write_index(run)
     from smaflib.report.tables import results_text
 
-    print(f"{results_text(run)}\n\nreport: {display_path(index)}", flush=True)
+    print(f"{results_text(run)}\n\nreport: {shown_path(index)}", flush=True)
     return run
 
 
@@ -232,19 +232,19 @@ class _Chain:
         given = next((i for i, cell in enumerate(cells) if "parameters" in cell["tags"]), -1)
         number = cell_index - (cell_index > given)  # papermill inserts a cell after the parameters
         source = cells[number]["source"].splitlines()
-        lines = [f"{display_path(notebook)} failed in cell {number + 1} of {len(cells)}:"]
+        lines = [f"{shown_path(notebook)} failed in cell {number + 1} of {len(cells)}:"]
         lines += [f"    {line}" for line in source[:6]] + ["    ..."] * (len(source) > 6)
         lines.append(error)
         if trace:
-            lines += [f"  last lines of its traceback (all of it, and the notebook so far: {display_path(failed)}):"]
+            lines += [f"  last lines of its traceback (all of it, and the notebook so far: {shown_path(failed)}):"]
             lines += [f"    {line}" for line in trace[-12:]]
         return "\n".join([*lines, self._how_to_resume()])
 
     def _how_to_resume(self) -> str:
         custom = self.notebooks != SHIPPED / "notebooks"  # other notebooks would start from nothing
-        options = ["--notebooks", display_path(self.notebooks)] if custom else []
+        options = ["--notebooks", shown_path(self.notebooks)] if custom else []
         for source in self.sources:
-            options += ["--reuse", source.name if source.parent == self.run.folder.parent else display_path(source)]
+            options += ["--reuse", source.name if source.parent == self.run.folder.parent else shown_path(source)]
         options += ["--keep-stale"] if self.keep_stale else []
         return f"This command resumes it:\n  {self.run.command(*options)}"
 
