@@ -1,9 +1,11 @@
 """Settings of the whole test run."""
 
+import copy
 import os
 import signal
 import sys
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from hypothesis import settings
 
 from smaflib import plugins
-from smaflib.explorer.state import Gallery
+from smaflib.explorer.state import PHOTOS, Gallery, PhotoGallery
 
 # One thread: sums in one order, and threads that wait for each other on busy cores take ten times as long.
 torch.set_num_threads(1)
@@ -36,6 +38,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pretrained() -> Gallery:
     """Three drawn images, the pretrained networks, and their maps, computed once; tests change copies."""
     return Gallery.pretrained(3)
+
+
+@pytest.fixture(scope="session")
+def photo_maps() -> PhotoGallery:
+    """Two photos, their classes, and the first one's maps, computed once; see ``photos``."""
+    gallery = Gallery.photos([Path(str(resources.files("skimage"))) / "data" / name for name in PHOTOS[:2]])
+    gallery.cams(0, "teacher", False)
+    return gallery
+
+
+@pytest.fixture
+def photos(photo_maps: PhotoGallery) -> PhotoGallery:
+    """A cat and a cup of coffee, to which a test may add photos and classes."""
+    gallery = copy.copy(photo_maps)
+    gallery.samples, gallery._cams, gallery._found = [*gallery.samples], {**gallery._cams}, {**gallery._found}
+    gallery._classes = {index: [*classes] for index, classes in gallery._classes.items()}
+    return gallery
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import struct
 import zlib
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from smaflib.config import Config
 from smaflib.data import Samples, load_samples
@@ -363,3 +364,14 @@ def test_a_photo_is_opened_upright_and_a_large_one_is_shrunk(tmp_path: Path) -> 
     assert tuple(open_image(tmp_path / "photo.jpg", longest_side=30).shape) == (3, 30, 20)
     with pytest.raises(DataError, match="gone.jpg"):
         open_image(tmp_path / "gone.jpg")
+
+
+def test_a_large_jpeg_is_decoded_smaller_and_may_be_a_files_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libjpeg leaves out what the working size does not need, which makes the photos of a phone quick."""
+    decoded, content = [], io.BytesIO()
+    Image.new("RGB", (4032, 3024), "red").save(content, "JPEG")
+    transpose = ImageOps.exif_transpose
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda picture: decoded.append(picture.size) or transpose(picture))
+    assert tuple(open_image("a.jpg", content=content.getvalue()).shape) == (3, 384, 512) and decoded == [(2016, 1512)]
+    with pytest.raises(DataError, match=r"letter.jpg cannot be read as an image"):
+        open_image("letter.jpg", content=b"dear sir")

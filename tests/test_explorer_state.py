@@ -16,7 +16,14 @@ from smaflib.cams import multi_scale_cams
 from smaflib.config import CrfConfig, PseudoMaskConfig, dump_config
 from smaflib.data import Sample, make_data
 from smaflib.errors import DataError, RunError
-from smaflib.explorer.state import CURVE_SCORES, PHOTO_SIDE, Gallery, Settings, explore, read_photo
+from smaflib.explorer.state import (
+    CURVE_SCORES,
+    PHOTOS,
+    Gallery,
+    PhotoGallery,
+    Settings,
+    explore,
+)
 from smaflib.maps import AttentionMaps
 from smaflib.models.networks import load_attention_network
 from smaflib.models.pretrained import ASSETS, pretrained_config
@@ -197,18 +204,73 @@ def png(pixels: np.ndarray) -> bytes:
     return content.getvalue()
 
 
-def test_photo_is_turned_upright_and_shrunk() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright
-    content = io.BytesIO()
-    Image.new("RGB", (2 * PHOTO_SIDE, PHOTO_SIDE), "red").save(content, "JPEG", exif=exif)
-    assert read_photo("a.jpg", content.getvalue()).shape == (3, PHOTO_SIDE, PHOTO_SIDE // 2)
-    assert read_photo("grey.png", png(np.full((30, 40), 7))).unique().tolist() == [7]
+def test_a_photo_shows_its_five_likeliest_classes_and_is_labelled_with_those_above_a_tenth(
+    photos: PhotoGallery,
+) -> None:
+    probabilities = photos.probabilities(0)
+    assert photos.names(0) == tuple(name for name, _ in probabilities) and len(probabilities) == 5
+    assert probabilities[0][0] == "Egyptian cat" and probabilities[0][1] > 0.8 > 0.1 > probabilities[1][1]
+    assert photos.first_settings(0).image_label == (0,) and photos.first_settings(0).class_number == 0
+    assert [tuple(cam.shape) for cam in photos.cams(0, "teacher", False)] == [(5, *cell) for cell in CELLS]
+    assert photos.names(1)[0] == "espresso"  # each photo has its own classes
 
 
-@pytest.mark.parametrize("content", [b"", b"dear sir", png(np.zeros((40, 40, 3)))[:60]])
-def test_file_that_is_no_picture_is_refused(content: bytes) -> None:
-    with pytest.raises(DataError, match="letter.jpg cannot be read as a picture"):
-        read_photo("letter.jpg", content)
-    with pytest.raises(DataError, match="only 8 x 40 pixels"):
-        read_photo("thin.png", png(np.zeros((40, 8, 3))))
+CELLS = ((7, 10), (10, 15), (15, 22), (19, 29))  # of the cat's 300 x 451 pixels at stride 16
+
+
+def test_a_photo_of_nothing_that_the_network_knows_has_an_empty_label(photos: PhotoGallery) -> None:
+    index = photos.add_photo("grey.png", png(np.full((260, 260, 3), 127)))
+    photos._classes[index], photos._found[index] = [7, 8, 9, 10, 11], torch.full((1000,), 0.001)
+    photos.samples[index] = replace(photos.samples[index], image_label=torch.zeros(5))
+    result = photos.explore(index, "teacher", photos.first_settings(index))
+    assert photos.first_settings(index).image_label == () and not result.fused.any() and not result.mask.any()
+
+
+def test_a_class_is_found_by_name_or_by_a_part_of_it(photos: PhotoGallery) -> None:
+    before = photos.cams(0, "teacher", False)
+    for text, name in {
+        "LYNX": "lynx",
+        "tabby cat": "tabby",
+        "catamaran": "catamaran",
+        "gyptian": "Egyptian cat",
+    }.items():
+        number = photos.add_class(0, text)
+        assert photos.names(0)[number] == name and number in photos.first_settings(0).image_label
+    assert photos.names(0)[5:] == ("catamaran",)  # the others were among the likeliest
+    after = photos.cams(0, "teacher", False)
+    assert all(torch.equal(old, new[:5]) and len(new) == 6 for old, new in zip(before, after, strict=True))
+    # Of all names with "cat", Egyptian cat is the likeliest here.
+    assert photos.add_class(0, "cat") == 0
+    with pytest.raises(ValueError, match="none of the 1000 classes has a name with 'person of'"):
+        photos.add_class(0, "person of")
+
+
+def test_the_crf_changes_a_photos_mask(photos: PhotoGallery) -> None:
+    """With the kernels of the drawn set, 128 pixels wide, it changed no pixel of a photo."""
+    settings, crf = photos.first_settings(0), photos.config.pseudo_masks.crf
+    plain, refined = (photos.explore(0, "teacher", replace(settings, crf=choice)).mask for choice in (None, crf))
+    assert 0.01 < float((plain != refined).float().mean()) < 0.5
+
+
+def test_photos_of_a_folder_are_its_pictures_in_order_at_working_size(tmp_path: Path) -> None:
+    Image.new("RGB", (4032, 3024), "red").save(tmp_path / "b.JPG")
+    Image.new("L", (400, 600)).save(tmp_path / "a.png")
+    (tmp_path / "notes.txt").write_text("no photo")
+    gallery = Gallery.photos(str(tmp_path))
+    assert [sample.image_id for sample in gallery.samples] == ["a", "b"]
+    assert [tuple(sample.image.shape) for sample in gallery.samples] == [(3, 512, 341), (3, 384, 512)]
+    assert [sample.image_id for sample in Gallery.photos([tmp_path / "b.JPG"]).samples] == ["b"]
+    assert len(Gallery.photos(tmp_path / "a.png").samples) == 1
+    for wrong, what in {"nowhere": "there is no folder", "notes.txt": "cannot be read as an image"}.items():
+        with pytest.raises(DataError, match=what):
+            Gallery.photos(tmp_path / wrong)
+
+
+@pytest.mark.parametrize("size", [(8, 40), (1, 1), (1200, 30)])
+def test_a_tiny_or_thin_photo_is_explored(photos: PhotoGallery, size: tuple[int, int]) -> None:
+    index = photos.add_photo("thin.png", png(np.full((*size, 3), 127)))
+    assert photos.explore(index, "teacher", photos.first_settings(index)).mask.shape == size
+
+
+def test_the_photos_of_the_package_are_all_there() -> None:
+    assert len(Gallery.photos().samples) == len(PHOTOS)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_explorer_page import data_of
 
+from smaflib.errors import DataError
 from smaflib.explorer import widget as explorer_module
-from smaflib.explorer.state import LIKELIEST_CLASSES, Exploration, Gallery
+from smaflib.explorer.state import LIKELIEST_CLASSES, Exploration, Gallery, PhotoGallery
 from smaflib.explorer.widget import Explorer
 
 
@@ -107,16 +110,61 @@ def upload(explorer: Explorer, name: str, content: bytes) -> None:
 def test_photos_go_to_imagenets_network_and_their_label_can_be_corrected(explorer: Explorer) -> None:
     upload(explorer, "letter.jpg", b"dear sir")
     assert explorer.board.status["kind"] == "error" and "letter.jpg cannot be read" in explorer.board.status["text"]
+    assert len(explorer.galleries) == 1
     upload(explorer, "first.png", picture())
     assert explorer.board.index == 0 and len(explorer.board.images) == 1
     assert len(explorer.board.view["class_names"]) == LIKELIEST_CLASSES and explorer.board.view["curve"] is None
     score = explorer.controls["bg_score"]
     score.value = np.nextafter(score.value, 1)  # as a browser rounds it when it shows the slider
     assert "first.png: the network predicts" in explorer.board.status["text"]
-    upload(explorer, "second.png", picture(1))  # the same gallery takes it, and has more classes now
+    upload(explorer, "second.png", picture(1))  # the same gallery takes it
     assert explorer.board.index == 1 and len(explorer.board.images) == 2
     explorer.controls["image_label"].value = (1,)
     assert set(explorer.exploration.mask.unique().tolist()) <= {0, 2} and not explorer.board.status["text"]
+    explorer.controls["reset"].click()
+    explorer.tabs.value = 0
+    assert len(explorer.board.images) == 3 and explorer.board.view["truth"]
+    explorer.tabs.value = 1
+    assert len(explorer.board.images) == 2
+
+
+def test_photos_are_the_first_tab_and_the_drawn_set_the_second(photos: PhotoGallery, pretrained: Gallery) -> None:
+    explorer = Explorer(photos, pretrained)
+    assert [title for title, _ in explorer.tabs.options] == ["photos", "drawn set"]
+    view = explorer.board.view
+    assert view["likeliest"][0][0] == "Egyptian cat" and view["truth"] is None and "search" in explorer.controls
+    explorer.controls["next"].click()
+    offered = [name for name, _ in explorer.controls["image_label"].options]
+    assert offered == list(photos.names(1)) == explorer.board.view["class_names"] and offered[0] == "espresso"
+    explorer.tabs.value = 1
+    assert "controlled experiment" in explorer._about.value and explorer.board.view["curve"] is not None
+    with pytest.raises(DataError, match=r"holds no image yet; .* Explorer.of_photos"):
+        Explorer(Gallery.photos(()))
+
+
+def test_search_adds_a_class_to_the_label_and_shows_it(photos: PhotoGallery) -> None:
+    explorer, score = Explorer(photos), 0.6
+    explorer.controls["bg_score"].value = score
+    explorer.controls["class_number"].value = 3
+    assert explorer.board.view["erased"] and not explorer.exploration.fused.any()  # not in the image label
+    explorer.controls["search"].value = "catamaran"
+    assert explorer.controls["search"].value == "" and explorer.settings.bg_score == score
+    assert explorer.settings.image_label == (0, 5) and explorer.settings.class_number == 5
+    assert explorer.exploration.fused.max() > 0.9 and not explorer.board.view["erased"]
+    explorer.controls["search"].value = "a person"
+    assert explorer.board.status["kind"] == "error" and "'a person'" in explorer.board.status["text"]
+
+
+def test_saved_page_holds_the_photos(photos: PhotoGallery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    explorer = Explorer(photos, index=1)
+    explorer.controls["page"].click()
+    assert str(tmp_path / "explorer_photos.html") in explorer.board.status["text"]
+    data = data_of((tmp_path / "explorer_photos.html").read_text())
+    assert [image["name"] for image in data["images"]] == ["chelsea", "coffee"] and data["start"]["index"] == 1
+    for number, image in enumerate(data["images"]):
+        assert image["class_names"] == list(photos.names(number)) and image["label"] == [0] and image["truth"] is None
+        assert image["likeliest"][0][0] == photos.names(number)[0]
 
 
 def test_a_network_of_photos_takes_a_photo_itself(explorer: Explorer) -> None:

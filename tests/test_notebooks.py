@@ -59,7 +59,8 @@ def test_form(path):
     assert re.fullmatch(r"# (\d\d|Explore) · .*\?", title), (
         f"the first line must ask the notebook's question, got {title!r}"
     )
-    assert notebook.cells[-1].source.startswith("**Conclusion.**")
+    last = "explorer = Explorer(" if path == EXPLORE else "**Conclusion.**"
+    assert notebook.cells[-1].source.startswith(last)
     for cell in code_cells(path):
         assert not cell.outputs, "notebooks are stored without outputs: make format"
         assert cell.execution_count is None
@@ -302,15 +303,16 @@ def test_the_report_needs_no_network(run):
         assert network_references(page.read_text()) == []
 
 
-def test_explore_runs_headless_and_keeps_a_page_that_needs_no_kernel(tmp_path):
+def test_explore_runs_headless_ends_with_the_explorer_and_links_a_page_that_needs_no_kernel(tmp_path):
     executed = tmp_path / "explore.ipynb"
     NotebookKernel("explore").execute(EXPLORE, executed, {"num_images": 3}, cwd=tmp_path)
     cells = [cell for cell in nbformat.read(executed, as_version=4).cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
-    assert any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in outputs)
-    (page,) = [output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})]
-    assert "srcdoc=" in page and network_references(page) == []
+    assert "application/vnd.jupyter.widget-view+json" in cells[-1].outputs[-1].data
+    (link,) = [output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})]
+    (page,) = tmp_path.glob("*.html")
+    assert f"href='{page.name}'" in link and network_references(page.read_text()) == []
     assert "mean IoU" in "".join(output.get("text", "") for output in outputs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,10 +47,10 @@ def open_picture(file: Path | BinaryIO, name: str) -> Image.Image:
 
 
 @contextlib.contextmanager
-def decoding(path: Path) -> Iterator[Image.Image]:
-    """Open an image; any failure while it is decoded inside the block becomes a :class:`DataError` with its path."""
+def decoding(path: Path, content: bytes | None = None) -> Iterator[Image.Image]:
+    """Open an image, or a file's content; a failure while the block decodes it becomes a :class:`DataError`."""
     try:
-        with open_picture(path, str(path)) as picture:
+        with open_picture(path if content is None else io.BytesIO(content), str(path)) as picture:
             yield picture
     except (DataError, MemoryError):
         raise

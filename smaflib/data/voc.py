@@ -116,9 +116,11 @@ def read_sample(files: SampleFiles, num_classes: int, oriented: bool) -> Sample:
     return Sample(files.image_id, image, image_label, saliency, mask)
 
 
-def read_image(path: Path, oriented: bool = False) -> Tensor:
-    """Read an image as uint8 (3, H, W), RGB; transparency is dropped."""
-    with decoding(path) as picture:
+def read_image(path: Path, oriented: bool = False, side: int | None = None, content: bytes | None = None) -> Tensor:
+    """Read an image as uint8 (3, H, W), RGB; transparency is dropped. ``side``: pixels that are enough."""
+    with decoding(path, content) as picture:
+        if side:  # libjpeg decodes a phone's photo smaller, in a fraction of the time
+            picture.draft("RGB", (2 * side, 2 * side))
         # Pillow keeps the upper 8 bits of 16-bit colours, which makes some images black.
         if picture.mode.startswith(("I", "F")) or ";16" in str(getattr(picture, "tile", "")):
             raise DataError(f"{path} has more than 8 bits per channel (mode {picture.mode}); save it with 8 bits")
@@ -127,13 +129,15 @@ def read_image(path: Path, oriented: bool = False) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def open_image(path: str | Path, longest_side: int = 512) -> Tensor:
+def open_image(path: str | Path, longest_side: int = 512, content: bytes | None = None) -> Tensor:
     """Read a photo as uint8 (3, H, W), RGB, upright; a larger one is shrunk to ``longest_side`` pixels.
+
+    ``content`` is that of a file which is not on this disk; ``path`` is its name.
 
     Raises:
         DataError: if there is no such file, or it is no JPEG, PNG or WebP image.
     """
-    image = read_image(Path(path), oriented=True)
+    image = read_image(Path(path), True, longest_side, content)
     height, width = working_size(image.shape[1:], longest_side)
     return F.resize(image, [height, width], InterpolationMode.BICUBIC) if height < image.shape[1] else image
 

@@ -7,7 +7,6 @@ The page holds the maps of a few images at the network's own resolution in 8 bit
 from __future__ import annotations
 
 import base64
-import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from smaflib.explorer.state import (
     data_url,
     rule_title,
 )
-from smaflib.report.html import FIT_FRAMES, page_text
+from smaflib.report.html import page_text
 from smaflib.report.palette import class_colors
 from smaflib.runs import Run
 
@@ -46,19 +45,15 @@ MAX_OTHERS = 6
 """Classes outside the image label whose maps are kept: those that respond most."""
 
 
-def explorer_page(
-    gallery: Gallery, title: str = "Attention explorer", index: int = 0, max_bytes: int = MAX_BYTES
-) -> str:
+def explorer_page(gallery: Gallery, title: str = "", index: int = 0, max_bytes: int = MAX_BYTES) -> str:
     """A self-contained HTML page that explores as many images of a gallery as fit, ``index`` first if it does.
 
     Raises:
         ValueError: if not even one image fits.
     """
-    names, first = list(gallery.class_names), gallery.first_settings(index)
+    title, first = title or f"Attention explorer · {gallery.title}", gallery.first_settings(index)
     rules = fusion_rules(first.fusion)
     facts: dict[str, Any] = {
-        "class_names": names,
-        "colors": class_colors(len(names)),
         "scales": list(gallery.scales),
         "rules": [[rule, rule_title(rule)] for rule in rules],
         # The browser cannot run a custom rule; its maps are computed here, from all scales.
@@ -107,6 +102,7 @@ def page_image(gallery: Gallery, index: int) -> dict[str, Any]:
     Maps of each network: ``data``, a byte per cell, scale by scale, class by class, where 255 stands for the map's peak
     in ``peaks`` (S, C); with a custom fusion rule also ``fused``, the fused classes one below the other as a grey PNG.
     """
+    label, names = list(gallery.first_settings(index).image_label), gallery.names(index)
     sample, flip = gallery.samples[index], gallery.config.attention.flip
     rule, scales = gallery.config.attention.fusion, gallery.scales
     factor = min(1.0, PAGE_SIDE / max(sample.image.shape[-2:]))
@@ -114,7 +110,6 @@ def page_image(gallery: Gallery, index: int) -> dict[str, Any]:
     if mask is not None:
         mask = _shrunk(mask[None], factor, "nearest-exact")[0]
     by_role = {role: gallery.cams(index, role, flip) for role in gallery.roles if flip in gallery.flips(index, role)}
-    label = torch.nonzero(sample.image_label)[:, 0].tolist()
     classes = _kept_classes(label, list(by_role.values()))
     size = (image.shape[-2], image.shape[-1])
     maps: dict[str, dict[str, Any]] = {}
@@ -128,6 +123,9 @@ def page_image(gallery: Gallery, index: int) -> dict[str, Any]:
             maps[role]["fused"] = {rule: data_url(fused.flatten(0, 1)[None], kind="PNG")}
     return {
         "name": sample.image_id,
+        "class_names": list(names),
+        "colors": class_colors(len(names)),
+        "likeliest": gallery.probabilities(index),
         "size": list(size),
         "shrunk": factor < 1,
         # Small pictures stay exact; in large ones the loss is invisible.
@@ -179,18 +177,12 @@ def write_explorer(run: Run, num_images: int = 8) -> Path:
         RunError: if the run has no attention maps yet.
     """
     path = run.path("explorer.html")
-    files.write_text(path, explorer_page(Gallery.of_run(run, num_images), f"Attention explorer · run {run.name}"))
+    files.write_text(path, explorer_page(Gallery.of_run(run, num_images)))
     return path
 
 
-def explorer_frame(gallery: Gallery, index: int = 0, height: int = 960) -> Any:
-    """The page inside a notebook's output, as the last line of a cell; it stays when the notebook is saved.
-
-    ``height`` is the frame's in pixels, until the page reports its own.
-    """
-    from IPython.display import HTML
-
-    page = html.escape(explorer_page(gallery, index=index), quote=True)
-    style = f"width: 100%; height: {height}px; border: 0"
-    frame = f'<iframe srcdoc="{page}" style="{style}" title="attention explorer"></iframe>'
-    return HTML(f"<div>{frame}<script>{FIT_FRAMES}</script></div>")
+def save_page(gallery: Gallery, index: int = 0) -> Path:
+    """Write the page of a gallery into the working directory."""
+    path = Path(f"explorer_{gallery.title}.html".replace(" ", "_"))
+    files.write_text(path, explorer_page(gallery, index=index))
+    return path

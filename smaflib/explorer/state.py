@@ -10,9 +10,10 @@ from __future__ import annotations
 import base64
 import io
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from minidata import make_mini
@@ -28,12 +29,13 @@ from smaflib.cams import FUSIONS, at_size, multi_scale_cams, source_of
 from smaflib.classifier import predict_label
 from smaflib.config import Config, CrfConfig, EvaluationConfig, FusionRule, PseudoMaskConfig
 from smaflib.data import Sample, load_samples
-from smaflib.data.masks import open_picture
+from smaflib.data.labels import IMAGE_ENDINGS
+from smaflib.data.voc import list_files, open_image
 from smaflib.errors import DataError, RunError
 from smaflib.evaluation import confusion_matrix, intersection_over_union, mean_over_classes, sweep_thresholds
 from smaflib.files import display_path
 from smaflib.maps import AttentionMaps, fuse_and_denoise
-from smaflib.models.imagenet import ImageNetClassifier, imagenet_config
+from smaflib.models.imagenet import LIKELY, ImageNetClassifier, imagenet_config
 from smaflib.models.pretrained import ROLES, UNSEEN_SEED, Role, pretrained_config, pretrained_network
 from smaflib.pseudo_masks import pseudo_mask
 from smaflib.reactivation import hard_labels, reactivate
@@ -43,10 +45,10 @@ CURVE_SCORES: tuple[float, ...] = tuple(round(0.02 * step, 2) for step in range(
 """Background thresholds of the IoU curve."""
 
 LIKELIEST_CLASSES = 5
-"""Number of ImageNet's classes that can be chosen for a photo."""
+"""Number of ImageNet's classes that are offered for a photo; the others can be searched."""
 
-PHOTO_SIDE = 384
-"""Longest side of a custom image, in pixels: its maps at all scales take a few seconds on a CPU."""
+PHOTOS = ("chelsea.png", "coffee.png", "camera.png", "rocket.jpg", "astronaut.png")
+"""Photos inside scikit-image's wheel. Its documentation calls each of them CC0 or free of known restrictions."""
 
 COLOR_MAPS: tuple[str, ...] = ("inferno", "viridis", "cividis", "magma", "gray")
 """Matplotlib's colour maps of rising lightness, which read the same for colour-blind readers."""
@@ -166,7 +168,7 @@ def explore(sample: Sample, cams: Sequence[Tensor], scales: Sequence[float], set
     return Exploration(settings, tuple(scales), scale_maps, denoised, target, mask, sample.mask)
 
 
-@dataclass
+@dataclass(eq=False)
 class Gallery:
     """Images and their attention maps by teacher and student; maps are computed or read once."""
 
@@ -176,7 +178,9 @@ class Gallery:
     networks: dict[Role, Any]  # an AttentionNetwork or ImageNetClassifier each; may lack one or both
     stored: dict[Role, AttentionMaps] = field(default_factory=dict)  # finished maps, preferred over the networks
     bg_score: float | None = None  # first background threshold; None: that of the config
-    knows_photos: bool = True  # whether the networks recognise photos; see for_photos
+    title: str = "images"
+    about: str = ""  # what the reader should know about these images
+    knows_photos: bool = True  # whether the networks recognise photos, so that others may be added
     _cams: dict[tuple[int, Role, bool], list[Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -193,16 +197,28 @@ class Gallery:
             samples = load_samples(config.model_copy(update={"data": data}), "train").with_ground_truth()
             images, class_names = list(samples), samples.class_names
         networks: dict[Role, Any] = {role: pretrained_network(role) for role in ROLES}
-        return cls(images, class_names, config, networks, knows_photos=False)
+        made = cls(images, class_names, config, networks, title="drawn set", knows_photos=False)
+        made.about = (
+            "A controlled experiment, synthetic on purpose: code drew these images, so each pixel's class is known."
+        )
+        return made
 
-    @classmethod
-    def imagenet(cls) -> Gallery:
-        """ImageNet's classifier, without images and classes; :meth:`add_photo` adds them."""
-        return cls([], (), imagenet_config(), {"teacher": ImageNetClassifier()})
+    @staticmethod
+    def photos(files: str | Path | Iterable[str | Path] | None = None) -> PhotoGallery:
+        """Photos under ImageNet's classifier: some files, all of a folder, or by default those of :data:`PHOTOS`.
 
-    def for_photos(self) -> Gallery:
-        """The gallery that takes custom images: this one, or ImageNet's if its networks only know drawings."""
-        return self if self.knows_photos else Gallery.imagenet()
+        Raises:
+            DataError: if the folder has no photo, or one cannot be read.
+        """
+        if files is None:
+            files = [Path(str(resources.files("skimage"))) / "data" / name for name in PHOTOS]
+        elif isinstance(files, str | Path):
+            file = Path(files)
+            files = [file] if file.is_file() else list_files(file, IMAGE_ENDINGS, "name a folder of photos")
+        gallery = PhotoGallery()
+        for file in map(Path, files):
+            gallery.add_photo(file.name, file.read_bytes())
+        return gallery
 
     @classmethod
     def of_run(cls, run: Run | str | Path, num_images: int = 8) -> Gallery:
@@ -232,7 +248,7 @@ class Gallery:
             bg_score = run.bg_score
         except DataError:  # "auto", before stage 03 has written the maps
             bg_score = None
-        return cls(samples, split.class_names, run.config, networks, stored, bg_score)
+        return cls(samples, split.class_names, run.config, networks, stored, bg_score, f"run {run.name}")
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -243,8 +259,17 @@ class Gallery:
         """Networks whose maps are available."""
         return tuple(role for role in ROLES if role in self.networks or role in self.stored)
 
+    def names(self, index: int) -> tuple[str, ...]:
+        """Names of the classes that an image's maps are of."""
+        return self.class_names
+
+    def probabilities(self, index: int) -> list[tuple[str, float]]:
+        """Name and probability of an image's likeliest classes, where the network knows probabilities."""
+        return []
+
     def first_settings(self, index: int) -> Settings:
         """The run's settings for an image: its label and the first class of it, all scales alike, no CRF."""
+        self.names(index)  # a photo gets its label when it is recognised
         numbers, attention = tuple(self.samples[index].image_label.nonzero()[:, 0].tolist()), self.config.attention
         chosen = self.bg_score or attention.bg_score
         bg_score = 0.2 if chosen == "auto" else max(chosen, 0.01)  # a few images cannot tell what auto would choose
@@ -281,7 +306,7 @@ class Gallery:
         return explore(self.samples[index], self.cams(index, role, flip), self.scales, settings)
 
     def add_photo(self, name: str, content: bytes) -> int:
-        """Add an encoded picture, shrunk to :data:`PHOTO_SIDE`, with the label that the first network predicts.
+        """Add an encoded picture, shrunk to 512 pixels, with the label that the first network predicts.
 
         Returns:
             Index of the new image.
@@ -291,42 +316,71 @@ class Gallery:
         """
         if not self.networks:
             raise DataError("a photo needs a network to compute its maps, and this run has kept none")
-        image = read_photo(name, content)
+        image = open_image(name, content=content)
         network = self.networks[next(role for role in ROLES if role in self.networks)].eval()
-        if isinstance(network, ImageNetClassifier):
-            self._add_classes(network, image)
         self.samples.append(Sample(Path(name).stem, image, predict_label(network, image, self.config)))
         return len(self.samples) - 1
-
-    def _add_classes(self, network: ImageNetClassifier, image: Tensor) -> None:
-        """Add the likeliest classes of a photo to those of the photos before."""
-        likeliest = network.likeliest_classes(image, LIKELIEST_CLASSES)
-        network.classes += [number for number in likeliest if number not in network.classes]
-        self.class_names = network.class_names
-        self._cams.clear()
-        for index, sample in enumerate(self.samples):
-            padded = F.pad(sample.image_label, (0, len(self.class_names) - len(sample.image_label)))
-            self.samples[index] = replace(sample, image_label=padded)
 
     def _is_stored(self, index: int, role: Role, flip: bool) -> bool:
         stored = role in self.stored and flip == self.config.attention.flip and index < self._num_stored
         return stored and self.stored[role].path(self.samples[index].image_id).is_file()
 
 
-def read_photo(name: str, content: bytes, side: int = PHOTO_SIDE) -> Tensor:
-    """Decode a picture, turn it upright and shrink its longest side to ``side``; uint8 (3, H, W), RGB.
+class PhotoGallery(Gallery):
+    """Photos under ImageNet's classifier; each offers its likeliest classes and those that were searched.
 
-    Raises:
-        DataError: if it cannot be decoded or is too small.
+    A photo is recognised when it is first looked at, so that a folder of many opens quickly.
     """
-    try:
-        with open_picture(io.BytesIO(content), name) as picture:
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
-    except DataError:
-        raise
-    except Exception as error:  # Pillow raises many kinds on damaged files
-        raise DataError(f"{name or 'the file'} cannot be read as a picture; give a JPEG, PNG or WebP file") from error
-    upright.thumbnail((side, side), Image.Resampling.BICUBIC)
-    if min(upright.size) < 16:
-        raise DataError(f"{name} is only {upright.width} x {upright.height} pixels; give one of at least 16 x 16")
-    return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
+
+    def __init__(self) -> None:
+        self.network = ImageNetClassifier()
+        names = tuple(names.partition(",")[0] for names in self.network.synonyms)
+        super().__init__([], names, imagenet_config(), {"teacher": self.network}, title="photos")
+        self.about = (
+            "The network learned to name photos from names alone, never where things are. No ground truth here."
+        )
+        self._classes: dict[int, list[int]] = {}  # by index: ImageNet's numbers of the classes that are offered
+        self._found: dict[int, Tensor] = {}  # by index: (1000,) probabilities
+
+    def add_photo(self, name: str, content: bytes) -> int:
+        self.samples.append(Sample(Path(name).stem, open_image(name, content=content), torch.zeros(0)))
+        return len(self.samples) - 1
+
+    def names(self, index: int) -> tuple[str, ...]:
+        return tuple(self.class_names[number] for number in self._recognise(index))
+
+    def probabilities(self, index: int) -> list[tuple[str, float]]:
+        likeliest = self._recognise(index)[:LIKELIEST_CLASSES]
+        return [(self.class_names[number], float(self._found[index][number])) for number in likeliest]
+
+    def cams(self, index: int, role: Role, flip: bool) -> list[Tensor]:
+        cams = self._cams[index, role, flip] = [cam.half() for cam in super().cams(index, role, flip)]  # for memory
+        return [cam[self._recognise(index)].float() for cam in cams]
+
+    def add_class(self, index: int, text: str) -> int:
+        """Put a class into a photo's label: the likeliest of those with this name, else with a name that contains it.
+
+        Returns its number in this photo, or raises a ValueError if there is none.
+        """
+        wanted, synonyms = text.casefold().strip(), [names.casefold() for names in self.network.synonyms]
+        found = [number for number, names in enumerate(synonyms) if wanted in (names, *names.split(", "))]
+        found = found or [number for number, names in enumerate(synonyms) if wanted in names]
+        if not found:
+            raise ValueError(f"none of the {len(synonyms)} classes has a name with {text!r}")
+        classes, sample = self._recognise(index), self.samples[index]
+        best = max(found, key=lambda number: float(self._found[index][number]))
+        if best not in classes:
+            classes.append(best)
+        label = F.pad(sample.image_label, (0, len(classes) - len(sample.image_label)))
+        label[classes.index(best)] = 1
+        self.samples[index] = replace(sample, image_label=label)
+        return classes.index(best)
+
+    def _recognise(self, index: int) -> list[int]:
+        """The numbers of a photo's classes; the image label are those above :data:`LIKELY`, maybe none."""
+        if index not in self._classes:
+            probabilities = self._found[index] = self.network.probabilities(self.samples[index].image)
+            values, likeliest = probabilities.topk(LIKELIEST_CLASSES)
+            self._classes[index] = likeliest.tolist()
+            self.samples[index] = replace(self.samples[index], image_label=(values > LIKELY).float())
+        return self._classes[index]

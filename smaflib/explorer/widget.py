@@ -1,16 +1,17 @@
 """The attention explorer for JupyterLab: change any setting between the image and the mask, and see its effect.
 
-``Explorer()`` works right after installation, with the networks that come with the package;
-``Explorer.from_run("mini")`` shows the images of a run. Numbers come from :mod:`smaflib.explorer.state`, pictures are
-drawn in the browser by ``static/explorer_board.js``, several times as fast as a new figure for each change.
+``Explorer()`` works right after installation, on photos and on drawn images; ``Explorer.of_photos("my_photos")`` shows
+your photos, ``Explorer.from_run("mini")`` the images of a run. Numbers come from :mod:`smaflib.explorer.state`;
+``static/explorer_board.js`` draws in the browser, several times as fast as a new figure for each change.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import html
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +27,8 @@ import numpy as np
 from torch import Tensor
 
 from smaflib.cams import fusion_rules
-from smaflib.errors import InputError
+from smaflib.errors import DataError, InputError
+from smaflib.explorer.page import save_page
 from smaflib.explorer.sliders import CRF_RANGES, make_control, slider_options
 from smaflib.explorer.state import (
     COLOR_MAPS,
@@ -34,6 +36,7 @@ from smaflib.explorer.state import (
     THUMBNAIL_SIDE,
     Exploration,
     Gallery,
+    PhotoGallery,
     Settings,
     color_table,
     data_url,
@@ -71,29 +74,37 @@ class Board(anywidget.AnyWidget):
 
 
 class Explorer:
-    """Controls and board over a :class:`~smaflib.explorer.state.Gallery`; display it as the last line of a cell.
+    """Controls and board over galleries, a tab for each; display it as the last line of a cell.
 
-    Without a gallery it shows newly drawn images with the pretrained networks.
+    Without a gallery it shows :meth:`Gallery.photos` and :meth:`Gallery.pretrained`.
 
     Attributes:
+        galleries: what the tabs show; ``gallery`` is the one that is open.
         exploration: the numbers that are shown.
         controls: the widgets by name, which code can set too: ``explorer.controls["bg_score"].value = 0.5``.
     """
 
-    def __init__(self, gallery: Gallery | None = None, index: int = 0) -> None:
+    def __init__(self, *galleries: Gallery, index: int = 0) -> None:
+        self.galleries = [*galleries] or [Gallery.photos(), Gallery.pretrained()]
+        if not self.galleries[0].samples:
+            raise DataError('this gallery holds no image yet; name files or a folder: Explorer.of_photos("my_photos")')
         self.board = Board(luts={name: color_table(name) for name in COLOR_MAPS})
-        self._panel = widgets.VBox()
+        self._panel, self._about = widgets.VBox(), widgets.HTML()
         self._panel.add_class("smaf-controls")
-        self.widget = widgets.GridBox([self._panel, self.board])
+        self.tabs = widgets.ToggleButtons()
+        self.widget = widgets.GridBox([widgets.VBox([self.tabs, self._about]), self._panel, self.board])
         self.widget.add_class("smaf-explorer")
-        self.gallery: Gallery
-        self.controls: dict[str, Any]
-        self.exploration: Exploration
         self._quiet = False
         self._refining: asyncio.Task[None] | None = None
-        self._use(gallery or Gallery.pretrained(), index)
+        self._use(self.galleries[0], index)
+        self.tabs.observe(self._reporting(lambda change: self._use(self.galleries[change["new"]], 0)), "value")
         self.board.observe(self._reporting(lambda change: self._go(change["new"])), "index")
         self.board.observe(self._reporting(lambda change: self._read_pixel()), "pixel")
+
+    @classmethod
+    def of_photos(cls, files: str | Path | Iterable[str | Path] | None = None) -> Explorer:
+        """Explorer of files, or of all photos of a folder, beside drawn images; raises as :meth:`Gallery.photos`."""
+        return cls(Gallery.photos(files), Gallery.pretrained())
 
     @classmethod
     def from_run(cls, run: Run | str | Path, num_images: int = 8) -> Explorer:
@@ -130,7 +141,11 @@ class Explorer:
     def _use(self, gallery: Gallery, index: int, remark: str = "") -> None:
         """Show a gallery, with new controls: another gallery has other classes and scales."""
         self.gallery, self.controls = gallery, _make_controls(gallery)
-        of_image = ("class_number", "image_label", "upload")
+        self._about.value = html.escape(gallery.about)
+        with self._without_redraw():
+            self.tabs.options = [(each.title, number) for number, each in enumerate(self.galleries)]
+            self.tabs.value = self.galleries.index(gallery)
+        of_image = ("class_number", "image_label", "search", "upload")
         self._first = {name: value for name, value in self._values().items() if name not in of_image}
         self._show_images()
         self._open(index)
@@ -145,11 +160,13 @@ class Explorer:
         for name in self._values():
             if name in appearance:
                 traitlets.dlink((controls[name], "value"), (board, name))
-            elif name != "upload":
+            elif name not in ("search", "upload"):
                 controls[name].observe(redraw, "value")
         controls["previous"].on_click(self._reporting(lambda button: self._go(board.index - 1)))
         controls["next"].on_click(self._reporting(lambda button: self._go(board.index + 1)))
         controls["reset"].on_click(self._reporting(lambda button: self._reset()))
+        controls["page"].on_click(self._reporting(lambda button: self._save_page()))
+        controls["search"].observe(self._reporting(lambda change: self._search(change["new"])), "value")
         controls["upload"].observe(self._reporting(lambda change: self._add_photo(change["new"])), "value")
 
     def _reporting(self, handler: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -189,6 +206,10 @@ class Explorer:
         with self._without_redraw():
             self.board.index = index
             self.board.pixel, self.board.reading = [], {}
+            offered = [(name, number) for number, name in enumerate(self.gallery.names(index))]
+            keep_class = keep_class and list(controls["class_number"].options) == offered
+            for name in () if keep_class else ("class_number", "image_label"):
+                controls[name].options = offered
             controls["image_label"].value = first.image_label
             if not (keep_class and controls["class_number"].value in first.image_label):
                 controls["class_number"].value = first.class_number
@@ -209,16 +230,38 @@ class Explorer:
             return
         with self._without_redraw():
             self.controls["upload"].value = ()  # so that the same file can be chosen again
-        upload, gallery = uploads[0], self.gallery.for_photos()
-        classes = gallery.class_names
+        upload = uploads[0]
+        known = (each for each in (self.gallery, *self.galleries) if each.knows_photos)
+        gallery = next(known, None) or Gallery.photos(())
         index = gallery.add_photo(str(upload["name"]), bytes(upload["content"]))
-        label = ", ".join(gallery.class_names[number] for number in gallery.first_settings(index).image_label)
-        remark = f"{upload['name']}: the network predicts {label}; correct the image label if it is wrong."
-        if gallery is self.gallery and gallery.class_names == classes:
+        label, names = gallery.first_settings(index).image_label, gallery.names(index)
+        predicted = ", ".join(names[number] for number in label)
+        remark = f"the network predicts {predicted or 'nothing with certainty'}; correct the image label"
+        remark = f"{upload['name']}: {remark} if it is wrong."
+        if gallery is self.gallery:
             self._show_images()
             self._go(index, remark)
-        else:
-            self._use(gallery, index, remark)
+            return
+        self.galleries = list(dict.fromkeys([*self.galleries, gallery]))
+        self._use(gallery, index, remark)
+
+    def _search(self, text: str) -> None:
+        """Add a class to the photo's label by name, and show its map."""
+        if not text or not isinstance(self.gallery, PhotoGallery):
+            return
+        label, index = self.controls["image_label"].value, self.board.index
+        number = self.gallery.add_class(index, text)
+        self._open(index)
+        with self._without_redraw():
+            self.controls["search"].value = ""
+            self.controls["image_label"].value = tuple({*label, number})
+            self.controls["class_number"].value = number
+        self._draw()
+
+    def _save_page(self) -> None:
+        self._say("writing the page ...", "busy")
+        path = save_page(self.gallery, self.board.index)
+        self._say(f"saved {path.resolve()}, which needs a browser only")
 
     def _show_images(self) -> None:
         samples = self.gallery.samples
@@ -259,14 +302,17 @@ class Explorer:
         if ious is not None:
             at, note = [settings.bg_score, _plain(plain.iou)], "before the CRF" if settings.crf else ""
             curve = {"scores": list(CURVE_SCORES), "ious": _plain(ious), "at": at, "note": note}
-        image = gallery.samples[self.board.index].image
+        index, number = self.board.index, settings.class_number
+        image, names = gallery.samples[index].image, list(gallery.names(index))
         self.board.view = {  # documented in static/explorer_board.js, setView
             "size": [*result.mask.shape],
             "image": image.permute(1, 2, 0).contiguous().numpy().tobytes(),
             "truth": None if result.ground_truth is None else to_bytes(result.ground_truth),
-            "class_names": list(gallery.class_names),
-            "colors": class_colors(len(gallery.class_names)),
-            "class_number": settings.class_number,
+            "class_names": names,
+            "colors": class_colors(len(names)),
+            "likeliest": gallery.probabilities(index),
+            "class_number": number,
+            "erased": settings.denoise and number not in settings.image_label,
             "scales": list(gallery.scales),
             "weights": list(settings.weights),
             "rule": rule_title(settings.fusion),
@@ -310,7 +356,8 @@ def _plain(ious: Tensor | None) -> Any:
 def _make_controls(gallery: Gallery) -> dict[str, Any]:
     """All controls by name, with the run's settings."""
     first, crf = gallery.first_settings(0), gallery.config.pseudo_masks.crf
-    classes = [(name, number) for number, name in enumerate(gallery.class_names)]
+    classes = [(name, number) for number, name in enumerate(gallery.names(0))]
+    searched = gallery.network.synonyms if isinstance(gallery, PhotoGallery) else ()
     rules = [(rule_title(rule), rule) for rule in fusion_rules(first.fusion)]
     roles = [(ROLE_NAMES[role], role) for role in gallery.roles]
 
@@ -324,12 +371,16 @@ def _make_controls(gallery: Gallery) -> dict[str, Any]:
         return widgets.Checkbox(value, description=text, indent=False, layout={"width": "98px"})
 
     def button(text: str, tooltip: str) -> Any:
-        return widgets.Button(description=text, tooltip=tooltip, layout={"width": "98px"})
+        return widgets.Button(description=text, tooltip=tooltip, layout={"width": "auto"})
 
     controls: dict[str, Any] = {
         "previous": button("◀ previous", "previous image (Page Up)"),
         "next": button("next ▶", "next image (Page Down)"),
         "reset": button("reset", "back to the first settings"),
+        "page": button("save as page", "write these images into a page for any browser, without Python"),
+        "search": widgets.Combobox(
+            options=searched, placeholder="any of 1000 names", continuous_update=False, **look("search")
+        ),
         "class_number": widgets.Dropdown(options=classes, **look("class")),
         "image_label": widgets.SelectMultiple(options=classes, rows=min(6, len(classes)), **look("image label")),
         "role": widgets.Dropdown(options=roles, **look("stage")),
@@ -341,7 +392,7 @@ def _make_controls(gallery: Gallery) -> dict[str, Any]:
         "crf": box(False, "CRF"),
         "opacity": slider(0.75, 0.0, 1.0, 0.05, **look("opacity")),
         "colormap": widgets.Dropdown(options=COLOR_MAPS, **look("colour map")),
-        "upload": widgets.FileUpload(accept="image/*", description="custom image", layout={"width": "200px"}),
+        "upload": widgets.FileUpload(accept="image/*", description="add a photo", layout={"width": "auto"}),
     }
     for i, scale in enumerate(gallery.scales):
         controls[f"scale_{i}"] = box(True, f"scale {scale:g}")
@@ -361,7 +412,9 @@ def _arrange(controls: dict[str, Any], gallery: Gallery) -> list[Any]:
 
     crf = widgets.Accordion([widgets.VBox([controls[name] for name in CRF_RANGES])], titles=("CRF settings",))
     head = widgets.HTML("<h3>scales and weights</h3>")
-    parts = [row("previous", "next", "reset"), controls["class_number"], controls["role"], head]
+    parts = [row("previous", "next", "reset"), row("upload", "page"), controls["class_number"]]
+    parts += [controls["search"]] if isinstance(gallery, PhotoGallery) else []
+    parts += [controls["image_label"], controls["role"], head]
     parts += [row(f"scale_{i}", f"weight_{i}") for i in range(len(gallery.scales))]
     parts += [controls["fusion"], controls["bg_score"], row("flip", "denoise", "reactivate"), row("crf"), crf]
-    return [*parts, controls["opacity"], controls["colormap"], controls["image_label"], controls["upload"]]
+    return [*parts, controls["opacity"], controls["colormap"]]

@@ -20,9 +20,9 @@ from driving import BoardPage, Watched, agrees, expected_iou, keep_screenshot, o
 from PIL import Image
 from playwright.sync_api import Browser, Locator, expect
 
-from smaflib.explorer.state import LIKELIEST_CLASSES, Exploration, Gallery
+from smaflib.explorer.state import LIKELIEST_CLASSES, PHOTOS, Exploration, Gallery
 
-FIRST = 2  # the image that the notebook begins with
+FIRST = 2  # the drawn image that the tests begin with
 AWAIT_SECONDS = 20.0
 REDRAW_SECONDS = 1.0  # the aim is 0.2 on two idle cores; a busy machine must not fail the test
 
@@ -60,6 +60,13 @@ class Lab:
     def handle(self, text: str) -> Locator:
         return self._named(".widget-hslider", text).locator(".noUi-handle")
 
+    def tab(self, title: str, num_images: int) -> None:
+        """Open a tab and wait until its images and its controls are there."""
+        self.root.get_by_role("button", name=title, exact=True).click()
+        expect(self.board.root.locator(".smaf-strip button")).to_have_count(num_images)
+        wanted = 1 if title == "photos" else 0
+        expect(self.root.locator("input[list]")).to_have_count(wanted)
+
     def _named(self, kind: str, text: str) -> Locator:
         label = self.page.locator(".widget-label", has_text=re.compile(f"^{text}$"))
         return self.root.locator(kind, has=label)
@@ -72,6 +79,8 @@ def lab_page(browser: Browser, lab: str) -> Iterator[Lab]:
     watched.page.evaluate("() => window.jupyterapp.commands.execute('application:toggle-left-area')")
     page = Lab(watched)
     page.root.scroll_into_view_if_needed()
+    page.tab("drawn set", 8)
+    page.board.after(lambda: page.board.root.locator(".smaf-strip button").nth(FIRST).click())
     yield page
     watched.page.context.close()
 
@@ -92,7 +101,7 @@ def test_controls_change_picture_and_numbers(lab_page: Lab) -> None:
 
 def test_crf_follows_when_nothing_moves(lab_page: Lab) -> None:
     lab, crf = lab_page, lab_page.gallery.config.pseudo_masks.crf
-    note = lab.board.root.locator('figure[data-key="mask"] figcaption span')
+    note = lab.board.root.locator('figure[data-key="mask"] figcaption span span')
     lab.change("mask", lambda: lab.box("CRF").click(), lambda: note.inner_text() == "CRF", crf=crf)
     lab.root.get_by_text("CRF settings").click()
     none, done = crf.model_copy(update={"iterations": 0}), lambda: note.inner_text() == "CRF"
@@ -143,17 +152,46 @@ def test_screenshot_for_the_readme(lab_page: Lab, screenshots: Path | None) -> N
     if screenshots is None:
         pytest.skip("SMAF_SCREENSHOTS names no folder; `make screenshots` does")
     lab = lab_page
-    lab.board.root.locator(".smaf-strip button").nth(FIRST).click()
-    lab.root.get_by_role("button", name="reset").click()
-    lab.page.wait_for_timeout(1000)
-    lab.board.after(lambda: lab.board.click_pixel(45, 45, (128, 128), "image"))
-    lab.page.wait_for_timeout(1000)
+    lab.tab("photos", len(PHOTOS))
+    lab.board.after(lambda: lab.board.click_pixel(150, 200, (300, 451), "image"))
     lab.root.scroll_into_view_if_needed()
     keep_screenshot(lab.root, screenshots / "explorer.png")
+    lab.tab("drawn set", 8)
+
+
+def test_photos_are_the_first_tab_with_search_and_a_crf(lab_page: Lab, lab_work: Path) -> None:
+    lab = lab_page
+    lab.tab("photos", len(PHOTOS))
+    board, note = lab.board.root, lab.board.root.locator('figure[data-key="mask"] figcaption span span')
+    expect(board.locator("[data-likely]")).to_have_count(LIKELIEST_CLASSES)
+    expect(board.locator("[data-likely]").first).to_contain_text("Egyptian cat")
+    before = lab.board.picture("mask")
+    lab.box("CRF").click()
+    expect(note).to_have_text("CRF")
+    assert lab.board.picture("mask") != before
+    lab.box("CRF").click()
+    expect(note).to_have_text("no CRF")
+
+    search = lab.root.locator("input[list]")
+    search.fill("lens cap")
+    lab.board.after(lambda: search.press("Enter"))
+    expect(board.locator('figure[data-key="scale 1"]')).not_to_have_class(re.compile("smaf-off"))
+    expect(lab.menu("class").locator("option:checked")).to_have_text("lens cap")
+    expect(lab.root.locator("select[multiple] option:checked")).to_have_text(["Egyptian cat", "lens cap"])
+
+    lab.root.get_by_role("button", name="save as page").click()
+    expect(board.locator(".smaf-status")).to_contain_text("explorer_photos.html")
+    page = lab.page.context.new_page()
+    page.goto((lab_work / "explorer_photos.html").as_uri())
+    page.locator(".smaf-board[data-drawn]").wait_for()
+    expect(page.locator(".smaf-strip button")).to_have_count(len(PHOTOS))
+    expect(page.locator("[data-likely]").first).to_contain_text("Egyptian cat")
+    page.close()
 
 
 def test_custom_image_and_a_file_that_is_none(lab_page: Lab, tmp_path: Path) -> None:
     lab = lab_page
+    lab.tab("drawn set", 8)
     shown = lab.board.picture("mask")
     (tmp_path / "letter.jpg").write_bytes(b"dear")
     pixels = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
@@ -171,16 +209,27 @@ def test_custom_image_and_a_file_that_is_none(lab_page: Lab, tmp_path: Path) -> 
     lab.root.get_by_text("mine.png: the network predicts").wait_for()
     # JupyterLab swaps the controls for those of the other network on its own time.
     expect(lab.board.root.locator(".smaf-iou")).to_contain_text("No ground truth")
-    expect(lab.board.root.locator(".smaf-strip button")).to_have_count(1)  # ImageNet's network has this photo only
+    expect(lab.board.root.locator(".smaf-strip button")).to_have_count(len(PHOTOS) + 1)  # it has joined the photos
     expect(lab.root.locator("select[multiple] option")).to_have_count(LIKELIEST_CLASSES)
 
 
-def test_page_in_the_notebook_works_and_nothing_left_this_machine(lab_page: Lab) -> None:
+def test_at_1280_pixels_panels_are_large_with_one_pixel_beside_them_and_a_click_enlarges_one(lab_page: Lab) -> None:
     lab = lab_page
-    lab.page.locator("iframe[title='attention explorer']").scroll_into_view_if_needed()
-    inside = lab.page.frame_locator("iframe[title='attention explorer']")
-    inside.locator(".smaf-board[data-drawn]").wait_for(timeout=20_000)
-    expect(inside.locator(".smaf-panels canvas")).to_have_count(8)
+    lab.tab("drawn set", 8)
+    lab.page.set_viewport_size({"width": 1280, "height": 900})
+    board = lab.board.root
+    expect(board).to_have_class(re.compile("smaf-wide"))
+    figure = board.locator("figure").nth(2)
+    boxes = [figure.bounding_box(), board.locator(".smaf-reading").bounding_box()]
+    assert boxes[0] and boxes[1] and boxes[0]["width"] >= 240
+    panels = board.locator(".smaf-panels").bounding_box()
+    assert panels and boxes[1]["x"] >= panels["x"] + panels["width"]
+    figure.get_by_role("button", name="enlarge").click()
+    expect(figure).to_have_class(re.compile("smaf-large"))
+    large = figure.bounding_box()
+    assert large and large["width"] > 1.8 * boxes[0]["width"]
+    figure.get_by_role("button", name="enlarge").click()
+    lab.page.set_viewport_size({"width": 1600, "height": 1000})
     assert lab.watched.errors == [] and lab.watched.requests == []
 
 

@@ -2,7 +2,7 @@
 // without a kernel (numbers from explorer_page.js) draw with this code, and look alike.
 "use strict";
 
-const VOID = 255;
+const VOID = 255, LIKELY = 0.1; // as in models/imagenet.py
 
 /** Build an empty board in `root`. `on.pixel([row, col] | [])` and `on.image(index)` are called with the reader's choice. */
 function createBoard(root, on) {
@@ -23,6 +23,7 @@ function createBoard(root, on) {
   const board = { view: null, look: { opacity: 0.75, lut: null }, pixel: [], reading: null, drawn: 0 };
 
   panels.addEventListener("click", (event) => {
+    event.target.closest("button")?.closest("figure").classList.toggle("smaf-large");
     const canvas = event.target.closest("canvas");
     if (!canvas || !board.view) return;
     const box = canvas.getBoundingClientRect(), [height, width] = board.view.size;
@@ -65,15 +66,16 @@ function createBoard(root, on) {
   };
   // Wide enough: the numbers are beside the panels, and everything fits on one screen.
   const arrange = () => {
-    root.classList.toggle("smaf-wide", root.clientWidth >= 1080);
-    // Rows of equal length, at most six panels in one.
+    root.classList.toggle("smaf-wide", root.clientWidth >= 765);
+    // Rows of equal length, of panels that are at least 240 pixels wide.
     const count = Math.max(1, panels.childElementCount);
-    const most = Math.max(1, Math.min(6, Math.floor((panels.clientWidth + 10) / 180))), rows = Math.ceil(count / most);
-    panels.style.gridTemplateColumns = `repeat(${Math.ceil(count / rows)}, minmax(0, 250px))`;
+    const most = Math.max(1, Math.min(6, Math.floor((panels.clientWidth + 10) / 250))), rows = Math.ceil(count / most);
+    panels.style.gridTemplateColumns = `repeat(${Math.ceil(count / rows)}, minmax(0, 420px))`;
   };
   new ResizeObserver(arrange).observe(root);
   /**
    * What to draw: size [H, W], image (RGB bytes), truth (labels or null), class_names, colors (RGB), class_number (shown),
+   * erased (whether the shown class is absent from the image label), likeliest [[name, probability], ...],
    * scales, weights, rule, denoise, reactivate, crf (a note), a byte per pixel in maps (of each scale), fused, target, mask;
    * iou (by label, with nulls) and curve {scores, ious, at: [score, iou], note}, both null without ground truth.
    */
@@ -102,7 +104,7 @@ function createBoard(root, on) {
     if (panels.childElementCount !== count) {
       panels.replaceChildren(...view.panels.map(() => {
         const figure = document.createElement("figure");
-        figure.innerHTML = "<figcaption></figcaption><div><canvas></canvas><svg></svg></div>";
+        figure.innerHTML = "<figcaption><button type='button' title='enlarge' aria-label='enlarge'>⤢</button> <span></span></figcaption><div><canvas></canvas><svg></svg></div>";
         return figure;
       }));
       arrange();
@@ -113,7 +115,7 @@ function createBoard(root, on) {
       figure.dataset.key = panel.key;
       figure.classList.toggle("smaf-off", Boolean(panel.off));
       figure.querySelector("figcaption").title = `${panel.key} ${panel.note}`;
-      figure.querySelector("figcaption").innerHTML = `<b>${panel.key}</b> <span>${escapeHtml(panel.note)}</span>`;
+      figure.querySelector("figcaption > span").innerHTML = `<b>${panel.key}</b> <span>${escapeHtml(panel.note)}</span>`;
       paint(figure.querySelector("canvas"), panel, view, board.look);
       if (figure.drawnEdges === edges && figure.drawnSize === String(view.size)) return;
       Object.assign(figure, { drawnEdges: edges, drawnSize: String(view.size) });
@@ -147,12 +149,12 @@ function createBoard(root, on) {
 function panelsOf(view) {
   const scales = view.scales.map((scale, s) => {
     const weight = view.weights[s], note = !weight ? "off" : weight === 1 ? "" : `x ${Number(weight.toPrecision(6))}`;
-    return { key: `scale ${scale}`, note, kind: "map", data: view.maps[s], off: !weight };
+    return { key: `scale ${scale}`, note, kind: "map", data: view.maps[s], off: !weight || view.erased };
   });
   return [
     { key: "image", note: view.truth ? "+ ground truth" : "", kind: "image" },
     ...scales,
-    { key: "fused", note: view.rule + (view.denoise ? "" : ", not denoised"), kind: "map", data: view.fused },
+    { key: "fused", note: view.erased ? "not in the image label" : view.rule + (view.denoise ? "" : ", not denoised"), kind: "map", data: view.fused },
     { key: "target", note: view.reactivate ? "reactivated" : "not reactivated", kind: "map", data: view.target },
     { key: "mask", note: view.crf, kind: "labels", data: view.mask },
   ];
@@ -186,13 +188,19 @@ function outlinePath(mask, [height, width]) {
   return steps.join("");
 }
 
+/** The IoU of each label; without ground truth, what the network takes the image for. */
 function iouHtml(view) {
   const head = `<h3>IoU of the mask</h3>`;
   if (!view.iou) {
     const present = [...new Set(view.mask)].filter((label) => label > 0 && label !== VOID).sort((one, other) => one - other);
     const legend = present.map((label) => `<span class="smaf-class"><i style="background:rgb(${view.colors[label - 1].join(",")})"></i>` +
       `${escapeHtml(view.class_names[label - 1])}</span>`).join(" ");
-    return `${head}<p>No ground truth for this image, so there is nothing to compare with. In the mask: ${legend || "background alone"}.</p>`;
+    const inMask = `<p>No ground truth for this image. In the mask: ${legend || "background alone"}.</p>`;
+    if (!view.likeliest.length) return head + inMask;
+    const rows = view.likeliest.map(([name, share], k) =>
+      barRow(name, share, `${(100 * share).toFixed(1)} %`, `rgb(${view.colors[k].join(",")})`, `data-likely="${escapeHtml(name)}"`));
+    const doubt = view.likeliest[0][1] < LIKELY ? "<p><b>Nothing is likely here.</b></p>" : "";
+    return `<h3>Likeliest of 1000 classes <span>probability</span></h3>${doubt}<table>${rows.join("")}</table>${inMask}`;
   }
   const rows = view.iou.map((value, number) => {
     if (value === null) return "";

@@ -115,8 +115,8 @@ function strongest(clean, classes, num) {
 }
 
 /** IoU by label at each background threshold; null for what is in neither ground truth nor mask. */
-function iousAt(thresholds, { label, score }, truth) {
-  const table = () => thresholds.map(() => new Uint32Array(DATA.class_names.length + 1));
+function iousAt(thresholds, { label, score }, { truth, class_names }) {
+  const table = () => thresholds.map(() => new Uint32Array(class_names.length + 1));
   const limits = Float32Array.from(thresholds), hits = table(), inMask = table(), inTruth = table()[0];
   truth.forEach((real, i) => {
     if (real === VOID) return;
@@ -169,13 +169,15 @@ function compute(image) {
   const target = state.reactivate ? fused.map((value, i) => value / Math.max(background, winner.score[i])) : fused;
   let curve = null, iou = null;
   if (image.truth) {
-    const scores = DATA.curve_scores, ious = keep("curve", how, () => iousAt(scores, winner, image.truth));
-    [iou] = iousAt([state.bg], winner, image.truth);
+    const scores = DATA.curve_scores, ious = keep("curve", how, () => iousAt(scores, winner, image));
+    [iou] = iousAt([state.bg], winner, image);
     curve = { scores, ious, at: [state.bg, iou] };
   }
-  const { class_names, colors, scales } = DATA, { denoise, reactivate, cls } = state, { size, picture, truth } = image;
+  const { scales } = DATA, { denoise, reactivate, cls } = state, { size, picture, truth, class_names, colors, likeliest } = image;
+  const erased = denoise && !image.label.includes(cls);
   const view = {
-    size, image: picture, truth, class_names, colors, class_number: cls, scales, weights, denoise, reactivate, crf: "no CRF",
+    size, image: picture, truth, class_names, colors, class_number: cls, likeliest, erased, scales, weights, denoise,
+    reactivate, crf: "no CRF",
     rule: DATA.rules.find(([rule]) => rule === state.fusion)[1],
     maps: maps.map(toBytes), fused: toBytes(fused), target: toBytes(target), mask, iou, curve,
   };
@@ -198,8 +200,8 @@ const luts = Object.fromEntries(Object.entries(DATA.luts).map(([name, text]) => 
 async function choose(index) {
   const image = DATA.images[index];
   Object.assign(state, { index, pixel: [] });
-  if (!image.label.includes(state.cls)) state.cls = image.label[0] ?? image.classes[0];
-  form.elements.cls.replaceChildren(...image.classes.map((number) => new Option(DATA.class_names[number], number)));
+  if (image.likeliest.length || !image.label.includes(state.cls)) state.cls = image.label[0] ?? image.classes[0];
+  form.elements.cls.replaceChildren(...image.classes.map((number) => new Option(image.class_names[number], number)));
   form.elements.cls.value = state.cls;
   board.setImages(DATA.thumbs, index);
   await redraw();
@@ -210,7 +212,7 @@ async function redraw() {
   const index = state.index, image = await open(index);
   if (index !== state.index) return;
   try {
-    const { view, reading } = compute(image), others = DATA.class_names.length - image.classes.length;
+    const { view, reading } = compute(image), others = image.class_names.length - image.classes.length;
     board.setStatus([
       image.shrunk && "This image was shrunk for this page, and its numbers are of the shrunk one.",
       others && `${others} further classes, which are not in the image label and respond least, are left out here.`,

@@ -13,6 +13,7 @@ export default {
       pixel: (pixel) => { tell("pixel", pixel); show.reading(); },
       image: (index) => { if (index >= 0 && index < model.get("images").length) tell("index", index); },
     });
+    let shown; // the class to which the image label has scrolled
     const luts = Object.fromEntries(Object.entries(model.get("luts")).map(([name, table]) => [name, bytes(table)]));
     const show = {
       images: () => board.setImages(model.get("images"), model.get("index")),
@@ -27,6 +28,9 @@ export default {
         const view = model.get("view"), decoded = { maps: view.maps?.map(bytes) };
         for (const name of ["image", "truth", "fused", "target", "mask"]) decoded[name] = bytes(view[name]);
         if (view.maps) board.setView({ ...view, ...decoded });
+        const option = root.closest(".smaf-explorer")?.querySelectorAll("select[multiple] option")[view.class_number];
+        if (option && option.text !== shown) option.parentElement.scrollTop = option.offsetTop - option.parentElement.offsetTop;
+        shown = option?.text;
       },
     };
     const heard = { images: ["images", "index"], status: ["status"], look: ["opacity", "colormap"], reading: ["reading"], view: ["view"] };
