@@ -335,6 +335,18 @@ def test_explore_runs_headless_and_keeps_a_page_that_needs_no_kernel(tmp_path):
     assert "mean IoU" in "".join(output.get("text", "") for output in outputs)
 
 
+def test_the_lesson_computes_the_librarys_map_and_checks_it(tmp_path):
+    executed = tmp_path / "lesson.ipynb"
+    NotebookKernel("lesson").execute(LESSON, executed, {}, cwd=tmp_path)
+    outputs = [o for cell in nbformat.read(executed, as_version=4).cells for o in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    told = "".join(output.get("text", "") for output in outputs)
+    logit, mean = re.search(r"logit ([\d.]+); mean of its map plus bias ([\d.]+)", told).groups()
+    assert logit == mean and float(re.search(r"difference from the ten lines: (\S+)", told)[1]) < 1e-3
+    correlations = [float(value) for value in re.findall(r"trained map ([+-][\d.]+)", told)]
+    assert correlations[0] == 1 and max(map(abs, correlations[1:])) < 0.6
+
+
 def test_a_run_is_explored_with_what_it_made(run):
     explorer = Explorer.from_run(run, num_images=2)
     assert explorer.gallery.roles == ("teacher", "student")

@@ -200,9 +200,9 @@ def test_a_run_is_within_or_outside_the_spread_of_the_reference(run, tmp_path, m
     teacher, student = beside_reference(run).splitlines()
     assert (
         student
-        == "student's masks: 63.9 %, within the spread of the reference run's 3 seeds (62.0 ± 1.0, two deviations)"
+        == "pseudo masks (student, fused + CRF): 63.9 %, within the spread of the reference run's 3 seeds (62.0 ± 1.0, two deviations)"
     )
-    assert teacher.startswith("teacher's masks: 59.0 %, OUTSIDE")
+    assert teacher.startswith("teacher, fused + CRF: 59.0 %, OUTSIDE")
     with_ablation(tmp_path / "reference", [1.0, 2.0, 3.0], settings | {"attention": {}})
     assert beside_reference(run) == ""  # other settings
 

@@ -43,10 +43,9 @@ def results_table(metrics: pd.DataFrame) -> pd.DataFrame:
 
 
 CHAIN = (
-    (Variant.TEACHER, Variant.TEACHER_FUSED, Variant.STUDENT, Variant.STUDENT_FUSED)
-    + (Variant.TEACHER_FUSED_REFINED, Variant.PSEUDO_MASKS, Variant.SEGMENTATION, Variant.FULL_SUPERVISION)
-)  # fmt: skip
-"""The rows that tell a run's story."""
+    "teacher teacher_fused student student_fused teacher_fused_refined pseudo_masks segmentation full_supervision"
+).split()
+"""The variants that tell a run's story."""
 
 
 def chain_rows(table: pd.DataFrame, attention: AttentionConfig) -> pd.DataFrame:
@@ -54,9 +53,8 @@ def chain_rows(table: pd.DataFrame, attention: AttentionConfig) -> pd.DataFrame:
     keys = table.index.to_frame(index=False)
     stage, scales = keys["stage"].str[:2], ["", f"{attention.single_scale:g}"]
     wanted = keys["variant"].isin(CHAIN) & (stage != "04") & ((stage == "07") | (keys["split"] == "train"))
-    return by_name(
-        table[(wanted & keys["fusion"].isin(["", attention.fusion]) & keys["scale"].isin(scales)).to_numpy()]
-    )
+    wanted &= keys["fusion"].isin(["", attention.fusion]) & keys["scale"].isin(scales)
+    return by_name(table[wanted.to_numpy()])
 
 
 def folded(table: pd.DataFrame, chosen: pd.DataFrame | None = None, most: int = 8) -> Any:
@@ -74,13 +72,12 @@ def folded(table: pd.DataFrame, chosen: pd.DataFrame | None = None, most: int = 
     shown = parts[first].head(most) if chosen is None or chosen.empty else chosen
     if len(shown) == len(parts[first]):
         del parts[first]
-    tables = [("", shown), *parts.items()]
-    pieces = []
-    for name, rows in tables:
+    text = ""
+    for name, rows in {"": shown, **parts}.items():
         style = rows.style.format("{:.1f}", na_rep="–").highlight_max(props="font-weight: bold")
         html = style.format_index(escape="html").format_index(escape="html", axis=1).to_html()
-        pieces.append(f"<details><summary>{name}</summary>{html}</details>" if name else html)
-    return HTML("\n".join(pieces))
+        text += f"<details><summary>{name}</summary>{html}</details>\n" if name else html
+    return HTML(text)
 
 
 def by_name(table: pd.DataFrame, numbered: bool = False) -> pd.DataFrame:
@@ -210,12 +207,13 @@ def conclusion(run: Run, stage: str) -> str:
     """
     records = run.metrics().query("class_name == 'mean' and object_size == 'all'")
     of_stage = records[records["stage"].str.startswith(stage)]
-    found, values = dict(zip(of_stage["metric"], of_stage["value"], strict=True)), _miou(run)
+    found = dict(zip(of_stage["metric"], of_stage["value"], strict=True))
     if "saliency_iou" in found:
         return f"The saliency maps and the true objects have an IoU of {found['saliency_iou']:.1%}."
     if stage == "02" and "recall" in found:
         of = f"The classifier names {found['recall']:.1%} of the labels of the split {of_stage['split'].iloc[0]}"
         return f"{of}, and {found['precision']:.1%} of the labels that it names are right."
+    values = _miou(run) if stage in ("07", *COMPARED) else {}
     if stage == "07" and found:
         pseudo = values.get(Variant.PSEUDO_MASKS, float("nan"))
         new = f"The segmentation network has {100 * found['iou']:.1f} % mIoU on {of_stage['split'].iloc[0]}"
@@ -243,14 +241,11 @@ def beside_reference(run: Run) -> str:
     if not stored or any(ours.get(name) != value for name, value in stored["settings"].items() if name not in free):
         return ""
     masks, values, lines = _ablation_masks(RUNS_FOLDER / "reference" / ABLATION), _miou(run), []
-    for name, what, variant in (
-        ("no_self_training", "teacher's masks", Variant.TEACHER_FUSED_REFINED),
-        ("full", "student's masks", Variant.PSEUDO_MASKS),
-    ):
+    for variant, name in {Variant.TEACHER_FUSED_REFINED: "no_self_training", Variant.PSEUDO_MASKS: "full"}.items():
         if variant in values:
             inside = abs(values[variant] - masks[name].mean()) <= 2 * masks[name].std()
             where = f"{'within' if inside else 'OUTSIDE'} the spread of the reference run's {len(masks)} seeds"
-            lines.append(f"{what}: {values[variant]:.1f} %, {where} ({spread(masks[name])}, two deviations)")
+            lines.append(f"{variant.label}: {values[variant]:.1f} %, {where} ({spread(masks[name])}, two deviations)")
     return "\n".join(lines)
 
 
