@@ -198,10 +198,8 @@ def test_a_run_is_within_or_outside_the_spread_of_the_reference(run, tmp_path, m
     with_ablation(tmp_path / "reference", [1.0, 2.0, 3.0], settings | {"seed": 7, "num_threads": 1})  # 62 ± 1
     run.record("06", [iou(0.639, "pseudo_masks"), iou(0.59, "teacher_fused_refined")])
     teacher, student = beside_reference(run).splitlines()
-    assert (
-        student
-        == "pseudo masks (student, fused + CRF): 63.9 %, within the spread of the reference run's 3 seeds (62.0 ± 1.0, two deviations)"
-    )
+    assert student.startswith("pseudo masks (student, fused + CRF): 63.9 %, within the spread of the reference run")
+    assert student.endswith("3 seeds (62.0 ± 1.0, two deviations)")
     assert teacher.startswith("teacher, fused + CRF: 59.0 %, OUTSIDE")
     with_ablation(tmp_path / "reference", [1.0, 2.0, 3.0], settings | {"attention": {}})
     assert beside_reference(run) == ""  # other settings
