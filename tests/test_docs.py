@@ -46,7 +46,7 @@ def test_commands_exist(page: str, line: str) -> None:
         command: Any = typer.main.get_command(app)
         while hasattr(command, "commands") and words:
             command, words = command.commands[words[0]], words[1:]
-        options = {option for each in command.params for option in each.opts}
+        options = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
         assert {word for word in words if word.startswith("--")} <= options
         settings = [words[index + 1] for index, word in enumerate(words[:-1]) if word == "--set"]
         settings = [each for each in settings if not each.endswith("=...")]
