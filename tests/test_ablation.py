@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from smaflib.apps.ablation import FULL, RESULT, RUNS, ablate, ablation_table, command, read_ablation
+from smaflib.apps.ablation import FULL, RUNS, ablate, ablation_table, command, read_ablation
 from smaflib.apps.cli import app
 from smaflib.config import Variant
 from smaflib.errors import ConfigError
 from smaflib.runs import Run, open_run, runner
 from smaflib.runs.manifest import write_manifest
+from smaflib.runs.stages import ABLATION
 
 STUDENTS = {"full": 0.6, "single-scale": 0.55, "undenoised": 0.5, "unreactivated": 0.45}
 """mIoU of the pseudo masks, by the end of a run's name."""
@@ -111,13 +112,13 @@ def test_rows_are_read_from_the_records_of_the_notebooks(chain: FakeChain, run: 
 
 def test_result_says_where_it_comes_from_and_stays_if_nothing_is_new(chain: FakeChain, run: Run) -> None:
     ablate(run, [0])
-    result, before = read_ablation(run), run.path(RESULT).stat().st_mtime_ns
+    result, before = read_ablation(run), run.path(ABLATION).stat().st_mtime_ns
     assert result is not None and result["seeds"] == [0] and result["settings"]["data"]["num_train"] == 2
     assert result["git_commit"] == "abc" and set(result) >= {"finished", "packages", "device", "variants"}
     assert result["command"] == command(run, [0]) and result["command"].endswith("--seeds 0")
     assert " ablate " in result["command"] and "--set num_threads=1" in result["command"]
     ablate(run, [0])
-    assert run.path(RESULT).stat().st_mtime_ns == before  # so notebook 08 does not run again
+    assert run.path(ABLATION).stat().st_mtime_ns == before  # so notebook 08 does not run again
 
 
 def test_ablation_needs_ground_truth(chain: FakeChain, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -144,6 +145,17 @@ def test_compare_prints_runs_side_by_side(run, config_file):
     result = smaf("compare", run.folder, other.folder)
     assert result.exit_code == 0
     assert "+1.0" in result.stdout and "seed: 0 | 1" in result.stdout
+
+
+def test_a_students_copy_holds_no_solution(tmp_path):
+    for folder, options in (("all", []), ("student", ["--student"])):
+        assert smaf("lab", tmp_path / folder, "--no-start", *options).exit_code == 0
+    for copy in (tmp_path / "student").glob("*.ipynb"):
+        cells = json.loads(copy.read_text())["cells"]
+        complete = json.loads((tmp_path / "all" / copy.name).read_text())["cells"]
+        assert cells == [cell for cell in complete if cell["metadata"].get("tags") != ["solution"]]
+        assert "with solution()" not in copy.read_text()
+    assert len(cells) and sum("with solution()" in path.read_text() for path in (tmp_path / "all").iterdir()) == 9
 
 
 def test_help_needs_no_torch():

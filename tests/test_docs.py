@@ -47,7 +47,7 @@ def test_commands_exist(page: str, line: str) -> None:
         command: Any = typer.main.get_command(app)
         while hasattr(command, "commands") and words:
             command, words = command.commands[words[0]], words[1:]
-        options = {option for each in command.params for option in each.opts}
+        options = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
         assert {word for word in words if word.startswith("--")} <= options
         settings = [words[index + 1] for index, word in enumerate(words[:-1]) if word == "--set"]
         settings = [each for each in settings if not each.endswith("=...")]
@@ -82,9 +82,9 @@ def test_links_lead_somewhere() -> None:
 
 def test_sizes_of_the_texts() -> None:
     words = {page: len(text.split()) for page, text in PAGES.items()}
-    assert words["README.md"] <= 800
-    assert sum(words.values()) <= 12_000
-    assert len([page for page in PAGES if page.startswith("docs/")]) <= 9
+    assert words["README.md"] <= 850
+    assert sum(words.values()) <= 13_500
+    assert len([page for page in PAGES if page.startswith("docs/")]) <= 10
 
 
 def test_python_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
 
 from smaflib.report.exercises import check
 
@@ -56,3 +58,34 @@ def test_nothing_is_computed_without_an_answer_and_a_run_may_be_unable_to_tell(
     check(1, lambda: None, "Look.")
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("No answer yet.") and second.startswith("This run has nothing to compare with")
+
+
+SOLVED = """from smaflib.report.exercises import solution
+
+with solution():
+    total = 1 < 2
+    print("solved:", total)
+    display({"image/png": "iVBO"}, raw=True)
+    display({"text/html": "<table>1</table>"}, raw=True)
+"""
+
+
+def test_a_solution_is_folded_with_its_code_and_leaves_its_variables() -> None:
+    InteractiveShell.clear_instance()
+    shell = InteractiveShell.instance()
+    try:
+        with capture_output() as shown:
+            assert shell.run_cell(SOLVED, store_history=True).success
+        (folded,) = [output.data["text/html"] for output in shown.outputs]
+        assert shown.stdout == "" and folded.startswith('<details class="solution"><summary>Solution</summary>')
+        for part in (
+            "<code>total = 1 &lt; 2\n",
+            "<pre>solved: True\n",
+            'src="data:image/png;base64,iVBO"',
+            "<table>1</table>",
+        ):
+            assert part in folded
+        assert "open" not in folded.partition(">")[0] and shell.user_ns["total"] is True
+        assert not shell.run_cell("with solution():\n    1 / 0", store_history=True).success
+    finally:
+        InteractiveShell.clear_instance()

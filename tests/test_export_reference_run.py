@@ -16,11 +16,10 @@ from helpers import network_references
 from nbformat import v4
 from PIL import Image
 
-from smaflib.apps.ablation import RESULT
 from smaflib.files import PROJECT_ROOT
 from smaflib.runs import Run, open_run
 from smaflib.runs.manifest import write_manifest
-from smaflib.runs.stages import STAGES
+from smaflib.runs.stages import ABLATION, STAGES
 from tools.export_reference_run import (
     MAX_BYTES,
     REFERENCE,
@@ -69,7 +68,7 @@ def test_reference_run_is_the_mini_preset_with_its_ablation() -> None:
     assert (REFERENCE / "config.yaml").is_file(), f"papermill_runs/reference is missing; {RENEW}"
     manifest = json.loads((REFERENCE / "manifest.json").read_text())
     assert manifest["config_file"] == "configs/mini.yaml" and manifest["seed"] == 0
-    assert json.loads((REFERENCE / RESULT).read_text())["seeds"] == [0, 1, 2]
+    assert json.loads((REFERENCE / ABLATION).read_text())["seeds"] == [0, 1, 2]
 
 
 # --- the export -------------------------------------------------------------------------------------------------------
@@ -102,7 +101,7 @@ def run(tmp_path: Path) -> Run:
         run.path("figures", f"{stage.name[:2]}_thing.png").write_bytes(png())
     run.path("figures", "08_ablation.png").write_bytes(png())
     run.path("ablation").mkdir()
-    run.path(RESULT).write_text(json.dumps({"seeds": [0], "records": []}))
+    run.path(ABLATION).write_text(json.dumps({"seeds": [0], "records": []}))
     run.path("metrics.json").write_text("[]")
     run.path("explorer.html").write_text("<p>maps, and the code that shows them</p>")
     run.path("checkpoints").mkdir()
@@ -119,7 +118,7 @@ def test_export_holds_what_people_read_and_nothing_else(run: Run, tmp_path: Path
     files = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
     pages = {f"{name}.{ending}" for name in NAMES for ending in ("ipynb", "html")}
     figures = {f"figures/{name[:2]}_thing.webp" for name in NAMES} | {"figures/08_ablation.webp"}
-    others = {"index.html", "explorer.html", "metrics.json", "manifest.json", "config.yaml", "README.md", RESULT}
+    others = {"index.html", "explorer.html", "metrics.json", "manifest.json", "config.yaml", "README.md", ABLATION}
     assert files == pages | figures | others
     assert [path.name for path in target.parent.iterdir()] == ["reference"]
     assert dangling(target) == []

@@ -1,5 +1,7 @@
 """Every notebook: its form, and the whole chain executed by papermill on settings that take seconds."""
 
+import ast
+import html
 import json
 import os
 import re
@@ -16,7 +18,7 @@ import torch
 from helpers import network_references
 
 from smaflib.apps import ablation
-from smaflib.apps.ablation import RESULT, ablate
+from smaflib.apps.ablation import ablate
 from smaflib.config import load_config
 from smaflib.explorer.widget import Explorer
 from smaflib.files import PROJECT_ROOT
@@ -25,11 +27,14 @@ from smaflib.runs import runner
 from smaflib.runs.kernel import NotebookKernel
 from smaflib.runs.manifest import read_manifest
 from smaflib.runs.runner import run_notebooks
-from smaflib.runs.stages import STAGES, counts
+from smaflib.runs.stages import ABLATION, STAGES, counts
 
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
-EXPLORE = PROJECT_ROOT / "notebooks" / "explore.ipynb"  # no stage: it makes nothing that others need
-OF_STAGES = [path for path in NOTEBOOKS if path != EXPLORE]
+OF_STAGES = [PROJECT_ROOT / "notebooks" / f"{stage.name}.ipynb" for stage in STAGES]
+# No stages: they make nothing that others need.
+EXPLORE, LESSON = (PROJECT_ROOT / "notebooks" / f"{name}.ipynb" for name in ("explore", "00b_cam_from_scratch"))
+WIDTH = 104
+"""Characters of a line of code that JupyterLab shows in a window of 1280 pixels, with its file browser open (107)."""
 TINY = (
     "num_threads=1",
     "data.num_train=16",
@@ -56,15 +61,16 @@ def test_form(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     title = notebook.cells[0].source.splitlines()[0]
-    assert re.fullmatch(r"# (\d\d|Explore) · .*\?", title), (
+    assert re.fullmatch(r"# (\d\db?|Explore) · .*\?", title), (
         f"the first line must ask the notebook's question, got {title!r}"
     )
-    last = "explorer = Explorer(" if path == EXPLORE else "**Conclusion.**"
-    assert notebook.cells[-1].source.startswith(last)
+    conclusion = notebook.cells[-2 if path == EXPLORE else -1].source  # the explorer comes last
+    assert conclusion.startswith("**Conclusion.**") and "\n\n*References.*\n\n- " in conclusion
     for cell in code_cells(path):
         assert not cell.outputs, "notebooks are stored without outputs: make format"
         assert cell.execution_count is None
         assert len(cell.source.splitlines()) <= 15, cell.source
+        assert [line for line in cell.source.splitlines() if len(line) > WIDTH] == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -104,11 +110,21 @@ def test_two_exercises_with_an_answer_a_check_and_a_folded_solution(path):
         ]
         assert answer.source.startswith(f"answer_{number} = None  # ")  # and what belongs there
         assert re.search(rf"^check\(\s*answer_{number},", check.source, re.MULTILINE)
-        # Folded in JupyterLab: an answer that is seen before it is asked for teaches nothing.
-        assert check.metadata["jupyter"] == {"source_hidden": True}
-        assert solution.metadata["jupyter"] == {"source_hidden": True, "outputs_hidden": True}
+        # An answer that is seen before it is asked for teaches nothing. JupyterLab shows hidden outputs of a cell that
+        # runs, and would save that; so a solution folds its output itself.
+        assert check.metadata["jupyter"] == {"source_hidden": True} == solution.metadata["jupyter"]
+        (block,) = [
+            node for node in ast.parse(solution.source).body if not isinstance(node, ast.ImportFrom | ast.Import)
+        ]
+        assert ast.unparse(block).startswith("with solution():\n")
         # Neither changes anything of the run.
         assert not re.search(r"\brun\.(record|save_figure)\b|write_|save_|\.open\(", check.source + solution.source)
+
+
+def test_the_first_picture_takes_five_lines():
+    cells = code_cells(OF_STAGES[0])
+    assert cells[0].metadata["tags"] == ["parameters"] and "show_panels(" in cells[1].source.splitlines()[-1]
+    assert len([line for line in cells[1].source.splitlines() if line]) == 5
 
 
 # Answers as a reader would give them, from what the solution has computed; and a wrong one.
@@ -257,6 +273,10 @@ def test_solutions_have_run_and_say_something(run):
         assert all(cell.execution_count and cell.outputs for cell in solutions), stage.name
         page = run.path(f"{stage.name}.html").read_text()
         assert page.count("<summary>Solution</summary>") == 2
+        sentence = [cell.outputs[0].text for cell in notebook.cells if cell.id.endswith("-sentence")]
+        assert (
+            len(sentence) == 1 and "no ground truth" not in sentence[0] and sentence[0].strip() in html.unescape(page)
+        )
         assert "No answer yet" not in page  # nobody can answer on a page
         checks = [cell for cell in notebook.cells if "check" in cell.metadata.get("tags", [])]
         assert ["No answer yet" in cell.outputs[0].text for cell in checks] == [True, True]
@@ -316,6 +336,18 @@ def test_explore_runs_headless_ends_with_the_explorer_and_links_a_page_that_need
     assert "mean IoU" in "".join(output.get("text", "") for output in outputs)
 
 
+def test_the_lesson_computes_the_librarys_map_and_checks_it(tmp_path):
+    executed = tmp_path / "lesson.ipynb"
+    NotebookKernel("lesson").execute(LESSON, executed, {}, cwd=tmp_path)
+    outputs = [o for cell in nbformat.read(executed, as_version=4).cells for o in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    told = "".join(output.get("text", "") for output in outputs)
+    logit, mean = re.search(r"logit ([\d.]+); mean of its map plus bias ([\d.]+)", told).groups()
+    assert logit == mean and float(re.search(r"difference from the ten lines: (\S+)", told)[1]) < 1e-3
+    correlations = [float(value) for value in re.findall(r"trained map ([+-][\d.]+)", told)]
+    assert correlations[0] == 1 and max(map(abs, correlations[1:])) < 0.6
+
+
 def test_a_run_is_explored_with_what_it_made(run):
     explorer = Explorer.from_run(run, num_images=2)
     assert explorer.gallery.roles == ("teacher", "student")
@@ -336,7 +368,7 @@ def test_ablation_of_the_run_agrees_with_its_notebooks(run, answered, monkeypatc
     monkeypatch.setattr(runner, "run_notebooks", partial(run_notebooks, notebooks=answered))
     monkeypatch.setattr(ablation, "RUNS", {name: ablation.RUNS[name] for name in ("full", "single-scale")})
     assert ablate(run, [run.config.seed]) == []
-    records = pd.DataFrame(json.loads(run.path(RESULT).read_text())["records"])
+    records = pd.DataFrame(json.loads(run.path(ABLATION).read_text())["records"])
     records = records.query("bg_choice == 'own' and object_size == 'all'")
     by_ablation = dict(zip(records["variant"], records["value"], strict=True))
     for variant, row in {

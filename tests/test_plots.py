@@ -16,6 +16,7 @@ from smaflib.report.plots import (
     BOTH,
     GAINED,
     LOST,
+    _apart,
     draw_outline,
     draw_pixel_row,
     overlay_alternatives,
@@ -28,6 +29,11 @@ from smaflib.report.plots import (
 )
 
 matplotlib.use("agg")
+
+
+def test_names_that_would_cover_each_other_get_a_line_each():
+    near = _apart([(50, 40, "llama"), (52, 44, "crane"), (51, 100, "plant")], (120, 120))
+    assert near == ((50, 40, "llama"), (51, 100, "plant"), (60, 44, "crane"))
 
 
 def test_changes_are_blue_where_gained_and_orange_where_lost() -> None:

@@ -1,4 +1,6 @@
+import json
 import math
+import re
 from pathlib import Path
 
 import matplotlib
@@ -12,8 +14,20 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from smaflib.errors import RunError
 from smaflib.report.html import write_index
 from smaflib.report.notebook import notebook_body
-from smaflib.report.tables import class_table, compare_runs, comparison_text, headline, results_table, results_text
+from smaflib.report.tables import (
+    beside_reference,
+    chain_rows,
+    class_table,
+    compare_runs,
+    comparison_text,
+    conclusion,
+    folded,
+    headline,
+    results_table,
+    results_text,
+)
 from smaflib.runs import Run, open_run
+from smaflib.runs.stages import ABLATION
 
 matplotlib.use("agg")
 
@@ -84,6 +98,111 @@ def test_results_are_printed_with_one_decimal(run):
     run.record("03", attention_records())
     lines = results_text(run).splitlines()
     assert lines[-1].split()[-7:] == ["train", "64.6", "27.0", "-", "-", "80.0", "-"]
+
+
+def test_eight_rows_are_shown_and_the_others_and_val_are_folded(run):
+    run.record(
+        "03", [iou(0.1 + 0.01 * i, "single", scale=float(i), split=s) for s in ("train", "val") for i in range(1, 11)]
+    )
+    shown, *folds = re.split("<details>", folded(results_table(run.metrics())).data)
+    assert [part.count("<tr>") - 1 for part in (shown, *folds)] == [8, 10, 10]
+    assert "<summary>all rows, train</summary>" in folds[0] and "<summary>all rows, val</summary>" in folds[1]
+    assert "03_multi" not in shown + "".join(folds) and "single, scale 10" not in shown
+    assert "no ground truth" in folded(results_table(new_run(run.folder, "empty").metrics())).data
+
+
+def test_the_chain_is_shown_in_the_runs_own_scale_and_rule(run):
+    rule = run.config.attention.fusion
+    run.record("03", [iou(0.5, "teacher", scale=s) for s in (0.5, 1.0)] + [iou(0.6, "teacher_fused", fusion="max")])
+    run.record("04", [iou(0.61, "teacher_fused", fusion=rule), iou(0.3, "teacher_undenoised", fusion=rule)])
+    run.record("06", [iou(0.7, "pseudo_masks"), iou(0.69, "teacher_fused_refined")])
+    run.record("07", [iou(0.55, "segmentation", split="val")])
+    names = [
+        "teacher, scale 1",
+        "pseudo masks (student, fused + CRF)",
+        "teacher, fused + CRF",
+        "segmentation network (val)",
+    ]
+    assert chain_rows(results_table(run.metrics()), run.config.attention).index.tolist() == names
+
+
+# sentences
+
+
+def with_ablation(folder: Path, gaps: list[float], config: dict | None = None) -> None:
+    """An ablation over seeds in which self-training gains ``gaps`` points over 0.6 for the teacher's masks."""
+    records = []
+    for seed, gap in enumerate(gaps):
+        for variant, value in {"full": 0.6 + gap / 100, "no_self_training": 0.6}.items():
+            where = {"seed": seed, "variant": variant, "bg_choice": "own", "object_size": "all", "value": value}
+            records += [
+                where,
+                where | {"bg_choice": "oracle", "value": 0.9},
+                where | {"object_size": "small", "value": 0},
+            ]
+    (folder / ABLATION).parent.mkdir(parents=True, exist_ok=True)
+    (folder / ABLATION).write_text(json.dumps({"records": records, "settings": config or {}}))
+
+
+@pytest.mark.parametrize(
+    ("student", "sentence"),
+    [
+        (0.661, "The student's masks are 1.9 points below its teacher's (66.1 and 68.0 % mIoU)"),
+        (0.70, "The student's masks are 2.0 points above its teacher's (70.0 and 68.0 % mIoU)"),
+        (0.6803, "The student's masks are as good as its teacher's (68.0 and 68.0 % mIoU)"),
+    ],
+)
+def test_the_sentence_of_a_stage_has_the_sign_of_the_difference(run, student, sentence):
+    run.record("06", [iou(student, "pseudo_masks"), iou(0.68, "teacher_fused_refined")])
+    assert conclusion(run, "06") == f"{sentence}."
+    with_ablation(run.folder, [-0.6, 0.5, 1.6])  # mean 0.5, standard deviation 1.1
+    assert conclusion(run, "06") == f"{sentence}; over 3 seeds, self-training gave the masks +0.5 ± 1.1."
+    assert f"<b>{sentence}".replace("'", "&#39;") not in write_index(run).read_text()  # the stage has not run
+
+
+def test_sentences_of_the_other_stages(run):
+    rule = run.config.attention.fusion
+    nothing = "There is no ground truth to measure what this stage gained."
+    assert [conclusion(run, f"0{stage}") for stage in range(1, 9)] == [nothing] * 8
+    run.record("01", [{"metric": "saliency_iou", "value": 0.74}])
+    run.record(
+        "02",
+        [
+            {"variant": "classifier", "split": "val", "metric": m, "value": v}
+            for m, v in (("recall", 0.9), ("precision", 0.8))
+        ],
+    )
+    run.record(
+        "03", [iou(0.9, "teacher", scale=2.0), iou(0.5, "teacher", scale=1.0), iou(0.52, "teacher_fused", fusion=rule)]
+    )
+    run.record("05", [iou(0.45, "student", scale=1.0), iou(0.99, "student", scale=1.0, split="val")])
+    run.record("06", [iou(0.6, "pseudo_masks")])
+    run.record("07", [iou(0.55, "segmentation", split="val")])
+    assert conclusion(run, "01") == "The saliency maps and the true objects have an IoU of 74.0%."
+    assert "names 90.0% of the labels of the split val, and 80.0% of the labels that it names" in conclusion(run, "02")
+    assert conclusion(run, "03").startswith(
+        "The fused maps are 2.0 points above those of a single scale (52.0 and 50.0 %"
+    )
+    assert "5.0 points below its teacher's (45.0 and 50.0 %" in conclusion(run, "05")
+    assert (
+        conclusion(run, "07")
+        == "The segmentation network has 55.0 % mIoU on val, the pseudo masks have 60.0 % on train."
+    )
+    assert conclusion(run, "08").startswith("The pseudo masks are 8.0 points above the teacher's fused maps")
+
+
+def test_a_run_is_within_or_outside_the_spread_of_the_reference(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("smaflib.report.tables.RUNS_FOLDER", tmp_path)
+    assert beside_reference(run) == ""  # there is no reference
+    settings = run.config.model_dump(mode="json")
+    with_ablation(tmp_path / "reference", [1.0, 2.0, 3.0], settings | {"seed": 7, "num_threads": 1})  # 62 ± 1
+    run.record("06", [iou(0.639, "pseudo_masks"), iou(0.59, "teacher_fused_refined")])
+    teacher, student = beside_reference(run).splitlines()
+    assert student.startswith("pseudo masks (student, fused + CRF): 63.9 %, within the spread of the reference run")
+    assert student.endswith("3 seeds (62.0 ± 1.0, two deviations)")
+    assert teacher.startswith("teacher, fused + CRF: 59.0 %, OUTSIDE")
+    with_ablation(tmp_path / "reference", [1.0, 2.0, 3.0], settings | {"attention": {}})
+    assert beside_reference(run) == ""  # other settings
 
 
 def test_runs_are_compared_with_the_first(tmp_path):
@@ -158,13 +277,14 @@ def test_index_begins_with_the_result_and_the_scales_and_ends_with_the_tables(ru
     run.save_figure(plot, "08_sizes")
     run.record("03", [iou(0.9, "teacher_fused", fusion="sum", split="train")])  # at an oracle threshold
     run.record("04", [iou(0.611, "teacher_fused", fusion="sum", split="train")])
-    run.record("06", [iou(0.685, "pseudo_masks", split="train")])
+    run.record("06", [iou(0.692, "teacher_fused_refined"), iou(0.685, "pseudo_masks", split="train")])
     run.record("07", [iou(0.573, "segmentation", split="val")])
     text = write_index(run).read_text()
     page = parsed(text)
     assert headline(run.metrics()) == [
         ("attention, scales fused (train)", pytest.approx(61.1)),
-        ("pseudo masks (train)", pytest.approx(68.5)),
+        ("teacher's masks (train)", pytest.approx(69.2)),
+        ("student's masks (train)", pytest.approx(68.5)),
         ("segmentation network (val)", pytest.approx(57.3)),
     ]
     places = [text.index(part) for part in ("68.5 %", "00_scales.png", "00_mask.png", "08_sizes.png", 'id="results"')]
@@ -178,7 +298,9 @@ def test_index_begins_with_the_result_and_the_scales_and_ends_with_the_tables(ru
 def test_best_of_each_split_is_marked_once_there_are_results(run):
     assert "Nothing has been measured yet" in write_index(run).read_text()
     run.record("03", [iou(0.5, "single"), iou(0.6), iou(0.7, split="val")])
-    assert len(parsed(write_index(run).read_text()).find_all("td", class_="best")) == 2
+    style = parsed(write_index(run).read_text())
+    bold = re.findall(r"#(\w+) \{\s*font-weight: bold", "".join(each.text for each in style.main.find_all("style")))
+    assert sorted(style.find("td", id=cell).text for cell in bold) == ["60.0", "70.0"]
 
 
 def test_formulas_become_mathml_and_prose_stays(run):
@@ -204,18 +326,13 @@ price = "$x$"
     assert 'price = "$x$"' in page.text and page.img["alt"] == "The loss $L_{mac}$"
 
 
-def test_solutions_are_folded_and_keep_their_code(run):
-    shown = new_code_cell("total = 1 < 2", outputs=[new_output("stream", name="stdout", text="plain")])
-    solution = new_code_cell(
-        "print(1 < 2)", metadata={"tags": ["solution"]}, outputs=[new_output("stream", name="stdout", text="solved")]
-    )
-    nbformat.write(new_notebook(cells=[shown, solution]), run.path("a.ipynb"))
+def test_checks_are_left_out_of_pages(run):
+    cells = [new_code_cell("total = 1 < 2", outputs=[new_output("stream", name="stdout", text="plain")])]
+    answer = new_output("stream", name="stdout", text="No answer yet")
+    cells.append(new_code_cell("check(1)", metadata={"tags": ["check"]}, outputs=[answer]))
+    nbformat.write(new_notebook(cells=cells), run.path("a.ipynb"))
     body = notebook_body(run.path("a.ipynb"))
-    before, _, folded = body.partition('<details class="solution"><summary>Solution</summary>')
-    inside, _, after = folded.partition("</details>")
-    assert "plain" in before and "total" not in body
-    assert "print(1 &lt; 2)" in inside and "solved" in inside
-    assert "solved" not in after
+    assert "plain" in body and "total" not in body and "No answer yet" not in body
 
 
 def test_markdown_outputs_may_hold_formulas_and_a_damaged_formula_stays_as_it_is(run):

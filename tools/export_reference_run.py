@@ -22,12 +22,13 @@ from typing import Any
 from PIL import Image
 
 from smaflib import files
-from smaflib.apps.ablation import RESULT, command
+from smaflib.apps.ablation import command
 from smaflib.errors import RunError
 from smaflib.files import PROJECT_ROOT, RUNS_FOLDER, display_path
 from smaflib.report.html import write_index
 from smaflib.runs import Run, read_run
 from smaflib.runs.manifest import read_manifest
+from smaflib.runs.stages import ABLATION
 
 REFERENCE = RUNS_FOLDER / "reference"
 MAX_BYTES = 6_000_000
@@ -59,7 +60,7 @@ def export_reference(run_folder: Path, target: Path = REFERENCE) -> Path:
         folder = Path(work) / target.name
         folder.mkdir()
         explorer = ["explorer.html"] if run.path("explorer.html").is_file() else []
-        for name in ("config.yaml", "metrics.json", "manifest.json", RESULT, *explorer):
+        for name in ("config.yaml", "metrics.json", "manifest.json", ABLATION, *explorer):
             files.write_text(folder / name, without_local_paths(run.path(name).read_text(encoding="utf-8")))
         (folder / "figures").mkdir()
         for picture in sorted(run.path("figures").glob("*.png")):
@@ -103,7 +104,7 @@ def _check_complete(run: Run) -> None:
         raise RunError(
             f"{display_path(run.folder)} is not complete: {', '.join(missing)}; run it first:\n  {run.command()}"
         )
-    if not run.path(RESULT).is_file():
+    if not run.path(ABLATION).is_file():
         raise RunError(f"{display_path(run.folder)} has no ablation; make it first:\n  {command(run)}")
     if "08_ablation" not in {path.stem for path in run.path("figures").glob("*.png")}:
         raise RunError(f"notebook 08 has not shown the ablation yet:\n  {run.command()}")

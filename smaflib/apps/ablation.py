@@ -23,12 +23,10 @@ from smaflib.report.tables import spread
 from smaflib.runs import Run
 from smaflib.runs.manifest import read_manifest
 from smaflib.runs.run import read_run
+from smaflib.runs.stages import ABLATION
 
 FULL = "full"
 """The row that the others are compared with."""
-
-RESULT = "ablation/ablation.json"
-"""The result inside a run folder; notebook 08 reads it."""
 
 RUNS = {FULL: None, "single-scale": "fused", "undenoised": "denoise", "unreactivated": "reactivate"}
 """By the name of a run, the setting of ``self_training`` that it switches off; its folder is ``seed<N>-<name>``."""
@@ -93,7 +91,7 @@ LABELS = {name: row.label for name, row in ROWS.items()}
 def ablate(
     run: Run, seeds: Sequence[int], part: str = "1/1", cluster: str | None = None, options: Sequence[str] = ()
 ) -> list[str]:
-    """Execute the runs of an ablation in the folder ``ablation`` of a run, and write :data:`RESULT`.
+    """Execute the runs of an ablation in the folder ``ablation`` of a run, and write :data:`ABLATION`.
 
     Args:
         run: its settings, except the seed, hold for all rows; its finished stages are reused.
@@ -133,7 +131,7 @@ def _write_result(run: Run, seeds: Sequence[int]) -> None:
         **{key: manifest.get(key) for key in machine},
         "variants": {name: row.how for name, row in ROWS.items()},
     }
-    files.write_json(run.path(RESULT), facts | {"records": records})
+    files.write_json(run.path(ABLATION), facts | {"records": records})
 
 
 def _measured(run: Run, seed: int, name: str) -> list[dict[str, Any]]:
@@ -161,7 +159,7 @@ def command(run: Run, seeds: Sequence[int] = (0, 1, 2)) -> str:
 
 def read_ablation(run: Run) -> dict[str, Any] | None:
     """The result of a run's ablation; None if there is none."""
-    return files.read_json(run.path(RESULT), {}) or None
+    return files.read_json(run.path(ABLATION), {}) or None
 
 
 def ablation_table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from smaflib.errors import InputError, RunError
-from smaflib.files import RUNS_FOLDER, SHIPPED, duration, expanded, find_config, shown_path
+from smaflib.files import RUNS_FOLDER, SHIPPED, duration, expanded, find_config, read_text, shown_path, write_json
 
 
 class _PlainErrors(TyperGroup):
@@ -143,15 +143,16 @@ def ablate(
     slurm: Slurm = None,
 ) -> None:
     """Run the chain without one step at a time, over several seeds. Notebook 08 shows the result."""
-    from smaflib.apps.ablation import RESULT, ablate, ablation_table, read_ablation
+    from smaflib.apps.ablation import ablate, ablation_table, read_ablation
     from smaflib.apps.sweep import parse_seeds
     from smaflib.runs.run import open_run, run_folder
+    from smaflib.runs.stages import ABLATION
 
     opened = open_run(run_folder(runs, config.stem if name is None else name), config, settings or [])
     failures = ablate(opened, parse_seeds(seeds), part, cluster, slurm or [])
     if result := read_ablation(opened):
         typer.echo(ablation_table(result["records"]).to_string())
-        typer.echo(f"ablation: {shown_path(opened.path(RESULT))}")
+        typer.echo(f"ablation: {shown_path(opened.path(ABLATION))}")
     _report_failures(failures)
 
 
@@ -165,9 +166,9 @@ def _report_failures(failures: list[str]) -> None:
 def lab(
     folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder for the copies.")] = Path("notebooks"),
     start: Annotated[bool, typer.Option(help="Open JupyterLab, or only copy.")] = True,
+    student: Annotated[bool, typer.Option("--student", help="Copy without the solutions of the exercises.")] = False,
 ) -> None:
     """Copy the notebooks into a folder and open them in JupyterLab. Notebooks that exist there are kept."""
-    import shutil
     import subprocess
     import sys
     from urllib.parse import quote
@@ -176,7 +177,9 @@ def lab(
     target.mkdir(parents=True, exist_ok=True)
     for notebook in (SHIPPED / "notebooks").glob("*.ipynb"):
         if not (target / notebook.name).exists():
-            shutil.copyfile(notebook, target / notebook.name)
+            content = json.loads(notebook.read_text(encoding="utf-8"))
+            kept = [cell for cell in content["cells"] if "solution" not in cell["metadata"].get("tags", [])]
+            write_json(target / notebook.name, content | {"cells": kept if student else content["cells"]})
     typer.echo(f"notebooks: {target}")
     if start:
         # The parent folder, so that runs and reports beside the notebooks can be opened.
@@ -288,6 +291,6 @@ def submit(
     from smaflib.apps.voc_submission import write_submission
     from smaflib.runs import find_run
 
-    ids = split.read_text(encoding="utf-8").split()
+    ids = [line.strip() for line in read_text(split).splitlines() if line.strip()]
     write_submission(find_run(name, runs), ids, images, target)
     typer.echo(f"{target}: {len(ids)} masks")

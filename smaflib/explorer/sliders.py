@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from smaflib.cams import fuse_cams, fusion_rules
-from smaflib.config import CrfConfig, PseudoMaskConfig
+from smaflib.config import CrfConfig, EvaluationConfig, PseudoMaskConfig
 from smaflib.data import Sample, Samples
-from smaflib.evaluation import image_score
+from smaflib.evaluation import SIZES, image_score
 from smaflib.maps import AttentionMaps
 from smaflib.reactivation import denoise, hard_labels, reactivate, with_background_score
 from smaflib.report.plots import (
@@ -51,14 +51,32 @@ CRF_RANGES: dict[str, tuple[str, float, float, float]] = {  # setting: tooltip, 
 }
 
 
-def scale_sliders(samples: Samples, maps: AttentionMaps, bg_score: float, fusion: str = "sum") -> Any:
-    """Weigh the scales: maps of an image's first class, their fusion, and the mask with its IoU if known."""
-    read, names = functools.cache(maps.read), samples.class_names
+def scale_sliders(
+    samples: Samples,
+    maps: AttentionMaps,
+    bg_score: float,
+    fusion: str = "sum",
+    size_limits: tuple[float, float] = EvaluationConfig().size_limits,
+) -> Any:
+    """Weigh the scales: maps of one class of an image, their fusion, and the mask with its IoU if known.
 
-    def draw(image: int, fusion: str, **weights: float) -> Figure:
+    The menu names each image's classes, smallest object first, with their share of the image if that is known.
+    """
+    read, names = functools.cache(maps.read), samples.class_names
+    objects: list[tuple[float, str, tuple[int, int]]] = []
+    for index, sample in enumerate(samples):
+        for k in samples.files[index].labels:
+            share, size = float("nan"), f"image {index + 1}"
+            if sample.mask is not None:
+                share = float((sample.mask == k + 1).float().mean())
+                size = f"{share:.1%}, {SIZES[sum(share >= limit for limit in size_limits)]}, {size}"
+            objects.append((share, f"{names[k]}, {size}", (index, k)))
+    objects.sort()
+
+    def draw(object: tuple[int, int], fusion: str, **weights: float) -> Figure:
         if not any(weights.values()):
             raise ValueError("every scale has weight 0; give one of them more")
-        sample, number = samples[image], samples.files[image].labels[0]
+        sample, number = samples[object[0]], object[1]
         cams, size = read(sample.image_id)
         fused = fuse_cams(cams, size, fusion, maps.scales, [*weights.values()])
         mask = hard_labels(denoise(fused, sample.image_label), bg_score)
@@ -71,7 +89,8 @@ def scale_sliders(samples: Samples, maps: AttentionMaps, bg_score: float, fusion
 
     rules = {"value": fusion, "options": fusion_rules(fusion)}
     weights = {f"weight of scale {scale:g}": slider_options(1.0, 0.0, 2.0, 0.1) for scale in maps.scales}
-    return _sliders(draw, {"image": slider_options(0, 0, len(samples) - 1, 1), "fusion": rules} | weights)
+    menu: dict[str, Any] = {"value": objects[0][2], "options": [(label, chosen) for _, label, chosen in objects]}
+    return _sliders(draw, {"object": menu, "fusion": rules} | weights)
 
 
 def row_sliders(sample: Sample, fused: Tensor, bg_score: float, class_names: tuple[str, ...]) -> Any:
@@ -150,9 +169,9 @@ def _sliders(draw: Callable[..., Figure], controls: Mapping[str, dict[str, Any]]
     first = _png(draw(**{name: options["value"] for name, options in controls.items()}))
     if os.environ.get(PROGRESS_FILE):  # a run: nbclient would store the state of widgets that nobody can move
         return first
-    look: dict[str, Any] = {"layout": {"width": "300px"}, "style": {"description_width": "120px"}}
+    look: dict[str, Any] = {"layout": {"width": "330px"}, "style": {"description_width": "140px"}}
     made = {name: make_control(options | look | {"description": name}) for name, options in controls.items()}
-    columns = {"grid_template_columns": "repeat(auto-fill, minmax(310px, 1fr))", "width": "100%"}
+    columns = {"grid_template_columns": "repeat(auto-fill, minmax(340px, 1fr))", "width": "100%"}
     box = _Box([widgets.GridBox([*made.values()], layout=columns), widgets.interactive_output(show, made)])
     box.first = first
     return box.add_class("smaf-sliders")

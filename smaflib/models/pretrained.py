@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from minidata.dataset import CLASS_NAMES
-from smaflib.config import Config, load_config
+from smaflib.config import Config, Split, load_config
+from smaflib.data import Samples, load_samples, make_data
+from smaflib.files import absolute
 from smaflib.models.networks import AttentionNetwork, load_attention_network
 
 ASSETS = Path(__file__).parent / "assets"
@@ -43,3 +45,10 @@ def short_config(data_folder: Path) -> Config:
     }
     groups = {group: getattr(config, group).model_copy(update=change) for group, change in changes.items()}
     return config.model_copy(update=groups | {"seed": UNSEEN_SEED})
+
+
+def drawn_samples(folder: str | Path, split: Split = "train") -> Samples:
+    """Images that the networks were not trained on: 20 of *train* or 10 of *val*, drawn into a folder on first use."""
+    config = short_config(absolute(folder))
+    make_data(config, absolute(folder))
+    return load_samples(config, split)

@@ -12,7 +12,7 @@ from PIL import Image
 from smaflib import files
 from smaflib.config import dump_config
 from smaflib.files import duration
-from smaflib.report.tables import class_table, headline, labelled, results_table
+from smaflib.report.tables import chain_rows, class_table, conclusion, folded, headline, results_table
 from smaflib.runs import Run
 from smaflib.runs.manifest import read_manifest
 from smaflib.runs.stages import Stage
@@ -71,6 +71,9 @@ def write_index(run: Run, command: str | None = None) -> Path:
         body = notebook_body(run.path(f"{stage['name']}.ipynb"))
         facts = {"run": run, "stage": stage, "body": body, "previous": before, "next": after}
         write_page(run.path(stage["page"]), "notebook.html.j2", **facts)
+    captions = [f"- `{figure['path']}`: {figure['caption']}" for stage in stages for figure in stage["figures"]]
+    if captions:
+        files.write_text(run.path("figures", "README.md"), "\n".join(["# Figures", "", *captions, ""]))
     return write_page(
         run.path("index.html"),
         "index.html.j2",
@@ -82,9 +85,9 @@ def write_index(run: Run, command: str | None = None) -> Path:
         headline=headline(metrics),
         first=next((figure for stage in stages for figure in stage["figures"] if figure["name"] == FIRST_FIGURE), None),
         fit_frame=FIT_FRAMES,
-        results=_shown(results_table(metrics)),
+        results=_folded(results_table(metrics), run),
         explorer="explorer.html" if run.path("explorer.html").is_file() else None,
-        classes=_shown(class_table(metrics)),
+        classes=_folded(class_table(metrics), run),
         config=dump_config(run.config),
         command=command or run.command(),
     )
@@ -96,7 +99,6 @@ def page_text(template: str, **values: Any) -> str:
         loader=jinja2.PackageLoader("smaflib.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["duration"] = duration
-    environment.globals["zip"] = zip
     return environment.get_template(template).render(**values)
 
 
@@ -114,6 +116,7 @@ def _stage_facts(run: Run, stage: Stage, entry: dict[str, Any]) -> dict[str, Any
         "number": number,
         "title": word.replace("_", " "),
         "question": stage.question,
+        "sentence": conclusion(run, number) if entry.get("status") == "complete" and number != "00" else "",
         "status": entry.get("status", "not run"),
         "reused_from": entry.get("reused_from"),
         "seconds": entry.get("seconds"),
@@ -138,9 +141,5 @@ def _figure_facts(path: Path) -> dict[str, Any]:
         }
 
 
-def _shown(table: pd.DataFrame) -> dict[str, pd.DataFrame] | None:
-    """A table of percentages with the highest value of each column and split; None if it is empty."""
-    if table.empty:
-        return None
-    table = labelled(table)
-    return {"values": table, "highest": table.groupby(level="split").transform("max")}
+def _folded(table: pd.DataFrame, run: Run) -> str:
+    return "" if table.empty else folded(table, chain_rows(table, run.config.attention)).data

@@ -11,24 +11,15 @@ from latex2mathml.converter import convert as latex_to_mathml
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath, MathInlineParser
 
-_WITH_FOLDED_SOLUTIONS = """{% extends "basic/index.html.j2" %}
-{% block codecell %}
-{% if "solution" in cell.metadata.get("tags", []) %}
-<details class="solution"><summary>Solution</summary>
-<pre tabindex="0"><code>{{ cell.source | e }}</code></pre>
-{{ super() }}</details>
-{% elif "check" in cell.metadata.get("tags", []) %}
-{% else %}
-{{ super() }}
-{% endif %}
-{% endblock %}"""
+_WITHOUT_CHECKS = """{% extends "basic/index.html.j2" %}
+{% block codecell %}{% if "check" not in cell.metadata.get("tags", []) %}{{ super() }}{% endif %}{% endblock %}"""
 
 
 def notebook_body(notebook: Path) -> str:
     """An executed notebook as HTML without code: its text, its formulas as MathML, its outputs.
 
-    Cells tagged ``solution`` are folded and keep their code; cells tagged ``check`` are left out, since a page takes
-    no answers. The heading above a picture becomes its description.
+    Cells tagged ``check`` are left out, since a page takes no answers. The heading above a picture becomes its
+    description.
     """
     document, heading = nbformat.read(notebook, as_version=4), "figure"
     for cell in document.cells:
@@ -36,7 +27,7 @@ def notebook_body(notebook: Path) -> str:
             heading = cell.source.partition("\n")[0].strip("# ")
         cell.metadata.setdefault("alt", heading)
     exporter = HTMLExporter(
-        raw_template=_WITH_FOLDED_SOLUTIONS,
+        raw_template=_WITHOUT_CHECKS,
         filters={"markdown2html": _markdown_to_html},
         exclude_input=True,
         exclude_input_prompt=True,

@@ -109,8 +109,20 @@ def draw_outline(panel: Panel, mask: Tensor | None, class_names: Sequence[str] =
     outlined = panel.copy().view(NamedPanel)
     outlined[edge] = 255
     named = [label for label in np.unique(objects).tolist() if 0 < label <= len(class_names)]
-    outlined.names = tuple((*place_of_name(objects == label), class_names[label - 1]) for label in named)
+    outlined.names = _apart([(*place_of_name(objects == label), class_names[label - 1]) for label in named], edge.shape)
     return outlined
+
+
+def _apart(names: list[tuple[int, int, str]], size: tuple[int, ...]) -> tuple[tuple[int, int, str], ...]:
+    """Move names that would be printed over one above them to the next line, in a panel of ``size``, (H, W)."""
+    line, letter = -(-size[0] // 12), size[1] / 30
+    placed: list[tuple[int, int, str]] = []
+    for row, column, name in sorted(names):
+        for above, other, text in placed:
+            if abs(row - above) < line and abs(column - other) < letter * (len(name) + len(text)) / 2:
+                row = above + line
+        placed.append((row, column, name))
+    return tuple(placed)
 
 
 def place_of_name(region: np.ndarray) -> tuple[int, int]:

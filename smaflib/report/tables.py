@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from smaflib.config import Variant, config_differences, variant_label
+from smaflib import files
+from smaflib.config import AttentionConfig, Variant, config_differences, variant_label
+from smaflib.files import RUNS_FOLDER
 from smaflib.runs import Run, find_run
+from smaflib.runs.stages import ABLATION
 
 ROW = ["stage", "variant", "fusion", "split", "scale"]
 """Index of the results; :func:`labelled` makes it readable."""
@@ -38,13 +42,61 @@ def results_table(metrics: pd.DataFrame) -> pd.DataFrame:
     return table.dropna(how="all", subset=["mIoU", "small", "medium", "large"])
 
 
+CHAIN = (
+    "teacher teacher_fused student student_fused teacher_fused_refined pseudo_masks segmentation full_supervision"
+).split()
+"""The variants that tell a run's story."""
+
+
+def chain_rows(table: pd.DataFrame, attention: AttentionConfig) -> pd.DataFrame:
+    """Rows of :data:`CHAIN` by name, at the run's single scale and fusion rule, on *train* but for the last stage."""
+    keys = table.index.to_frame(index=False)
+    stage, scales = keys["stage"].str[:2], ["", f"{attention.single_scale:g}"]
+    wanted = keys["variant"].isin(CHAIN) & (stage != "04") & ((stage == "07") | (keys["split"] == "train"))
+    wanted &= keys["fusion"].isin(["", attention.fusion]) & keys["scale"].isin(scales)
+    return by_name(table[wanted.to_numpy()])
+
+
+def folded(table: pd.DataFrame, chosen: pd.DataFrame | None = None, most: int = 8) -> Any:
+    """Results in percent as HTML: the first rows of the first split; all rows, and each further split, are folded.
+
+    ``chosen`` rows, by name, are shown instead if there are any. The highest value of a column is bold.
+    """
+    from IPython.display import HTML
+
+    if table.empty:
+        return HTML("<p>no ground truth to compare with</p>")
+    several, splits = table.index.get_level_values("stage").nunique() > 1, table.index.get_level_values("split")
+    parts = {f"all rows, {split}": by_name(table[splits == split], several) for split in splits.unique()}
+    first = next(iter(parts))
+    shown = parts[first].head(most) if chosen is None or chosen.empty else chosen
+    if len(shown) == len(parts[first]):
+        del parts[first]
+    text = ""
+    for name, rows in {"": shown, **parts}.items():
+        style = rows.style.format("{:.1f}", na_rep="–").highlight_max(props="font-weight: bold")
+        html = style.format_index(escape="html").format_index(escape="html", axis=1).to_html()
+        text += f"<details><summary>{name}</summary>{html}</details>\n" if name else html
+    return HTML(text)
+
+
+def by_name(table: pd.DataFrame, numbered: bool = False) -> pd.DataFrame:
+    """Results with a name per row: variant, fusion rule, scale, and the split unless it is *train*."""
+    names = []
+    for stage, variant, fusion, split, scale in table.index:
+        name = variant_label(variant, fusion) + (f", scale {scale}" if scale else "")
+        names.append(f"{stage[:2]} " * numbered + name + (f" ({split})" if split != "train" else ""))
+    return table.set_axis(pd.Index(names, dtype=object)).rename_axis(columns=None)
+
+
 def headline(metrics: pd.DataFrame) -> list[tuple[str, float]]:
     """The chain's main results as (what, mIoU in percent), each at the background threshold that the run has chosen."""
     table, found = results_table(metrics).reset_index(), []
     variants, on_train = table["variant"], table["split"] == "train"
     for what, chosen in {
         "attention, scales fused": (variants == Variant.TEACHER_FUSED) & table["stage"].str.startswith("04") & on_train,
-        "pseudo masks": (variants == Variant.PSEUDO_MASKS) & on_train,
+        "teacher's masks": (variants == Variant.TEACHER_FUSED_REFINED) & on_train,
+        "student's masks": (variants == Variant.PSEUDO_MASKS) & on_train,
         Variant.SEGMENTATION.label: variants == Variant.SEGMENTATION,
         Variant.FULL_SUPERVISION.label: variants == Variant.FULL_SUPERVISION,
     }.items():
@@ -136,6 +188,82 @@ def results_text(run: Run) -> str:
         return f"{run.name}: no results yet"
     text = labelled(table).reset_index().to_string(index=False, na_rep="-", float_format="{:.1f}".format)
     return f"{run.name}: IoU in percent\n{text}"
+
+
+COMPARED = {
+    "03": ("The fused maps are", Variant.TEACHER_FUSED, "those of a single scale", Variant.TEACHER),
+    "04": ("The denoised maps are", Variant.TEACHER_FUSED, "those of all classes", Variant.TEACHER_UNDENOISED),
+    "05": ("At a single scale, the student's maps are", Variant.STUDENT, "its teacher's", Variant.TEACHER),
+    "06": ("The student's masks are", Variant.PSEUDO_MASKS, "its teacher's", Variant.TEACHER_FUSED_REFINED),
+    "08": ("The pseudo masks are", Variant.PSEUDO_MASKS, "the teacher's fused maps", Variant.TEACHER_FUSED),
+}
+"""By stage what its sentence compares with what, by mIoU."""
+
+
+def conclusion(run: Run, stage: str) -> str:
+    """What a stage (``"05"``) gained or lost, in one sentence that is computed from the run's records.
+
+    Of the student also what self-training gave over the seeds of the run's ablation, if there is one.
+    """
+    records = run.metrics().query("class_name == 'mean' and object_size == 'all'")
+    of_stage = records[records["stage"].str.startswith(stage)]
+    found = dict(zip(of_stage["metric"], of_stage["value"], strict=True))
+    if "saliency_iou" in found:
+        return f"The saliency maps and the true objects have an IoU of {found['saliency_iou']:.1%}."
+    if stage == "02" and "recall" in found:
+        of = f"The classifier names {found['recall']:.1%} of the labels of the split {of_stage['split'].iloc[0]}"
+        return f"{of}, and {found['precision']:.1%} of the labels that it names are right."
+    values = _miou(run) if stage in ("07", *COMPARED) else {}
+    if stage == "07" and found:
+        pseudo = values.get(Variant.PSEUDO_MASKS, float("nan"))
+        new = f"The segmentation network has {100 * found['iou']:.1f} % mIoU on {of_stage['split'].iloc[0]}"
+        return f"{new}, the pseudo masks have {pseudo:.1f} % on train."
+    what, one, other, base = COMPARED.get(stage, ("", "", "", ""))
+    if one not in values or base not in values:
+        return "There is no ground truth to measure what this stage gained."
+    how = against(values[one], values[base])
+    masks = _ablation_masks(run.path(ABLATION)) if stage in ("05", "06", "08") else pd.DataFrame()
+    gains = [*(masks["full"] - masks["no_self_training"]).dropna()] if len(masks) else []
+    seeds = f"; over {len(gains)} seeds, self-training gave the masks {spread(gains, '{:+.1f}')}" if len(gains) else ""
+    return f"{what} {how} {other} ({values[one]:.1f} and {values[base]:.1f} % mIoU){seeds}."
+
+
+def against(percent: float, base: float) -> str:
+    """Such as "1.9 points below", or "as good as" for a difference that rounds to 0."""
+    gap = round(percent - base, 1)
+    return f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'}" if gap else "as good as"
+
+
+def beside_reference(run: Run) -> str:
+    """Whether a run's masks are within the spread of the reference run's seeds; empty if its settings are others."""
+    stored, ours = files.read_json(RUNS_FOLDER / "reference" / ABLATION, {}), run.config.model_dump(mode="json")
+    free = ("seed", "device", "precision", "num_threads", "processes")
+    if not stored or any(ours.get(name) != value for name, value in stored["settings"].items() if name not in free):
+        return ""
+    masks, values, lines = _ablation_masks(RUNS_FOLDER / "reference" / ABLATION), _miou(run), []
+    for variant, name in {Variant.TEACHER_FUSED_REFINED: "no_self_training", Variant.PSEUDO_MASKS: "full"}.items():
+        if variant in values:
+            inside = abs(values[variant] - masks[name].mean()) <= 2 * masks[name].std()
+            where = f"{'within' if inside else 'OUTSIDE'} the spread of the reference run's {len(masks)} seeds"
+            lines.append(f"{variant.label}: {values[variant]:.1f} %, {where} ({spread(masks[name])}, two deviations)")
+    return "\n".join(lines)
+
+
+def _miou(run: Run) -> dict[str, float]:
+    """The mIoU in percent by variant, on *train*, at the run's single scale and fusion rule."""
+    attention, table = run.config.attention, results_table(run.metrics()).reset_index()
+    wanted = table["fusion"].isin(["", attention.fusion]) & table["scale"].isin(["", f"{attention.single_scale:g}"])
+    table = table[wanted & (table["split"] == "train")].dropna(subset=["mIoU"])
+    return dict(zip(table["variant"], table["mIoU"], strict=True))
+
+
+def _ablation_masks(path: Path) -> pd.DataFrame:
+    """The mIoU of masks in percent from an ablation's result: a row per seed, a column per variant."""
+    records = pd.DataFrame(files.read_json(path, {}).get("records", []))
+    if records.empty:
+        return records
+    own = records.query("object_size == 'all' and bg_choice == 'own'")
+    return 100 * own.pivot(index="seed", columns="variant", values="value").astype(float)
 
 
 def _by_row(records: pd.DataFrame) -> pd.DataFrame:

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import platform
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smaflib.files import IS_CHECKOUT, PROJECT_ROOT
@@ -20,11 +21,11 @@ PACKAGES = (
 
 
 def describe_machine(runtime: Runtime) -> dict[str, Any]:
-    """The device by name, the precision, Python, platform, commit and package versions."""
+    """The device by name, the processor, the precision, Python, platform, commit and package versions."""
+    import torch
+
     name = platform.machine()
     if runtime.device.type == "cuda":
-        import torch
-
         name = torch.cuda.get_device_name(runtime.device)
     versions = {}
     for package in PACKAGES:
@@ -32,12 +33,21 @@ def describe_machine(runtime: Runtime) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
     return {
         "device": f"{runtime.device.type} ({name})",
+        # Other processors, and other instructions of one, round otherwise: their runs differ like those of two seeds.
+        "cpu": f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}",
         "precision": runtime.precision,
         "python": platform.python_version(),
         "platform": platform.platform(),
         **git_state(),
         "packages": versions,
     }
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.processor()  # no Linux, or a processor without a name
 
 
 def git_state() -> dict[str, Any]:
@@ -49,5 +59,7 @@ def git_state() -> dict[str, Any]:
 
     if IS_CHECKOUT:  # the working directory may belong to another project
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain"))}
+            # "git status" lists a notebook that was only saved with outputs, which the filter of `make setup` strips.
+            changes = git("diff", "HEAD", "--shortstat") + git("ls-files", "--others", "--exclude-standard")
+            return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(changes)}
     return {"git_commit": None, "git_dirty": None}

@@ -112,9 +112,10 @@ def run_notebooks(
             from smaflib.report.html import write_index
 
             write_index(run)
-    from smaflib.report.tables import results_text
+    from smaflib.report.tables import beside_reference, results_text
 
-    print(f"{results_text(run)}\n\nreport: {shown_path(index)}", flush=True)
+    told = [results_text(run), beside_reference(run), f"report: {shown_path(index)}"]
+    print("\n\n".join(filter(None, told)), flush=True)
     return run
 
 

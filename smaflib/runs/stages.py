@@ -11,6 +11,9 @@ from smaflib.errors import RunError
 
 EVERYTHING = "*"
 
+ABLATION = "ablation/ablation.json"
+"""The result of ``smaf ablate`` inside a run folder."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -116,7 +119,7 @@ STAGES: tuple[Stage, ...] = (
             "06_pseudo_masks 07_segmentation".split()
         ),
         outputs=("figures/08_*.png", "explorer.html"),
-        extra_inputs=("ablation/ablation.json",),
+        extra_inputs=(ABLATION,),
         settings=("evaluation.paper_results",),
         code=tuple(
             "apps explorer.page explorer.state models.imagenet models.pretrained report.html report.notebook "
