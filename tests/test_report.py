@@ -195,13 +195,14 @@ def test_a_run_is_within_or_outside_the_spread_of_the_reference(run, tmp_path, m
     monkeypatch.setattr("smaflib.report.tables.RUNS_FOLDER", tmp_path)
     assert beside_reference(run) == ""  # there is no reference
     settings = run.config.model_dump(mode="json")
+    del settings["data"]["longest_side"]  # a setting that is younger than the reference
     with_ablation(tmp_path / "reference", [1.0, 2.0, 3.0], settings | {"seed": 7, "num_threads": 1})  # 62 ± 1
     run.record("06", [iou(0.639, "pseudo_masks"), iou(0.59, "teacher_fused_refined")])
     teacher, student = beside_reference(run).splitlines()
     assert student.startswith("pseudo masks (student, fused + CRF): 63.9 %, within the spread of the reference run")
     assert student.endswith("3 seeds (62.0 ± 1.0, two deviations)")
     assert teacher.startswith("teacher, fused + CRF: 59.0 %, OUTSIDE")
-    with_ablation(tmp_path / "reference", [1.0, 2.0, 3.0], settings | {"attention": {}})
+    with_ablation(tmp_path / "reference", [1.0, 2.0, 3.0], settings | {"attention": {"bg_score": 0.9}})
     assert beside_reference(run) == ""  # other settings
 
 

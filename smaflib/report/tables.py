@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from smaflib import files
-from smaflib.config import AttentionConfig, Variant, config_differences, variant_label
+from smaflib.config import AttentionConfig, Variant, check_settings, config_differences, variant_label
 from smaflib.files import RUNS_FOLDER
 from smaflib.runs import Run, find_run
 from smaflib.runs.stages import ABLATION
@@ -236,9 +236,10 @@ def against(percent: float, base: float) -> str:
 
 def beside_reference(run: Run) -> str:
     """Whether a run's masks are within the spread of the reference run's seeds; empty if its settings are others."""
-    stored, ours = files.read_json(RUNS_FOLDER / "reference" / ABLATION, {}), run.config.model_dump(mode="json")
-    free = ("seed", "device", "precision", "num_threads", "processes")
-    if not stored or any(ours.get(name) != value for name, value in stored["settings"].items() if name not in free):
+    stored = files.read_json(RUNS_FOLDER / "reference" / ABLATION, {})
+    differing = config_differences(check_settings(stored["settings"]), run.config) if stored else []
+    free = ("seed", "device", "precision", "num_threads")
+    if not stored or any(line.partition(":")[0] not in free for line in differing):
         return ""
     masks, values, lines = _ablation_masks(RUNS_FOLDER / "reference" / ABLATION), _miou(run), []
     for variant, name in {Variant.TEACHER_FUSED_REFINED: "no_self_training", Variant.PSEUDO_MASKS: "full"}.items():
