@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from smaflib.errors import InputError, RunError
-from smaflib.files import RUNS_FOLDER, SHIPPED, duration, expanded, find_config, read_text, shown_path, write_json
+from smaflib.files import RUNS_FOLDER, SHIPPED, duration, expanded, find_config, read_text, shown_path, write_text
 
 
 class _PlainErrors(TyperGroup):
@@ -177,9 +177,12 @@ def lab(
     target.mkdir(parents=True, exist_ok=True)
     for notebook in (SHIPPED / "notebooks").glob("*.ipynb"):
         if not (target / notebook.name).exists():
-            content = json.loads(notebook.read_text(encoding="utf-8"))
-            kept = [cell for cell in content["cells"] if "solution" not in cell["metadata"].get("tags", [])]
-            write_json(target / notebook.name, content | {"cells": kept if student else content["cells"]})
+            text = notebook.read_text(encoding="utf-8")
+            if student:
+                content = json.loads(text)
+                kept = [cell for cell in content["cells"] if "solution" not in cell["metadata"].get("tags", [])]
+                text = json.dumps(content | {"cells": kept}, indent=1)
+            write_text(target / notebook.name, text)
     typer.echo(f"notebooks: {target}")
     if start:
         # The parent folder, so that runs and reports beside the notebooks can be opened.

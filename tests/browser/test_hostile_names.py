@@ -22,6 +22,7 @@ from smaflib.files import PROJECT_ROOT
 from smaflib.report.html import write_index
 from smaflib.report.tables import class_table, labelled
 from smaflib.runs import open_run
+from smaflib.workspace import Workspace
 
 SCRIPT = "window.hit=1"
 FILE = f"<img src=x onerror={SCRIPT}>&quot;'{{{{7*7}}}}"
@@ -55,7 +56,7 @@ def pages(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> list[Pa
             rows.writerow([f"{FILE}{number}{files.image.suffix}", ";".join(CLASSES[label] for label in files.labels)])
     data = {"kind": "folder", "images": images, "labels": folder / "labels.csv", "masks": out / "masks"}
     settings = [f"data.{name}={value}" for name, value in data.items()] + [f"data.class_names={json.dumps(CLASSES)}"]
-    settings += ["classifier.pretraining=plain", "pseudo_masks.saliency_weight=0"]
+    settings += ["classifier.pretraining=plain", "pseudo_masks.saliency_weight=0", "data.longest_side=null"]
     config = folder / f"{FOLDER}.yaml"
     shutil.copy(mini, config)
 
@@ -71,7 +72,7 @@ def pages(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> list[Pa
         )
     write_explorer(run, 2)
     write_index(run)
-    masks_module._write_contact_sheet(run.samples("train"), out)
+    masks_module._write_contact_sheet(Workspace(out, run.config), run.samples("train"))
     return [run.path(f"{name}.html") for name in ("index", "explorer", "08_results")] + [out / "index.html"]
 
 
