@@ -46,7 +46,7 @@ def test_a_fold_is_a_folder_with_the_classes_of_its_own_labels(tmp_path):
     stored = np.array([[0, cat, sofa, dog], [255, cat, cat, 0]], dtype=np.uint8)
     Image.fromarray(stored).save(photos / "SegmentationClass" / "a.png")
     settings = make_folder(photos, [{"image": "a.jpg", "labels": "sofa;cat"}], tmp_path / "fold")
-    config = load_config("configs/custom.yaml", settings)
+    config = load_config("configs/custom.yaml", [*settings, "data.longest_side=null"])
     samples = load_samples(config, "train", tmp_path).annotated
     assert samples.class_names == ("cat", "sofa")
     # the dog, which no label names, counts neither for nor against
