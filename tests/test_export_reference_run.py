@@ -119,6 +119,7 @@ def test_export_holds_what_people_read_and_nothing_else(run: Run, tmp_path: Path
     pages = {f"{name}.{ending}" for name in NAMES for ending in ("ipynb", "html")}
     figures = {f"figures/{name[:2]}_thing.webp" for name in NAMES} | {"figures/08_ablation.webp"}
     others = {"index.html", "explorer.html", "metrics.json", "manifest.json", "config.yaml", "README.md", ABLATION}
+    others |= {"figures/README.md"}  # the captions
     assert files == pages | figures | others
     assert [path.name for path in target.parent.iterdir()] == ["reference"]
     assert dangling(target) == []
