@@ -109,7 +109,7 @@ class DataConfig(StageConfig):
     train_split: str = "train"
     val_split: str = "val"
     saliency: DataPath | None = None  # folder of grey PNGs named like the images; required by EPS
-    masks: DataPath | None = None  # palette PNGs for evaluation; None: SegmentationClass (voc), none (folder)
+    masks: DataPath | None = None  # PNGs for evaluation; None: SegmentationClass (voc), none (folder)
     max_images: Positive | None = None  # use only the first images of each split
     # Long side, in pixels, to which images of any size are brought for maps, targets and CRF; masks are written at the
     # images' own size. None: no change. 512 by default for kind folder, whose photos come from any camera.

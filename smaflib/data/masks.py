@@ -29,7 +29,6 @@ VOC_PALETTE = np.hstack([np.packbits(_BITS[:, channel::3], axis=1) for channel i
 """uint8 (256, 3): the RGB colour of each mask value. Bits 0, 3, 6 of a value are the highest bits of its red, bits 1,
 4, 7 of its green, bits 2, 5 of its blue, so that neighbours look different. Source: the VOC development kit."""
 
-
 _NUMBER_OF_COLOR = {tuple(color): number for number, color in enumerate(VOC_PALETTE.tolist())}
 _MASK_CURE = "save masks as 8-bit grey PNGs of class numbers, or in the colors of PASCAL VOC"
 
@@ -67,22 +66,26 @@ def read_mask(path: Path) -> Tensor:
     with decoding(path) as picture:
         if picture.mode not in ("P", "L", "RGB", "RGBA"):
             raise DataError(f"{path} is a picture of mode {picture.mode}; {_MASK_CURE}")
+        values = np.array(picture)
         if picture.mode == "L":
-            return torch.from_numpy(np.array(picture))
+            return torch.from_numpy(values)
         if picture.mode == "P":
-            used, values = np.unique(np.array(picture), return_inverse=True)
-            palette = np.array(picture.getpalette()).reshape(-1, 3)
-            colors = np.array([palette[value] if value < len(palette) else [-1] * 3 for value in used])
-            if (colors == used[:, None]).all():  # a grey ramp, which software adds to class numbers
-                return torch.from_numpy(np.array(picture))
+            palette = np.full((256, 3), -1)
+            colors = np.array(picture.getpalette()).reshape(-1, 3)
+            palette[: len(colors)] = colors
         else:
-            pixels = np.array(picture.convert("RGB")).reshape(-1, 3)
-            colors, values = np.unique(pixels, axis=0, return_inverse=True)
-        numbers = [_NUMBER_OF_COLOR.get(tuple(color)) for color in colors.tolist()]
-        if None in numbers:
-            raise DataError(f"{path} has the color {colors[numbers.index(None)].tolist()}; {_MASK_CURE}")
-        labels = np.array(numbers, dtype=np.uint8)[values.ravel()]
-        return torch.from_numpy(labels.reshape(picture.height, picture.width))
+            weights = np.array((65536, 256, 1))
+            codes, values = np.unique(np.array(picture.convert("RGB")) @ weights, return_inverse=True)
+            palette = codes[:, None] // weights % 256
+        used = np.flatnonzero(np.bincount(values.ravel()))
+        colors = palette[used]
+        if picture.mode == "P" and (colors == used[:, None]).all():  # a grey ramp, which software adds to class numbers
+            return torch.from_numpy(values)
+        if unknown := [color for color in colors.tolist() if tuple(color) not in _NUMBER_OF_COLOR]:
+            raise DataError(f"{path} has the color {unknown[0]}; {_MASK_CURE}")
+        number_of = np.zeros(len(palette), dtype=np.uint8)
+        number_of[used] = [_NUMBER_OF_COLOR[tuple(color)] for color in colors.tolist()]
+        return torch.from_numpy(number_of[values].reshape(picture.height, picture.width))
 
 
 def mask_values(mask: Tensor) -> list[int]:

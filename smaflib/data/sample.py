@@ -153,7 +153,8 @@ class Samples(Sequence[Sample]):
             except DataError as error:
                 problems.append(str(error))
         if problems:
-            raise DataError("\n".join([*problems[:10], *[f"and {len(problems) - 10} more"][: len(problems) > 10]]))
+            more = len(problems) - 10
+            raise DataError("\n".join(problems[:10] + [f"and {more} more"] * (more > 0)))
 
     @property
     def ground_truth(self) -> MaskFiles | None:

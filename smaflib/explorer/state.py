@@ -33,7 +33,7 @@ from smaflib.data.labels import IMAGE_ENDINGS
 from smaflib.data.voc import list_files, open_image
 from smaflib.errors import DataError, RunError
 from smaflib.evaluation import confusion_matrix, intersection_over_union, mean_over_classes, sweep_thresholds
-from smaflib.files import display_path
+from smaflib.files import shown_path
 from smaflib.maps import AttentionMaps, fuse_and_denoise
 from smaflib.models.imagenet import LIKELY, ImageNetClassifier, imagenet_config
 from smaflib.models.pretrained import ROLES, UNSEEN_SEED, Role, pretrained_config, pretrained_network
@@ -241,7 +241,7 @@ class Gallery:
                 stored[role] = maps
         if not networks and not stored:
             raise RunError(
-                f"the run {display_path(run.folder)} has no teacher and no attention maps yet. "
+                f"the run {shown_path(run.folder)} has no teacher and no attention maps yet. "
                 f"This command makes them:\n  {run.command('--until', 'multi_scale_attention')}"
             )
         try:

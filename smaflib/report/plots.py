@@ -241,7 +241,7 @@ def show_scales(
         names: names of the rows; by default the class and the object's share of the image.
     """
     from smaflib.cams import at_size  # not above: most figures need no network
-    from smaflib.reactivation import hard_labels
+    from smaflib.reactivation import hard_labels  # which the notebook of the data does not depend on
 
     columns = [image, cams, fused, mask, class_number, ground_truth]
     listed = [isinstance(each, list | tuple) and not (each is cams and isinstance(each[0], Tensor)) for each in columns]

@@ -219,6 +219,8 @@ def conclusion(run: Run, stage: str) -> str:
         new = f"The segmentation network has {100 * found['iou']:.1f} % mIoU on {of_stage['split'].iloc[0]}"
         return f"{new}, the pseudo masks have {pseudo:.1f} % on train."
     what, one, other, base = COMPARED.get(stage, ("", "", "", ""))
+    if stage not in COMPARED:
+        return "This stage measured nothing."
     if one not in values or base not in values:
         return "There is no ground truth to measure what this stage gained."
     how = against(values[one], values[base])

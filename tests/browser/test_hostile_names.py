@@ -20,7 +20,7 @@ from smaflib.data import load_samples, make_data
 from smaflib.explorer.page import write_explorer
 from smaflib.files import PROJECT_ROOT
 from smaflib.report.html import write_index
-from smaflib.report.tables import class_table, labelled
+from smaflib.report.tables import class_table, folded
 from smaflib.runs import open_run
 from smaflib.workspace import Workspace
 
@@ -62,7 +62,7 @@ def pages(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> list[Pa
 
     run = open_run(folder / FOLDER / "hostile", config, settings)
     run.record("06", [{"variant": "crf", "metric": "iou", "value": 0.5, "class_name": name} for name in CLASSES])
-    figures = labelled(class_table(run.metrics())).style.format("{:.1f}", na_rep="").to_html()  # as in notebook 08
+    figures = folded(class_table(run.metrics())).data  # as in notebook 08
     outputs = [new_output("display_data", data={"text/html": figures})]
     notebook = new_notebook(cells=[new_markdown_cell("# Results"), new_code_cell("", outputs=outputs)])
     nbformat.write(notebook, run.path("08_results.ipynb"))
