@@ -159,12 +159,19 @@ def test_masks_that_cannot_be_used_are_a_problem_of_the_check_and_leave_a_run_wi
 ) -> None:
     spoil_masks(photos, how)
     config = photos_config(photos, longest_side=16)
-    assert [problem for problem in check_data(config)[1] if words in problem]
+    assert words in " ".join(problems := check_data(config)[1]) and len(problems) == 1
     work = Workspace(tmp_path / "run", config)
     summary = make_data(config, work.folder)
     assert words in summary["train"]["unusable"] and "object_shares" not in summary["train"]
     samples = work.samples()
     assert len(samples) == 3 and not samples.annotated and samples.ground_truth is None
+
+
+def test_masks_that_cannot_be_read_are_not_said_to_hold_no_class(photos: Path) -> None:
+    for path in (photos / "masks").iterdir():
+        path.write_bytes(b"no picture")
+    _, problems = check_data(photos_config(photos))
+    assert len(problems) == 3 and all("cannot be read" in problem for problem in problems)
 
 
 def test_a_photo_that_cannot_be_used_is_no_matter_of_the_masks(photos: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def check_data(config: Config, run_folder: Path | None = None) -> tuple[list[str
 
 def _check_samples(samples: Samples, problems: list[str]) -> list[str]:
     """The facts of a split; its problems are appended to ``problems``."""
-    names, sizes, in_masks = samples.class_names, [], set[int]()
+    names, sizes, in_masks, before = samples.class_names, [], set[int](), len(problems)
     differing: dict[str, list[str]] = {"labels without a pixel in the mask": [], "pixels without a label": []}
     everything = replace(samples, load_saliency=True, load_ground_truth=True, cached=False, longest_side=None)
     for index in progress(range(len(samples)), total=len(samples), desc=f"check {samples.split}"):
@@ -62,7 +62,7 @@ def _check_samples(samples: Samples, problems: list[str]) -> list[str]:
             labelled = {number + 1 for number in samples.files[index].labels}
             for which, values in zip(differing.values(), (labelled - seen, seen - labelled), strict=True):
                 which += [f"{sample.image_id} ({names[value - 1]})" for value in sorted(values)]
-    if samples.annotated and not in_masks:
+    if samples.annotated and not in_masks and len(problems) == before:  # all masks were read
         problems.append(f"{samples.split}: {NO_CLASS}")
     counts = dict(zip(names, samples.image_labels.sum(dim=0).int().tolist(), strict=True))
     masks = sum(files.mask is not None for files in samples.files)
