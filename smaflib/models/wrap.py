@@ -62,9 +62,14 @@ class CamNetwork(nn.Module):
         self._renormalization = renormalization(mean, std)
 
     @property
+    def features(self) -> nn.Module:
+        """The module whose output is the last features, (B, C, h, w)."""
+        return self._parts[0]
+
+    @property
     def bias(self) -> Any:
-        bias = self._parts[2].bias
-        return 0 if bias is None else bias
+        last = self._parts[2]
+        return torch.zeros(len(last.weight)) if last.bias is None else last.bias
 
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, N, h, w), of all classes
         source, norm, last = self._parts
