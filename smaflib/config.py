@@ -427,6 +427,7 @@ class Variant(StrEnum):
     STUDENT_REFINED = "student_refined", "student, single scale + CRF"
     UNREFINED_MASKS = "unrefined_masks", "student, fused, before the CRF"
     PSEUDO_MASKS = "pseudo_masks", "pseudo masks (student, fused + CRF)"
+    CONTROL_REFINED = "control_refined", "control student, single scale + CRF"
     CONTROL_FUSED_REFINED = "control_fused_refined", "control student, fused + CRF"
     SEGMENTATION = "segmentation", "segmentation network"
     FULL_SUPERVISION = "full_supervision", "segmentation network, full supervision"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minidata.dataset import CLASS_NAMES
 from smaflib.cams import fuse_cams, multi_scale_cams
 from smaflib.classifier import train_classifier
 from smaflib.config import AttentionConfig, Config, SelfTrainingConfig, Split, Variant
@@ -253,19 +254,21 @@ def check_config(config: Config, run_folder: Path, networks: bool = True) -> Non
         InputError: says what is missing or does not fit.
     """
     check_custom(config)
-    if networks:
-        check_networks(config)
+    class_names: Sequence[str] = CLASS_NAMES
     for split in SPLITS if config.data.kind != "mini" else ():  # which is drawn
         samples = load_samples(config, split, run_folder)
+        class_names = samples.class_names
         if config.data.kind == "folder":
             samples.check_images()
+    if networks:
+        check_networks(config, class_names)
 
 
-def check_networks(config: Config) -> None:
-    """Build the networks that a chain will train.
+def check_networks(config: Config, class_names: Sequence[str] = CLASS_NAMES) -> None:
+    """Build the networks that a chain will train, and the source of attention.
 
-    ConfigError if a backbone, its stride, its weights, or device and precision are not available, or a file of weights
-    is damaged or of another network.
+    ConfigError if a backbone, its stride, its weights, or device and precision are not available, a file of weights
+    is damaged or of another network, or the source does not know the classes.
     """
     device, number = make_runtime(config).device, num_processes(config)
     given, settings = config.classifier.checkpoint, config.segmentation
@@ -276,6 +279,8 @@ def check_networks(config: Config) -> None:
     if settings.enabled:
         segmenter = SegmentationNetwork(settings.model or config.model, settings, num_classes=1)
         check_batch_norm(segmenter, settings, "segmentation", number, device)
+    if config.attention.source != "classifier":
+        make_source(config.attention, class_names, None if config.attention.pretrained else network)
 
 
 def check_custom(config: Config) -> None:

@@ -132,14 +132,14 @@ class Workspace:
         score = self.config.attention.bg_score
         return self._choose("teacher", self.denoised("teacher", self.samples())) if score == "auto" else score
 
-    def mask_bg_score(self, network: str = "student") -> float:
+    def mask_bg_score(self, network: str = "student", scales: Sequence[float] | None = None) -> float:
         """Background threshold of a network's pseudo masks: ``pseudo_masks.bg_score``, else ``attention.bg_score``.
 
-        ``auto`` chooses it from the network's maps, as in :attr:`bg_score`.
+        ``auto`` chooses it from the network's maps, of all scales or some, as in :attr:`bg_score`.
         """
         score = self.config.pseudo_masks.bg_score or self.config.attention.bg_score
-        name = "teacher_masks" if network == "teacher" else network
-        return self._choose(name, self.mask_maps(network, self.samples())) if score == "auto" else score
+        name = "_".join(["teacher_masks" if network == "teacher" else network, *(f"{s:g}" for s in scales or ())])
+        return self._choose(name, self.mask_maps(network, self.samples(), scales)) if score == "auto" else score
 
     def _choose(self, name: str, maps: FusedMaps) -> float:
         from smaflib.maps import SaliencyMaps

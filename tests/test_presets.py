@@ -93,8 +93,8 @@ def test_every_config_has_a_test() -> None:
 @pytest.mark.parametrize("preset", [preset for preset in CHANGES if preset not in ("voc12", "custom")])
 def test_preset_runs_from_images_to_masks(preset: str, data: Path, tmp_path: Path) -> None:
     config = load_config(CONFIGS / f"{preset}.yaml", overrides(preset, data))
-    check_networks(config)
     work = Workspace(tmp_path, config)
+    check_networks(config, work.samples().class_names)
     train_teacher(work)
     write_maps(work, "teacher")
     self_train_rounds(work)

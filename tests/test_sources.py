@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -127,7 +126,7 @@ def test_gradcam_of_all_classes_in_one_pass_is_the_packages(classifier: ImageNet
             self.classifier = classifier
 
         def forward(self, images: Tensor) -> Tensor:
-            return classifier(images).mean(dim=(2, 3))
+            return classifier(images).sum(dim=(2, 3))
 
     (view,) = views_of(IMAGE, [1.0])
     cam, made = getattr(pytorch_grad_cam, METHODS[method])(Logits(), [classifier.features]), []
@@ -135,17 +134,16 @@ def test_gradcam_of_all_classes_in_one_pass_is_the_packages(classifier: ImageNet
     cam.get_cam_image = lambda *given: made.append(compute(*given)) or made[-1]
     for found, number in zip(maps, numbers, strict=True):
         cam(view[None], [ClassifierOutputTarget(number)])
-        torch.testing.assert_close(found, torch.from_numpy(made[-1][0]).relu(), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found, torch.from_numpy(made[-1][0]).relu(), rtol=1e-3, atol=1e-4)
     assert maps.amax() > 0
 
 
 def test_gradcam_of_a_linear_head_is_its_class_activation_map() -> None:
-    """Of an ImageNet classifier: the gradient of a mean over cells is the weight divided by their number."""
     network = pretrained_network("teacher")
     source = make_source(AttentionConfig(source="gradcam"), list("abcdef"), network)
     maps = source(IMAGE, [0, 4]).maps
     logits = network(normalize(IMAGE)[None])[0, 1:]
-    torch.testing.assert_close(maps * logits[0].numel(), logits[[0, 4]].relu(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(maps, logits[[0, 4]].relu(), rtol=1e-3, atol=1e-3)
 
 
 def test_a_layer_by_name_and_one_that_is_not_there() -> None:

@@ -77,7 +77,7 @@ def folded(table: pd.DataFrame, chosen: pd.DataFrame | None = None, most: int = 
         style = rows.style.format("{:.1f}", na_rep="–").highlight_max(props="font-weight: bold")
         html = style.format_index(escape="html").format_index(escape="html", axis=1).to_html()
         text += f"<details><summary>{name}</summary>{html}</details>\n" if name else html
-    return HTML(text)
+    return HTML(text + "".join(f"<p>{name}: {value}</p>" for name, value in table.attrs.items()))
 
 
 def by_name(table: pd.DataFrame, numbered: bool = False) -> pd.DataFrame:
@@ -187,7 +187,7 @@ def results_text(run: Run) -> str:
     if table.empty:
         return f"{run.name}: no results yet"
     text = labelled(table).reset_index().to_string(index=False, na_rep="-", float_format="{:.1f}".format)
-    return f"{run.name}: IoU in percent\n{text}"
+    return f"{run.name}: IoU in percent; learned from {run.config.supervision}\n{text}"
 
 
 COMPARED = {
@@ -227,7 +227,11 @@ def conclusion(run: Run, stage: str) -> str:
     masks = _ablation_masks(run.path(ABLATION)) if stage in ("05", "06", "08") else pd.DataFrame()
     gains = [*(masks["full"] - masks["no_self_training"]).dropna()] if len(masks) else []
     seeds = f"; over {len(gains)} seeds, self-training gave the masks {spread(gains, '{:+.1f}')}" if len(gains) else ""
-    return f"{what} {how} {other} ({values[one]:.1f} and {values[base]:.1f} % mIoU){seeds}."
+    sentence = f"{what} {how} {other} ({values[one]:.1f} and {values[base]:.1f} % mIoU){seeds}."
+    if stage == "06" and Variant.CONTROL_REFINED in values:
+        gap = against(values[Variant.STUDENT_REFINED], values[Variant.CONTROL_REFINED])
+        sentence += f" In one pass per image, a student of fused targets is {gap} one of single-scale targets."
+    return sentence
 
 
 def against(percent: float, base: float) -> str:
@@ -273,7 +277,9 @@ def _by_row(records: pd.DataFrame) -> pd.DataFrame:
     """Values in percent: a row per :data:`ROW`, in the order of the records; a column per name in ``column``."""
     scales = records["scale"].map(lambda scale: "" if pd.isna(scale) else f"{scale:g}")
     rows = records.assign(scale=scales, fusion=records["fusion"].fillna(""), value=100 * records["value"].astype(float))
-    return rows.pivot_table("value", ROW, "column", aggfunc="last", sort=False)
+    table = rows.pivot_table("value", ROW, "column", aggfunc="last", sort=False)
+    table.attrs = dict(records.attrs)  # the supervision
+    return table
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:

@@ -46,10 +46,12 @@ class GradCamSource(AttentionSource):
         self._cam.activations_and_grads.release()  # its hooks would keep every activation
 
     @classmethod
-    def of_classifier(cls, classifier: ImageNetClassifier, method: str) -> GradCamSource:
-        """Of each of ImageNet's thousand classes."""
-        supervision = ImageNetSource.supervision
-        return cls(classifier, classifier.features, lambda logits: logits.mean(dim=(2, 3)), method, supervision)
+    def of_classifier(
+        cls, classifier: ImageNetClassifier, method: str, layer: nn.Module | None = None
+    ) -> GradCamSource:
+        """Of each of ImageNet's thousand classes; by default at the last features."""
+        scores, supervision = (lambda logits: logits.mean(dim=(2, 3))), ImageNetSource.supervision
+        return cls(classifier, layer or classifier.features, scores, method, supervision)
 
     def attend(self, images: Tensor, classes: Classes) -> Attention:
         seen: list[Tensor] = []
@@ -64,7 +66,9 @@ class GradCamSource(AttentionSource):
             activations = seen[0].detach().float().cpu().numpy()
             maps = images.new_zeros(*scores.shape, *seen[0].shape[2:])
             for number in sorted({number for asked in classes for number in asked}):
-                (gradient,) = torch.autograd.grad(scores[:, number].sum(), seen[0], retain_graph=True)
+                # Times the cells: the gradient of a mean over them is smaller at larger scales, and so would be maps.
+                score = scores[:, number].sum() * seen[0].shape[2:].numel()
+                (gradient,) = torch.autograd.grad(score, seen[0], retain_graph=True)
                 found = self._cam.get_cam_image(images, None, None, activations, gradient.float().cpu().numpy(), False)
                 for row, asked in enumerate(classes):
                     if number in asked:
