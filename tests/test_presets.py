@@ -45,13 +45,16 @@ SMALL_NETWORKS = (
     *("segmentation.model.backbone=resnet18", "segmentation.model.weights=null"),
     "segmentation.model.freeze_batch_norm=false",  # frozen, random weights overflow
 )
+# CLIP's weights are not here, so the attention of this preset comes from ImageNet's classifier.
+STAND_IN = ("attention.source=imagenet", "attention.caa=null", *SMALL_NETWORKS[2:])
 CHANGES = {
     "voc12": (*VOC, SALIENCY, *SMALL_NETWORKS),
     "coco14": (*VOC, SALIENCY, *SMALL_NETWORKS),
     "voc12-resnet50": (*VOC, "model.weights=null", "model.backbone=resnet18"),
     "voc12-small": (*VOC, SALIENCY),
     "voc12-laptop": (*VOC, "data.saliency=null", "classifier.pretraining=plain"),
-    "custom": ("data.images={}/voc/JPEGImages", "data.labels={}/labels.csv"),
+    "voc12-clip-es": (*VOC, "model.backbone=slim", "model.weights=null", "model.freeze_batch_norm=false", *STAND_IN),
+    "custom": ("data.images={}/voc/JPEGImages", "data.labels={}/labels.csv", "data.longest_side=64"),
 }
 """What the tiny data need; everything else is the preset's."""
 
