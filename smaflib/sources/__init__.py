@@ -69,7 +69,8 @@ class NetworkSource(AttentionSource):
         self.network = network
 
     def attend(self, images: Tensor, classes: Classes) -> Attention:
-        return Attention(self.network.attention(self.network(images).float()))  # type: ignore[operator]
+        logits = self.network(images).float()
+        return Attention(self.network.attention(logits))  # type: ignore[operator]
 
 
 class CustomSource(AttentionSource):
