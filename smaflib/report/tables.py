@@ -10,6 +10,7 @@ import pandas as pd
 
 from smaflib import files
 from smaflib.config import AttentionConfig, Variant, check_settings, config_differences, variant_label
+from smaflib.errors import ConfigError
 from smaflib.files import RUNS_FOLDER
 from smaflib.runs import Run, find_run
 from smaflib.runs.stages import ABLATION
@@ -243,7 +244,10 @@ def against(percent: float, base: float) -> str:
 def beside_reference(run: Run) -> str:
     """Whether a run's masks are within the spread of the reference run's seeds; empty if its settings are others."""
     stored = files.read_json(RUNS_FOLDER / "reference" / ABLATION, {})
-    differing = config_differences(check_settings(stored["settings"]), run.config) if stored else []
+    try:
+        differing = config_differences(check_settings(stored["settings"]), run.config) if stored else []
+    except ConfigError:  # an older reference, whose settings have other names
+        return ""
     free = ("seed", "device", "precision", "num_threads")
     if not stored or any(line.partition(":")[0] not in free for line in differing):
         return ""

@@ -26,14 +26,14 @@ class GradCamSource(AttentionSource):
     """Maps from the gradients of class scores with respect to a layer's activations.
 
     Args:
-        network: images (B, 3, H, W) to an output of any kind.
+        network: a module.
         layer: a module inside it whose output is (B, C, h, w).
-        scores: the output to class scores (B, K).
+        scores: images (B, 3, H, W) to class scores (B, K), by the network.
         method: one of :data:`METHODS`.
     """
 
     def __init__(
-        self, network: nn.Module, layer: nn.Module, scores: Callable[[Any], Tensor], method: str, supervision: str
+        self, network: nn.Module, layer: nn.Module, scores: Callable[[Tensor], Tensor], method: str, supervision: str
     ) -> None:
         super().__init__()
         try:
@@ -50,8 +50,8 @@ class GradCamSource(AttentionSource):
         cls, classifier: ImageNetClassifier, method: str, layer: nn.Module | None = None
     ) -> GradCamSource:
         """Of each of ImageNet's thousand classes; by default at the last features."""
-        scores, supervision = (lambda logits: logits.mean(dim=(2, 3))), ImageNetSource.supervision
-        return cls(classifier, layer or classifier.features, scores, method, supervision)
+        layer, supervision = layer or classifier.features, ImageNetSource.supervision
+        return cls(classifier, layer, classifier.logits, method, supervision)
 
     def attend(self, images: Tensor, classes: Classes) -> Attention:
         seen: list[Tensor] = []
@@ -62,7 +62,7 @@ class GradCamSource(AttentionSource):
             return seen[0].clone()  # the next layer may work in place
 
         with torch.no_grad(), self._layer[0].register_forward_hook(start):
-            scores = self.scores(self.network(images))
+            scores = self.scores(images)
             activations = seen[0].detach().float().cpu().numpy()
             maps = images.new_zeros(*scores.shape, *seen[0].shape[2:])
             for number in sorted({number for asked in classes for number in asked}):
@@ -78,10 +78,15 @@ class GradCamSource(AttentionSource):
 
 def make(attention: AttentionConfig, class_names: Sequence[str], network: nn.Module | None) -> GradCamSource:
     """Build the source on a teacher or student, or on ImageNet's classifier; ConfigError if it lacks the layer."""
-    scores: Any
-    layer: Any
+    scores: Callable[[Tensor], Tensor]
+    layer: nn.Module
     if network is not None:
-        scores, layer, supervision = network.image_logits, network.backbone, AttentionSource.supervision
+        teacher: Any = network
+        layer, supervision = teacher.backbone, AttentionSource.supervision
+
+        def scores(images: Tensor) -> Tensor:
+            return teacher.image_logits(teacher(images))
+
     else:
         members = checked_match(class_names, attention.options.class_numbers)
         network = ImageNetClassifier(attention.options)

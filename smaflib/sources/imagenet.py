@@ -52,51 +52,26 @@ def imagenet_config() -> Config:
     return pretrained_config().model_copy(update={"model": model, "attention": attention, "pseudo_masks": masks})
 
 
-KINDS: dict[str, str] = {
-    "airplane aeroplane plane": "404 895",
-    "ball sports_ball": "429 430 574 722 768 805 852 890",
-    "bear": "294-297",
-    "bicycle bike": "444 671",
-    "bird": "7-24 80-100 127-146",
-    "boat ship": "472 484 554 576 625 628 780 814 871 914",
-    "bottle": "440 737 898 907",
-    "bus": "654 779 874",
-    "butterfly": "321-326",
-    "car automobile": "436 468 511 609 627 656 661 717 751 817",
-    "cat": "281-285",
-    "chair": "423 559 765",
-    "clock": "409 530 892",
-    "cow": "345",
-    "cup": "504 968",
-    "dining_table diningtable": "532",
-    "dog": "151-268",
-    "elephant": "101 385 386",
-    "fish": "0 1 389-397",
-    "flower": "985 986",
-    "frog": "30-32",
-    "giraffe person people man woman skis surfboard": "",  # no class shows them, whatever its name says
-    "horse": "339",
-    "keyboard": "508 878",
-    "lizard": "38-48",
-    "monkey": "365-382",
-    "motorcycle motorbike": "665 670",
-    "mouse computer_mouse": "673",
-    "phone cell_phone mobile_phone": "487",
-    "potted_plant pottedplant": "738",
-    "refrigerator fridge": "760",
-    "sheep": "348 349",
-    "sink": "",
-    "snake": "52-68",
-    "sofa couch": "831",
-    "spider": "72-77",
-    "tie necktie": "451 906",
-    "train": "466 547 705 820",
-    "truck": "555 569 675 717 864 867",
-    "turtle": "33-37",
-    "tv television tvmonitor tv_monitor": "664 851",
-    "wine_glass": "572",
-}
-"""ImageNet numbers of classes that WordNet's names miss or mistake: a beagle is not called dog, a hot dog is."""
+KINDS = dict(
+    line.split(": ")
+    for line in """
+airplane aeroplane plane: 404 895; ball sports_ball: 429 430 574 722 768 805 852 890; bear: 294-297
+bicycle bike: 444 671; bird: 7-24 80-100 127-146; boat ship: 472 484 554 576 625 628 780 814 871 914
+bottle: 440 737 898 907; bus: 654 779 874; butterfly: 321-326
+car automobile: 436 468 511 609 627 656 661 717 751 817; cat: 281-285; chair: 423 559 765; clock: 409 530 892
+cow: 345; cup: 504 968; dining_table diningtable: 532; dog: 151-268; elephant: 101 385 386; fish: 0 1 389-397
+flower: 985 986; frog: 30-32; horse: 339; keyboard: 508 878; lizard: 38-48; monkey: 365-382
+motorcycle motorbike: 665 670; mouse computer_mouse: 673; phone cell_phone mobile_phone: 487
+potted_plant pottedplant: 738; refrigerator fridge: 760; sheep: 348 349; snake: 52-68; sofa couch: 831
+spider: 72-77; tie necktie: 451 906; train: 466 547 705 820; truck: 555 569 675 717 864 867; turtle: 33-37
+tv television tvmonitor tv_monitor: 664 851; wine_glass: 572
+giraffe person people man woman skis surfboard sink: -
+""".replace("; ", "\n")
+    .strip()
+    .splitlines()
+)
+"""ImageNet numbers of classes that WordNet's names miss or mistake: a beagle is not called dog, a hot dog is. The last
+ones are shown by no class, whatever its name says."""
 
 
 @cache
@@ -123,7 +98,7 @@ def match_classes(names: Sequence[str], given: Mapping[str, Sequence[int]] = {})
         if name in given:
             numbers = tuple(given[name])
         elif known:
-            ends = [list(map(int, part.split("-"))) for part in known[0].split()]
+            ends = [list(map(int, part.split("-"))) for part in known[0].split() if part != "-"]
             numbers = tuple(number for part in ends for number in range(part[0], part[-1] + 1))
         else:
             lemmas = [each.casefold().replace("-", " ").split(", ") for each in synonyms()]
@@ -232,19 +207,25 @@ class ImageNetSource(AttentionSource):
             row[list(numbers)] = 1
         self.register_buffer("members", table)
 
-    def shares(self, logits: Tensor) -> Tensor:  # (B, 1000, h, w) -> (B, K, 1000)
-        means = logits.mean(dim=(2, 3))[:, None].masked_fill(self.members == 0, -torch.inf)
-        return means.softmax(dim=2).nan_to_num()  # zero for a class without members
+    def shares(self, logits: Tensor) -> Tensor:  # (B, 1000) -> (B, K, 1000)
+        """How probable each member of a class is among them, for a whole image; zero for a class without members."""
+        return logits[:, None].masked_fill(self.members == 0, -torch.inf).softmax(dim=2).nan_to_num()
 
-    def scores(self, logits: Tensor) -> Tensor:  # (B, 1000, h, w) -> (B, K), for gradients
-        return (self.shares(logits.detach()) * logits.mean(dim=(2, 3))[:, None]).sum(dim=2)
+    def scores(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, K), for gradients
+        logits = self.classifier.logits(images)
+        return (self.shares(logits.detach()) * logits[:, None]).sum(dim=2)
 
     def attend(self, images: Tensor, classes: Classes) -> Attention:
-        """A class is the mean of its members, weighted by how probable each is for the whole image."""
-        logits = self.classifier(images).float()
-        shares = self.shares(logits)
-        evidence = logits - logits.mean(dim=1, keepdim=True)
-        return Attention((shares @ evidence.flatten(2)).view(*shares.shape[:2], *logits.shape[2:]).relu())
+        """How much more a cell speaks for a class than for the mean of the thousand.
+
+        A class is the mean of its members, weighted by :meth:`shares`. Means come before the cells: K maps, not 1000.
+        """
+        cells, weight, bias = self.classifier.cells(images).float(), self.classifier.weight, self.classifier.bias
+        shares = self.shares(cells.mean(dim=(2, 3)) @ weight.T + bias)
+        weights = shares @ weight - weight.mean(dim=0)  # (B, K, C)
+        maps = weights @ cells.flatten(2) + (shares @ bias - bias.mean())[..., None]
+        maps = maps.relu() * self.members.any(dim=1)[:, None]
+        return Attention(maps.view(*maps.shape[:2], *cells.shape[2:]))
 
 
 def make(attention: AttentionConfig, class_names: Sequence[str], network: nn.Module | None) -> ImageNetSource:
