@@ -259,7 +259,7 @@ class Gallery:
     @property
     def roles(self) -> tuple[str, ...]:
         """Networks and sources whose maps are available."""
-        return tuple(role for role in (*ROLES, *METHODS) if role in self.networks or role in self.stored)
+        return tuple(dict.fromkeys([*(role for role in ROLES if role in self.stored), *self.networks]))
 
     def names(self, index: int) -> tuple[str, ...]:
         """Names of the classes that an image's maps are of."""
@@ -343,6 +343,9 @@ class PhotoGallery(Gallery):
         networks: dict[str, Any] = {"teacher": self.network}
         if find_spec("pytorch_grad_cam"):
             networks |= {method: GradCamSource.of_classifier(self.network, method) for method in METHODS}
+            for layer in ("blocks.5", "blocks.4"):  # earlier, so sharper, and less of the class
+                module = self.network.model.get_submodule(layer)
+                networks[f"layercam, {layer}"] = GradCamSource.of_classifier(self.network, "layercam", module)
         super().__init__([], self.network.class_names, imagenet_config(), networks, title="photos")
         self.about = (
             "The network learned to name photos from names alone, never where things are. No ground truth here."
@@ -363,12 +366,13 @@ class PhotoGallery(Gallery):
         return [(self.class_names[number], float(self._found[index][number])) for number in likeliest]
 
     def cams(self, index: int, role: str, flip: bool) -> list[Tensor]:
-        key, classes, numbers = (index, role, flip), self._recognise(index), self._asked.get((index, role, flip))
-        if numbers != classes:  # gradients are taken of the offered classes only
+        key, classes = (index, role, flip), self._recognise(index)
+        # Gradients are taken of the offered classes only; a class activation map of all is as cheap.
+        if key not in self._cams or (role not in ROLES and self._asked[key] != classes):
             views = (self.samples[index].image, self.scales, flip)
             cams = multi_scale_cams(self.networks[role], *views, classes=classes)
-            self._cams[key], self._asked[key] = [cam[classes] for cam in cams], [*classes]
-        return self._cams[key]
+            self._cams[key], self._asked[key] = [cam.half() for cam in cams], [*classes]  # half, for memory
+        return [cam[classes].float() for cam in self._cams[key]]
 
     def add_class(self, index: int, text: str) -> int:
         """Put a class into a photo's label: the likeliest of those with this name, else with a name that contains it.
