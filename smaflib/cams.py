@@ -76,7 +76,7 @@ def class_attention(
         if flip:
             images, classes = torch.cat([images, images.flip(-1)]), [*classes, *classes]
         maps, affinity = source.attend(images, classes)
-    maps = maps.detach()
+    maps = maps.detach().float()
     if flip:
         plain, mirrored = maps.chunk(2)
         maps = (plain + mirrored.flip(-1)) / 2

@@ -259,7 +259,8 @@ class Gallery:
     @property
     def roles(self) -> tuple[str, ...]:
         """Networks and sources whose maps are available."""
-        return tuple(dict.fromkeys([*(role for role in ROLES if role in self.stored), *self.networks]))
+        known = (role for role in ROLES if role in self.stored or role in self.networks)
+        return tuple(dict.fromkeys([*known, *self.networks]))
 
     def names(self, index: int) -> tuple[str, ...]:
         """Names of the classes that an image's maps are of."""
