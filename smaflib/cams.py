@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smaflib.data.views import views_of
-from smaflib.errors import ConfigError
 from smaflib.plugins import load_custom
 from smaflib.refinement.caa import refine_by_affinity
 from smaflib.runtime import Runtime, device_of
@@ -82,7 +81,7 @@ def class_attention(
         maps = (plain + mirrored.flip(-1)) / 2
     if caa is not None:
         if affinity is None:
-            raise ConfigError("attention.caa needs a source that knows the affinity of patches: vit, dino or CLIP")
+            raise ValueError(f"caa needs the affinity of patches, which {type(source).__name__} does not know")
         maps = torch.stack([refine_by_affinity(*each, caa) for each in zip(maps, affinity.detach(), strict=False)])
     return maps
 

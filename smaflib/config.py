@@ -73,13 +73,10 @@ def _one_of(*names: str) -> AfterValidator:
 
 
 FusionRule = Annotated[str, _one_of("sum", "mean", "max", "size_adaptive")]
-MapSource = Annotated[
-    str,
-    _one_of(
-        *"classifier imagenet gradcam gradcam++ layercam xgradcam vit vit-rollout dino".split(),
-        *"clip-es maskclip sclip clearclip naclip".split(),
-    ),
-]
+GRADIENT_SOURCES = ("gradcam", "gradcam++", "layercam", "xgradcam")
+VIT_SOURCES = ("vit", "vit-rollout", "dino")
+CLIP_SOURCES = ("clip-es", "maskclip", "sclip", "clearclip", "naclip")
+MapSource = Annotated[str, _one_of("classifier", "imagenet", *GRADIENT_SOURCES, *VIT_SOURCES, *CLIP_SOURCES)]
 DataKind = Annotated[str, _one_of("mini", "voc", "coco", "folder")]
 RefinementName = Annotated[str, _one_of("crf", "par", "none")]
 
@@ -262,8 +259,9 @@ class AttentionConfig(StageConfig):
     @property
     def pretrained(self) -> bool:
         """Whether the maps come from a network that is not trained here, so that stage 1 trains no teacher."""
-        of_teacher = self.source == "classifier" or is_custom(self.source)
-        return not of_teacher and (not self.source.endswith(("cam", "cam++")) or self.options.model is not None)
+        if self.source in GRADIENT_SOURCES:
+            return self.options.model is not None
+        return self.source != "classifier" and not is_custom(self.source)
 
     @property
     def single_scale(self) -> float:
@@ -476,7 +474,7 @@ class Config(StageConfig):
         source, model = self.attention.source, self.attention.options.model or ""
         if not self.attention.pretrained:
             return "image labels" + (" and saliency maps" if self.classifier.pretraining == "eps" else "")
-        if source in ("clip-es", "maskclip", "sclip", "clearclip", "naclip"):
+        if source in CLIP_SOURCES:
             return "image-text pairs"
         return "images alone" if source == "dino" or "dino" in model else "ImageNet labels"
 
@@ -500,6 +498,8 @@ class Config(StageConfig):
             raise ValueError("segmentation.skip_channels is for deeplabv2; set 0")
         if not plain and data.kind in ("voc", "coco", "folder") and data.saliency is None:
             raise ValueError("classifier.pretraining=eps learns from saliency maps, but data.saliency is not set")
+        if self.attention.caa is not None and self.attention.source not in (*VIT_SOURCES, *CLIP_SOURCES):
+            raise ValueError("attention.caa needs the affinity of patches, which vit, dino and CLIP know; set null")
         if data.kind in ("voc", "coco") and data.root is None:
             raise ValueError("data.root is not set; give the folder that holds JPEGImages (voc) or annotations (coco)")
         if data.kind == "folder" and (data.images is None or data.labels is None):

@@ -222,7 +222,7 @@ def test_maps_of_an_image_are_called_for_by_class_and_scale() -> None:
     (whole,) = multi_scale_cams(source, IMAGE, [2.0], flip=False)
     torch.testing.assert_close(maps, whole[[5, 0]])
     assert affinity is None
-    with pytest.raises(ConfigError, match=r"attention\.caa needs a source that knows the affinity"):
+    with pytest.raises(ValueError, match="affinity of patches, which NetworkSource does not know"):
         multi_scale_cams(source, IMAGE, [1.0], caa=0.4)
 
 

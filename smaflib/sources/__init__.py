@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from smaflib.config import AttentionConfig
+from smaflib.config import CLIP_SOURCES, GRADIENT_SOURCES, VIT_SOURCES, AttentionConfig
 from smaflib.data.views import views_of
 from smaflib.errors import ConfigError
 from smaflib.plugins import is_custom, load_custom
@@ -114,7 +114,7 @@ def make_source(attention: AttentionConfig, class_names: Sequence[str], network:
     if is_custom(name):
         assert network is not None
         return CustomSource(network, load_custom(name))
-    module = {"imagenet": "imagenet", "vit": "vit", "vit-rollout": "vit", "dino": "vit"}.get(name)
-    module = module or ("gradcam" if name.endswith(("cam", "cam++")) else "clip")
+    kinds = {"gradcam": GRADIENT_SOURCES, "vit": VIT_SOURCES, "clip": CLIP_SOURCES}
+    module = next((kind for kind, names in kinds.items() if name in names), name)
     made: AttentionSource = importlib.import_module(f"{__name__}.{module}").make(attention, class_names, network)
     return made.eval()
