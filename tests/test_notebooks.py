@@ -199,7 +199,9 @@ if "smaflib.runs.kernel" in sys.orig_argv:
         for name in config.flat_settings(run.config):
             if not stages.counts("settings", name, stages.stage_named(stage)) and name not in ASKED:
                 group, _, setting = name.rpartition(".")
-                vars(attrgetter(group)(run.config)).pop(setting, None)  # reading it raises
+                owner = attrgetter(group)(run.config)
+                if not isinstance(owner, dict):  # such as the words of classes
+                    vars(owner).pop(setting, None)  # reading it raises
         return run
 
     runs.open_run = open_run
