@@ -15,23 +15,33 @@ from torch import Tensor, nn
 
 from smaflib.data.views import views_of
 from smaflib.plugins import load_custom
+from smaflib.refinement.caa import refine_by_affinity
 from smaflib.runtime import Runtime, device_of
+from smaflib.sources import AttentionSource, Classes, as_source
 
 PEAK_EPSILON = 0.5e-5
 """Added to a peak before dividing by it: half the reference's 1e-5, which it adds to sums over two flips, not means."""
 
 
 def multi_scale_cams(
-    network: nn.Module, image: Tensor, scales: Sequence[float], flip: bool = True, runtime: Runtime = Runtime()
+    network: nn.Module,
+    image: Tensor,
+    scales: Sequence[float],
+    flip: bool = True,
+    runtime: Runtime = Runtime(),
+    classes: Sequence[int] | None = None,
+    caa: float | None = None,
 ) -> list[Tensor]:
     """Class attention maps of an image at several scales.
 
     Args:
-        network: teacher, student or any module with ``attention``; put in eval mode.
+        network: teacher, student, any module with ``attention``, or a source; put in eval mode.
         image: uint8 (3, H, W).
         scales: factors of the image's size, resized bicubically.
         flip: average with the maps of the mirror image.
         runtime: precision. The device is the network's.
+        classes: numbers of the classes asked for, which a source that needs a pass per class must know.
+        caa: refine the maps by the source's affinity (:func:`~smaflib.refinement.caa.refine_by_affinity`).
 
     Returns:
         Per scale (K, h_s, w_s): non-negative float32 on the CPU, at the network's stride.
@@ -45,45 +55,35 @@ def multi_scale_cams(
         >>> [tuple(cam.shape) for cam in cams]
         [(6, 4, 4), (6, 8, 8)]
     """
-    return [class_attention(network, view[None], flip, runtime)[0].cpu() for view in views_of(image, scales)]
+    source = as_source(network)
+    views, asked = views_of(image, scales, source.patch), [list(classes or ())]
+    return [class_attention(source, view[None], asked, flip, runtime, caa)[0].cpu() for view in views]
 
 
-@torch.no_grad()
-def class_attention(network: nn.Module, images: Tensor, flip: bool = True, runtime: Runtime = Runtime()) -> Tensor:
-    """One forward pass: float32 (B, 3, H, W), normalised, to (B, K, h, w), non-negative, on the network's device."""
-    network.eval()
-    images = images.to(device_of(network))
-    with runtime.autocast():
-        logits = network(torch.cat([images, images.flip(-1)]) if flip else images)
-        maps: Tensor = network.attention(logits.float())  # type: ignore[operator]
+def class_attention(
+    source: AttentionSource,
+    images: Tensor,
+    classes: Classes,
+    flip: bool = True,
+    runtime: Runtime = Runtime(),
+    caa: float | None = None,
+) -> Tensor:
+    """One forward pass: float32 (B, 3, H, W), normalised, to (B, K, h, w), non-negative, on the source's device."""
+    source.eval()
+    images = images.to(device_of(source))
+    with torch.set_grad_enabled(source.needs_gradients), runtime.autocast():
+        if flip:
+            images, classes = torch.cat([images, images.flip(-1)]), [*classes, *classes]
+        maps, affinity = source.attend(images, classes)
+    maps = maps.detach().float()
     if flip:
         plain, mirrored = maps.chunk(2)
         maps = (plain + mirrored.flip(-1)) / 2
+    if caa is not None:
+        if affinity is None:
+            raise ValueError(f"caa needs the affinity of patches, which {type(source).__name__} does not know")
+        maps = torch.stack([refine_by_affinity(*each, caa) for each in zip(maps, affinity.detach(), strict=False)])
     return maps
-
-
-class CustomSource(nn.Module):
-    """Class attention maps that custom code computes with a trained network, such as Grad-CAM.
-
-    ``source`` makes of the network a module from normalised images, float32 (B, 3, H, W), to maps (B, K, h, w),
-    non-negative, of any h and w. Gradients are enabled inside it.
-    """
-
-    def __init__(self, network: nn.Module, source: Callable[[nn.Module], nn.Module]) -> None:
-        super().__init__()
-        self.network, self.maps_of = network, source(network).eval()
-
-    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, K, h, w)
-        with torch.enable_grad():
-            return self.maps_of(images).detach()
-
-    def attention(self, maps: Tensor) -> Tensor:
-        return maps
-
-
-def source_of(network: nn.Module, name: str) -> nn.Module:
-    """The module whose maps ``attention.source`` names: ``network`` itself, or custom code around it."""
-    return network if name == "network" else CustomSource(network, load_custom(name))
 
 
 # ------------------------------------------------------------------------------------------------------------ fusion

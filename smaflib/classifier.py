@@ -51,6 +51,12 @@ def train_classifier(
         if checkpoint:
             write_weights(checkpoint, network.state_dict(), iteration=settings.iterations, history=[])
         return network.to(runtime.device), []
+    if attention.pretrained:  # the maps come from elsewhere; what a student starts from is not trained yet
+        with seeded(derive_seed(runtime.seed, "initial weights")):
+            network = AttentionNetwork(model, num_classes, background=True)
+        if checkpoint:
+            write_weights(checkpoint, network.state_dict(), iteration=settings.iterations, history=[])
+        return network.eval().to(runtime.device), []
     eps = settings.pretraining == "eps"
     if eps and not samples.has_saliency:
         raise ConfigError(

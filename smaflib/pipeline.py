@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from smaflib.cams import fuse_cams, multi_scale_cams, source_of
+from minidata.dataset import CLASS_NAMES
+from smaflib.cams import fuse_cams, multi_scale_cams
 from smaflib.classifier import train_classifier
 from smaflib.config import AttentionConfig, Config, SelfTrainingConfig, Split, Variant
 from smaflib.data import load_samples
@@ -28,6 +29,7 @@ from smaflib.plugins import load_custom
 from smaflib.processes import barrier, gather, missing_files, num_processes, part, run_in_processes
 from smaflib.reactivation import denoise, reactivate
 from smaflib.runtime import make_runtime, seeded
+from smaflib.sources import as_source, make_source
 from smaflib.training import History, check_batch_norm, is_finished
 from smaflib.workspace import Workspace
 
@@ -47,8 +49,13 @@ class ImageMaps(NamedTuple):
 def attend(
     network: nn.Module, image: Tensor, image_label: Tensor, attention: AttentionConfig, bg_score: float
 ) -> ImageMaps:
-    """Stages 2 and 3 for a single image, uint8 (3, H, W), and its label, (K,) in {0, 1}: the straight path."""
-    cams = multi_scale_cams(source_of(network, attention.source), image, attention.scales, attention.flip)
+    """Stages 2 and 3 for a single image, uint8 (3, H, W), and its label, (K,) in {0, 1}: the straight path.
+
+    ``network`` is a teacher, a student or a source (:meth:`~smaflib.workspace.Workspace.source`).
+    """
+    classes = image_label.nonzero()[:, 0].tolist()
+    views = (attention.scales, attention.flip)
+    cams = multi_scale_cams(network, image, *views, classes=classes, caa=attention.caa)
     fused = fuse_cams(cams, (image.shape[-2], image.shape[-1]), attention.fusion, attention.scales)
     denoised = denoise(fused, image_label)
     return ImageMaps(cams, fused, denoised, reactivate(denoised, bg_score))
@@ -79,8 +86,7 @@ def write_maps(work: Workspace, network: str, split: Split = "train") -> Attenti
     config, samples, maps = work.config, work.samples(split), work.maps(network, split)
     if missing_files(maps.folder, samples.image_ids, ENDING):
         run_in_processes(num_processes(config), write_maps, replace(work), network, split)
-        source = source_of(work.network(network), config.attention.source)
-        write_attention_maps(source, samples, maps.folder, config.attention, work.make_runtime())
+        write_attention_maps(work.source(network), samples, maps.folder, config.attention, work.make_runtime())
     return maps
 
 
@@ -248,19 +254,21 @@ def check_config(config: Config, run_folder: Path, networks: bool = True) -> Non
         InputError: says what is missing or does not fit.
     """
     check_custom(config)
-    if networks:
-        check_networks(config)
+    class_names: Sequence[str] = CLASS_NAMES
     for split in SPLITS if config.data.kind != "mini" else ():  # which is drawn
         samples = load_samples(config, split, run_folder)
+        class_names = samples.class_names
         if config.data.kind == "folder":
             samples.check_images()
+    if networks:
+        check_networks(config, class_names)
 
 
-def check_networks(config: Config) -> None:
-    """Build the networks that a chain will train.
+def check_networks(config: Config, class_names: Sequence[str] = CLASS_NAMES) -> None:
+    """Build the networks that a chain will train, and the source of attention.
 
-    ConfigError if a backbone, its stride, its weights, or device and precision are not available, or a file of weights
-    is damaged or of another network.
+    ConfigError if a backbone, its stride, its weights, or device and precision are not available, a file of weights
+    is damaged or of another network, or the source does not know the classes.
     """
     device, number = make_runtime(config).device, num_processes(config)
     given, settings = config.classifier.checkpoint, config.segmentation
@@ -271,6 +279,8 @@ def check_networks(config: Config) -> None:
     if settings.enabled:
         segmenter = SegmentationNetwork(settings.model or config.model, settings, num_classes=1)
         check_batch_norm(segmenter, settings, "segmentation", number, device)
+    if config.attention.source != "classifier":
+        make_source(config.attention, class_names, None if config.attention.pretrained else network)
 
 
 def check_custom(config: Config) -> None:
@@ -304,8 +314,10 @@ def _try_custom(config: Config, setting: str, name: str) -> None:
         for background in (True, False):
             network = AttentionNetwork(model.model_copy(update={"weights": None}), 2, background)
             network = copy.deepcopy(network).eval()  # as a student is of its teacher
-            source = source_of(network, config.attention.source if setting == "attention.source" else "network")
-            _check_maps(source.attention(source(images)), (2, 2, None, None))  # type: ignore[operator]
+            own = setting == "attention.source"
+            source = make_source(config.attention, ("a", "b"), network) if own else as_source(network)
+            with torch.set_grad_enabled(source.needs_gradients):
+                _check_maps(source.attend(images, [[0, 1]] * 2).maps.detach(), (2, 2, None, None))
 
 
 def _check_maps(maps: Tensor, shape: tuple[int | None, ...]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -105,7 +106,7 @@ def _glibc(name: str) -> Any:
 
 def device_of(module: nn.Module) -> torch.device:
     """The device of a module's weights."""
-    return next(module.parameters()).device
+    return next(itertools.chain(module.parameters(), module.buffers())).device
 
 
 def num_cores() -> int:

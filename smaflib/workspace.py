@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from smaflib.maps import AttentionMaps, FusedMaps
     from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
     from smaflib.runtime import Runtime
+    from smaflib.sources import AttentionSource
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,13 @@ class Workspace:
         from smaflib.models.networks import load_attention_network
 
         return load_attention_network(self.checkpoint(name), self.config.model, len(self.samples().class_names))
+
+    def source(self, name: str) -> AttentionSource:
+        """Where the maps of ``teacher``, ``student``, ... come from; ConfigError as in :func:`make_source`."""
+        from smaflib.sources import make_source
+
+        attention, pretrained = self.config.attention, self.config.attention.pretrained and name == "teacher"
+        return make_source(attention, self.samples().class_names, None if pretrained else self.network(name))
 
     def segmenter(self) -> SegmentationNetwork:
         """The segmentation network from its checkpoint, in eval mode on the CPU; ConfigError if it cannot be read."""
@@ -124,14 +132,14 @@ class Workspace:
         score = self.config.attention.bg_score
         return self._choose("teacher", self.denoised("teacher", self.samples())) if score == "auto" else score
 
-    def mask_bg_score(self, network: str = "student") -> float:
+    def mask_bg_score(self, network: str = "student", scales: Sequence[float] | None = None) -> float:
         """Background threshold of a network's pseudo masks: ``pseudo_masks.bg_score``, else ``attention.bg_score``.
 
-        ``auto`` chooses it from the network's maps, as in :attr:`bg_score`.
+        ``auto`` chooses it from the network's maps, of all scales or some, as in :attr:`bg_score`.
         """
         score = self.config.pseudo_masks.bg_score or self.config.attention.bg_score
-        name = "teacher_masks" if network == "teacher" else network
-        return self._choose(name, self.mask_maps(network, self.samples())) if score == "auto" else score
+        name = "_".join(["teacher_masks" if network == "teacher" else network, *(f"{s:g}" for s in scales or ())])
+        return self._choose(name, self.mask_maps(network, self.samples(), scales)) if score == "auto" else score
 
     def _choose(self, name: str, maps: FusedMaps) -> float:
         from smaflib.maps import SaliencyMaps

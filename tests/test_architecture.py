@@ -18,7 +18,7 @@ from smaflib.files import PROJECT_ROOT
 STAGES = "classifier cams maps reactivation thresholds self_training pseudo_masks segmentation training evaluation"
 LAYERS = (
     ("config", "plugins", "files", "errors"),
-    ("data", "models", "refinement", "processes", "runtime"),
+    ("data", "models", "refinement", "processes", "runtime", "sources"),
     tuple(STAGES.split()),
     ("pipeline", "workspace"),
     ("runs", "report"),

@@ -77,7 +77,7 @@ def test_as_many_images_as_fit(pretrained: Gallery) -> None:
     large = many_classes(pretrained, 20, (512, 512), num=40)
     page = explorer_page(large, index=39)
     data = data_of(page)
-    assert 3 <= len(data["images"]) < 40 and len(page) <= MAX_BYTES
+    assert 3 <= len(data["images"]) < 40 and len(page) <= MAX_BYTES and "<noscript>" in page
     assert len(data["thumbs"]) == len(data["images"]) and data["start"]["index"] == 0
     with pytest.raises(ValueError, match="not even one image fits"):
         explorer_page(large, max_bytes=1000)

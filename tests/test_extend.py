@@ -16,7 +16,7 @@ from test_notebooks import TINY
 from torch import Tensor
 
 from smaflib import plugins
-from smaflib.cams import fuse_cams, peak_at_one
+from smaflib.cams import class_attention, fuse_cams, peak_at_one
 from smaflib.config import Config, load_config
 from smaflib.data import load_samples, make_data
 from smaflib.evaluation import evaluate
@@ -93,13 +93,15 @@ def test_a_whole_chain_of_examples(beside: Path) -> None:
 
 
 def test_grad_cam_of_a_linear_head_is_its_class_activation_map(beside: Path) -> None:
-    from smaflib.cams import source_of
+    from smaflib.config import AttentionConfig
+    from smaflib.sources import make_source
 
     network = AttentionNetwork(tiny().model, 3, background=False).eval()
     images = torch.randn(2, 3, 64, 48, generator=torch.Generator().manual_seed(0))
     plugins.search_in(beside)
+    source = make_source(AttentionConfig(source="my_sources:GradCam"), ("a", "b", "c"), network)
+    maps: Tensor = class_attention(source, images, [[0, 1, 2]] * 2, flip=False)
     with torch.no_grad():
-        maps: Tensor = source_of(network, "my_sources:GradCam")(images)
         cams = network(images).relu()
     # The mean over the cells divides the gradient by their number.
     assert torch.allclose(maps * (8 * 6), cams, atol=1e-5)

@@ -7,7 +7,7 @@ import torch
 
 from smaflib.cams import multi_scale_cams
 from smaflib.explorer.state import PHOTOS, Gallery
-from smaflib.models.imagenet import ImageNetClassifier, imagenet_config
+from smaflib.sources.imagenet import ImageNetClassifier, imagenet_config, synonyms
 
 TABBY, PIZZA = 281, 963
 
@@ -34,5 +34,5 @@ def test_a_photo_is_recognised_at_the_networks_own_size(network: ImageNetClassif
     """At 512 pixels the network's probability of the espresso is below a fifth."""
     image = Gallery.photos().samples[PHOTOS.index("coffee.png")].image
     probabilities = network.probabilities(image)
-    assert image.shape == (3, 341, 512) and network.synonyms[int(probabilities.argmax())] == "espresso"
+    assert image.shape == (3, 341, 512) and synonyms()[int(probabilities.argmax())] == "espresso"
     assert probabilities.max() > 0.9 and abs(float(probabilities.sum()) - 1) < 1e-4

@@ -5,6 +5,7 @@ import html
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -14,8 +15,11 @@ import nbformat
 import pandas as pd
 import papermill
 import pytest
+import skimage
+import timm
 import torch
 from helpers import network_references
+from safetensors.torch import save_file
 
 from smaflib.apps import ablation
 from smaflib.apps.ablation import ablate
@@ -32,7 +36,9 @@ from smaflib.runs.stages import ABLATION, STAGES, counts
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
 OF_STAGES = [PROJECT_ROOT / "notebooks" / f"{stage.name}.ipynb" for stage in STAGES]
 # No stages: they make nothing that others need.
-EXPLORE, LESSON = (PROJECT_ROOT / "notebooks" / f"{name}.ipynb" for name in ("explore", "00b_cam_from_scratch"))
+EXPLORE, LESSON, OF_SOURCES = (
+    PROJECT_ROOT / "notebooks" / f"{name}.ipynb" for name in ("explore", "00b_cam_from_scratch", "09_attention_sources")
+)
 WIDTH = 104
 """Characters of a line of code that JupyterLab shows in a window of 1280 pixels, with its file browser open (107)."""
 TINY = (
@@ -193,7 +199,9 @@ if "smaflib.runs.kernel" in sys.orig_argv:
         for name in config.flat_settings(run.config):
             if not stages.counts("settings", name, stages.stage_named(stage)) and name not in ASKED:
                 group, _, setting = name.rpartition(".")
-                vars(attrgetter(group)(run.config)).pop(setting, None)  # reading it raises
+                owner = attrgetter(group)(run.config)
+                if not isinstance(owner, dict):  # such as the words of classes
+                    vars(owner).pop(setting, None)  # reading it raises
         return run
 
     runs.open_run = open_run
@@ -334,6 +342,25 @@ def test_explore_runs_headless_ends_with_the_explorer_and_links_a_page_that_need
     (page,) = tmp_path.glob("*.html")
     assert f"href='{page.name}'" in link and network_references(page.read_text()) == []
     assert "mean IoU" in "".join(output.get("text", "") for output in outputs)
+
+
+def test_the_lesson_of_sources_shows_them_and_fusion_helps_each(tmp_path):
+    executed, photos = tmp_path / "sources.ipynb", tmp_path / "photos"
+    photos.mkdir()
+    shutil.copy(Path(skimage.__file__).parent / "data" / "chelsea.png", photos)
+    weights = tmp_path / "vit.safetensors"
+    save_file(timm.create_model("deit_small_patch16_224").state_dict(), weights)
+    settings = {"photos": str(photos), "scales": [0.35], "vit_weights": str(weights), "work_folder": str(tmp_path)}
+    NotebookKernel("sources").execute(OF_SOURCES, executed, settings, cwd=tmp_path)
+    outputs = [o for cell in nbformat.read(executed, as_version=4).cells for o in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error"]
+    told = "".join(output.get("text", "") for output in outputs)
+    assert "ImageNet's classifier sees: Egyptian cat" in told and "layercam, earlier layer, vit, vit-rollout" in told
+    (page,) = [o.data["text/html"] for o in outputs if "mIoU" in o.get("data", {}).get("text/html", "")]
+    values = dict(re.findall(r">(\w+\+*, [\w ]+)</th>\s*<td[^>]*>([\d.]+)<", page))
+    assert len(values) == 10
+    for source in ("classifier", "gradcam", "layercam", "xgradcam"):
+        assert float(values[f"{source}, fused"]) > float(values[f"{source}, scale 1"])
 
 
 def test_the_lesson_computes_the_librarys_map_and_checks_it(tmp_path):

@@ -62,10 +62,12 @@ def train_all(folder: Path) -> None:
     train_segmenter(samples, masks, config.model, config.segmentation, runtime, checkpoint=path)
 
 
-def test_several_processes_learn_what_one_learns(tmp_path: Path) -> None:
+def test_several_processes_learn_what_one_learns(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     one, three = tmp_path / "one", tmp_path / "three"
     train_all(one)
+    capfd.readouterr()
     run_in_processes(3, train_all, three)
+    assert "classifier:" in capfd.readouterr().err  # the progress bar of rank 0
     names = sorted(path.name for path in one.iterdir())
     assert len(names) == 4
     for name in names:
@@ -195,15 +197,12 @@ def test_processes_that_are_killed_again_and_again_are_given_up(
     assert len(list(tmp_path.glob("1.*"))) == 2
 
 
-def test_what_a_process_raises_is_raised_here(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_a_process_raises_is_raised_here(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left on device") as raised:
         run_in_processes(2, end_second, tmp_path, "OSError")
     assert raised.value.errno == 28 and "In process 1:" in raised.value.__notes__[0]
     assert "end_second" in raised.value.__notes__[0] and len(list(tmp_path.glob("1.*"))) == 1  # not started again
-    work = workspace(tmp_path / "run", 2, classifier={"learning_rate": 100.0, "weight_decay": 100.0})
-    with pytest.raises(FloatingPointError, match="no longer finite.*lower the learning rate"):
-        train_teacher(work)
-    assert not children_of(os.getpid()) and "classifier:" in capfd.readouterr().err  # the progress bar of rank 0
+    assert not children_of(os.getpid())
 
 
 def test_processes_end_with_the_one_that_waits(tmp_path: Path) -> None:

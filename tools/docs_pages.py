@@ -41,7 +41,15 @@ API = {
     ),
     "Evaluation": ("evaluation", "report.tables"),
     "Data": ("data", "data.sample", "data.masks", "data.transforms", "data.views"),
-    "Networks": ("models.networks", "models.backbones", "models.pretrained", "models.wrap", "models.imagenet"),
+    "Networks": ("models.networks", "models.backbones", "models.pretrained", "models.wrap"),
+    "Attention sources": (
+        "sources",
+        "sources.imagenet",
+        "sources.gradcam",
+        "sources.vit",
+        "sources.clip",
+        "refinement.caa",
+    ),
     "Figures and the explorer": (
         "report.plots",
         "explorer.state",

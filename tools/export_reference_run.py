@@ -33,7 +33,7 @@ from smaflib.runs.stages import ABLATION
 REFERENCE = RUNS_FOLDER / "reference"
 MAX_BYTES = 6_000_000
 NOTEBOOK_WIDTH = 1000  # pixels; wider pictures in notebooks are shrunk
-JPEG_QUALITY, WEBP_QUALITY = 66, 64
+JPEG_QUALITY, WEBP_QUALITY = 60, 60
 
 README = """# The reference run
 

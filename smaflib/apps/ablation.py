@@ -58,6 +58,12 @@ ROWS: dict[str, Row] = {
         Variant.STUDENT_REFINED,
         Variant.STUDENT,
     ),
+    "one_pass": Row(
+        "one pass per image",
+        "the student of fused targets makes its masks from single-scale maps",
+        masks=Variant.STUDENT_REFINED,
+        maps=Variant.STUDENT,
+    ),
     "no_denoising": Row(
         "without denoising",
         "targets keep the maps of classes that the image does not show; the masks still use image labels",

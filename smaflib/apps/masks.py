@@ -44,7 +44,7 @@ def make_masks(config: Config, out: Path) -> Path:
     work = Workspace(out, config)
     samples = work.samples()
     if not work.checkpoint("teacher").is_file():  # before anything is written
-        check_networks(config)
+        check_networks(config, samples.class_names)
         samples.check_images()
     _claim(out, config, samples)
     with files.locked(out, "smaf masks"):

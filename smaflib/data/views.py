@@ -27,11 +27,14 @@ MAX_WORKERS = 8
 """Loader processes beside a GPU; each keeps an image's views in memory."""
 
 
-def views_of(image: Tensor, scales: Sequence[float]) -> list[Tensor]:
-    """An image, uint8 (3, H, W), at each scale: PIL's bicubic, normalised, float32 (3, H_s, W_s)."""
+def views_of(image: Tensor, scales: Sequence[float], patch: int = 1) -> list[Tensor]:
+    """An image, uint8 (3, H, W), at each scale: PIL's bicubic, normalised, float32 (3, H_s, W_s).
+
+    The sides are rounded up to multiples of ``patch``.
+    """
     picture = F.to_pil_image(image)
-    sizes = [scaled_size(image.shape[-2:], scale) for scale in scales]
-    return [normalize(F.pil_to_tensor(F.resize(picture, list(size), InterpolationMode.BICUBIC))) for size in sizes]
+    sizes = [[-side // patch * -patch for side in scaled_size(image.shape[-2:], scale)] for scale in scales]
+    return [normalize(F.pil_to_tensor(F.resize(picture, size, InterpolationMode.BICUBIC))) for size in sizes]
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ def load_views(
     runtime: Runtime,
     indices: Sequence[int] | None = None,
     desc: str = "",
+    patch: int = 1,
 ) -> Iterator[ViewBatch]:
     """Load images at every scale, neighbours of one size together.
 
@@ -66,10 +70,11 @@ def load_views(
         runtime: its device receives the views. On a CPU large images come one by one: together they would be slower.
         indices: of the samples to load, in this order; None: all.
         desc: name on the progress bar; empty: no bar.
+        patch: the views' sides are multiples of it.
     """
     on_cpu, order = runtime.device.type == "cpu", range(len(samples)) if indices is None else indices
     loader: DataLoader[tuple[int, Tensor, list[Tensor]]] = DataLoader(
-        _Views(samples, scales),
+        _Views(samples, scales, patch),
         batch_size=None,
         sampler=order,
         num_workers=0 if on_cpu else min(num_cores(), MAX_WORKERS, len(order) // BATCH_SIZE),  # a CPU's cores compute
@@ -87,9 +92,9 @@ def load_views(
 
 
 class _Views(Dataset[tuple[int, Tensor, list[Tensor]]]):
-    def __init__(self, samples: Sequence[Sample], scales: Sequence[float]) -> None:
-        self.samples, self.scales = samples, scales
+    def __init__(self, samples: Sequence[Sample], scales: Sequence[float], patch: int) -> None:
+        self.samples, self.scales, self.patch = samples, scales, patch
 
     def __getitem__(self, index: int) -> tuple[int, Tensor, list[Tensor]]:
         image = self.samples[index].image
-        return index, image, views_of(image, self.scales)
+        return index, image, views_of(image, self.scales, self.patch)

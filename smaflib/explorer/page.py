@@ -7,6 +7,7 @@ The page holds the maps of a few images at the network's own resolution in 8 bit
 from __future__ import annotations
 
 import base64
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,10 +28,13 @@ from smaflib.explorer.state import (
     Gallery,
     color_table,
     data_url,
+    explore,
     rule_title,
 )
+from smaflib.models.pretrained import ROLES
 from smaflib.report.html import page_text
 from smaflib.report.palette import class_colors
+from smaflib.report.plots import show_scales
 from smaflib.runs import Run
 
 STATIC = Path(__file__).parent / "static"
@@ -70,7 +74,8 @@ def explorer_page(gallery: Gallery, title: str = "", index: int = 0, max_bytes: 
         "thumbs": [],
         "images": [],
     }
-    left = max_bytes - len(_fill(facts, title))
+    still = _still(gallery, index)
+    left = max_bytes - len(_fill(facts, title, still))
     for number, sample in enumerate(gallery.samples):
         image = page_image(gallery, number)
         thumb = {"name": image["name"], "thumb": data_url(sample.image, THUMBNAIL_SIDE)}
@@ -83,17 +88,28 @@ def explorer_page(gallery: Gallery, title: str = "", index: int = 0, max_bytes: 
         raise ValueError(f"not even one image fits into a page of {max_bytes} bytes")
     if index >= len(facts["images"]):
         facts["start"] |= {"index": 0, "cls": gallery.first_settings(0).class_number}
-    return _fill(facts, title)
+    return _fill(facts, title, still)
 
 
-def _fill(facts: dict[str, Any], title: str) -> str:
+def _still(gallery: Gallery, index: int) -> str:
+    """One image at every scale as a ``data:`` URL: what the page shows where scripts are switched off."""
+    settings, role, sample = gallery.first_settings(index), gallery.roles[0], gallery.samples[index]
+    cams = gallery.cams(index, role, gallery.flips(index, role)[0])
+    shown = explore(sample, cams, gallery.scales, settings)
+    parts = (sample.image, cams, shown.denoised, shown.mask, gallery.scales, settings.class_number, sample.mask)
+    figure, content = show_scales(*parts, bg_score=settings.bg_score, class_names=gallery.names(index)), io.BytesIO()
+    figure.savefig(content, format="webp", dpi=70, bbox_inches="tight")
+    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def _fill(facts: dict[str, Any], title: str, still: str) -> str:
     css, board, page = (
         (STATIC / name).read_text(encoding="utf-8")
         for name in ("explorer.css", "explorer_board.js", "explorer_page.js")
     )
     data = json.dumps(facts, allow_nan=False).replace("<", "\\u003c")  # "<" inside a script element could end it
-    num_images = len(facts["images"])
-    return page_text("explorer.html.j2", title=title, num_images=num_images, css=css, script=board + page, data=data)
+    parts = {"title": title, "still": still, "num_images": len(facts["images"]), "css": css, "data": data}
+    return page_text("explorer.html.j2", script=board + page, **parts)
 
 
 def page_image(gallery: Gallery, index: int) -> dict[str, Any]:
@@ -109,7 +125,8 @@ def page_image(gallery: Gallery, index: int) -> dict[str, Any]:
     image, mask = _shrunk(sample.image, factor, "area"), sample.mask
     if mask is not None:
         mask = _shrunk(mask[None], factor, "nearest-exact")[0]
-    by_role = {role: gallery.cams(index, role, flip) for role in gallery.roles if flip in gallery.flips(index, role)}
+    roles = [role for role in gallery.roles if role in ROLES and flip in gallery.flips(index, role)]
+    by_role = {role: gallery.cams(index, role, flip) for role in roles}
     classes = _kept_classes(label, list(by_role.values()))
     size = (image.shape[-2], image.shape[-1])
     maps: dict[str, dict[str, Any]] = {}

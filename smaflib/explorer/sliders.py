@@ -90,7 +90,7 @@ def scale_sliders(
     rules = {"value": fusion, "options": fusion_rules(fusion)}
     weights = {f"weight of scale {scale:g}": slider_options(1.0, 0.0, 2.0, 0.1) for scale in maps.scales}
     menu: dict[str, Any] = {"value": objects[0][2], "options": [(label, chosen) for _, label, chosen in objects]}
-    return _sliders(draw, {"object": menu, "fusion": rules} | weights)
+    return sliders(draw, {"object": menu, "fusion": rules} | weights)
 
 
 def row_sliders(sample: Sample, fused: Tensor, bg_score: float, class_names: tuple[str, ...]) -> Any:
@@ -125,7 +125,7 @@ def row_sliders(sample: Sample, fused: Tensor, bg_score: float, class_names: tup
         "bg_score": slider_options(bg_score, 0.01, 0.98, 0.01),
         "row": slider_options(first_row, 0, len(strongest) - 1, 1),
     }
-    return _sliders(draw, controls)
+    return sliders(draw, controls)
 
 
 def crf_sliders(
@@ -149,7 +149,7 @@ def crf_sliders(
     for name, (tooltip, *bounds) in CRF_RANGES.items():
         slider = slider_options(getattr(config.crf, name), *bounds)
         controls[name] = slider | {"tooltip": tooltip, "continuous_update": False}
-    return _sliders(draw, controls)
+    return sliders(draw, controls)
 
 
 def slider_options(value: float, least: float, most: float, step: float) -> dict[str, Any]:
@@ -157,8 +157,11 @@ def slider_options(value: float, least: float, most: float, step: float) -> dict
     return {"value": value, "min": min(least, value), "max": max(most, value), "step": step}
 
 
-def _sliders(draw: Callable[..., Figure], controls: Mapping[str, dict[str, Any]]) -> Any:
-    """Controls above the figure that ``draw`` makes of their values, given the options of each control's widget."""
+def sliders(draw: Callable[..., Figure], controls: Mapping[str, dict[str, Any]]) -> Any:
+    """Controls above the figure that ``draw`` makes of their values, given the options of each control's widget.
+
+    Options such as ``{"value": "a", "options": ["a", "b"]}`` give a menu, others (:func:`slider_options`) a slider.
+    """
 
     def show(**values: Any) -> None:
         try:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from minidata import make_mini
-from smaflib.cams import FUSIONS, at_size, multi_scale_cams, source_of
+from smaflib.cams import FUSIONS, at_size, multi_scale_cams
 from smaflib.classifier import predict_label
 from smaflib.config import Config, CrfConfig, EvaluationConfig, FusionRule, PseudoMaskConfig
 from smaflib.data import Sample, load_samples
@@ -35,11 +36,12 @@ from smaflib.errors import DataError, RunError
 from smaflib.evaluation import confusion_matrix, intersection_over_union, mean_over_classes, sweep_thresholds
 from smaflib.files import shown_path
 from smaflib.maps import AttentionMaps, fuse_and_denoise
-from smaflib.models.imagenet import LIKELY, ImageNetClassifier, imagenet_config
-from smaflib.models.pretrained import ROLES, UNSEEN_SEED, Role, pretrained_config, pretrained_network
+from smaflib.models.pretrained import ROLES, UNSEEN_SEED, pretrained_config, pretrained_network
 from smaflib.pseudo_masks import pseudo_mask
 from smaflib.reactivation import hard_labels, reactivate
 from smaflib.runs import Run, find_run
+from smaflib.sources.gradcam import METHODS, GradCamSource
+from smaflib.sources.imagenet import LIKELY, ImageNetClassifier, imagenet_config, synonyms
 
 CURVE_SCORES: tuple[float, ...] = tuple(round(0.02 * step, 2) for step in range(1, 50))
 """Background thresholds of the IoU curve."""
@@ -175,13 +177,13 @@ class Gallery:
     samples: list[Sample]
     class_names: tuple[str, ...]
     config: Config  # first values of the settings
-    networks: dict[Role, Any]  # an AttentionNetwork or ImageNetClassifier each; may lack one or both
-    stored: dict[Role, AttentionMaps] = field(default_factory=dict)  # finished maps, preferred over the networks
+    networks: dict[str, Any]  # by role or name of a source: networks with attention, or sources; may lack any
+    stored: dict[str, AttentionMaps] = field(default_factory=dict)  # finished maps, preferred over the networks
     bg_score: float | None = None  # first background threshold; None: that of the config
     title: str = "images"
     about: str = ""  # what the reader should know about these images
     knows_photos: bool = True  # whether the networks recognise photos, so that others may be added
-    _cams: dict[tuple[int, Role, bool], list[Tensor]] = field(default_factory=dict, repr=False)
+    _cams: dict[tuple[int, str, bool], list[Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self._num_stored = len(self.samples)  # photos come later, and may be named like one of the images
@@ -196,7 +198,7 @@ class Gallery:
             data = config.data.model_copy(update={"root": root})
             samples = load_samples(config.model_copy(update={"data": data}), "train").with_ground_truth()
             images, class_names = list(samples), samples.class_names
-        networks: dict[Role, Any] = {role: pretrained_network(role) for role in ROLES}
+        networks: dict[str, Any] = {role: pretrained_network(role) for role in ROLES}
         made = cls(images, class_names, config, networks, title="drawn set", knows_photos=False)
         made.about = (
             "A controlled experiment, synthetic on purpose: code drew these images, so each pixel's class is known."
@@ -231,12 +233,12 @@ class Gallery:
         run = run if isinstance(run, Run) else find_run(str(run))
         split = run.samples("train")
         samples = list(split.examples(num_images))
-        networks: dict[Role, Any] = {}
-        stored: dict[Role, AttentionMaps] = {}
+        networks: dict[str, Any] = {}
+        stored: dict[str, AttentionMaps] = {}
         for role in ROLES:
             maps = run.maps(role)
             if run.checkpoint(role).is_file():
-                networks[role] = run.network(role)
+                networks[role] = run.source(role)
             if all(maps.path(sample.image_id).is_file() for sample in samples):
                 stored[role] = maps
         if not networks and not stored:
@@ -255,9 +257,10 @@ class Gallery:
         return self.config.attention.scales
 
     @property
-    def roles(self) -> tuple[Role, ...]:
-        """Networks whose maps are available."""
-        return tuple(role for role in ROLES if role in self.networks or role in self.stored)
+    def roles(self) -> tuple[str, ...]:
+        """Networks and sources whose maps are available."""
+        known = (role for role in ROLES if role in self.stored or role in self.networks)
+        return tuple(dict.fromkeys([*known, *self.networks]))
 
     def names(self, index: int) -> tuple[str, ...]:
         """Names of the classes that an image's maps are of."""
@@ -276,13 +279,13 @@ class Gallery:
         weights = (1.0,) * len(self.scales)
         return Settings(numbers[0] if numbers else 0, numbers, weights, attention.fusion, bg_score)
 
-    def flips(self, index: int, role: Role) -> tuple[bool, ...]:
+    def flips(self, index: int, role: str) -> tuple[bool, ...]:
         """Which maps are available: with the mirror image, without, or both."""
         if role in self.networks:
             return (True, False)
         return (self.config.attention.flip,) if self._is_stored(index, role, self.config.attention.flip) else ()
 
-    def cams(self, index: int, role: Role, flip: bool) -> list[Tensor]:
+    def cams(self, index: int, role: str, flip: bool) -> list[Tensor]:
         """Per scale (K, h_s, w_s); with ``flip`` averaged with those of the mirror image.
 
         Raises:
@@ -294,13 +297,14 @@ class Gallery:
             if self._is_stored(index, role, flip):
                 self._cams[key], _ = self.stored[role].read(sample.image_id)
             elif role in self.networks:
-                source = source_of(self.networks[role], self.config.attention.source)
-                self._cams[key] = multi_scale_cams(source, sample.image, self.scales, flip)
+                classes, caa = sample.image_label.nonzero()[:, 0].tolist(), self.config.attention.caa
+                views = (sample.image, self.scales, flip)
+                self._cams[key] = multi_scale_cams(self.networks[role], *views, classes=classes, caa=caa)
             else:
                 raise DataError(f"there are no such maps of {sample.image_id}, and the {role} network is missing")
         return self._cams[key]
 
-    def explore(self, index: int, role: Role, settings: Settings, flip: bool | None = None) -> Exploration:
+    def explore(self, index: int, role: str, settings: Settings, flip: bool | None = None) -> Exploration:
         """:func:`explore` an image; ``flip`` defaults to the run's setting."""
         flip = self.config.attention.flip if flip is None else flip
         return explore(self.samples[index], self.cams(index, role, flip), self.scales, settings)
@@ -317,11 +321,14 @@ class Gallery:
         if not self.networks:
             raise DataError("a photo needs a network to compute its maps, and this run has kept none")
         image = open_image(name, content=content)
-        network = self.networks[next(role for role in ROLES if role in self.networks)].eval()
-        self.samples.append(Sample(Path(name).stem, image, predict_label(network, image, self.config)))
+        source = self.networks[next(role for role in ROLES if role in self.networks)]
+        network, label = getattr(source, "network", source), torch.zeros(len(self.class_names))
+        if hasattr(network, "image_logits"):  # a source without a classifier of these classes predicts nothing
+            label = predict_label(network.eval(), image, self.config)
+        self.samples.append(Sample(Path(name).stem, image, label))
         return len(self.samples) - 1
 
-    def _is_stored(self, index: int, role: Role, flip: bool) -> bool:
+    def _is_stored(self, index: int, role: str, flip: bool) -> bool:
         stored = role in self.stored and flip == self.config.attention.flip and index < self._num_stored
         return stored and self.stored[role].path(self.samples[index].image_id).is_file()
 
@@ -334,12 +341,18 @@ class PhotoGallery(Gallery):
 
     def __init__(self) -> None:
         self.network = ImageNetClassifier()
-        names = tuple(names.partition(",")[0] for names in self.network.synonyms)
-        super().__init__([], names, imagenet_config(), {"teacher": self.network}, title="photos")
+        networks: dict[str, Any] = {"teacher": self.network}
+        if find_spec("pytorch_grad_cam"):
+            networks |= {method: GradCamSource.of_classifier(self.network, method) for method in METHODS}
+            for layer in ("blocks.5", "blocks.4"):  # earlier, so sharper, and less of the class
+                module = self.network.model.get_submodule(layer)
+                networks[f"layercam, {layer}"] = GradCamSource.of_classifier(self.network, "layercam", module)
+        super().__init__([], self.network.class_names, imagenet_config(), networks, title="photos")
         self.about = (
             "The network learned to name photos from names alone, never where things are. No ground truth here."
         )
         self._classes: dict[int, list[int]] = {}  # by index: ImageNet's numbers of the classes that are offered
+        self._asked: dict[tuple[int, str, bool], list[int]] = {}  # the numbers of the classes that have maps
         self._found: dict[int, Tensor] = {}  # by index: (1000,) probabilities
 
     def add_photo(self, name: str, content: bytes) -> int:
@@ -353,20 +366,25 @@ class PhotoGallery(Gallery):
         likeliest = self._recognise(index)[:LIKELIEST_CLASSES]
         return [(self.class_names[number], float(self._found[index][number])) for number in likeliest]
 
-    def cams(self, index: int, role: Role, flip: bool) -> list[Tensor]:
-        cams = self._cams[index, role, flip] = [cam.half() for cam in super().cams(index, role, flip)]  # for memory
-        return [cam[self._recognise(index)].float() for cam in cams]
+    def cams(self, index: int, role: str, flip: bool) -> list[Tensor]:
+        key, classes = (index, role, flip), self._recognise(index)
+        # Gradients are taken of the offered classes only; a class activation map of all is as cheap.
+        if key not in self._cams or (role not in ROLES and self._asked[key] != classes):
+            views = (self.samples[index].image, self.scales, flip)
+            cams = multi_scale_cams(self.networks[role], *views, classes=classes)
+            self._cams[key], self._asked[key] = [cam.half() for cam in cams], [*classes]  # half, for memory
+        return [cam[classes].float() for cam in self._cams[key]]
 
     def add_class(self, index: int, text: str) -> int:
         """Put a class into a photo's label: the likeliest of those with this name, else with a name that contains it.
 
         Returns its number in this photo, or raises a ValueError if there is none.
         """
-        wanted, synonyms = text.casefold().strip(), [names.casefold() for names in self.network.synonyms]
-        found = [number for number, names in enumerate(synonyms) if wanted in (names, *names.split(", "))]
-        found = found or [number for number, names in enumerate(synonyms) if wanted in names]
+        wanted, known = text.casefold().strip(), [names.casefold() for names in synonyms()]
+        found = [number for number, names in enumerate(known) if wanted in (names, *names.split(", "))]
+        found = found or [number for number, names in enumerate(known) if wanted in names]
         if not found:
-            raise ValueError(f"none of the {len(synonyms)} classes has a name with {text!r}")
+            raise ValueError(f"none of the {len(known)} classes has a name with {text!r}")
         classes, sample = self._recognise(index), self.samples[index]
         best = max(found, key=lambda number: float(self._found[index][number]))
         if best not in classes:

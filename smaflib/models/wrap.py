@@ -62,21 +62,39 @@ class CamNetwork(nn.Module):
         self._renormalization = renormalization(mean, std)
 
     @property
+    def features(self) -> nn.Module:
+        """The module whose output is the last features, (B, C, h, w)."""
+        return self._parts[0]
+
+    @property
     def bias(self) -> Any:
-        bias = self._parts[2].bias
-        return 0 if bias is None else bias
+        last = self._parts[2]
+        return torch.zeros(len(last.weight)) if last.bias is None else last.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """(N, C) of the last layer."""
+        return self._parts[2].weight
 
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, N, h, w), of all classes
-        source, norm, last = self._parts
+        return F.conv2d(self.cells(images), self.weight[:, :, None, None])
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The model's own (B, N)."""
         scale, shift = (each.to(images.device) for each in self._renormalization)
+        return self.model(images * scale + shift)
+
+    def cells(self, images: Tensor) -> Tensor:
+        """The last features, (B, C, h, w), as the last layer sees their mean."""
+        source, norm, _ = self._parts
         seen: list[Tensor] = []
         with source.register_forward_hook(lambda module, args, output: seen.append(output)):
-            self.model(images * scale + shift)
+            self.logits(images)
         cells = seen[-1]  # (B, C, h, w)
         if norm is not None:  # with the statistics of the mean, so that the mean of the maps stays the logit
             var, mean = torch.var_mean(cells.mean(dim=(2, 3), keepdim=True), dim=1, keepdim=True, correction=0)
             cells = (cells - mean) / (var + norm.eps).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
-        return F.conv2d(cells, last.weight[:, :, None, None])
+        return cells
 
     def image_logits(self, maps: Tensor) -> Tensor:  # (B, N, h, w) -> (B, K)
         return (maps.mean(dim=(2, 3)) + self.bias)[:, self.classes]

@@ -10,6 +10,7 @@ import pandas as pd
 
 from smaflib import files
 from smaflib.config import AttentionConfig, Variant, check_settings, config_differences, variant_label
+from smaflib.errors import ConfigError
 from smaflib.files import RUNS_FOLDER
 from smaflib.runs import Run, find_run
 from smaflib.runs.stages import ABLATION
@@ -77,7 +78,7 @@ def folded(table: pd.DataFrame, chosen: pd.DataFrame | None = None, most: int = 
         style = rows.style.format("{:.1f}", na_rep="–").highlight_max(props="font-weight: bold")
         html = style.format_index(escape="html").format_index(escape="html", axis=1).to_html()
         text += f"<details><summary>{name}</summary>{html}</details>\n" if name else html
-    return HTML(text)
+    return HTML(text + "".join(f"<p>{name}: {value}</p>" for name, value in table.attrs.items()))
 
 
 def by_name(table: pd.DataFrame, numbered: bool = False) -> pd.DataFrame:
@@ -187,7 +188,7 @@ def results_text(run: Run) -> str:
     if table.empty:
         return f"{run.name}: no results yet"
     text = labelled(table).reset_index().to_string(index=False, na_rep="-", float_format="{:.1f}".format)
-    return f"{run.name}: IoU in percent\n{text}"
+    return f"{run.name}: IoU in percent; learned from {run.config.supervision}\n{text}"
 
 
 COMPARED = {
@@ -227,7 +228,11 @@ def conclusion(run: Run, stage: str) -> str:
     masks = _ablation_masks(run.path(ABLATION)) if stage in ("05", "06", "08") else pd.DataFrame()
     gains = [*(masks["full"] - masks["no_self_training"]).dropna()] if len(masks) else []
     seeds = f"; over {len(gains)} seeds, self-training gave the masks {spread(gains, '{:+.1f}')}" if len(gains) else ""
-    return f"{what} {how} {other} ({values[one]:.1f} and {values[base]:.1f} % mIoU){seeds}."
+    sentence = f"{what} {how} {other} ({values[one]:.1f} and {values[base]:.1f} % mIoU){seeds}."
+    if stage == "06" and Variant.CONTROL_REFINED in values:
+        gap = against(values[Variant.STUDENT_REFINED], values[Variant.CONTROL_REFINED])
+        sentence += f" In one pass per image, a student of fused targets is {gap} one of single-scale targets."
+    return sentence
 
 
 def against(percent: float, base: float) -> str:
@@ -239,7 +244,10 @@ def against(percent: float, base: float) -> str:
 def beside_reference(run: Run) -> str:
     """Whether a run's masks are within the spread of the reference run's seeds; empty if its settings are others."""
     stored = files.read_json(RUNS_FOLDER / "reference" / ABLATION, {})
-    differing = config_differences(check_settings(stored["settings"]), run.config) if stored else []
+    try:
+        differing = config_differences(check_settings(stored["settings"]), run.config) if stored else []
+    except ConfigError:  # an older reference, whose settings have other names
+        return ""
     free = ("seed", "device", "precision", "num_threads")
     if not stored or any(line.partition(":")[0] not in free for line in differing):
         return ""
@@ -273,7 +281,9 @@ def _by_row(records: pd.DataFrame) -> pd.DataFrame:
     """Values in percent: a row per :data:`ROW`, in the order of the records; a column per name in ``column``."""
     scales = records["scale"].map(lambda scale: "" if pd.isna(scale) else f"{scale:g}")
     rows = records.assign(scale=scales, fusion=records["fusion"].fillna(""), value=100 * records["value"].astype(float))
-    return rows.pivot_table("value", ROW, "column", aggfunc="last", sort=False)
+    table = rows.pivot_table("value", ROW, "column", aggfunc="last", sort=False)
+    table.attrs = dict(records.attrs)  # the supervision
+    return table
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:

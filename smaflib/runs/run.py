@@ -61,7 +61,9 @@ class Run(Workspace):
         import pandas as pd
 
         table = pd.DataFrame(read_records(self.folder), columns=list(Record.model_fields))
-        return table.astype({"fusion": object, "scale": float, "bg_score": float, "value": float})
+        table = table.astype({"fusion": object, "scale": float, "bg_score": float, "value": float})
+        table.attrs["supervision"] = self.config.supervision  # tables show it below their numbers
+        return table
 
     def save_figure(self, figure: Figure, name: str) -> Path:
         """Save a figure as ``figures/<name>.png`` for the report; its title becomes the picture's description.

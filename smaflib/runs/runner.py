@@ -293,6 +293,7 @@ def _describe_run(run: Run) -> None:
         "overrides": list(run.overrides),
         "config_hash": hash_value(flat_settings(run.config)),
         "seed": run.config.seed,
+        "supervision": run.config.supervision,
         **describe_machine(run.make_runtime()),
     }
     write_manifest(run.folder, facts | {"stages": read_manifest(run.folder)["stages"]})

