@@ -189,8 +189,9 @@ if "smaflib.runs.kernel" in sys.orig_argv:
     from smaflib.runs import stages
 
     opens = runs.open_run
-    # How many processes there are decides no result.
+    # How many processes there are decides no result, nor does the supervision that tables of later stages name.
     ASKED = ("data.num_workers", "self_training.batch_size", "segmentation.batch_size", "segmentation.enabled")
+    ASKED += ("attention.source", "attention.options.model", "classifier.pretraining")
 
     def open_run(*args, stage, **options):
         run = opens(*args, stage=stage, **options)
@@ -350,7 +351,12 @@ def test_the_lesson_of_sources_shows_them_and_fusion_helps_each(tmp_path):
     shutil.copy(Path(skimage.__file__).parent / "data" / "chelsea.png", photos)
     weights = tmp_path / "vit.safetensors"
     save_file(timm.create_model("deit_small_patch16_224").state_dict(), weights)
-    settings = {"photos": str(photos), "scales": [0.35], "vit_weights": str(weights), "work_folder": str(tmp_path)}
+    settings = {
+        "photos": str(photos),
+        "scales": [0.35],
+        "vit_weights": str(weights),
+        "work_folder": str(tmp_path / "work"),
+    }
     NotebookKernel("sources").execute(OF_SOURCES, executed, settings, cwd=tmp_path)
     outputs = [o for cell in nbformat.read(executed, as_version=4).cells for o in cell.get("outputs", [])]
     assert not [output for output in outputs if output.output_type == "error"]
