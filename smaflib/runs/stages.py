@@ -65,7 +65,15 @@ STAGES: tuple[Stage, ...] = (
         depends_on=("01_data",),
         outputs=("checkpoints/teacher*.safetensors", "figures/02_*.png"),
         required_outputs=("checkpoints/teacher.safetensors",),
-        settings=("model", "classifier", "attention.scales", "attention.flip", "attention.source", "attention.options"),
+        settings=(
+            "model",
+            "classifier",
+            "attention.scales",
+            "attention.flip",
+            "attention.source",
+            "attention.options",
+            "attention.caa",
+        ),
         code=("models", "processes", "training", "classifier", "cams", "sources", "refinement.caa", "reactivation"),
     ),
     Stage(
