@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from smaflib.data.views import views_of
 from smaflib.plugins import load_custom
-from smaflib.refinement.caa import refine_by_affinity
 from smaflib.runtime import Runtime, device_of
 from smaflib.sources import AttentionSource, Classes, as_source
+from smaflib.sources.caa import refine_by_affinity
 
 PEAK_EPSILON = 0.5e-5
 """Added to a peak before dividing by it: half the reference's 1e-5, which it adds to sums over two flips, not means."""
@@ -41,7 +41,7 @@ def multi_scale_cams(
         flip: average with the maps of the mirror image.
         runtime: precision. The device is the network's.
         classes: numbers of the classes asked for, which a source that needs a pass per class must know.
-        caa: refine the maps by the source's affinity (:func:`~smaflib.refinement.caa.refine_by_affinity`).
+        caa: refine the maps by the source's affinity (:func:`~smaflib.sources.caa.refine_by_affinity`).
 
     Returns:
         Per scale (K, h_s, w_s): non-negative float32 on the CPU, at the network's stride.

@@ -24,8 +24,8 @@ from smaflib.cams import class_attention
 from smaflib.config import AttentionConfig, SourceOptions
 from smaflib.data.views import views_of
 from smaflib.errors import ConfigError
-from smaflib.refinement.caa import boxes, refine_by_affinity, transition
 from smaflib.sources import make_source
+from smaflib.sources.caa import boxes, refine_by_affinity, transition
 from smaflib.sources.clip import METHODS, ClipSource, ClipVision, stretch
 
 PARITY = Path(os.environ.get("SMAF_CLIP_PARITY") or Path(__file__).parent / "data" / "clip_parity.npz")

@@ -48,7 +48,7 @@ API = {
         "sources.gradcam",
         "sources.vit",
         "sources.clip",
-        "refinement.caa",
+        "sources.caa",
     ),
     "Figures and the explorer": (
         "report.plots",

@@ -74,7 +74,7 @@ STAGES: tuple[Stage, ...] = (
             "attention.options",
             "attention.caa",
         ),
-        code=("models", "processes", "training", "classifier", "cams", "sources", "refinement.caa", "reactivation"),
+        code=("models", "processes", "training", "classifier", "cams", "sources", "reactivation"),
     ),
     Stage(
         "03_multi_scale_attention",

@@ -19,8 +19,8 @@ from smaflib.config import AttentionConfig, SourceOptions
 from smaflib.data.transforms import renormalization
 from smaflib.errors import ConfigError
 from smaflib.models.weights import fill, read_weights, weights_file
-from smaflib.refinement.caa import AFFINITY_BLOCKS
 from smaflib.sources import Attention, AttentionSource, Classes
+from smaflib.sources.caa import AFFINITY_BLOCKS
 
 MODEL = "ViT-B-16-quickgelu"
 """open_clip's name of OpenAI's ViT-B/16."""

@@ -19,8 +19,8 @@ from smaflib.config import AttentionConfig
 from smaflib.data.transforms import IMAGENET_MEAN, IMAGENET_STD, renormalization
 from smaflib.errors import ConfigError
 from smaflib.models.weights import fill, read_weights, weights_file
-from smaflib.refinement.caa import AFFINITY_BLOCKS
 from smaflib.sources import Attention, AttentionSource, Classes
+from smaflib.sources.caa import AFFINITY_BLOCKS
 
 MODELS = {
     "vit": "deit_small_patch16_224",
