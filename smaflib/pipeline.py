@@ -254,14 +254,12 @@ def check_config(config: Config, run_folder: Path, networks: bool = True) -> Non
         InputError: says what is missing or does not fit.
     """
     check_custom(config)
-    class_names: Sequence[str] = CLASS_NAMES
-    for split in SPLITS if config.data.kind != "mini" else ():  # which is drawn
-        samples = load_samples(config, split, run_folder)
-        class_names = samples.class_names
-        if config.data.kind == "folder":
-            samples.check_images()
+    splits = SPLITS if config.data.kind != "mini" else ()  # which is drawn
+    found = [load_samples(config, split, run_folder) for split in splits]
     if networks:
-        check_networks(config, class_names)
+        check_networks(config, found[0].class_names if found else CLASS_NAMES)
+    for samples in found if config.data.kind == "folder" else ():
+        samples.check_images()
 
 
 def check_networks(config: Config, class_names: Sequence[str] = CLASS_NAMES) -> None:

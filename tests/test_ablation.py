@@ -91,11 +91,13 @@ def test_rows_are_read_from_the_records_of_the_notebooks(chain: FakeChain, run: 
     ablate(run, [1])
     records = records_of(run)
     rows = {(r["variant"], r["bg_choice"], r["object_size"]) for r in records}
-    assert len(records) == len(rows) == 13 * 4 and {r["seed"] for r in records} == {1}
+    assert len(records) == len(rows) == 15 * 4 and {r["seed"] for r in records} == {1}
     value = {(r["variant"], r["bg_choice"]): round(r["value"], 2) for r in records if r["object_size"] == "all"}
     assert value == {
         ("full", "own"): 0.61,
         ("full", "oracle"): 0.51,
+        ("one_pass", "own"): 0.59,
+        ("one_pass", "oracle"): 0.5,
         ("no_fusion", "own"): 0.54,
         ("no_fusion", "oracle"): 0.45,
         ("no_denoising", "own"): 0.51,

@@ -155,7 +155,7 @@ def test_a_students_copy_holds_no_solution(tmp_path):
         complete = json.loads((tmp_path / "all" / copy.name).read_text())["cells"]
         assert cells == [cell for cell in complete if cell["metadata"].get("tags") != ["solution"]]
         assert "with solution()" not in copy.read_text()
-    assert len(cells) and sum("with solution()" in path.read_text() for path in (tmp_path / "all").iterdir()) == 9
+    assert len(cells) and sum("with solution()" in path.read_text() for path in (tmp_path / "all").iterdir()) == 10
 
 
 def test_help_needs_no_torch():
