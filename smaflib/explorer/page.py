@@ -28,7 +28,6 @@ from smaflib.explorer.state import (
     Gallery,
     color_table,
     data_url,
-    explore,
     rule_title,
 )
 from smaflib.models.pretrained import ROLES
@@ -94,8 +93,7 @@ def explorer_page(gallery: Gallery, title: str = "", index: int = 0, max_bytes: 
 def _still(gallery: Gallery, index: int) -> str:
     """One image at every scale as a ``data:`` URL: what the page shows where scripts are switched off."""
     settings, role, sample = gallery.first_settings(index), gallery.roles[0], gallery.samples[index]
-    cams = gallery.cams(index, role, gallery.flips(index, role)[0])
-    shown = explore(sample, cams, gallery.scales, settings)
+    cams, shown = gallery.cams(index, role, gallery.config.attention.flip), gallery.explore(index, role, settings)
     parts = (sample.image, cams, shown.denoised, shown.mask, gallery.scales, settings.class_number, sample.mask)
     figure, content = show_scales(*parts, bg_score=settings.bg_score, class_names=gallery.names(index)), io.BytesIO()
     figure.savefig(content, format="webp", dpi=70, bbox_inches="tight")

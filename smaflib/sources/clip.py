@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from smaflib.config import AttentionConfig, SourceOptions
 from smaflib.data.transforms import renormalization
 from smaflib.errors import ConfigError
-from smaflib.models.weights import fill, read_weights, weights_file
+from smaflib.files import PROJECT_ROOT, expanded
+from smaflib.models.weights import fill, read_weights
 from smaflib.sources import Attention, AttentionSource, Classes
 from smaflib.sources.caa import AFFINITY_BLOCKS
 
@@ -281,7 +282,7 @@ def _open_clip(options: SourceOptions) -> tuple[Any, bool, Any]:
         model = open_clip.create_model(name, pretrained=weights)
     else:
         model = open_clip.create_model(name)
-        fill(model, read_weights(weights_file(weights)), weights, name)
+        fill(model, read_weights(PROJECT_ROOT / expanded(weights)), weights, name)
     return model.eval(), bool(settings.get("quick_gelu")), open_clip.get_tokenizer(name)
 
 

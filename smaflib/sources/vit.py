@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from smaflib.config import AttentionConfig
 from smaflib.data.transforms import IMAGENET_MEAN, IMAGENET_STD, renormalization
 from smaflib.errors import ConfigError
-from smaflib.models.weights import fill, read_weights, weights_file
+from smaflib.models.weights import timm_model
 from smaflib.sources import Attention, AttentionSource, Classes
 from smaflib.sources.caa import AFFINITY_BLOCKS
 
@@ -96,12 +95,6 @@ def make(attention: AttentionConfig, class_names: Sequence[str], network: nn.Mod
     """Build the source with a model of timm; ConfigError if it cannot be built or filled."""
     options, source = attention.options, attention.source
     name, weights = (options.model or MODELS[source]).removeprefix("timm/"), options.weights or "pretrained"
-    download = weights in ("pretrained", "torchvision")
-    try:
-        model = timm.create_model(name, pretrained=download, dynamic_img_size=True)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"timm cannot build a vision transformer {name}: {error}") from error
-    if not download:
-        fill(model, read_weights(weights_file(weights)), weights, name)
+    model = timm_model(name, weights, dynamic_img_size=True)
     supervision = "images alone" if "dino" in name else "ImageNet labels"
-    return VitSource(model.eval(), len(class_names), source == "vit-rollout", options.head, supervision)
+    return VitSource(model, len(class_names), source == "vit-rollout", options.head, supervision)
