@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--teacher", help="name or folder of a run")
     parser.add_argument("--students", nargs="+", type=int, default=[], metavar="SEED")
     parser.add_argument("--num", type=int, help="photos of each set; by default all")
-    parser.add_argument("--sources", nargs="+", default=["imagenet", "gradcam", "layercam"])
+    parser.add_argument("--sources", nargs="*", default=["imagenet", "gradcam", "layercam"])
     parser.add_argument("--par", nargs="*", default=["imagenet"], help="sources that PAR refines: seconds per photo")
     args = parser.parse_args()
     voc, coco = args.shared / "voc12_small", args.shared / "coco_small"
