@@ -73,10 +73,11 @@ def _one_of(*names: str) -> AfterValidator:
 
 
 FusionRule = Annotated[str, _one_of("sum", "mean", "max", "size_adaptive")]
+IMAGENET_SOURCES = ("imagenet", "imagenet+classifier")
 GRADIENT_SOURCES = ("gradcam", "gradcam++", "layercam", "xgradcam")
 VIT_SOURCES = ("vit", "vit-rollout", "dino")
 CLIP_SOURCES = ("clip-es", "maskclip", "sclip", "clearclip", "naclip")
-MapSource = Annotated[str, _one_of("classifier", "imagenet", *GRADIENT_SOURCES, *VIT_SOURCES, *CLIP_SOURCES)]
+MapSource = Annotated[str, _one_of("classifier", *IMAGENET_SOURCES, *GRADIENT_SOURCES, *VIT_SOURCES, *CLIP_SOURCES)]
 DataKind = Annotated[str, _one_of("mini", "voc", "coco", "folder")]
 RefinementName = Annotated[str, _one_of("crf", "par", "none")]
 
@@ -243,8 +244,9 @@ class AttentionConfig(StageConfig):
     scales: tuple[Scale, ...] = Field((0.5, 1.0, 1.5, 2.0), min_length=1)
     flip: bool = True
     # Of the maps. classifier: the class logit maps of teacher and student. gradcam, gradcam++, layercam, xgradcam: from
-    # their gradients; with options.model, of an ImageNet classifier. Without training: imagenet, vit, vit-rollout,
-    # dino, clip-es, maskclip, sclip, clearclip, naclip. Or package.module:attribute
+    # their gradients; with options.model, of an ImageNet classifier. imagenet+classifier: of ImageNet's classifier for
+    # the classes that it knows, the teacher's for the others. Without training: imagenet, vit, vit-rollout, dino,
+    # clip-es, maskclip, sclip, clearclip, naclip. Or package.module:attribute
     source: MapSource = "classifier"
     options: SourceOptions = SourceOptions()
     # Spread the maps over patches that attend to each other (CAA of CLIP-ES), in boxes from this share of a map's peak:
@@ -260,7 +262,12 @@ class AttentionConfig(StageConfig):
         """Whether the maps come from a network that is not trained here, so that stage 1 trains no teacher."""
         if self.source in GRADIENT_SOURCES:
             return self.options.model is not None
-        return self.source != "classifier" and not is_custom(self.source)
+        return self.source not in ("classifier", "imagenet+classifier") and not is_custom(self.source)
+
+    @property
+    def own_student(self) -> bool:
+        """Whether a student's maps are its logit maps, and not made by ``source`` as the teacher's."""
+        return self.pretrained or self.source in ("classifier", "imagenet+classifier")
 
     @property
     def single_scale(self) -> float:
@@ -471,6 +478,8 @@ class Config(StageConfig):
     def supervision(self) -> str:
         """What the maps were learned from; numbers of different supervision are not comparable."""
         source, model = self.attention.source, self.attention.options.model or ""
+        if source == "imagenet+classifier":
+            return "image labels and ImageNet labels"
         if not self.attention.pretrained:
             return "image labels" + (" and saliency maps" if self.classifier.pretraining == "eps" else "")
         if source in CLIP_SOURCES:

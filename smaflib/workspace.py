@@ -69,10 +69,13 @@ class Workspace:
 
     def source(self, name: str) -> AttentionSource:
         """Where the maps of ``teacher``, ``student``, ... come from; ConfigError as in :func:`make_source`."""
-        from smaflib.sources import make_source
+        from smaflib.sources import as_source, make_source
 
-        attention, pretrained = self.config.attention, self.config.attention.pretrained and name == "teacher"
-        return make_source(attention, self.samples().class_names, None if pretrained else self.network(name))
+        attention, teacher = self.config.attention, name == "teacher"
+        if attention.own_student and not teacher:
+            return as_source(self.network(name))
+        network = None if attention.pretrained else self.network(name)
+        return make_source(attention, self.samples().class_names, network)
 
     def segmenter(self) -> SegmentationNetwork:
         """The segmentation network from its checkpoint, in eval mode on the CPU; ConfigError if it cannot be read."""

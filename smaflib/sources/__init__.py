@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from smaflib.config import CLIP_SOURCES, GRADIENT_SOURCES, VIT_SOURCES, AttentionConfig
+from smaflib.config import CLIP_SOURCES, GRADIENT_SOURCES, IMAGENET_SOURCES, VIT_SOURCES, AttentionConfig
 from smaflib.data.views import views_of
 from smaflib.errors import ConfigError
 from smaflib.plugins import is_custom, load_custom
@@ -108,13 +108,13 @@ def make_source(attention: AttentionConfig, class_names: Sequence[str], network:
     name = attention.source
     if not class_names:
         raise ConfigError("there are no classes to make attention maps of")
-    if name == "classifier" or (network is not None and attention.pretrained):
+    if name == "classifier":
         assert network is not None  # a classifier is trained before it is asked
         return NetworkSource(network)
     if is_custom(name):
         assert network is not None
         return CustomSource(network, load_custom(name))
-    kinds = {"gradcam": GRADIENT_SOURCES, "vit": VIT_SOURCES, "clip": CLIP_SOURCES}
-    module = next((kind for kind, names in kinds.items() if name in names), name)
+    kinds = {"imagenet": IMAGENET_SOURCES, "gradcam": GRADIENT_SOURCES, "vit": VIT_SOURCES, "clip": CLIP_SOURCES}
+    module = next(kind for kind, names in kinds.items() if name in names)
     made: AttentionSource = importlib.import_module(f"{__name__}.{module}").make(attention, class_names, network)
     return made.eval()

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from smaflib.errors import ConfigError
 from smaflib.models.pretrained import pretrained_config
 from smaflib.models.weights import timm_model
 from smaflib.models.wrap import CamNetwork
-from smaflib.sources import Attention, AttentionSource, Classes
+from smaflib.sources import Attention, AttentionSource, Classes, NetworkSource
 
 MODEL = "tf_efficientnet_lite2"
 
@@ -82,12 +83,17 @@ def match_classes(names: Sequence[str], given: Mapping[str, Sequence[int]] = {})
     """ImageNet's numbers of each class name; none where no class of the thousand fits.
 
     A name fits a class that has it as synonym, or as the last words of one: "bear" fits "brown bear". Case, plural,
-    underscores and hyphens do not count. :data:`KINDS` comes first, ``given`` before that.
+    underscores and hyphens do not count. :data:`KINDS` comes first, ``given`` before that; ConfigError if that names
+    none of ``names``, or a number that is not one of the thousand.
 
     Example:
         >>> match_classes(["Zebras", "wolf", "person"])
         {'Zebras': (340,), 'wolf': (269, 270, 271, 272), 'person': ()}
     """
+    wrong = [f"{name}: {n}" for name, numbers in given.items() for n in numbers if not 0 <= n < NUM_CLASSES]
+    wrong += [f"{name}: no such class here" for name in given if name not in names]
+    if wrong:
+        raise ConfigError(f"attention.options.class_numbers must map class names to numbers 0 to 999: {wrong[0]}")
     table = {name: numbers for kinds, numbers in KINDS.items() for name in kinds.split()}
     found = {}
     for name in names:
@@ -116,12 +122,8 @@ def checked_match(class_names: Sequence[str], given: Mapping[str, Sequence[int]]
     """:func:`match_classes`; prints the names that match nothing.
 
     Raises:
-        ConfigError: if no name matches, with the nearest ImageNet names; or a given number is not one of the thousand.
+        ConfigError: if no name matches, with the nearest ImageNet names.
     """
-    wrong = [f"{name}: {n}" for name, numbers in given.items() for n in numbers if not 0 <= n < NUM_CLASSES]
-    wrong += [f"{name}: no such class here" for name in given if name not in class_names]
-    if wrong:
-        raise ConfigError(f"attention.options.class_numbers must map class names to numbers 0 to 999: {wrong[0]}")
     found = match_classes(class_names, given)
     missing = [name for name in class_names if not found[name]]
     known = [lemma for each in synonyms() for lemma in each.split(", ")]
@@ -219,7 +221,34 @@ class ImageNetSource(AttentionSource):
         return Attention(maps.view(*maps.shape[:2], *cells.shape[2:]))
 
 
-def make(attention: AttentionConfig, class_names: Sequence[str], network: nn.Module | None) -> ImageNetSource:
-    """Build the source for a data set's classes; ConfigError if none is ImageNet's."""
-    members = checked_match(class_names, attention.options.class_numbers)
-    return ImageNetSource(ImageNetClassifier(attention.options), [*members.values()])
+class ImageNetAndNetwork(AttentionSource):
+    """The maps of ImageNet's classifier for the classes that it knows, those of a network for the others.
+
+    They need no common scale: each class is fused by itself and brought to a peak of 1.
+    """
+
+    supervision = "image labels and ImageNet labels"
+
+    def __init__(self, imagenet: ImageNetSource, network: nn.Module) -> None:
+        super().__init__()
+        self.imagenet, self.network = imagenet, NetworkSource(network)
+
+    def attend(self, images: Tensor, classes: Classes) -> Attention:
+        trained, known = self.network.attend(images, classes).maps, self.imagenet.attend(images, classes).maps
+        known = F.interpolate(known, size=trained.shape[2:], mode="bilinear")  # of another stride
+        return Attention(torch.where(self.imagenet.members.any(dim=1)[:, None, None], known, trained))
+
+
+def make(attention: AttentionConfig, class_names: Sequence[str], network: nn.Module | None) -> AttentionSource:
+    """Build a source for a data set's classes: of ImageNet alone, or with a network for the classes that it lacks.
+
+    Raises:
+        ConfigError: if there is no network, and no class is ImageNet's.
+    """
+    given = attention.options.class_numbers
+    if network is None:
+        return ImageNetSource(ImageNetClassifier(attention.options), [*checked_match(class_names, given).values()])
+    members = [*match_classes(class_names, given).values()]
+    if not any(members):
+        return NetworkSource(network)
+    return ImageNetAndNetwork(ImageNetSource(ImageNetClassifier(attention.options), members), network)
