@@ -33,7 +33,7 @@ from smaflib.evaluation import confusion_matrix, intersection_over_union
 from smaflib.files import read_json, write_json
 from smaflib.maps import MaskMaps
 from smaflib.pipeline import write_maps
-from smaflib.pseudo_masks import pseudo_masks
+from smaflib.pseudo_masks import write_pseudo_masks
 from smaflib.reactivation import hard_labels, with_background_score
 from smaflib.refinement import dense_crf
 from smaflib.refinement.par import pixel_adaptive_refinement
@@ -43,7 +43,6 @@ from smaflib.runtime import make_runtime, progress
 from smaflib.self_training import self_train
 from smaflib.sources import AttentionSource, as_source, make_source
 from smaflib.sources.imagenet import match_classes
-from smaflib.training import is_finished
 from smaflib.workspace import Workspace
 
 SCALES = (0.5, 0.75, 1.0)  # those of configs/custom.yaml
@@ -134,12 +133,11 @@ def train_students(shared: Path, folder: Path, seeds: Sequence[int]) -> dict[str
         scales = None if fused else [1.0]
         write_maps(work, "teacher")
         bg_score = work.mask_bg_score("teacher", scales)
-        masks: list[Tensor] = []
-        if not is_finished(checkpoint, config.self_training):
-            maps = work.denoised("teacher", samples, scales)
-            masks = list(pseudo_masks(samples, maps, bg_score, config.pseudo_masks, desc=f"targets, {names[fused]}"))
+        targets_folder = work.path(f"targets {names[fused]}")
+        maps = work.denoised("teacher", samples, scales)
+        write_pseudo_masks(samples, maps, targets_folder, bg_score, config.pseudo_masks)
         start, _ = train_classifier(samples, config.model, config.classifier, runtime, attention=config.attention)
-        targets = MaskMaps(masks, len(samples.class_names))
+        targets = MaskMaps(work.masks(samples, targets_folder.name), len(samples.class_names))
         how = (config.self_training, bg_score, runtime)
         network, _ = self_train(start, samples, targets, *how, checkpoint=checkpoint)
         found[name] = as_source(network)
