@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import site
 import sys
 import unicodedata
@@ -111,7 +112,7 @@ def duration(seconds: float | None) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that replaces it when the block ends without an error."""
+    """A temporary path beside ``path``, a file or new folder, that replaces it when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     stem = path.stem.encode()[:100].decode(errors="ignore")  # a file name has at most 255 bytes
     temporary = path.with_name(f"{PARTIAL}{stem}-{uuid.uuid4().hex}{path.suffix}")
@@ -119,7 +120,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

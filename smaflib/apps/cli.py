@@ -259,6 +259,21 @@ def masks(
     typer.echo(f"masks: {sheet.parent / 'masks'}\ncontact sheet: {sheet}")
 
 
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="MASKS", help="The folder that smaf masks --out wrote, or a run.")],
+    form: Annotated[Literal["coco", "labelme", "yolo", "cvat", "png"], typer.Option("--format")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder.")],
+    per: Annotated[Literal["part", "class"], typer.Option(help="An object is a connected part or a class.")] = "part",
+    min_pixels: Annotated[int, typer.Option(metavar="N", help="Leave out objects of fewer pixels.")] = 1,
+) -> None:
+    """Write masks in the format of an annotation tool or of a training."""
+    from smaflib.apps.export import export_masks
+
+    export_masks(folder.absolute(), form, out.absolute(), per, min_pixels)
+    typer.echo(f"{form}: {out}")
+
+
 @data_app.command("check")
 def data_check(config: ConfigFile, settings: Settings = None) -> None:
     """Read every file of a data set; print counts, sizes, class balance and problems. Exits with 1 for problems."""

@@ -56,13 +56,18 @@ def make_masks(config: Config, out: Path) -> Path:
         return _write_contact_sheet(work, samples)
 
 
+def images_and_labels(samples: Samples) -> str:
+    """The first line of ``config.yaml``, which tells these images and labels from others."""
+    listing = "\n".join(f"{file.image}:{file.labels}:{file.image.stat().st_size}" for file in samples.files)
+    return f"# images and labels: {hashlib.sha256(listing.encode()).hexdigest()}"
+
+
 def _claim(out: Path, config: Config, samples: Samples) -> None:
     """Note in ``config.yaml`` that the folder belongs to this config and these images, or check that it does.
 
     A folder in which no network was trained belongs to nobody.
     """
-    listing = "\n".join(f"{file.image}:{file.labels}:{file.image.stat().st_size}" for file in samples.files)
-    claim = f"# images and labels: {hashlib.sha256(listing.encode()).hexdigest()}\n{dump_config(config)}"
+    claim = f"{images_and_labels(samples)}\n{dump_config(config)}"
     note = out / "config.yaml"
     if not note.is_file():
         if out.is_dir() and any(out.iterdir()):
