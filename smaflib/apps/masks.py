@@ -56,6 +56,13 @@ def make_masks(config: Config, out: Path) -> Path:
         return _write_contact_sheet(work, samples)
 
 
+def check_out(out: Path) -> None:
+    """Refuse a folder of other files than ours; ``labels.csv`` may be there."""
+    names = {path.name for path in out.glob("[!.]*")} - {"labels.csv"}
+    if names and "config.yaml" not in names:
+        raise ConfigError(f"{out} is not empty and was not written by smaf masks; choose another --out")
+
+
 def _claim(out: Path, config: Config, samples: Samples) -> None:
     """Note in ``config.yaml`` that the folder belongs to this config and these images, or check that it does.
 
@@ -65,8 +72,7 @@ def _claim(out: Path, config: Config, samples: Samples) -> None:
     claim = f"# images and labels: {hashlib.sha256(listing.encode()).hexdigest()}\n{dump_config(config)}"
     note = out / "config.yaml"
     if not note.is_file():
-        if out.is_dir() and any(out.iterdir()):
-            raise ConfigError(f"{out} is not empty and was not written by smaf masks; choose another --out")
+        check_out(out)
         files.write_text(note, claim)
     elif not (out / "checkpoints").is_dir():
         files.write_text(note, claim)
