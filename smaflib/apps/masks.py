@@ -78,7 +78,8 @@ def _claim(out: Path, config: Config, samples: Samples) -> None:
         files.write_text(note, claim)
     elif note.read_text(encoding="utf-8") != claim:
         raise ConfigError(
-            f"{out} holds masks made from other images, labels or settings; choose another --out, or delete it"
+            f"{out} holds masks made from other images, labels or settings; choose another --out, or delete all in it "
+            "but labels.csv"
         )
 
 

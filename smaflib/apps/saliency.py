@@ -29,7 +29,7 @@ def write_saliency(images: Path, out: Path, model: str) -> int:
         raise DataError(f"{images} holds no photo outside of the folder of the maps, {out}")
     photos = {out / f"{name}.png": path for name, path in find_images(names, images, "", "take another folder").items()}
     missing = {target: path for target, path in photos.items() if not target.is_file()}
-    session = open_session(model) if missing else None
+    session: Any = open_session(model) if missing else None
     for target, path in progress(missing.items(), len(missing), "saliency"):
         photo = Image.fromarray(read_image(path, oriented=True).permute(1, 2, 0).numpy())
         save_image(target, session.predict(photo)[0].convert("L"))
