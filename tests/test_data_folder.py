@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from smaflib.config import Config, check_settings
 from smaflib.data import Samples, load_samples
+from smaflib.data.labels import image_stem, read_label_rows
 from smaflib.data.masks import save_mask
 from smaflib.errors import DataError
+from smaflib.files import compose
 
 WIDTH, HEIGHT = 12, 8
 
@@ -90,8 +97,13 @@ def test_folders_have_a_working_size_and_data_sets_of_the_field_have_none() -> N
         b"image,labels\na.JPG,cat;dog\nold/c.jpg,dog\n",
         b"photographer,labels,image\nme,cat;dog,a\n,dog,c\n",
         b"Image,Labels,\na,cat;dog,\nc,dog,,\n",
+        b"image;labels\r\na.jpg;cat,dog\r\nc.png;dog\r\n",
+        b'\xef\xbb\xbf"Image"; "labels"; scores\na.jpg;"cat;dog";"cat 0.9;dog 0.5"\nc.png; dog',
     ],
-    ids=["crlf", "bom", "spaces", "quotes", "no-ending", "other-ending", "more-columns", "spreadsheet"],
+    ids=[
+        *("crlf", "bom", "spaces", "quotes", "no-ending", "other-ending", "more-columns", "spreadsheet"),
+        *("semicolons", "semicolons-quotes"),
+    ],
 )
 def test_csv_is_read_as_programs_write_it(photos: Path, text: bytes) -> None:
     samples = load(photos, text)
@@ -103,6 +115,47 @@ def test_names_may_hold_quotes_commas_and_letters_of_any_language(photos: Path) 
     Image.new("RGB", (4, 4)).save(photos / "grün, 1.png")
     samples = load(photos, 'image,labels\n"grün, 1.png","Bär, groß;貓"\n')
     assert samples.image_ids == ["grün, 1"] and samples.class_names == ("Bär, groß", "貓")
+
+
+NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"], exclude_characters=',;"'), min_size=1)
+
+
+@given(st.dictionaries(NAMES.map(image_stem).filter(bool), st.lists(NAMES, unique=True), min_size=1), st.booleans())
+def test_a_table_written_either_way_reads_the_same(rows: dict[str, list[str]], quoted: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path, found = Path(folder) / "labels.csv", []
+        for column, label in ((",", ";"), (";", ","), (";", ";")):
+            text = io.StringIO()
+            writer = csv.writer(text, delimiter=column, quoting=csv.QUOTE_ALL if quoted else csv.QUOTE_MINIMAL)
+            writer.writerows([("image", "labels"), *((image, label.join(labels)) for image, labels in rows.items())])
+            path.write_text(text.getvalue(), encoding="utf-8-sig", newline="")
+            found.append(read_label_rows(path))
+    composed = {image_stem(name): tuple(dict.fromkeys(map(compose, labels))) for name, labels in rows.items()}
+    assert found[0] == found[1] == found[2]
+    assert {stem: row.labels for stem, row in found[0].items()} == composed
+
+
+def test_windows_letters_are_read_but_not_a_workbook(photos: Path) -> None:
+    table = photos / "labels.csv"
+    table.write_bytes("image;labels\na.jpg;Bär\n".encode("cp1252"))
+    assert read_label_rows(table)["a"].labels == ("Bär",)
+    for content in (b"PK\x03\x04\x00\xe4", b"image,labels\na.jpg,\x81\n", b"\xff\xfe\x00"):
+        table.write_bytes(content)
+        with pytest.raises(DataError, match=r"labels\.csv is not UTF-8 .*a table as 'CSV UTF-8'"):
+            read_label_rows(table)
+
+
+def test_a_path_names_a_photo_of_a_subfolder_and_a_name_the_one_beside(photos: Path) -> None:
+    (photos / "dog").mkdir()
+    for name, width in (("a.jpg", 3), ("x.jpg", 5)):
+        Image.new("RGB", (width, 2)).save(photos / "dog" / name)
+    samples = load(photos, "image,labels\na,cat\ndog/x.jpg,dog\n")
+    assert samples.image_ids == ["a", "x"]
+    assert [sample.image.shape for sample in samples] == [(3, HEIGHT, WIDTH), (3, 2, 5)]
+    assert load(photos, "image,labels\ndog/a.jpg,dog\n")[0].image.shape == (3, 2, 3)
+    assert load(photos, "image,labels\nold/a.jpg,dog\n")[0].image.shape == (3, HEIGHT, WIDTH)
+    with pytest.raises(DataError, match=r"no image in .*my photos for x "):
+        load(photos, "image,labels\nx,dog\n")
 
 
 def test_letters_of_a_mac_are_the_same_letters(photos: Path) -> None:
@@ -161,7 +214,9 @@ def test_masks_and_saliency_are_found_by_name(photos: Path) -> None:
             "image,labels\na.jpg,cat\nx.jpg,cat\n",
             r"no image in .*my photos for x\.jpg .* \(1 of 2 missing\); correct .*labels\.csv",
         ),
-        ("image;labels\na.jpg;cat\n", r"separated by a comma.* it is 'image;labels'"),
+        ("image|labels\na.jpg|cat\n", r"separated by a comma.* or the other way round; it is 'image|labels'"),
+        ("image;labels\na.jpg;cat;dog\n", r"line 2: more fields than columns \(dog\); .* by ; within quotes"),
+        ('image;labels\na.jpg;"cat\n', r"labels\.csv, line 2: .*check the quotes"),
         ("image,labels\n", "lists no image"),
         ("image,labels\n,cat\n", "line 2: no image name"),
         ("image,labels\na.jpg,cat,dog\n", r"line 2: more fields than columns \(dog\); separate labels by ;"),
@@ -172,7 +227,6 @@ def test_masks_and_saliency_are_found_by_name(photos: Path) -> None:
             r"a\.jpg and A\.png would share the mask A\.png; rename one, or correct .*labels\.csv",
         ),
         ('image,labels\na.jpg,"cat\n', r"labels\.csv, line 2: .*check the quotes"),
-        (b"image,labels\na.jpg,B\xe4r\n", r"labels\.csv is not UTF-8 .*a table as 'CSV UTF-8'"),
         ("image,labels\na.jpg,cat\nb.JPEG,dog;Catt\n", r"line 3: there is no class 'Catt' \(did you mean 'cat'\?\)"),
     ],
 )

@@ -241,21 +241,26 @@ def status(
 @app.command()
 def masks(
     images: Annotated[Path, typer.Option(metavar="DIR", help="Folder of images.")],
-    labels: Annotated[Path, typer.Option(metavar="CSV", help="Table image,labels; labels are separated by ';'.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for masks/, overlays/ and index.html.")],
+    labels: Annotated[Path | None, typer.Option(metavar="CSV", help="Table image,labels; or it is drafted.")] = None,
     backbone: Annotated[
         str | None, typer.Option(metavar="NAME", help="timm/NAME; timm/tf_efficientnet_lite2 by default.")
     ] = None,
     settings: Settings = None,
 ) -> None:
     """Make pixel masks for custom images from a list of what each image shows. An interrupted call resumes."""
-    from smaflib.apps.masks import make_masks
+    from smaflib.apps.drafts import write_label_table
+    from smaflib.apps.masks import check_out, make_masks
     from smaflib.config import load_config
 
-    paths = {"data.images": images, "data.labels": labels}
+    paths = {"data.images": images, "data.labels": labels or out / "labels.csv"}
     named = [f"{key}={json.dumps(str(path.absolute()))}" for key, path in paths.items()]  # a path may look like YAML
     named += [f"model.backbone={backbone}", "model.weights=pretrained"] if backbone else []
-    sheet = make_masks(load_config(SHIPPED / "configs" / "custom.yaml", [*named, *(settings or [])]), out.absolute())
+    config = load_config(SHIPPED / "configs" / "custom.yaml", [*named, *(settings or [])])
+    if labels is None:
+        check_out(out.absolute())
+        typer.echo(write_label_table(config))
+    sheet = make_masks(config, out.absolute())
     typer.echo(f"masks: {sheet.parent / 'masks'}\ncontact sheet: {sheet}")
 
 
@@ -272,6 +277,18 @@ def export(
 
     export_masks(folder.absolute(), form, out.absolute(), per, min_pixels)
     typer.echo(f"{form}: {out}")
+
+
+@app.command()
+def saliency(
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="Folder of photos.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the maps.")],
+    model: Annotated[str, typer.Option(help="Or u2net, or an ONNX file of such a network.")] = "isnet-general-use",
+) -> None:
+    """Compute saliency maps with the package rembg, for data.saliency. Existing maps are kept."""
+    from smaflib.apps.saliency import write_saliency
+
+    typer.echo(f"saliency maps of {write_saliency(images.absolute(), out.absolute(), model)} photos: {out.absolute()}")
 
 
 @data_app.command("check")

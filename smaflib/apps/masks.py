@@ -62,6 +62,13 @@ def images_and_labels(samples: Samples) -> str:
     return f"# images and labels: {hashlib.sha256(listing.encode()).hexdigest()}"
 
 
+def check_out(out: Path) -> None:
+    """Refuse a folder of other files than ours; ``labels.csv`` may be there."""
+    names = {path.name for path in out.glob("[!.]*")} - {"labels.csv"}
+    if names and "config.yaml" not in names:
+        raise ConfigError(f"{out} is not empty and was not written by smaf masks; choose another --out")
+
+
 def _claim(out: Path, config: Config, samples: Samples) -> None:
     """Note in ``config.yaml`` that the folder belongs to this config and these images, or check that it does.
 
@@ -70,14 +77,14 @@ def _claim(out: Path, config: Config, samples: Samples) -> None:
     claim = f"{images_and_labels(samples)}\n{dump_config(config)}"
     note = out / "config.yaml"
     if not note.is_file():
-        if out.is_dir() and any(out.iterdir()):
-            raise ConfigError(f"{out} is not empty and was not written by smaf masks; choose another --out")
+        check_out(out)
         files.write_text(note, claim)
     elif not (out / "checkpoints").is_dir():
         files.write_text(note, claim)
     elif note.read_text(encoding="utf-8") != claim:
         raise ConfigError(
-            f"{out} holds masks made from other images, labels or settings; choose another --out, or delete it"
+            f"{out} holds masks made from other images, labels or settings; choose another --out, or delete all in it "
+            "but labels.csv"
         )
 
 

@@ -27,22 +27,29 @@ class LabelRow:
 def read_label_rows(path: Path) -> dict[str, LabelRow]:
     """Read a CSV with the columns ``image`` and ``labels``; other columns and empty lines are ignored.
 
+    European spreadsheets put ``;`` between the columns; there a comma separates labels, too.
+
     Returns:
         The rows by :func:`image_stem`. Their class names are checked by :func:`class_numbers`.
     """
     if not path.is_file():
         raise DataError(f"there is no CSV file {path}; set data.labels to a file with the columns image,labels")
-    reader = csv.DictReader(io.StringIO(read_text(path)), strict=True, skipinitialspace=True)
+    text = read_text(path)
+    head = text.partition("\n")[0].lower().translate({ord(character): None for character in ' \t\r"'})
+    mark = ";" if {"image", "labels"} <= {*head.split(";")} else ","
+    reader = csv.DictReader(io.StringIO(text), strict=True, skipinitialspace=True, delimiter=mark)
     rows: dict[str, LabelRow] = {}
     try:
         columns = [name.strip().lower() for name in reader.fieldnames or ()]
         if not {"image", "labels"} <= set(columns):
             raise DataError(
                 f"{path}: the first line must name the columns image,labels, separated by a comma (labels of one image "
-                f"by a semicolon); it is {','.join(columns)!r}"
+                f"by a semicolon) or the other way round; it is {','.join(columns)!r}"
             )
         reader.fieldnames = columns
         for fields in reader:
+            if mark == ";":
+                fields["labels"] = (fields["labels"] or "").replace(",", ";")
             row = _read_row(f"{path}, line {reader.line_num}", reader.line_num, fields)
             if row is None:
                 continue
@@ -63,9 +70,9 @@ def read_label_rows(path: Path) -> dict[str, LabelRow]:
 
 def _read_row(where: str, line: int, fields: dict[str | None, str | list[str] | None]) -> LabelRow | None:
     values = {name: (value or "").strip() for name, value in fields.items() if not isinstance(value, list)}
-    # An unquoted comma between two labels would otherwise lose all but the first.
+    # An unquoted delimiter between two labels would otherwise lose all but the first.
     if extra := [value for value in fields.get(None) or () if value.strip()]:
-        raise DataError(f"{where}: more fields than columns ({', '.join(extra)}); separate labels by ; not by a comma")
+        raise DataError(f"{where}: more fields than columns ({', '.join(extra)}); separate labels by ; within quotes")
     if not any(values.values()):
         return None
     labels = tuple(dict.fromkeys(name.strip() for name in values["labels"].split(";") if name.strip()))

@@ -152,12 +152,14 @@ def read_saliency(path: Path) -> Tensor:
     return channels[0].float() / 255
 
 
-def list_files(folder: Path, endings: Sequence[str], cure: str) -> list[Path]:
-    """Files of a folder with one of these extensions in either case, sorted by name, without hidden ones."""
+def list_files(folder: Path, endings: Sequence[str], cure: str, below: bool = False) -> list[Path]:
+    """Files of a folder, then of its subfolders (``below``), with one of these extensions, by name; no hidden ones."""
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}; {cure}")
-    names = [entry.name for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith(".")]
-    return [folder / name for name in sorted(names) if name.lower().endswith(tuple(endings))]
+    shown = {entry.name: entry for entry in os.scandir(folder) if not entry.name.startswith(".")}
+    names = [name for name in sorted(shown) if name.lower().endswith(tuple(endings)) and shown[name].is_file()]
+    inside = [folder / name for name in sorted(shown) if below and shown[name].is_dir()]
+    return [folder / name for name in names] + [path for each in inside for path in list_files(each, endings, cure)]
 
 
 def find_images(rows: Sequence[str], folder: Path, setting: str, cure: str) -> dict[str, Path]:
@@ -166,9 +168,11 @@ def find_images(rows: Sequence[str], folder: Path, setting: str, cure: str) -> d
     Raises:
         DataError: if an image is missing, or if two would share a mask: ``a.jpg`` and ``a.png``, on a Mac also ``A``.
     """
-    files = [(compose(path.name), path) for path in list_files(folder, IMAGE_ENDINGS, setting)]
-    count = Counter(image_stem(name) for name, _ in files)
-    by_name = {image_stem(name): path for name, path in files if count[image_stem(name)] == 1} | dict(files)
+    paths = list_files(folder, IMAGE_ENDINGS, setting, below=True)
+    files = [(compose(path.relative_to(folder).as_posix()), path) for path in paths]
+    count = Counter(image_stem(name) for name, _ in files if "/" not in name)
+    # Reversed, so that a name without a folder is the file beside the subfolders.
+    by_name = {image_stem(name): path for name, path in reversed(files) if count[image_stem(name)] == 1} | dict(files)
     names: dict[str, str] = {}  # by what their masks are called where case does not matter
     for row in map(compose, rows):
         first = re.match(rf".+?({'|'.join(IMAGE_ENDINGS)})(?=\s)", row, re.IGNORECASE)
