@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -586,11 +586,13 @@ def flat_settings(config: Config) -> dict[str, Any]:
 def config_differences(ours: Config, theirs: Config) -> list[str]:
     """Each setting that differs, as ``key: ours | theirs``; without :data:`FREE_SETTINGS`."""
     left, right = flat_settings(ours), flat_settings(theirs)
-    return [
-        f"{key}: {left.get(key)} | {right.get(key)}"
-        for key in {**left, **right}
-        if key not in FREE_SETTINGS and left.get(key, "-") != right.get(key, "-")
-    ]
+    changed = [key for key in changed_names(left, right) if key not in FREE_SETTINGS]
+    return [f"{key}: {left.get(key)} | {right.get(key)}" for key in changed]
+
+
+def changed_names(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names whose values differ, in the order of their appearance."""
+    return [name for name in {**before, **now} if before.get(name, "-") != now.get(name, "-")]
 
 
 class _UniqueKeys(yaml.SafeLoader):

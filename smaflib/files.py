@@ -10,7 +10,7 @@ import site
 import sys
 import unicodedata
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +77,6 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path} is not UTF-8 ({error}); save it as UTF-8, a table as 'CSV UTF-8'") from error
 
 
-def is_plain_name(name: str) -> bool:
-    """Whether a name from a data set is safe as part of a path on every system."""
-    parts = name in ("", ".", "..") or any(character in name for character in "/\\\0")
-    return not parts and name.isprintable() and len(name.encode()) <= 200
-
-
-def python_path() -> str:
-    """``PYTHONPATH`` for child processes, so that they import this very package."""
-    return os.pathsep.join(filter(None, [str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH")]))
-
-
 def display_path(path: Path) -> str:
     """A path for records: relative to the checkout if inside it."""
     return str(path.relative_to(PROJECT_ROOT)) if path.is_relative_to(PROJECT_ROOT) else str(path)
@@ -98,14 +87,11 @@ def shown_path(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: float) -> str:
     """``"58 s"``, ``"3 min 05 s"`` or ``"2 h 14 min"``."""
-    if seconds is None:
-        return "-"
     minutes, rest = divmod(round(seconds), 60)
-    hours, left = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {left:02d} min"
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
@@ -166,14 +152,6 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def tree_hash(paths: Iterable[Path], root: Path) -> str:
-    """SHA-256 over the names relative to ``root`` and the contents of files, in any order."""
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(f"{path.relative_to(root).as_posix()}\0{file_hash(path)}\n".encode())
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from smaflib import files
-from smaflib.config import flat_settings, load_config, parse_yaml
+from smaflib.config import changed_names, flat_settings, load_config, parse_yaml
 from smaflib.errors import ConfigError, RunError
 from smaflib.report.tables import FORMATS, difference_table, measurements, spread_table
 from smaflib.runs.run import read_run
@@ -225,8 +225,7 @@ def _executor(folder: Path, cluster: str, options: Sequence[str]) -> Any:
 def shared_stage(jobs: Sequence[Job]) -> str | None:
     """The last stage that jobs of one seed share; None if that is the data, which is made in seconds, or nothing."""
     settings = [flat_settings(load_config(job.config_file, job.overrides)) for job in jobs]
-    names = set().union(*settings)
-    varied = [name for name in names if any(each.get(name) != settings[0].get(name) for each in settings)]
+    varied = {name for each in settings for name in changed_names(settings[0], each)}
     shared = [stage.name for stage in STAGES if not any(counts("settings", name, stage) for name in varied)]
     return min(shared[-1], jobs[0].until) if varied and len(shared) > 2 else None
 

@@ -19,7 +19,6 @@ from smaflib.data.prepare import make_data, summarize
 from smaflib.data.sample import Sample, SampleFiles, Samples
 from smaflib.data.voc import load_voc
 from smaflib.errors import ConfigError, DataError
-from smaflib.files import is_plain_name
 from smaflib.plugins import is_custom, load_custom
 
 __all__ = ["Sample", "SampleFiles", "Samples", "load_samples", "make_data", "summarize"]
@@ -60,7 +59,7 @@ def _load_custom(data: DataConfig, split: Split) -> Samples:
     if split == "train" and not samples.files:
         raise ConfigError(f"{data.kind}: the training split is empty")
     for files in samples.files:
-        if files.image_id in names or not is_plain_name(files.image_id):
+        if files.image_id in names or Path(files.image_id).name != files.image_id:
             raise ConfigError(f"{data.kind}: the image_id {files.image_id!r} is given twice or cannot be a file name")
         if not set(files.labels) <= set(range(num_classes)):
             raise ConfigError(

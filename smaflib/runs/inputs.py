@@ -11,10 +11,10 @@ import json
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from smaflib import files
-from smaflib.config import FREE_SETTINGS, Config, Split, flat_settings
+from smaflib.config import FREE_SETTINGS, Config, Split, changed_names, flat_settings
 from smaflib.errors import RunError
 from smaflib.files import display_path
 from smaflib.plugins import custom_file, is_custom
@@ -90,11 +90,6 @@ def difference(before: Entry, now: Entry, ignored: Callable[[str], bool] = lambd
     if any(str(value).startswith("sha256:") for value in (left, right)):
         return f"{name}{more} changed"
     return f"{name} differs ({left} | {right}){more and f',{more}'}"
-
-
-def changed_names(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The names whose values differ, in the order of their appearance."""
-    return [name for name in {**before, **now} if before.get(name, "-") != now.get(name, "-")]
 
 
 def is_code(name: str) -> bool:

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smaflib.files import HOME, PROJECT_ROOT, python_path
+from smaflib.files import HOME, PROJECT_ROOT
 
 if TYPE_CHECKING:
     from jupyter_client.manager import AsyncKernelManager
@@ -124,7 +124,8 @@ def _environment(folder: str) -> dict[str, str]:
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # a warning of ipykernel's debugger
         "PYTHONHASHSEED": "0",
-        "PYTHONPATH": python_path(),
+        # This very package, also where another one is installed.
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])),
         "SMAF_PROGRESS_FILE": _terminal(),
         "TMPDIR": folder,  # killed workers leave temporary files
         HOME: str(PROJECT_ROOT),

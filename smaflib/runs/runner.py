@@ -20,14 +20,13 @@ from pathlib import Path
 from types import FrameType
 
 from smaflib import files
-from smaflib.config import flat_settings, load_config
+from smaflib.config import changed_names, flat_settings, load_config
 from smaflib.errors import RunError
 from smaflib.files import RUNS_FOLDER, SHIPPED, absolute, display_path, duration, shown_path
 from smaflib.runs.environment import describe_machine
 from smaflib.runs.inputs import (
     NEVER_RAN,
     RESUMES,
-    changed_names,
     difference,
     is_code,
     notebook_cells,
