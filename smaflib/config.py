@@ -204,13 +204,7 @@ class ClassifierConfig(TrainingConfig):
     eps_lambda: Fraction = 0.5  # weight of the foreground estimate against the background estimate
 
 
-def _has_place(prompt: str) -> str:
-    if prompt.count("{}") != 1:
-        raise ValueError("a prompt must have one {} for the word, such as 'a photo of a {}.'")
-    return prompt
-
-
-Prompt = Annotated[str, AfterValidator(_has_place)]
+Prompt = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]  # with one {} for the word
 
 
 class SourceOptions(StageConfig):
@@ -525,10 +519,7 @@ def load_config(path: str | Path, overrides: str | Sequence[str] | None = ()) ->
     """
     if not (path := Path(path)).is_file():
         raise FileNotFoundError(f"there is no config file {path}; smaflib comes with those in configs/")
-    try:
-        settings = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
+    settings = parse_yaml(path.read_bytes(), str(path)) or {}
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold settings such as 'seed: 0', got a {type(settings).__name__}")
     for override in listed(overrides):
@@ -608,8 +599,8 @@ class _UniqueKeys(yaml.SafeLoader):
         return node
 
 
-def parse_yaml(text: str, what: str) -> Any:
-    """Read YAML text; ConfigError says ``what`` is not valid."""
+def parse_yaml(text: str | bytes, what: str) -> Any:
+    """Read YAML; ConfigError says ``what`` is not valid."""
     try:
         return yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates that do not exist

@@ -120,7 +120,7 @@ def fit(
         batches: the data, the seed and the settings.
         loss: from a batch on the runtime's device to named losses, which are summed.
         checkpoint: written every ``checkpoint_minutes`` and at the end; a killed training resumes from it.
-        stage: name of the settings, for the progress bar and errors.
+        stage: name of the settings.
         num_terms: how many terms a batch's losses are the mean of, such as labelled pixels; None: its images.
 
     Raises:
@@ -231,18 +231,16 @@ def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Op
     """
     layers = network.new_layers() if callable(getattr(network, "new_layers", None)) else []  # type: ignore[operator]
     new = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    parameters: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            parameters.setdefault((id(parameter) in new, name.endswith("bias")), []).append(parameter)
     groups: list[dict[str, Any]] = []
-    for is_new, layer_rate in ((False, 1.0), (True, config.head_multiplier)):
-        for is_bias, rate in ((False, 1.0), (True, config.bias_multiplier)):
-            parameters = [
-                parameter
-                for name, parameter in network.named_parameters()
-                if parameter.requires_grad and (id(parameter) in new) == is_new and name.endswith("bias") == is_bias
-            ]
-            decay = 0.0 if is_bias else config.weight_decay
-            if parameters:
-                rate_here = config.learning_rate * layer_rate * rate
-                groups.append({"params": parameters, "lr": rate_here, "weight_decay": decay})
+    for is_new, is_bias in sorted(parameters):
+        rate = config.learning_rate * (config.head_multiplier if is_new else 1.0)
+        rate *= config.bias_multiplier if is_bias else 1.0
+        decay = 0.0 if is_bias else config.weight_decay
+        groups.append({"params": parameters[is_new, is_bias], "lr": rate, "weight_decay": decay})
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups)
     return torch.optim.SGD(groups, momentum=config.momentum)

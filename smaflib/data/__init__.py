@@ -67,8 +67,7 @@ def _load_custom(data: DataConfig, split: Split) -> Samples:
             )
         names.add(files.image_id)
     for sample in replace(samples[:1], load_saliency=True, load_ground_truth=True):
-        size, expected = sample.image.shape[1:], torch.zeros(num_classes)
-        expected[list(samples.files[0].labels)] = 1
+        size = sample.image.shape[1:]
         documented = {"image": (torch.uint8, (3, *size)), "image_label": (torch.float32, (num_classes,))}
         documented |= {"saliency": (torch.float32, size), "mask": (torch.uint8, size)}
         for name, (dtype, shape) in documented.items():
@@ -76,7 +75,7 @@ def _load_custom(data: DataConfig, split: Split) -> Samples:
             if part is not None and (part.dtype, part.shape) != (dtype, shape):
                 found = f"{part.dtype} {tuple(part.shape)}"
                 raise ConfigError(f"{data.kind}: {name} of {sample.image_id} is {found}, not {dtype} {tuple(shape)}")
-        if not torch.equal(sample.image_label, expected):
+        if not torch.equal(sample.image_label, samples.image_labels[0]):
             raise ConfigError(f"{data.kind}: image_label of {sample.image_id} differs from the labels of its files")
         if sample.mask is not None:
             check_mask_values(sample.mask, num_classes, f"{data.kind}: mask of {sample.image_id}")

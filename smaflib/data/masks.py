@@ -7,7 +7,6 @@ import io
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -29,27 +28,27 @@ VOC_PALETTE = np.hstack([np.packbits(_BITS[:, channel::3], axis=1) for channel i
 """uint8 (256, 3): the RGB colour of each mask value. Bits 0, 3, 6 of a value are the highest bits of its red, bits 1,
 4, 7 of its green, bits 2, 5 of its blue, so that neighbours look different. Source: the VOC development kit."""
 
-_NUMBER_OF_COLOR = {tuple(color): number for number, color in enumerate(VOC_PALETTE.tolist())}
+_COLOR_CODE = np.array((65536, 256, 1))
+_NUMBER_OF_COLOR = np.zeros(2**24, dtype=np.int16)  # plus 1; 0 where a color is none of VOC's
+_NUMBER_OF_COLOR[VOC_PALETTE @ _COLOR_CODE] = np.arange(1, 257)
 _MASK_CURE = "save masks as 8-bit grey PNGs of class numbers, or in the colors of PASCAL VOC"
-
-
-def open_picture(file: Path | BinaryIO, name: str) -> Image.Image:
-    """Open a JPEG, PNG or WebP file of at most :data:`MAX_PIXELS` without decoding it; Pillow's errors pass."""
-    # Pillow would hand an EPS named .jpg to Ghostscript.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
-        picture = Image.open(file, formats=("JPEG", "PNG", "WEBP"))
-    if picture.width * picture.height > MAX_PIXELS:
-        picture.close()
-        raise DataError(f"{name} has {picture.width} x {picture.height} pixels, more than 120 million; save it smaller")
-    return picture
 
 
 @contextlib.contextmanager
 def decoding(path: Path, content: bytes | None = None) -> Iterator[Image.Image]:
-    """Open an image, or a file's content; a failure while the block decodes it becomes a :class:`DataError`."""
+    """Open a JPEG, PNG or WebP file of at most :data:`MAX_PIXELS`, or a file's content.
+
+    A failure while the block decodes it becomes a :class:`DataError`.
+    """
     try:
-        with open_picture(path if content is None else io.BytesIO(content), str(path)) as picture:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
+            # Without formats Pillow would hand an EPS named .jpg to Ghostscript.
+            picture = Image.open(path if content is None else io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))
+        with picture:
+            width, height = picture.size
+            if width * height > MAX_PIXELS:
+                raise DataError(f"{path} has {width} x {height} pixels, more than 120 million; save it smaller")
             yield picture
     except (DataError, MemoryError):
         raise
@@ -66,26 +65,14 @@ def read_mask(path: Path) -> Tensor:
     with decoding(path) as picture:
         if picture.mode not in ("P", "L", "RGB", "RGBA"):
             raise DataError(f"{path} is a picture of mode {picture.mode}; {_MASK_CURE}")
-        values = np.array(picture)
-        if picture.mode == "L":
+        values, colors = np.array(picture), np.array(picture.convert("RGB"))
+        # Software adds a palette that is a grey ramp to class numbers.
+        if picture.mode == "L" or (picture.mode == "P" and (colors == values[..., None]).all()):
             return torch.from_numpy(values)
-        if picture.mode == "P":
-            palette = np.full((256, 3), -1)
-            colors = np.array(picture.getpalette()).reshape(-1, 3)
-            palette[: len(colors)] = colors
-        else:
-            weights = np.array((65536, 256, 1))
-            codes, values = np.unique(np.array(picture.convert("RGB")) @ weights, return_inverse=True)
-            palette = codes[:, None] // weights % 256
-        used = np.flatnonzero(np.bincount(values.ravel()))
-        colors = palette[used]
-        if picture.mode == "P" and (colors == used[:, None]).all():  # a grey ramp, which software adds to class numbers
-            return torch.from_numpy(values)
-        if unknown := [color for color in colors.tolist() if tuple(color) not in _NUMBER_OF_COLOR]:
-            raise DataError(f"{path} has the color {unknown[0]}; {_MASK_CURE}")
-        number_of = np.zeros(len(palette), dtype=np.uint8)
-        number_of[used] = [_NUMBER_OF_COLOR[tuple(color)] for color in colors.tolist()]
-        return torch.from_numpy(number_of[values].reshape(picture.height, picture.width))
+        numbers = _NUMBER_OF_COLOR[colors @ _COLOR_CODE]
+        if not numbers.all():
+            raise DataError(f"{path} has the color {colors[numbers == 0][0].tolist()}; {_MASK_CURE}")
+        return torch.from_numpy((numbers - 1).astype(np.uint8))
 
 
 def mask_values(mask: Tensor) -> list[int]:

@@ -93,13 +93,7 @@ def make_samples(
 
 
 def read_sample(files: SampleFiles, num_classes: int, oriented: bool) -> Sample:
-    """Decode all parts of a sample that ``files`` names.
-
-    Args:
-        files: paths and labels.
-        num_classes: K.
-        oriented: rotate the image according to its EXIF orientation, as image viewers do.
-    """
+    """Decode all parts of a sample that ``files`` names; ``oriented``: turn it by EXIF, as image viewers do."""
     image = read_image(files.image, oriented)
     image_label = torch.zeros(num_classes)
     image_label[list(files.labels)] = 1
