@@ -99,16 +99,8 @@ def ablate(
 ) -> list[str]:
     """Execute the runs of an ablation in the folder ``ablation`` of a run, and write :data:`ABLATION`.
 
-    Args:
-        run: its settings, except the seed, hold for all rows; its finished stages are reused.
-        seeds: at least two give a spread.
-        part: as for :func:`~smaflib.apps.sweep.run_jobs`, like ``cluster`` and ``options``.
-
-    Returns:
-        A line per failed run.
-
-    Raises:
-        ConfigError: if the data has no ground truth.
+    The run's settings, except the seed, hold for all rows; its finished stages are reused. The other arguments, result
+    and errors are those of :func:`~smaflib.apps.sweep.run_jobs`; a ConfigError if the data has no ground truth.
     """
     if run.config.data.kind == "folder" and run.config.data.masks is None:
         raise ConfigError("an ablation needs ground truth; set data.masks")

@@ -31,8 +31,6 @@ class Job:
         name: of the run folder, ``seed<N>`` or ``seed<N>-<settings>``.
         setting: label of the settings that the sweep varies; empty without a grid.
         overrides: ``key=value`` settings on top of the config file, seed and grid included.
-        runs: folder of the run folders.
-        until: the last stage.
         source: path of another run whose finished stages may be reused, like those of the seed's earlier runs.
     """
 
@@ -96,10 +94,9 @@ def plan(
     overrides: Sequence[str] = (),
     until: str | None = None,
 ) -> list[Job]:
-    """All runs of a sweep, seed by seed, so that the first seed's comparison is complete early.
+    """A run for every seed and every combination of the grid's values, up to the stage ``until`` (default: the last).
 
-    There is a run for every seed and every combination of the grid's values, with the ``key=value`` overrides, up to
-    the stage ``until`` (by default the whole chain).
+    They are ordered by seed, so that the first seed's comparison is complete early.
     """
     last = (stage_named(until) if until else STAGES[-1]).name
     combinations = [list(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
@@ -233,9 +230,7 @@ def shared_stage(jobs: Sequence[Job]) -> str | None:
 def write_tables(jobs: Sequence[Job], measure: str) -> None:
     """Write the tables ``results`` and ``differences`` in all formats into the folder of a sweep's runs.
 
-    Args:
-        jobs: of the sweep; those that have measured nothing yet are left out.
-        measure: a column of :func:`~smaflib.report.tables.results_table`.
+    ``measure`` is a column of :func:`~smaflib.report.tables.results_table`.
     """
     out = jobs[0].runs
     begun = [job for job in jobs if (out / job.name / "config.yaml").is_file()]

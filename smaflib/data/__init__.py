@@ -29,10 +29,8 @@ def load_samples(config: Config, split: Split, run_folder: Path | None = None) -
 
     Files are located and labels checked for the whole split; images are decoded when a sample is indexed.
 
-    Args:
-        config: its ``data`` part is used.
-        split: ``train`` or ``val``; custom images (kind ``folder``) have an empty ``val``.
-        run_folder: contains the mini set, in its folder ``data``, unless ``data.root`` is set.
+    Custom images (kind ``folder``) have an empty ``val``. ``run_folder`` contains the mini set, in its folder ``data``,
+    unless ``data.root`` is set.
 
     Raises:
         DataError: if something is missing or does not fit.

@@ -18,8 +18,7 @@ Entry = dict[str, Any]
 
 def read_manifest(folder: Path) -> Entry:
     """The manifest of a run folder; without stages if nothing has run yet."""
-    manifest: Entry = files.read_json(folder / "manifest.json", {})
-    return {"stages": {}} | manifest
+    return {"stages": {}} | files.read_json(folder / "manifest.json", {})
 
 
 def write_manifest(folder: Path, manifest: Entry) -> None:

@@ -41,8 +41,7 @@ class Record(BaseModel):
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """The records of ``metrics.json``; none if there is no such file."""
-    records: list[dict[str, Any]] = files.read_json(folder / "metrics.json", [], list[Record])
-    return records
+    return files.read_json(folder / "metrics.json", [], list[Record])
 
 
 def replace_records(folder: Path, stage: str, records: Iterable[dict[str, Any]]) -> None:

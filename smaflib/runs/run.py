@@ -32,9 +32,7 @@ class Run(Workspace):
     """A workspace whose stages are notebooks: a folder of its own, a manifest, measurements and figures.
 
     Attributes:
-        folder: absolute path of the run folder.
-        config: all settings.
-        config_file: where they came from, for commands that are printed.
+        config_file: where the settings came from, for commands that are printed.
         overrides: the ``key=value`` settings given on top of the file.
         stages: the chain; only tests use another one.
     """

@@ -30,7 +30,6 @@ from smaflib.runs.inputs import (
     difference,
     is_code,
     notebook_cells,
-    notebook_hash,
     only_shows,
     outside_files,
     stage_inputs,
@@ -67,11 +66,9 @@ def run_notebooks(
     """Execute the notebooks of a run, write its report, print its results.
 
     Args:
-        config_file: a YAML file of settings, relative to the checkout.
-        name: name of the run folder; by default the config file's.
-        overrides: ``key=value`` settings on top of the file.
-        from_stage: run this stage and all later ones again, even if they are complete.
-        until_stage: stop after this stage.
+        config_file: a YAML file of settings, relative to the checkout; ``overrides`` are ``key=value`` on top.
+        name: of the run folder; by default the config file's.
+        from_stage: run this stage and all later ones again, even if they are complete; ``until_stage`` is the last.
         notebooks, runs: folders of the notebooks and of the run folders.
         reuse: names or paths of runs whose finished stages are reused if their inputs are the same.
         keep_stale: keep stages that another version of the library made.
@@ -89,7 +86,7 @@ def run_notebooks(
     config_file = absolute(config_file)
     config = load_config(config_file, overrides)
     for stage in chosen:
-        notebook_hash(notebooks / f"{stage.name}.ipynb")  # it can be read
+        notebook_cells(notebooks / f"{stage.name}.ipynb")  # it can be read
     folder = run_folder(runs, config_file.stem if name is None else name)
     sources = [find_run(source, runs).folder for source in reuse]
     if folder in sources:
@@ -120,17 +117,12 @@ def run_notebooks(
 
 @dataclass
 class _Chain:
-    """A run and how its stages are executed; the attributes are those of :func:`run_notebooks`.
-
-    Attributes:
-        outside: hashes of the files that settings name.
-        sources: folders of the runs whose stages may be reused.
-    """
+    """A run and how its stages are executed, see :func:`run_notebooks`."""
 
     run: Run
     notebooks: Path
-    outside: Mapping[str, str]
-    sources: Sequence[Path]
+    outside: Mapping[str, str]  # hashes of the files that settings name
+    sources: Sequence[Path]  # folders of the runs whose stages may be reused
     keep_stale: bool
 
     def run_stage(self, stage: Stage, may_reuse: bool) -> bool:

@@ -65,14 +65,8 @@ STAGES: tuple[Stage, ...] = (
         depends_on=("01_data",),
         outputs=("checkpoints/teacher*.safetensors", "figures/02_*.png"),
         required_outputs=("checkpoints/teacher.safetensors",),
-        settings=(
-            "model",
-            "classifier",
-            "attention.scales",
-            "attention.flip",
-            "attention.source",
-            "attention.options",
-            "attention.caa",
+        settings=tuple(
+            "model classifier attention.scales attention.flip attention.source attention.options attention.caa".split()
         ),
         code=("models", "processes", "training", "classifier", "cams", "sources", "reactivation"),
     ),
