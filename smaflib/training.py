@@ -290,7 +290,7 @@ def _resume(
     if checkpoint is None or not checkpoint.is_file():
         return 0, [], []
     tensors = read_weights(checkpoint)
-    fill(network, {k: v for k, v in tensors.items() if not k.startswith(OPTIMIZER)}, source=str(checkpoint))
+    fill(network, tensors, source=str(checkpoint))
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith(OPTIMIZER):

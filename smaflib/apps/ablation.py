@@ -34,19 +34,13 @@ RUNS = {FULL: None, "single-scale": "fused", "undenoised": "denoise", "unreactiv
 
 @dataclass(frozen=True)
 class Row:
-    """A row: its label, how its masks are made, and where they are measured.
-
-    Attributes:
-        run: a key of :data:`RUNS`.
-        masks: what notebook 06 measures at the run's background threshold.
-        maps: what notebook 03 or 05 measures before refinement, at the oracle threshold.
-    """
+    """A row: its label, how its masks are made, and where they are measured."""
 
     label: str
     how: str
-    run: str = FULL
-    masks: Variant = Variant.PSEUDO_MASKS
-    maps: Variant | None = Variant.STUDENT_FUSED
+    run: str = FULL  # a key of RUNS
+    masks: Variant = Variant.PSEUDO_MASKS  # what notebook 06 measures at the run's background threshold
+    maps: Variant | None = Variant.STUDENT_FUSED  # what 03 or 05 measures before refinement, at the oracle threshold
 
 
 ROWS: dict[str, Row] = {

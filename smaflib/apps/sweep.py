@@ -25,23 +25,16 @@ from smaflib.runs.stages import STAGES, counts, stage_named
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep; calling it executes the run's notebooks, here or on a node of a cluster.
+    """One run of a sweep; calling it executes the run's notebooks, here or on a node of a cluster."""
 
-    Attributes:
-        name: of the run folder, ``seed<N>`` or ``seed<N>-<settings>``.
-        setting: label of the settings that the sweep varies; empty without a grid.
-        overrides: ``key=value`` settings on top of the config file, seed and grid included.
-        source: path of another run whose finished stages may be reused, like those of the seed's earlier runs.
-    """
-
-    name: str
-    setting: str
+    name: str  # of the run folder, seed<N> or seed<N>-<settings>
+    setting: str  # label of the settings that the sweep varies; empty without a grid
     seed: int
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...]  # key=value settings on top of the config file, seed and grid included
     config_file: Path
-    runs: Path
-    until: str
-    source: str | None = None
+    runs: Path  # folder of the run folders
+    until: str  # the last stage
+    source: str | None = None  # another run whose finished stages may be reused, like those of the seed's earlier runs
 
     def __call__(self) -> None:
         from smaflib.runs import runner  # imports papermill, which is slow

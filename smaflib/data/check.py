@@ -26,8 +26,7 @@ def check_data(config: Config, run_folder: Path | None = None) -> tuple[list[str
     """Read every image, saliency map and mask of both splits; ``run_folder`` contains a mini set.
 
     Returns:
-        Facts, such as counts, sizes, rare classes, labels without pixels and pixels without a label; and problems that
-        would stop a run: missing and damaged files, sizes that differ from the image's, mask values without a class.
+        Facts, such as counts and labels without pixels; and problems that would stop a run, such as damaged files.
     """
     facts: list[str] = []
     problems: list[str] = []

@@ -39,17 +39,11 @@ def views_of(image: Tensor, scales: Sequence[float], patch: int = 1) -> list[Ten
 
 @dataclass(frozen=True)
 class ViewBatch:
-    """Images of one size at several scales.
+    """Images of one size at several scales."""
 
-    Attributes:
-        indices: numbers of the samples.
-        images: uint8 (3, H, W) each.
-        views: per scale float32 (B, 3, H_s, W_s), normalised, on the device.
-    """
-
-    indices: list[int]
-    images: list[Tensor]
-    views: list[Tensor]
+    indices: list[int]  # of the samples
+    images: list[Tensor]  # uint8 (3, H, W) each
+    views: list[Tensor]  # per scale float32 (B, 3, H_s, W_s), normalised, on the device
 
     @property
     def size(self) -> tuple[int, int]:  # (H, W)

@@ -97,17 +97,11 @@ def _states_inside(node: Any) -> list[dict[str, Tensor]]:
     return [state for child in node.values() for state in _states_inside(child)]
 
 
-def network_state(path: Path) -> dict[str, Tensor]:
-    """:func:`read_weights` without the optimizer's state."""
-    return {name: value for name, value in read_weights(path).items() if not name.startswith(OPTIMIZER)}
-
-
 def image_level_weights(path: Path, allow_mask_weights: bool = False) -> dict[str, Tensor]:
     """Weights for a backbone, without a segmentation network's head.
 
     Raises:
-        ConfigError: as in :func:`read_weights`, or if the weights belong to a segmentation network, which has learned
-            from pixel masks, and ``allow_mask_weights`` is false.
+        ConfigError: as in :func:`read_weights`, or if they belong to one and ``allow_mask_weights`` is false.
     """
     state = read_weights(path)
     # The ``classifier.`` of a classification network is no such head.
@@ -194,14 +188,16 @@ def extractor_name(name: str) -> str:
 def fill(module: nn.Module, state: dict[str, Tensor], source: str, network: str = "") -> None:
     """Copy a state dict into a module, in the module's float type; all of it or nothing.
 
-    The counters of batch norm may be missing, as in old files. ``source`` and ``network`` are named in messages.
+    The counters of batch norm may be missing, as in old files; the state of an optimizer, in the checkpoint of an
+    unfinished training, is left out. ``source`` and ``network`` are named in messages.
 
     Raises:
         ConfigError: lists the names that are missing, unknown, of another shape, or hold NaN or infinity.
     """
     own = module.state_dict()
     wrapper = _wrapper(own)  # of the network itself, which read_weights has taken off
-    state = {name if name.startswith(wrapper) else wrapper + name: value for name, value in state.items()}
+    state = {name: value for name, value in state.items() if not name.startswith(OPTIMIZER)}
+    state = {wrapper + name.removeprefix(wrapper): value for name, value in state.items()}
     problems = {
         "missing": [name for name in own.keys() - state if not name.endswith("num_batches_tracked")],
         "not known to the network": list(state.keys() - own),

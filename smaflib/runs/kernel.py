@@ -26,19 +26,13 @@ if TYPE_CHECKING:
 
 
 class NotebookKernel:
-    """Executes one notebook in a kernel of its own, with progress bars if stderr is a terminal.
-
-    Attributes:
-        cell: index of the running cell.
-        last_words: what a kernel that crashed wrote to its log.
-        peak_memory_mb: most memory that the kernel has held, on Linux.
-    """
+    """Executes one notebook in a kernel of its own, with progress bars if stderr is a terminal."""
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self.cell = 0
-        self.last_words: list[str] = []
-        self.peak_memory_mb: int | None = None
+        self.cell = 0  # index of the running one
+        self.last_words: list[str] = []  # what a kernel that crashed wrote to its log
+        self.peak_memory_mb: int | None = None  # most memory that the kernel has held, on Linux
         self._pid: int | None = None
 
     def execute(self, notebook: Path, target: Path, parameters: dict[str, Any], cwd: Path) -> NotebookNode:

@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from smaflib import files
 
-FRACTIONS = ("iou", "iou_sweep", "precision", "recall", "accuracy")
 Number = Annotated[float | None, AfterValidator(lambda number: number if math.isfinite(number or 0) else None)]
 """NaN and infinity, which are not JSON, become null."""
 
@@ -30,13 +29,7 @@ class Record(BaseModel):
     class_name: str = "mean"
     bg_score: Number = None
     metric: str
-    value: Number
-
-    @model_validator(mode="after")
-    def _is_fraction(self) -> Record:
-        if self.metric in FRACTIONS and not 0 <= (self.value or 0) <= 1:
-            raise ValueError(f"{self.metric} must be in [0, 1], got {self.value}; percent only where printed")
-        return self
+    value: Number  # IoU, precision, recall and accuracy in [0, 1]
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:

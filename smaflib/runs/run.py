@@ -29,17 +29,11 @@ if TYPE_CHECKING:  # torch, pandas and matplotlib take seconds to import, and "s
 
 @dataclass(frozen=True)
 class Run(Workspace):
-    """A workspace whose stages are notebooks: a folder of its own, a manifest, measurements and figures.
+    """A workspace whose stages are notebooks: a folder of its own, a manifest, measurements and figures."""
 
-    Attributes:
-        config_file: where the settings came from, for commands that are printed.
-        overrides: the ``key=value`` settings given on top of the file.
-        stages: the chain; only tests use another one.
-    """
-
-    config_file: Path = Path()
-    overrides: tuple[str, ...] = ()
-    stages: tuple[Stage, ...] = STAGES
+    config_file: Path = Path()  # where the settings came from, for commands that are printed
+    overrides: tuple[str, ...] = ()  # the key=value settings given on top of the file
+    stages: tuple[Stage, ...] = STAGES  # the chain; only tests use another one
 
     @property
     def name(self) -> str:
@@ -151,11 +145,7 @@ def open_run(
 
 
 def read_run(folder: str | Path) -> Run:
-    """Open an existing run folder with the settings that it holds.
-
-    Raises:
-        RunError: if it is no run folder.
-    """
+    """Open an existing run folder with the settings that it holds; RunError if it is none."""
     folder = absolute(folder)
     stored = folder / "config.yaml"
     if not stored.is_file():
@@ -168,11 +158,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def find_run(name: str, runs: Path = RUNS_FOLDER) -> Run:
-    """A run by name or by path.
-
-    Raises:
-        RunError: if there is none; the message names those that exist.
-    """
+    """A run by name or by path; a RunError that names those that exist if there is none."""
     for folder in (runs / name, expanded(name).absolute()):
         if (folder / "config.yaml").is_file():
             return read_run(folder)
