@@ -81,8 +81,7 @@ DataKind = Annotated[str, _one_of("mini", "voc", "coco", "folder")]
 RefinementName = Annotated[str, _one_of("crf", "par", "none")]
 
 Weights = Annotated[str, AfterValidator(lambda n: n if n in NAMED_WEIGHTS else str(PROJECT_ROOT / expanded(n)))]
-NAMED_WEIGHTS = ("torchvision", "pretrained", "wheel")
-"""Values of ``model.weights`` that are not a file."""
+NAMED_WEIGHTS = ("torchvision", "pretrained", "wheel")  # values of model.weights that are not a file
 
 FREE_SETTINGS = ("processes",)
 """Settings that change how long a run takes, not its results: a run may be continued with other values."""

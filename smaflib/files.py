@@ -35,13 +35,11 @@ def _shipped() -> Path:
     return next((folder for folder in folders if (folder / "configs").is_dir()), PROJECT_ROOT)
 
 
-SHIPPED = PROJECT_ROOT if IS_CHECKOUT else _shipped()
-"""Holds ``configs`` and ``notebooks`` as they came with the package."""
+SHIPPED = PROJECT_ROOT if IS_CHECKOUT else _shipped()  # holds configs and notebooks as they came with the package
 
 RUNS_FOLDER = PROJECT_ROOT / "papermill_runs"
 
-PARTIAL = ".partial-"
-"""Prefix of files that are being written, or were left by a killed process."""
+PARTIAL = ".partial-"  # prefix of files that are being written, or were left by a killed process
 
 
 def expanded(path: str | Path) -> Path:
@@ -156,10 +154,9 @@ def file_hash(path: Path) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path, command: str, name: str = ".lock") -> Iterator[None]:
-    """Hold the lock of a folder, which is created if missing; it is released when the process ends, even if killed.
+    """Hold the lock of a folder, which is created if missing; RunError if another ``command`` holds it.
 
-    Raises:
-        RunError: if another process holds it; says that another ``command`` is running.
+    It is released when the process ends, even if killed.
     """
     from filelock import FileLock, Timeout
 

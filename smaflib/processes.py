@@ -61,10 +61,8 @@ def run_in_processes(number: int, function: Callable[..., object], *arguments: A
     With one process, or inside one of several, nothing is called: the caller does the work. If a process is killed,
     the others are ended and all are started again. They end with the process that started them, however that ends.
 
-    Args:
-        number: of processes.
-        function: defined at the top of a module, as its arguments must be picklable; it resumes what was interrupted,
-            and writes its results to files.
+    The function is defined at the top of a module, as its arguments must be picklable; it resumes what was interrupted,
+    and writes its results to files.
 
     Raises:
         Exception: what the function raised in one of the processes, with its traceback as a note.

@@ -103,25 +103,18 @@ class Batches(Dataset[Batch]):
 
 def fit(
     network: nn.Module,
-    batches: Batches,
-    loss: Callable[[Batch], dict[str, Tensor]],
+    batches: Batches,  # the data, the seed and the settings
+    loss: Callable[[Batch], dict[str, Tensor]],  # from a batch on the runtime's device to named losses; summed
     runtime: Runtime,
-    checkpoint: Path | None = None,
-    stage: str = "training",
-    num_terms: Callable[[Batch], Tensor] | None = None,
+    checkpoint: Path | None = None,  # written every checkpoint_minutes and at the end
+    stage: str = "training",  # name of the settings
+    num_terms: Callable[[Batch], Tensor] | None = None,  # that a batch's losses are the mean of; None: its images
 ) -> History:
-    """Optimise a network in place; it ends in eval mode.
+    """Optimise a network in place; it ends in eval mode. A killed training resumes from its checkpoint.
 
-    Several processes (:mod:`smaflib.processes`) compute a part of each batch and take the same steps as one.
-
-    Args:
-        network: if it has ``new_layers()``, these learn at ``head_multiplier`` times the rate. A resumed training with
-            ``start_share`` needs the initial weights of the first time.
-        batches: the data, the seed and the settings.
-        loss: from a batch on the runtime's device to named losses, which are summed.
-        checkpoint: written every ``checkpoint_minutes`` and at the end; a killed training resumes from it.
-        stage: name of the settings.
-        num_terms: how many terms a batch's losses are the mean of, such as labelled pixels; None: its images.
+    Layers in the network's ``new_layers()`` learn at ``head_multiplier`` times the rate. A resumed training with
+    ``start_share`` needs the initial weights of the first time. Several processes (:mod:`smaflib.processes`) compute a
+    part of each batch and take the same steps as one.
 
     Raises:
         FloatingPointError: if a loss is not finite. On a GPU losses are read when they are logged or saved.

@@ -25,8 +25,7 @@ from smaflib.runs.manifest import read_manifest
 from smaflib.runs.run import read_run
 from smaflib.runs.stages import ABLATION
 
-FULL = "full"
-"""The row that the others are compared with."""
+FULL = "full"  # the row that the others are compared with
 
 RUNS = {FULL: None, "single-scale": "fused", "undenoised": "denoise", "unreactivated": "reactivate"}
 """By the name of a run, the setting of ``self_training`` that it switches off; its folder is ``seed<N>-<name>``."""

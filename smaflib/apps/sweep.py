@@ -109,20 +109,13 @@ def _text(value: Any) -> str:
 
 
 def run_jobs(
-    jobs: Sequence[Job],
-    write: Callable[[], None],
-    part: str = "1/1",
-    cluster: str | None = None,
-    options: Sequence[str] = (),
+    jobs: Sequence[Job],  # each is checked before the first one starts
+    write: Callable[[], None],  # renews the tables; called before, in between and at the end
+    part: str = "1/1",  # 2/3 executes every third seed, beginning with the second
+    cluster: str | None = None,  # slurm, local or debug, for submitit; None: in this process, one after the other
+    options: Sequence[str] = (),  # key=value options of sbatch
 ) -> list[str]:
     """Execute the jobs of a sweep, seed by seed; complete ones take no time.
-
-    Args:
-        jobs: each is checked before the first one starts.
-        write: renews the tables; called before, in between and at the end.
-        part: ``2/3`` executes every third seed, beginning with the second.
-        cluster: ``slurm``, ``local`` or ``debug``, for submitit; None: in this process, one after the other.
-        options: ``key=value`` options of sbatch.
 
     Returns:
         A line per failed job; the others were executed.

@@ -18,8 +18,7 @@ from smaflib.data.voc import SPLITS
 from smaflib.errors import InputError
 from smaflib.runtime import progress
 
-RARE = 10
-"""A class on fewer images than this is learned badly."""
+RARE = 10  # images; a class on fewer is learned badly
 
 
 def check_data(config: Config, run_folder: Path | None = None) -> tuple[list[str], list[str]]:

@@ -19,8 +19,7 @@ from smaflib.data.transforms import working_size
 from smaflib.errors import DataError
 from smaflib.files import save_image
 
-MAX_PIXELS = 120_000_000
-"""Largest image, saliency map or mask; a small file may decode to gigabytes."""
+MAX_PIXELS = 120_000_000  # largest image, saliency map or mask; a small file may decode to gigabytes
 
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")  # (256, 8), lowest bit first
 

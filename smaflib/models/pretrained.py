@@ -19,8 +19,7 @@ from smaflib.models.networks import AttentionNetwork, load_attention_network
 ASSETS = Path(__file__).parent / "assets"
 CONFIG_FILE = ASSETS / "mini.yaml"
 
-UNSEEN_SEED = 2024
-"""Draws images that the pretrained networks were not trained on."""
+UNSEEN_SEED = 2024  # draws images that the pretrained networks were not trained on
 
 Role = Literal["teacher", "student"]
 ROLES: tuple[Role, ...] = get_args(Role)

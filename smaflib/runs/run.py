@@ -40,11 +40,7 @@ class Run(Workspace):
         return self.folder.name
 
     def record(self, stage: str, records: Iterable[dict[str, Any]]) -> None:
-        """Write a stage's measurements to ``metrics.json``, in place of those it wrote before.
-
-        Raises:
-            ValueError: if one is no :class:`smaflib.runs.metrics.Record`.
-        """
+        """Write a stage's measurements, each a :class:`~smaflib.runs.metrics.Record`, in place of its earlier ones."""
         name = stage_named(stage, self.stages).name
         replace_records(self.folder, name, [Record(**record | {"stage": name}).model_dump() for record in records])
 
@@ -71,11 +67,7 @@ class Run(Workspace):
         return path
 
     def require(self, stage: str) -> None:
-        """Check that the stages that ``stage`` needs have run.
-
-        Raises:
-            RunError: names the missing file and the command that makes it.
-        """
+        """Check that the stages that ``stage`` needs have run; a RunError names the command that runs them."""
         manifest = read_manifest(self.folder)
         for name in stage_named(stage, self.stages).depends_on:
             # A stage run by hand in JupyterLab has no entry; then only its files count.
@@ -99,11 +91,7 @@ class Run(Workspace):
 
 
 def run_folder(runs: Path, name: str) -> Path:
-    """The folder of a run by its name.
-
-    Raises:
-        RunError: if the name is empty, too long or holds anything but letters, digits and ``_-.+``.
-    """
+    """The folder of a run by its name, a plain folder name; RunError if it is none."""
     if not re.fullmatch(r"\w[\w.+-]{,99}", name):
         raise RunError(f"the run name {name!r} must be a plain folder name: letters, digits, '_', '-', '.', '+'")
     return absolute(runs) / name

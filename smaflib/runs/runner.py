@@ -52,27 +52,18 @@ from smaflib.runs.stages import STAGES, Stage, stage_named
 
 
 def run_notebooks(
-    config_file: str | Path,
-    name: str | None = None,
-    overrides: Sequence[str] = (),
-    from_stage: str | None = None,
-    until_stage: str | None = None,
+    config_file: str | Path,  # a YAML file of settings, relative to the checkout
+    name: str | None = None,  # of the run folder; by default the config file's
+    overrides: Sequence[str] = (),  # key=value on top of the file
+    from_stage: str | None = None,  # run this stage and all later ones again, even if they are complete
+    until_stage: str | None = None,  # the last stage
     notebooks: Path = SHIPPED / "notebooks",
     runs: Path = RUNS_FOLDER,
-    reuse: Sequence[str] = (),
-    keep_stale: bool = False,
-    stages: tuple[Stage, ...] = STAGES,
+    reuse: Sequence[str] = (),  # names or paths of runs whose finished stages are reused if their inputs are the same
+    keep_stale: bool = False,  # keep stages that another version of the library made
+    stages: tuple[Stage, ...] = STAGES,  # the chain; only tests use another one
 ) -> Run:
     """Execute the notebooks of a run, write its report, print its results.
-
-    Args:
-        config_file: a YAML file of settings, relative to the checkout; ``overrides`` are ``key=value`` on top.
-        name: of the run folder; by default the config file's.
-        from_stage: run this stage and all later ones again, even if they are complete; ``until_stage`` is the last.
-        notebooks, runs: folders of the notebooks and of the run folders.
-        reuse: names or paths of runs whose finished stages are reused if their inputs are the same.
-        keep_stale: keep stages that another version of the library made.
-        stages: the chain; only tests use another one.
 
     Raises:
         ConfigError: if a setting does not exist or fit, or custom code does not work; nothing was written then.

@@ -10,8 +10,7 @@ from smaflib.errors import RunError
 
 EVERYTHING = "*"
 
-ABLATION = "ablation/ablation.json"
-"""The result of ``smaf ablate`` inside a run folder."""
+ABLATION = "ablation/ablation.json"  # the result of smaf ablate inside a run folder
 
 
 @dataclass(frozen=True)
@@ -134,11 +133,7 @@ def counts(kind: Literal["settings", "code"], name: str, stage: Stage, stages: S
 
 
 def stage_named(name: str, stages: Sequence[Stage] = STAGES) -> Stage:
-    """Find a stage by number (``2``, ``02``), by word (``classifier``) or by its full name.
-
-    Raises:
-        RunError: if there is none; the message names all of them.
-    """
+    """Find a stage by number (``2``, ``02``), by word (``classifier``) or by its full name; RunError if none fits."""
     for stage in stages:
         number, _, word = stage.name.partition("_")
         if name.strip().lower() in (stage.name, number, number.lstrip("0") or "0", word):
