@@ -28,14 +28,9 @@ PROJECT_ROOT = _PACKAGE_PARENT if IS_CHECKOUT else Path(os.environ.get(HOME) or 
 """The checkout, or for an installed package the working directory. Relative paths in notebooks, settings and manifests
 start here."""
 
-
-def _shipped() -> Path:
-    prefixes = (Path(sys.prefix), Path(site.getuserbase()), _PACKAGE_PARENT)
-    folders = (prefix / "share" / "smaflib" for prefix in prefixes)
-    return next((folder for folder in folders if (folder / "configs").is_dir()), PROJECT_ROOT)
-
-
-SHIPPED = PROJECT_ROOT if IS_CHECKOUT else _shipped()  # holds configs and notebooks as they came with the package
+_SHARES = (Path(prefix, "share", "smaflib") for prefix in (sys.prefix, site.getuserbase(), _PACKAGE_PARENT))
+SHIPPED = next((folder for folder in _SHARES if not IS_CHECKOUT and (folder / "configs").is_dir()), PROJECT_ROOT)
+"""Holds ``configs`` and ``notebooks`` as they came with the package."""
 
 RUNS_FOLDER = PROJECT_ROOT / "papermill_runs"
 

@@ -58,8 +58,7 @@ def decoding(path: Path, content: bytes | None = None) -> Iterator[Image.Image]:
 def read_mask(path: Path) -> Tensor:
     """Read the class numbers of a grey PNG, or of one in VOC's colours: with a palette in any order, or RGB.
 
-    Returns:
-        uint8 (H, W): 0 background, 1 to K the classes, 255 void; see :func:`check_mask_values`.
+    They are uint8 (H, W): 0 background, 1 to K the classes, 255 void; see :func:`check_mask_values`.
     """
     with decoding(path) as picture:
         if picture.mode not in ("P", "L", "RGB", "RGBA"):
@@ -100,11 +99,7 @@ def check_mask_values(mask: Tensor, num_classes: int, path: object) -> None:
 
 
 def save_mask(path: Path, mask: Tensor | np.ndarray) -> None:
-    """Write a mask, (H, W) of integers from 0 to 255, as a palette PNG in VOC's colours; :func:`read_mask` reads it.
-
-    Raises:
-        ValueError: if it holds other values; nothing is written.
-    """
+    """Write a mask, (H, W) of integers from 0 to 255 (else a ValueError), as a palette PNG in VOC's colours."""
     values = mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
     if values.dtype.kind not in "uib" or values.min() < 0 or values.max() > 255:
         raise ValueError(f"a mask must hold integers from 0 to 255, got {values.dtype} up to {values.max()}")
