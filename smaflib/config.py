@@ -203,7 +203,13 @@ class ClassifierConfig(TrainingConfig):
     eps_lambda: Fraction = 0.5  # weight of the foreground estimate against the background estimate
 
 
-Prompt = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]  # with one {} for the word
+def _has_place(prompt: str) -> str:
+    if prompt.count("{}") != 1:
+        raise ValueError("a prompt must have one {} for the word, such as 'a photo of a {}.'")
+    return prompt
+
+
+Prompt = Annotated[str, AfterValidator(_has_place)]
 
 
 class SourceOptions(StageConfig):

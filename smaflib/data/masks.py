@@ -63,13 +63,23 @@ def read_mask(path: Path) -> Tensor:
     with decoding(path) as picture:
         if picture.mode not in ("P", "L", "RGB", "RGBA"):
             raise DataError(f"{path} is a picture of mode {picture.mode}; {_MASK_CURE}")
-        values, colors = np.array(picture), np.array(picture.convert("RGB"))
-        # Software adds a palette that is a grey ramp to class numbers.
-        if picture.mode == "L" or (picture.mode == "P" and (colors == values[..., None]).all()):
-            return torch.from_numpy(values)
+        if picture.mode == "L":
+            return torch.from_numpy(np.array(picture))
+        if picture.mode == "P":
+            values = np.array(picture)
+            used = np.flatnonzero(np.bincount(values.ravel()))
+            colors = np.array(picture.getpalette()).reshape(-1, 3)[used]
+            if (colors == used[:, None]).all():  # a grey ramp, which software adds to class numbers
+                return torch.from_numpy(values)
+        else:
+            colors = np.array(picture.convert("RGB"))
         numbers = _NUMBER_OF_COLOR[colors @ _COLOR_CODE]
         if not numbers.all():
             raise DataError(f"{path} has the color {colors[numbers == 0][0].tolist()}; {_MASK_CURE}")
+        if picture.mode == "P":
+            number_of_value = np.zeros(256, dtype=np.int16)
+            number_of_value[used] = numbers
+            numbers = number_of_value[values]
         return torch.from_numpy((numbers - 1).astype(np.uint8))
 
 
