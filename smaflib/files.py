@@ -115,8 +115,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, default: Any, schema: Any = None) -> Any:
     """Read JSON that a command has written; ``default`` if there is no such file.
 
-    Raises:
-        RunError: if the content does not fit ``schema``, a type for pydantic, by default that of ``default``.
+    RunError if the content does not fit ``schema``, a type for pydantic, by default that of ``default``.
     """
     if not path.exists():
         return default

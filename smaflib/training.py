@@ -152,8 +152,7 @@ def fit(
             losses = []
         is_due = done < config.iterations and time.monotonic() - saved >= 60 * config.checkpoint_minutes
         if checkpoint and is_due and rank() == 0:
-            state = {"iteration": done, "history": history, "losses": _numbers(losses)}
-            _save_unfinished(checkpoint, network, optimizer, **state)
+            _save_unfinished(checkpoint, network, optimizer, iteration=done, history=history, losses=_numbers(losses))
             saved = time.monotonic()
     network.eval()
     with torch.no_grad():
@@ -206,13 +205,13 @@ def check_batch_norm(network: nn.Module, config: TrainingConfig, stage: str, num
         advice = "set processes=1 (one process uses all cores), or model.freeze_batch_norm=true"
         raise ConfigError(f"batch norm cannot learn its statistics in several processes on a CPU; {advice}")
     if learned and config.batch_size == 1:  # a larger batch has a value per image
+        name = "resize_range" if config.whole_images else "crop_size"
         side = config.resize_range[0] if config.whole_images else config.crop_size
         smallest = scaled_size((side, side), min(getattr(config, "loss_scales", [1])))
         try:
             with torch.no_grad():
                 copy.deepcopy(network).to(device)(torch.zeros(1, 3, *smallest, device=device))
         except ValueError as error:
-            name = "resize_range" if config.whole_images else "crop_size"
             cause = f"{stage}.batch_size=1 with {stage}.{name}={side} is too small for batch norm ({error})"
             raise ConfigError(f"{cause}; raise batch_size, or {name} where the feature map is one cell") from error
 

@@ -25,9 +25,7 @@ SERVER_FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
 def write_submission(run: Run, image_ids: Sequence[str], images: Path, target: Path) -> None:
     """Segment VOC's test images, ``<image_id>.jpg``, into the zip that its evaluation server takes.
 
-    Raises:
-        ConfigError: if the run has no segmentation network.
-        DataError: if an image is missing or damaged.
+    A ConfigError if the run has no segmentation network, a DataError if an image is missing or damaged.
     """
     if absent := [name for name in image_ids if not (images / f"{name}.jpg").is_file()]:
         first = f"{len(absent)} images are missing in {images}, the first is {absent[0]}.jpg"

@@ -157,8 +157,7 @@ def list_files(folder: Path, endings: Sequence[str], cure: str) -> list[Path]:
 def find_images(rows: Sequence[str], folder: Path, setting: str, cure: str) -> dict[str, Path]:
     """The images that ``rows`` of a list name, by id: a name, a path, an image's and a mask's path, VOC's ``a -1``.
 
-    Raises:
-        DataError: if an image is missing, or if two would share a mask: ``a.jpg`` and ``a.png``, on a Mac also ``A``.
+    A DataError if one is missing, or if two would share a mask: ``a.jpg`` and ``a.png``, on a Mac also ``A``.
     """
     files = [(compose(path.name), path) for path in list_files(folder, IMAGE_ENDINGS, setting)]
     count = Counter(image_stem(name) for name, _ in files)

@@ -97,10 +97,9 @@ def _states_inside(node: Any) -> list[dict[str, Tensor]]:
 
 
 def image_level_weights(path: Path, allow_mask_weights: bool = False) -> dict[str, Tensor]:
-    """Weights for a backbone, without a segmentation network's head.
+    """:func:`read_weights` for a backbone, without a segmentation network's head.
 
-    Raises:
-        ConfigError: as in :func:`read_weights`, or if they belong to one and ``allow_mask_weights`` is false.
+    ConfigError if there is such a head, so that the weights have learned from masks, unless ``allow_mask_weights``.
     """
     state = read_weights(path)
     # The ``classifier.`` of a classification network is no such head.
@@ -118,10 +117,7 @@ def image_level_weights(path: Path, allow_mask_weights: bool = False) -> dict[st
 def wheel_weights(model: str) -> dict[str, Tensor]:
     """ImageNet weights from an installed package, under timm's names and for images with ImageNet's mean and std.
 
-    The package has the layers of timm's model in the same order, with other names.
-
-    Raises:
-        ConfigError: if there is no package for the model, or it is not installed.
+    The package has the layers of timm's model in the same order, with other names. ConfigError if it is not installed.
     """
     if model not in WHEELS:
         names = " and ".join(f"timm/{name}" for name in WHEELS)
