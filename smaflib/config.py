@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -82,8 +82,7 @@ DataKind = Annotated[str, _one_of("mini", "voc", "coco", "folder")]
 RefinementName = Annotated[str, _one_of("crf", "par", "none")]
 
 Weights = Annotated[str, AfterValidator(lambda n: n if n in NAMED_WEIGHTS else str(PROJECT_ROOT / expanded(n)))]
-NAMED_WEIGHTS = ("torchvision", "pretrained", "wheel")
-"""Values of ``model.weights`` that are not a file."""
+NAMED_WEIGHTS = ("torchvision", "pretrained", "wheel")  # values of model.weights that are not a file
 
 FREE_SETTINGS = ("processes",)
 """Settings that change how long a run takes, not its results: a run may be continued with other values."""
@@ -534,10 +533,7 @@ def load_config(path: str | Path, overrides: str | Sequence[str] | None = ()) ->
     """
     if not (path := Path(path)).is_file():
         raise FileNotFoundError(f"there is no config file {path}; smaflib comes with those in configs/")
-    try:
-        settings = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
+    settings = parse_yaml(path.read_bytes(), str(path)) or {}
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold settings such as 'seed: 0', got a {type(settings).__name__}")
     for override in listed(overrides):
@@ -595,11 +591,13 @@ def flat_settings(config: Config) -> dict[str, Any]:
 def config_differences(ours: Config, theirs: Config) -> list[str]:
     """Each setting that differs, as ``key: ours | theirs``; without :data:`FREE_SETTINGS`."""
     left, right = flat_settings(ours), flat_settings(theirs)
-    return [
-        f"{key}: {left.get(key)} | {right.get(key)}"
-        for key in {**left, **right}
-        if key not in FREE_SETTINGS and left.get(key, "-") != right.get(key, "-")
-    ]
+    changed = [key for key in changed_names(left, right) if key not in FREE_SETTINGS]
+    return [f"{key}: {left.get(key)} | {right.get(key)}" for key in changed]
+
+
+def changed_names(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names whose values differ, in the order of their appearance."""
+    return [name for name in {**before, **now} if before.get(name, "-") != now.get(name, "-")]
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -615,8 +613,8 @@ class _UniqueKeys(yaml.SafeLoader):
         return node
 
 
-def parse_yaml(text: str, what: str) -> Any:
-    """Read YAML text; ConfigError says ``what`` is not valid."""
+def parse_yaml(text: str | bytes, what: str) -> Any:
+    """Read YAML; ConfigError says ``what`` is not valid."""
     try:
         return yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates that do not exist

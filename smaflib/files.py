@@ -11,7 +11,7 @@ import site
 import sys
 import unicodedata
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,13 @@ PROJECT_ROOT = _PACKAGE_PARENT if IS_CHECKOUT else Path(os.environ.get(HOME) or 
 """The checkout, or for an installed package the working directory. Relative paths in notebooks, settings and manifests
 start here."""
 
-
-def _shipped() -> Path:
-    prefixes = (Path(sys.prefix), Path(site.getuserbase()), _PACKAGE_PARENT)
-    folders = (prefix / "share" / "smaflib" for prefix in prefixes)
-    return next((folder for folder in folders if (folder / "configs").is_dir()), PROJECT_ROOT)
-
-
-SHIPPED = PROJECT_ROOT if IS_CHECKOUT else _shipped()
+_SHARES = (Path(prefix, "share", "smaflib") for prefix in (sys.prefix, site.getuserbase(), _PACKAGE_PARENT))
+SHIPPED = next((folder for folder in _SHARES if not IS_CHECKOUT and (folder / "configs").is_dir()), PROJECT_ROOT)
 """Holds ``configs`` and ``notebooks`` as they came with the package."""
 
 RUNS_FOLDER = PROJECT_ROOT / "papermill_runs"
 
-PARTIAL = ".partial-"
-"""Prefix of files that are being written, or were left by a killed process."""
+PARTIAL = ".partial-"  # prefix of files that are being written, or were left by a killed process
 
 
 def expanded(path: str | Path) -> Path:
@@ -82,17 +75,6 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path} is not UTF-8 ({error}); save it as UTF-8, a table as 'CSV UTF-8'") from error
 
 
-def is_plain_name(name: str) -> bool:
-    """Whether a name from a data set is safe as part of a path on every system."""
-    parts = name in ("", ".", "..") or any(character in name for character in "/\\\0")
-    return not parts and name.isprintable() and len(name.encode()) <= 200
-
-
-def python_path() -> str:
-    """``PYTHONPATH`` for child processes, so that they import this very package."""
-    return os.pathsep.join(filter(None, [str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH")]))
-
-
 def display_path(path: Path) -> str:
     """A path for records: relative to the checkout if inside it."""
     return str(path.relative_to(PROJECT_ROOT)) if path.is_relative_to(PROJECT_ROOT) else str(path)
@@ -103,14 +85,11 @@ def shown_path(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: float) -> str:
     """``"58 s"``, ``"3 min 05 s"`` or ``"2 h 14 min"``."""
-    if seconds is None:
-        return "-"
     minutes, rest = divmod(round(seconds), 60)
-    hours, left = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {left:02d} min"
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
@@ -141,8 +120,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, default: Any, schema: Any = None) -> Any:
     """Read JSON that a command has written; ``default`` if there is no such file.
 
-    Raises:
-        RunError: if the content does not fit ``schema``, a type for pydantic, by default that of ``default``.
+    RunError if the content does not fit ``schema``, a type for pydantic, by default that of ``default``.
     """
     if not path.exists():
         return default
@@ -173,20 +151,11 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def tree_hash(paths: Iterable[Path], root: Path) -> str:
-    """SHA-256 over the names relative to ``root`` and the contents of files, in any order."""
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(f"{path.relative_to(root).as_posix()}\0{file_hash(path)}\n".encode())
-    return digest.hexdigest()
-
-
 @contextlib.contextmanager
 def locked(folder: Path, command: str, name: str = ".lock") -> Iterator[None]:
-    """Hold the lock of a folder, which is created if missing; it is released when the process ends, even if killed.
+    """Hold the lock of a folder, which is created if missing; RunError if another ``command`` holds it.
 
-    Raises:
-        RunError: if another process holds it; says that another ``command`` is running.
+    It is released when the process ends, even if killed.
     """
     from filelock import FileLock, Timeout
 

@@ -33,12 +33,9 @@ def search_in(*folders: Path) -> None:
 
 
 def load_custom(name: str) -> Callable[..., Any]:
-    """Import what a name such as ``my_rules:softmax_sum`` stands for.
+    """Import what a name such as ``my_rules:softmax_sum`` stands for; ConfigError if it cannot be called.
 
     A module is searched for on Python's path, then in :data:`FOLDERS`, the working directory and the checkout.
-
-    Raises:
-        ConfigError: if it cannot be imported or called; with the name and the cause.
     """
     searched = _extend_search()
     try:
@@ -52,11 +49,7 @@ def load_custom(name: str) -> Callable[..., Any]:
 
 
 def custom_file(name: str) -> Path:
-    """The file of the module of a name, found without importing it; the manifest records its hash.
-
-    Raises:
-        ConfigError: if there is no such module, or it has no file.
-    """
+    """The file of the module of a name, found without importing it; ConfigError if there is none."""
     searched, module = _extend_search(), name.partition(":")[0]
     try:
         spec = importlib.util.find_spec(module)

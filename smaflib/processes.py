@@ -42,14 +42,12 @@ def num_processes(config: Config) -> int:
 
     ConfigError if there are fewer GPUs, or fewer images in a batch.
     """
-    smallest_batch = min(config.classifier.batch_size, config.self_training.batch_size)
-    if config.segmentation.enabled:
-        smallest_batch = min(smallest_batch, config.segmentation.batch_size)
-    on_gpu = config.device in ("auto", "cuda") and torch.cuda.is_available()
-    gpus = torch.cuda.device_count() if on_gpu else 0
+    trainings = [config.classifier, config.self_training] + [config.segmentation] * config.segmentation.enabled
+    smallest_batch = min(training.batch_size for training in trainings)
+    gpus = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
     if config.processes == "auto":
         return max(1, min(gpus, smallest_batch))
-    if on_gpu and config.processes > gpus:
+    if gpus and config.processes > gpus:
         raise ConfigError(f"processes is {config.processes}, but this machine has {gpus} GPU(s); set processes=auto")
     if config.processes > smallest_batch:
         few = f"the smallest training batch has {smallest_batch} images; set processes={smallest_batch}"
@@ -63,10 +61,8 @@ def run_in_processes(number: int, function: Callable[..., object], *arguments: A
     With one process, or inside one of several, nothing is called: the caller does the work. If a process is killed,
     the others are ended and all are started again. They end with the process that started them, however that ends.
 
-    Args:
-        number: of processes.
-        function: defined at the top of a module, as its arguments must be picklable; it resumes what was interrupted,
-            and writes its results to files.
+    The function is defined at the top of a module, as its arguments must be picklable; it resumes what was interrupted,
+    and writes its results to files.
 
     Raises:
         Exception: what the function raised in one of the processes, with its traceback as a note.

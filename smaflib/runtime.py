@@ -149,12 +149,11 @@ def progress(items: Iterable[Item], total: int, desc: str) -> Iterator[Item]:
     if os.environ.get(LOCAL_RANK, "0") != "0" or total == 0:
         yield from items
         return
+    bar = partial(tqdm, items, total=total, desc=desc, mininterval=0.3)
     if terminal := os.environ.get(PROGRESS_FILE):
         with open(terminal, "w", encoding="utf-8") as file:
-            bar = partial(tqdm, position=1, leave=False, dynamic_ncols=True)  # below the runner's
-            yield from bar(items, total=total, desc=desc, file=file, mininterval=0.3)
+            yield from bar(file=file, position=1, leave=False, dynamic_ncols=True)  # below the runner's
         return
     # JupyterLab shows stderr in red, as it shows errors; the variable tells a process that a kernel has started.
     in_notebook = type(sys.stderr).__module__.startswith("ipykernel.") or "JPY_PARENT_PID" in os.environ
-    stream = sys.stdout if in_notebook else sys.stderr
-    yield from tqdm(items, total=total, desc=desc, file=stream, mininterval=0.3)
+    yield from bar(file=sys.stdout if in_notebook else sys.stderr)

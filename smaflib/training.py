@@ -103,25 +103,18 @@ class Batches(Dataset[Batch]):
 
 def fit(
     network: nn.Module,
-    batches: Batches,
-    loss: Callable[[Batch], dict[str, Tensor]],
+    batches: Batches,  # the data, the seed and the settings
+    loss: Callable[[Batch], dict[str, Tensor]],  # from a batch on the runtime's device to named losses; summed
     runtime: Runtime,
-    checkpoint: Path | None = None,
-    stage: str = "training",
-    num_terms: Callable[[Batch], Tensor] | None = None,
+    checkpoint: Path | None = None,  # written every checkpoint_minutes and at the end
+    stage: str = "training",  # name of the settings
+    num_terms: Callable[[Batch], Tensor] | None = None,  # that a batch's losses are the mean of; None: its images
 ) -> History:
-    """Optimise a network in place; it ends in eval mode.
+    """Optimise a network in place; it ends in eval mode. A killed training resumes from its checkpoint.
 
-    Several processes (:mod:`smaflib.processes`) compute a part of each batch and take the same steps as one.
-
-    Args:
-        network: if it has ``new_layers()``, these learn at ``head_multiplier`` times the rate. A resumed training with
-            ``start_share`` needs the initial weights of the first time.
-        batches: the data, the seed and the settings.
-        loss: from a batch on the runtime's device to named losses, which are summed.
-        checkpoint: written every ``checkpoint_minutes`` and at the end; a killed training resumes from it.
-        stage: name of the settings, for the progress bar and errors.
-        num_terms: how many terms a batch's losses are the mean of, such as labelled pixels; None: its images.
+    Layers in the network's ``new_layers()`` learn at ``head_multiplier`` times the rate. A resumed training with
+    ``start_share`` needs the initial weights of the first time. Several processes (:mod:`smaflib.processes`) compute a
+    part of each batch and take the same steps as one.
 
     Raises:
         FloatingPointError: if a loss is not finite. On a GPU losses are read when they are logged or saved.
@@ -159,8 +152,7 @@ def fit(
             losses = []
         is_due = done < config.iterations and time.monotonic() - saved >= 60 * config.checkpoint_minutes
         if checkpoint and is_due and rank() == 0:
-            state = {"iteration": done, "history": history, "losses": _numbers(losses)}
-            _save_unfinished(checkpoint, network, optimizer, **state)
+            _save_unfinished(checkpoint, network, optimizer, iteration=done, history=history, losses=_numbers(losses))
             saved = time.monotonic()
     network.eval()
     with torch.no_grad():
@@ -213,13 +205,13 @@ def check_batch_norm(network: nn.Module, config: TrainingConfig, stage: str, num
         advice = "set processes=1 (one process uses all cores), or model.freeze_batch_norm=true"
         raise ConfigError(f"batch norm cannot learn its statistics in several processes on a CPU; {advice}")
     if learned and config.batch_size == 1:  # a larger batch has a value per image
+        name = "resize_range" if config.whole_images else "crop_size"
         side = config.resize_range[0] if config.whole_images else config.crop_size
         smallest = scaled_size((side, side), min(getattr(config, "loss_scales", [1])))
         try:
             with torch.no_grad():
                 copy.deepcopy(network).to(device)(torch.zeros(1, 3, *smallest, device=device))
         except ValueError as error:
-            name = "resize_range" if config.whole_images else "crop_size"
             cause = f"{stage}.batch_size=1 with {stage}.{name}={side} is too small for batch norm ({error})"
             raise ConfigError(f"{cause}; raise batch_size, or {name} where the feature map is one cell") from error
 
@@ -231,18 +223,16 @@ def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Op
     """
     layers = network.new_layers() if callable(getattr(network, "new_layers", None)) else []  # type: ignore[operator]
     new = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    parameters: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            parameters.setdefault((id(parameter) in new, name.endswith("bias")), []).append(parameter)
     groups: list[dict[str, Any]] = []
-    for is_new, layer_rate in ((False, 1.0), (True, config.head_multiplier)):
-        for is_bias, rate in ((False, 1.0), (True, config.bias_multiplier)):
-            parameters = [
-                parameter
-                for name, parameter in network.named_parameters()
-                if parameter.requires_grad and (id(parameter) in new) == is_new and name.endswith("bias") == is_bias
-            ]
-            decay = 0.0 if is_bias else config.weight_decay
-            if parameters:
-                rate_here = config.learning_rate * layer_rate * rate
-                groups.append({"params": parameters, "lr": rate_here, "weight_decay": decay})
+    for is_new, is_bias in sorted(parameters):
+        rate = config.learning_rate * (config.head_multiplier if is_new else 1.0)
+        rate *= config.bias_multiplier if is_bias else 1.0
+        decay = 0.0 if is_bias else config.weight_decay
+        groups.append({"params": parameters[is_new, is_bias], "lr": rate, "weight_decay": decay})
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups)
     return torch.optim.SGD(groups, momentum=config.momentum)
@@ -292,7 +282,7 @@ def _resume(
     if checkpoint is None or not checkpoint.is_file():
         return 0, [], []
     tensors = read_weights(checkpoint)
-    fill(network, {k: v for k, v in tensors.items() if not k.startswith(OPTIMIZER)}, source=str(checkpoint))
+    fill(network, tensors, source=str(checkpoint))
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith(OPTIMIZER):

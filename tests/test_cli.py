@@ -69,7 +69,7 @@ def test_known_errors_are_one_message(monkeypatch, config_file, error, exit_code
         (["run", "nowhere.yaml"], "there is no config file"),
         (["run", "tiny.yaml", "--set", "classifier.iteration=5"], "did you mean classifier.iterations"),
         (["run", "tiny.yaml", "--set", "classifier.learning_rate=banana"], "classifier.learning_rate"),
-        (["run", "tiny.yaml", "--from", "clasifier"], "did you mean 02_classifier"),
+        (["run", "tiny.yaml", "--from", "clasifier"], "there is no stage 'clasifier'"),
         (["run", "tiny.yaml", "--notebooks", "empty"], "00_one_image_end_to_end.ipynb is missing"),
         (["report", "nowhere"], "no run 'nowhere'"),
         (["status", "nowhere"], "no run 'nowhere'"),

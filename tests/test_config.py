@@ -161,7 +161,7 @@ def test_the_drawn_set_brings_its_saliency_maps() -> None:
     ("content", "message"),
     [
         (b"data: [1, ", "is not valid YAML"),
-        (b"seed: \xff\xfe", "is not UTF-8 text"),
+        (b"seed: \xff\xfe", "is not valid YAML: .*invalid start byte"),
         (b"- 1\n- 2\n", "must hold settings such as 'seed: 0', got a list"),
         (b"sed: 1\n", r"some\.yaml:\n  there is no setting sed; did you mean seed\?"),
         ("\n".join(f"data_{number}: 1" for number in range(5000)).encode(), "there is no setting data_0"),

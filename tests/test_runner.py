@@ -464,7 +464,7 @@ def test_what_cannot_run_leaves_no_folder_behind(tmp_path, settings, words):
 def test_wrong_stage_is_refused(chain):
     for from_stage, until_stage, message in (
         ("03", None, "no stage '03'"),
-        (None, "maek", "did you mean 01_make"),
+        (None, "maek", "no stage 'maek'"),
         ("use", "make", "nothing would run"),
     ):
         with pytest.raises(RunError, match=message):

@@ -11,18 +11,11 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from typer.testing import CliRunner
 
 from smaflib.apps.cli import app
-from smaflib.config import Config, DataConfig, load_config
+from smaflib.config import Config, DataConfig, changed_names, load_config
 from smaflib.errors import RunError
 from smaflib.files import PARTIAL, PROJECT_ROOT, absolute
 from smaflib.runs import Run, find_run, open_run
-from smaflib.runs.inputs import (
-    changed_names,
-    difference,
-    notebook_hash,
-    outside_files,
-    stage_inputs,
-    why_not_complete,
-)
+from smaflib.runs.inputs import difference, notebook_hash, outside_files, stage_inputs, why_not_complete
 from smaflib.runs.manifest import (
     clear_stage,
     describe_results,
@@ -92,7 +85,7 @@ def test_runs_are_light_to_import_on_every_system():
 def test_stage_has_several_names():
     for name in ("2", "02", "classifier", "02_classifier", "Classifier"):
         assert stage_named(name).name == "02_classifier"
-    with pytest.raises(RunError, match="did you mean 02_classifier") as error:
+    with pytest.raises(RunError, match="there is no stage 'clasifier'") as error:
         stage_named("clasifier")
     assert all(stage.name in str(error.value) for stage in STAGES)
 

@@ -200,7 +200,7 @@ def test_weights_of_another_transformer_a_missing_head_and_a_network_without_blo
     file = tmp_path / "small.safetensors"
     save_file(tiny_vit().state_dict(), file)
     options = SourceOptions(model="vit_small_patch16_224", weights=str(file))
-    with pytest.raises(ConfigError, match="do not fit vit_small_patch16_224"):
+    with pytest.raises(ConfigError, match="do not fit timm/vit_small_patch16_224"):
         make_source(AttentionConfig(source="vit", options=options), ["a"], None)
     with pytest.raises(ConfigError, match="head is 9, but .* has the heads 0 to 2"):
         VitSource(tiny_vit(), 1, rollout=False, head=9)

@@ -25,8 +25,7 @@ from smaflib.runs.manifest import read_manifest
 from smaflib.runs.run import read_run
 from smaflib.runs.stages import ABLATION
 
-FULL = "full"
-"""The row that the others are compared with."""
+FULL = "full"  # the row that the others are compared with
 
 RUNS = {FULL: None, "single-scale": "fused", "undenoised": "denoise", "unreactivated": "reactivate"}
 """By the name of a run, the setting of ``self_training`` that it switches off; its folder is ``seed<N>-<name>``."""
@@ -34,19 +33,13 @@ RUNS = {FULL: None, "single-scale": "fused", "undenoised": "denoise", "unreactiv
 
 @dataclass(frozen=True)
 class Row:
-    """A row: its label, how its masks are made, and where they are measured.
-
-    Attributes:
-        run: a key of :data:`RUNS`.
-        masks: what notebook 06 measures at the run's background threshold.
-        maps: what notebook 03 or 05 measures before refinement, at the oracle threshold.
-    """
+    """A row: its label, how its masks are made, and where they are measured."""
 
     label: str
     how: str
-    run: str = FULL
-    masks: Variant = Variant.PSEUDO_MASKS
-    maps: Variant | None = Variant.STUDENT_FUSED
+    run: str = FULL  # a key of RUNS
+    masks: Variant = Variant.PSEUDO_MASKS  # what notebook 06 measures at the run's background threshold
+    maps: Variant | None = Variant.STUDENT_FUSED  # what 03 or 05 measures before refinement, at the oracle threshold
 
 
 ROWS: dict[str, Row] = {
@@ -99,16 +92,8 @@ def ablate(
 ) -> list[str]:
     """Execute the runs of an ablation in the folder ``ablation`` of a run, and write :data:`ABLATION`.
 
-    Args:
-        run: its settings, except the seed, hold for all rows; its finished stages are reused.
-        seeds: at least two give a spread.
-        part: as for :func:`~smaflib.apps.sweep.run_jobs`, like ``cluster`` and ``options``.
-
-    Returns:
-        A line per failed run.
-
-    Raises:
-        ConfigError: if the data has no ground truth.
+    The run's settings, except the seed, hold for all rows; its finished stages are reused. The other arguments, result
+    and errors are those of :func:`~smaflib.apps.sweep.run_jobs`; a ConfigError if the data has no ground truth.
     """
     if run.config.data.kind == "folder" and run.config.data.masks is None:
         raise ConfigError("an ablation needs ground truth; set data.masks")

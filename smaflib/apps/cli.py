@@ -232,8 +232,8 @@ def status(
     for stage in found.stages:
         entry = entries.get(stage.name, {})
         source = f"  reused from {entry['reused_from']}" if "reused_from" in entry else ""
-        state, seconds = entry.get("status", "not run"), duration(entry.get("seconds"))
-        typer.echo(f"{stage.name:26} {state:10} {seconds:>12}{source}")
+        took = duration(entry["seconds"]) if "seconds" in entry else "-"
+        typer.echo(f"{stage.name:26} {entry.get('status', 'not run'):10} {took:>12}{source}")
         for artifact in damaged_artifacts(found.folder, entry, verify):
             typer.echo(f"{'':26} {artifact} is missing or damaged")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from smaflib import files
-from smaflib.config import flat_settings, load_config, parse_yaml
+from smaflib.config import changed_names, flat_settings, load_config, parse_yaml
 from smaflib.errors import ConfigError, RunError
 from smaflib.report.tables import FORMATS, difference_table, measurements, spread_table
 from smaflib.runs.run import read_run
@@ -25,25 +25,16 @@ from smaflib.runs.stages import STAGES, counts, stage_named
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep; calling it executes the run's notebooks, here or on a node of a cluster.
+    """One run of a sweep; calling it executes the run's notebooks, here or on a node of a cluster."""
 
-    Attributes:
-        name: of the run folder, ``seed<N>`` or ``seed<N>-<settings>``.
-        setting: label of the settings that the sweep varies; empty without a grid.
-        overrides: ``key=value`` settings on top of the config file, seed and grid included.
-        runs: folder of the run folders.
-        until: the last stage.
-        source: path of another run whose finished stages may be reused, like those of the seed's earlier runs.
-    """
-
-    name: str
-    setting: str
+    name: str  # of the run folder, seed<N> or seed<N>-<settings>
+    setting: str  # label of the settings that the sweep varies; empty without a grid
     seed: int
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...]  # key=value settings on top of the config file, seed and grid included
     config_file: Path
-    runs: Path
-    until: str
-    source: str | None = None
+    runs: Path  # folder of the run folders
+    until: str  # the last stage
+    source: str | None = None  # another run whose finished stages may be reused, like those of the seed's earlier runs
 
     def __call__(self) -> None:
         from smaflib.runs import runner  # imports papermill, which is slow
@@ -96,10 +87,9 @@ def plan(
     overrides: Sequence[str] = (),
     until: str | None = None,
 ) -> list[Job]:
-    """All runs of a sweep, seed by seed, so that the first seed's comparison is complete early.
+    """A run for every seed and every combination of the grid's values, up to the stage ``until`` (default: the last).
 
-    There is a run for every seed and every combination of the grid's values, with the ``key=value`` overrides, up to
-    the stage ``until`` (by default the whole chain).
+    They are ordered by seed, so that the first seed's comparison is complete early.
     """
     last = (stage_named(until) if until else STAGES[-1]).name
     combinations = [list(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
@@ -119,20 +109,13 @@ def _text(value: Any) -> str:
 
 
 def run_jobs(
-    jobs: Sequence[Job],
-    write: Callable[[], None],
-    part: str = "1/1",
-    cluster: str | None = None,
-    options: Sequence[str] = (),
+    jobs: Sequence[Job],  # each is checked before the first one starts
+    write: Callable[[], None],  # renews the tables; called before, in between and at the end
+    part: str = "1/1",  # 2/3 executes every third seed, beginning with the second
+    cluster: str | None = None,  # slurm, local or debug, for submitit; None: in this process, one after the other
+    options: Sequence[str] = (),  # key=value options of sbatch
 ) -> list[str]:
     """Execute the jobs of a sweep, seed by seed; complete ones take no time.
-
-    Args:
-        jobs: each is checked before the first one starts.
-        write: renews the tables; called before, in between and at the end.
-        part: ``2/3`` executes every third seed, beginning with the second.
-        cluster: ``slurm``, ``local`` or ``debug``, for submitit; None: in this process, one after the other.
-        options: ``key=value`` options of sbatch.
 
     Returns:
         A line per failed job; the others were executed.
@@ -225,8 +208,7 @@ def _executor(folder: Path, cluster: str, options: Sequence[str]) -> Any:
 def shared_stage(jobs: Sequence[Job]) -> str | None:
     """The last stage that jobs of one seed share; None if that is the data, which is made in seconds, or nothing."""
     settings = [flat_settings(load_config(job.config_file, job.overrides)) for job in jobs]
-    names = set().union(*settings)
-    varied = [name for name in names if any(each.get(name) != settings[0].get(name) for each in settings)]
+    varied = {name for each in settings for name in changed_names(settings[0], each)}
     shared = [stage.name for stage in STAGES if not any(counts("settings", name, stage) for name in varied)]
     return min(shared[-1], jobs[0].until) if varied and len(shared) > 2 else None
 
@@ -234,9 +216,7 @@ def shared_stage(jobs: Sequence[Job]) -> str | None:
 def write_tables(jobs: Sequence[Job], measure: str) -> None:
     """Write the tables ``results`` and ``differences`` in all formats into the folder of a sweep's runs.
 
-    Args:
-        jobs: of the sweep; those that have measured nothing yet are left out.
-        measure: a column of :func:`~smaflib.report.tables.results_table`.
+    ``measure`` is a column of :func:`~smaflib.report.tables.results_table`.
     """
     out = jobs[0].runs
     begun = [job for job in jobs if (out / job.name / "config.yaml").is_file()]

@@ -23,17 +23,9 @@ SERVER_FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
 
 
 def write_submission(run: Run, image_ids: Sequence[str], images: Path, target: Path) -> None:
-    """Segment VOC's test images into the zip that its evaluation server takes.
+    """Segment VOC's test images, ``<image_id>.jpg``, into the zip that its evaluation server takes.
 
-    Args:
-        run: a finished run on VOC.
-        image_ids: names without ending, as in ``ImageSets/Segmentation/test.txt``.
-        images: folder of ``<image_id>.jpg``.
-        target: the zip file.
-
-    Raises:
-        ConfigError: if the run has no segmentation network.
-        DataError: if an image is missing or damaged.
+    A ConfigError if the run has no segmentation network, a DataError if an image is missing or damaged.
     """
     if absent := [name for name in image_ids if not (images / f"{name}.jpg").is_file()]:
         first = f"{len(absent)} images are missing in {images}, the first is {absent[0]}.jpg"

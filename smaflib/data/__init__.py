@@ -19,7 +19,6 @@ from smaflib.data.prepare import make_data, summarize
 from smaflib.data.sample import Sample, SampleFiles, Samples
 from smaflib.data.voc import load_voc
 from smaflib.errors import ConfigError, DataError
-from smaflib.files import is_plain_name
 from smaflib.plugins import is_custom, load_custom
 
 __all__ = ["Sample", "SampleFiles", "Samples", "load_samples", "make_data", "summarize"]
@@ -30,10 +29,8 @@ def load_samples(config: Config, split: Split, run_folder: Path | None = None) -
 
     Files are located and labels checked for the whole split; images are decoded when a sample is indexed.
 
-    Args:
-        config: its ``data`` part is used.
-        split: ``train`` or ``val``; custom images (kind ``folder``) have an empty ``val``.
-        run_folder: contains the mini set, in its folder ``data``, unless ``data.root`` is set.
+    Custom images (kind ``folder``) have an empty ``val``. ``run_folder`` contains the mini set, in its folder ``data``,
+    unless ``data.root`` is set.
 
     Raises:
         DataError: if something is missing or does not fit.
@@ -60,7 +57,7 @@ def _load_custom(data: DataConfig, split: Split) -> Samples:
     if split == "train" and not samples.files:
         raise ConfigError(f"{data.kind}: the training split is empty")
     for files in samples.files:
-        if files.image_id in names or not is_plain_name(files.image_id):
+        if files.image_id in names or Path(files.image_id).name != files.image_id:
             raise ConfigError(f"{data.kind}: the image_id {files.image_id!r} is given twice or cannot be a file name")
         if not set(files.labels) <= set(range(num_classes)):
             raise ConfigError(
@@ -68,8 +65,7 @@ def _load_custom(data: DataConfig, split: Split) -> Samples:
             )
         names.add(files.image_id)
     for sample in replace(samples[:1], load_saliency=True, load_ground_truth=True):
-        size, expected = sample.image.shape[1:], torch.zeros(num_classes)
-        expected[list(samples.files[0].labels)] = 1
+        size = sample.image.shape[1:]
         documented = {"image": (torch.uint8, (3, *size)), "image_label": (torch.float32, (num_classes,))}
         documented |= {"saliency": (torch.float32, size), "mask": (torch.uint8, size)}
         for name, (dtype, shape) in documented.items():
@@ -77,7 +73,7 @@ def _load_custom(data: DataConfig, split: Split) -> Samples:
             if part is not None and (part.dtype, part.shape) != (dtype, shape):
                 found = f"{part.dtype} {tuple(part.shape)}"
                 raise ConfigError(f"{data.kind}: {name} of {sample.image_id} is {found}, not {dtype} {tuple(shape)}")
-        if not torch.equal(sample.image_label, expected):
+        if not torch.equal(sample.image_label, samples.image_labels[0]):
             raise ConfigError(f"{data.kind}: image_label of {sample.image_id} differs from the labels of its files")
         if sample.mask is not None:
             check_mask_values(sample.mask, num_classes, f"{data.kind}: mask of {sample.image_id}")

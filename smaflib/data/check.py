@@ -12,22 +12,20 @@ from smaflib.data import load_samples
 from smaflib.data.classes import VOID_LABEL
 from smaflib.data.coco import write_coco_masks
 from smaflib.data.masks import mask_values
-from smaflib.data.prepare import NO_CLASS
+from smaflib.data.prepare import NO_CLASS, summarize
 from smaflib.data.sample import Samples
 from smaflib.data.voc import SPLITS
 from smaflib.errors import InputError
 from smaflib.runtime import progress
 
-RARE = 10
-"""A class on fewer images than this is learned badly."""
+RARE = 10  # images; a class on fewer is learned badly
 
 
 def check_data(config: Config, run_folder: Path | None = None) -> tuple[list[str], list[str]]:
     """Read every image, saliency map and mask of both splits; ``run_folder`` contains a mini set.
 
     Returns:
-        Facts, such as counts, sizes, rare classes, labels without pixels and pixels without a label; and problems that
-        would stop a run: missing and damaged files, sizes that differ from the image's, mask values without a class.
+        Facts, such as counts and labels without pixels; and problems that would stop a run, such as damaged files.
     """
     facts: list[str] = []
     problems: list[str] = []
@@ -64,10 +62,9 @@ def _check_samples(samples: Samples, problems: list[str]) -> list[str]:
                 which += [f"{sample.image_id} ({names[value - 1]})" for value in sorted(values)]
     if samples.annotated and not in_masks and len(problems) == before:  # all masks were read
         problems.append(f"{samples.split}: {NO_CLASS}")
-    counts = dict(zip(names, samples.image_labels.sum(dim=0).int().tolist(), strict=True))
-    masks = sum(files.mask is not None for files in samples.files)
-    saliency = sum(files.saliency is not None for files in samples.files)
-    per_image = sum(counts.values()) / len(samples)
+    of_labels = summarize(samples.without_ground_truth())
+    counts, per_image = of_labels["images_per_class"], of_labels["labels_per_image"]
+    masks, saliency = len(samples.annotated), sum(files.saliency is not None for files in samples.files)
     facts = [
         f"{len(samples)} images, {per_image:.2f} labels per image, {masks} masks, {saliency} saliency maps",
         f"images per class: {', '.join(f'{name} {count}' for name, count in counts.items())}",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-VOID_LABEL = 255
-"""Mask value of pixels that count neither as hit nor as miss."""
+VOID_LABEL = 255  # mask value of pixels that count neither as hit nor as miss
 
 VOC_CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "

@@ -51,9 +51,7 @@ def write_coco_masks(data: DataConfig, split: Split, run_folder: Path | None) ->
     Large instances are painted first, so that a table does not hide what is on it. A crowd is painted as its class,
     like a single instance. Pixels of classes outside ``data.class_names`` are background. An image with an instance
     that cannot be drawn gets no mask, so that evaluation leaves it out. Without ``run_folder`` nothing is written.
-
-    Returns:
-        Sentences on such images and on annotations that are ignored.
+    Returns sentences on such images and on annotations that are ignored.
     """
     try:
         from pycocotools import mask as runs

@@ -7,7 +7,6 @@ import io
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -20,8 +19,7 @@ from smaflib.data.transforms import working_size
 from smaflib.errors import DataError
 from smaflib.files import save_image
 
-MAX_PIXELS = 120_000_000
-"""Largest image, saliency map or mask; a small file may decode to gigabytes."""
+MAX_PIXELS = 120_000_000  # largest image, saliency map or mask; a small file may decode to gigabytes
 
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")  # (256, 8), lowest bit first
 
@@ -29,27 +27,27 @@ VOC_PALETTE = np.hstack([np.packbits(_BITS[:, channel::3], axis=1) for channel i
 """uint8 (256, 3): the RGB colour of each mask value. Bits 0, 3, 6 of a value are the highest bits of its red, bits 1,
 4, 7 of its green, bits 2, 5 of its blue, so that neighbours look different. Source: the VOC development kit."""
 
-_NUMBER_OF_COLOR = {tuple(color): number for number, color in enumerate(VOC_PALETTE.tolist())}
+_COLOR_CODE = np.array((65536, 256, 1))
+_NUMBER_OF_COLOR = np.zeros(2**24, dtype=np.int16)  # plus 1; 0 where a color is none of VOC's
+_NUMBER_OF_COLOR[VOC_PALETTE @ _COLOR_CODE] = np.arange(1, 257)
 _MASK_CURE = "save masks as 8-bit grey PNGs of class numbers, or in the colors of PASCAL VOC"
-
-
-def open_picture(file: Path | BinaryIO, name: str) -> Image.Image:
-    """Open a JPEG, PNG or WebP file of at most :data:`MAX_PIXELS` without decoding it; Pillow's errors pass."""
-    # Pillow would hand an EPS named .jpg to Ghostscript.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
-        picture = Image.open(file, formats=("JPEG", "PNG", "WEBP"))
-    if picture.width * picture.height > MAX_PIXELS:
-        picture.close()
-        raise DataError(f"{name} has {picture.width} x {picture.height} pixels, more than 120 million; save it smaller")
-    return picture
 
 
 @contextlib.contextmanager
 def decoding(path: Path, content: bytes | None = None) -> Iterator[Image.Image]:
-    """Open an image, or a file's content; a failure while the block decodes it becomes a :class:`DataError`."""
+    """Open a JPEG, PNG or WebP file of at most :data:`MAX_PIXELS`, or a file's content.
+
+    A failure while the block decodes it becomes a :class:`DataError`.
+    """
     try:
-        with open_picture(path if content is None else io.BytesIO(content), str(path)) as picture:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
+            # Without formats Pillow would hand an EPS named .jpg to Ghostscript.
+            picture = Image.open(path if content is None else io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))
+        with picture:
+            width, height = picture.size
+            if width * height > MAX_PIXELS:
+                raise DataError(f"{path} has {width} x {height} pixels, more than 120 million; save it smaller")
             yield picture
     except (DataError, MemoryError):
         raise
@@ -60,32 +58,29 @@ def decoding(path: Path, content: bytes | None = None) -> Iterator[Image.Image]:
 def read_mask(path: Path) -> Tensor:
     """Read the class numbers of a grey PNG, or of one in VOC's colours: with a palette in any order, or RGB.
 
-    Returns:
-        uint8 (H, W): 0 background, 1 to K the classes, 255 void; see :func:`check_mask_values`.
+    They are uint8 (H, W): 0 background, 1 to K the classes, 255 void; see :func:`check_mask_values`.
     """
     with decoding(path) as picture:
         if picture.mode not in ("P", "L", "RGB", "RGBA"):
             raise DataError(f"{path} is a picture of mode {picture.mode}; {_MASK_CURE}")
-        values = np.array(picture)
         if picture.mode == "L":
-            return torch.from_numpy(values)
+            return torch.from_numpy(np.array(picture))
         if picture.mode == "P":
-            palette = np.full((256, 3), -1)
-            colors = np.array(picture.getpalette()).reshape(-1, 3)
-            palette[: len(colors)] = colors
+            values = np.array(picture)
+            used = np.flatnonzero(np.bincount(values.ravel()))
+            colors = np.array(picture.getpalette()).reshape(-1, 3)[used]
+            if (colors == used[:, None]).all():  # a grey ramp, which software adds to class numbers
+                return torch.from_numpy(values)
         else:
-            weights = np.array((65536, 256, 1))
-            codes, values = np.unique(np.array(picture.convert("RGB")) @ weights, return_inverse=True)
-            palette = codes[:, None] // weights % 256
-        used = np.flatnonzero(np.bincount(values.ravel()))
-        colors = palette[used]
-        if picture.mode == "P" and (colors == used[:, None]).all():  # a grey ramp, which software adds to class numbers
-            return torch.from_numpy(values)
-        if unknown := [color for color in colors.tolist() if tuple(color) not in _NUMBER_OF_COLOR]:
-            raise DataError(f"{path} has the color {unknown[0]}; {_MASK_CURE}")
-        number_of = np.zeros(len(palette), dtype=np.uint8)
-        number_of[used] = [_NUMBER_OF_COLOR[tuple(color)] for color in colors.tolist()]
-        return torch.from_numpy(number_of[values].reshape(picture.height, picture.width))
+            colors = np.array(picture.convert("RGB"))
+        numbers = _NUMBER_OF_COLOR[colors @ _COLOR_CODE]
+        if not numbers.all():
+            raise DataError(f"{path} has the color {colors[numbers == 0][0].tolist()}; {_MASK_CURE}")
+        if picture.mode == "P":
+            number_of_value = np.zeros(256, dtype=np.int16)
+            number_of_value[used] = numbers
+            numbers = number_of_value[values]
+        return torch.from_numpy((numbers - 1).astype(np.uint8))
 
 
 def mask_values(mask: Tensor) -> list[int]:
@@ -114,11 +109,7 @@ def check_mask_values(mask: Tensor, num_classes: int, path: object) -> None:
 
 
 def save_mask(path: Path, mask: Tensor | np.ndarray) -> None:
-    """Write a mask, (H, W) of integers from 0 to 255, as a palette PNG in VOC's colours; :func:`read_mask` reads it.
-
-    Raises:
-        ValueError: if it holds other values; nothing is written.
-    """
+    """Write a mask, (H, W) of integers from 0 to 255 (else a ValueError), as a palette PNG in VOC's colours."""
     values = mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
     if values.dtype.kind not in "uib" or values.min() < 0 or values.max() > 255:
         raise ValueError(f"a mask must hold integers from 0 to 255, got {values.dtype} up to {values.max()}")

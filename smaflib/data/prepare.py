@@ -23,11 +23,7 @@ NO_CLASS = "the masks hold 0 (background) and 255 (void) only; give the pixels o
 
 
 def fetch_voc12(folder: Path) -> Path:
-    """Download PASCAL VOC 2012 (2 GB), check its MD5 and unpack it; an archive that is already there is used.
-
-    Returns:
-        The value for ``data.root``.
-    """
+    """Download PASCAL VOC 2012 (2 GB), check and unpack it, unless it is there; returns the value for ``data.root``."""
     from torchvision.datasets import VOCDetection
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -20,23 +20,14 @@ from smaflib.runtime import progress
 
 @dataclass(frozen=True)
 class Sample:
-    """An image and what is known about it.
+    """An image and what is known about it; saliency and mask are None unless requested and available."""
 
-    Attributes:
-        image_id: file name without extension.
-        image: uint8 (3, H, W), RGB.
-        image_label: float32 (K,) in {0, 1}; the background has no entry.
-        saliency: float32 (H, W) in [0, 1]; None unless requested and available.
-        mask: ground truth, uint8 (H, W), 0 background, 1 to K the classes, 255 void; None likewise.
-        full_size: (H, W) of the image's file, where the sample has been brought to a working size.
-    """
-
-    image_id: str
-    image: Tensor
-    image_label: Tensor
-    saliency: Tensor | None = None
-    mask: Tensor | None = None
-    full_size: tuple[int, int] | None = None
+    image_id: str  # file name without extension
+    image: Tensor  # uint8 (3, H, W), RGB
+    image_label: Tensor  # float32 (K,) in {0, 1}; the background has no entry
+    saliency: Tensor | None = None  # float32 (H, W) in [0, 1]
+    mask: Tensor | None = None  # ground truth, uint8 (H, W): 0 background, 1 to K the classes, 255 void
+    full_size: tuple[int, int] | None = None  # (H, W) of the file, if the sample has been brought to a working size
 
     def at_working_size(self, longest_side: int) -> Sample:
         """The same sample at :func:`~smaflib.data.transforms.working_size`."""
@@ -66,25 +57,17 @@ class Samples(Sequence[Sample]):
     Saliency maps and ground truth are read on request only: most stages need neither, and no training code should see
     ground truth by accident.
 
-    Attributes:
-        files: one entry per image.
-        class_names: the K classes, in the order of the mask values 1 to K.
-        split: ``train`` or ``val``.
-        read: ``read(files, num_classes)`` decodes all parts that ``files`` names; those not requested are None there.
-        cached: keep decoded samples in memory.
-        load_saliency: read saliency maps too.
-        load_ground_truth: read ground truth too.
-        longest_side: working size of samples and masks (``data.longest_side``); None: that of the files.
+    ``read(files, num_classes)`` decodes all parts that ``files`` names; those not requested are None there.
     """
 
-    files: tuple[SampleFiles, ...]
-    class_names: tuple[str, ...]
-    split: str
+    files: tuple[SampleFiles, ...]  # one entry per image
+    class_names: tuple[str, ...]  # the K classes, in the order of the mask values 1 to K
+    split: str  # train or val
     read: Callable[[SampleFiles, int], Sample]
-    cached: bool = False
+    cached: bool = False  # keep decoded samples in memory
     load_saliency: bool = False
     load_ground_truth: bool = False
-    longest_side: int | None = None
+    longest_side: int | None = None  # working size of samples and masks (data.longest_side); None: that of the files
     _cache: dict[int, Sample] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:

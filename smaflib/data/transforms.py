@@ -60,13 +60,7 @@ class Crop:
     flip: bool
 
     def apply(self, field: Tensor, interpolation: str = "bilinear", fill: float = 0) -> Tensor:
-        """Cut the window out of a resized field.
-
-        Args:
-            field: (C, H, W) or (H, W), of any type that torchvision resizes.
-            interpolation: ``bilinear``, ``bicubic`` or ``nearest``.
-            fill: value outside the image.
-        """
+        """Cut the window out of a field, (C, H, W) or (H, W), resized by ``bilinear``, ``bicubic`` or ``nearest``."""
         flat = field.dim() == 2
         # torchvision's bilinear and bicubic antialias, as PIL's do; its "nearest" would shift a mask against its image.
         mode = InterpolationMode("nearest-exact" if interpolation == "nearest" else interpolation)
@@ -111,12 +105,9 @@ def whole_image(side: int, config: TrainingConfig, generator: torch.Generator) -
 
 
 def jitter_colors(image: Tensor, strengths: tuple[float, float, float, float], generator: torch.Generator) -> Tensor:
-    """Change brightness, contrast, saturation and hue (in turns of the colour wheel) by up to ``strengths``.
+    """Change brightness, contrast, saturation and hue (in turns of the colour wheel) of a uint8 image (3, H, W).
 
-    Args:
-        image: uint8 (3, H, W).
-        strengths: half-widths of the ranges around "unchanged"; 0 draws nothing.
-        generator: source of the draws.
+    Each change is drawn from plus or minus its strength; 0 draws nothing.
     """
     steps = (F.adjust_brightness, 1), (F.adjust_contrast, 1), (F.adjust_saturation, 1), (F.adjust_hue, 0)
     for (adjust, unchanged), strength in zip(steps, strengths, strict=True):

@@ -17,14 +17,11 @@ from smaflib.data.sample import Sample
 from smaflib.data.transforms import normalize, scaled_size
 from smaflib.runtime import Runtime, num_cores, progress
 
-BATCH_SIZE = 4
-"""Images of one size in a forward pass."""
+BATCH_SIZE = 4  # images of one size in a forward pass
 
-SMALL_IMAGE = 128 * 128
-"""Pixels up to which a forward pass of several images on a CPU takes less time than one of each."""
+SMALL_IMAGE = 128 * 128  # pixels up to which a forward pass of several images on a CPU is faster than one of each
 
-MAX_WORKERS = 8
-"""Loader processes beside a GPU; each keeps an image's views in memory."""
+MAX_WORKERS = 8  # loader processes beside a GPU; each keeps an image's views in memory
 
 
 def views_of(image: Tensor, scales: Sequence[float], patch: int = 1) -> list[Tensor]:
@@ -39,17 +36,11 @@ def views_of(image: Tensor, scales: Sequence[float], patch: int = 1) -> list[Ten
 
 @dataclass(frozen=True)
 class ViewBatch:
-    """Images of one size at several scales.
+    """Images of one size at several scales."""
 
-    Attributes:
-        indices: numbers of the samples.
-        images: uint8 (3, H, W) each.
-        views: per scale float32 (B, 3, H_s, W_s), normalised, on the device.
-    """
-
-    indices: list[int]
-    images: list[Tensor]
-    views: list[Tensor]
+    indices: list[int]  # of the samples
+    images: list[Tensor]  # uint8 (3, H, W) each
+    views: list[Tensor]  # per scale float32 (B, 3, H_s, W_s), normalised, on the device
 
     @property
     def size(self) -> tuple[int, int]:  # (H, W)
@@ -59,19 +50,12 @@ class ViewBatch:
 def load_views(
     samples: Sequence[Sample],
     scales: Sequence[float],
-    runtime: Runtime,
-    indices: Sequence[int] | None = None,
-    desc: str = "",
-    patch: int = 1,
+    runtime: Runtime,  # its device receives the views
+    indices: Sequence[int] | None = None,  # of the samples to load, in this order; None: all
+    desc: str = "",  # name on the progress bar; empty: no bar
+    patch: int = 1,  # the views' sides are multiples of it
 ) -> Iterator[ViewBatch]:
-    """Load images at every scale, neighbours of one size together.
-
-    Args:
-        runtime: its device receives the views. On a CPU large images come one by one: together they would be slower.
-        indices: of the samples to load, in this order; None: all.
-        desc: name on the progress bar; empty: no bar.
-        patch: the views' sides are multiples of it.
-    """
+    """Load images at every scale, neighbours of one size together; on a CPU large ones one by one, which is faster."""
     on_cpu, order = runtime.device.type == "cpu", range(len(samples)) if indices is None else indices
     loader: DataLoader[tuple[int, Tensor, list[Tensor]]] = DataLoader(
         _Views(samples, scales, patch),

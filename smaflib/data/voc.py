@@ -93,13 +93,7 @@ def make_samples(
 
 
 def read_sample(files: SampleFiles, num_classes: int, oriented: bool) -> Sample:
-    """Decode all parts of a sample that ``files`` names.
-
-    Args:
-        files: paths and labels.
-        num_classes: K.
-        oriented: rotate the image according to its EXIF orientation, as image viewers do.
-    """
+    """Decode all parts of a sample that ``files`` names; ``oriented``: turn it by EXIF, as image viewers do."""
     image = read_image(files.image, oriented)
     image_label = torch.zeros(num_classes)
     image_label[list(files.labels)] = 1
@@ -165,8 +159,7 @@ def list_files(folder: Path, endings: Sequence[str], cure: str, below: bool = Fa
 def find_images(rows: Sequence[str], folder: Path, setting: str, cure: str) -> dict[str, Path]:
     """The images that ``rows`` of a list name, by id: a name, a path, an image's and a mask's path, VOC's ``a -1``.
 
-    Raises:
-        DataError: if an image is missing, or if two would share a mask: ``a.jpg`` and ``a.png``, on a Mac also ``A``.
+    A DataError if one is missing, or if two would share a mask: ``a.jpg`` and ``a.png``, on a Mac also ``A``.
     """
     paths = list_files(folder, IMAGE_ENDINGS, setting, below=True)
     files = [(compose(path.relative_to(folder).as_posix()), path) for path in paths]

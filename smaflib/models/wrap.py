@@ -47,12 +47,7 @@ def wrap(
 
 
 class CamNetwork(nn.Module):
-    """A classifier with class attention maps, see :func:`wrap`.
-
-    Attributes:
-        classes: the chosen classes; may be set at any time.
-        bias: (N,) of the last layer. With it the mean of the maps of ``forward`` over the cells is the model's logit.
-    """
+    """A classifier with class attention maps, see :func:`wrap`; the chosen ``classes`` may be set at any time."""
 
     def __init__(self, model: nn.Module, classes: Any, mean: Any, std: Any, input_size: Sequence[int]) -> None:
         super().__init__()
@@ -68,6 +63,7 @@ class CamNetwork(nn.Module):
 
     @property
     def bias(self) -> Any:
+        """(N,) of the last layer. With it the mean of the maps of ``forward`` over the cells is the model's logit."""
         last = self._parts[2]
         return torch.zeros(len(last.weight)) if last.bias is None else last.bias
 

@@ -24,9 +24,7 @@ def describe_machine(runtime: Runtime) -> dict[str, Any]:
     """The device by name, the processor, the precision, Python, platform, commit and package versions."""
     import torch
 
-    name = platform.machine()
-    if runtime.device.type == "cuda":
-        name = torch.cuda.get_device_name(runtime.device)
+    name = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else platform.machine()
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

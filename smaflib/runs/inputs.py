@@ -11,10 +11,10 @@ import json
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from smaflib import files
-from smaflib.config import FREE_SETTINGS, Config, Split, flat_settings
+from smaflib.config import FREE_SETTINGS, Config, Split, changed_names, flat_settings
 from smaflib.errors import RunError
 from smaflib.files import display_path
 from smaflib.plugins import custom_file, is_custom
@@ -92,11 +92,6 @@ def difference(before: Entry, now: Entry, ignored: Callable[[str], bool] = lambd
     return f"{name} differs ({left} | {right}){more and f',{more}'}"
 
 
-def changed_names(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The names whose values differ, in the order of their appearance."""
-    return [name for name in {**before, **now} if before.get(name, "-") != now.get(name, "-")]
-
-
 def is_code(name: str) -> bool:
     """Whether an input is a module of the library."""
     return name.partition(".")[0] in [package.name for package in PACKAGES]
@@ -108,12 +103,9 @@ def only_shows(name: str) -> bool:
 
 
 def outside_files(config: Config) -> dict[str, str]:
-    """Hashes of the files that settings name, by setting: data sets, custom code.
+    """Hashes of the files that settings name, by setting: data sets, custom code (ConfigError if it has no file).
 
     Tables, lists and code count by content, folders by the names and sizes of their files.
-
-    Raises:
-        ConfigError: if there is no file of a custom name.
     """
     data = config.data
     named = {f"data.{name}": getattr(data, name) for name in ("labels", "images", "saliency", "masks")}
@@ -158,13 +150,9 @@ def notebook_hash(notebook: Path) -> str:
 
 
 def notebook_cells(notebook: Path) -> list[Entry]:
-    """Cells of a notebook, each with ``source`` as one text and ``tags``. Importing nbformat takes longer.
-
-    Raises:
-        RunError: if there is no such notebook, or it cannot be read.
-    """
+    """Cells of a notebook, each with ``source`` as one text and ``tags``; RunError if it cannot be read."""
     try:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]  # importing nbformat would take longer
         return [{"tags": cell["metadata"].get("tags", []), **cell, "source": "".join(cell["source"])} for cell in cells]
     except FileNotFoundError as error:
         raise RunError(f"the notebook {display_path(notebook)} is missing") from error

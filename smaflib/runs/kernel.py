@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smaflib.files import HOME, PROJECT_ROOT, python_path
+from smaflib.files import HOME, PROJECT_ROOT
 
 if TYPE_CHECKING:
     from jupyter_client.manager import AsyncKernelManager
@@ -26,19 +26,13 @@ if TYPE_CHECKING:
 
 
 class NotebookKernel:
-    """Executes one notebook in a kernel of its own, with progress bars if stderr is a terminal.
-
-    Attributes:
-        cell: index of the running cell.
-        last_words: what a kernel that crashed wrote to its log.
-        peak_memory_mb: most memory that the kernel has held, on Linux.
-    """
+    """Executes one notebook in a kernel of its own, with progress bars if stderr is a terminal."""
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self.cell = 0
-        self.last_words: list[str] = []
-        self.peak_memory_mb: int | None = None
+        self.cell = 0  # index of the running one
+        self.last_words: list[str] = []  # what a kernel that crashed wrote to its log
+        self.peak_memory_mb: int | None = None  # most memory that the kernel has held, on Linux
         self._pid: int | None = None
 
     def execute(self, notebook: Path, target: Path, parameters: dict[str, Any], cwd: Path) -> NotebookNode:
@@ -124,7 +118,8 @@ def _environment(folder: str) -> dict[str, str]:
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # a warning of ipykernel's debugger
         "PYTHONHASHSEED": "0",
-        "PYTHONPATH": python_path(),
+        # This very package, also where another one is installed.
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])),
         "SMAF_PROGRESS_FILE": _terminal(),
         "TMPDIR": folder,  # killed workers leave temporary files
         HOME: str(PROJECT_ROOT),

@@ -12,14 +12,12 @@ from smaflib import files
 from smaflib.runs.metrics import read_records, replace_records
 from smaflib.runs.stages import Stage
 
-Entry = dict[str, Any]
-"""A stage in the manifest: ``status``, ``inputs``, ``artifacts``, ``records``, ``made``, ``seconds``, ..."""
+Entry = dict[str, Any]  # of a stage: status, inputs, artifacts, records, made, seconds, ...
 
 
 def read_manifest(folder: Path) -> Entry:
     """The manifest of a run folder; without stages if nothing has run yet."""
-    manifest: Entry = files.read_json(folder / "manifest.json", {})
-    return {"stages": {}} | manifest
+    return {"stages": {}} | files.read_json(folder / "manifest.json", {})
 
 
 def write_manifest(folder: Path, manifest: Entry) -> None:
@@ -30,9 +28,8 @@ def write_manifest(folder: Path, manifest: Entry) -> None:
 def put_entry(folder: Path, stage: Stage, entry: Entry | None) -> None:
     """Write a stage's entry into the manifest; None removes it."""
     manifest = read_manifest(folder)
-    if entry is None:
-        manifest["stages"].pop(stage.name, None)
-    else:
+    manifest["stages"].pop(stage.name, None)
+    if entry is not None:
         manifest["stages"][stage.name] = entry
     write_manifest(folder, manifest)
 
@@ -44,8 +41,11 @@ def describe_results(folder: Path, stage: Stage) -> Entry:
         ``artifacts``: size and SHA-256 of each file, a folder as one entry; ``records``: hash of its measurements;
         ``made``: hash of what later stages may read, so without figures and executed notebooks, which hold times.
     """
-    page = f"{stage.name}.html"  # belongs to the report, which is written after the stage
-    artifacts = {_key(folder, path): _fingerprint(path) for path in made_by(folder, stage) if path.name != page}
+    artifacts = {}
+    for path in made_by(folder, stage):
+        if path.name != f"{stage.name}.html":  # belongs to the report, which is written after the stage
+            key = path.relative_to(folder).as_posix()
+            artifacts[f"{key}/" if path.is_dir() else key] = _fingerprint(path)
     records = record_hash(folder, stage)
     shown = [key for key in artifacts if key.startswith("figures/") or key.endswith(".ipynb")]
     passed_on = {key: artifact for key, artifact in artifacts.items() if key not in shown}
@@ -110,12 +110,11 @@ def _delete(paths: list[Path]) -> None:
 
 
 def _fingerprint(path: Path, hashed: bool = True) -> Entry:
-    if path.is_dir():
-        sizes = {each: each.stat().st_size for each in files.files_below(path)}
-        facts: Entry = {"files": len(sizes), "bytes": sum(sizes.values())}
-        return facts | ({"sha256": files.tree_hash(sizes, path)} if hashed else {})
-    return {"bytes": path.stat().st_size} | ({"sha256": files.file_hash(path)} if hashed else {})
-
-
-def _key(folder: Path, path: Path) -> str:
-    return path.relative_to(folder).as_posix() + ("/" if path.is_dir() else "")
+    if not path.is_dir():
+        return {"bytes": path.stat().st_size} | ({"sha256": files.file_hash(path)} if hashed else {})
+    inside = sorted(files.files_below(path))
+    facts: Entry = {"files": len(inside), "bytes": sum(each.stat().st_size for each in inside)}
+    if hashed:
+        listing = "".join(f"{each.relative_to(path).as_posix()}\0{files.file_hash(each)}\n" for each in inside)
+        facts["sha256"] = hashlib.sha256(listing.encode()).hexdigest()
+    return facts

@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from smaflib import files
 
-FRACTIONS = ("iou", "iou_sweep", "precision", "recall", "accuracy")
 Number = Annotated[float | None, AfterValidator(lambda number: number if math.isfinite(number or 0) else None)]
 """NaN and infinity, which are not JSON, become null."""
 
@@ -30,19 +29,12 @@ class Record(BaseModel):
     class_name: str = "mean"
     bg_score: Number = None
     metric: str
-    value: Number
-
-    @model_validator(mode="after")
-    def _is_fraction(self) -> Record:
-        if self.metric in FRACTIONS and not 0 <= (self.value or 0) <= 1:
-            raise ValueError(f"{self.metric} must be in [0, 1], got {self.value}; percent only where printed")
-        return self
+    value: Number  # IoU, precision, recall and accuracy in [0, 1]
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """The records of ``metrics.json``; none if there is no such file."""
-    records: list[dict[str, Any]] = files.read_json(folder / "metrics.json", [], list[Record])
-    return records
+    return files.read_json(folder / "metrics.json", [], list[Record])
 
 
 def replace_records(folder: Path, stage: str, records: Iterable[dict[str, Any]]) -> None:

@@ -29,30 +29,18 @@ if TYPE_CHECKING:  # torch, pandas and matplotlib take seconds to import, and "s
 
 @dataclass(frozen=True)
 class Run(Workspace):
-    """A workspace whose stages are notebooks: a folder of its own, a manifest, measurements and figures.
+    """A workspace whose stages are notebooks: a folder of its own, a manifest, measurements and figures."""
 
-    Attributes:
-        folder: absolute path of the run folder.
-        config: all settings.
-        config_file: where they came from, for commands that are printed.
-        overrides: the ``key=value`` settings given on top of the file.
-        stages: the chain; only tests use another one.
-    """
-
-    config_file: Path = Path()
-    overrides: tuple[str, ...] = ()
-    stages: tuple[Stage, ...] = STAGES
+    config_file: Path = Path()  # where the settings came from, for commands that are printed
+    overrides: tuple[str, ...] = ()  # the key=value settings given on top of the file
+    stages: tuple[Stage, ...] = STAGES  # the chain; only tests use another one
 
     @property
     def name(self) -> str:
         return self.folder.name
 
     def record(self, stage: str, records: Iterable[dict[str, Any]]) -> None:
-        """Write a stage's measurements to ``metrics.json``, in place of those it wrote before.
-
-        Raises:
-            ValueError: if one is no :class:`smaflib.runs.metrics.Record`.
-        """
+        """Write a stage's measurements, each a :class:`~smaflib.runs.metrics.Record`, in place of its earlier ones."""
         name = stage_named(stage, self.stages).name
         replace_records(self.folder, name, [Record(**record | {"stage": name}).model_dump() for record in records])
 
@@ -79,11 +67,7 @@ class Run(Workspace):
         return path
 
     def require(self, stage: str) -> None:
-        """Check that the stages that ``stage`` needs have run.
-
-        Raises:
-            RunError: names the missing file and the command that makes it.
-        """
+        """Check that the stages that ``stage`` needs have run; a RunError names the command that runs them."""
         manifest = read_manifest(self.folder)
         for name in stage_named(stage, self.stages).depends_on:
             # A stage run by hand in JupyterLab has no entry; then only its files count.
@@ -107,11 +91,7 @@ class Run(Workspace):
 
 
 def run_folder(runs: Path, name: str) -> Path:
-    """The folder of a run by its name.
-
-    Raises:
-        RunError: if the name is empty, too long or holds anything but letters, digits and ``_-.+``.
-    """
+    """The folder of a run by its name, a plain folder name; RunError if it is none."""
     if not re.fullmatch(r"\w[\w.+-]{,99}", name):
         raise RunError(f"the run name {name!r} must be a plain folder name: letters, digits, '_', '-', '.', '+'")
     return absolute(runs) / name
@@ -153,11 +133,7 @@ def open_run(
 
 
 def read_run(folder: str | Path) -> Run:
-    """Open an existing run folder with the settings that it holds.
-
-    Raises:
-        RunError: if it is no run folder.
-    """
+    """Open an existing run folder with the settings that it holds; RunError if it is none."""
     folder = absolute(folder)
     stored = folder / "config.yaml"
     if not stored.is_file():
@@ -170,11 +146,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def find_run(name: str, runs: Path = RUNS_FOLDER) -> Run:
-    """A run by name or by path.
-
-    Raises:
-        RunError: if there is none; the message names those that exist.
-    """
+    """A run by name or by path; a RunError that names those that exist if there is none."""
     for folder in (runs / name, expanded(name).absolute()):
         if (folder / "config.yaml").is_file():
             return read_run(folder)

@@ -20,18 +20,16 @@ from pathlib import Path
 from types import FrameType
 
 from smaflib import files
-from smaflib.config import flat_settings, load_config
+from smaflib.config import changed_names, flat_settings, load_config
 from smaflib.errors import RunError
 from smaflib.files import RUNS_FOLDER, SHIPPED, absolute, display_path, duration, shown_path
 from smaflib.runs.environment import describe_machine
 from smaflib.runs.inputs import (
     NEVER_RAN,
     RESUMES,
-    changed_names,
     difference,
     is_code,
     notebook_cells,
-    notebook_hash,
     only_shows,
     outside_files,
     stage_inputs,
@@ -54,29 +52,18 @@ from smaflib.runs.stages import STAGES, Stage, stage_named
 
 
 def run_notebooks(
-    config_file: str | Path,
-    name: str | None = None,
-    overrides: Sequence[str] = (),
-    from_stage: str | None = None,
-    until_stage: str | None = None,
+    config_file: str | Path,  # a YAML file of settings, relative to the checkout
+    name: str | None = None,  # of the run folder; by default the config file's
+    overrides: Sequence[str] = (),  # key=value on top of the file
+    from_stage: str | None = None,  # run this stage and all later ones again, even if they are complete
+    until_stage: str | None = None,  # the last stage
     notebooks: Path = SHIPPED / "notebooks",
     runs: Path = RUNS_FOLDER,
-    reuse: Sequence[str] = (),
-    keep_stale: bool = False,
-    stages: tuple[Stage, ...] = STAGES,
+    reuse: Sequence[str] = (),  # names or paths of runs whose finished stages are reused if their inputs are the same
+    keep_stale: bool = False,  # keep stages that another version of the library made
+    stages: tuple[Stage, ...] = STAGES,  # the chain; only tests use another one
 ) -> Run:
     """Execute the notebooks of a run, write its report, print its results.
-
-    Args:
-        config_file: a YAML file of settings, relative to the checkout.
-        name: name of the run folder; by default the config file's.
-        overrides: ``key=value`` settings on top of the file.
-        from_stage: run this stage and all later ones again, even if they are complete.
-        until_stage: stop after this stage.
-        notebooks, runs: folders of the notebooks and of the run folders.
-        reuse: names or paths of runs whose finished stages are reused if their inputs are the same.
-        keep_stale: keep stages that another version of the library made.
-        stages: the chain; only tests use another one.
 
     Raises:
         ConfigError: if a setting does not exist or fit, or custom code does not work; nothing was written then.
@@ -90,7 +77,7 @@ def run_notebooks(
     config_file = absolute(config_file)
     config = load_config(config_file, overrides)
     for stage in chosen:
-        notebook_hash(notebooks / f"{stage.name}.ipynb")  # it can be read
+        notebook_cells(notebooks / f"{stage.name}.ipynb")  # it can be read
     folder = run_folder(runs, config_file.stem if name is None else name)
     sources = [find_run(source, runs).folder for source in reuse]
     if folder in sources:
@@ -121,17 +108,12 @@ def run_notebooks(
 
 @dataclass
 class _Chain:
-    """A run and how its stages are executed; the attributes are those of :func:`run_notebooks`.
-
-    Attributes:
-        outside: hashes of the files that settings name.
-        sources: folders of the runs whose stages may be reused.
-    """
+    """A run and how its stages are executed, see :func:`run_notebooks`."""
 
     run: Run
     notebooks: Path
-    outside: Mapping[str, str]
-    sources: Sequence[Path]
+    outside: Mapping[str, str]  # hashes of the files that settings name
+    sources: Sequence[Path]  # folders of the runs whose stages may be reused
     keep_stale: bool
 
     def run_stage(self, stage: Stage, may_reuse: bool) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,8 +10,7 @@ from smaflib.errors import RunError
 
 EVERYTHING = "*"
 
-ABLATION = "ablation/ablation.json"
-"""The result of ``smaf ablate`` inside a run folder."""
+ABLATION = "ablation/ablation.json"  # the result of smaf ablate inside a run folder
 
 
 @dataclass(frozen=True)
@@ -21,28 +19,17 @@ class Stage:
 
     A stage declares the settings and modules that it is the first to depend on. They count for it and for all later
     stages. What no stage declares counts from the start, so a forgotten name costs time and never a result.
-
-    Attributes:
-        name: the notebook's file name without its ending.
-        question: what it answers.
-        depends_on: the stages whose artifacts it reads.
-        outputs: globs of its artifacts in the run folder; ``folder/**`` is everything below.
-        required_outputs: the artifacts among them that every config makes, as globs; without them the stage has failed.
-        extra_inputs: files of other commands in the run folder; when one changes, the stage runs again.
-        settings: such as ``attention`` or ``attention.fusion``; the longest name that fits decides.
-        settings_of_masks: further settings that count if ``self_training.refine`` asks for masks.
-        code: modules of the library, such as ``maps``, or whole packages; :data:`EVERYTHING` for all.
     """
 
-    name: str
-    question: str
-    depends_on: tuple[str, ...] = ()
-    outputs: tuple[str, ...] = ()
-    required_outputs: tuple[str, ...] = ()
-    extra_inputs: tuple[str, ...] = ()
-    settings: tuple[str, ...] = ()
-    settings_of_masks: tuple[str, ...] = ()
-    code: tuple[str, ...] = ()
+    name: str  # the notebook's file name without its ending
+    question: str  # what it answers
+    depends_on: tuple[str, ...] = ()  # the stages whose artifacts it reads
+    outputs: tuple[str, ...] = ()  # globs of its artifacts in the run folder; folder/** is everything below
+    required_outputs: tuple[str, ...] = ()  # those that every config makes; without them the stage has failed
+    extra_inputs: tuple[str, ...] = ()  # files of other commands; when one changes, the stage runs again
+    settings: tuple[str, ...] = ()  # such as attention or attention.fusion; the longest name that fits decides
+    settings_of_masks: tuple[str, ...] = ()  # these count, too, if self_training.refine asks for masks
+    code: tuple[str, ...] = ()  # modules of the library, such as maps, or whole packages; EVERYTHING for all
 
 
 STAGES: tuple[Stage, ...] = (
@@ -65,14 +52,8 @@ STAGES: tuple[Stage, ...] = (
         depends_on=("01_data",),
         outputs=("checkpoints/teacher*.safetensors", "figures/02_*.png"),
         required_outputs=("checkpoints/teacher.safetensors",),
-        settings=(
-            "model",
-            "classifier",
-            "attention.scales",
-            "attention.flip",
-            "attention.source",
-            "attention.options",
-            "attention.caa",
+        settings=tuple(
+            "model classifier attention.scales attention.flip attention.source attention.options attention.caa".split()
         ),
         code=("models", "processes", "training", "classifier", "cams", "sources", "reactivation"),
     ),
@@ -152,18 +133,9 @@ def counts(kind: Literal["settings", "code"], name: str, stage: Stage, stages: S
 
 
 def stage_named(name: str, stages: Sequence[Stage] = STAGES) -> Stage:
-    """Find a stage by number (``2``, ``02``), by word (``classifier``) or by its full name.
-
-    Raises:
-        RunError: if there is none; the message names the nearest one and all of them.
-    """
-    wanted = name.strip().lower()
-    words: dict[str, str] = {}
+    """Find a stage by number (``2``, ``02``), by word (``classifier``) or by its full name; RunError if none fits."""
     for stage in stages:
         number, _, word = stage.name.partition("_")
-        if wanted in (stage.name, number, number.lstrip("0") or "0", word):
+        if name.strip().lower() in (stage.name, number, number.lstrip("0") or "0", word):
             return stage
-        words |= {stage.name: stage.name, word: stage.name}
-    close = difflib.get_close_matches(wanted, words, n=1)
-    hint = f"; did you mean {words[close[0]]}?" if close else "."
-    raise RunError(f"there is no stage {name!r}{hint} The stages are {', '.join(stage.name for stage in stages)}")
+    raise RunError(f"there is no stage {name!r}; the stages are {', '.join(stage.name for stage in stages)}")
