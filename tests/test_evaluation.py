@@ -15,7 +15,6 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from smaflib.config import EvaluationConfig
 from smaflib.evaluation import (
     SegmentationMetrics,
-    best_threshold,
     compare_masks,
     confusion_matrix,
     evaluate,
@@ -23,7 +22,6 @@ from smaflib.evaluation import (
     image_score,
     intersection_over_union,
     masks_of,
-    mean_over_classes,
     object_scores,
     sweep_thresholds,
 )
@@ -58,8 +56,9 @@ def test_iou_by_hand_and_absent_class_has_none() -> None:
     confusion = torch.tensor([[3, 1, 0], [2, 2, 0], [0, 0, 0]])
     iou = intersection_over_union(confusion)
     assert iou[:2].tolist() == pytest.approx([3 / 6, 2 / 5]) and math.isnan(iou[2])
-    assert mean_over_classes(iou) == pytest.approx(0.45)  # not 0.3, not 0.633
-    assert math.isnan(mean_over_classes(torch.tensor([float("nan")])))
+    scores = SegmentationMetrics(confusion, torch.zeros(3, 2, 3), ("cat", "dog"))
+    assert scores.miou == pytest.approx(0.45)  # not 0.3, not 0.633
+    assert math.isnan(SegmentationMetrics(confusion * 0, torch.zeros(3, 2, 3), ("cat", "dog")).miou)
 
 
 def test_class_that_is_only_predicted_scores_0() -> None:
@@ -210,12 +209,11 @@ def test_masks_of_by_hand() -> None:
     assert mask.dtype == torch.uint8 and mask.tolist() == [[1, 2, 0]]  # a tie goes to the background
 
 
-def test_best_threshold_by_hand() -> None:
+def test_sweep_by_hand() -> None:
     # The object's score is 0.6 and the ground's 0.3: thresholds from 0.3 to below 0.6 part them.
     denoised, ground_truth = torch.tensor([[[0.6, 0.6, 0.3, 0.3]]]), labels([1, 1, 0, 0])
     sweep = sweep_thresholds([denoised], [ground_truth], ["cat"], EvaluationConfig(thresholds=(0.1, 0.25, 0.4, 0.8)))
     assert [scores.miou for scores in sweep.values()] == pytest.approx([0.25, 0.25, 1, 0.25])
-    assert best_threshold(sweep) == 0.4
 
 
 def test_maps_are_evaluated_at_the_oracle_threshold_or_at_a_given_one() -> None:

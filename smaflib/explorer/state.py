@@ -33,7 +33,7 @@ from smaflib.data import Sample, load_samples
 from smaflib.data.labels import IMAGE_ENDINGS
 from smaflib.data.voc import list_files, open_image
 from smaflib.errors import DataError, RunError
-from smaflib.evaluation import confusion_matrix, intersection_over_union, mean_over_classes, sweep_thresholds
+from smaflib.evaluation import confusion_matrix, intersection_over_union, sweep_thresholds
 from smaflib.files import shown_path
 from smaflib.maps import AttentionMaps, fuse_and_denoise
 from smaflib.models.pretrained import ROLES, UNSEEN_SEED, pretrained_config, pretrained_network
@@ -127,7 +127,7 @@ class Exploration:
     @property
     def miou(self) -> float:
         """Mean IoU over the labels of mask and ground truth; nan without ground truth."""
-        return float("nan") if self.iou is None else mean_over_classes(self.iou)
+        return float("nan") if self.iou is None else float(self.iou.nanmean())
 
     def iou_curve(self) -> Tensor | None:
         """(T, K+1) IoU of the mask without a CRF at each of the T :data:`CURVE_SCORES`; None without ground truth."""
