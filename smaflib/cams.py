@@ -40,11 +40,14 @@ def multi_scale_cams(
         scales: factors of the image's size, resized bicubically.
         flip: average with the maps of the mirror image.
         runtime: precision. The device is the network's.
-        classes: numbers of the classes asked for, which a source that needs a pass per class must know.
+        classes: numbers of the classes asked for; gradients, transformers and CLIP make maps of these alone.
         caa: refine the maps by the source's affinity (:func:`~smaflib.sources.caa.refine_by_affinity`).
 
     Returns:
         Per scale (K, h_s, w_s): non-negative float32 on the CPU, at the network's stride.
+
+    Raises:
+        ValueError: if the source needs ``classes`` and they are not given.
 
     Source: the reference code's multi-scale inference; section 3.2 of the paper.
 
@@ -56,6 +59,10 @@ def multi_scale_cams(
         [(6, 4, 4), (6, 8, 8)]
     """
     source = as_source(network)
+    if classes is None and source.needs_classes:
+        raise ValueError(
+            f"{type(source).__name__} only makes maps of the classes asked for; pass classes=[0] or others"
+        )
     views, asked = views_of(image, scales, source.patch), [list(classes or ())]
     return [class_attention(source, view[None], asked, flip, runtime, caa)[0].cpu() for view in views]
 

@@ -21,15 +21,7 @@ from smaflib import cams as cams_module
 from smaflib import files
 from smaflib.cams import FUSIONS, fuse_cams, fusion_rules
 from smaflib.data.transforms import scaled_size
-from smaflib.explorer.state import (
-    COLOR_MAPS,
-    CURVE_SCORES,
-    THUMBNAIL_SIDE,
-    Gallery,
-    color_table,
-    data_url,
-    rule_title,
-)
+from smaflib.explorer.state import COLOR_MAPS, CURVE_SCORES, THUMBNAIL_SIDE, Gallery, color_table, data_url, rule_title
 from smaflib.models.pretrained import ROLES
 from smaflib.report.html import page_text
 from smaflib.report.palette import class_colors

@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from skimage.data import data_dir
 from torch import Tensor
 
 from minidata import make_mini
@@ -54,6 +54,9 @@ PHOTOS = ("chelsea.png", "coffee.png", "camera.png", "rocket.jpg", "astronaut.pn
 
 COLOR_MAPS: tuple[str, ...] = ("inferno", "viridis", "cividis", "magma", "gray")
 """Matplotlib's colour maps of rising lightness, which read the same for colour-blind readers."""
+
+ABOUT_DRAWN = "A controlled experiment, synthetic on purpose: code drew these images, so each pixel's class is known."
+ABOUT_PHOTOS = "The network learned to name photos from names alone, never where things are. No ground truth here."
 
 THUMBNAIL_SIDE = 96
 
@@ -177,13 +180,13 @@ class Gallery:
     samples: list[Sample]
     class_names: tuple[str, ...]
     config: Config  # first values of the settings
-    networks: dict[str, Any]  # by role or name of a source: networks with attention, or sources; may lack any
+    networks: dict[str, Any]  # by role or name of a source; may be empty
     stored: dict[str, AttentionMaps] = field(default_factory=dict)  # finished maps, preferred over the networks
     bg_score: float | None = None  # first background threshold; None: that of the config
     title: str = "images"
     about: str = ""  # what the reader should know about these images
     knows_photos: bool = True  # whether the networks recognise photos, so that others may be added
-    _cams: dict[tuple[int, str, bool], list[Tensor]] = field(default_factory=dict, repr=False)
+    _cams: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self._num_stored = len(self.samples)  # photos come later, and may be named like one of the images
@@ -197,13 +200,11 @@ class Gallery:
             make_mini(root, num_images, 1, size=config.data.image_size, seed=seed)
             data = config.data.model_copy(update={"root": root})
             samples = load_samples(config.model_copy(update={"data": data}), "train").with_ground_truth()
-            images, class_names = list(samples), samples.class_names
+            images = list(samples)
         networks: dict[str, Any] = {role: pretrained_network(role) for role in ROLES}
-        made = cls(images, class_names, config, networks, title="drawn set", knows_photos=False)
-        made.about = (
-            "A controlled experiment, synthetic on purpose: code drew these images, so each pixel's class is known."
+        return cls(
+            images, samples.class_names, config, networks, title="drawn set", about=ABOUT_DRAWN, knows_photos=False
         )
-        return made
 
     @staticmethod
     def photos(files: str | Path | Iterable[str | Path] | None = None) -> PhotoGallery:
@@ -213,7 +214,7 @@ class Gallery:
             DataError: if the folder has no photo, or one cannot be read.
         """
         if files is None:
-            files = [Path(str(resources.files("skimage"))) / "data" / name for name in PHOTOS]
+            files = [Path(data_dir, name) for name in PHOTOS]
         elif isinstance(files, str | Path):
             file = Path(files)
             files = [file] if file.is_file() else list_files(file, IMAGE_ENDINGS, "name a folder of photos")
@@ -233,14 +234,9 @@ class Gallery:
         run = run if isinstance(run, Run) else find_run(str(run))
         split = run.samples("train")
         samples = list(split.examples(num_images))
-        networks: dict[str, Any] = {}
-        stored: dict[str, AttentionMaps] = {}
-        for role in ROLES:
-            maps = run.maps(role)
-            if run.checkpoint(role).is_file():
-                networks[role] = run.source(role)
-            if all(maps.path(sample.image_id).is_file() for sample in samples):
-                stored[role] = maps
+        networks: dict[str, Any] = {role: run.source(role) for role in ROLES if run.checkpoint(role).is_file()}
+        maps: dict[str, AttentionMaps] = {role: run.maps(role) for role in ROLES}
+        stored = {role: each for role, each in maps.items() if all(each.path(s.image_id).is_file() for s in samples)}
         if not networks and not stored:
             raise RunError(
                 f"the run {shown_path(run.folder)} has no teacher and no attention maps yet. "
@@ -297,9 +293,8 @@ class Gallery:
             if self._is_stored(index, role, flip):
                 self._cams[key], _ = self.stored[role].read(sample.image_id)
             elif role in self.networks:
-                classes, caa = sample.image_label.nonzero()[:, 0].tolist(), self.config.attention.caa
-                views = (sample.image, self.scales, flip)
-                self._cams[key] = multi_scale_cams(self.networks[role], *views, classes=classes, caa=caa)
+                asked = {"classes": sample.image_label.nonzero()[:, 0].tolist(), "caa": self.config.attention.caa}
+                self._cams[key] = multi_scale_cams(self.networks[role], sample.image, self.scales, flip, **asked)
             else:
                 raise DataError(f"there are no such maps of {sample.image_id}, and the {role} network is missing")
         return self._cams[key]
@@ -347,12 +342,8 @@ class PhotoGallery(Gallery):
             for layer in ("blocks.5", "blocks.4"):  # earlier, so sharper, and less of the class
                 module = self.network.model.get_submodule(layer)
                 networks[f"layercam, {layer}"] = GradCamSource.of_classifier(self.network, "layercam", module)
-        super().__init__([], self.network.class_names, imagenet_config(), networks, title="photos")
-        self.about = (
-            "The network learned to name photos from names alone, never where things are. No ground truth here."
-        )
+        super().__init__([], self.network.class_names, imagenet_config(), networks, title="photos", about=ABOUT_PHOTOS)
         self._classes: dict[int, list[int]] = {}  # by index: ImageNet's numbers of the classes that are offered
-        self._asked: dict[tuple[int, str, bool], list[int]] = {}  # the numbers of the classes that have maps
         self._found: dict[int, Tensor] = {}  # by index: (1000,) probabilities
 
     def add_photo(self, name: str, content: bytes) -> int:
@@ -367,12 +358,12 @@ class PhotoGallery(Gallery):
         return [(self.class_names[number], float(self._found[index][number])) for number in likeliest]
 
     def cams(self, index: int, role: str, flip: bool) -> list[Tensor]:
-        key, classes = (index, role, flip), self._recognise(index)
+        classes = self._recognise(index)
         # Gradients are taken of the offered classes only; a class activation map of all is as cheap.
-        if key not in self._cams or (role not in ROLES and self._asked[key] != classes):
-            views = (self.samples[index].image, self.scales, flip)
-            cams = multi_scale_cams(self.networks[role], *views, classes=classes)
-            self._cams[key], self._asked[key] = [cam.half() for cam in cams], [*classes]  # half, for memory
+        key = (index, role, flip, *(() if role in ROLES else classes))
+        if key not in self._cams:
+            cams = multi_scale_cams(self.networks[role], self.samples[index].image, self.scales, flip, classes=classes)
+            self._cams[key] = [cam.half() for cam in cams]  # half, for memory
         return [cam[classes].float() for cam in self._cams[key]]
 
     def add_class(self, index: int, text: str) -> int:

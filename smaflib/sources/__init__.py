@@ -35,11 +35,13 @@ class AttentionSource(nn.Module):
     Attributes:
         supervision: what the network learned from. Numbers of different supervision are not comparable.
         patch: in pixels; the sides of images are rounded up to multiples of it.
+        needs_classes: whether only classes that are asked for have maps.
         needs_gradients: whether ``attend`` runs with gradients.
     """
 
     supervision = "image labels"
     patch = 1
+    needs_classes = False
     needs_gradients = False
 
     def attend(self, images: Tensor, classes: Classes) -> Attention:
@@ -74,11 +76,7 @@ class NetworkSource(AttentionSource):
 
 
 class CustomSource(AttentionSource):
-    """Maps that custom code computes with a trained network.
-
-    ``make`` turns the network into a module from normalised images, float32 (B, 3, H, W), to maps (B, K, h, w),
-    non-negative, of any h and w.
-    """
+    """Maps (B, K, h, w), non-negative, of normalised images by the module that ``make`` makes of a trained network."""
 
     needs_gradients = True
 

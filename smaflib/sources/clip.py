@@ -141,6 +141,7 @@ class ClipSource(AttentionSource):
     """
 
     supervision = "image-text pairs"
+    needs_classes = True
     texts: Tensor
     background: Tensor
 

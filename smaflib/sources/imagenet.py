@@ -11,15 +11,7 @@ import torch
 from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 
-from smaflib.config import (
-    CRF_PRESETS,
-    AttentionConfig,
-    Config,
-    CrfConfig,
-    ModelConfig,
-    PseudoMaskConfig,
-    SourceOptions,
-)
+from smaflib.config import CRF_PRESETS, AttentionConfig, Config, CrfConfig, ModelConfig, PseudoMaskConfig, SourceOptions
 from smaflib.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from smaflib.data.views import views_of
 from smaflib.errors import ConfigError
@@ -112,31 +104,6 @@ def _singular(name: str) -> list[str]:
     return [name, *(re.sub(end, by, name) for end, by in ends if re.search(end, name))]
 
 
-def checked_match(class_names: Sequence[str], given: Mapping[str, Sequence[int]] = {}) -> dict[str, tuple[int, ...]]:
-    """:func:`match_classes`; prints the names that match nothing.
-
-    Raises:
-        ConfigError: if no name matches, with the nearest ImageNet names; or a given number is not one of the thousand.
-    """
-    wrong = [f"{name}: {n}" for name, numbers in given.items() for n in numbers if not 0 <= n < NUM_CLASSES]
-    wrong += [f"{name}: no such class here" for name in given if name not in class_names]
-    if wrong:
-        raise ConfigError(f"attention.options.class_numbers must map class names to numbers 0 to 999: {wrong[0]}")
-    found = match_classes(class_names, given)
-    missing = [name for name in class_names if not found[name]]
-    known = [lemma for each in synonyms() for lemma in each.split(", ")]
-    near = {name: difflib.get_close_matches(name, known, n=3) for name in missing}
-    lines = [f"{name} (nearest: {', '.join(near[name])})" if near[name] else name for name in missing]
-    if missing and len(missing) == len(class_names):
-        raise ConfigError(
-            f"none of these classes is one of ImageNet's thousand: {', '.join(lines)}. Name ImageNet's classes by "
-            "number in attention.options.class_numbers, or choose another attention.source"
-        )
-    if missing:
-        print(f"ImageNet knows {len(class_names) - len(missing)} of {len(class_names)} classes, not {', '.join(lines)}")
-    return found
-
-
 class ImageNetClassifier(CamNetwork):
     """An :class:`~smaflib.models.networks.AttentionNetwork` for ImageNet's thousand classes, or those that are chosen.
 
@@ -220,6 +187,26 @@ class ImageNetSource(AttentionSource):
 
 
 def make(attention: AttentionConfig, class_names: Sequence[str], network: nn.Module | None) -> ImageNetSource:
-    """Build the source for a data set's classes; ConfigError if none is ImageNet's."""
-    members = checked_match(class_names, attention.options.class_numbers)
-    return ImageNetSource(ImageNetClassifier(attention.options), [*members.values()])
+    """Build the source for a data set's classes; prints the names that match none of ImageNet's.
+
+    Raises:
+        ConfigError: if no name matches, with the nearest ImageNet names; or a given number is not one of the thousand.
+    """
+    given = attention.options.class_numbers
+    wrong = [f"{name}: {n}" for name, numbers in given.items() for n in numbers if not 0 <= n < NUM_CLASSES]
+    wrong += [f"{name}: no such class here" for name in given if name not in class_names]
+    if wrong:
+        raise ConfigError(f"attention.options.class_numbers must map class names to numbers 0 to 999: {wrong[0]}")
+    found = match_classes(class_names, given)
+    known, lines = [lemma for each in synonyms() for lemma in each.split(", ")], []
+    for name in (name for name in class_names if not found[name]):
+        near = difflib.get_close_matches(name, known, n=3)
+        lines.append(f"{name} (nearest: {', '.join(near)})" if near else name)
+    if len(lines) == len(class_names):
+        raise ConfigError(
+            f"none of these classes is one of ImageNet's thousand: {', '.join(lines)}. Name ImageNet's classes by "
+            "number in attention.options.class_numbers, or choose another attention.source"
+        )
+    if lines:
+        print(f"ImageNet knows {len(class_names) - len(lines)} of {len(class_names)} classes, not {', '.join(lines)}")
+    return ImageNetSource(ImageNetClassifier(attention.options), [*found.values()])

@@ -41,6 +41,8 @@ class VitSource(AttentionSource):
         ConfigError: if the model is no vision transformer with a class token, or lacks the head.
     """
 
+    needs_classes = True
+
     def __init__(
         self, model: Any, num_classes: int, rollout: bool, head: int | None = None, supervision: str = "ImageNet labels"
     ) -> None:
