@@ -39,7 +39,7 @@ def multi_scale_cams(
         image: uint8 (3, H, W).
         scales: factors of the image's size, resized bicubically.
         flip: average with the maps of the mirror image.
-        runtime: precision. The device is the network's.
+        runtime: precision; the device is the network's.
         classes: numbers of the classes asked for; gradients, transformers and CLIP make maps of these alone.
         caa: refine the maps by the source's affinity (:func:`~smaflib.sources.caa.refine_by_affinity`).
 
@@ -91,9 +91,6 @@ def class_attention(
             raise ValueError(f"caa needs the affinity of patches, which {type(source).__name__} does not know")
         maps = torch.stack([refine_by_affinity(*each, caa) for each in zip(maps, affinity.detach(), strict=False)])
     return maps
-
-
-# ------------------------------------------------------------------------------------------------------------ fusion
 
 
 Fusion = Callable[[Tensor, Tensor], Tensor]
@@ -174,12 +171,8 @@ SIZE_SHARPNESS = 1.0  # how fast the weight of a scale falls with its distance, 
 def size_adaptive_weights(extent: Tensor, scales: Tensor) -> Tensor:
     """Weights of the scales for an object of a given extent: the larger the object, the smaller the scale.
 
-    Args:
-        extent: (...) square root of the object's share of the image's area, in (0, 1].
-        scales: (S,) relative to the original size.
-
-    Returns:
-        (S, ...) summing to 1 over the scales.
+    From the square root of the object's share of the image's area, (...) in (0, 1], and the scales (S,), to (S, ...)
+    summing to 1 over the scales.
 
     Example:
         >>> size_adaptive_weights(torch.tensor(0.4), torch.tensor([0.5, 1.0, 2.0]))

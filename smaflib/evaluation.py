@@ -22,15 +22,8 @@ SIZES = ("small", "medium", "large")
 def confusion_matrix(mask: Tensor, ground_truth: Tensor, num_classes: int) -> Tensor:
     """Count pixels by true and predicted label, without the void pixels of the ground truth.
 
-    Args:
-        mask: uint8 (H, W) in [0, K].
-        ground_truth: uint8 (H, W) in [0, K] or 255.
-
-    Returns:
-        int64 (K+1, K+1), rows are the ground truth.
-
-    Raises:
-        ValueError: if the sizes differ or a label is above K.
+    From a mask, uint8 (H, W) in [0, K], and a ground truth, which may also hold 255, to int64 (K+1, K+1), whose rows
+    are the ground truth. ValueError if the sizes differ or a label is above K.
 
     Example:
         >>> mask, truth = torch.tensor([[[0, 1, 1]], [[0, 1, 255]]], dtype=torch.uint8)
@@ -69,17 +62,13 @@ def intersection_over_union(confusion: Tensor) -> Tensor:
 class SegmentationMetrics:
     """Pixel counts over a split.
 
-    Attributes:
-        confusion: int64 (K+1, K+1), rows are the ground truth.
-        by_size: int64 (3, K, 3): for small, medium and large objects, per foreground class, true positives, false
-            positives and false negatives. An object is all that an image shows of one class. False positives of a class
-            that is absent from the image have no size and count in ``confusion`` only.
-        class_names: the K foreground classes.
+    An object is all that an image shows of one class. False positives of a class that is absent from the image have no
+    size and count in ``confusion`` only.
     """
 
-    confusion: Tensor
-    by_size: Tensor
-    class_names: tuple[str, ...]
+    confusion: Tensor  # int64 (K+1, K+1), rows are the ground truth
+    by_size: Tensor  # int64 (3, K, 3): by size and foreground class true positives, false positives, false negatives
+    class_names: tuple[str, ...]  # the K foreground classes
 
     @property
     def iou(self) -> Tensor:
@@ -107,10 +96,7 @@ class SegmentationMetrics:
         return hits / (hits + alarms + misses)
 
     def records(self, **where: Any) -> list[dict[str, Any]]:
-        """Tidy records for ``metrics.json``: IoU, precision and recall per class and their means, mean IoU per size.
-
-        ``where`` are fields of every record: stage, variant, split, scale, bg_score.
-        """
+        """Tidy records with the fields ``where``: IoU, precision, recall by class and their means, mean IoU by size."""
         records = []
         for metric, values in (("iou", self.iou), ("precision", self.precision), ("recall", self.recall)):
             records.append(where | {"metric": metric, "class_name": "mean", "value": float(values.nanmean())})
@@ -128,7 +114,7 @@ def evaluate(
     class_names: Sequence[str],
     config: EvaluationConfig | None = None,
 ) -> SegmentationMetrics:
-    """Compare the uint8 masks (H, W) of a whole split with its ground truth, where 255 is void.
+    """Compare the masks of a whole split, uint8 (H, W) each, with its ground truth, where 255 is void.
 
     Example:
         >>> mask, truth = torch.tensor([[[0, 1], [0, 1]], [[0, 1], [1, 1]]], dtype=torch.uint8)
@@ -209,36 +195,6 @@ def masks_of(denoised: Sequence[Tensor], bg_score: float) -> Iterator[Tensor]:
         yield ((winner + 1) * (score > bg_score)).to(torch.uint8)
 
 
-def evaluate_maps(
-    denoised: Sequence[Tensor],
-    ground_truths: Sequence[Tensor] | None,
-    class_names: Sequence[str],
-    config: EvaluationConfig,
-    bg_score: float | None = None,
-    **where: Any,
-) -> tuple[list[dict[str, Any]], float | None]:
-    """Evaluate attention maps at a background threshold; the other arguments are those of :func:`sweep_thresholds`.
-
-    Args:
-        ground_truths: None: no records.
-        bg_score: the background threshold; None: the oracle, which has the highest mIoU of this split.
-        where: fields of every record: variant, split, scale.
-
-    Returns:
-        Tidy records, with ``iou_sweep`` for every threshold, and the background threshold.
-    """
-    if ground_truths is None:
-        return [], None
-    if bg_score is not None:
-        config = config.model_copy(update={"thresholds": (*config.thresholds, bg_score)})
-    sweep = sweep_thresholds(denoised, ground_truths, class_names, config)
-    chosen = max(sweep, key=lambda threshold: sweep[threshold].miou) if bg_score is None else bg_score
-    records = sweep[chosen].records(bg_score=chosen, **where)
-    swept = where | {"metric": "iou_sweep", "class_name": "mean"}
-    records += [swept | {"bg_score": threshold, "value": scores.miou} for threshold, scores in sweep.items()]
-    return records, chosen
-
-
 def image_score(mask: Tensor, ground_truth: Tensor, num_classes: int) -> float:
     """Mean IoU of one image over the labels in its mask and ground truth, in [0, 1]."""
     return float(intersection_over_union(confusion_matrix(mask, ground_truth, num_classes)).nanmean())
@@ -247,15 +203,10 @@ def image_score(mask: Tensor, ground_truth: Tensor, num_classes: int) -> float:
 def object_scores(
     denoised: Iterable[Tensor], ground_truths: Iterable[Tensor], class_names: Sequence[str], bg_score: float
 ) -> list[dict[str, Any]]:
-    """IoU of every object; an object is all that an image shows of one class.
-
-    Args:
-        denoised: per image (K, H, W) in [0, 1].
-        ground_truths: per image uint8 (H, W), 255 is void.
+    """IoU of every object in maps as in :func:`sweep_thresholds`; an object is all that an image shows of one class.
 
     Returns:
-        Per object ``image`` (index), ``class_number`` (0 to K-1), ``share`` of the image area in (0, 1], ``iou`` in
-        [0, 1].
+        Per object ``image`` (index), ``class_number`` (0 to K-1), ``share`` of the image's area in (0, 1], ``iou``.
 
     Example:
         >>> maps, truth = torch.tensor([[[0.5, 0.125]]]), torch.tensor([[1, 1]], dtype=torch.uint8)
@@ -273,11 +224,9 @@ def object_scores(
 
 
 def compare_masks(before: Tensor, after: Tensor, ground_truth: Tensor) -> dict[str, int]:
-    """Count the pixels that each of two masks, uint8 (H, W), labels correctly; void ones do not count.
+    """Count the pixels that two masks, uint8 (H, W), label correctly: ``gained`` if only ``after`` does.
 
-    Returns:
-        Numbers of pixels: ``both right``, ``gained`` (only ``after`` is right), ``lost`` (only ``before``),
-        ``both wrong``.
+    Void pixels do not count.
 
     Example:
         >>> before, after, truth = torch.tensor([[[0, 1, 1]], [[1, 1, 0]], [[1, 1, 255]]], dtype=torch.uint8)
@@ -293,15 +242,11 @@ def compare_masks(before: Tensor, after: Tensor, ground_truth: Tensor) -> dict[s
 def score_on_objects(
     denoised: Iterable[Tensor], ground_truths: Iterable[Tensor], bg_score: float
 ) -> dict[tuple[str, str], float]:
-    """Mean scores on objects and background, before and after reactivation.
-
-    Args:
-        denoised: per image (K, H, W) in [0, 1].
-        ground_truths: per image uint8 (H, W), 255 is void.
+    """Mean scores in [0, 1], before and after reactivation, of maps as in :func:`sweep_thresholds`.
 
     Returns:
         By ("denoised" or "reactivated", "score on objects" or "score on background"): the mean score of the true class
-        on objects, of the best class on background; in [0, 1].
+        on objects, of the best class on background.
     """
     sums = {(step, place): [0.0, 0] for step in ("denoised", "reactivated") for place in ("objects", "background")}
     for maps, ground_truth in zip(denoised, ground_truths, strict=True):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,19 +14,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from smaflib.config import EvaluationConfig
+from smaflib.config import AttentionConfig, EvaluationConfig, Variant
 from smaflib.evaluation import (
     SegmentationMetrics,
     compare_masks,
     confusion_matrix,
     evaluate,
-    evaluate_maps,
     image_score,
     intersection_over_union,
     masks_of,
     object_scores,
     sweep_thresholds,
 )
+from smaflib.pipeline import evaluate_network
 
 SEEDS = st.integers(0, 2**20)
 
@@ -219,16 +221,24 @@ def test_sweep_by_hand() -> None:
 def test_maps_are_evaluated_at_the_oracle_threshold_or_at_a_given_one() -> None:
     denoised, ground_truth = torch.tensor([[[0.6, 0.6, 0.3, 0.3]]]), labels([1, 1, 0, 0])
     config = EvaluationConfig(thresholds=(0.25, 0.4))
-    records, chosen = evaluate_maps([denoised], [ground_truth], ["cat"], config, variant="student")
+    samples = SimpleNamespace(ground_truth=[ground_truth], class_names=["cat"])
+    work: Any = SimpleNamespace(
+        config=SimpleNamespace(evaluation=config, attention=AttentionConfig()),
+        samples=lambda split: SimpleNamespace(annotated=samples),
+        denoised=lambda *which, **options: [denoised],
+    )
+    records, chosen = evaluate_network(work, "student", Variant.STUDENT_FUSED, splits=["train"])
     assert chosen == 0.4
     mean = [r for r in records if r["metric"] == "iou" and r["class_name"] == "mean" and "object_size" not in r]
-    assert [(r["value"], r["bg_score"], r["variant"]) for r in mean] == [(1, 0.4, "student")]
+    assert [(r["value"], r["bg_score"], r["variant"]) for r in mean] == [(1, 0.4, "student_fused")]
     swept = [r for r in records if r["metric"] == "iou_sweep"]
     assert [(r["bg_score"], r["value"]) for r in swept] == [(0.25, 0.25), (0.4, 1)]
     for given_score, value in ((0.25, 0.25), (0.33, 1)):  # the second is not among the thresholds
-        records, chosen = evaluate_maps([denoised], [ground_truth], ["cat"], config, bg_score=given_score)
+        records, chosen = evaluate_network(work, "student", Variant.STUDENT_FUSED, bg_score=given_score)
         assert chosen == given_score and records[0]["value"] == pytest.approx(value)
-    assert evaluate_maps([denoised], None, ["cat"], config) == ([], None)
+        assert {record["split"] for record in records} == {"train", "val"}
+    samples.ground_truth = None
+    assert evaluate_network(work, "student", Variant.STUDENT_FUSED) == ([], None)
 
 
 def test_objects_one_by_one_by_hand() -> None:

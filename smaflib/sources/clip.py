@@ -23,15 +23,10 @@ from smaflib.models.weights import fill, read_weights
 from smaflib.sources import Attention, AttentionSource, Classes
 from smaflib.sources.caa import AFFINITY_BLOCKS
 
-MODEL = "ViT-B-16-quickgelu"
-"""open_clip's name of OpenAI's ViT-B/16."""
-
+MODEL = "ViT-B-16-quickgelu"  # open_clip's name of OpenAI's ViT-B/16
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
 EPSILON = 1e-7
-
-NEIGHBOURHOOD = 5.0
-"""Standard deviation, in patches, of the Gaussian that NACLIP adds to the attention."""
+NEIGHBOURHOOD = 5.0  # standard deviation, in patches, of the Gaussian that NACLIP adds to the attention
 
 Weighting = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
 """Queries and keys, (heads, L, d) each, and the grid (h, w) to attention weights (heads or 1, L, L)."""
@@ -67,11 +62,7 @@ this use; its 40 is NACLIP's.
 
 
 class ClipVision(nn.Module):
-    """CLIP's vision transformer block by block, on images of any size.
-
-    Args:
-        visual: the one of open_clip.
-    """
+    """CLIP's vision transformer, ``visual`` of open_clip's models, block by block, on images of any size."""
 
     def __init__(self, visual: Any) -> None:
         super().__init__()
@@ -157,14 +148,12 @@ class ClipSource(AttentionSource):
 
     def attend(self, images: Tensor, classes: Classes) -> Attention:
         scale, shift = (each.to(images.device) for each in self._renormalization)
-        maps, affinities = [], []
-        for image, numbers in zip(images * scale + shift, classes, strict=True):
-            found, affinity = (self.gradient_maps if self.method == "clip-es" else self.patch_maps)(image, [*numbers])
-            whole = found.new_zeros(len(self.texts), *found.shape[1:])
-            whole[[*numbers]] = found
-            maps.append(whole)
+        maps = images.new_zeros(len(images), len(self.texts), *(side // self.patch for side in images.shape[2:]))
+        maps_of, affinities = self.gradient_maps if self.method == "clip-es" else self.patch_maps, []
+        for image, numbers, whole in zip(images * scale + shift, classes, maps, strict=True):
+            whole[[*numbers]], affinity = maps_of(image, [*numbers])
             affinities.append(affinity)
-        return Attention(torch.stack(maps), torch.stack(affinities))
+        return Attention(maps, torch.stack(affinities))
 
     @torch.no_grad()
     def before_last(self, image: Tensor, mode: str) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
@@ -177,17 +166,14 @@ class ClipSource(AttentionSource):
         return tokens, attentions, grid
 
     def gradient_maps(self, image: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor]:
-        """CLIP-ES: Grad-CAM of each class's probability among the classes of the image and the background words.
-
-        A normalised image (3, H, W) and k classes to maps (k, h, w) in [0, 1] and the affinity (hw, hw).
-        """
+        """Grad-CAM of the probabilities of k classes: (3, H, W) to (k, h, w) in [0, 1], and the affinity (hw, hw)."""
         probabilities, normed, affinity, grid = self.class_probabilities(image, numbers)
-        maps = []
+        maps = image.new_zeros(len(numbers), *grid)
         for row in range(len(numbers)):
             (gradient,) = torch.autograd.grad(probabilities[row], normed, retain_graph=True)
             raw = (normed[1:] @ gradient[1:].mean(dim=0)).relu().detach()
-            maps.append(stretch(stretch(raw)).view(grid))  # twice, as the original does
-        return (torch.stack(maps) if maps else torch.zeros(0, *grid, device=image.device)), affinity
+            maps[row] = stretch(stretch(raw)).view(grid)  # twice, as the original does
+        return maps, affinity
 
     def class_probabilities(self, image: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
         """Probabilities (k + M,), the normalised tokens (L, width) that they depend on, affinity (hw, hw), grid."""

@@ -21,17 +21,10 @@ from smaflib.models.wrap import CamNetwork
 from smaflib.sources import Attention, AttentionSource, Classes
 
 MODEL = "tf_efficientnet_lite2"
-
 NUM_CLASSES = 1000
-
-STRIDE = 16
-"""Pixels per cell of the maps."""
-
-SIDE = 260
-"""Longest side, in pixels, at which photos are recognised: the training's. At 512 all probabilities are far lower."""
-
-LIKELY = 0.1
-"""Probability, among the thousand, from which a photo is said to show a class."""
+STRIDE = 16  # pixels per cell of the maps
+SIDE = 260  # longest, in pixels, at which photos are recognised: the training's; at 512 probabilities are far lower
+LIKELY = 0.1  #: Probability, among the thousand, from which a photo is said to show a class.
 
 
 def imagenet_config() -> Config:
@@ -107,9 +100,7 @@ def _singular(name: str) -> list[str]:
 class ImageNetClassifier(CamNetwork):
     """An :class:`~smaflib.models.networks.AttentionNetwork` for ImageNet's thousand classes, or those that are chosen.
 
-    Raises:
-        ConfigError: if timm does not know the model, its weights are missing or do not fit, or its head has no class
-            activation maps.
+    ConfigError if the model or its weights are missing or do not fit, or its head has no class activation maps.
     """
 
     def __init__(self, options: SourceOptions | None = None) -> None:
@@ -139,8 +130,7 @@ class ImageNetClassifier(CamNetwork):
         (view,) = views_of(image, [SIDE / max(image.shape)])
         return self(view[None]).mean(dim=(2, 3))[0].softmax(dim=0)
 
-    def likeliest_classes(self, image: Tensor, num: int) -> list[int]:
-        """Numbers of the ``num`` likeliest classes of an image, uint8 (3, H, W), the likeliest first."""
+    def likeliest_classes(self, image: Tensor, num: int) -> list[int]:  # uint8 (3, H, W) -> numbers, likeliest first
         return self.probabilities(image).topk(num).indices.tolist()
 
     def image_logits(self, logits: Tensor) -> Tensor:  # (B, 1000, h, w) -> (B, K)
@@ -189,8 +179,7 @@ class ImageNetSource(AttentionSource):
 def make(attention: AttentionConfig, class_names: Sequence[str], network: nn.Module | None) -> ImageNetSource:
     """Build the source for a data set's classes; prints the names that match none of ImageNet's.
 
-    Raises:
-        ConfigError: if no name matches, with the nearest ImageNet names; or a given number is not one of the thousand.
+    ConfigError if no name matches, with the nearest ImageNet names; or a given number is not one of the thousand.
     """
     given = attention.options.class_numbers
     wrong = [f"{name}: {n}" for name, numbers in given.items() for n in numbers if not 0 <= n < NUM_CLASSES]
