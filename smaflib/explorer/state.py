@@ -38,16 +38,15 @@ from smaflib.files import shown_path
 from smaflib.maps import AttentionMaps, fuse_and_denoise
 from smaflib.models.pretrained import ROLES, UNSEEN_SEED, pretrained_config, pretrained_network
 from smaflib.pseudo_masks import pseudo_mask
-from smaflib.reactivation import hard_labels, reactivate
+from smaflib.reactivation import reactivate
 from smaflib.runs import Run, find_run
 from smaflib.sources.gradcam import METHODS, GradCamSource
 from smaflib.sources.imagenet import LIKELY, ImageNetClassifier, imagenet_config, synonyms
 
-CURVE_SCORES: tuple[float, ...] = tuple(round(0.02 * step, 2) for step in range(1, 50))
-"""Background thresholds of the IoU curve."""
+CURVE_SCORES: tuple[float, ...] = tuple(round(0.02 * step, 2) for step in range(1, 50))  #: Background thresholds.
 
-LIKELIEST_CLASSES = 5
-"""Number of ImageNet's classes that are offered for a photo; the others can be searched."""
+LIKELIEST_CLASSES = 5  # of ImageNet's that are offered for a photo; the others can be searched
+THUMBNAIL_SIDE = 96  # in pixels, the longest
 
 PHOTOS = ("chelsea.png", "coffee.png", "camera.png", "rocket.jpg", "astronaut.png")
 """Photos inside scikit-image's wheel. Its documentation calls each of them CC0 or free of known restrictions."""
@@ -57,8 +56,6 @@ COLOR_MAPS: tuple[str, ...] = ("inferno", "viridis", "cividis", "magma", "gray")
 
 ABOUT_DRAWN = "A controlled experiment, synthetic on purpose: code drew these images, so each pixel's class is known."
 ABOUT_PHOTOS = "The network learned to name photos from names alone, never where things are. No ground truth here."
-
-THUMBNAIL_SIDE = 96
 
 
 def color_table(name: str) -> bytes:
@@ -148,26 +145,20 @@ class Exploration:
 
 
 def explore(sample: Sample, cams: Sequence[Tensor], scales: Sequence[float], settings: Settings) -> Exploration:
-    """Take one image's maps, per scale (K, h_s, w_s) and non-negative, to its mask.
+    """Take one image's maps, per scale (K, h_s, w_s) and non-negative, to its mask; ValueError if every weight is 0.
 
     The label of the sample is ignored in favour of ``settings.image_label``.
-
-    Raises:
-        ValueError: if every weight is 0, or the settings do not fit the maps.
     """
     size, number = (sample.image.shape[-2], sample.image.shape[-1]), settings.class_number
-    used = [index for index, weight in enumerate(settings.weights) if weight]
+    used = [each for each in zip(cams, scales, settings.weights, strict=True) if each[2]]
     if not used:
         raise ValueError("no scale takes part in the fusion; switch at least one on")
+    used_cams, used_scales, weights = zip(*used, strict=True)
     kept = torch.full((len(cams[0]),), float(not settings.denoise))
     kept[list(settings.image_label)] = 1
-    weights = [settings.weights[i] for i in used]
-    used_cams, used_scales = [cams[i] for i in used], [scales[i] for i in used]
     denoised = fuse_and_denoise(used_cams, size, kept, settings.fusion, used_scales, weights)
-    if settings.crf is None:
-        mask = hard_labels(denoised, settings.bg_score)
-    else:
-        mask = pseudo_mask(sample.image, denoised, settings.bg_score, PseudoMaskConfig(crf=settings.crf))
+    refinement = PseudoMaskConfig(crf=settings.crf) if settings.crf else PseudoMaskConfig(refine="none")
+    mask = pseudo_mask(sample.image, denoised, settings.bg_score, refinement)
     target = reactivate(denoised, settings.bg_score)[1 + number] if settings.reactivate else denoised[number]
     scale_maps = torch.stack([at_size(cam[number], size) for cam in cams])
     return Exploration(settings, tuple(scales), scale_maps, denoised, target, mask, sample.mask)
@@ -196,22 +187,19 @@ class Gallery:
         """The networks that come with the package, and newly drawn images that they were not trained on."""
         config = pretrained_config()
         with tempfile.TemporaryDirectory() as folder:
-            root = Path(folder) / "data"
-            make_mini(root, num_images, 1, size=config.data.image_size, seed=seed)
-            data = config.data.model_copy(update={"root": root})
+            make_mini(Path(folder), num_images, 1, size=config.data.image_size, seed=seed)
+            data = config.data.model_copy(update={"root": Path(folder)})
             samples = load_samples(config.model_copy(update={"data": data}), "train").with_ground_truth()
             images = list(samples)
         networks: dict[str, Any] = {role: pretrained_network(role) for role in ROLES}
-        return cls(
-            images, samples.class_names, config, networks, title="drawn set", about=ABOUT_DRAWN, knows_photos=False
-        )
+        facts: dict[str, Any] = {"title": "drawn set", "about": ABOUT_DRAWN, "knows_photos": False}
+        return cls(images, samples.class_names, config, networks, **facts)
 
     @staticmethod
     def photos(files: str | Path | Iterable[str | Path] | None = None) -> PhotoGallery:
         """Photos under ImageNet's classifier: some files, all of a folder, or by default those of :data:`PHOTOS`.
 
-        Raises:
-            DataError: if the folder has no photo, or one cannot be read.
+        DataError if the folder has no photo, or one cannot be read.
         """
         if files is None:
             files = [Path(data_dir, name) for name in PHOTOS]
@@ -227,9 +215,7 @@ class Gallery:
     def of_run(cls, run: Run | str | Path, num_images: int = 8) -> Gallery:
         """The first images of a run, those with ground truth if there are any, with its maps and networks.
 
-        Raises:
-            RunError: if there is no such run, or it has neither attention maps nor a teacher yet.
-            DataError: if its data or maps cannot be read.
+        RunError if there is no such run, or it has no maps and no teacher yet; DataError if its data cannot be read.
         """
         run = run if isinstance(run, Run) else find_run(str(run))
         split = run.samples("train")
@@ -259,7 +245,6 @@ class Gallery:
         return tuple(dict.fromkeys([*known, *self.networks]))
 
     def names(self, index: int) -> tuple[str, ...]:
-        """Names of the classes that an image's maps are of."""
         return self.class_names
 
     def probabilities(self, index: int) -> list[tuple[str, float]]:
@@ -282,19 +267,16 @@ class Gallery:
         return (self.config.attention.flip,) if self._is_stored(index, role, self.config.attention.flip) else ()
 
     def cams(self, index: int, role: str, flip: bool) -> list[Tensor]:
-        """Per scale (K, h_s, w_s); with ``flip`` averaged with those of the mirror image.
-
-        Raises:
-            DataError: if neither the run's files nor a network provide them.
-        """
+        """Per scale (K, h_s, w_s), with ``flip`` the mean of both mirror images; DataError if there are none."""
         key = (index, role, flip)
         if key not in self._cams:
             sample = self.samples[index]
             if self._is_stored(index, role, flip):
                 self._cams[key], _ = self.stored[role].read(sample.image_id)
             elif role in self.networks:
-                asked = {"classes": sample.image_label.nonzero()[:, 0].tolist(), "caa": self.config.attention.caa}
-                self._cams[key] = multi_scale_cams(self.networks[role], sample.image, self.scales, flip, **asked)
+                classes, caa = sample.image_label.nonzero()[:, 0].tolist(), self.config.attention.caa
+                views = (sample.image, self.scales, flip)
+                self._cams[key] = multi_scale_cams(self.networks[role], *views, classes=classes, caa=caa)
             else:
                 raise DataError(f"there are no such maps of {sample.image_id}, and the {role} network is missing")
         return self._cams[key]
@@ -305,19 +287,15 @@ class Gallery:
         return explore(self.samples[index], self.cams(index, role, flip), self.scales, settings)
 
     def add_photo(self, name: str, content: bytes) -> int:
-        """Add an encoded picture, shrunk to 512 pixels, with the label that the first network predicts.
+        """Add an encoded picture, shrunk to 512 pixels, with the label that the first network predicts; its index.
 
-        Returns:
-            Index of the new image.
-
-        Raises:
-            DataError: if the picture cannot be read, or there is no network to compute its maps.
+        DataError if the picture cannot be read, or there is no network to compute its maps.
         """
         if not self.networks:
             raise DataError("a photo needs a network to compute its maps, and this run has kept none")
         image = open_image(name, content=content)
-        source = self.networks[next(role for role in ROLES if role in self.networks)]
-        network, label = getattr(source, "network", source), torch.zeros(len(self.class_names))
+        source, label = next(iter(self.networks.values())), torch.zeros(len(self.class_names))
+        network = getattr(source, "network", source)
         if hasattr(network, "image_logits"):  # a source without a classifier of these classes predicts nothing
             label = predict_label(network.eval(), image, self.config)
         self.samples.append(Sample(Path(name).stem, image, label))

@@ -37,10 +37,7 @@ from smaflib.runs import Run
 from smaflib.sources.imagenet import synonyms
 
 STATIC = Path(__file__).parent / "static"
-ROLE_NAMES: dict[str, str] = {"teacher": "classifier (teacher)", "student": "student"}
-
-REST_SECONDS = 0.25
-"""The CRF starts after this time without a change, so that it does not run while a slider is dragged."""
+REST_SECONDS = 0.25  # without a change, then the CRF starts, so that it does not run while a slider is dragged
 
 
 class Board(anywidget.AnyWidget):
@@ -61,7 +58,7 @@ class Board(anywidget.AnyWidget):
     luts = traitlets.Dict().tag(sync=True)
 
 
-class Explorer:
+class Explorer(widgets.GridBox):  # type: ignore[misc]
     """Controls and board over galleries, a tab for each; display it as the last line of a cell.
 
     Without a gallery it shows :meth:`Gallery.photos` and :meth:`Gallery.pretrained`.
@@ -80,8 +77,8 @@ class Explorer:
         self._panel, self._about = widgets.VBox(), widgets.HTML()
         self._panel.add_class("smaf-controls")
         self.tabs = widgets.ToggleButtons()
-        self.widget = widgets.GridBox([widgets.VBox([self.tabs, self._about]), self._panel, self.board])
-        self.widget.add_class("smaf-explorer")
+        super().__init__([widgets.VBox([self.tabs, self._about]), self._panel, self.board])
+        self.add_class("smaf-explorer")
         self._quiet = False
         self._refining: asyncio.Task[None] | None = None
         self._use(self.galleries[0], index)
@@ -99,9 +96,6 @@ class Explorer:
         """Explorer of a run, by name or folder; raises what :meth:`Gallery.of_run` raises."""
         return cls(Gallery.of_run(run, num_images))
 
-    def _repr_mimebundle_(self, **options: Any) -> Any:
-        return self.widget._repr_mimebundle_(**options)
-
     @property
     def role(self) -> str:
         """Network or source whose maps are shown."""
@@ -112,7 +106,6 @@ class Explorer:
 
     @property
     def settings(self) -> Settings:
-        """Values of the controls."""
         value, numbers = self._values(), range(len(self.gallery.scales))
         crf = self.gallery.config.pseudo_masks.crf.model_copy(update={name: value[name] for name in CRF_RANGES})
         return Settings(
@@ -347,7 +340,7 @@ def _make_controls(gallery: Gallery) -> dict[str, Any]:
     classes = [(name, number) for number, name in enumerate(gallery.names(0))]
     searched = synonyms() if isinstance(gallery, PhotoGallery) else ()
     rules = [(state.rule_title(rule), rule) for rule in fusion_rules(first.fusion)]
-    roles = [(ROLE_NAMES.get(role, role), role) for role in gallery.roles]
+    roles = [("classifier (teacher)" if role == "teacher" else role, role) for role in gallery.roles]
 
     def look(text: str, width: int = 310, label: int = 104) -> dict[str, Any]:
         return {"description": text, "layout": {"width": f"{width}px"}, "style": {"description_width": f"{label}px"}}
