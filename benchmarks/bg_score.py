@@ -29,7 +29,7 @@ Criterion = Callable[[Tensor, list[Tensor]], list[float]]
 
 
 def otsu(denoised: Tensor, per_scale: list[Tensor]) -> list[float]:
-    return separation(denoised)
+    return separation(denoised).tolist()
 
 
 def scale_agreement(denoised: Tensor, per_scale: list[Tensor]) -> list[float]:

@@ -39,12 +39,15 @@ def multi_scale_cams(
         image: uint8 (3, H, W).
         scales: factors of the image's size, resized bicubically.
         flip: average with the maps of the mirror image.
-        runtime: precision. The device is the network's.
-        classes: numbers of the classes asked for, which a source that needs a pass per class must know.
+        runtime: precision; the device is the network's.
+        classes: numbers of the classes asked for; gradients, transformers and CLIP make maps of these alone.
         caa: refine the maps by the source's affinity (:func:`~smaflib.sources.caa.refine_by_affinity`).
 
     Returns:
         Per scale (K, h_s, w_s): non-negative float32 on the CPU, at the network's stride.
+
+    Raises:
+        ValueError: if the source needs ``classes`` and they are not given.
 
     Source: the reference code's multi-scale inference; section 3.2 of the paper.
 
@@ -56,6 +59,10 @@ def multi_scale_cams(
         [(6, 4, 4), (6, 8, 8)]
     """
     source = as_source(network)
+    if classes is None and source.needs_classes:
+        raise ValueError(
+            f"{type(source).__name__} only makes maps of the classes asked for; pass classes=[0] or others"
+        )
     views, asked = views_of(image, scales, source.patch), [list(classes or ())]
     return [class_attention(source, view[None], asked, flip, runtime, caa)[0].cpu() for view in views]
 
@@ -84,9 +91,6 @@ def class_attention(
             raise ValueError(f"caa needs the affinity of patches, which {type(source).__name__} does not know")
         maps = torch.stack([refine_by_affinity(*each, caa) for each in zip(maps, affinity.detach(), strict=False)])
     return maps
-
-
-# ------------------------------------------------------------------------------------------------------------ fusion
 
 
 Fusion = Callable[[Tensor, Tensor], Tensor]
@@ -167,12 +171,8 @@ SIZE_SHARPNESS = 1.0  # how fast the weight of a scale falls with its distance, 
 def size_adaptive_weights(extent: Tensor, scales: Tensor) -> Tensor:
     """Weights of the scales for an object of a given extent: the larger the object, the smaller the scale.
 
-    Args:
-        extent: (...) square root of the object's share of the image's area, in (0, 1].
-        scales: (S,) relative to the original size.
-
-    Returns:
-        (S, ...) summing to 1 over the scales.
+    From the square root of the object's share of the image's area, (...) in (0, 1], and the scales (S,), to (S, ...)
+    summing to 1 over the scales.
 
     Example:
         >>> size_adaptive_weights(torch.tensor(0.4), torch.tensor([0.5, 1.0, 2.0]))

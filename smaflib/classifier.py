@@ -42,29 +42,25 @@ def train_classifier(
         attention: scales and flip of the views for ``settings.solve_head``.
         checkpoint: file of the weights; an unfinished training resumes from it.
 
-    Returns:
-        The network in eval mode and its learning curve.
+    Returns the network in eval mode and its learning curve.
     """
     num_classes = len(samples.class_names)
+    eps = settings.pretraining == "eps"
     if settings.checkpoint is not None:
         network = load_attention_network(settings.checkpoint, model, num_classes)
-        if checkpoint:
-            write_weights(checkpoint, network.state_dict(), iteration=settings.iterations, history=[])
-        return network.to(runtime.device), []
-    if attention.pretrained:  # the maps come from elsewhere; what a student starts from is not trained yet
+    else:
+        # EPS needs a background map, and so does what a student starts from if the maps come from elsewhere.
         with seeded(derive_seed(runtime.seed, "initial weights")):
-            network = AttentionNetwork(model, num_classes, background=True)
+            network = AttentionNetwork(model, num_classes, background=eps or attention.pretrained)
+    network.to(runtime.device)
+    if settings.checkpoint is not None or attention.pretrained:  # nothing to train
         if checkpoint:
             write_weights(checkpoint, network.state_dict(), iteration=settings.iterations, history=[])
-        return network.eval().to(runtime.device), []
-    eps = settings.pretraining == "eps"
+        return network.eval(), []
     if eps and not samples.has_saliency:
         raise ConfigError(
             "classifier.pretraining is 'eps', but not every image has a saliency map; set data.saliency or use plain"
         )
-    # Seeded, so that the untrained network is the same for the same seed. EPS needs a background map.
-    with seeded(derive_seed(runtime.seed, "initial weights")):
-        network = AttentionNetwork(model, num_classes, background=eps).to(runtime.device)
     if settings.solve_head is not None:
         return network, solve_head(network, samples, settings.solve_head, attention, runtime, checkpoint)
     samples, fields = (samples.with_saliency(), crop_saliency) if eps else (samples, None)
@@ -79,8 +75,7 @@ def train_classifier(
             losses["L_sal"] = saliency_loss(logits, batch["saliency"], batch["image_label"], settings)
         return losses
 
-    history = fit(network, batches, loss, runtime, checkpoint, stage="classifier")
-    return network, history
+    return network, fit(network, batches, loss, runtime, checkpoint, stage="classifier")
 
 
 def classification_loss(image_logits: Tensor, image_label: Tensor) -> Tensor:
@@ -103,7 +98,6 @@ def saliency_loss(logits: Tensor, saliency: Tensor, image_label: Tensor, config:
         logits: (B, K+1, h, w), background first.
         saliency: (B, H, W) in [0, 1]; resized (nearest) to h x w.
         image_label: (B, K) in {0, 1}.
-        config: ``eps_tau`` and ``eps_lambda``.
 
     Source: equations 2 to 5 of EPS; the constants inside follow the reference code.
     """
@@ -166,10 +160,7 @@ def solve_head(
     scale of ``attention`` and mirrored: the views of :func:`~smaflib.cams.multi_scale_cams`. The loss is L_cls plus
     ``weight_decay`` times the squared weights of a class, averaged over the classes.
 
-    Args:
-        network: a plain teacher; its ``standardize`` layer and its head are filled in place; ends in eval mode.
-        attention: scales and flip.
-        checkpoint: file of the weights; if it exists, it is only loaded.
+    The plain teacher's ``standardize`` layer and head are filled in place; a ``checkpoint`` that exists is only loaded.
     """
     runtime.place(network).eval()
     if checkpoint and checkpoint.is_file():
@@ -201,17 +192,14 @@ def _mean_features(
     network: AttentionNetwork, samples: Samples, attention: AttentionConfig, runtime: Runtime
 ) -> tuple[Tensor, Tensor]:
     """Standardised features, float64: means over each image at each scale and mirrored (N, C), labels (N, K)."""
-    means: list[Tensor] = []
-    labels: list[Tensor] = []
-    image_labels = samples.image_labels.double()
+    means, labels, image_labels = list[Tensor](), list[Tensor](), samples.image_labels.double()
 
     def features() -> Iterator[Tensor]:
         for batch in load_views(samples, attention.scales, runtime, desc="features"):
             for images in batch.views:
                 views = torch.cat([images, images.flip(-1)]) if attention.flip else images
                 with runtime.autocast():
-                    seen = network.backbone(views)
-                seen = seen.double().cpu()  # (B or 2B, C, h, w)
+                    seen = network.backbone(views).double().cpu()  # (B or 2B, C, h, w)
                 means.append(seen.mean(dim=(2, 3)))
                 labels.append(image_labels[batch.indices].repeat(len(views) // len(images), 1))
                 yield seen

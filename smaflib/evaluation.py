@@ -22,15 +22,8 @@ SIZES = ("small", "medium", "large")
 def confusion_matrix(mask: Tensor, ground_truth: Tensor, num_classes: int) -> Tensor:
     """Count pixels by true and predicted label, without the void pixels of the ground truth.
 
-    Args:
-        mask: uint8 (H, W) in [0, K].
-        ground_truth: uint8 (H, W) in [0, K] or 255.
-
-    Returns:
-        int64 (K+1, K+1), rows are the ground truth.
-
-    Raises:
-        ValueError: if the sizes differ or a label is above K.
+    From a mask, uint8 (H, W) in [0, K], and a ground truth, which may also hold 255, to int64 (K+1, K+1), whose rows
+    are the ground truth. ValueError if the sizes differ or a label is above K.
 
     Example:
         >>> mask, truth = torch.tensor([[[0, 1, 1]], [[0, 1, 255]]], dtype=torch.uint8)
@@ -65,26 +58,17 @@ def intersection_over_union(confusion: Tensor) -> Tensor:
     return hits / (confusion.sum(dim=0) + confusion.sum(dim=1) - hits)
 
 
-def mean_over_classes(values: Tensor) -> float:
-    """Mean over the classes with a value; nan if there is none."""
-    return float(values.nanmean())
-
-
 @dataclass(frozen=True)
 class SegmentationMetrics:
     """Pixel counts over a split.
 
-    Attributes:
-        confusion: int64 (K+1, K+1), rows are the ground truth.
-        by_size: int64 (3, K, 3): for small, medium and large objects, per foreground class, true positives, false
-            positives and false negatives. An object is all that an image shows of one class. False positives of a class
-            that is absent from the image have no size and count in ``confusion`` only.
-        class_names: the K foreground classes.
+    An object is all that an image shows of one class. False positives of a class that is absent from the image have no
+    size and count in ``confusion`` only.
     """
 
-    confusion: Tensor
-    by_size: Tensor
-    class_names: tuple[str, ...]
+    confusion: Tensor  # int64 (K+1, K+1), rows are the ground truth
+    by_size: Tensor  # int64 (3, K, 3): by size and foreground class true positives, false positives, false negatives
+    class_names: tuple[str, ...]  # the K foreground classes
 
     @property
     def iou(self) -> Tensor:
@@ -93,8 +77,8 @@ class SegmentationMetrics:
 
     @property
     def miou(self) -> float:
-        """Mean IoU over background and classes."""
-        return mean_over_classes(self.iou)
+        """Mean IoU over the background and the classes that have one; nan if none has."""
+        return float(self.iou.nanmean())
 
     @property
     def precision(self) -> Tensor:
@@ -112,17 +96,14 @@ class SegmentationMetrics:
         return hits / (hits + alarms + misses)
 
     def records(self, **where: Any) -> list[dict[str, Any]]:
-        """Tidy records for ``metrics.json``: IoU, precision and recall per class and their means, mean IoU per size.
-
-        ``where`` are fields of every record: stage, variant, split, scale, bg_score.
-        """
+        """Tidy records with the fields ``where``: IoU, precision, recall by class and their means, mean IoU by size."""
         records = []
         for metric, values in (("iou", self.iou), ("precision", self.precision), ("recall", self.recall)):
-            records.append(where | {"metric": metric, "class_name": "mean", "value": mean_over_classes(values)})
+            records.append(where | {"metric": metric, "class_name": "mean", "value": float(values.nanmean())})
             for name, value in zip(("background", *self.class_names), values.tolist(), strict=True):
                 records.append(where | {"metric": metric, "class_name": name, "value": value})
         for size in SIZES:
-            value = mean_over_classes(self.iou_of_size(size))
+            value = float(self.iou_of_size(size).nanmean())
             records.append(where | {"metric": "iou", "class_name": "mean", "object_size": size, "value": value})
         return records
 
@@ -133,34 +114,33 @@ def evaluate(
     class_names: Sequence[str],
     config: EvaluationConfig | None = None,
 ) -> SegmentationMetrics:
-    """Compare the uint8 masks (H, W) of a whole split with its ground truth, where 255 is void.
+    """Compare the masks of a whole split, uint8 (H, W) each, with its ground truth, where 255 is void.
 
     Example:
         >>> mask, truth = torch.tensor([[[0, 1], [0, 1]], [[0, 1], [1, 1]]], dtype=torch.uint8)
         >>> f"{evaluate([mask], [truth], ['cat']).miou:.3f}"  # the mean of 1/2 and 2/3
         '0.583'
     """
-    config = config or EvaluationConfig()
-    num_classes = len(class_names)
-    confusion = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
-    by_size = torch.zeros(len(SIZES), num_classes, 3, dtype=torch.int64)
-    for mask, ground_truth in zip(masks, ground_truths, strict=True):
-        counts = confusion_matrix(mask, ground_truth, num_classes)
+    pairs = zip(masks, ground_truths, strict=True)
+    counts = ((confusion_matrix(mask, truth, len(class_names))[None], truth.numel()) for mask, truth in pairs)
+    return _add_up(counts, 1, class_names, config or EvaluationConfig())[0]
+
+
+def _add_up(
+    images: Iterable[tuple[Tensor, int]], num: int, class_names: Sequence[str], config: EvaluationConfig
+) -> list[SegmentationMetrics]:
+    """Scores of ``num`` masks per image, from the counts (num, K+1, K+1) of each image and its number of pixels."""
+    num_labels, limits = len(class_names) + 1, torch.tensor(config.size_limits)
+    confusion = torch.zeros(num, num_labels, num_labels, dtype=torch.int64)
+    by_size = torch.zeros(num, len(SIZES), num_labels - 1, 3, dtype=torch.int64)
+    for counts, num_pixels in images:
         confusion += counts
-        _add_by_size(by_size[None], counts[None], ground_truth.numel(), config)
-    return SegmentationMetrics(confusion, by_size, tuple(class_names))
-
-
-def _add_by_size(by_size: Tensor, counts: Tensor, num_pixels: int, config: EvaluationConfig) -> None:
-    """Add an image's counts (T, K+1, K+1), T masks of it, to the sizes of its objects (T, 3, K, 3), in place."""
-    hits = counts.diagonal(dim1=1, dim2=2)[:, 1:]  # (T, K)
-    area = counts.sum(dim=2)[:, 1:]
-    alarms = counts.sum(dim=1)[:, 1:] - hits
-    kinds = torch.stack([hits, alarms, area - hits], dim=-1)  # (T, K, 3)
-    share = area[0] / num_pixels
-    small, large = config.size_limits
-    for index, chosen in enumerate((share < small, (share >= small) & (share < large), share >= large)):
-        by_size[:, index] += kinds * (chosen & (area[0] > 0))[:, None]
+        hits, area = counts.diagonal(dim1=1, dim2=2)[:, 1:], counts.sum(dim=2)[:, 1:]  # (num, K)
+        alarms = counts.sum(dim=1)[:, 1:] - hits
+        shown = area[0].nonzero()[:, 0]
+        size = torch.bucketize(area[0, shown] / num_pixels, limits, right=True)
+        by_size[:, size, shown] += torch.stack([hits, alarms, area - hits], dim=-1)[:, shown]
+    return [SegmentationMetrics(*each, tuple(class_names)) for each in zip(confusion, by_size, strict=True)]
 
 
 def sweep_thresholds(
@@ -178,8 +158,6 @@ def sweep_thresholds(
     config = config or EvaluationConfig()
     rising = sorted(set(config.thresholds))  # searchsorted needs the order
     num_labels, thresholds, steps = len(class_names) + 1, torch.tensor(rising), len(rising)
-    confusion = torch.zeros(steps, num_labels, num_labels, dtype=torch.int64)
-    by_size = torch.zeros(steps, len(SIZES), num_labels - 1, 3, dtype=torch.int64)
 
     def count(index: int) -> tuple[Tensor, int]:
         (score, winner), ground_truth = _strongest(denoised, index), ground_truths[index]
@@ -200,11 +178,8 @@ def sweep_thresholds(
         raise ValueError(f"there are maps of {len(denoised)} images and {len(ground_truths)} ground truths")
     # Images in parallel, one torch thread each: torch's own threads lose more than they gain on a single image.
     with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for found, num_pixels in pool.map(count, range(len(denoised))):
-            confusion += found
-            _add_by_size(by_size, found, num_pixels, config)
-    names = tuple(class_names)
-    return {t: SegmentationMetrics(confusion[i], by_size[i], names) for i, t in enumerate(rising)}
+        found = _add_up(pool.map(count, range(len(denoised))), steps, class_names, config)
+    return dict(zip(rising, found, strict=True))
 
 
 def _strongest(denoised: Sequence[Tensor], index: int) -> tuple[Tensor, Tensor]:
@@ -214,64 +189,24 @@ def _strongest(denoised: Sequence[Tensor], index: int) -> tuple[Tensor, Tensor]:
     return strongest(denoised[index])
 
 
-def best_threshold(sweep: dict[float, SegmentationMetrics]) -> float:
-    """The oracle: the threshold with the highest mIoU. Choose it on one split, report on another."""
-    return max(sweep, key=lambda threshold: sweep[threshold].miou)
-
-
 def masks_of(denoised: Sequence[Tensor], bg_score: float) -> Iterator[Tensor]:
     """Masks of attention maps without refinement: uint8 (H, W) each, as :func:`~smaflib.reactivation.hard_labels`."""
     for score, winner in (_strongest(denoised, index) for index in range(len(denoised))):
         yield ((winner + 1) * (score > bg_score)).to(torch.uint8)
 
 
-def evaluate_maps(
-    denoised: Sequence[Tensor],
-    ground_truths: Sequence[Tensor] | None,
-    class_names: Sequence[str],
-    config: EvaluationConfig,
-    bg_score: float | None = None,
-    **where: Any,
-) -> tuple[list[dict[str, Any]], float | None]:
-    """Evaluate attention maps at a background threshold; the other arguments are those of :func:`sweep_thresholds`.
-
-    Args:
-        ground_truths: None: no records.
-        bg_score: the background threshold; None: the oracle of this split.
-        where: fields of every record: variant, split, scale.
-
-    Returns:
-        Tidy records, with ``iou_sweep`` for every threshold, and the background threshold.
-    """
-    if ground_truths is None:
-        return [], None
-    if bg_score is not None:
-        config = config.model_copy(update={"thresholds": (*config.thresholds, bg_score)})
-    sweep = sweep_thresholds(denoised, ground_truths, class_names, config)
-    chosen = best_threshold(sweep) if bg_score is None else bg_score
-    records = sweep[chosen].records(bg_score=chosen, **where)
-    swept = where | {"metric": "iou_sweep", "class_name": "mean"}
-    records += [swept | {"bg_score": threshold, "value": scores.miou} for threshold, scores in sweep.items()]
-    return records, chosen
-
-
 def image_score(mask: Tensor, ground_truth: Tensor, num_classes: int) -> float:
     """Mean IoU of one image over the labels in its mask and ground truth, in [0, 1]."""
-    return mean_over_classes(intersection_over_union(confusion_matrix(mask, ground_truth, num_classes)))
+    return float(intersection_over_union(confusion_matrix(mask, ground_truth, num_classes)).nanmean())
 
 
 def object_scores(
     denoised: Iterable[Tensor], ground_truths: Iterable[Tensor], class_names: Sequence[str], bg_score: float
 ) -> list[dict[str, Any]]:
-    """IoU of every object; an object is all that an image shows of one class.
-
-    Args:
-        denoised: per image (K, H, W) in [0, 1].
-        ground_truths: per image uint8 (H, W), 255 is void.
+    """IoU of every object in maps as in :func:`sweep_thresholds`; an object is all that an image shows of one class.
 
     Returns:
-        Per object ``image`` (index), ``class_number`` (0 to K-1), ``share`` of the image area in (0, 1], ``iou`` in
-        [0, 1].
+        Per object ``image`` (index), ``class_number`` (0 to K-1), ``share`` of the image's area in (0, 1], ``iou``.
 
     Example:
         >>> maps, truth = torch.tensor([[[0.5, 0.125]]]), torch.tensor([[1, 1]], dtype=torch.uint8)
@@ -289,11 +224,9 @@ def object_scores(
 
 
 def compare_masks(before: Tensor, after: Tensor, ground_truth: Tensor) -> dict[str, int]:
-    """Count the pixels that each of two masks, uint8 (H, W), labels correctly; void ones do not count.
+    """Count the pixels that two masks, uint8 (H, W), label correctly: ``gained`` if only ``after`` does.
 
-    Returns:
-        Numbers of pixels: ``both right``, ``gained`` (only ``after`` is right), ``lost`` (only ``before``),
-        ``both wrong``.
+    Void pixels do not count.
 
     Example:
         >>> before, after, truth = torch.tensor([[[0, 1, 1]], [[1, 1, 0]], [[1, 1, 255]]], dtype=torch.uint8)
@@ -309,15 +242,11 @@ def compare_masks(before: Tensor, after: Tensor, ground_truth: Tensor) -> dict[s
 def score_on_objects(
     denoised: Iterable[Tensor], ground_truths: Iterable[Tensor], bg_score: float
 ) -> dict[tuple[str, str], float]:
-    """Mean scores on objects and background, before and after reactivation.
-
-    Args:
-        denoised: per image (K, H, W) in [0, 1].
-        ground_truths: per image uint8 (H, W), 255 is void.
+    """Mean scores in [0, 1], before and after reactivation, of maps as in :func:`sweep_thresholds`.
 
     Returns:
         By ("denoised" or "reactivated", "score on objects" or "score on background"): the mean score of the true class
-        on objects, of the best class on background; in [0, 1].
+        on objects, of the best class on background.
     """
     sums = {(step, place): [0.0, 0] for step in ("denoised", "reactivated") for place in ("objects", "background")}
     for maps, ground_truth in zip(denoised, ground_truths, strict=True):

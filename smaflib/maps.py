@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,11 +28,8 @@ from smaflib.reactivation import blend_saliency
 from smaflib.runtime import Runtime, memory_advice, release_freed_memory
 from smaflib.sources import as_source
 
-ENDING = ".safetensors.gz"
-"""Of a file of attention maps."""
-
-COMPRESSION = 6
-"""Of gzip, 1 to 9: at 9 writing takes several times as long, for files that are as large."""
+ENDING = ".safetensors.gz"  # of a file of attention maps
+COMPRESSION = 6  # of gzip, 1 to 9: at 9 writing takes several times as long, for files that are as large
 
 
 @dataclass(frozen=True)
@@ -72,8 +69,7 @@ class AttentionMaps:
 
     def fused(self, image_id: str, rule: str | Fusion = "sum", scales: Sequence[float] | None = None) -> Tensor:
         """(K, H, W) in [0, 1], of all scales or some."""
-        cams, size = self.read(image_id, scales)
-        return fuse_cams(cams, size, rule, scales or self.scales)
+        return fuse_cams(*self.read(image_id, scales), rule, scales or self.scales)
 
 
 def write_attention_maps(
@@ -81,9 +77,7 @@ def write_attention_maps(
 ) -> AttentionMaps:
     """Attention maps of a whole split, one file per image; existing files are skipped, processes share the images.
 
-    Args:
-        network: a source, a network, or any module with ``attention``. It is asked for the classes of the image labels.
-        config: scales, flip and affinity refinement.
+    The ``network`` is a source, a network, or any module with ``attention``, asked for the classes of the image labels.
     """
     maps, image_ids = AttentionMaps(folder, config.scales), samples.image_ids
     missing, source = missing_files(folder, image_ids, ENDING), as_source(network)
@@ -98,8 +92,7 @@ def write_attention_maps(
         written: Future[None] = writer.submit(lambda: None)
         desc = f"attention of {samples.split}"
         for batch in load_views(samples, config.scales, runtime, missing, desc, source.patch):
-            asked = [samples.files[index].labels for index in batch.indices]
-            how = (asked, config.flip, runtime, config.caa)
+            how = ([samples.files[index].labels for index in batch.indices], config.flip, runtime, config.caa)
             cams = [class_attention(source, images, *how).cpu() for images in batch.views]
             written.result()
             written = writer.submit(write, batch, cams)
@@ -127,37 +120,25 @@ def fuse_and_denoise(
     return denoised
 
 
+@dataclass(eq=False)
 class FusedMaps(Sequence[Tensor]):
-    """Fused and denoised maps of a split, (K, H, W) in [0, 1] per image, read when asked for.
+    """Fused and denoised maps of a split, (K, H, W) in [0, 1] per image, read when asked for."""
 
-    Args:
-        maps: a network's attention maps.
-        samples: the split, for order and image labels.
-        rule: fusion rule.
-        scales: the scales to fuse; None: all. A single scale gives the control of the paper's claim.
-        cached: keep what was read, in half precision.
-        denoise: False keeps the maps of absent classes.
-        saliency_weight: share of the samples' saliency maps (:func:`~smaflib.reactivation.blend_saliency`).
-    """
+    maps: AttentionMaps
+    samples: Samples  # the split, for order and image labels
+    rule: str | Fusion = "sum"
+    scales: Sequence[float] | None = None  # to fuse; None: all. A single one is the control of the paper's claim.
+    cached: bool = False  # keep what was read, in half precision
+    denoise: bool = True  # False keeps the maps of absent classes
+    saliency_weight: float = 0.0  # share of the saliency maps (:func:`~smaflib.reactivation.blend_saliency`)
+    _cache: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
-    def __init__(
-        self,
-        maps: AttentionMaps,
-        samples: Samples,
-        rule: str | Fusion = "sum",
-        scales: Sequence[float] | None = None,
-        cached: bool = False,
-        denoise: bool = True,
-        saliency_weight: float = 0.0,
-    ) -> None:
-        self.maps, self.rule, self.scales = maps, rule, scales
-        self.cached, self.saliency_weight, self.saliency = cached, saliency_weight, SaliencyMaps(samples)
-        self.image_ids, labels = samples.image_ids, samples.image_labels
-        self.shown = labels if denoise else torch.ones_like(labels)  # (N, K) classes that have maps
-        self._cache: dict[int, Tensor] = {}
+    def __post_init__(self) -> None:
+        labels = self.samples.image_labels
+        self.saliency, self.shown = SaliencyMaps(self.samples), labels if self.denoise else torch.ones_like(labels)
 
     def __len__(self) -> int:
-        return len(self.image_ids)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
         present, maps = self.present(index)
@@ -178,7 +159,7 @@ class FusedMaps(Sequence[Tensor]):
         present = self.shown[index].nonzero()[:, 0]
         if index in self._cache:
             return present, self._cache[index].float()
-        cams, size = self.maps.read(self.image_ids[index], self.scales)
+        cams, size = self.maps.read(self.samples.files[index].image_id, self.scales)
         maps = torch.zeros(0, *size)
         if len(present):
             maps = fuse_cams([cam[present] for cam in cams], size, self.rule, self.scales or self.maps.scales)
@@ -189,11 +170,12 @@ class FusedMaps(Sequence[Tensor]):
         return present, maps.float()
 
 
+@dataclass(eq=False)
 class MaskMaps(Sequence[Tensor]):
     """Masks, uint8 (H, W) each, as class maps (K, H, W) of 0 and 1: targets of a student."""
 
-    def __init__(self, masks: Sequence[Tensor], num_classes: int) -> None:
-        self.masks, self.num_classes = masks, num_classes
+    masks: Sequence[Tensor]
+    num_classes: int
 
     def __len__(self) -> int:
         return len(self.masks)
@@ -202,11 +184,14 @@ class MaskMaps(Sequence[Tensor]):
         return F.one_hot(self.masks[index].long(), self.num_classes + 1).permute(2, 0, 1)[1:].float()
 
 
+@dataclass(eq=False)
 class SaliencyMaps(Sequence[Tensor]):
     """The saliency maps of a split, float32 (H, W) in [0, 1] each, read when asked for."""
 
-    def __init__(self, samples: Samples) -> None:
-        self.samples = samples.with_saliency()
+    samples: Samples
+
+    def __post_init__(self) -> None:
+        self.samples = self.samples.with_saliency()
 
     def __len__(self) -> int:
         return len(self.samples)

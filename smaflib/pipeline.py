@@ -65,10 +65,7 @@ def attend(
 
 
 def train_teacher(work: Workspace) -> tuple[AttentionNetwork, History]:
-    """Stage 1: the classifier.
-
-    ConfigError if EPS is asked for and not every image has a saliency map.
-    """
+    """Stage 1: the classifier; ConfigError if EPS is asked for and not every image has a saliency map."""
     config, samples, checkpoint = work.config, work.samples(), work.checkpoint("teacher")
     trained = config.classifier.checkpoint is None and config.classifier.solve_head is None
     if trained and not is_finished(checkpoint, config.classifier):
@@ -98,7 +95,7 @@ def train_student(
     Args:
         name: of the student's checkpoint.
         teacher: its maps are learned, and the student starts from its weights.
-        changes: settings of ``self_training`` for this student alone, such as ``fused=False`` for the control.
+        changes: of ``self_training``, for this student alone, such as ``fused=False`` for the control.
     """
     from smaflib.self_training import self_train
 
@@ -135,10 +132,7 @@ def _targets(work: Workspace, teacher: str, settings: SelfTrainingConfig, device
 
 
 def self_train_rounds(work: Workspace) -> dict[str, History]:
-    """Stage 4, all rounds: each student is the next round's teacher; the last one is ``student``.
-
-    Returns the learning curve of each round.
-    """
+    """Stage 4, learning curves of all rounds: each student is the next round's teacher, the last one is ``student``."""
     histories, teacher, rounds = {}, "teacher", work.config.self_training.rounds
     for number in range(1, rounds + 1):
         name = "student" if number == rounds else f"student_round{number}"
@@ -168,11 +162,10 @@ def train_segmentation(work: Workspace) -> tuple[SegmentationNetwork, History]:
 
     config, samples, checkpoint = work.config, work.samples(), work.checkpoint("segmenter")
     settings = config.segmentation
-    masks: Sequence[Tensor]
     if settings.supervision == "ground_truth":
         samples = samples.annotated
-        masks = samples.ground_truth or []
-        if not masks:
+        masks = samples.ground_truth
+        if masks is None:
             raise DataError("segmentation.supervision=ground_truth needs masks of the training split; set data.masks")
     else:
         masks = work.masks(samples)
@@ -209,36 +202,35 @@ def evaluate_network(
     bg_score: float | None = None,
     splits: Sequence[Split] = ("train", "val"),
 ) -> tuple[list[dict[str, Any]], float | None]:
-    """Evaluate a network's maps on the images that have ground truth.
+    """Tidy records of a network's maps on the images that have ground truth, and the background threshold.
+
+    ``iou_sweep`` is the mIoU at every threshold of ``evaluation.thresholds``.
 
     Args:
         variant: name of the records.
         scales: as in :meth:`~smaflib.workspace.Workspace.denoised`. Records of a single one name it, others the rule.
         rule: as there; ``denoise=False`` keeps the maps of absent classes.
-        bg_score: background threshold; None: the oracle threshold of the first split, for all splits.
-
-    Returns:
-        Tidy records for ``Run.record``, none without ground truth; the background threshold.
+        bg_score: background threshold; None: the oracle, which has the highest mIoU of the first split, for all splits.
     """
-    from smaflib.evaluation import evaluate_maps
+    from smaflib.evaluation import sweep_thresholds
 
     where: dict[str, Any] = {"variant": variant, "fusion": rule or work.config.attention.fusion}
     if scales is not None and len(scales) == 1:
         where = {"variant": variant, "scale": scales[0]}
-    records = []
+    records: list[dict[str, Any]] = []
     for split in splits:
-        samples = work.samples(split).annotated
-        found, chosen = evaluate_maps(
-            work.denoised(network, samples, scales, rule, denoise=denoise),
-            samples.ground_truth,
-            samples.class_names,
-            work.config.evaluation,
-            bg_score,
-            split=split,
-            **where,
-        )
-        records += found
-        bg_score = bg_score if chosen is None else chosen  # a split without ground truth chooses nothing
+        samples, config = work.samples(split).annotated, work.config.evaluation
+        if samples.ground_truth is None:
+            continue
+        if bg_score is not None:
+            config = config.model_copy(update={"thresholds": (*config.thresholds, bg_score)})
+        maps, here = work.denoised(network, samples, scales, rule, denoise=denoise), {"split": split} | where
+        sweep = sweep_thresholds(maps, samples.ground_truth, samples.class_names, config)
+        if bg_score is None:
+            bg_score = max(sweep, key=lambda threshold: sweep[threshold].miou)
+        records += sweep[bg_score].records(bg_score=bg_score, **here)
+        swept = here | {"metric": "iou_sweep", "class_name": "mean"}
+        records += [swept | {"bg_score": threshold, "value": scores.miou} for threshold, scores in sweep.items()]
     return records, bg_score
 
 
@@ -248,10 +240,7 @@ def evaluate_network(
 def check_config(config: Config, run_folder: Path, networks: bool = True) -> None:
     """Find what a run needs before it writes anything: custom code, networks, the files of both splits.
 
-    Custom images are also read, as there are few of them and nobody has checked them.
-
-    Raises:
-        InputError: says what is missing or does not fit.
+    InputError says what does not fit. Custom images are also read: there are few, and nobody has checked them.
     """
     check_custom(config)
     splits = SPLITS if config.data.kind != "mini" else ()  # which is drawn

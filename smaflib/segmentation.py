@@ -42,8 +42,7 @@ def train_segmenter(
         student: the network starts from it (:func:`start_as_student`), which has learned from image labels only.
         checkpoint: file of the weights; an unfinished training resumes from it.
 
-    Returns:
-        The network in eval mode and its learning curve.
+    Returns the network in eval mode and its learning curve.
     """
     with seeded(derive_seed(runtime.seed, "segmenter's initial weights")):
         network = SegmentationNetwork(settings.model or model, settings, len(samples.class_names)).to(runtime.device)
@@ -86,10 +85,9 @@ def start_as_student(network: SegmentationNetwork, student: AttentionNetwork) ->
 
 
 def multi_scale_logits(network: nn.Module, images: Tensor, scales: Sequence[float]) -> list[Tensor]:
-    """Logits of a batch at several scales, and their maximum: the outputs on which DeepLab-V2 has a loss.
+    """Logits of a batch at several scales, (B, K+1, h_s, w_s) each: the outputs on which DeepLab-V2 has a loss.
 
-    Returns:
-        Per scale (B, K+1, h_s, w_s); of several scales also the maximum over them, at the size of the largest.
+    Of several scales also their maximum, at the size of the largest.
 
     Source: Chen et al., "DeepLab", TPAMI 2018, section 4.1.1, "multi-scale inputs".
     """
@@ -131,12 +129,9 @@ def segment_many(
     indices: Sequence[int] | None = None,
     desc: str = "segment",
 ) -> Iterator[Tensor]:
-    """Label the pixels of images, or of some, in order: the most probable class, after the CRF if there is one.
+    """The most probable label of each pixel, uint8 (H, W), of images or of some, after the CRF if there is one.
 
     The softmax is averaged over test scales and flips. The CRF runs on the other cores or on the GPU.
-
-    Returns:
-        uint8 (H, W) each.
     """
     runtime.place(network).eval()
     crf = settings.test_crf

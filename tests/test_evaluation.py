@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,21 +14,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from smaflib.config import EvaluationConfig
+from smaflib.config import AttentionConfig, EvaluationConfig, Variant
 from smaflib.evaluation import (
     SegmentationMetrics,
-    best_threshold,
     compare_masks,
     confusion_matrix,
     evaluate,
-    evaluate_maps,
     image_score,
     intersection_over_union,
     masks_of,
-    mean_over_classes,
     object_scores,
     sweep_thresholds,
 )
+from smaflib.pipeline import evaluate_network
 
 SEEDS = st.integers(0, 2**20)
 
@@ -58,8 +58,9 @@ def test_iou_by_hand_and_absent_class_has_none() -> None:
     confusion = torch.tensor([[3, 1, 0], [2, 2, 0], [0, 0, 0]])
     iou = intersection_over_union(confusion)
     assert iou[:2].tolist() == pytest.approx([3 / 6, 2 / 5]) and math.isnan(iou[2])
-    assert mean_over_classes(iou) == pytest.approx(0.45)  # not 0.3, not 0.633
-    assert math.isnan(mean_over_classes(torch.tensor([float("nan")])))
+    scores = SegmentationMetrics(confusion, torch.zeros(3, 2, 3), ("cat", "dog"))
+    assert scores.miou == pytest.approx(0.45)  # not 0.3, not 0.633
+    assert math.isnan(SegmentationMetrics(confusion * 0, torch.zeros(3, 2, 3), ("cat", "dog")).miou)
 
 
 def test_class_that_is_only_predicted_scores_0() -> None:
@@ -210,27 +211,34 @@ def test_masks_of_by_hand() -> None:
     assert mask.dtype == torch.uint8 and mask.tolist() == [[1, 2, 0]]  # a tie goes to the background
 
 
-def test_best_threshold_by_hand() -> None:
+def test_sweep_by_hand() -> None:
     # The object's score is 0.6 and the ground's 0.3: thresholds from 0.3 to below 0.6 part them.
     denoised, ground_truth = torch.tensor([[[0.6, 0.6, 0.3, 0.3]]]), labels([1, 1, 0, 0])
     sweep = sweep_thresholds([denoised], [ground_truth], ["cat"], EvaluationConfig(thresholds=(0.1, 0.25, 0.4, 0.8)))
     assert [scores.miou for scores in sweep.values()] == pytest.approx([0.25, 0.25, 1, 0.25])
-    assert best_threshold(sweep) == 0.4
 
 
 def test_maps_are_evaluated_at_the_oracle_threshold_or_at_a_given_one() -> None:
     denoised, ground_truth = torch.tensor([[[0.6, 0.6, 0.3, 0.3]]]), labels([1, 1, 0, 0])
     config = EvaluationConfig(thresholds=(0.25, 0.4))
-    records, chosen = evaluate_maps([denoised], [ground_truth], ["cat"], config, variant="student")
+    samples = SimpleNamespace(ground_truth=[ground_truth], class_names=["cat"])
+    work: Any = SimpleNamespace(
+        config=SimpleNamespace(evaluation=config, attention=AttentionConfig()),
+        samples=lambda split: SimpleNamespace(annotated=samples),
+        denoised=lambda *which, **options: [denoised],
+    )
+    records, chosen = evaluate_network(work, "student", Variant.STUDENT_FUSED, splits=["train"])
     assert chosen == 0.4
     mean = [r for r in records if r["metric"] == "iou" and r["class_name"] == "mean" and "object_size" not in r]
-    assert [(r["value"], r["bg_score"], r["variant"]) for r in mean] == [(1, 0.4, "student")]
+    assert [(r["value"], r["bg_score"], r["variant"]) for r in mean] == [(1, 0.4, "student_fused")]
     swept = [r for r in records if r["metric"] == "iou_sweep"]
     assert [(r["bg_score"], r["value"]) for r in swept] == [(0.25, 0.25), (0.4, 1)]
     for given_score, value in ((0.25, 0.25), (0.33, 1)):  # the second is not among the thresholds
-        records, chosen = evaluate_maps([denoised], [ground_truth], ["cat"], config, bg_score=given_score)
+        records, chosen = evaluate_network(work, "student", Variant.STUDENT_FUSED, bg_score=given_score)
         assert chosen == given_score and records[0]["value"] == pytest.approx(value)
-    assert evaluate_maps([denoised], None, ["cat"], config) == ([], None)
+        assert {record["split"] for record in records} == {"train", "val"}
+    samples.ground_truth = None
+    assert evaluate_network(work, "student", Variant.STUDENT_FUSED) == ([], None)
 
 
 def test_objects_one_by_one_by_hand() -> None:

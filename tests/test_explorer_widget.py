@@ -89,7 +89,7 @@ def test_errors_are_shown_and_the_picture_stays(explorer: Explorer, monkeypatch:
     def fail(*arguments: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(explorer_module, "explore", fail)
+    monkeypatch.setattr(explorer_module.state, "explore", fail)
     with pytest.raises(RuntimeError):
         explorer.controls["denoise"].value = False
     assert explorer.board.status == {"text": "RuntimeError: out of memory", "kind": "error"}
@@ -190,13 +190,13 @@ def test_in_a_kernel_the_crf_waits_for_a_rest_and_runs_once(
 ) -> None:
     monkeypatch.setattr(explorer_module, "REST_SECONDS", 0.05)
     refined = []
-    explore = explorer_module.explore
+    explore = explorer_module.state.explore
 
     def counted(sample, cams, scales, settings):  # type: ignore[no-untyped-def]
         refined.extend([settings.bg_score] if settings.crf else [])
         return explore(sample, cams, scales, settings)
 
-    monkeypatch.setattr(explorer_module, "explore", counted)
+    monkeypatch.setattr(explorer_module.state, "explore", counted)
 
     async def drag() -> None:
         explorer.controls["crf"].value = True

@@ -226,6 +226,14 @@ def test_maps_of_an_image_are_called_for_by_class_and_scale() -> None:
         multi_scale_cams(source, IMAGE, [1.0], caa=0.4)
 
 
+def test_a_source_that_makes_maps_of_the_classes_asked_for_must_be_told_them(classifier: ImageNetClassifier) -> None:
+    for source in (GradCamSource.of_classifier(classifier, "gradcam"), VitSource(tiny_vit(), 1, rollout=False)):
+        with pytest.raises(ValueError, match=r"pass classes=\[0\]"):
+            multi_scale_cams(source, IMAGE, [1.0])
+    (cam,) = multi_scale_cams(source, IMAGE, [1.0], classes=[])  # an image of nothing
+    assert not cam.any()
+
+
 @pytest.mark.parametrize("source", ["imagenet", "xgradcam"])
 def test_a_student_learns_from_a_source(source: str, tmp_path: Path) -> None:
     """The whole chain; with ImageNet's classes no teacher is trained."""

@@ -21,15 +21,7 @@ from smaflib import cams as cams_module
 from smaflib import files
 from smaflib.cams import FUSIONS, fuse_cams, fusion_rules
 from smaflib.data.transforms import scaled_size
-from smaflib.explorer.state import (
-    COLOR_MAPS,
-    CURVE_SCORES,
-    THUMBNAIL_SIDE,
-    Gallery,
-    color_table,
-    data_url,
-    rule_title,
-)
+from smaflib.explorer.state import COLOR_MAPS, CURVE_SCORES, THUMBNAIL_SIDE, Gallery, color_table, data_url, rule_title
 from smaflib.models.pretrained import ROLES
 from smaflib.report.html import page_text
 from smaflib.report.palette import class_colors
@@ -37,23 +29,14 @@ from smaflib.report.plots import show_scales
 from smaflib.runs import Run
 
 STATIC = Path(__file__).parent / "static"
-
-MAX_BYTES = 5_000_000
-"""Limit of the page's size: as many images as fit are included."""
-
-PAGE_SIDE = 512
-"""Longest side of an image in the page, in pixels; larger ones are shrunk together with their maps."""
-
-MAX_OTHERS = 6
-"""Classes outside the image label whose maps are kept: those that respond most."""
+CONSTANTS = ("PEAK_EPSILON", "REFERENCE_EXTENT", "SIZE_SHARPNESS")  # of smaflib.cams, for the same in JavaScript
+MAX_BYTES = 5_000_000  # of a page: as many images as fit are included
+PAGE_SIDE = 512  # longest side of an image in the page, in pixels; larger ones are shrunk together with their maps
+MAX_OTHERS = 6  # classes outside the image label whose maps are kept: those that respond most
 
 
 def explorer_page(gallery: Gallery, title: str = "", index: int = 0, max_bytes: int = MAX_BYTES) -> str:
-    """A self-contained HTML page that explores as many images of a gallery as fit, ``index`` first if it does.
-
-    Raises:
-        ValueError: if not even one image fits.
-    """
+    """A self-contained HTML page that explores as many images as fit, ``index`` first; ValueError if none fits."""
     title, first = title or f"Attention explorer · {gallery.title}", gallery.first_settings(index)
     rules = fusion_rules(first.fusion)
     facts: dict[str, Any] = {
@@ -63,11 +46,7 @@ def explorer_page(gallery: Gallery, title: str = "", index: int = 0, max_bytes: 
         "computed_rules": [rule for rule in rules if rule not in FUSIONS],
         "curve_scores": list(CURVE_SCORES),
         "luts": {name: base64.b64encode(color_table(name)).decode() for name in COLOR_MAPS},
-        "constants": {
-            "peak_epsilon": cams_module.PEAK_EPSILON,
-            "reference_extent": cams_module.REFERENCE_EXTENT,
-            "size_sharpness": cams_module.SIZE_SHARPNESS,
-        },
+        "constants": {name.lower(): getattr(cams_module, name) for name in CONSTANTS},
         "start": {"index": index, "cls": first.class_number, "role": gallery.roles[0], "fusion": first.fusion}
         | {"bg": first.bg_score, "denoise": True, "reactivate": True, "opacity": 0.75, "colormap": COLOR_MAPS[0]},
         "thumbs": [],
@@ -125,7 +104,9 @@ def page_image(gallery: Gallery, index: int) -> dict[str, Any]:
         mask = _shrunk(mask[None], factor, "nearest-exact")[0]
     roles = [role for role in gallery.roles if role in ROLES and flip in gallery.flips(index, role)]
     by_role = {role: gallery.cams(index, role, flip) for role in roles}
-    classes = _kept_classes(label, list(by_role.values()))
+    response = torch.stack([cam.amax(dim=(1, 2)) for cams in by_role.values() for cam in cams]).amax(dim=0)
+    others = [number for number in response.argsort(descending=True).tolist() if number not in label]
+    classes = sorted([*label, *others[:MAX_OTHERS]])
     size = (image.shape[-2], image.shape[-1])
     maps: dict[str, dict[str, Any]] = {}
     for role, cams in by_role.items():
@@ -154,11 +135,7 @@ def page_image(gallery: Gallery, index: int) -> dict[str, Any]:
 
 
 def quantize(cams: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Round maps, per scale (K, h_s, w_s) and non-negative, to 8 bits relative to the peak of each class and scale.
-
-    Returns:
-        Per scale uint8 (K, h_s, w_s), and the peaks (S, K) that 255 stands for.
-    """
+    """Round maps, per scale (K, h_s, w_s) and non-negative, to 8 bits, and the peaks (S, K) that 255 stands for."""
     peaks = torch.stack([cam.amax(dim=(1, 2)) for cam in cams])
     shares = [cam / peak.clamp(min=1e-12)[:, None, None] for cam, peak in zip(cams, peaks, strict=True)]
     return [(share * 255).round().to(torch.uint8) for share in shares], peaks
@@ -170,13 +147,6 @@ def run_lengths(mask: Tensor) -> list[int]:
     return torch.stack([values.long(), counts], dim=1).flatten().tolist()
 
 
-def _kept_classes(label: list[int], by_role: list[list[Tensor]]) -> list[int]:
-    """Numbers of the classes in the image label, and of the others that respond most anywhere."""
-    response = torch.stack([cam.amax(dim=(1, 2)) for cams in by_role for cam in cams]).amax(dim=0)
-    others = [number for number in response.argsort(descending=True).tolist() if number not in label]
-    return sorted([*label, *others[:MAX_OTHERS]])
-
-
 def _shrunk(values: Tensor, factor: float, mode: str) -> Tensor:
     """(C, H, W) resized by a factor of at most 1."""
     if factor == 1:
@@ -186,11 +156,7 @@ def _shrunk(values: Tensor, factor: float, mode: str) -> Tensor:
 
 
 def write_explorer(run: Run, num_images: int = 8) -> Path:
-    """Write ``explorer.html`` of a run: its first images, with the maps of teacher and student.
-
-    Raises:
-        RunError: if the run has no attention maps yet.
-    """
+    """Write ``explorer.html`` of a run's first images; raises what :meth:`Gallery.of_run` raises."""
     path = run.path("explorer.html")
     files.write_text(path, explorer_page(Gallery.of_run(run, num_images)))
     return path

@@ -27,17 +27,7 @@ from smaflib.data import Sample, Samples
 from smaflib.evaluation import SIZES, image_score
 from smaflib.maps import AttentionMaps
 from smaflib.reactivation import denoise, hard_labels, reactivate, with_background_score
-from smaflib.report.plots import (
-    draw_outline,
-    draw_pixel_row,
-    overlay_map,
-    overlay_mask,
-    picture,
-    show_panel,
-    show_panels,
-    show_scales,
-    strongest_map,
-)
+from smaflib.report import plots
 from smaflib.runtime import PROGRESS_FILE
 
 CRF_RANGES: dict[str, tuple[str, float, float, float]] = {  # setting: tooltip, minimum, maximum, step
@@ -85,7 +75,7 @@ def scale_sliders(
         )
         title = f"scales {weighed}; background threshold {bg_score:g}; {_score(mask, sample, len(names))}".rstrip("; ")
         look: dict[str, Any] = {"bg_score": bg_score, "class_names": names, "title": title}
-        return show_scales(sample.image, cams, fused, mask, maps.scales, number, sample.mask, **look)
+        return plots.show_scales(sample.image, cams, fused, mask, maps.scales, number, sample.mask, **look)
 
     rules = {"value": fusion, "options": fusion_rules(fusion)}
     weights = {f"weight of scale {scale:g}": slider_options(1.0, 0.0, 2.0, 0.1) for scale in maps.scales}
@@ -96,18 +86,18 @@ def scale_sliders(
 def row_sliders(sample: Sample, fused: Tensor, bg_score: float, class_names: tuple[str, ...]) -> Any:
     """Move the background threshold, and the row of pixels that the curves follow, on fused maps (K, H, W)."""
     denoised = denoise(fused, sample.image_label)
-    strongest = strongest_map(denoised)
+    strongest = plots.strongest_map(denoised)
 
     def draw(bg_score: float, row: int) -> Figure:
         target, mask = reactivate(denoised, bg_score), hard_labels(denoised, bg_score)
-        maps = (overlay_map(sample.image, cam) for cam in (strongest, strongest_map(target[1:])))
-        outlined = (draw_outline(panel, sample.mask, class_names) for panel in maps)
-        panels = (picture(sample.image), *outlined, overlay_mask(sample.image, mask, class_names))
+        maps = (plots.overlay_map(sample.image, cam) for cam in (strongest, plots.strongest_map(target[1:])))
+        outlined = (plots.draw_outline(panel, sample.mask, class_names) for panel in maps)
+        panels = (plots.picture(sample.image), *outlined, plots.overlay_mask(sample.image, mask, class_names))
         figure = Figure(figsize=(8, 5.4), layout="constrained")
         above, below = figure.subfigures(2, 1, height_ratios=(1, 1.5))  # type: ignore[misc]  # two, as asked for
         titles = ("image", "denoised", "target, reactivated", "mask")
         for axis, title, panel in zip(above.subplots(1, 4), titles, panels, strict=True):
-            show_panel(axis, panel)
+            plots.show_panel(axis, panel)
             axis.axhline(row, color="white", linewidth=1, linestyle="--")
             axis.set_title(title, fontsize=9)
         steps = {
@@ -115,7 +105,9 @@ def row_sliders(sample: Sample, fused: Tensor, bg_score: float, class_names: tup
             "target: each pixel divided by its highest score": target[:, row],
         }
         truth = None if sample.mask is None else sample.mask[row]
-        draw_pixel_row(below.subplots(2, 1, sharex=True), steps, class_names, sample.image_label.bool().tolist(), truth)
+        plots.draw_pixel_row(
+            below.subplots(2, 1, sharex=True), steps, class_names, sample.image_label.bool().tolist(), truth
+        )
         score = _score(mask, sample, len(class_names))
         figure.suptitle(f"row {row}, background threshold {bg_score:.2f}{score and ': ' + score}", fontsize=11)
         return figure
@@ -140,10 +132,10 @@ def crf_sliders(
         crf = CrfConfig(**(config.crf.model_dump() | values))
         after = pseudo_mask(sample.image, denoised, bg_score, config.model_copy(update={"refine": "crf", "crf": crf}))
         masks = [before, after] if sample.mask is None else [before, after, sample.mask]
-        row = [picture(sample.image), *(overlay_mask(sample.image, mask, class_names) for mask in masks)]
+        row = [plots.picture(sample.image), *(plots.overlay_mask(sample.image, mask, class_names) for mask in masks)]
         captions = ["", *(_score(mask, sample, len(class_names)) for mask in (before, after)), ""]
         columns = ["image", "before the CRF", "after the CRF", "ground truth"]
-        return show_panels([row], columns, title="the dense CRF", side=2.4, captions=[captions])
+        return plots.show_panels([row], columns, title="the dense CRF", side=2.4, captions=[captions])
 
     controls = {}
     for name, (tooltip, *bounds) in CRF_RANGES.items():

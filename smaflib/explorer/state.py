@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from skimage.data import data_dir
 from torch import Tensor
 
 from minidata import make_mini
@@ -33,21 +33,20 @@ from smaflib.data import Sample, load_samples
 from smaflib.data.labels import IMAGE_ENDINGS
 from smaflib.data.voc import list_files, open_image
 from smaflib.errors import DataError, RunError
-from smaflib.evaluation import confusion_matrix, intersection_over_union, mean_over_classes, sweep_thresholds
+from smaflib.evaluation import confusion_matrix, intersection_over_union, sweep_thresholds
 from smaflib.files import shown_path
 from smaflib.maps import AttentionMaps, fuse_and_denoise
 from smaflib.models.pretrained import ROLES, UNSEEN_SEED, pretrained_config, pretrained_network
 from smaflib.pseudo_masks import pseudo_mask
-from smaflib.reactivation import hard_labels, reactivate
+from smaflib.reactivation import reactivate
 from smaflib.runs import Run, find_run
 from smaflib.sources.gradcam import METHODS, GradCamSource
 from smaflib.sources.imagenet import LIKELY, ImageNetClassifier, imagenet_config, synonyms
 
-CURVE_SCORES: tuple[float, ...] = tuple(round(0.02 * step, 2) for step in range(1, 50))
-"""Background thresholds of the IoU curve."""
+CURVE_SCORES: tuple[float, ...] = tuple(round(0.02 * step, 2) for step in range(1, 50))  #: Background thresholds.
 
-LIKELIEST_CLASSES = 5
-"""Number of ImageNet's classes that are offered for a photo; the others can be searched."""
+LIKELIEST_CLASSES = 5  # of ImageNet's that are offered for a photo; the others can be searched
+THUMBNAIL_SIDE = 96  # in pixels, the longest
 
 PHOTOS = ("chelsea.png", "coffee.png", "camera.png", "rocket.jpg", "astronaut.png")
 """Photos inside scikit-image's wheel. Its documentation calls each of them CC0 or free of known restrictions."""
@@ -55,7 +54,8 @@ PHOTOS = ("chelsea.png", "coffee.png", "camera.png", "rocket.jpg", "astronaut.pn
 COLOR_MAPS: tuple[str, ...] = ("inferno", "viridis", "cividis", "magma", "gray")
 """Matplotlib's colour maps of rising lightness, which read the same for colour-blind readers."""
 
-THUMBNAIL_SIDE = 96
+ABOUT_DRAWN = "A controlled experiment, synthetic on purpose: code drew these images, so each pixel's class is known."
+ABOUT_PHOTOS = "The network learned to name photos from names alone, never where things are. No ground truth here."
 
 
 def color_table(name: str) -> bytes:
@@ -127,7 +127,7 @@ class Exploration:
     @property
     def miou(self) -> float:
         """Mean IoU over the labels of mask and ground truth; nan without ground truth."""
-        return float("nan") if self.iou is None else mean_over_classes(self.iou)
+        return float("nan") if self.iou is None else float(self.iou.nanmean())
 
     def iou_curve(self) -> Tensor | None:
         """(T, K+1) IoU of the mask without a CRF at each of the T :data:`CURVE_SCORES`; None without ground truth."""
@@ -145,26 +145,20 @@ class Exploration:
 
 
 def explore(sample: Sample, cams: Sequence[Tensor], scales: Sequence[float], settings: Settings) -> Exploration:
-    """Take one image's maps, per scale (K, h_s, w_s) and non-negative, to its mask.
+    """Take one image's maps, per scale (K, h_s, w_s) and non-negative, to its mask; ValueError if every weight is 0.
 
     The label of the sample is ignored in favour of ``settings.image_label``.
-
-    Raises:
-        ValueError: if every weight is 0, or the settings do not fit the maps.
     """
     size, number = (sample.image.shape[-2], sample.image.shape[-1]), settings.class_number
-    used = [index for index, weight in enumerate(settings.weights) if weight]
+    used = [each for each in zip(cams, scales, settings.weights, strict=True) if each[2]]
     if not used:
         raise ValueError("no scale takes part in the fusion; switch at least one on")
+    used_cams, used_scales, weights = zip(*used, strict=True)
     kept = torch.full((len(cams[0]),), float(not settings.denoise))
     kept[list(settings.image_label)] = 1
-    weights = [settings.weights[i] for i in used]
-    used_cams, used_scales = [cams[i] for i in used], [scales[i] for i in used]
     denoised = fuse_and_denoise(used_cams, size, kept, settings.fusion, used_scales, weights)
-    if settings.crf is None:
-        mask = hard_labels(denoised, settings.bg_score)
-    else:
-        mask = pseudo_mask(sample.image, denoised, settings.bg_score, PseudoMaskConfig(crf=settings.crf))
+    refinement = PseudoMaskConfig(crf=settings.crf) if settings.crf else PseudoMaskConfig(refine="none")
+    mask = pseudo_mask(sample.image, denoised, settings.bg_score, refinement)
     target = reactivate(denoised, settings.bg_score)[1 + number] if settings.reactivate else denoised[number]
     scale_maps = torch.stack([at_size(cam[number], size) for cam in cams])
     return Exploration(settings, tuple(scales), scale_maps, denoised, target, mask, sample.mask)
@@ -177,13 +171,13 @@ class Gallery:
     samples: list[Sample]
     class_names: tuple[str, ...]
     config: Config  # first values of the settings
-    networks: dict[str, Any]  # by role or name of a source: networks with attention, or sources; may lack any
+    networks: dict[str, Any]  # by role or name of a source; may be empty
     stored: dict[str, AttentionMaps] = field(default_factory=dict)  # finished maps, preferred over the networks
     bg_score: float | None = None  # first background threshold; None: that of the config
     title: str = "images"
     about: str = ""  # what the reader should know about these images
     knows_photos: bool = True  # whether the networks recognise photos, so that others may be added
-    _cams: dict[tuple[int, str, bool], list[Tensor]] = field(default_factory=dict, repr=False)
+    _cams: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self._num_stored = len(self.samples)  # photos come later, and may be named like one of the images
@@ -193,27 +187,22 @@ class Gallery:
         """The networks that come with the package, and newly drawn images that they were not trained on."""
         config = pretrained_config()
         with tempfile.TemporaryDirectory() as folder:
-            root = Path(folder) / "data"
-            make_mini(root, num_images, 1, size=config.data.image_size, seed=seed)
-            data = config.data.model_copy(update={"root": root})
+            make_mini(Path(folder), num_images, 1, size=config.data.image_size, seed=seed)
+            data = config.data.model_copy(update={"root": Path(folder)})
             samples = load_samples(config.model_copy(update={"data": data}), "train").with_ground_truth()
-            images, class_names = list(samples), samples.class_names
+            images = list(samples)
         networks: dict[str, Any] = {role: pretrained_network(role) for role in ROLES}
-        made = cls(images, class_names, config, networks, title="drawn set", knows_photos=False)
-        made.about = (
-            "A controlled experiment, synthetic on purpose: code drew these images, so each pixel's class is known."
-        )
-        return made
+        facts: dict[str, Any] = {"title": "drawn set", "about": ABOUT_DRAWN, "knows_photos": False}
+        return cls(images, samples.class_names, config, networks, **facts)
 
     @staticmethod
     def photos(files: str | Path | Iterable[str | Path] | None = None) -> PhotoGallery:
         """Photos under ImageNet's classifier: some files, all of a folder, or by default those of :data:`PHOTOS`.
 
-        Raises:
-            DataError: if the folder has no photo, or one cannot be read.
+        DataError if the folder has no photo, or one cannot be read.
         """
         if files is None:
-            files = [Path(str(resources.files("skimage"))) / "data" / name for name in PHOTOS]
+            files = [Path(data_dir, name) for name in PHOTOS]
         elif isinstance(files, str | Path):
             file = Path(files)
             files = [file] if file.is_file() else list_files(file, IMAGE_ENDINGS, "name a folder of photos")
@@ -226,21 +215,14 @@ class Gallery:
     def of_run(cls, run: Run | str | Path, num_images: int = 8) -> Gallery:
         """The first images of a run, those with ground truth if there are any, with its maps and networks.
 
-        Raises:
-            RunError: if there is no such run, or it has neither attention maps nor a teacher yet.
-            DataError: if its data or maps cannot be read.
+        RunError if there is no such run, or it has no maps and no teacher yet; DataError if its data cannot be read.
         """
         run = run if isinstance(run, Run) else find_run(str(run))
         split = run.samples("train")
         samples = list(split.examples(num_images))
-        networks: dict[str, Any] = {}
-        stored: dict[str, AttentionMaps] = {}
-        for role in ROLES:
-            maps = run.maps(role)
-            if run.checkpoint(role).is_file():
-                networks[role] = run.source(role)
-            if all(maps.path(sample.image_id).is_file() for sample in samples):
-                stored[role] = maps
+        networks: dict[str, Any] = {role: run.source(role) for role in ROLES if run.checkpoint(role).is_file()}
+        maps: dict[str, AttentionMaps] = {role: run.maps(role) for role in ROLES}
+        stored = {role: each for role, each in maps.items() if all(each.path(s.image_id).is_file() for s in samples)}
         if not networks and not stored:
             raise RunError(
                 f"the run {shown_path(run.folder)} has no teacher and no attention maps yet. "
@@ -263,7 +245,6 @@ class Gallery:
         return tuple(dict.fromkeys([*known, *self.networks]))
 
     def names(self, index: int) -> tuple[str, ...]:
-        """Names of the classes that an image's maps are of."""
         return self.class_names
 
     def probabilities(self, index: int) -> list[tuple[str, float]]:
@@ -286,11 +267,7 @@ class Gallery:
         return (self.config.attention.flip,) if self._is_stored(index, role, self.config.attention.flip) else ()
 
     def cams(self, index: int, role: str, flip: bool) -> list[Tensor]:
-        """Per scale (K, h_s, w_s); with ``flip`` averaged with those of the mirror image.
-
-        Raises:
-            DataError: if neither the run's files nor a network provide them.
-        """
+        """Per scale (K, h_s, w_s), with ``flip`` the mean of both mirror images; DataError if there are none."""
         key = (index, role, flip)
         if key not in self._cams:
             sample = self.samples[index]
@@ -310,19 +287,15 @@ class Gallery:
         return explore(self.samples[index], self.cams(index, role, flip), self.scales, settings)
 
     def add_photo(self, name: str, content: bytes) -> int:
-        """Add an encoded picture, shrunk to 512 pixels, with the label that the first network predicts.
+        """Add an encoded picture, shrunk to 512 pixels, with the label that the first network predicts; its index.
 
-        Returns:
-            Index of the new image.
-
-        Raises:
-            DataError: if the picture cannot be read, or there is no network to compute its maps.
+        DataError if the picture cannot be read, or there is no network to compute its maps.
         """
         if not self.networks:
             raise DataError("a photo needs a network to compute its maps, and this run has kept none")
         image = open_image(name, content=content)
-        source = self.networks[next(role for role in ROLES if role in self.networks)]
-        network, label = getattr(source, "network", source), torch.zeros(len(self.class_names))
+        source, label = next(iter(self.networks.values())), torch.zeros(len(self.class_names))
+        network = getattr(source, "network", source)
         if hasattr(network, "image_logits"):  # a source without a classifier of these classes predicts nothing
             label = predict_label(network.eval(), image, self.config)
         self.samples.append(Sample(Path(name).stem, image, label))
@@ -347,12 +320,8 @@ class PhotoGallery(Gallery):
             for layer in ("blocks.5", "blocks.4"):  # earlier, so sharper, and less of the class
                 module = self.network.model.get_submodule(layer)
                 networks[f"layercam, {layer}"] = GradCamSource.of_classifier(self.network, "layercam", module)
-        super().__init__([], self.network.class_names, imagenet_config(), networks, title="photos")
-        self.about = (
-            "The network learned to name photos from names alone, never where things are. No ground truth here."
-        )
+        super().__init__([], self.network.class_names, imagenet_config(), networks, title="photos", about=ABOUT_PHOTOS)
         self._classes: dict[int, list[int]] = {}  # by index: ImageNet's numbers of the classes that are offered
-        self._asked: dict[tuple[int, str, bool], list[int]] = {}  # the numbers of the classes that have maps
         self._found: dict[int, Tensor] = {}  # by index: (1000,) probabilities
 
     def add_photo(self, name: str, content: bytes) -> int:
@@ -367,12 +336,12 @@ class PhotoGallery(Gallery):
         return [(self.class_names[number], float(self._found[index][number])) for number in likeliest]
 
     def cams(self, index: int, role: str, flip: bool) -> list[Tensor]:
-        key, classes = (index, role, flip), self._recognise(index)
+        classes = self._recognise(index)
         # Gradients are taken of the offered classes only; a class activation map of all is as cheap.
-        if key not in self._cams or (role not in ROLES and self._asked[key] != classes):
-            views = (self.samples[index].image, self.scales, flip)
-            cams = multi_scale_cams(self.networks[role], *views, classes=classes)
-            self._cams[key], self._asked[key] = [cam.half() for cam in cams], [*classes]  # half, for memory
+        key = (index, role, flip, *(() if role in ROLES else classes))
+        if key not in self._cams:
+            cams = multi_scale_cams(self.networks[role], self.samples[index].image, self.scales, flip, classes=classes)
+            self._cams[key] = [cam.half() for cam in cams]  # half, for memory
         return [cam[classes].float() for cam in self._cams[key]]
 
     def add_class(self, index: int, text: str) -> int:

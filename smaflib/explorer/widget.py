@@ -28,31 +28,16 @@ from torch import Tensor
 
 from smaflib.cams import fusion_rules
 from smaflib.errors import DataError, InputError
+from smaflib.explorer import state
 from smaflib.explorer.page import save_page
 from smaflib.explorer.sliders import CRF_RANGES, make_control, slider_options
-from smaflib.explorer.state import (
-    COLOR_MAPS,
-    CURVE_SCORES,
-    THUMBNAIL_SIDE,
-    Exploration,
-    Gallery,
-    PhotoGallery,
-    Settings,
-    color_table,
-    data_url,
-    explore,
-    rule_title,
-    to_bytes,
-)
+from smaflib.explorer.state import COLOR_MAPS, Exploration, Gallery, PhotoGallery, Settings
 from smaflib.report.palette import class_colors
 from smaflib.runs import Run
 from smaflib.sources.imagenet import synonyms
 
 STATIC = Path(__file__).parent / "static"
-ROLE_NAMES: dict[str, str] = {"teacher": "classifier (teacher)", "student": "student"}
-
-REST_SECONDS = 0.25
-"""The CRF starts after this time without a change, so that it does not run while a slider is dragged."""
+REST_SECONDS = 0.25  # without a change, then the CRF starts, so that it does not run while a slider is dragged
 
 
 class Board(anywidget.AnyWidget):
@@ -73,7 +58,7 @@ class Board(anywidget.AnyWidget):
     luts = traitlets.Dict().tag(sync=True)
 
 
-class Explorer:
+class Explorer(widgets.GridBox):  # type: ignore[misc]
     """Controls and board over galleries, a tab for each; display it as the last line of a cell.
 
     Without a gallery it shows :meth:`Gallery.photos` and :meth:`Gallery.pretrained`.
@@ -88,12 +73,12 @@ class Explorer:
         self.galleries = [*galleries] or [Gallery.photos(), Gallery.pretrained()]
         if not self.galleries[0].samples:
             raise DataError('this gallery holds no image yet; name files or a folder: Explorer.of_photos("my_photos")')
-        self.board = Board(luts={name: color_table(name) for name in COLOR_MAPS})
+        self.board = Board(luts={name: state.color_table(name) for name in COLOR_MAPS})
         self._panel, self._about = widgets.VBox(), widgets.HTML()
         self._panel.add_class("smaf-controls")
         self.tabs = widgets.ToggleButtons()
-        self.widget = widgets.GridBox([widgets.VBox([self.tabs, self._about]), self._panel, self.board])
-        self.widget.add_class("smaf-explorer")
+        super().__init__([widgets.VBox([self.tabs, self._about]), self._panel, self.board])
+        self.add_class("smaf-explorer")
         self._quiet = False
         self._refining: asyncio.Task[None] | None = None
         self._use(self.galleries[0], index)
@@ -111,9 +96,6 @@ class Explorer:
         """Explorer of a run, by name or folder; raises what :meth:`Gallery.of_run` raises."""
         return cls(Gallery.of_run(run, num_images))
 
-    def _repr_mimebundle_(self, **options: Any) -> Any:
-        return self.widget._repr_mimebundle_(**options)
-
     @property
     def role(self) -> str:
         """Network or source whose maps are shown."""
@@ -124,7 +106,6 @@ class Explorer:
 
     @property
     def settings(self) -> Settings:
-        """Values of the controls."""
         value, numbers = self._values(), range(len(self.gallery.scales))
         crf = self.gallery.config.pseudo_masks.crf.model_copy(update={name: value[name] for name in CRF_RANGES})
         return Settings(
@@ -231,19 +212,18 @@ class Explorer:
         with self._without_redraw():
             self.controls["upload"].value = ()  # so that the same file can be chosen again
         upload = uploads[0]
-        known = (each for each in (self.gallery, *self.galleries) if each.knows_photos)
-        gallery = next(known, None) or Gallery.photos(())
+        known = [each for each in (self.gallery, *self.galleries) if each.knows_photos]
+        gallery = known[0] if known else Gallery.photos(())
         index = gallery.add_photo(str(upload["name"]), bytes(upload["content"]))
         label, names = gallery.first_settings(index).image_label, gallery.names(index)
-        predicted = ", ".join(names[number] for number in label)
-        remark = f"the network predicts {predicted or 'nothing with certainty'}; correct the image label"
-        remark = f"{upload['name']}: {remark} if it is wrong."
+        predicted = ", ".join(names[number] for number in label) or "nothing with certainty"
+        remark = f"{upload['name']}: the network predicts {predicted}; correct the image label if it is wrong."
         if gallery is self.gallery:
             self._show_images()
             self._go(index, remark)
-            return
-        self.galleries = list(dict.fromkeys([*self.galleries, gallery]))
-        self._use(gallery, index, remark)
+        else:
+            self.galleries = list(dict.fromkeys([*self.galleries, gallery]))
+            self._use(gallery, index, remark)
 
     def _search(self, text: str) -> None:
         """Add a class to the photo's label by name, and show its map."""
@@ -265,7 +245,9 @@ class Explorer:
 
     def _show_images(self) -> None:
         samples = self.gallery.samples
-        self.board.images = [{"name": s.image_id, "thumb": data_url(s.image, THUMBNAIL_SIDE)} for s in samples]
+        self.board.images = [
+            {"name": s.image_id, "thumb": state.data_url(s.image, state.THUMBNAIL_SIDE)} for s in samples
+        ]
 
     def _draw(self, remark: str = "") -> None:
         """Show the controls' settings, then ``remark`` until the next change; the slower CRF follows after a rest."""
@@ -274,7 +256,7 @@ class Explorer:
             self._refining = None
         settings, index, scales = self.settings, self.board.index, self.gallery.scales
         sample, cams = self.gallery.samples[index], self.gallery.cams(index, self.role, self.controls["flip"].value)
-        plain = explore(sample, cams, scales, replace(settings, crf=None))
+        plain = state.explore(sample, cams, scales, replace(settings, crf=None))
         self._show(plain, plain, settings)
         if settings.crf is None:
             self._say(remark)
@@ -284,7 +266,7 @@ class Explorer:
         async def refine() -> None:
             await asyncio.sleep(REST_SECONDS)
             try:
-                self._show(await asyncio.to_thread(explore, sample, cams, scales, settings), plain, settings)
+                self._show(await asyncio.to_thread(state.explore, sample, cams, scales, settings), plain, settings)
             except Exception as error:
                 self._say(f"the CRF failed: {error}", "error")
                 raise
@@ -298,16 +280,16 @@ class Explorer:
     def _show(self, result: Exploration, plain: Exploration, settings: Settings) -> None:
         """Send a result to the board, with the curve of the mask without the CRF."""
         self.exploration = result
-        gallery, ious, curve = self.gallery, plain.iou_curve(), None
-        if ious is not None:
+        gallery, curve = self.gallery, None
+        if result.ground_truth is not None:
             at, note = [settings.bg_score, _plain(plain.iou)], "before the CRF" if settings.crf else ""
-            curve = {"scores": list(CURVE_SCORES), "ious": _plain(ious), "at": at, "note": note}
+            curve = {"scores": list(state.CURVE_SCORES), "ious": _plain(plain.iou_curve()), "at": at, "note": note}
         index, number = self.board.index, settings.class_number
         image, names = gallery.samples[index].image, list(gallery.names(index))
         self.board.view = {  # documented in static/explorer_board.js, setView
             "size": [*result.mask.shape],
             "image": image.permute(1, 2, 0).contiguous().numpy().tobytes(),
-            "truth": None if result.ground_truth is None else to_bytes(result.ground_truth),
+            "truth": None if result.ground_truth is None else state.to_bytes(result.ground_truth),
             "class_names": names,
             "colors": class_colors(len(names)),
             "likeliest": gallery.probabilities(index),
@@ -315,14 +297,14 @@ class Explorer:
             "erased": settings.denoise and number not in settings.image_label,
             "scales": list(gallery.scales),
             "weights": list(settings.weights),
-            "rule": rule_title(settings.fusion),
+            "rule": state.rule_title(settings.fusion),
             "denoise": settings.denoise,
             "reactivate": settings.reactivate,
             "crf": "no CRF" if settings.crf is None else "CRF" if result.settings.crf else "before the CRF",
-            "maps": [to_bytes(cam) for cam in result.scale_maps],
-            "fused": to_bytes(result.fused),
-            "target": to_bytes(result.target),
-            "mask": to_bytes(result.mask),
+            "maps": [state.to_bytes(cam) for cam in result.scale_maps],
+            "fused": state.to_bytes(result.fused),
+            "target": state.to_bytes(result.target),
+            "mask": state.to_bytes(result.mask),
             "iou": _plain(result.iou),
             "curve": curve,
         }
@@ -344,8 +326,7 @@ class Explorer:
 
 def _is_rounding(change: Any) -> bool:
     """Whether only the last bits changed: a browser rounds a slider's value when it first shows it."""
-    both = change["old"], change["new"]
-    return all(isinstance(value, float) for value in both) and math.isclose(*both)
+    return isinstance(change["new"], float) and math.isclose(change["old"], change["new"])
 
 
 def _plain(ious: Tensor | None) -> Any:
@@ -358,8 +339,8 @@ def _make_controls(gallery: Gallery) -> dict[str, Any]:
     first, crf = gallery.first_settings(0), gallery.config.pseudo_masks.crf
     classes = [(name, number) for number, name in enumerate(gallery.names(0))]
     searched = synonyms() if isinstance(gallery, PhotoGallery) else ()
-    rules = [(rule_title(rule), rule) for rule in fusion_rules(first.fusion)]
-    roles = [(ROLE_NAMES.get(role, role), role) for role in gallery.roles]
+    rules = [(state.rule_title(rule), rule) for rule in fusion_rules(first.fusion)]
+    roles = [("classifier (teacher)" if role == "teacher" else role, role) for role in gallery.roles]
 
     def look(text: str, width: int = 310, label: int = 104) -> dict[str, Any]:
         return {"description": text, "layout": {"width": f"{width}px"}, "style": {"description_width": f"{label}px"}}

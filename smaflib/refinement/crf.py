@@ -40,11 +40,8 @@ def dense_crf(
         device: where torch computes; by default where ``image`` is.
 
     Returns:
-        uint8 (H, W), the most probable label of each pixel, on the device of ``image``.
-
-    Raises:
-        ValueError: if shapes or labels do not fit.
-        ConfigError: if pydensecrf is asked for and not installed.
+        uint8 (H, W), the most probable label of each pixel, on the device of ``image``. ValueError if shapes or labels
+        do not fit, ConfigError if pydensecrf is asked for and not installed.
 
     Source: Kraehenbuehl and Koltun, "Efficient inference in fully connected CRFs", NIPS 2011.
 

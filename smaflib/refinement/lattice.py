@@ -28,8 +28,7 @@ POINTS_AT_ONCE = 4
 """The original embeds points in fours and pads the last four with points whose features are 0. Their vertices are empty
 but pass values on between their neighbours; without them dark images get other masks."""
 
-SMALLEST_NORM = 1e-20
-"""Keeps the normalisation finite."""
+SMALLEST_NORM = 1e-20  # keeps the normalisation finite
 
 
 @dataclass(frozen=True)
@@ -166,10 +165,7 @@ def vertex_keys(corner: Tensor, rank: Tensor) -> tuple[Tensor, list[int]]:
 
     Returns:
         int64 (d+1, N), the keys of each point's cell by remainder; and per axis what is added to a key for the next
-        vertex along it.
-
-    Raises:
-        ValueError: if the features differ by so many kernel widths that the keys do not fit into 64 bits.
+        vertex along it. ValueError if the features differ by so many kernel widths that 64 bits are too few.
     """
     d = len(corner) - 1
     digits = corner[:d].long()

@@ -20,16 +20,12 @@ from smaflib.refinement.lattice import Lattice, build_lattice, gaussian_filter, 
 
 
 def mean_field(image: Tensor, energies: Tensor, counts: Tensor, params: CrfConfig) -> Tensor:
-    """Probabilities of the labels after ``params.iterations``.
+    """Probabilities of the labels after ``params.iterations``: float32 (C, H, W), summing to 1 over the channels.
 
     Args:
         image: uint8 (3, H, W).
         energies: float32 (C, H, W), negative log probabilities.
         counts: (C,), how many labels a channel stands for (see :class:`~smaflib.refinement.unary.Unary`).
-        params: kernels and iterations.
-
-    Returns:
-        float32 (C, H, W), summing to 1 over the channels.
     """
     smoothness = smoothness_kernel(*image.shape[1:], params.gaussian_sxy, image.device)
     kernels = ((params.gaussian_compat, smoothness), (params.bilateral_compat, appearance_kernel(image, params)))
@@ -62,19 +58,15 @@ def appearance_kernel(image: Tensor, params: CrfConfig) -> Lattice:
 
 def positions(height: int, width: int, device: torch.device) -> Tensor:
     """float32 (2, H * W): x and y of each pixel, in pixels."""
-    y, x = torch.meshgrid(
-        torch.arange(height, dtype=torch.float32, device=device),
-        torch.arange(width, dtype=torch.float32, device=device),
-        indexing="ij",
-    )
+    sides = (torch.arange(side, dtype=torch.float32, device=device) for side in (height, width))
+    y, x = torch.meshgrid(*sides, indexing="ij")
     return torch.stack([x.flatten(), y.flatten()])
 
 
 def kernels_seen_from(image: Tensor, row: int, column: int, params: CrfConfig) -> tuple[Tensor, Tensor]:
-    """The weights of all pixels of an image (3, H, W) for one of them, exact, for figures and tests.
+    """Smoothness and appearance kernel of one pixel of an image (3, H, W), exact, for figures and tests.
 
-    Returns:
-        Smoothness and appearance kernel, float32 (H, W) in [0, 1] each; 1 at the pixel itself.
+    They are the weights of all pixels, float32 (H, W) in [0, 1] each; 1 at the pixel itself.
     """
     height, width = image.shape[-2:]
     place = positions(height, width, image.device).view(2, height, width)

@@ -15,23 +15,16 @@ from torch.nn import functional
 
 from smaflib.config import ParConfig
 
-SMALLEST_DEVIATION = 1e-8
-"""Avoids division by zero where a neighbourhood has one colour."""
+SMALLEST_DEVIATION = 1e-8  # avoids division by zero where a neighbourhood has one colour
 
 DIRECTIONS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0))
 """The eight neighbours, in reading order."""
 
 
 def pixel_adaptive_refinement(image: Tensor, scores: Tensor, params: ParConfig) -> Tensor:
-    """Smooth scores within regions of similar colour.
+    """Smooth scores, float (L, H, W), within regions of similar colour of an image, uint8 (3, H, W).
 
-    Args:
-        image: uint8 (3, H, W).
-        scores: float (L, H, W).
-        params: rings of neighbours, bandwidth, iterations.
-
-    Returns:
-        float32 (L, H, W): each value a weighted mean of the scores, so within their range.
+    Each value, float32, becomes a weighted mean of the scores, so it is within their range.
 
     Example:
         >>> image, scores = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.zeros(1, 8, 8)

@@ -24,15 +24,10 @@ from smaflib.refinement.crf import choose_backend, dense_crf
 from smaflib.refinement.par import pixel_adaptive_refinement
 from smaflib.runtime import CPU, num_cores
 
-IMAGES_PER_PROCESS = 4
-"""Images queued per worker process, so that memory does not grow with the data set."""
+IMAGES_PER_PROCESS = 4  # queued for each, so that memory does not grow with the data set
+FEW_IMAGES = 8  # fewer are refined in this process: worker processes take 1.4 s to start
 
-FEW_IMAGES = 8
-"""Fewer images are refined in this process. Worker processes take 1.4 s to start."""
-
-Job: TypeAlias = tuple[Tensor, Tensor]
-"""An image, uint8 (3, H, W), and its hard labels (H, W) or scores (L, H, W)."""
-
+Job: TypeAlias = tuple[Tensor, Tensor]  # an image, uint8 (3, H, W), and its hard labels (H, W) or scores (L, H, W)
 Params: TypeAlias = CrfConfig | ParConfig | CustomRefinement
 """Which refinement, and its settings. A custom one is a callable of an image, uint8 (3, H, W), and scores, float32
 (K+1, H, W) in [0, 1], background first, and returns refined scores of that shape. Worker processes import it."""
@@ -72,7 +67,7 @@ def refine_many(
 ) -> Iterator[Tensor]:
     """:func:`refine` of a whole data set, in its order and in bounded memory: jobs are taken as there is room.
 
-    On the CPU ``num_workers`` processes compute; 0: one per core; 1, or fewer than :data:`FEW_IMAGES` jobs: this one.
+    On the CPU ``num_workers`` processes compute; 0: one per core; 1, or fewer than ``FEW_IMAGES`` jobs: this one.
     For a GPU a thread takes the next job.
     """
     if isinstance(params, CrfConfig):

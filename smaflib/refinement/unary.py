@@ -10,8 +10,7 @@ from torch import Tensor
 
 from smaflib.config import CrfConfig
 
-SMALLEST_PROBABILITY = 1e-5
-"""Scores of 0 have no logarithm; pydensecrf's own helper clips at the same value."""
+SMALLEST_PROBABILITY = 1e-5  # scores of 0 have no logarithm; pydensecrf's own helper clips at the same value
 
 
 @dataclass(frozen=True)
@@ -21,16 +20,11 @@ class Unary:
     A channel is one label, or all labels that are absent from the image. Absent labels have equal probabilities, so
     mean field on their sum is exact if its energy and compatibility account for their number. Of VOC's 21 labels an
     image usually has two or three.
-
-    Attributes:
-        energies: float32 (C, H, W), negative log probabilities of the channels, up to a constant per pixel.
-        labels: (C,) ascending; the label of each channel, in a merged channel the lowest.
-        counts: float32 (C,), number of labels in each channel.
     """
 
-    energies: Tensor
-    labels: Tensor
-    counts: Tensor
+    energies: Tensor  # float32 (C, H, W), negative log probabilities of the channels, up to a constant per pixel
+    labels: Tensor  # (C,) ascending; the label of each channel, in a merged channel the lowest
+    counts: Tensor  # float32 (C,), number of labels in each channel
 
     def argmax_labels(self, probabilities: Tensor) -> Tensor:
         """The most probable label of each pixel, the lower one where two are equal: (C, H, W) to uint8 (H, W)."""

@@ -16,12 +16,11 @@ TOLERANCE = 5e-3  # absolute or relative: people round
 
 
 def check(answer: Any, right: Callable[[], Any], look_at: str) -> None:
-    """Print whether an answer is right; a wrong one gets a hint and never the solution.
+    """Print whether an answer is right; a wrong one gets the hint ``look_at`` and never the solution.
 
     Args:
         answer: a number, a sequence, array, tensor or table of numbers, or a set of names; None: not answered yet.
         right: computes the right answer, only if there is one to compare; None where this run has no ground truth.
-        look_at: hint for a wrong answer, a sentence.
     """
     if answer is None:
         print("No answer yet. Put yours in place of None in the cell above, run it, then this one.")

@@ -17,16 +17,9 @@ from smaflib.runs import Run
 from smaflib.runs.manifest import read_manifest
 from smaflib.runs.stages import Stage
 
-FIT_FRAMES = """window.addEventListener("message", (event) => {
-  const height = Number(event.data && event.data.smafHeight);
-  const frame = [...document.querySelectorAll("iframe")].find((each) => each.contentWindow === event.source);
-  if (frame && height > 0) frame.style.height = `${height + 4}px`;
-});"""
-"""Script of a page with the explorer in a frame, which gets the height that ``explorer_page.js`` reports."""
-
 FIRST_FIGURE = "00_scales"  # of the report
 
-CAPTIONS = {
+CAPTIONS = {  # of figures, by file name
     FIRST_FIGURE: "Compare smallest and largest scale: which finds the small object, which the large one whole?",
     "00_mask": "From hesitant attention to a sharp mask. White: the ground truth's outline, which no step read.",
     "01_images_per_class": "A class with few images is learned badly.",
@@ -54,7 +47,6 @@ CAPTIONS = {
     "08_learning_curves": "All trainings of the run.",
     "08_ablation": "Each dot is a seed. A step has shown its worth if it moves the dots by more than they spread.",
 }
-"""Captions of figures, by file name."""
 
 
 def write_index(run: Run, command: str | None = None) -> Path:
@@ -66,14 +58,15 @@ def write_index(run: Run, command: str | None = None) -> Path:
 
     manifest, metrics = read_manifest(run.folder), run.metrics()
     stages = [_stage_facts(run, stage, manifest["stages"].get(stage.name, {})) for stage in run.stages]
+    figures = [figure for stage in stages for figure in stage["figures"]]
     pages = [stage for stage in stages if stage["page"]]
     for before, stage, after in zip([None, *pages], pages, [*pages[1:], None], strict=False):
         body = notebook_body(run.path(f"{stage['name']}.ipynb"))
         facts = {"run": run, "stage": stage, "body": body, "previous": before, "next": after}
         write_page(run.path(stage["page"]), "notebook.html.j2", **facts)
-    captions = [f"- `{figure['path']}`: {figure['caption']}" for stage in stages for figure in stage["figures"]]
-    if captions:
-        files.write_text(run.path("figures", "README.md"), "\n".join(["# Figures", "", *captions, ""]))
+    if figures:
+        captions = [f"- `{figure['path']}`: {figure['caption']}\n" for figure in figures]
+        files.write_text(run.path("figures", "README.md"), "# Figures\n\n" + "".join(captions))
     return write_page(
         run.path("index.html"),
         "index.html.j2",
@@ -83,8 +76,7 @@ def write_index(run: Run, command: str | None = None) -> Path:
         total=duration(sum(stage["seconds"] or 0 for stage in stages)),
         peak=max((stage["peak_memory_mb"] or 0 for stage in stages), default=0),
         headline=headline(metrics),
-        first=next((figure for stage in stages for figure in stage["figures"] if figure["name"] == FIRST_FIGURE), None),
-        fit_frame=FIT_FRAMES,
+        first=next((figure for figure in figures if figure["name"] == FIRST_FIGURE), None),
         results=_folded(results_table(metrics), run),
         explorer="explorer.html" if run.path("explorer.html").is_file() else None,
         classes=_folded(class_table(metrics), run),
@@ -111,16 +103,13 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
 def _stage_facts(run: Run, stage: Stage, entry: dict[str, Any]) -> dict[str, Any]:
     number, _, word = stage.name.partition("_")
     figures = sorted(path for path in run.path("figures").glob(f"{number}_*") if path.suffix in (".png", ".webp"))
-    return {
+    recorded = dict.fromkeys(("reused_from", "seconds", "peak_memory_mb")) | {"status": "not run"} | entry
+    return recorded | {
         "name": stage.name,
         "number": number,
         "title": word.replace("_", " "),
         "question": stage.question,
-        "sentence": conclusion(run, number) if entry.get("status") == "complete" and number != "00" else "",
-        "status": entry.get("status", "not run"),
-        "reused_from": entry.get("reused_from"),
-        "seconds": entry.get("seconds"),
-        "peak_memory_mb": entry.get("peak_memory_mb"),
+        "sentence": conclusion(run, number) if recorded["status"] == "complete" and number != "00" else "",
         "page": f"{stage.name}.html" if run.path(f"{stage.name}.ipynb").is_file() else None,
         "figures": [_figure_facts(path) for path in figures],
     }

@@ -10,9 +10,7 @@ import nbformat
 from latex2mathml.converter import convert as latex_to_mathml
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath, MathInlineParser
-
-_WITHOUT_CHECKS = """{% extends "basic/index.html.j2" %}
-{% block codecell %}{% if "check" not in cell.metadata.get("tags", []) %}{{ super() }}{% endif %}{% endblock %}"""
+from nbconvert.preprocessors import TagRemovePreprocessor
 
 
 def notebook_body(notebook: Path) -> str:
@@ -26,13 +24,9 @@ def notebook_body(notebook: Path) -> str:
         if cell.cell_type == "markdown" and cell.source.startswith("#"):
             heading = cell.source.partition("\n")[0].strip("# ")
         cell.metadata.setdefault("alt", heading)
-    exporter = HTMLExporter(
-        raw_template=_WITHOUT_CHECKS,
-        filters={"markdown2html": _markdown_to_html},
-        exclude_input=True,
-        exclude_input_prompt=True,
-        exclude_output_prompt=True,
-    )
+    hidden = {"exclude_input": True, "exclude_input_prompt": True, "exclude_output_prompt": True}
+    exporter = HTMLExporter(template_name="basic", filters={"markdown2html": _markdown_to_html}, **hidden)
+    exporter.register_preprocessor(TagRemovePreprocessor(remove_cell_tags={"check"}, enabled=True))
     return exporter.from_notebook_node(document)[0]
 
 

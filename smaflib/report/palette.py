@@ -8,19 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-CLASS_COLORS = (
-    "#e69f00",
-    "#56b4e9",
-    "#009e73",
-    "#78004b",
-    "#d2ff96",
-    "#0072b2",
-    "#966900",
-    "#b4ffe1",
-    "#0000c3",
-    "#2d3c00",
-    "#a5f0ff",
-    "#3c8787",
+CLASS_COLORS = tuple(
+    "#e69f00 #56b4e9 #009e73 #78004b #d2ff96 #0072b2 #966900 #b4ffe1 #0000c3 #2d3c00 #a5f0ff #3c8787".split()
 )
 """Any two are at least 19 apart in CIELAB, for normal sight, deuteranopia and protanopia: four of Okabe and Ito's
 set, then the farthest of a grid over all colours. No larger set was found, so colours repeat from the thirteenth class
@@ -29,14 +18,12 @@ on; names on the regions tell them apart (:func:`smaflib.report.plots.show_panel
 LINE_COLORS = ("#0072b2", "#e69f00", "#009e73", "#78004b", "#56b4e9", "#966900")
 """Colours of :data:`CLASS_COLORS` that are dark enough for a line on white."""
 
-LINE_STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
-"""Dashes that tell lines apart in grey, too."""
+LINE_STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))  # apart in grey, too
 
 SIZE_COLORS = {"small": "#0072b2", "medium": "#e69f00", "large": "#009e73"}
 SIZE_HATCHES = {"small": "", "medium": "//", "large": ".."}
 
-SCALES = (0.5, 1.0, 1.5, 2.0, 0.75, 1.25, 0.25, 1.75, 2.5, 3.0)
-"""Scales with a fixed line style, the paper's first."""
+SCALES = (0.5, 1.0, 1.5, 2.0, 0.75, 1.25, 0.25, 1.75, 2.5, 3.0)  # with a fixed line style, the paper's first
 
 
 def class_color(number: int) -> str:
@@ -61,8 +48,3 @@ def line_style(number: int) -> dict[str, Any]:
 def scale_style(scale: float) -> dict[str, Any]:
     """Colour and dash of a scale, the same in all plots of all runs."""
     return line_style(SCALES.index(scale) if scale in SCALES else len(SCALES) + round(4 * scale))
-
-
-def fused_style(number: int = 0) -> dict[str, Any]:
-    """Style of the ``number``-th fusion of all scales: black, unlike any scale."""
-    return {"color": "black", "linestyle": LINE_STYLES[number % len(LINE_STYLES)], "linewidth": 2.0}

@@ -5,6 +5,7 @@ Overlays are arrays, uint8 (H, W, 3). Colour maps rise in lightness and read the
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,17 +22,13 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from smaflib.data.classes import VOID_LABEL
-from smaflib.report.palette import SIZE_COLORS, SIZE_HATCHES, class_colors, fused_style, line_style, scale_style
+from smaflib.report.palette import LINE_STYLES, SIZE_COLORS, SIZE_HATCHES, class_colors, line_style, scale_style
 
 if TYPE_CHECKING:
     from smaflib.training import History
 
-Panel = np.ndarray
-"""uint8 (H, W, 3)."""
-
-
-SCALE_SIDE, SCALE_DPI = 2.2, 110
-"""Width of a panel of :func:`show_scales`, in inches, and dots per inch: 200 pixels at least."""
+Panel = np.ndarray  # uint8 (H, W, 3)
+SCALE_SIDE, SCALE_DPI = 2.2, 110  # of a panel of show_scales the width in inches, and dots per inch: 200 pixels or more
 
 
 class NamedPanel(np.ndarray):
@@ -41,7 +38,7 @@ class NamedPanel(np.ndarray):
 
 
 def picture(image: Tensor) -> Panel:
-    """uint8 (3, H, W) as a panel."""
+    """An image, uint8 (3, H, W), as a panel."""
     return image.permute(1, 2, 0).cpu().numpy()
 
 
@@ -53,34 +50,24 @@ def overlay_map(image: Tensor, cam: Tensor, opacity: float = 0.75) -> Panel:
 
 
 def overlay_mask(image: Tensor, mask: Tensor, class_names: Sequence[str] = (), opacity: float = 0.6) -> Panel:
-    """Overlay the classes of a mask, uint8 (H, W), in their colours with a white outline; void stays transparent.
-
-    :func:`show_panels` writes the ``class_names`` on the regions.
-    """
+    """Overlay the classes of a mask, uint8 (H, W), in their colours, outlined and named; void stays transparent."""
     panel, labels = picture(image).astype(float), mask.cpu().numpy()
     shown = (labels > 0) & (labels != VOID_LABEL)
     panel[shown] = (1 - opacity) * panel[shown] + opacity * np.array([[0, 0, 0], *class_colors(254)])[labels[shown]]
     return draw_outline(panel.astype(np.uint8), mask, class_names=class_names)
 
 
-GAINED, LOST, BOTH = (0, 114, 178), (230, 159, 0), (0, 158, 115)
-"""Blue, orange and bluish green of Okabe and Ito's set; the first two differ in lightness too."""
+GAINED, LOST, BOTH = (0, 114, 178), (230, 159, 0), (0, 158, 115)  # Okabe and Ito's blue, orange, bluish green
 
 
 def overlay_changes(image: Tensor, before: Tensor, after: Tensor, ground_truth: Tensor, opacity: float = 0.85) -> Panel:
-    """Show in blue where only the second mask is right, in orange where only the first is; all masks uint8 (H, W).
-
-    Void pixels of the ground truth stay grey; its outline is white.
-    """
+    """Show in blue where only ``after``, uint8 (H, W), is right, in orange where only ``before``; void stays grey."""
     counted, was, now = ground_truth != VOID_LABEL, before == ground_truth, after == ground_truth
     return _colored(image, {GAINED: counted & now & ~was, LOST: counted & was & ~now}, ground_truth, opacity)
 
 
 def overlay_alternatives(image: Tensor, low: Tensor, used: Tensor, high: Tensor, opacity: float = 0.7) -> Panel:
-    """Show where two masks differ from the used one: only ``low`` in blue, only ``high`` in orange, both in green.
-
-    The masks are uint8 (H, W); the outline of the used one is white.
-    """
+    """Show where two masks, uint8 (H, W), differ from the used one: ``low`` in blue, ``high`` in orange, both green."""
     by_low, by_high = low != used, high != used
     return _colored(image, {GAINED: by_low, LOST: by_high, BOTH: by_low & by_high}, used, opacity)
 
@@ -95,21 +82,17 @@ def _colored(image: Tensor, colors: Mapping[tuple[int, int, int], Tensor], outli
 
 
 def draw_outline(panel: Panel, mask: Tensor | None, class_names: Sequence[str] = ()) -> Panel:
-    """Draw the outline of a mask's objects, uint8 (H, W), in white; without a mask the panel stays as it is.
-
-    :func:`show_panels` writes the ``class_names`` on the regions.
-    """
+    """Draw the outline of a mask's objects, uint8 (H, W), in white, for :func:`show_panels` to name; None: none."""
     if mask is None:
         return panel
-    objects = mask.cpu().numpy().copy()
-    objects[objects == VOID_LABEL] = 0
-    edge = np.zeros(objects.shape, dtype=bool)
-    edge[:, 1:] |= objects[:, 1:] != objects[:, :-1]
-    edge[1:] |= objects[1:] != objects[:-1]
+    objects = mask.masked_fill(mask == VOID_LABEL, 0).cpu().numpy()
     outlined = panel.copy().view(NamedPanel)
-    outlined[edge] = 255
+    outlined[:, 1:][objects[:, 1:] != objects[:, :-1]] = 255
+    outlined[1:][objects[1:] != objects[:-1]] = 255
     named = [label for label in np.unique(objects).tolist() if 0 < label <= len(class_names)]
-    outlined.names = _apart([(*place_of_name(objects == label), class_names[label - 1]) for label in named], edge.shape)
+    outlined.names = _apart(
+        [(*place_of_name(objects == label), class_names[label - 1]) for label in named], objects.shape
+    )
     return outlined
 
 
@@ -161,29 +144,20 @@ def show_panels(
     side: float = 1.9,
     captions: Sequence[Sequence[str]] = (),
 ) -> Figure:
-    """A grid of panels.
+    """A grid of panels, ``side`` inches wide, with titles of ``columns`` and names of rows, which may differ in length.
 
-    Args:
-        rows: rows of panels, which may differ in length.
-        columns: titles of the columns.
-        names: names of the rows.
-        side: width of a panel, in inches.
-        captions: a short text in the upper left corner of each panel, such as its IoU; may be empty.
+    ``captions``, in the order of the panels, are written into their upper left corners; a caption may be empty.
     """
     width = max(len(row) for row in rows)
     heights = [max(panel.shape[0] / panel.shape[1] for panel in row) for row in rows]
-    size = (side * width, side * sum(heights) + 0.5)
-    figure, axes = plt.subplots(
-        len(rows), width, figsize=size, squeeze=False, layout="constrained", height_ratios=heights
-    )
-    for row, row_axes in zip(rows, axes, strict=True):
-        for axis in row_axes:
-            axis.set_axis_off()
-        for axis, panel in zip(row_axes, row, strict=False):
-            show_panel(axis, panel)
+    shape: dict[str, Any] = {"figsize": (side * width, side * sum(heights) + 0.5), "height_ratios": heights}
+    figure, axes = plt.subplots(len(rows), width, squeeze=False, layout="constrained", **shape)
     box = {"facecolor": "black", "alpha": 0.65, "linewidth": 0, "pad": 1.5}
-    for texts, row_axes in zip(captions, axes, strict=False):
-        for axis, text in zip(row_axes, texts, strict=False):
+    for row_axes, row, texts in itertools.zip_longest(axes, rows, captions, fillvalue=()):
+        for axis, panel, text in itertools.zip_longest(row_axes, row, texts):
+            axis.set_axis_off()
+            if panel is not None:
+                show_panel(axis, panel)
             if text:
                 axis.text(0.02, 0.98, text, transform=axis.transAxes, va="top", fontsize=8, color="white", bbox=box)
     for axis, column in zip(axes[0], columns, strict=False):
@@ -243,10 +217,10 @@ def show_scales(
     from smaflib.cams import at_size  # not above: most figures need no network
     from smaflib.reactivation import hard_labels  # which the notebook of the data does not depend on
 
-    columns = [image, cams, fused, mask, class_number, ground_truth]
-    listed = [isinstance(each, list | tuple) and not (each is cams and isinstance(each[0], Tensor)) for each in columns]
-    num_rows = max([len(each) for each, many in zip(columns, listed, strict=True) if many], default=1)
-    rows = zip(*(each if many else [each] * num_rows for each, many in zip(columns, listed, strict=True)), strict=True)
+    given = [image, [cams] if isinstance(cams[0], Tensor) else cams, fused, mask, class_number, ground_truth]
+    given = [each if isinstance(each, list | tuple) else [each] for each in given]
+    num_rows = max(map(len, given))
+    rows = zip(*(each * num_rows if len(each) == 1 else each for each in given), strict=True)
     titles = [*(f"scale {scale:g}" for scale in scales), "fused", "mask"]
     betas = [bg_score] * len(titles) if isinstance(bg_score, int | float) else [*bg_score, 0.0]
     panels, captions, labels = [], [], []
@@ -255,12 +229,14 @@ def show_scales(
         shares = [peak / (max(peaks[:-1]) or 1.0) if common_range else 1.0 for peak in peaks[:-1]] + [1.0]
         texts, share, outline = [f"peak {peak:.2f}" for peak in peaks] + [""], "", None
         if truth is not None:
-            outline = (truth == k + 1).to(torch.uint8)
-            share = f", {outline.float().mean():.1%}"
+            there, counted = truth == k + 1, truth != VOID_LABEL
+            outline, share = there.to(torch.uint8), f", {there.float().mean():.1%}"
             rivals = [k, *(label - 1 for label in truth.unique().tolist() if label not in (0, k + 1, VOID_LABEL))]
             scores = [torch.stack([at_size(cam[i], truth.shape) for i in rivals]) for cam in (*per_scale, joined)]
             masks = [hard_labels(each, beta) == 1 for each, beta in zip(scores, betas, strict=False)] + [found == k + 1]
-            ious = (_iou(each[truth != VOID_LABEL], outline[truth != VOID_LABEL]) for each in masks)
+            # An IoU of 0 if both are empty.
+            unions = (((each | there) & counted).sum().clamp(min=1) for each in masks)
+            ious = ((each & there).sum() / union for each, union in zip(masks, unions, strict=True))
             texts = [f"{text}, IoU {iou:.0%}".strip(", ") for text, iou in zip(texts, ious, strict=True)]
         at_peaks = (at_size(cam[k], picked.shape[-2:]) for cam in (*per_scale, joined))
         shown = [overlay_map(picked, cam * part) for cam, part in zip(at_peaks, shares, strict=True)]
@@ -276,16 +252,11 @@ def show_scales(
     return figure
 
 
-def _iou(found: Tensor, true: Tensor) -> float:
-    """Of two masks of one object; 0 if both are empty."""
-    return float((found & (true > 0)).sum() / (found | (true > 0)).sum().clamp(min=1))
-
-
 def plot_history(histories: Mapping[str, History], title: str = "learning curves") -> Figure:
     """Losses over iterations: a panel per loss, a line per training."""
     losses = sorted({name for history in histories.values() for point in history for name in point} - {"iteration"})
-    size = (4.2 * max(1, len(losses)), 2.8)
-    figure, axes = plt.subplots(1, max(1, len(losses)), figsize=size, squeeze=False, layout="constrained")
+    width = max(1, len(losses))
+    figure, axes = plt.subplots(1, width, figsize=(4.2 * width, 2.8), squeeze=False, layout="constrained")
     for axis, loss in zip(axes[0], losses, strict=False):
         for number, (name, history) in enumerate(histories.items()):
             points = [(point["iteration"], point[loss]) for point in history if loss in point]
@@ -303,11 +274,11 @@ def plot_curves(curves: pd.DataFrame, title: str) -> Figure:
     A column named like ``scale 0.5`` or ``teacher, scale 0.5`` gets that scale's line style, others are black.
     """
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    num_fused = 0
+    dashes = itertools.cycle(LINE_STYLES)
     for name, values in curves.items():
         scale = re.search(r"scale ([\d.]+)$", str(name))
-        style = scale_style(float(scale[1])) if scale else fused_style(num_fused)
-        num_fused += not scale
+        black = {"color": "black", "linewidth": 2.0}
+        style = scale_style(float(scale[1])) if scale else black | {"linestyle": next(dashes)}
         values.dropna().plot(ax=axis, marker=".", label=str(name), **style)
     axis.set(xlabel=curves.index.name, ylabel=curves.columns.name)
     axis.grid(alpha=0.3)
@@ -342,9 +313,8 @@ def draw_pixel_row(
 
     Args:
         axes: one per step, from top to bottom.
-        steps: title of a step to scores in [0, 1]: (K, W), or (K+1, W) with the background first.
-        names: the K classes.
-        present: which of them the image label holds.
+        steps: by title scores in [0, 1]: (K, W), or (K+1, W) with the background first.
+        present: which of the K ``names`` the image label holds.
         ground_truth: labels of the row, uint8 (W,), drawn as bars below the curves.
     """
     styles = [line_style(sum(present[:k])) if there else {"color": "0.7"} for k, there in enumerate(present)]
@@ -366,11 +336,9 @@ def draw_pixel_row(
 
 
 def plot_ablation(records: Sequence[Mapping[str, Any]], labels: Mapping[str, str], title: str = "ablation") -> Figure:
-    """A panel for all objects and one per size; per row a dot for each seed, and a bar at their mean.
+    """A panel for all objects and one per size; per variant a dot for each seed, and a bar at their mean.
 
-    Args:
-        records: those of :func:`smaflib.apps.ablation.ablate`; the ones at the run's background threshold are drawn.
-        labels: label of each variant.
+    Of the records of :func:`smaflib.apps.ablation.ablate` those at the run's background threshold are drawn.
     """
     table = pd.DataFrame(list(records)).query("bg_choice == 'own'")
     names, panels = list(dict.fromkeys(table["variant"])), ("all", *SIZE_COLORS)

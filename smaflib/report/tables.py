@@ -15,8 +15,7 @@ from smaflib.files import RUNS_FOLDER
 from smaflib.runs import Run, find_run
 from smaflib.runs.stages import ABLATION
 
-ROW = ["stage", "variant", "fusion", "split", "scale"]
-"""Index of the results; :func:`labelled` makes it readable."""
+ROW = ["stage", "variant", "fusion", "split", "scale"]  # index of the results; labelled() makes it readable
 
 MEASURES = {  # column: (metric, object size)
     "mIoU": ("iou", "all"),
@@ -27,8 +26,7 @@ MEASURES = {  # column: (metric, object size)
     "recall": ("recall", "all"),
 }
 
-PAPER_TOLERANCE = 1.0
-"""Points of mIoU by which a stage may be below the paper without a note."""
+PAPER_TOLERANCE = 1.0  #: Points of mIoU by which a stage may be below the paper without a note.
 
 
 def results_table(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -58,8 +56,8 @@ def chain_rows(table: pd.DataFrame, attention: AttentionConfig) -> pd.DataFrame:
     return by_name(table[wanted.to_numpy()])
 
 
-def folded(table: pd.DataFrame, chosen: pd.DataFrame | None = None, most: int = 8) -> Any:
-    """Results in percent as HTML: the first rows of the first split; all rows, and each further split, are folded.
+def folded(table: pd.DataFrame, chosen: pd.DataFrame | None = None) -> Any:
+    """Results in percent as HTML: the first eight rows of the first split; all, and each further split, are folded.
 
     ``chosen`` rows, by name, are shown instead if there are any. The highest value of a column is bold.
     """
@@ -70,7 +68,7 @@ def folded(table: pd.DataFrame, chosen: pd.DataFrame | None = None, most: int = 
     several, splits = table.index.get_level_values("stage").nunique() > 1, table.index.get_level_values("split")
     parts = {f"all rows, {split}": by_name(table[splits == split], several) for split in splits.unique()}
     first = next(iter(parts))
-    shown = parts[first].head(most) if chosen is None or chosen.empty else chosen
+    shown = parts[first].head(8) if chosen is None or chosen.empty else chosen
     if len(shown) == len(parts[first]):
         del parts[first]
     text = ""
@@ -92,17 +90,15 @@ def by_name(table: pd.DataFrame, numbered: bool = False) -> pd.DataFrame:
 
 def headline(metrics: pd.DataFrame) -> list[tuple[str, float]]:
     """The chain's main results as (what, mIoU in percent), each at the background threshold that the run has chosen."""
-    table, found = results_table(metrics).reset_index(), []
-    variants, on_train = table["variant"], table["split"] == "train"
-    for what, chosen in {
-        "attention, scales fused": (variants == Variant.TEACHER_FUSED) & table["stage"].str.startswith("04") & on_train,
-        "teacher's masks": (variants == Variant.TEACHER_FUSED_REFINED) & on_train,
-        "student's masks": (variants == Variant.PSEUDO_MASKS) & on_train,
-        Variant.SEGMENTATION.label: variants == Variant.SEGMENTATION,
-        Variant.FULL_SUPERVISION.label: variants == Variant.FULL_SUPERVISION,
-    }.items():
-        for split, value in table.loc[chosen, ["split", "mIoU"]].dropna().itertuples(index=False, name=None):
-            found.append((f"{what} ({split})", float(value)))
+    table, found = results_table(metrics).reset_index().dropna(subset=["mIoU"]), []
+    names = {Variant.TEACHER_FUSED: "attention, scales fused", Variant.TEACHER_FUSED_REFINED: "teacher's masks"}
+    names |= {Variant.PSEUDO_MASKS: "student's masks"}
+    names |= {variant: variant.label for variant in (Variant.SEGMENTATION, Variant.FULL_SUPERVISION)}
+    stage = table["stage"].str[:2]  # at its oracle threshold in stage 03
+    table = table[(stage == "07") | ((stage != "03") & (table["split"] == "train"))]
+    for variant, what in names.items():
+        rows = table[table["variant"] == variant]
+        found += [(f"{what} ({split})", value) for split, value in zip(rows["split"], rows["mIoU"], strict=True)]
     return found
 
 
@@ -124,9 +120,7 @@ def labelled(table: pd.DataFrame) -> pd.DataFrame:
 def paper_table(metrics: pd.DataFrame, paper_results: Mapping[Variant, float]) -> pd.DataFrame:
     """A run's mIoU beside the paper's, in percent, for the variants that the run measured (fused by the rule ``sum``).
 
-    Returns:
-        By label: ``run``, ``paper``, ``difference`` in points, and ``note``: "below" where the run is more than
-        :data:`PAPER_TOLERANCE` below.
+    ``note`` says "below" where the run is more than :data:`PAPER_TOLERANCE` below.
     """
     measured = results_table(metrics).reset_index()
     measured = measured[measured["fusion"].isin(["", "sum"])].drop_duplicates("variant")  # the training split's row
@@ -140,14 +134,9 @@ def paper_table(metrics: pd.DataFrame, paper_results: Mapping[Variant, float]) -
 
 
 def compare_runs(folders: Sequence[str | Path], measure: str = "mIoU") -> pd.DataFrame:
-    """A column of :func:`results_table` for several runs, by name or folder, and its differences to the first run.
+    """A column of :func:`results_table` for several runs, by name or folder, then ``<run> - <first run>`` in points.
 
-    Returns:
-        Rows as in :func:`results_table`; a column per run, then ``<run> - <first run>`` in percentage points.
-
-    Raises:
-        RunError: if there is no such run.
-        ValueError: if there is no such measure.
+    RunError or ValueError if there is no such run or measure.
     """
     if measure not in MEASURES:
         raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {measure!r}")
@@ -191,14 +180,13 @@ def results_text(run: Run) -> str:
     return f"{run.name}: IoU in percent; learned from {run.config.supervision}\n{text}"
 
 
-COMPARED = {
+COMPARED = {  # by stage what its sentence compares with what, by mIoU
     "03": ("The fused maps are", Variant.TEACHER_FUSED, "those of a single scale", Variant.TEACHER),
     "04": ("The denoised maps are", Variant.TEACHER_FUSED, "those of all classes", Variant.TEACHER_UNDENOISED),
     "05": ("At a single scale, the student's maps are", Variant.STUDENT, "its teacher's", Variant.TEACHER),
     "06": ("The student's masks are", Variant.PSEUDO_MASKS, "its teacher's", Variant.TEACHER_FUSED_REFINED),
     "08": ("The pseudo masks are", Variant.PSEUDO_MASKS, "the teacher's fused maps", Variant.TEACHER_FUSED),
 }
-"""By stage what its sentence compares with what, by mIoU."""
 
 
 def conclusion(run: Run, stage: str) -> str:
@@ -219,15 +207,17 @@ def conclusion(run: Run, stage: str) -> str:
         pseudo = values.get(Variant.PSEUDO_MASKS, float("nan"))
         new = f"The segmentation network has {100 * found['iou']:.1f} % mIoU on {of_stage['split'].iloc[0]}"
         return f"{new}, the pseudo masks have {pseudo:.1f} % on train."
-    what, one, other, base = COMPARED.get(stage, ("", "", "", ""))
     if stage not in COMPARED:
         return "This stage measured nothing."
+    what, one, other, base = COMPARED[stage]
     if one not in values or base not in values:
         return "There is no ground truth to measure what this stage gained."
     how = against(values[one], values[base])
-    masks = _ablation_masks(run.path(ABLATION)) if stage in ("05", "06", "08") else pd.DataFrame()
-    gains = [*(masks["full"] - masks["no_self_training"]).dropna()] if len(masks) else []
-    seeds = f"; over {len(gains)} seeds, self-training gave the masks {spread(gains, '{:+.1f}')}" if len(gains) else ""
+    ablation, seeds = files.read_json(run.path(ABLATION), {}), ""
+    if ablation and stage in ("05", "06", "08"):
+        masks = _ablation_masks(ablation)
+        gains = (masks["full"] - masks["no_self_training"]).dropna()
+        seeds = f"; over {len(gains)} seeds, self-training gave the masks {spread(gains, '{:+.1f}')}"
     sentence = f"{what} {how} {other} ({values[one]:.1f} and {values[base]:.1f} % mIoU){seeds}."
     if stage == "06" and Variant.CONTROL_REFINED in values:
         gap = against(values[Variant.STUDENT_REFINED], values[Variant.CONTROL_REFINED])
@@ -251,7 +241,7 @@ def beside_reference(run: Run) -> str:
     free = ("seed", "device", "precision", "num_threads")
     if not stored or any(line.partition(":")[0] not in free for line in differing):
         return ""
-    masks, values, lines = _ablation_masks(RUNS_FOLDER / "reference" / ABLATION), _miou(run), []
+    masks, values, lines = _ablation_masks(stored), _miou(run), []
     for variant, name in {Variant.TEACHER_FUSED_REFINED: "no_self_training", Variant.PSEUDO_MASKS: "full"}.items():
         if variant in values:
             inside = abs(values[variant] - masks[name].mean()) <= 2 * masks[name].std()
@@ -268,12 +258,9 @@ def _miou(run: Run) -> dict[str, float]:
     return dict(zip(table["variant"], table["mIoU"], strict=True))
 
 
-def _ablation_masks(path: Path) -> pd.DataFrame:
+def _ablation_masks(ablation: dict[str, Any]) -> pd.DataFrame:
     """The mIoU of masks in percent from an ablation's result: a row per seed, a column per variant."""
-    records = pd.DataFrame(files.read_json(path, {}).get("records", []))
-    if records.empty:
-        return records
-    own = records.query("object_size == 'all' and bg_choice == 'own'")
+    own = pd.DataFrame(ablation["records"]).query("object_size == 'all' and bg_choice == 'own'")
     return 100 * own.pivot(index="seed", columns="variant", values="value").astype(float)
 
 
@@ -292,14 +279,10 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     return [run.name if names.count(run.name) == 1 else str(run.folder) for run in runs]
 
 
-# -------------------------------------------------------------------------------------------------------------- seeds
-
-
 def measurements(runs: Iterable[tuple[str, int, Run]], measure: str = "mIoU") -> pd.DataFrame:
     """A column of :func:`results_table` for several runs, each with the label of its settings and its seed.
 
-    Returns:
-        Columns ``setting``, ``seed``, ``row`` (such as ``06 pseudo masks, train``) and ``value`` in percent.
+    The ``value`` is in percent; a ``row`` has a name such as ``06 pseudo masks, train``.
     """
     found = []
     for setting, seed, run in runs:
@@ -311,12 +294,19 @@ def measurements(runs: Iterable[tuple[str, int, Run]], measure: str = "mIoU") ->
     return pd.DataFrame(found, columns=["setting", "seed", "row", "value"])
 
 
-def spread_table(values: pd.DataFrame) -> pd.DataFrame:
+def spread_table(values: pd.DataFrame, form: str = "{:.1f}") -> pd.DataFrame:
     """Mean ± standard deviation over seeds: a line per row of :func:`measurements`, a column per setting.
 
-    A cell such as ``67.8 ± 0.4 (3)`` ends with the number of seeds; a single seed gives its value alone.
+    A cell such as ``67.8 ± 0.4 (3)`` ends with the number of seeds; a single seed gives its value alone. ``form`` is
+    that of :func:`spread`.
     """
-    return _cells(values, "{:.1f}")
+
+    def cell(group: pd.Series[float]) -> str:
+        return spread(group, form) + (f" ({len(group)})" if len(group) > 1 else "")
+
+    cells = values.groupby(["row", "setting"], sort=False)["value"].agg(cell).unstack("setting", fill_value="")
+    order = [setting for setting in values["setting"].unique() if setting in cells]
+    return cells.reindex(values["row"].unique())[order].rename(columns={"": "value"}).rename_axis(columns=None)
 
 
 def difference_table(values: pd.DataFrame) -> pd.DataFrame:
@@ -327,17 +317,8 @@ def difference_table(values: pd.DataFrame) -> pd.DataFrame:
     first = values[values["setting"] == values["setting"].iloc[0]] if len(values) else values
     paired = values.merge(first, on=["row", "seed"], suffixes=("", "_first"))
     paired["value"] -= paired["value_first"]
-    table = _cells(paired[paired["setting"] != paired["setting_first"]], "{:+.1f}")
+    table = spread_table(paired[paired["setting"] != paired["setting_first"]], "{:+.1f}")
     return table.rename(columns=lambda setting: f"{setting} - {first['setting'].iloc[0]}")
-
-
-def _cells(values: pd.DataFrame, form: str) -> pd.DataFrame:
-    def cell(group: pd.Series[float]) -> str:
-        return spread(group, form) + (f" ({len(group)})" if len(group) > 1 else "")
-
-    cells = values.groupby(["row", "setting"], sort=False)["value"].agg(cell).unstack("setting", fill_value="")
-    order = [setting for setting in values["setting"].unique() if setting in cells]
-    return cells.reindex(values["row"].unique())[order].rename(columns={"": "value"}).rename_axis(columns=None)
 
 
 def spread(values: Iterable[float], form: str = "{:.1f}") -> str:
@@ -363,10 +344,9 @@ def _latex(table: pd.DataFrame) -> str:
     return table.reset_index().to_latex(index=False, escape=True, column_format=form).replace("±", r"$\pm$")
 
 
-FORMATS: Mapping[str, Callable[[pd.DataFrame], str]] = {
+FORMATS: Mapping[str, Callable[[pd.DataFrame], str]] = {  # how a table of text is written, by file ending
     "csv": lambda table: table.to_csv(lineterminator="\n"),
     "md": _markdown,
     "tex": _latex,
     "txt": lambda table: table.to_string() + "\n",
 }
-"""How a table of text is written, by file ending."""

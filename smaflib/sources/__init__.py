@@ -18,8 +18,7 @@ from smaflib.errors import ConfigError
 from smaflib.plugins import is_custom, load_custom
 from smaflib.runtime import device_of
 
-Classes = Sequence[Sequence[int]]
-"""Per image the numbers of the classes whose maps are asked for."""
+Classes = Sequence[Sequence[int]]  #: Per image the numbers of the classes whose maps are asked for.
 
 
 class Attention(NamedTuple):
@@ -30,17 +29,12 @@ class Attention(NamedTuple):
 
 
 class AttentionSource(nn.Module):
-    """Makes class attention maps of images. Subclasses implement :meth:`attend`.
+    """Makes class attention maps of images. Subclasses implement :meth:`attend`."""
 
-    Attributes:
-        supervision: what the network learned from. Numbers of different supervision are not comparable.
-        patch: in pixels; the sides of images are rounded up to multiples of it.
-        needs_gradients: whether ``attend`` runs with gradients.
-    """
-
-    supervision = "image labels"
-    patch = 1
-    needs_gradients = False
+    supervision = "image labels"  # that the network learned from; numbers of different supervision are not comparable
+    patch = 1  # in pixels; the sides of images are rounded up to multiples of it
+    needs_classes = False  # whether only classes that are asked for have maps
+    needs_gradients = False  # whether ``attend`` runs with gradients
 
     def attend(self, images: Tensor, classes: Classes) -> Attention:
         """Maps of a batch, float32 (B, 3, H, W), normalised with ImageNet's mean and standard deviation."""
@@ -74,11 +68,7 @@ class NetworkSource(AttentionSource):
 
 
 class CustomSource(AttentionSource):
-    """Maps that custom code computes with a trained network.
-
-    ``make`` turns the network into a module from normalised images, float32 (B, 3, H, W), to maps (B, K, h, w),
-    non-negative, of any h and w.
-    """
+    """Maps (B, K, h, w), non-negative, of normalised images by the module that ``make`` makes of a trained network."""
 
     needs_gradients = True
 
@@ -96,14 +86,10 @@ def as_source(network: nn.Module) -> AttentionSource:
 
 
 def make_source(attention: AttentionConfig, class_names: Sequence[str], network: nn.Module | None) -> AttentionSource:
-    """Build the source that ``attention.source`` names.
+    """Build the source that ``attention.source`` names, for K classes.
 
-    Args:
-        class_names: of the K classes.
-        network: teacher or student; None for a source with a network of its own (:attr:`AttentionConfig.pretrained`).
-
-    Raises:
-        ConfigError: if a class name, a layer or the weights do not fit the source, or its package is missing.
+    ``network`` is a teacher or student; None for a source with one of its own (:attr:`AttentionConfig.pretrained`).
+    ConfigError if a class name, a layer or the weights do not fit the source, or its package is missing.
     """
     name = attention.source
     if not class_names:

@@ -9,11 +9,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-AFFINITY_BLOCKS = 8
-"""The affinity is the mean attention of this many last blocks of a transformer."""
-
-SINKHORN_STEPS = 3
-"""Of dividing columns, then rows, by their sums."""
+AFFINITY_BLOCKS = 8  # the affinity is the mean attention of so many last blocks of a transformer
+SINKHORN_STEPS = 3  # of dividing columns, then rows, by their sums
 
 
 def transition(affinity: Tensor) -> Tensor:
@@ -40,15 +37,12 @@ def boxes(cam: Tensor, threshold: float) -> Tensor:
 
 
 def refine_by_affinity(maps: Tensor, affinity: Tensor, threshold: float = 0.4) -> Tensor:
-    """Spread each class's map over patches that attend to each other.
+    """Spread each class's map over patches that attend to each other: (K, h, w), non-negative, on a scale of its own.
 
     Args:
         maps: (K, h, w) in [0, 1]; a map of zeros stays zero.
         affinity: (hw, hw), non-negative: attention of each patch to each other.
         threshold: share of a map's maximum from which its boxes are made; 0.4 for VOC, 0.7 for COCO in the paper.
-
-    Returns:
-        (K, h, w), non-negative; its scale is not that of ``maps``.
 
     Example:
         >>> maps = torch.tensor([[[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]])

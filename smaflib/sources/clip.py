@@ -8,7 +8,7 @@ The others change the attention of the last block and compare patches with texts
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,15 +23,10 @@ from smaflib.models.weights import fill, read_weights
 from smaflib.sources import Attention, AttentionSource, Classes
 from smaflib.sources.caa import AFFINITY_BLOCKS
 
-MODEL = "ViT-B-16-quickgelu"
-"""open_clip's name of OpenAI's ViT-B/16."""
-
+MODEL = "ViT-B-16-quickgelu"  # open_clip's name of OpenAI's ViT-B/16
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
 EPSILON = 1e-7
-
-NEIGHBOURHOOD = 5.0
-"""Standard deviation, in patches, of the Gaussian that NACLIP adds to the attention."""
+NEIGHBOURHOOD = 5.0  # standard deviation, in patches, of the Gaussian that NACLIP adds to the attention
 
 Weighting = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
 """Queries and keys, (heads, L, d) each, and the grid (h, w) to attention weights (heads or 1, L, L)."""
@@ -59,52 +54,28 @@ METHODS: dict[str, tuple[Weighting, bool, float]] = {
     "kk": (lambda q, k, grid: similar(k, k), False, 40.0),
     "naclip": (_neighbours, False, 40.0),
 }
-"""Per method the attention of the last block, whether its residual paths stay, and the factor of its cosines."""
+"""Per method the attention of the last block, whether its residual paths stay, and the factor of its cosines.
+
+The factors are those of the published code: 40 in NACLIP's, 65 in SCLIP's, 50 in ClearCLIP's. MaskCLIP's has none for
+this use; its 40 is NACLIP's.
+"""
 
 
 class ClipVision(nn.Module):
-    """The vision transformer of CLIP, of any size, from a state dict with OpenAI's names.
+    """CLIP's vision transformer, ``visual`` of open_clip's models, block by block, on images of any size."""
 
-    Raises:
-        ConfigError: if a tensor is missing.
-    """
-
-    def __init__(self, state: Mapping[str, Tensor], quick_gelu: bool = True) -> None:
+    def __init__(self, visual: Any) -> None:
         super().__init__()
-        names = {name[7:].replace("transformer.resblocks.", ""): name for name in state if name.startswith("visual.")}
-        for name, known in names.items():
-            self.register_buffer(name.replace(".", "-"), state[known].float())
-        try:
-            self.width, _, self.patch, _ = self["conv1.weight"].shape
-            self.num_blocks = 1 + max(int(name.split(".")[0]) for name in names if name[0].isdigit())
-            needed = (
-                "attn.in_proj_weight attn.in_proj_bias attn.out_proj.weight attn.out_proj.bias ln_1.weight ln_2.bias"
-            )
-            for block in range(self.num_blocks):
-                for name in f"{needed} mlp.c_fc.weight mlp.c_proj.bias".split():
-                    self[f"{block}.{name}"]
-            for name in ("class_embedding", "positional_embedding", "ln_pre.weight", "ln_post.bias", "proj"):
-                self[name]
-        except (KeyError, ValueError) as error:
-            raise ConfigError(f"these are not the weights of a CLIP vision transformer: {error} is missing") from None
-        self.num_heads = self.width // 64
-        self.activation = (lambda z: z * torch.sigmoid(1.702 * z)) if quick_gelu else F.gelu
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._buffers[name.replace(".", "-")]  # type: ignore[return-value]
-
-    def norm(self, tokens: Tensor, name: str) -> Tensor:
-        return F.layer_norm(tokens, (self.width,), self[f"{name}.weight"], self[f"{name}.bias"])
-
-    def project(self, tokens: Tensor) -> Tensor:  # (L, width) -> (L, embedding)
-        return self.norm(tokens, "ln_post") @ self["proj"]
+        self.visual = visual.requires_grad_(False)
+        self.blocks, self.patch = visual.transformer.resblocks, visual.conv1.kernel_size[0]
 
     def positions(self, grid: tuple[int, int], mode: str) -> Tensor:
         """Position embeddings, (1 + hw, width), fitted to the grid, the class token's first."""
-        first, places = self["positional_embedding"].split([1, len(self["positional_embedding"]) - 1])
+        embedding = self.visual.positional_embedding
+        first, places = embedding.split([1, len(embedding) - 1])
         side = math.isqrt(len(places))
         if grid != (side, side):
-            known = places.T.reshape(1, self.width, side, side)
+            known = places.T.reshape(1, -1, side, side)
             if mode == "bilinear":
                 known = F.interpolate(known, size=grid, mode=mode, align_corners=False)
             else:
@@ -118,35 +89,36 @@ class ClipVision(nn.Module):
 
         ``mode``: how positions are fitted to the grid; ``bicubic`` by a factor of (h + 0.1) / g, as in DINO's code.
         """
-        patches = F.conv2d(image[None], self["conv1.weight"], stride=self.patch)[0]
+        patches = self.visual.conv1(image[None])[0]
         grid = (patches.shape[1], patches.shape[2])
-        places = self.positions(grid, mode)
-        tokens = torch.cat([self["class_embedding"][None], patches.flatten(1).T]) + places
-        return self.norm(tokens, "ln_pre"), grid
+        tokens = torch.cat([self.visual.class_embedding[None], patches.flatten(1).T])
+        return self.visual.ln_pre(tokens + self.positions(grid, mode)), grid
 
-    def heads(self, tokens: Tensor, block: int) -> Tensor:  # (L, width) -> queries, keys, values (3, heads, L, d)
-        joined = F.linear(tokens, self[f"{block}.attn.in_proj_weight"], self[f"{block}.attn.in_proj_bias"])
-        return joined.view(len(tokens), 3, self.num_heads, -1).permute(1, 2, 0, 3)
+    def heads(self, normed: Tensor, block: int) -> Tensor:  # (L, width) -> queries, keys, values (3, heads, L, d)
+        attention = self.blocks[block].attn
+        joined = F.linear(normed, attention.in_proj_weight, attention.in_proj_bias)
+        return joined.view(len(normed), 3, attention.num_heads, -1).permute(1, 2, 0, 3)
 
     def mix(self, weights: Tensor, values: Tensor, block: int) -> Tensor:  # (heads, L, L), (heads, L, d) -> (L, width)
-        mixed = (weights @ values).transpose(0, 1).flatten(1)
-        return F.linear(mixed, self[f"{block}.attn.out_proj.weight"], self[f"{block}.attn.out_proj.bias"])
+        mixed: Tensor = self.blocks[block].attn.out_proj((weights @ values).transpose(0, 1).flatten(1))
+        return mixed
 
-    def mlp(self, tokens: Tensor, block: int) -> Tensor:
-        hidden = F.linear(
-            self.norm(tokens, f"{block}.ln_2"), self[f"{block}.mlp.c_fc.weight"], self[f"{block}.mlp.c_fc.bias"]
-        )
-        return F.linear(self.activation(hidden), self[f"{block}.mlp.c_proj.weight"], self[f"{block}.mlp.c_proj.bias"])
+    def add_mlp(self, tokens: Tensor, block: int) -> Tensor:
+        layer = self.blocks[block]
+        return tokens + layer.mlp(layer.ln_2(tokens))
 
     def run(self, tokens: Tensor, block: int, normed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A block: tokens (L, width) to the next ones, and its attention (L, L), the mean over heads.
 
         ``normed``: what ``ln_1`` made of the tokens, so that gradients with respect to it can be taken.
         """
-        query, key, value = self.heads(self.norm(tokens, f"{block}.ln_1") if normed is None else normed, block)
+        query, key, value = self.heads(self.blocks[block].ln_1(tokens) if normed is None else normed, block)
         weights = similar(query, key)
-        tokens = tokens + self.mix(weights, value, block)
-        return tokens + self.mlp(tokens, block), weights.mean(dim=0)
+        return self.add_mlp(tokens + self.mix(weights, value, block), block), weights.mean(dim=0)
+
+    def project(self, tokens: Tensor) -> Tensor:  # (L, width) -> (L, embedding)
+        projected: Tensor = self.visual.ln_post(tokens) @ self.visual.proj
+        return projected
 
 
 class ClipSource(AttentionSource):
@@ -160,6 +132,7 @@ class ClipSource(AttentionSource):
     """
 
     supervision = "image-text pairs"
+    needs_classes = True
     texts: Tensor
     background: Tensor
 
@@ -175,46 +148,40 @@ class ClipSource(AttentionSource):
 
     def attend(self, images: Tensor, classes: Classes) -> Attention:
         scale, shift = (each.to(images.device) for each in self._renormalization)
-        maps, affinities = [], []
-        for image, numbers in zip(images * scale + shift, classes, strict=True):
-            found, affinity = (self.gradient_maps if self.method == "clip-es" else self.patch_maps)(image, [*numbers])
-            whole = found.new_zeros(len(self.texts), *found.shape[1:])
-            whole[[*numbers]] = found
-            maps.append(whole)
+        maps = images.new_zeros(len(images), len(self.texts), *(side // self.patch for side in images.shape[2:]))
+        maps_of, affinities = self.gradient_maps if self.method == "clip-es" else self.patch_maps, []
+        for image, numbers, whole in zip(images * scale + shift, classes, maps, strict=True):
+            whole[[*numbers]], affinity = maps_of(image, [*numbers])
             affinities.append(affinity)
-        return Attention(torch.stack(maps), torch.stack(affinities))
+        return Attention(maps, torch.stack(affinities))
 
     @torch.no_grad()
     def before_last(self, image: Tensor, mode: str) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
         """Tokens (L, width) that enter the last block, the attention (L, L) of each block before it, the grid."""
         tokens, grid = self.vision.embed(image, mode)
         attentions = []
-        for block in range(self.vision.num_blocks - 1):
+        for block in range(len(self.vision.blocks) - 1):
             tokens, attention = self.vision.run(tokens, block)
             attentions.append(attention)
         return tokens, attentions, grid
 
     def gradient_maps(self, image: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor]:
-        """CLIP-ES: Grad-CAM of each class's probability among the classes of the image and the background words.
-
-        A normalised image (3, H, W) and k classes to maps (k, h, w) in [0, 1] and the affinity (hw, hw).
-        """
+        """Grad-CAM of the probabilities of k classes: (3, H, W) to (k, h, w) in [0, 1], and the affinity (hw, hw)."""
         probabilities, normed, affinity, grid = self.class_probabilities(image, numbers)
-        maps = []
+        maps = image.new_zeros(len(numbers), *grid)
         for row in range(len(numbers)):
             (gradient,) = torch.autograd.grad(probabilities[row], normed, retain_graph=True)
             raw = (normed[1:] @ gradient[1:].mean(dim=0)).relu().detach()
-            maps.append(stretch(stretch(raw)).view(grid))  # twice, as the original does
-        return (torch.stack(maps) if maps else torch.zeros(0, *grid, device=image.device)), affinity
+            maps[row] = stretch(stretch(raw)).view(grid)  # twice, as the original does
+        return maps, affinity
 
     def class_probabilities(self, image: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
         """Probabilities (k + M,), the normalised tokens (L, width) that they depend on, affinity (hw, hw), grid."""
         tokens, attentions, grid = self.before_last(image, "bilinear")
-        last = self.vision.num_blocks - 1
-        normed = self.vision.norm(tokens, f"{last}.ln_1").requires_grad_()
+        normed = self.vision.blocks[-1].ln_1(tokens).requires_grad_()
         with torch.enable_grad():
-            tokens, attention = self.vision.run(tokens, last, normed)
-            feature = self.vision.norm(tokens[1:], "ln_post").mean(dim=0) @ self.vision["proj"]
+            tokens, attention = self.vision.run(tokens, -1, normed)
+            feature = self.vision.project(tokens[1:]).mean(dim=0)
             texts = torch.cat([self.texts[numbers], self.background])
             probabilities = (self.logit_scale * texts @ F.normalize(feature, dim=0)).softmax(dim=0)
         return probabilities, normed, _affinity([*attentions, attention.detach()]), grid
@@ -231,12 +198,10 @@ class ClipSource(AttentionSource):
         """Cosines (h, w, K + M) of patches and words under the method's attention; the affinity (hw, hw)."""
         weighting, whole, _ = METHODS[self.method]
         entering, attentions, grid = self.before_last(image, "bicubic")
-        last = self.vision.num_blocks - 1
-        query, key, value = self.vision.heads(self.vision.norm(entering, f"{last}.ln_1"), last)
-        tokens = self.vision.mix(weighting(query, key, grid), value, last)
+        query, key, value = self.vision.heads(self.vision.blocks[-1].ln_1(entering), -1)
+        tokens = self.vision.mix(weighting(query, key, grid), value, -1)
         if whole:
-            tokens = entering + tokens
-            tokens = tokens + self.vision.mlp(tokens, last)
+            tokens = self.vision.add_mlp(entering + tokens, -1)
         features = F.normalize(self.vision.project(tokens)[1:], dim=-1)
         logits = features @ torch.cat([self.texts, self.background]).T
         return logits.view(*grid, -1), _affinity([*attentions, similar(query, key).mean(dim=0)])
@@ -248,26 +213,24 @@ def stretch(values: Tensor) -> Tensor:
     return values / (values.amax() + EPSILON)
 
 
-def _affinity(attentions: Sequence[Tensor]) -> Tensor:
+def _affinity(attentions: list[Tensor]) -> Tensor:
     """The mean of the last blocks' attention, L x L each, without the class token: (hw, hw)."""
-    return torch.stack([*attentions[-AFFINITY_BLOCKS:]]).mean(dim=0)[1:, 1:]
+    return torch.stack(attentions[-AFFINITY_BLOCKS:]).mean(dim=0)[1:, 1:]
 
 
 def make(attention: AttentionConfig, class_names: Sequence[str], network: nn.Module | None) -> ClipSource:
     """Build a source with open_clip: its vision transformer, and texts of classes and background words."""
     options = attention.options
-    model, quick_gelu, tokenize = _open_clip(options)
-    state = {name: value for name, value in model.state_dict().items() if name.startswith("visual.")}
+    model, tokenize = _open_clip(options)
     words = [options.class_words.get(name, name.replace("_", " ")) for name in class_names]
     with torch.no_grad():
         classes, background = (_texts(model, tokenize, each, options) for each in (words, options.background_words))
-        return ClipSource(
-            ClipVision(state, quick_gelu), classes, background, float(model.logit_scale.exp()), attention.source
-        )
+        factor = float(model.logit_scale.exp())
+    return ClipSource(ClipVision(model.visual), classes, background, factor, attention.source)
 
 
-def _open_clip(options: SourceOptions) -> tuple[Any, bool, Any]:
-    """open_clip's model with its weights, whether it uses the quick GELU, and its tokenizer."""
+def _open_clip(options: SourceOptions) -> tuple[Any, Any]:
+    """open_clip's model with its weights, and its tokenizer."""
     try:
         import open_clip
     except ImportError:
@@ -283,7 +246,7 @@ def _open_clip(options: SourceOptions) -> tuple[Any, bool, Any]:
     else:
         model = open_clip.create_model(name)
         fill(model, read_weights(PROJECT_ROOT / expanded(weights)), weights, name)
-    return model.eval(), bool(settings.get("quick_gelu")), open_clip.get_tokenizer(name)
+    return model.eval(), open_clip.get_tokenizer(name)
 
 
 def _texts(model: Any, tokenize: Any, words: Sequence[str], options: SourceOptions) -> Tensor:

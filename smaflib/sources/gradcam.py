@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from smaflib.config import AttentionConfig
 from smaflib.errors import ConfigError
-from smaflib.sources import Attention, AttentionSource, Classes
-from smaflib.sources.imagenet import ImageNetClassifier, ImageNetSource, checked_match
+from smaflib.sources import Attention, AttentionSource, Classes, imagenet
 
 METHODS = {"gradcam": "GradCAM", "gradcam++": "GradCAMPlusPlus", "layercam": "LayerCAM", "xgradcam": "XGradCAM"}
 """Name of a source and the package's class: Selvaraju et al., ICCV 2017; Chattopadhay et al., WACV 2018; Jiang et al.,
@@ -28,11 +27,12 @@ class GradCamSource(AttentionSource):
     """Maps from the gradients of class scores with respect to a layer's activations.
 
     Args:
-        network: a module.
-        layer: a module inside it whose output is (B, C, h, w).
+        layer: a module inside the network whose output is (B, C, h, w).
         scores: images (B, 3, H, W) to class scores (B, K), by the network.
         method: one of :data:`METHODS`.
     """
+
+    needs_classes = True
 
     def __init__(
         self, network: nn.Module, layer: nn.Module, scores: Callable[[Tensor], Tensor], method: str, supervision: str
@@ -53,11 +53,11 @@ class GradCamSource(AttentionSource):
 
     @classmethod
     def of_classifier(
-        cls, classifier: ImageNetClassifier, method: str, layer: nn.Module | None = None
+        cls, classifier: imagenet.ImageNetClassifier, method: str, layer: nn.Module | None = None
     ) -> GradCamSource:
         """Of each of ImageNet's thousand classes; by default at the last features."""
-        layer, supervision = layer or classifier.features, ImageNetSource.supervision
-        return cls(classifier, layer, classifier.logits, method, supervision)
+        supervision = imagenet.ImageNetSource.supervision
+        return cls(classifier, layer or classifier.features, classifier.logits, method, supervision)
 
     def attend(self, images: Tensor, classes: Classes) -> Attention:
         seen: list[Tensor] = []
@@ -85,19 +85,14 @@ class GradCamSource(AttentionSource):
 def make(attention: AttentionConfig, class_names: Sequence[str], network: nn.Module | None) -> GradCamSource:
     """Build the source on a teacher or student, or on ImageNet's classifier; ConfigError if it lacks the layer."""
     scores: Callable[[Tensor], Tensor]
-    layer: nn.Module
-    if network is not None:
-        teacher: Any = network
-        layer, supervision = teacher.backbone, AttentionSource.supervision
-
-        def scores(images: Tensor) -> Tensor:
-            return teacher.image_logits(teacher(images))
-
+    if network is None:
+        source = imagenet.make(attention, class_names, None)
+        network, layer = source.classifier, source.classifier.features
+        scores, supervision = source.scores, source.supervision
     else:
-        members = checked_match(class_names, attention.options.class_numbers)
-        network = ImageNetClassifier(attention.options)
-        source = ImageNetSource(network, [*members.values()])
-        scores, layer, supervision = source.scores, network.features, source.supervision
+        trained: Any = network
+        scores, supervision = (lambda images: trained.image_logits(trained(images))), AttentionSource.supervision
+        layer = trained.backbone
     if (name := attention.options.layer) is not None:
         layers = dict(network.named_modules())
         if name not in layers:

@@ -12,15 +12,7 @@ import torch.nn.functional as F
 from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 
-from smaflib.config import (
-    CRF_PRESETS,
-    AttentionConfig,
-    Config,
-    CrfConfig,
-    ModelConfig,
-    PseudoMaskConfig,
-    SourceOptions,
-)
+from smaflib.config import CRF_PRESETS, AttentionConfig, Config, CrfConfig, ModelConfig, PseudoMaskConfig, SourceOptions
 from smaflib.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from smaflib.data.views import views_of
 from smaflib.errors import ConfigError
@@ -30,17 +22,10 @@ from smaflib.models.wrap import CamNetwork
 from smaflib.sources import Attention, AttentionSource, Classes, NetworkSource
 
 MODEL = "tf_efficientnet_lite2"
-
 NUM_CLASSES = 1000
-
-STRIDE = 16
-"""Pixels per cell of the maps."""
-
-SIDE = 260
-"""Longest side, in pixels, at which photos are recognised: the training's. At 512 all probabilities are far lower."""
-
-LIKELY = 0.1
-"""Probability, among the thousand, from which a photo is said to show a class."""
+STRIDE = 16  # pixels per cell of the maps
+SIDE = 260  # longest, in pixels, at which photos are recognised: the training's; at 512 probabilities are far lower
+LIKELY = 0.1  #: Probability, among the thousand, from which a photo is said to show a class.
 
 
 def imagenet_config() -> Config:
@@ -118,33 +103,10 @@ def _singular(name: str) -> list[str]:
     return [name, *(re.sub(end, by, name) for end, by in ends if re.search(end, name))]
 
 
-def checked_match(class_names: Sequence[str], given: Mapping[str, Sequence[int]] = {}) -> dict[str, tuple[int, ...]]:
-    """:func:`match_classes`; prints the names that match nothing.
-
-    Raises:
-        ConfigError: if no name matches, with the nearest ImageNet names.
-    """
-    found = match_classes(class_names, given)
-    missing = [name for name in class_names if not found[name]]
-    known = [lemma for each in synonyms() for lemma in each.split(", ")]
-    near = {name: difflib.get_close_matches(name, known, n=3) for name in missing}
-    lines = [f"{name} (nearest: {', '.join(near[name])})" if near[name] else name for name in missing]
-    if missing and len(missing) == len(class_names):
-        raise ConfigError(
-            f"none of these classes is one of ImageNet's thousand: {', '.join(lines)}. Name ImageNet's classes by "
-            "number in attention.options.class_numbers, or choose another attention.source"
-        )
-    if missing:
-        print(f"ImageNet knows {len(class_names) - len(missing)} of {len(class_names)} classes, not {', '.join(lines)}")
-    return found
-
-
 class ImageNetClassifier(CamNetwork):
     """An :class:`~smaflib.models.networks.AttentionNetwork` for ImageNet's thousand classes, or those that are chosen.
 
-    Raises:
-        ConfigError: if timm does not know the model, its weights are missing or do not fit, or its head has no class
-            activation maps.
+    ConfigError if the model or its weights are missing or do not fit, or its head has no class activation maps.
     """
 
     def __init__(self, options: SourceOptions | None = None) -> None:
@@ -174,8 +136,7 @@ class ImageNetClassifier(CamNetwork):
         (view,) = views_of(image, [SIDE / max(image.shape)])
         return self(view[None]).mean(dim=(2, 3))[0].softmax(dim=0)
 
-    def likeliest_classes(self, image: Tensor, num: int) -> list[int]:
-        """Numbers of the ``num`` likeliest classes of an image, uint8 (3, H, W), the likeliest first."""
+    def likeliest_classes(self, image: Tensor, num: int) -> list[int]:  # uint8 (3, H, W) -> numbers, likeliest first
         return self.probabilities(image).topk(num).indices.tolist()
 
     def image_logits(self, logits: Tensor) -> Tensor:  # (B, 1000, h, w) -> (B, K)
@@ -242,13 +203,23 @@ class ImageNetAndNetwork(AttentionSource):
 def make(attention: AttentionConfig, class_names: Sequence[str], network: nn.Module | None) -> AttentionSource:
     """Build a source for a data set's classes: of ImageNet alone, or with a network for the classes that it lacks.
 
-    Raises:
-        ConfigError: if there is no network, and no class is ImageNet's.
+    Without a network it prints the names that match none of ImageNet's; ConfigError if no name matches, with the
+    nearest ImageNet names.
     """
-    given = attention.options.class_numbers
-    if network is None:
-        return ImageNetSource(ImageNetClassifier(attention.options), [*checked_match(class_names, given).values()])
-    members = [*match_classes(class_names, given).values()]
-    if not any(members):
+    found = match_classes(class_names, attention.options.class_numbers)
+    missing = [name for name in class_names if not found[name]]
+    if network is not None and len(missing) == len(class_names):
         return NetworkSource(network)
-    return ImageNetAndNetwork(ImageNetSource(ImageNetClassifier(attention.options), members), network)
+    known, lines = [lemma for each in synonyms() for lemma in each.split(", ")], []
+    for name in missing if network is None else ():
+        near = difflib.get_close_matches(name, known, n=3)
+        lines.append(f"{name} (nearest: {', '.join(near)})" if near else name)
+    if len(lines) == len(class_names):
+        raise ConfigError(
+            f"none of these classes is one of ImageNet's thousand: {', '.join(lines)}. Name ImageNet's classes by "
+            "number in attention.options.class_numbers, or choose another attention.source"
+        )
+    if lines:
+        print(f"ImageNet knows {len(class_names) - len(lines)} of {len(class_names)} classes, not {', '.join(lines)}")
+    source = ImageNetSource(ImageNetClassifier(attention.options), [*found.values()])
+    return source if network is None else ImageNetAndNetwork(source, network)

@@ -32,14 +32,12 @@ class VitSource(AttentionSource):
     """One map for all classes that are asked for.
 
     Args:
-        model: a plain vision transformer of timm, made with ``dynamic_img_size=True``.
-        num_classes: K.
+        model: a plain vision transformer of timm, made with ``dynamic_img_size=True``; ConfigError for others.
         rollout: over all blocks instead of the last one.
         head: number of the head of the last block; None: the mean over heads.
-
-    Raises:
-        ConfigError: if the model is no vision transformer with a class token, or lacks the head.
     """
+
+    needs_classes = True
 
     def __init__(
         self, model: Any, num_classes: int, rollout: bool, head: int | None = None, supervision: str = "ImageNet labels"

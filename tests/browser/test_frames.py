@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, Page
 
 from smaflib.explorer.page import explorer_page
 from smaflib.explorer.state import Gallery
-from smaflib.report.html import FIT_FRAMES, write_index
+from smaflib.report.html import page_text, write_index
 from smaflib.runs import open_run
 
 DARK = "rgb(20, 23, 29)"
@@ -78,7 +78,8 @@ def test_in_a_dark_jupyterlab_it_is_dark_even_if_the_system_is_not(
     browser: Browser, pretrained: Gallery, tmp_path: Path
 ) -> None:
     path = tmp_path / "notebook.html"
-    frame = f'<iframe srcdoc="{html.escape(explorer_page(pretrained))}"></iframe><script>{FIT_FRAMES}</script>'
+    fit = f"<script>{page_text('fit_frames.js')}</script>"
+    frame = f'<iframe srcdoc="{html.escape(explorer_page(pretrained))}"></iframe>{fit}'
     path.write_text(f'<body data-jp-theme-light="false">{frame}</body>', encoding="utf-8")
     context = browser.new_context(color_scheme="light", offline=True)
     page = context.new_page()
