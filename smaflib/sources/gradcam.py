@@ -86,7 +86,7 @@ def make(attention: AttentionConfig, class_names: Sequence[str], network: nn.Mod
     """Build the source on a teacher or student, or on ImageNet's classifier; ConfigError if it lacks the layer."""
     scores: Callable[[Tensor], Tensor]
     if network is None:
-        source = imagenet.make(attention, class_names, None)
+        source = imagenet.make_known(attention, class_names)
         network, layer = source.classifier, source.classifier.features
         scores, supervision = source.scores, source.supervision
     else:

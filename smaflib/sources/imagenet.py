@@ -200,18 +200,14 @@ class ImageNetAndNetwork(AttentionSource):
         return Attention(torch.where(self.imagenet.members.any(dim=1)[:, None, None], known, trained))
 
 
-def make(attention: AttentionConfig, class_names: Sequence[str], network: nn.Module | None) -> AttentionSource:
-    """Build a source for a data set's classes: of ImageNet alone, or with a network for the classes that it lacks.
+def make_known(attention: AttentionConfig, class_names: Sequence[str]) -> ImageNetSource:
+    """Build the source of ImageNet's classifier alone; prints the names that match none of ImageNet's.
 
-    Without a network it prints the names that match none of ImageNet's; ConfigError if no name matches, with the
-    nearest ImageNet names.
+    ConfigError if no name matches, with the nearest ImageNet names.
     """
     found = match_classes(class_names, attention.options.class_numbers)
-    missing = [name for name in class_names if not found[name]]
-    if network is not None and len(missing) == len(class_names):
-        return NetworkSource(network)
     known, lines = [lemma for each in synonyms() for lemma in each.split(", ")], []
-    for name in missing if network is None else ():
+    for name in (name for name in class_names if not found[name]):
         near = difflib.get_close_matches(name, known, n=3)
         lines.append(f"{name} (nearest: {', '.join(near)})" if near else name)
     if len(lines) == len(class_names):
@@ -221,5 +217,14 @@ def make(attention: AttentionConfig, class_names: Sequence[str], network: nn.Mod
         )
     if lines:
         print(f"ImageNet knows {len(class_names) - len(lines)} of {len(class_names)} classes, not {', '.join(lines)}")
-    source = ImageNetSource(ImageNetClassifier(attention.options), [*found.values()])
-    return source if network is None else ImageNetAndNetwork(source, network)
+    return ImageNetSource(ImageNetClassifier(attention.options), [*found.values()])
+
+
+def make(attention: AttentionConfig, class_names: Sequence[str], network: nn.Module | None) -> AttentionSource:
+    """Build a source for a data set's classes: :func:`make_known`, or with a network for the classes that it lacks."""
+    if network is None:
+        return make_known(attention, class_names)
+    members = [*match_classes(class_names, attention.options.class_numbers).values()]
+    if not any(members):
+        return NetworkSource(network)
+    return ImageNetAndNetwork(ImageNetSource(ImageNetClassifier(attention.options), members), network)
