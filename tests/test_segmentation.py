@@ -179,13 +179,13 @@ def test_probabilities_and_not_logits_are_averaged_over_scales() -> None:
 @pytest.mark.parametrize("unary", ["scores", "labels"])
 def test_crf_refines_the_averaged_probabilities_or_their_labels(unary: Any) -> None:
     image = make_samples(1)[0].image
-    matrix = torch.tensor([[0.0, 0.0, 0.0], [3.0, -3.0, 0.0]])
+    matrix = torch.tensor([[0.0, 0.0, 0.0], [3.0, -3.0, 0.001]])  # blue, or rounding would decide where red is green
     network = PixelNetwork(matrix, stride=1)
     network.num_classes = 1
     crf = CrfConfig(iterations=2, unary=unary)
     config = SegmentationConfig(test_scales=(1.0, 1.0), test_flip=True, test_crf=crf)
     pixels = image.float() / 255
-    logit = 3 * (pixels[0] - pixels[1])
+    logit = 3 * (pixels[0] - pixels[1]) + 0.001 * pixels[2]
     probabilities = torch.stack([torch.zeros_like(logit), logit]).softmax(dim=0)
     given = probabilities if unary == "scores" else probabilities.argmax(dim=0)
     assert torch.equal(segment(network, image, config), dense_crf(image, given, crf, num_labels=2))
