@@ -247,15 +247,21 @@ def masks(
         str | None, typer.Option(metavar="NAME", help="timm/NAME; timm/tf_efficientnet_lite2 by default.")
     ] = None,
     settings: Settings = None,
+    retrain: Annotated[bool, typer.Option("--retrain", help="Train anew on changed labels, photos, settings.")] = False,
 ) -> None:
-    """Make pixel masks for custom images from a list of what each image shows. An interrupted call resumes."""
+    """Make pixel masks for custom images from a list of what each image shows. An interrupted call resumes.
+
+    Edit the table of labels, OUT/corrections.csv or OUT/corrected/ and call again: what depends on it is made anew.
+    """
     from smaflib.apps.masks import make_masks
     from smaflib.config import load_config
 
     paths = {"data.images": images, "data.labels": labels}
     named = [f"{key}={json.dumps(str(path.absolute()))}" for key, path in paths.items()]  # a path may look like YAML
     named += [f"model.backbone={backbone}", "model.weights=pretrained"] if backbone else []
-    sheet = make_masks(load_config(SHIPPED / "configs" / "custom.yaml", [*named, *(settings or [])]), out.absolute())
+    sheet = make_masks(
+        load_config(SHIPPED / "configs" / "custom.yaml", [*named, *(settings or [])]), out.absolute(), retrain
+    )
     typer.echo(f"masks: {sheet.parent / 'masks'}\ncontact sheet: {sheet}")
 
 

@@ -1,0 +1,82 @@
+"""How far to trust a mask, from quantities that need no ground truth; ``benchmarks/confidence.py`` validates them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import mean, median
+from typing import NamedTuple
+
+from torch import Tensor
+
+from smaflib.reactivation import hard_labels
+
+STEP = 0.3
+"""How far the background threshold is moved, as a share of it."""
+
+
+class Signs(NamedTuple):
+    """What tells how good the mask of a class in a photo is, each in [0, 1]."""
+
+    share: float  # of the photo
+    scales: float  # mean IoU of a single scale's mask with that of all, before the CRF
+    threshold: float  # IoU of the masks at a lower and a higher background threshold, before the CRF
+    crf: float  # IoU of the mask before and after the CRF
+
+
+def signs(maps: Tensor, scales: Sequence[Tensor], bg_score: float, mask: Tensor, values: Sequence[int]) -> list[Signs]:
+    """Signs of the P classes that a photo shows.
+
+    Args:
+        maps: (P, H, W) in [0, 1], fused.
+        scales: the same of each single scale.
+        bg_score: background threshold of the mask.
+        mask: uint8 (H, W), after the CRF.
+        values: of the P classes in the mask.
+    """
+    if not values:
+        return []
+    before, low, high = (hard_labels(maps, bg_score * factor) for factor in (1, 1 - STEP, 1 + STEP))
+    single = [hard_labels(each, bg_score) for each in scales]
+    return [
+        Signs(
+            float((mask == value).float().mean()),
+            mean(iou(each == number, before == number) for each in single),
+            iou(low == number, high == number),
+            iou(mask == value, before == number),
+        )
+        for number, value in enumerate(values, start=1)
+    ]
+
+
+def iou(one: Tensor, other: Tensor) -> float:
+    """Of two masks, bool (H, W); 0 if both are empty."""
+    return int((one & other).sum()) / max(1, int((one | other).sum()))
+
+
+def usual_shares(shares: Iterable[tuple[int, float]]) -> dict[int, float]:
+    """Median share of a photo per class, from (class, share), over the photos in which it has pixels."""
+    of_class: dict[int, list[float]] = {}
+    for number, share in shares:
+        of_class.setdefault(number, []).extend([share] * (share > 0))
+    return {number: median(values or [0.0]) for number, values in of_class.items()}
+
+
+def judge(name: str, sign: Signs, usual: float) -> tuple[float, str]:
+    """Confidence in the mask of a class, in [0, 1], and in plain words what to check, which may be nothing.
+
+    Args:
+        name: of the class.
+        sign: of the class in this photo.
+        usual: its usual share of a photo.
+    """
+    if not sign.share:
+        return 0.0, f"'{name}' has no pixel"
+    trust = mean((sign.scales, sign.threshold, sign.crf))
+    doubts = {
+        f"covers {100 * sign.share:.0f} % of the photo": sign.share > 0.7,
+        f"'{name}' is far smaller than usual": sign.share < usual / 5,
+        "the scales disagree": sign.scales < 0.35,
+        "changes with the threshold": sign.threshold < 0.35,
+        "the CRF changes much": sign.crf < 0.5,
+    }
+    return trust, "; ".join(words for words, holds in doubts.items() if holds)
