@@ -83,26 +83,20 @@ def make_masks(config: Config, out: Path, retrain: bool = False) -> Path:
         _write_overlays(work, record, own)
         files.write_json(out / "made.json", record)
         if corrected:
-            scores = evaluate(
-                work.masks(drawn := work.corrected(), "made"), drawn.ground_truth or (), drawn.class_names
-            )
-            learned = len(corrected.keys() & record["learned"]["corrected"].keys())
-            text = f"mIoU of the made masks on {len(drawn)} corrected photos, of which the networks learned {learned}"
-            print(f"{text}: {100 * scores.miou:.1f} %")
+            drawn, learned = work.corrected(), len(corrected.keys() & record["learned"]["corrected"].keys())
+            scores = evaluate(work.masks(drawn, "made"), drawn.ground_truth or (), drawn.class_names)
+            about = f"{len(drawn)} corrected photos, of which the networks learned {learned}"
+            print(f"mIoU of the made masks on {about}: {100 * scores.miou:.1f} %")
         return write_sheet(work, samples, record)
 
 
 def open_masks(out: Path, config: Config | None = None, retrain: bool = False) -> Workspace:
     """The folder of :func:`make_masks`: without the photos left out, and with the classes that its networks know."""
     config, known = config or load_config(out / "config.yaml"), files.read_json(out / "made.json", {})
-    work = Workspace(out, config)
-    if (
-        known
-        and not config.data.class_names
-        and (any(out.glob("corrected/*.png")) or (_is_trained(work) and not retrain))
-    ):
-        new = [name for name in work.samples().class_names if name not in known["learned"]["class_names"]]
-        names = (*known["learned"]["class_names"], *new)  # the values in masks stay
+    work, names = Workspace(out, config), known.get("learned", {}).get("class_names", [])
+    keep = any(out.glob("corrected/*.png")) or (_is_trained(work) and not retrain)
+    if keep and names and not config.data.class_names:  # new ones come last: the values in masks stay
+        names = (*names, *(name for name in work.samples().class_names if name not in names))
         config = config.model_copy(update={"data": config.data.model_copy(update={"class_names": names})})
     left_out = frozenset(name for name, each in read_corrections(out).items() if each.leave_out)
     return Workspace(out, config, left_out)
