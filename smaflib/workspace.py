@@ -35,7 +35,7 @@ class Workspace:
 
     folder: Path
     config: Config
-    leave_out: frozenset[str] = frozenset()
+    leave_out: frozenset[str] = field(default=frozenset(), kw_only=True)
     _samples: dict[Split, Samples] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def path(self, *parts: str) -> Path:

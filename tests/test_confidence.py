@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smaflib.apps.confidence import Signs, judge, signs, usual_shares
+from smaflib.apps.confidence import Signs, judge, signs
 
 unit = st.floats(0, 1)
 
@@ -25,18 +25,14 @@ def test_photo_without_a_class_has_no_signs():
     assert signs(torch.zeros(0, 2, 2), [torch.zeros(0, 2, 2)], 0.5, torch.zeros(2, 2, dtype=torch.uint8), []) == []
 
 
-def test_usual_share_is_the_median_where_the_class_was_found():
-    assert usual_shares([(0, 0.1), (0, 0.0), (0, 0.5), (0, 0.2), (4, 0.0)]) == {0: 0.2, 4: 0.0}
-
-
 def test_words():
-    assert judge("dog", Signs(0, 1, 1, 1), 0.2) == (0.0, "'dog' has no pixel")
-    assert judge("dog", Signs(0.84, 0.9, 0.9, 0.9), 0.8)[1] == "covers 84 % of the photo"
-    doubts = "'dog' is far smaller than usual; the scales disagree; changes with the threshold; the CRF changes much"
-    assert judge("dog", Signs(0.01, 0.1, 0.1, 0.1), 0.2)[1] == doubts
-    assert judge("dog", Signs(0.2, 1, 1, 1), 0.2) == (1.0, "")
+    assert judge("dog", Signs(0, 1, 1, 1)) == (0.0, "'dog' has no pixel")
+    assert judge("dog", Signs(0.84, 0.75, 0.9, 0.9)) == (0.75, "covers 84 % of the photo")
+    doubts = "covers 0.2 % of the photo; the scales disagree; changes with the threshold; the CRF changes much"
+    assert judge("dog", Signs(0.002, 0.1, 0.1, 0.1)) == (0.1, doubts)
+    assert judge("dog", Signs(0.2, 1, 1, 1)) == (1.0, "")
 
 
-@given(st.builds(Signs, unit, unit, unit, unit), unit)
-def test_confidence_is_in_the_unit_interval(sign, usual):
-    assert 0 <= judge("dog", sign, usual)[0] <= 1
+@given(st.builds(Signs, unit, unit, unit, unit))
+def test_confidence_is_in_the_unit_interval(sign):
+    assert 0 <= judge("dog", sign)[0] <= 1

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from statistics import mean, median
+from collections.abc import Sequence
+from statistics import mean
 from typing import NamedTuple
 
 from torch import Tensor
@@ -53,30 +53,17 @@ def iou(one: Tensor, other: Tensor) -> float:
     return int((one & other).sum()) / max(1, int((one | other).sum()))
 
 
-def usual_shares(shares: Iterable[tuple[int, float]]) -> dict[int, float]:
-    """Median share of a photo per class, from (class, share), over the photos in which it has pixels."""
-    of_class: dict[int, list[float]] = {}
-    for number, share in shares:
-        of_class.setdefault(number, []).extend([share] * (share > 0))
-    return {number: median(values or [0.0]) for number, values in of_class.items()}
-
-
-def judge(name: str, sign: Signs, usual: float) -> tuple[float, str]:
+def judge(name: str, sign: Signs) -> tuple[float, str]:
     """Confidence in the mask of a class, in [0, 1], and in plain words what to check, which may be nothing.
 
-    Args:
-        name: of the class.
-        sign: of the class in this photo.
-        usual: its usual share of a photo.
+    The confidence is the agreement of the scales: of all signs, and of their means and products, it ranks masks best.
     """
     if not sign.share:
         return 0.0, f"'{name}' has no pixel"
-    trust = mean((sign.scales, sign.threshold, sign.crf))
     doubts = {
-        f"covers {100 * sign.share:.0f} % of the photo": sign.share > 0.7,
-        f"'{name}' is far smaller than usual": sign.share < usual / 5,
-        "the scales disagree": sign.scales < 0.35,
-        "changes with the threshold": sign.threshold < 0.35,
-        "the CRF changes much": sign.crf < 0.5,
+        f"covers {100 * sign.share:.2g} % of the photo": not 0.005 <= sign.share <= 0.7,
+        "the scales disagree": sign.scales < 0.5,
+        "changes with the threshold": sign.threshold < 0.25,
+        "the CRF changes much": sign.crf < 0.6,
     }
-    return trust, "; ".join(words for words, holds in doubts.items() if holds)
+    return sign.scales, "; ".join(words for words, holds in doubts.items() if holds)

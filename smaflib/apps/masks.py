@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from smaflib import files
-from smaflib.apps.confidence import Signs, judge, signs, usual_shares
+from smaflib.apps.confidence import Signs, judge, signs
 from smaflib.apps.corrections import Correction, check_corrected, read_corrections
 from smaflib.config import Config, config_differences, dump_config, load_config
 from smaflib.data.masks import read_mask, save_mask
@@ -99,7 +99,7 @@ def open_masks(out: Path, config: Config | None = None, retrain: bool = False) -
         names = (*names, *(name for name in work.samples().class_names if name not in names))
         config = config.model_copy(update={"data": config.data.model_copy(update={"class_names": names})})
     left_out = frozenset(name for name, each in read_corrections(out).items() if each.leave_out)
-    return Workspace(out, config, left_out)
+    return Workspace(out, config, leave_out=left_out)
 
 
 def mask_at(work: Workspace, image_id: str, bg_score: float | None = None) -> tuple[Tensor, Tensor]:
@@ -195,33 +195,25 @@ def _write_overlays(work: Workspace, record: dict[str, Any], own: Mapping[str, f
 
 def write_sheet(work: Workspace, samples: Samples, record: dict[str, Any]) -> Path:
     """Write ``masks.csv`` and the contact sheet: the most doubtful first, those left out last."""
-    names, rows, cards = samples.class_names, list[dict[str, Any]](), []
-    found = {
-        (file.image_id, number): Signs(*sign)
-        for file in samples.files
-        for number, sign in zip(file.labels, record["photos"].get(file.image_id, {}).get("signs", ()), strict=False)
-    }
-    usual = usual_shares((number, sign.share) for (_, number), sign in found.items())
+    rows, cards = list[dict[str, Any]](), list[dict[str, Any]]()
     for file in samples.files:
-        left, mine = file.image_id in work.leave_out, []
-        drawn = not left and record["photos"][file.image_id]["corrected"]
-        for number in file.labels:
-            row = {"image": file.image.name, "label": names[number], "number": number, "check": "left out"}
-            if not left:
-                sign = found[file.image_id, number]
-                trust, check = judge(names[number], sign, usual[number])
-                row |= {"share": sign.share, "confidence": 1.0 if drawn else trust}
-                row["check"] = "corrected by hand" if drawn else check
+        name, left, mine = file.image_id, file.image_id in work.leave_out, list[dict[str, Any]]()
+        drawn = not left and record["photos"][name]["corrected"]
+        listed = [None] * len(file.labels) if left else record["photos"][name]["signs"]
+        for number, sign in zip(file.labels, listed, strict=True):
+            label = samples.class_names[number]
+            row = {"image": file.image.name, "label": label, "number": number, "check": "left out"}
+            if sign:
+                trust, check = (1.0, "corrected by hand") if drawn else judge(label, Signs(*sign))
+                row |= {"share": sign[0], "confidence": trust, "check": check}
             mine.append(row)
-        paths = [quote(path.relative_to(work.folder).as_posix()) for path in _shown(work.folder, file.image_id)]
         doubt = min((row.get("confidence", 2.0) for row in mine), default=2.0)
-        cards.append(
-            {"name": file.image_id, "rows": mine, "left": left, "drawn": drawn, "paths": paths, "doubt": doubt}
-        )
+        paths = [quote(path.relative_to(work.folder).as_posix()) for path in _shown(work.folder, name)]
+        cards.append({"name": name, "rows": mine, "left": left, "drawn": drawn, "paths": paths, "doubt": doubt})
         rows += mine
     columns = ["image", "label", "share", "confidence", "check"]
     table = pd.DataFrame(rows, columns=columns).sort_values(["confidence", "image", "label"])
     files.write_text(work.path("masks.csv"), table.to_csv(index=False, float_format="%.3f", lineterminator="\n"))
     cards.sort(key=lambda card: (card["doubt"], card["name"]))
-    legend = [(number + 1, names[number]) for number in sorted({row["number"] for row in rows})]
+    legend = sorted({(row["number"] + 1, row["label"]) for row in rows})
     return write_page(work.path("index.html"), "contact_sheet.html.j2", cards=cards, legend=legend, color=class_color)
