@@ -27,8 +27,10 @@ def test_photo_without_a_class_has_no_signs():
 
 def test_words():
     assert judge("dog", Signs(0, 1, 1, 1)) == (0.0, "'dog' has no pixel")
-    assert judge("dog", Signs(0.84, 0.75, 0.9, 0.9)) == (0.75, "covers 84 % of the photo")
-    doubts = "covers 0.2 % of the photo; the scales disagree; changes with the threshold; the CRF changes much"
+    assert judge("dog", Signs(1, 0.75, 0.9, 0.9)) == (0.75, "covers 100 % of the photo")
+    doubts = (
+        "covers less than 0.5 % of the photo; the scales disagree; changes with the threshold; the CRF changes much"
+    )
     assert judge("dog", Signs(0.002, 0.1, 0.1, 0.1)) == (0.1, doubts)
     assert judge("dog", Signs(0.2, 1, 1, 1)) == (1.0, "")
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from test_custom_images import SETTINGS, config_of, write_table
 
-from smaflib import pipeline
+from smaflib import files, pipeline
 from smaflib.apps.corrections import Correction, read_corrections, write_correction
 from smaflib.apps.masks import make_masks, mask_at, open_masks
 from smaflib.config import Config, check_settings
 from smaflib.data.masks import read_mask, save_mask
-from smaflib.errors import ConfigError, DataError
+from smaflib.errors import ConfigError, DataError, RunError
 
 LABELS = [(f"{number}.png", ["red", "blue"][number % 2]) for number in range(6)]
 OURS = {"masks", "made", "overlays", "overlays_before", "cams"}
@@ -238,6 +238,15 @@ def test_retraining_learns_corrections_and_keeps_them(
     assert (out / "labels.csv").read_text() == "mine" and read_corrections(out)["4"].leave_out
     make_masks(config, out, retrain=True)  # these were learned already
     assert contents(out) == once
+
+
+def test_second_command_on_the_folder_changes_nothing(folder: Path) -> None:
+    out = folder / "out"
+    write_correction(out, "2", 0.9)
+    before = contents(out)
+    with files.locked(out, "smaf masks"), pytest.raises(RunError, match="another smaf masks is running"):
+        make_masks(config_in(folder), out)
+    assert contents(out) == before
 
 
 @pytest.mark.parametrize("where", ["write_maps", "write_masks", "_write_overlays", "write_sheet"])

@@ -61,7 +61,8 @@ def judge(name: str, sign: Signs) -> tuple[float, str]:
     if not sign.share:
         return 0.0, f"'{name}' has no pixel"
     doubts = {
-        f"covers {100 * sign.share:.2g} % of the photo": not 0.005 <= sign.share <= 0.7,
+        f"covers {100 * sign.share:.0f} % of the photo": sign.share > 0.7,
+        "covers less than 0.5 % of the photo": sign.share < 0.005,
         "the scales disagree": sign.scales < 0.5,
         "changes with the threshold": sign.threshold < 0.25,
         "the CRF changes much": sign.crf < 0.6,
