@@ -8,7 +8,7 @@ no earlier stage run again (:mod:`smaflib.runs.stages`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +21,7 @@ from smaflib.cams import fuse_cams, multi_scale_cams
 from smaflib.classifier import train_classifier
 from smaflib.config import AttentionConfig, Config, SelfTrainingConfig, Split, Variant
 from smaflib.data import load_samples
+from smaflib.data.classes import VOID_LABEL
 from smaflib.data.masks import MaskFiles
 from smaflib.data.voc import SPLITS
 from smaflib.errors import ConfigError, DataError, InputError
@@ -113,8 +114,8 @@ def train_student(
 def _targets(work: Workspace, teacher: str, settings: SelfTrainingConfig, device: torch.device) -> Sequence[Tensor]:
     """A teacher's maps, or the masks that ``self_training.refine`` makes of them.
 
-    A student of masks learns where its teacher's maps agree with the edges of the images. The masks are kept in memory,
-    one byte per pixel.
+    A student of masks learns where its teacher's maps agree with the edges of the images, and from what a person has
+    corrected. The masks are kept in memory, one byte per pixel.
     """
     from smaflib.maps import MaskMaps
     from smaflib.pseudo_masks import pseudo_masks
@@ -128,6 +129,9 @@ def _targets(work: Workspace, teacher: str, settings: SelfTrainingConfig, device
     refinement = config.pseudo_masks.model_copy(update={"refine": settings.refine})
     mine = part(range(len(samples)))
     masks = gather(list(pseudo_masks(samples, maps, work.bg_score, refinement, mine, device=device, desc="targets")))
+    corrected, number_of = work.corrected(), {image_id: n for n, image_id in enumerate(samples.image_ids)}
+    for image_id, mask in zip(corrected.image_ids, corrected.ground_truth or (), strict=True):
+        masks[number_of[image_id]] = mask.where(mask != VOID_LABEL, masks[number_of[image_id]])
     return MaskMaps(masks, len(samples.class_names))
 
 
@@ -142,18 +146,24 @@ def self_train_rounds(work: Workspace) -> dict[str, History]:
     return histories
 
 
-def write_masks(work: Workspace, network: str = "student") -> MaskFiles:
-    """Stage 5: the pseudo masks of the training split, from a network's maps."""
+def write_masks(
+    work: Workspace, network: str = "student", folder: str = "masks", bg_scores: Mapping[str, float] | None = None
+) -> MaskFiles:
+    """Stage 5: the pseudo masks of the training split, from a network's maps.
+
+    ``bg_scores`` are background thresholds of single images by id, instead of the network's.
+    """
     from smaflib.pseudo_masks import write_pseudo_masks
 
-    config, samples, folder = work.config, work.samples(), work.path("masks")
-    bg_score = work.mask_bg_score(network)
-    if missing_files(folder, samples.image_ids):
-        run_in_processes(num_processes(config), write_masks, replace(work), network)
+    config, samples = work.config, work.samples()
+    bg_score, own = work.mask_bg_score(network), bg_scores or {}
+    if missing_files(work.path(folder), samples.image_ids):
+        run_in_processes(num_processes(config), write_masks, replace(work), network, folder, bg_scores)
         maps, device = work.mask_maps(network, samples), work.make_runtime().device
-        write_pseudo_masks(samples, maps, folder, bg_score, config.pseudo_masks, device=device)
+        thresholds = [own.get(image_id, bg_score) for image_id in samples.image_ids]
+        write_pseudo_masks(samples, maps, work.path(folder), thresholds, config.pseudo_masks, device=device)
     barrier()  # every process has written its masks
-    return work.masks(samples)
+    return work.masks(samples, folder)
 
 
 def train_segmentation(work: Workspace) -> tuple[SegmentationNetwork, History]:

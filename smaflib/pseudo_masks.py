@@ -53,20 +53,24 @@ def pseudo_mask(
 def pseudo_masks(
     samples: Samples,
     denoised: Sequence[Tensor],
-    bg_score: float,
+    bg_score: float | Sequence[float],
     config: PseudoMaskConfig = PseudoMaskConfig(),
     indices: Sequence[int] | None = None,
     *,
     device: torch.device = CPU,
     desc: str = "pseudo masks",
 ) -> Iterator[Tensor]:
-    """:func:`pseudo_mask` of all samples or some, in order, on all cores or on the GPU; ``denoised`` may be lazy."""
+    """:func:`pseudo_mask` of all samples or some, in order, on all cores or on the GPU; ``denoised`` may be lazy.
+
+    ``bg_score`` is one threshold, or that of each sample.
+    """
     indices = range(len(samples)) if indices is None else indices
+    score_of = [bg_score] * len(samples) if isinstance(bg_score, float | int) else bg_score
     masks: Iterator[Tensor]
     if config.refinement is None:
-        masks = (hard_labels(denoised[index], bg_score) for index in indices)
+        masks = (hard_labels(denoised[index], score_of[index]) for index in indices)
     else:
-        jobs = ((samples[index].image, _unary(denoised[index], bg_score, config)) for index in indices)
+        jobs = ((samples[index].image, _unary(denoised[index], score_of[index], config)) for index in indices)
         num_labels, workers = len(samples.class_names) + 1, config.num_workers
         masks = refine_many(jobs, config.refinement, num_labels, workers, config.backend, device)
     yield from progress(masks, len(indices), desc)
@@ -76,7 +80,7 @@ def write_pseudo_masks(
     samples: Samples,
     denoised: Sequence[Tensor],
     folder: Path,
-    bg_score: float,
+    bg_score: float | Sequence[float],
     config: PseudoMaskConfig = PseudoMaskConfig(),
     *,
     device: torch.device = CPU,

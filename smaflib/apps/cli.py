@@ -247,8 +247,12 @@ def masks(
         str | None, typer.Option(metavar="NAME", help="timm/NAME; timm/tf_efficientnet_lite2 by default.")
     ] = None,
     settings: Settings = None,
+    retrain: Annotated[bool, typer.Option("--retrain", help="Train anew on changed labels, photos, settings.")] = False,
 ) -> None:
-    """Make pixel masks for custom images from a list of what each image shows. An interrupted call resumes."""
+    """Make pixel masks for custom images from a list of what each image shows. An interrupted call resumes.
+
+    Edit the table of labels, OUT/corrections.csv or OUT/corrected/ and call again: what depends on it is made anew.
+    """
     from smaflib.apps.drafts import write_label_table
     from smaflib.apps.masks import check_out, make_masks
     from smaflib.config import load_config
@@ -260,7 +264,7 @@ def masks(
     if labels is None:
         check_out(out.absolute())
         typer.echo(write_label_table(config))
-    sheet = make_masks(config, out.absolute())
+    sheet = make_masks(config, out.absolute(), retrain)
     typer.echo(f"masks: {sheet.parent / 'masks'}\ncontact sheet: {sheet}")
 
 

@@ -20,8 +20,7 @@ from PIL import Image
 from skimage.measure import approximate_polygon, find_contours, label, regionprops
 
 from smaflib import files
-from smaflib.apps.masks import images_and_labels
-from smaflib.config import load_config
+from smaflib.apps.masks import open_masks
 from smaflib.data.classes import VOID_LABEL
 from smaflib.data.masks import check_mask_values, read_mask
 from smaflib.data.sample import Samples
@@ -29,7 +28,6 @@ from smaflib.errors import ConfigError, RunError
 from smaflib.processes import missing_files
 from smaflib.report.html import write_page
 from smaflib.runtime import progress
-from smaflib.workspace import Workspace
 
 Names = tuple[str, ...]
 Photos = Iterator[tuple[Path, np.ndarray, list[tuple[str, Any]]]]
@@ -49,21 +47,18 @@ def export_masks(folder: Path, form: str, out: Path, per: str = "part", min_pixe
 
     Raises:
         ConfigError: if ``out`` exists, ``folder`` has no config, or YOLO shall have several outlines per object.
-        RunError: if masks are missing, or images or labels have changed since.
+        RunError: if masks are missing.
     """
     if out.exists():
         raise ConfigError(f"{out} exists; choose another --out, or delete it")
     if form == "yolo" and per == "class":
         raise ConfigError("an object of YOLO has one outline, and a class may need several; leave out --per class")
-    if not (note := folder / "config.yaml").is_file():
+    if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder} has no config.yaml; give the folder that smaf masks --out wrote")
-    samples, again = Workspace(folder, load_config(note)).samples(), "give the same smaf masks command again"
+    samples, again = open_masks(folder).samples(), "give the same smaf masks command again"
     if missing := [samples.image_ids[number] for number in missing_files(folder / "masks", samples.image_ids)]:
         few = f"{', '.join(missing[:3])} ({len(missing)} of {len(samples)})"
         raise RunError(f"{folder} has no masks yet of {few}; {again}, which resumes")
-    first = files.read_text(note).partition("\n")[0]
-    if first.startswith("#") and first != images_and_labels(samples):
-        raise RunError(f"images or labels have changed since the masks in {folder} were made; {again}")
     write = {"coco": _coco, "labelme": _labelme, "yolo": _yolo, "cvat": _cvat, "png": _png}[form]
     with files.replacing(out) as temporary:
         write(_photos(samples, folder / "masks", per, min_pixels), samples.class_names, temporary)

@@ -1,110 +1,225 @@
-"""Masks for custom images from a list of what each image shows: the chain without notebooks and ground truth."""
+"""Masks for custom images from a list of what each image shows: the chain without notebooks and ground truth.
+
+``made.json`` says what the files of each photo are made from. Where that changes, they are deleted, then the record is
+written, then they are made again: however a call ends, what is there fits the record.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
+import pandas as pd
 from PIL import Image
+from torch import Tensor
 
 from smaflib import files
-from smaflib.config import Config, dump_config
-from smaflib.data.masks import mask_values
+from smaflib.apps.confidence import Signs, judge, signs
+from smaflib.apps.corrections import Correction, check_corrected, read_corrections
+from smaflib.config import Config, config_differences, dump_config, load_config
+from smaflib.data.masks import read_mask, save_mask
 from smaflib.data.sample import Samples
 from smaflib.errors import ConfigError
+from smaflib.evaluation import evaluate
 from smaflib.pipeline import check_custom, check_networks, self_train_rounds, train_teacher, write_maps, write_masks
-from smaflib.processes import missing_files
+from smaflib.pseudo_masks import pseudo_mask
+from smaflib.reactivation import hard_labels
 from smaflib.report.html import write_page
 from smaflib.report.palette import class_color
 from smaflib.report.plots import overlay_mask
 from smaflib.runtime import progress
+from smaflib.training import is_finished
 from smaflib.workspace import Workspace
 
-OVERLAY_SIDE = 480
+OVERLAY_SIDE = 1024
 """Longest side of an overlay, in pixels."""
 
+BY_A_PERSON = {"labels.csv", "corrections.csv", "corrected"}
+SHOWN = ("masks", "overlays", "overlays_before")
+MADE = ("checkpoints", "cams", "bg_scores", "made", *SHOWN)
 
-def make_masks(config: Config, out: Path) -> Path:
+
+def make_masks(config: Config, out: Path, retrain: bool = False) -> Path:
     """Learn from images and image labels, and write a mask for each image. An interrupted call resumes.
+
+    A later call makes anew, with the networks that are there, what depends on changed labels and on a person's files
+    (:mod:`smaflib.apps.corrections`).
 
     Args:
         config: of kind ``folder``, such as ``configs/custom.yaml`` with the paths set.
-        out: folder for ``masks/`` (palette PNGs), ``overlays/``, ``index.html`` (the contact sheet), and networks and
-            maps, laid out like a run.
+        out: folder for ``masks/`` (palette PNGs), ``masks.csv``, ``index.html`` (the contact sheet), overlays,
+            ``made/`` (masks before a person replaced them), and networks and maps, laid out like a run.
+        retrain: train again if settings, photos, labels or corrected masks have changed.
 
     Returns:
         Path of the contact sheet.
 
     Raises:
-        ConfigError: if ``out`` holds other files, or masks made from other images, labels or settings.
-        DataError: if an image or the label table cannot be used.
+        ConfigError: if ``out`` holds other files, or masks of other settings, photos or classes.
+        DataError: if an image, a table or a corrected mask cannot be used.
     """
     check_custom(config)
-    work = Workspace(out, config)
-    samples = work.samples()
-    if not work.checkpoint("teacher").is_file():  # before anything is written
+    check_out(out)
+    work = open_masks(out, config, retrain)
+    samples = replace(work, leave_out=frozenset()).samples()
+    corrections, corrected = read_corrections(out, samples), check_corrected(work, samples)
+    if retrain or not _is_trained(work):  # before anything is written
         check_networks(config, samples.class_names)
         samples.check_images()
-    _claim(out, config, samples)
     with files.locked(out, "smaf masks"):
-        if missing_files(out / "masks", samples.image_ids):
+        record = _claim(work, config, samples, corrections, corrected, retrain)
+        if not _is_trained(work):
             train_teacher(work)
             write_maps(work, "teacher")
             self_train_rounds(work)
-            write_masks(work)
-        return _write_contact_sheet(work, samples)
-
-
-def images_and_labels(samples: Samples) -> str:
-    """The first line of ``config.yaml``, which tells these images and labels from others."""
-    listing = "\n".join(f"{file.image}:{file.labels}:{file.image.stat().st_size}" for file in samples.files)
-    return f"# images and labels: {hashlib.sha256(listing.encode()).hexdigest()}"
+        write_maps(work, "student")
+        own = {name: each.bg_score for name, each in corrections.items() if each.bg_score is not None}
+        write_masks(work, "student", "made", own)
+        _write_overlays(work, record, own)
+        files.write_json(out / "made.json", record)
+        if corrected:
+            drawn, learned = work.corrected(), len(corrected.keys() & record["learned"]["corrected"].keys())
+            scores = evaluate(work.masks(drawn, "made"), drawn.ground_truth or (), drawn.class_names)
+            about = f"{len(drawn)} corrected photos, of which the networks learned {learned}"
+            print(f"mIoU of the made masks on {about}: {100 * scores.miou:.1f} %")
+        return write_sheet(work, samples, record)
 
 
 def check_out(out: Path) -> None:
-    """Refuse a folder of other files than ours; ``labels.csv`` may be there."""
-    names = {path.name for path in out.glob("[!.]*")} - {"labels.csv"}
-    if names and "config.yaml" not in names:
+    """ConfigError if a folder holds other files than ours and a person's."""
+    names = {path.name for path in out.glob("[!.]*")} - BY_A_PERSON - {"config.yaml"}
+    if names and not (out / "made.json").is_file():
         raise ConfigError(f"{out} is not empty and was not written by smaf masks; choose another --out")
 
 
-def _claim(out: Path, config: Config, samples: Samples) -> None:
-    """Note in ``config.yaml`` that the folder belongs to this config and these images, or check that it does.
+def open_masks(out: Path, config: Config | None = None, retrain: bool = False) -> Workspace:
+    """The folder of :func:`make_masks`: without the photos left out, and with the classes that its networks know."""
+    config, known = config or load_config(out / "config.yaml"), files.read_json(out / "made.json", {})
+    work, names = Workspace(out, config), known.get("learned", {}).get("class_names", [])
+    keep = any(out.glob("corrected/*.png")) or (_is_trained(work) and not retrain)
+    if keep and names and not config.data.class_names:  # new ones come last: the values in masks stay
+        names = (*names, *(name for name in work.samples().class_names if name not in names))
+        config = config.model_copy(update={"data": config.data.model_copy(update={"class_names": names})})
+    left_out = frozenset(name for name, each in read_corrections(out).items() if each.leave_out)
+    return Workspace(out, config, leave_out=left_out)
 
-    A folder in which no network was trained belongs to nobody.
+
+def mask_at(work: Workspace, image_id: str, bg_score: float | None = None) -> tuple[Tensor, Tensor]:
+    """A photo's mask at a background threshold, by default that of all photos, before and after the CRF.
+
+    Both are uint8 (H, W) at the working size; nothing is written.
     """
-    claim = f"{images_and_labels(samples)}\n{dump_config(config)}"
-    note = out / "config.yaml"
-    if not note.is_file():
-        check_out(out)
-        files.write_text(note, claim)
-    elif not (out / "checkpoints").is_dir():
-        files.write_text(note, claim)
-    elif note.read_text(encoding="utf-8") != claim:
+    samples, score = work.samples(), work.mask_bg_score() if bg_score is None else bg_score
+    index = samples.image_ids.index(image_id)
+    maps = work.mask_maps("student", samples)[index]
+    return hard_labels(maps, score), pseudo_mask(samples[index].image, maps, score, work.config.pseudo_masks)
+
+
+def _is_trained(work: Workspace) -> bool:
+    return is_finished(work.checkpoint("student"), work.config.self_training)
+
+
+def _claim(
+    work: Workspace,
+    config: Config,
+    samples: Samples,
+    corrections: Mapping[str, Correction],
+    corrected: Mapping[str, str],
+    retrain: bool,
+) -> dict[str, Any]:
+    """Write ``made.json``, and delete what no longer fits; ConfigError if only a new training could help."""
+    out, names, trained = work.folder, samples.class_names, _is_trained(work)
+    labels = {file.image_id: [names[number] for number in file.labels] for file in samples.files}
+    learned: dict[str, Any] = {
+        "class_names": list(names),
+        "photos": {file.image_id: file.image.stat().st_size for file in samples.files},
+        "labels": {name: labels[name] for name in work.samples().image_ids},
+        "corrected": dict(corrected) if config.self_training.refine != "none" else {},
+    }
+    record: dict[str, Any] = files.read_json(out / "made.json", {})
+    before = record.get("learned", learned)
+    changed = config_differences(config, load_config(out / "config.yaml")) if record else []
+    settings = bool(changed)
+    if trained:
+        changed += [f"class {name}" for name in names if name not in before["class_names"]]
+        changed += [f"photo {name}" for name in sorted(dict(before["photos"].items() ^ learned["photos"].items()))]
+    if changed and work.path("checkpoints").is_dir() and not retrain:
         raise ConfigError(
-            f"{out} holds masks made from other images, labels or settings; choose another --out, or delete all in it "
-            "but labels.csv"
+            f"{out} was made with other settings, photos or classes: {'; '.join(changed[:5])}; choose another --out, "
+            "or give --retrain, which trains anew and keeps what you wrote"
         )
+    if settings or not record or (learned != before and (retrain or not trained)):
+        for folder in filter(Path.is_dir, map(out.joinpath, MADE)):
+            shutil.rmtree(folder)
+        files.write_text(out / "config.yaml", dump_config(config))
+        record = {"learned": learned, "photos": {}}
+    for name in labels:
+        correction, last = corrections.get(name, Correction()), record["photos"].get(name, {})
+        new = {"labels": labels[name], "bg_score": correction.bg_score, "corrected": corrected.get(name)}
+        depends = {work.maps("student").path(name): ["labels"], out / "made" / f"{name}.png": ["labels", "bg_score"]}
+        for path, causes in (depends | dict.fromkeys(_shown(out, name), list(new))).items():
+            differs = any(new[cause] != last.get(cause) for cause in causes)
+            if path.parent.name in SHOWN if correction.leave_out else differs:
+                path.unlink(missing_ok=True)
+        if not correction.leave_out and not new.items() <= last.items():
+            record["photos"][name] = new
+    files.write_json(out / "made.json", record)
+    return record
 
 
-def _write_contact_sheet(work: Workspace, samples: Samples) -> Path:
-    out, cards, masks = work.folder, [], work.masks(samples)
-    for index, file in enumerate(progress(samples.files, total=len(samples), desc="overlays")):
-        mask, overlay = masks[index], out / "overlays" / f"{file.image_id}.jpg"
-        if not overlay.is_file():
+def _shown(out: Path, image_id: str) -> tuple[Path, Path, Path]:
+    """The mask of a photo, its overlay, and the overlay of what it was before the CRF or before a person's mask."""
+    mask, overlay, before = (str(out / folder / image_id) for folder in SHOWN)
+    return Path(f"{mask}.png"), Path(f"{overlay}.jpg"), Path(f"{before}.jpg")
+
+
+def _write_overlays(work: Workspace, record: dict[str, Any], own: Mapping[str, float]) -> None:
+    """Write masks and overlays that are missing, and the signs of their photos into the record."""
+    samples, chosen = work.samples(), work.mask_bg_score()
+    maps, made, final = work.mask_maps("student", samples), work.masks(samples, "made"), work.masks(samples)
+    single = [work.mask_maps("student", samples, [scale]) for scale in work.config.attention.scales]
+    drawn = {file.image_id: file.mask for file in work.corrected().files}
+    for index, name in enumerate(progress(samples.image_ids, total=len(samples), desc="overlays")):
+        path, *overlays = _shown(work.folder, name)
+        if not path.is_file():
+            save_mask(path, read_mask(drawn.get(name) or made.paths[index]))
+        if "signs" in record["photos"][name] and all(overlay.is_file() for overlay in overlays):
+            continue
+        present, fused = maps.present(index)
+        scales, score = [each.present(index)[1] for each in single], own.get(name, chosen)
+        record["photos"][name]["signs"] = signs(fused, scales, score, final[index], (present + 1).tolist())
+        before = made[index] if name in drawn else hard_labels(maps[index], score)
+        for overlay, mask in zip(overlays, (final[index], before), strict=True):
             picture = Image.fromarray(overlay_mask(samples[index].image, mask))
             picture.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))
             files.save_image(overlay, picture)
-        found = set(mask_values(mask))
-        labels = [(samples.class_names[number], number + 1 in found, class_color(number)) for number in file.labels]
-        cards.append(
-            {
-                "name": file.image_id,
-                "labels": labels,
-                "share": float((mask > 0).float().mean()),
-                "overlay": quote(f"overlays/{overlay.name}"),
-                "mask": quote(f"masks/{file.image_id}.png"),
-            }
-        )
-    return write_page(out / "index.html", "contact_sheet.html.j2", cards=cards)
+
+
+def write_sheet(work: Workspace, samples: Samples, record: dict[str, Any]) -> Path:
+    """Write ``masks.csv`` and the contact sheet: the most doubtful first, those left out last."""
+    rows, cards = list[dict[str, Any]](), list[dict[str, Any]]()
+    for file in samples.files:
+        name, left, mine = file.image_id, file.image_id in work.leave_out, list[dict[str, Any]]()
+        drawn = not left and record["photos"][name]["corrected"]
+        listed = [None] * len(file.labels) if left else record["photos"][name]["signs"]
+        for number, sign in zip(file.labels, listed, strict=True):
+            label = samples.class_names[number]
+            row = {"image": file.image.name, "label": label, "number": number, "check": "left out"}
+            if sign:
+                trust, check = (1.0, "corrected by hand") if drawn else judge(label, Signs(*sign))
+                row |= {"share": sign[0], "confidence": trust, "check": check}
+            mine.append(row)
+        doubt = min((row.get("confidence", 2.0) for row in mine), default=2.0)
+        paths = [quote(path.relative_to(work.folder).as_posix()) for path in _shown(work.folder, name)]
+        cards.append({"name": name, "rows": mine, "left": left, "drawn": drawn, "paths": paths, "doubt": doubt})
+        rows += mine
+    columns = ["image", "label", "share", "confidence", "check"]
+    table = pd.DataFrame(rows, columns=columns).sort_values(["confidence", "image", "label"])
+    files.write_text(work.path("masks.csv"), table.to_csv(index=False, float_format="%.3f", lineterminator="\n"))
+    cards.sort(key=lambda card: (card["doubt"], card["name"]))
+    legend = sorted({(row["number"] + 1, row["label"]) for row in rows})
+    return write_page(work.path("index.html"), "contact_sheet.html.j2", cards=cards, legend=legend, color=class_color)

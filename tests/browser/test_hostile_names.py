@@ -12,14 +12,16 @@ import pytest
 import torch
 from driving import Watched
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 from playwright.sync_api import Browser
 
 from smaflib.apps import masks as masks_module
 from smaflib.config import load_config
 from smaflib.data import load_samples, make_data
 from smaflib.explorer.page import write_explorer
-from smaflib.files import PROJECT_ROOT
+from smaflib.files import PROJECT_ROOT, save_image
 from smaflib.report.html import write_index
+from smaflib.report.plots import picture
 from smaflib.report.tables import class_table, folded
 from smaflib.runs import open_run
 from smaflib.workspace import Workspace
@@ -72,7 +74,12 @@ def pages(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> list[Pa
         )
     write_explorer(run, 2)
     write_index(run)
-    masks_module._write_contact_sheet(Workspace(out, run.config), run.samples("train"))
+    samples, record = run.samples("train"), {}
+    for index, file in enumerate(samples.files):
+        for part in masks_module.SHOWN[1:]:
+            save_image(out / part / f"{file.image_id}.jpg", Image.fromarray(picture(samples[index].image)))
+        record[file.image_id] = {"signs": [[0.1, 0.0, 0.0, 0.0]] * len(file.labels), "corrected": None}
+    masks_module.write_sheet(Workspace(out, run.config), samples, {"photos": record})
     return [run.path(f"{name}.html") for name in ("index", "explorer", "08_results")] + [out / "index.html"]
 
 
