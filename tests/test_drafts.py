@@ -62,7 +62,7 @@ def test_labels_are_drafted_once_and_belong_to_the_user_afterwards(
     assert lines[0] == "image,labels,scores"
     assert lines[1].startswith("a.jpg,car;truck;dog,car 0.50;truck 0.50;dog 0.11;zebra 0.09;")
     assert lines[2].startswith("b.jpg,,pizza 0.04;")
-    config, out = make.call_args.args
+    config, out, _ = make.call_args.args
     assert (config.data.labels, out) == (table, tmp_path / "out")
     assert load_samples(config, "train").class_names == ("car", "dog", "truck")
     mine = "image;labels\na.jpg;dog\nb.jpg;person\n"
