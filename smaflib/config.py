@@ -243,8 +243,8 @@ class AttentionConfig(StageConfig):
     scales: tuple[Scale, ...] = Field((0.5, 1.0, 1.5, 2.0), min_length=1)
     flip: bool = True
     # Of the maps. classifier: the class logit maps of teacher and student. gradcam, gradcam++, layercam, xgradcam: from
-    # their gradients; with options.model, of an ImageNet classifier. imagenet+classifier: of ImageNet's classifier for
-    # the classes that it knows, the teacher's for the others. Without training: imagenet, vit, vit-rollout, dino,
+    # their gradients; with options.model, of an ImageNet classifier. imagenet+classifier: where the teacher and
+    # ImageNet's classifier both respond; the teacher's alone for classes that ImageNet lacks. Without training: imagenet, vit, vit-rollout, dino,
     # clip-es, maskclip, sclip, clearclip, naclip. Or package.module:attribute
     source: MapSource = "classifier"
     options: SourceOptions = SourceOptions()

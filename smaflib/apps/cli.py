@@ -253,17 +253,11 @@ def masks(
 
     Edit the table of labels, OUT/corrections.csv or OUT/corrected/ and call again: what depends on it is made anew.
     """
-    from smaflib.apps.drafts import write_label_table
-    from smaflib.apps.masks import check_out, make_masks
-    from smaflib.config import load_config
+    from smaflib.apps.drafts import photos_config
+    from smaflib.apps.masks import make_masks
 
-    paths = {"data.images": images, "data.labels": labels or out / "labels.csv"}
-    named = [f"{key}={json.dumps(str(path.absolute()))}" for key, path in paths.items()]  # a path may look like YAML
-    named += [f"model.backbone={backbone}", "model.weights=pretrained"] if backbone else []
-    config = load_config(SHIPPED / "configs" / "custom.yaml", [*named, *(settings or [])])
-    if labels is None:
-        check_out(out.absolute())
-        typer.echo(write_label_table(config))
+    named = [f"model.backbone={backbone}", "model.weights=pretrained"] if backbone else []
+    config = photos_config(images, labels, out, [*named, *(settings or [])])
     sheet = make_masks(config, out.absolute(), retrain)
     typer.echo(f"masks: {sheet.parent / 'masks'}\ncontact sheet: {sheet}")
 

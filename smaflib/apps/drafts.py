@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
 import pandas as pd
 
-from smaflib.config import Config
+from smaflib.apps.masks import check_out
+from smaflib.config import Config, load_config
 from smaflib.data.labels import IMAGE_ENDINGS
 from smaflib.data.voc import find_images, list_files, open_image
 from smaflib.errors import DataError
-from smaflib.files import shown_path, write_text
+from smaflib.files import SHIPPED, shown_path, write_text
 from smaflib.runtime import make_runtime, progress
 from smaflib.sources.imagenet import KINDS, LIKELY, NUM_CLASSES, ImageNetClassifier, match_classes, synonyms
 
@@ -22,6 +27,20 @@ def coarse_names() -> dict[str, list[int]]:
         name = next(name for name in synonyms()[number].split(", ") if name not in taken)
         table.setdefault(name, []).append(number)
     return table
+
+
+def photos_config(images: Path, labels: Path | None, out: Path, settings: Sequence[str] = ()) -> Config:
+    """Settings of ``configs/custom.yaml`` for a folder of photos, with overrides such as ``seed=1``.
+
+    Without a table of labels ``out/labels.csv`` is taken, and written if it is not there (:func:`write_label_table`).
+    """
+    paths = {"data.images": images, "data.labels": labels or out / "labels.csv"}
+    named = [f"{key}={json.dumps(str(path.absolute()))}" for key, path in paths.items()]  # a path may look like YAML
+    config = load_config(SHIPPED / "configs" / "custom.yaml", [*named, *settings])
+    if labels is None:
+        check_out(out.absolute())
+        print(write_label_table(config))
+    return config
 
 
 def write_label_table(config: Config) -> str:

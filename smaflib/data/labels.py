@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smaflib.errors import DataError
-from smaflib.files import compose, read_text
+from smaflib.files import compose, read_text, write_text
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -35,8 +35,7 @@ def read_label_rows(path: Path) -> dict[str, LabelRow]:
     if not path.is_file():
         raise DataError(f"there is no CSV file {path}; set data.labels to a file with the columns image,labels")
     text = read_text(path)
-    head = text.partition("\n")[0].lower().translate({ord(character): None for character in ' \t\r"'})
-    mark = ";" if {"image", "labels"} <= {*head.split(";")} else ","
+    mark = _delimiter(text)
     reader = csv.DictReader(io.StringIO(text), strict=True, skipinitialspace=True, delimiter=mark)
     rows: dict[str, LabelRow] = {}
     try:
@@ -66,6 +65,25 @@ def read_label_rows(path: Path) -> dict[str, LabelRow]:
     if not rows:
         raise DataError(f"{path} lists no image")
     return rows
+
+
+def write_labels(path: Path, image_id: str, labels: Sequence[str]) -> None:
+    """Replace the labels of one image in a table that :func:`read_label_rows` has read; all else in it stays."""
+    text = read_text(path)
+    mark = _delimiter(text)
+    rows = list(csv.reader(io.StringIO(text), skipinitialspace=True, delimiter=mark))
+    columns = [name.strip().lower() for name in rows[0]]
+    for row in rows[1:]:
+        if row and image_stem(row[columns.index("image")]) == image_id:
+            row[columns.index("labels")] = ";".join(labels)
+    changed = io.StringIO()
+    csv.writer(changed, delimiter=mark, lineterminator="\n").writerows(rows)
+    write_text(path, changed.getvalue())
+
+
+def _delimiter(text: str) -> str:
+    head = text.partition("\n")[0].lower().translate({ord(character): None for character in ' \t\r"'})
+    return ";" if {"image", "labels"} <= {*head.split(";")} else ","
 
 
 def _read_row(where: str, line: int, fields: dict[str | None, str | list[str] | None]) -> LabelRow | None:

@@ -183,9 +183,9 @@ class ImageNetSource(AttentionSource):
 
 
 class ImageNetAndNetwork(AttentionSource):
-    """The maps of ImageNet's classifier for the classes that it knows, those of a network for the others.
+    """Where a network and ImageNet's classifier both respond: the geometric mean of their maps.
 
-    They need no common scale: each class is fused by itself and brought to a peak of 1.
+    Classes that ImageNet lacks have the network's maps. The two need no common scale: each class is fused by itself and brought to a peak of 1.
     """
 
     supervision = "image labels and ImageNet labels"
@@ -197,7 +197,8 @@ class ImageNetAndNetwork(AttentionSource):
     def attend(self, images: Tensor, classes: Classes) -> Attention:
         trained, known = self.network.attend(images, classes).maps, self.imagenet.attend(images, classes).maps
         known = F.interpolate(known, size=trained.shape[2:], mode="bilinear")  # of another stride
-        return Attention(torch.where(self.imagenet.members.any(dim=1)[:, None, None], known, trained))
+        is_known = self.imagenet.members.any(dim=1)[:, None, None]
+        return Attention(torch.where(is_known, (trained * known).sqrt(), trained))
 
 
 def make_known(attention: AttentionConfig, class_names: Sequence[str]) -> ImageNetSource:

@@ -1,0 +1,94 @@
+"""Masks of ``smaf masks`` in the explorer, the most doubtful first, to accept or correct; see notebook ``photos``."""
+
+from __future__ import annotations
+
+import html
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+import pandas as pd
+
+from smaflib.apps.corrections import read_corrections, write_correction
+from smaflib.apps.masks import open_masks
+from smaflib.data.labels import image_stem, write_labels
+from smaflib.explorer.state import Gallery, Settings
+from smaflib.explorer.widget import Explorer
+
+
+class MaskGallery(Gallery):
+    """The photos of a folder of :func:`~smaflib.apps.masks.make_masks`, the most doubtful first, reviewed ones last."""
+
+    def __init__(self, out: Path) -> None:
+        self.work, self.decided = open_masks(out), read_corrections(out)
+        samples, table = self.work.samples(), pd.read_csv(out / "masks.csv", keep_default_na=False)
+        table["image"] = table["image"].map(image_stem)
+        self.doubts = {name: rows[rows["check"] != ""] for name, rows in table.groupby("image", sort=False)}
+        order = {name: rank for rank, name in enumerate(self.doubts)}
+        ids = sorted(samples.image_ids, key=lambda name: (name in self.decided, order.get(name, len(order))))
+        images = [samples[samples.image_ids.index(name)] for name in ids]
+        maps = {"student": self.work.maps("student")}
+        super().__init__(images, samples.class_names, self.work.config, {}, maps, self.work.mask_bg_score(), out.name)
+        self.knows_photos = False
+
+    def first_settings(self, index: int) -> Settings:
+        correction = self.decided.get(self.samples[index].image_id)
+        first = super().first_settings(index)
+        return first if correction is None or not correction.bg_score else replace(first, bg_score=correction.bg_score)
+
+
+class Review(Explorer):
+    """The explorer on a folder of masks.
+
+    *accept* (Enter in the panels) keeps the image label and the background threshold that are set, in the table of
+    labels and in ``corrections.csv``, and shows the next photo; *leave out* (Delete) drops the photo. The next call of
+    :func:`~smaflib.apps.masks.make_masks` applies both.
+    """
+
+    def __init__(self, out: str | Path) -> None:
+        self.out = Path(out).absolute()
+        self.doubt = widgets.HTML()
+        made = {"Enter": ("accept ▶", "keep label and threshold"), "Delete": ("leave out", "no mask of this photo")}
+        buttons = {
+            key: widgets.Button(
+                description=text, tooltip=f"{what}; next ({key} in the panels)", layout={"width": "auto"}
+            )
+            for key, (text, what) in made.items()
+        }
+        super().__init__(MaskGallery(self.out))
+        decide = self._reporting(self.decide)
+        buttons["Enter"].on_click(lambda button: decide("Enter"))
+        buttons["Delete"].on_click(lambda button: decide("Delete"))
+        self.board.on_msg(lambda board, key, buffers: decide(key))
+        self.children[0].children += (widgets.HBox([*buttons.values(), self.doubt]),)
+        self.controls["crf"].value = True
+
+    def _open(self, index: int, keep_class: bool = True) -> None:
+        super()._open(index, keep_class)
+        gallery: Any = self.gallery
+        image_id = gallery.samples[index].image_id
+        doubts = gallery.doubts.get(image_id, pd.DataFrame({"label": [], "check": []}))
+        with self._without_redraw():
+            self.controls["bg_score"].value = gallery.first_settings(index).bg_score
+        lines = [f"{label}: {check}" for label, check in zip(doubts["label"], doubts["check"], strict=True)]
+        self.doubt.value = html.escape(" · ".join([image_id, *lines]))
+
+    def decide(self, key: str) -> None:
+        """Store what is set for the photo, accepted (``Enter``) or left out (``Delete``), and show the next one."""
+        gallery: Any = self.gallery
+        index, settings = self.board.index, self.settings
+        sample, usual = gallery.samples[index], gallery.bg_score
+        if key == "Enter" and settings.image_label != gallery.first_settings(index).image_label:
+            names = [gallery.class_names[number] for number in settings.image_label]
+            write_labels(gallery.config.data.labels, sample.image_id, names)
+            label = sample.image_label.new_zeros(len(sample.image_label))
+            label[list(settings.image_label)] = 1
+            gallery.samples[index] = replace(sample, image_label=label)
+        # The slider rounds; a threshold that was not moved stays the one for all photos.
+        own = None if math.isclose(settings.bg_score, usual, abs_tol=0.005) else settings.bg_score
+        write_correction(self.out, sample.image_id, own, leave_out=key == "Delete")
+        gallery.decided = read_corrections(self.out)
+        done = f"{sample.image_id}: {'accepted' if key == 'Enter' else 'left out'}"
+        self._go(index + 1, f"{done}; {len(gallery.decided)} of {len(gallery.samples)} reviewed")
