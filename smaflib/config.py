@@ -244,8 +244,8 @@ class AttentionConfig(StageConfig):
     flip: bool = True
     # Of the maps. classifier: the class logit maps of teacher and student. gradcam, gradcam++, layercam, xgradcam: from
     # their gradients; with options.model, of an ImageNet classifier. imagenet+classifier: where the teacher and
-    # ImageNet's classifier both respond; the teacher's alone for classes that ImageNet lacks. Without training: imagenet, vit, vit-rollout, dino,
-    # clip-es, maskclip, sclip, clearclip, naclip. Or package.module:attribute
+    # ImageNet's classifier both respond; the teacher's for classes that ImageNet lacks. Without training: imagenet,
+    # vit, vit-rollout, dino, clip-es, maskclip, sclip, clearclip, naclip. Or package.module:attribute
     source: MapSource = "classifier"
     options: SourceOptions = SourceOptions()
     # Spread the maps over patches that attend to each other (CAA of CLIP-ES), in boxes from this share of a map's peak:

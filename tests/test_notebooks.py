@@ -36,8 +36,9 @@ from smaflib.runs.stages import ABLATION, STAGES, counts
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
 OF_STAGES = [PROJECT_ROOT / "notebooks" / f"{stage.name}.ipynb" for stage in STAGES]
 # No stages: they make nothing that others need.
-EXPLORE, LESSON, OF_SOURCES = (
-    PROJECT_ROOT / "notebooks" / f"{name}.ipynb" for name in ("explore", "00b_cam_from_scratch", "09_attention_sources")
+EXPLORE, LESSON, OF_SOURCES, OF_PHOTOS = (
+    PROJECT_ROOT / "notebooks" / f"{name}.ipynb"
+    for name in ("explore", "00b_cam_from_scratch", "09_attention_sources", "photos")
 )
 WIDTH = 104
 """Characters of a line of code that JupyterLab shows in a window of 1280 pixels, with its file browser open (107)."""
@@ -67,7 +68,7 @@ def test_form(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     title = notebook.cells[0].source.splitlines()[0]
-    assert re.fullmatch(r"# (\d\db?|Explore) · .*\?", title), (
+    assert re.fullmatch(r"# (\d\db?|Explore|Your photos) · .*\?", title), (
         f"the first line must ask the notebook's question, got {title!r}"
     )
     conclusion = notebook.cells[-2 if path == EXPLORE else -1].source  # the explorer comes last

@@ -185,7 +185,8 @@ class ImageNetSource(AttentionSource):
 class ImageNetAndNetwork(AttentionSource):
     """Where a network and ImageNet's classifier both respond: the geometric mean of their maps.
 
-    Classes that ImageNet lacks have the network's maps. The two need no common scale: each class is fused by itself and brought to a peak of 1.
+    Classes that ImageNet lacks have the network's maps. Maps need no common scale: each class is fused by itself and
+    brought to a peak of 1.
     """
 
     supervision = "image labels and ImageNet labels"
