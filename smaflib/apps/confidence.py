@@ -15,15 +15,23 @@ STEP = 0.3
 
 
 class Signs(NamedTuple):
-    """What tells how good the mask of a class in a photo is, each in [0, 1]."""
+    """What tells how good the mask of a class in a photo is; all but the last in [0, 1]."""
 
     share: float  # of the photo
     scales: float  # mean IoU of a single scale's mask with that of all, before the CRF
     threshold: float  # IoU of the masks at a lower and a higher background threshold, before the CRF
     crf: float  # IoU of the mask before and after the CRF
+    peak: float  # the highest attention of the teacher, summed over the scales, not normalised
 
 
-def signs(maps: Tensor, scales: Sequence[Tensor], bg_score: float, mask: Tensor, values: Sequence[int]) -> list[Signs]:
+def signs(
+    maps: Tensor,
+    scales: Sequence[Tensor],
+    bg_score: float,
+    mask: Tensor,
+    values: Sequence[int],
+    peaks: Sequence[float],
+) -> list[Signs]:
     """Signs of the P classes that a photo shows.
 
     Args:
@@ -32,6 +40,7 @@ def signs(maps: Tensor, scales: Sequence[Tensor], bg_score: float, mask: Tensor,
         bg_score: background threshold of the mask.
         mask: uint8 (H, W), after the CRF.
         values: of the P classes in the mask.
+        peaks: of the P classes.
     """
     if not values:
         return []
@@ -43,8 +52,9 @@ def signs(maps: Tensor, scales: Sequence[Tensor], bg_score: float, mask: Tensor,
             mean(iou(each == number, before == number) for each in single),
             iou(low == number, high == number),
             iou(mask == value, before == number),
+            peak,
         )
-        for number, value in enumerate(values, start=1)
+        for number, (value, peak) in enumerate(zip(values, peaks, strict=True), start=1)
     ]
 
 
@@ -53,18 +63,21 @@ def iou(one: Tensor, other: Tensor) -> float:
     return int((one & other).sum()) / max(1, int((one | other).sum()))
 
 
-def judge(name: str, sign: Signs) -> tuple[float, str]:
+def judge(name: str, sign: Signs, usual_peak: float) -> tuple[float, str]:
     """Confidence in the mask of a class, in [0, 1], and in plain words what to check, which may be nothing.
 
-    The confidence is the agreement of the scales: of all signs, and of their means and products, it ranks masks best.
+    The confidence is the mean of the scales' agreement and of how far the peak exceeds the median of all masks: they
+    rank masks better than any other sign or mean of signs (the ``choose`` folds of the benchmark).
     """
     if not sign.share:
         return 0.0, f"'{name}' has no pixel"
+    strength = sign.peak / (sign.peak + usual_peak)
     doubts = {
         f"covers {100 * sign.share:.0f} % of the photo": sign.share > 0.7,
         "covers less than 0.5 % of the photo": sign.share < 0.005,
         "the scales disagree": sign.scales < 0.5,
+        "the class is hardly recognised": strength < 0.35,
         "changes with the threshold": sign.threshold < 0.25,
         "the CRF changes much": sign.crf < 0.6,
     }
-    return sign.scales, "; ".join(words for words, holds in doubts.items() if holds)
+    return (sign.scales + strength) / 2, "; ".join(words for words, holds in doubts.items() if holds)

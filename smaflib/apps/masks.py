@@ -10,10 +10,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 from urllib.parse import quote
 
 import pandas as pd
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -182,7 +184,7 @@ def _write_overlays(work: Workspace, record: dict[str, Any], own: Mapping[str, f
     samples, chosen = work.samples(), work.mask_bg_score()
     maps, made, final = work.mask_maps("student", samples), work.masks(samples, "made"), work.masks(samples)
     single = [work.mask_maps("student", samples, [scale]) for scale in work.config.attention.scales]
-    drawn = {file.image_id: file.mask for file in work.corrected().files}
+    teacher, drawn = work.maps("teacher"), {file.image_id: file.mask for file in work.corrected().files}
     for index, name in enumerate(progress(samples.image_ids, total=len(samples), desc="overlays")):
         path, *overlays = _shown(work.folder, name)
         if not path.is_file():
@@ -191,7 +193,9 @@ def _write_overlays(work: Workspace, record: dict[str, Any], own: Mapping[str, f
             continue
         present, fused = maps.present(index)
         scales, score = [each.present(index)[1] for each in single], own.get(name, chosen)
-        record["photos"][name]["signs"] = signs(fused, scales, score, final[index], (present + 1).tolist())
+        peaks = torch.stack([cam.amax(dim=(1, 2)) for cam in teacher.read(name)[0]]).sum(dim=0)[present].tolist()
+        values = (present + 1).tolist()
+        record["photos"][name]["signs"] = signs(fused, scales, score, final[index], values, peaks)
         before = made[index] if name in drawn else hard_labels(maps[index], score)
         for overlay, mask in zip(overlays, (final[index], before), strict=True):
             picture = Image.fromarray(overlay_mask(samples[index].image, mask))
@@ -202,6 +206,7 @@ def _write_overlays(work: Workspace, record: dict[str, Any], own: Mapping[str, f
 def write_sheet(work: Workspace, samples: Samples, record: dict[str, Any]) -> Path:
     """Write ``masks.csv`` and the contact sheet: the most doubtful first, those left out last."""
     rows, cards = list[dict[str, Any]](), list[dict[str, Any]]()
+    usual_peak = median([1e-6, *(sign[-1] for photo in record["photos"].values() for sign in photo.get("signs", ()))])
     for file in samples.files:
         name, left, mine = file.image_id, file.image_id in work.leave_out, list[dict[str, Any]]()
         drawn = not left and record["photos"][name]["corrected"]
@@ -210,7 +215,7 @@ def write_sheet(work: Workspace, samples: Samples, record: dict[str, Any]) -> Pa
             label = samples.class_names[number]
             row = {"image": file.image.name, "label": label, "number": number, "check": "left out"}
             if sign:
-                trust, check = (1.0, "corrected by hand") if drawn else judge(label, Signs(*sign))
+                trust, check = (1.0, "corrected by hand") if drawn else judge(label, Signs(*sign), usual_peak)
                 row |= {"share": sign[0], "confidence": trust, "check": check}
             mine.append(row)
         doubt = min((row.get("confidence", 2.0) for row in mine), default=2.0)
