@@ -17,7 +17,7 @@ from PIL import Image
 
 from smaflib.config import Config, check_settings
 from smaflib.data import Samples, load_samples
-from smaflib.data.labels import image_stem, read_label_rows
+from smaflib.data.labels import image_stem, read_label_rows, write_labels
 from smaflib.data.masks import save_mask
 from smaflib.errors import DataError
 from smaflib.files import compose
@@ -133,6 +133,43 @@ def test_a_table_written_either_way_reads_the_same(rows: dict[str, list[str]], q
     composed = {image_stem(name): tuple(dict.fromkeys(map(compose, labels))) for name, labels in rows.items()}
     assert found[0] == found[1] == found[2]
     assert {stem: row.labels for stem, row in found[0].items()} == composed
+
+
+@given(
+    st.dictionaries(NAMES.map(image_stem).filter(bool), st.lists(NAMES, unique=True), min_size=1),
+    st.lists(NAMES, unique=True),
+    st.sampled_from([(",", ";"), (";", ","), (";", ";")]),
+    st.data(),
+)
+def test_labels_that_are_written_are_read_and_other_rows_stay(
+    rows: dict[str, list[str]], labels: list[str], marks: tuple[str, str], data: st.DataObject
+) -> None:
+    changed, ending = data.draw(st.sampled_from([*rows])), data.draw(st.sampled_from(["", ".jpg", " ", ".png "]))
+    with tempfile.TemporaryDirectory() as folder:
+        path, text = Path(folder) / "labels.csv", io.StringIO()
+        lines = [(name + ending, marks[1].join(each)) for name, each in rows.items()]
+        csv.writer(text, delimiter=marks[0]).writerows([("image", "labels"), *lines])
+        path.write_text(text.getvalue(), encoding=data.draw(st.sampled_from(["utf-8", "utf-8-sig"])), newline="")
+        before = read_label_rows(path)
+        write_labels(path, compose(changed), labels)
+        after = read_label_rows(path)
+    labels = list(dict.fromkeys(map(compose, labels)))
+    assert after.pop(compose(changed)).labels == tuple(labels)
+    assert before.pop(compose(changed)) and after == before
+
+
+def test_labels_are_written_into_tables_of_any_form(tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    for before, after in {
+        b"image,labels\n a.jpg , cat\nb\n\nc,\n": b"image,labels\na.jpg ,cat;dog\nb,\n\nc,\n",
+        b"by,labels,image\nme\n,ape,old/a.png\n": b"by,labels,image\nme,,\n,cat;dog,old/a.png\n",
+        b"image,labels,note\na\n": b"image,labels,note\na,cat;dog,\n",
+        b'\xef\xbb\xbfImage; "labels"\r\na;ape,cat\r\n': b'\xef\xbb\xbfImage;labels\na;"cat;dog"\n',
+        b'image,labels\n"a, b",cat\na,\n': b'image,labels\n"a, b",cat\na,cat;dog\n',
+    }.items():
+        table.write_bytes(before)
+        write_labels(table, "a", ["cat", "dog"])
+        assert table.read_bytes() == after
 
 
 def test_windows_letters_are_read_but_not_a_workbook(photos: Path) -> None:

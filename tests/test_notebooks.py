@@ -19,6 +19,7 @@ import skimage
 import timm
 import torch
 from helpers import network_references
+from PIL import Image
 from safetensors.torch import save_file
 
 from smaflib.apps import ablation
@@ -344,6 +345,24 @@ def test_explore_runs_headless_ends_with_the_explorer_and_links_a_page_that_need
     (page,) = tmp_path.glob("*.html")
     assert f"href='{page.name}'" in link and network_references(page.read_text()) == []
     assert "mean IoU" in "".join(output.get("text", "") for output in outputs)
+
+
+def test_photos_become_masks_a_review_and_an_export(tmp_path):
+    executed, photos = tmp_path / "executed.ipynb", tmp_path / "photos"
+    photos.mkdir()
+    for name in ("chelsea", "coffee"):
+        picture = Image.open(Path(skimage.__file__).parent / "data" / f"{name}.png")
+        picture.resize((96, 24)).save(photos / f"{name}.png")
+    (tmp_path / "labels.csv").write_text("image;labels\nchelsea;cat\ncoffee;cup,drink\n")
+    settings = {"images": "photos", "labels": "labels.csv", "out": "masks", "iterations": 2}
+    NotebookKernel("photos").execute(OF_PHOTOS, executed, settings, cwd=tmp_path)
+    cells = [cell for cell in nbformat.read(executed, as_version=4).cells if cell.cell_type == "code"]
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert "application/vnd.jupyter.widget-view+json" in cells[-2].outputs[-1].data
+    assert "2 photos in masks_coco/instances.json; " in cells[-1].outputs[-1].text
+    told = json.loads((tmp_path / "masks_coco" / "instances.json").read_text())
+    assert [each["name"] for each in told["categories"]] == ["cat", "cup", "drink"] and len(told["images"]) == 2
 
 
 def test_the_lesson_of_sources_shows_them_and_fusion_helps_each(tmp_path):

@@ -19,14 +19,15 @@ from smaflib.data.prepare import make_data
 from smaflib.data.transforms import normalize
 from smaflib.data.views import views_of
 from smaflib.errors import ConfigError
+from smaflib.models.networks import AttentionNetwork
 from smaflib.models.pretrained import pretrained_network
 from smaflib.pipeline import self_train_rounds, train_teacher, write_maps, write_masks
-from smaflib.sources import NetworkSource, make_source
+from smaflib.sources import Attention, AttentionSource, NetworkSource, make_source
 from smaflib.sources.gradcam import METHODS, GradCamSource
-from smaflib.sources.imagenet import ImageNetClassifier, ImageNetSource, match_classes
+from smaflib.sources.imagenet import ImageNetAndNetwork, ImageNetClassifier, ImageNetSource, match_classes
 from smaflib.sources.vit import VitSource
 from smaflib.workspace import Workspace
-from tests.helpers import tiny_config
+from tests.helpers import PixelNetwork, tiny_config
 
 IMAGE = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -103,6 +104,38 @@ def test_maps_of_classes_are_those_of_the_classifier(classifier: ImageNetClassif
     (expected,) = multi_scale_cams(classifier, IMAGE, [1.0])
     torch.testing.assert_close(cam[:1], expected, rtol=1e-4, atol=1e-4)
     assert (cam[1] == 0).all()
+
+
+def test_imagenet_and_a_network_agree_by_hand_and_the_network_alone_maps_what_imagenet_lacks() -> None:
+    class Known(AttentionSource):
+        members = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])  # of classes 0 and 2, not 1
+
+        def attend(self, images: Tensor, classes: object) -> Attention:
+            return Attention(torch.tensor([4.0, 0.0, 9.0]).view(1, 3, 1, 1))  # one cell, where the network has two
+
+    red_green_blue = PixelNetwork(torch.eye(3), stride=2)
+    image = torch.tensor([[255, 0], [153, 51], [0, 255]], dtype=torch.uint8)[:, None].repeat(1, 2, 1)
+    image = image.repeat_interleave(2, dim=2)  # cells of 2 x 2 pixels: (1, 0.6, 0) and (0, 0.2, 1)
+    source = ImageNetAndNetwork(Known(), red_green_blue)  # type: ignore[arg-type]
+    maps = source(image, [0, 1, 2]).maps
+    torch.testing.assert_close(maps, torch.tensor([[[2.0, 0.0]], [[0.6, 0.2]], [[0.0, 3.0]]]), rtol=0, atol=1e-5)
+
+
+def test_without_any_name_of_imagenet_the_network_maps_all_and_a_student_always_does(tmp_path: Path) -> None:
+    attention, network = AttentionConfig(source="imagenet+classifier"), PixelNetwork(torch.eye(3))
+    only = make_source(attention, ["person", "unicorn"], network)
+    assert isinstance(only, NetworkSource) and only.network is network
+    assert isinstance(make_source(attention, ["person", "zebra"], network), ImageNetAndNetwork)
+
+    config = tiny_config(attention={"source": "imagenet+classifier"}, data={"num_train": 2, "num_val": 1})
+    work = Workspace(tmp_path, config)
+    make_data(config, tmp_path)
+    work.path("checkpoints").mkdir()
+    for name in ("teacher", "student"):
+        trained = AttentionNetwork(config.model, len(CLASS_NAMES), background=name == "student")
+        save_file(trained.state_dict(), work.checkpoint(name))
+    assert isinstance(work.source("teacher"), ImageNetAndNetwork)  # ImageNet has llamas
+    assert isinstance(work.source("student"), NetworkSource)
 
 
 # ----------------------------------------------------------------------------------------------------- Grad-CAM

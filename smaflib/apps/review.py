@@ -23,7 +23,7 @@ class MaskGallery(Gallery):
 
     def __init__(self, out: Path) -> None:
         self.work, self.decided = open_masks(out), read_corrections(out)
-        samples, table = self.work.samples(), pd.read_csv(out / "masks.csv", keep_default_na=False)
+        samples, table = self.work.samples(), pd.read_csv(out / "masks.csv", dtype=str, na_filter=False)
         table["image"] = table["image"].map(image_stem)
         self.doubts = {name: rows[rows["check"] != ""] for name, rows in table.groupby("image", sort=False)}
         order = {name: rank for rank, name in enumerate(self.doubts)}
@@ -50,20 +50,18 @@ class Review(Explorer):
     def __init__(self, out: str | Path) -> None:
         self.out = Path(out).absolute()
         self.doubt = widgets.HTML()
-        made = {"Enter": ("accept ▶", "keep label and threshold"), "Delete": ("leave out", "no mask of this photo")}
-        buttons = {
-            key: widgets.Button(
-                description=text, tooltip=f"{what}; next ({key} in the panels)", layout={"width": "auto"}
-            )
-            for key, (text, what) in made.items()
-        }
         super().__init__(MaskGallery(self.out))
-        decide = self._reporting(self.decide)
-        buttons["Enter"].on_click(lambda button: decide("Enter"))
-        buttons["Delete"].on_click(lambda button: decide("Delete"))
-        self.board.on_msg(lambda board, key, buffers: decide(key))
-        self.children[0].children += (widgets.HBox([*buttons.values(), self.doubt]),)
-        self.controls["crf"].value = True
+        decide, buttons = self._reporting(self.decide), []
+        made = {"Enter": ("accept ▶", "keep label and threshold"), "Delete": ("leave out", "no mask of this photo")}
+        for key, (text, what) in made.items():
+            tooltip = f"{what}; next ({key} in the panels)"
+            buttons.append(widgets.Button(description=text, tooltip=tooltip, layout={"width": "auto"}))
+            buttons[-1].on_click(lambda button, key=key: decide(key))
+        # A key that was pressed before its photo was shown was meant for the one before.
+        self.board.on_msg(lambda board, sent, buffers: decide(sent[0]) if sent[1] == board.index else None)
+        self.children[0].children += (widgets.HBox([*buttons, self.doubt]),)
+        self.controls["crf"].value = self.gallery.config.pseudo_masks.refine == "crf"
+        self.controls["upload"].layout.display = "none"  # another photo has no mask here
 
     def _open(self, index: int, keep_class: bool = True) -> None:
         super()._open(index, keep_class)
@@ -90,5 +88,6 @@ class Review(Explorer):
         own = None if math.isclose(settings.bg_score, usual, abs_tol=0.005) else settings.bg_score
         write_correction(self.out, sample.image_id, own, leave_out=key == "Delete")
         gallery.decided = read_corrections(self.out)
+        reviewed = sum(each.image_id in gallery.decided for each in gallery.samples)
         done = f"{sample.image_id}: {'accepted' if key == 'Enter' else 'left out'}"
-        self._go(index + 1, f"{done}; {len(gallery.decided)} of {len(gallery.samples)} reviewed")
+        self._go(index + 1, f"{done}; {reviewed} of {len(gallery.samples)} reviewed")

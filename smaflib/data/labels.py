@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import io
@@ -69,16 +70,17 @@ def read_label_rows(path: Path) -> dict[str, LabelRow]:
 
 def write_labels(path: Path, image_id: str, labels: Sequence[str]) -> None:
     """Replace the labels of one image in a table that :func:`read_label_rows` has read; all else in it stays."""
-    text = read_text(path)
+    text, bom = read_text(path), "\ufeff" if path.read_bytes().startswith(codecs.BOM_UTF8) else ""
     mark = _delimiter(text)
     rows = list(csv.reader(io.StringIO(text), skipinitialspace=True, delimiter=mark))
     columns = [name.strip().lower() for name in rows[0]]
-    for row in rows[1:]:
-        if row and image_stem(row[columns.index("image")]) == image_id:
+    for row in filter(None, rows[1:]):
+        row += [""] * (len(columns) - len(row))  # lines may end before the labels
+        if image_stem(row[columns.index("image")].strip()) == image_id:
             row[columns.index("labels")] = ";".join(labels)
     changed = io.StringIO()
     csv.writer(changed, delimiter=mark, lineterminator="\n").writerows(rows)
-    write_text(path, changed.getvalue())
+    write_text(path, bom + changed.getvalue())
 
 
 def _delimiter(text: str) -> str:

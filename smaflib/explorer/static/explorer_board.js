@@ -42,7 +42,7 @@ function createBoard(root, on) {
     } else if (event.key === "Escape") on.pixel([]);
     else if (event.key === "PageDown") on.image(board.index + 1);
     else if (event.key === "PageUp") on.image(board.index - 1);
-    else if (on.decide && (event.key === "Enter" || event.key === "Delete")) on.decide(event.key);
+    else if (on.decide && !event.repeat && event.target === panels && ["Enter", "Delete"].includes(event.key)) on.decide(event.key);
     else return;
     event.preventDefault();
   });

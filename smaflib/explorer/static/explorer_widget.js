@@ -11,7 +11,7 @@ export default {
     const board = createBoard(root, {
       // The kernel does not answer if the pixel stays the same; its last answer still holds.
       pixel: (pixel) => { tell("pixel", pixel); show.reading(); },
-      decide: (key) => model.send(key),
+      decide: (key) => model.send([key, model.get("index")]),
       image: (index) => { if (index >= 0 && index < model.get("images").length) tell("index", index); },
     });
     let shown; // the class to which the image label has scrolled

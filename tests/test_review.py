@@ -1,0 +1,160 @@
+"""Masks of `smaf masks` in the explorer: a person's decisions go into the tables, and the next call applies them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from test_custom_images import config_of
+
+from smaflib.apps.corrections import Correction, read_corrections, write_correction
+from smaflib.apps.masks import make_masks, mask_at, open_masks
+from smaflib.apps.review import Review
+from smaflib.config import load_config
+from smaflib.data.masks import read_mask
+
+TABLE = "image,labels\n0.png,red\n1.png,blue\n2.png,red\n3.png,blue\n4.png,red\n5.png,blue\n"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos, a table, and ``out`` with finished masks; a copy lies beside."""
+    folder = tmp_path_factory.mktemp("finished")
+    make_masks(config_of(folder), folder / "out")
+    shutil.copytree(folder, folder.with_name("kept"))
+    return folder
+
+
+@pytest.fixture
+def out(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Those masks as a person finds them; whoever trains fails."""
+    shutil.rmtree(finished)
+    shutil.copytree(finished.with_name("kept"), finished)
+    monkeypatch.setattr("smaflib.apps.masks.train_teacher", lambda work: pytest.fail("trained"))
+    monkeypatch.setattr("smaflib.explorer.widget.REST_SECONDS", 0)
+    return finished / "out"
+
+
+def by_doubt(out: Path) -> list[str]:
+    return list(dict.fromkeys(Path(name).stem for name in pd.read_csv(out / "masks.csv")["image"]))
+
+
+def shown(review: Review) -> str:
+    return str(review.gallery.samples[review.board.index].image_id)
+
+
+def ids(review: Review) -> list[str]:
+    return [sample.image_id for sample in review.gallery.samples]
+
+
+def test_photos_come_by_doubt_and_reviewed_ones_last(out: Path) -> None:
+    order, number = by_doubt(out), 2
+    assert ids(Review(out)) == order
+    write_correction(out, order[0])
+    write_correction(out, order[number], bg_score=0.31)
+    review = Review(out)
+    assert ids(review) == [name for name in order if name not in (order[0], order[number])] + [order[0], order[number]]
+    review._go(5)
+    assert review.settings.bg_score == 0.31
+
+
+def test_doubts_are_shown_as_text(out: Path) -> None:
+    table = pd.read_csv(out / "masks.csv", dtype=str, na_filter=False)
+    table.loc[0, ["label", "check"]] = ["007", "<small>"]
+    table.loc[1:, "check"] = ""
+    table.to_csv(out / "masks.csv", index=False)
+    review, (first, second, *_) = Review(out), by_doubt(out)
+    assert review.doubt.value == f"{first} · 007: &lt;small&gt;"
+    review._go(1)
+    assert review.doubt.value == second
+
+
+def test_shown_mask_is_the_one_that_was_made(out: Path) -> None:
+    review = Review(out)
+    for index, name in enumerate(ids(review)):
+        review._go(index)
+        assert review.exploration.mask.tolist() == read_mask(out / "masks" / f"{name}.png").tolist()
+
+
+def test_photo_is_accepted_as_it_is_or_with_another_threshold(out: Path) -> None:
+    review, (first, second, *_) = Review(out), by_doubt(out)
+    usual = review.settings.bg_score
+    review.decide("Enter")
+    assert shown(review) == second and review.board.status["text"] == f"{first}: accepted; 1 of 6 reviewed"
+    assert (out / "corrections.csv").read_text() == f"image,bg_score,leave_out\n{first},,\n"
+    assert review.settings.bg_score == usual
+    review.controls["bg_score"].value = 0.9
+    review.decide("Enter")
+    assert read_corrections(out) == {first: Correction(), second: Correction(bg_score=0.9)}
+    assert (out.parent / "labels.csv").read_text() == TABLE
+    review._go(1)  # a correction is shown again, and can be taken back
+    assert review.settings.bg_score == 0.9
+    review.controls["bg_score"].value = usual
+    review.decide("Enter")
+    assert read_corrections(out)[second] == Correction()
+
+
+def test_key_counts_for_the_photo_that_was_shown_when_it_was_pressed(out: Path) -> None:
+    review, (first, *_) = Review(out), by_doubt(out)
+    for _ in range(2):  # the second before the next photo was there
+        review.board._handle_custom_msg(["Enter", 0], [])
+    assert [*read_corrections(out)] == [first] and review.board.index == 1
+
+
+def test_changed_label_is_written_into_its_row_alone(out: Path) -> None:
+    review = Review(out)
+    review._go(ids(review).index("3"))
+    review.controls["image_label"].value = (0, 1)
+    assert float(review.gallery.explore(review.board.index, "student", review.settings).denoised[1].max()) > 0
+    review.decide("Enter")
+    assert (out.parent / "labels.csv").read_text() == TABLE.replace("3.png,blue", "3.png,blue;red")
+    review._go(ids(review).index("3"))
+    assert review.settings.image_label == (0, 1)
+    review.controls["image_label"].value = (1,)
+    review.decide("Delete")  # what is left out needs no label
+    assert "3.png,blue;red\n" in (out.parent / "labels.csv").read_text()
+
+
+def test_next_call_applies_all_decisions(out: Path) -> None:
+    review = Review(out)
+
+    def decide(name: str, key: str, **values: object) -> None:
+        review._go(ids(review).index(name))
+        for control, value in values.items():
+            review.controls[control].value = value
+        review.decide(key)
+
+    before = {path.stem: read_mask(path) for path in (out / "masks").glob("*.png")}
+    decide("1", "Enter", image_label=(1,))
+    decide("2", "Enter", bg_score=0.95)
+    decide("4", "Delete")
+    decide("0", "Enter")
+    make_masks(load_config(out / "config.yaml"), out)
+    after = {path.stem: read_mask(path) for path in (out / "masks").glob("*.png")}
+    assert after.keys() == before.keys() - {"4"}
+    assert {name for name, mask in after.items() if mask.tolist() != before[name].tolist()} == {"1", "2"}
+    assert set(after["1"].unique().tolist()) <= {0, 2}  # red
+    assert after["2"].tolist() == mask_at(open_masks(out), "2", 0.95)[1].tolist()
+    again = Review(out)
+    assert set(ids(again)) == {"0", "1", "2", "3", "5"} and set(ids(again)[:2]) == {"3", "5"}
+    again.decide("Enter")
+    assert again.board.status["text"].endswith("accepted; 4 of 5 reviewed")
+
+
+def test_photo_that_was_left_out_by_mistake_is_taken_back(out: Path) -> None:
+    review = Review(out)
+    review.decide("Delete")
+    assert read_corrections(out) == {ids(review)[0]: Correction(leave_out=True)}
+    review._go(0)
+    review.decide("Enter")
+    assert read_corrections(out) == {ids(review)[0]: Correction()}
+
+
+def test_table_that_cannot_be_written_is_reported_and_the_photo_stays(out: Path) -> None:
+    review = Review(out)
+    (out / "corrections.csv").write_text("image\n")
+    review.board._handle_custom_msg(["Enter", 0], [])
+    assert review.board.status["kind"] == "error" and "the first line must name" in review.board.status["text"]
+    assert review.board.index == 0
