@@ -61,7 +61,7 @@ class Review(Explorer):
         self.board.on_msg(lambda board, sent, buffers: decide(sent[0]) if sent[1] == board.index else None)
         self.children[0].children = [widgets.HBox([*buttons, self.doubt], layout={"align_items": "center"})]  # not tabs
         self.add_class("smaf-review")
-        self.controls["crf"].value = self.gallery.config.pseudo_masks.refine == "crf"
+        self.controls["crf"].value = self._first["crf"] = self.gallery.config.pseudo_masks.refine == "crf"
         self.controls["upload"].layout.display = "none"  # another photo has no mask here
 
     def _open(self, index: int, keep_class: bool = True) -> None:
