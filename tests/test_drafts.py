@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from benchmarks.drafts import RESULTS, scores_of
 from smaflib import files
 from smaflib.apps.cli import app
-from smaflib.apps.drafts import coarse_names
+from smaflib.apps.drafts import coarse_names, photos_config
 from smaflib.data import load_samples
 from smaflib.sources.imagenet import KINDS, LIKELY, NUM_CLASSES, ImageNetClassifier, match_classes
 
@@ -113,6 +113,12 @@ def test_a_folder_of_other_files_gets_no_table(photos: Path, make: Mock, tmp_pat
     code, output = masks()
     assert code == 2 and "is not empty and was not written by smaf masks" in output
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["letter.txt"]
+
+
+def test_settings_take_any_path_and_the_table_of_the_user(tmp_path: Path) -> None:
+    config = photos_config(tmp_path / "\U0001f60a: 'x', #1", tmp_path / "no", tmp_path / "out", ["seed=3"])
+    assert (config.data.images, config.data.labels) == (tmp_path / "\U0001f60a: 'x', #1", tmp_path / "no")
+    assert config.seed == 3 and not (tmp_path / "out").exists()  # a table that is given is not drafted
 
 
 def test_names_are_coarse_and_known_to_the_source_imagenet() -> None:

@@ -76,6 +76,8 @@ def test_shown_mask_is_the_one_that_was_made(out: Path) -> None:
     for index, name in enumerate(ids(review)):
         review._go(index)
         assert review.exploration.mask.tolist() == read_mask(out / "masks" / f"{name}.png").tolist()
+    review._reset()
+    assert review.controls["crf"].value
 
 
 def test_photo_is_accepted_as_it_is_or_with_another_threshold(out: Path) -> None:

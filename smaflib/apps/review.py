@@ -49,7 +49,7 @@ class Review(Explorer):
 
     def __init__(self, out: str | Path) -> None:
         self.out = Path(out).absolute()
-        self.doubt = widgets.HTML()
+        self.doubt = widgets.HTML(layout={"margin": "0 12px"})
         super().__init__(MaskGallery(self.out))
         decide, buttons = self._reporting(self.decide), []
         made = {"Enter": ("accept ▶", "keep label and threshold"), "Delete": ("leave out", "no mask of this photo")}
@@ -59,8 +59,9 @@ class Review(Explorer):
             buttons[-1].on_click(lambda button, key=key: decide(key))
         # A key that was pressed before its photo was shown was meant for the one before.
         self.board.on_msg(lambda board, sent, buffers: decide(sent[0]) if sent[1] == board.index else None)
-        self.children[0].children += (widgets.HBox([*buttons, self.doubt]),)
-        self.controls["crf"].value = self.gallery.config.pseudo_masks.refine == "crf"
+        self.children[0].children = [widgets.HBox([*buttons, self.doubt], layout={"align_items": "center"})]  # not tabs
+        self.add_class("smaf-review")
+        self.controls["crf"].value = self._first["crf"] = self.gallery.config.pseudo_masks.refine == "crf"
         self.controls["upload"].layout.display = "none"  # another photo has no mask here
 
     def _open(self, index: int, keep_class: bool = True) -> None:
