@@ -78,7 +78,7 @@ def pages(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> list[Pa
     for index, file in enumerate(samples.files):
         for part in masks_module.SHOWN[1:]:
             save_image(out / part / f"{file.image_id}.jpg", Image.fromarray(picture(samples[index].image)))
-        record[file.image_id] = {"signs": [[0.1, 0.0, 0.0, 0.0]] * len(file.labels), "corrected": None}
+        record[file.image_id] = {"signs": [[0.1, 0.0, 0.0, 0.0, 1.0]] * len(file.labels), "corrected": None}
     masks_module.write_sheet(Workspace(out, run.config), samples, {"photos": record})
     return [run.path(f"{name}.html") for name in ("index", "explorer", "08_results")] + [out / "index.html"]
 
