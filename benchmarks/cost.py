@@ -56,8 +56,8 @@ def make_sources(vision: ClipVision) -> dict[str, tuple[AttentionSource, Callabl
 
 def vision_pass(vision: ClipVision, images: Tensor) -> Tensor:
     tokens, _ = vision.embed(images[0], "bilinear")
-    for block in range(vision.num_blocks):
-        tokens, _ = vision.run(tokens, block)
+    for block in vision.blocks:
+        tokens = block(tokens[None])[0]
     return vision.project(tokens)
 
 
@@ -74,8 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     views = [torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(side)) for side in SIDES]
-    clip = open_clip.create_model("ViT-B-16-quickgelu").state_dict()
-    vision = ClipVision({name: value for name, value in clip.items() if name.startswith("visual.")})
+    vision = ClipVision(open_clip.create_model("ViT-B-16-quickgelu").eval().visual)
     rows = []
     for name, (source, bare) in make_sources(vision).items():
         for classes in ([0], [0, 1, 2]):
