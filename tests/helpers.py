@@ -15,10 +15,12 @@ from smaflib.classifier import train_classifier
 from smaflib.config import Config, check_settings
 from smaflib.data.sample import Sample, SampleFiles, Samples
 from smaflib.models.networks import AttentionNetwork, Network, SegmentationNetwork
+from smaflib.pseudo_masks import pseudo_mask
 from smaflib.runtime import Runtime, derive_seed, seeded
 from smaflib.segmentation import train_segmenter
 from smaflib.self_training import self_train
 from smaflib.training import History
+from smaflib.workspace import Workspace
 
 
 def network_references(page: str) -> list[str]:
@@ -28,6 +30,14 @@ def network_references(page: str) -> list[str]:
     in_css = r"""(?:@import|url\()\s*["']?((?:https?:)?//[^\s"')]+)"""
     scripts = " ".join(re.findall(r"<script\b.*?</script>", text, re.DOTALL))
     return [*re.findall(loads, text), *re.findall(in_css, text), *re.findall(r"https?://[^\s\"')]+", scripts)]
+
+
+def mask_at(work: Workspace, image_id: str, bg_score: float) -> Tensor:
+    """An image's pseudo mask at a background threshold, uint8 (H, W), from the student's maps."""
+    samples = work.samples()
+    index = samples.image_ids.index(image_id)
+    maps = work.mask_maps("student", samples)[index]
+    return pseudo_mask(samples[index].image, maps, bg_score, work.config.pseudo_masks)
 
 
 CLASSES = ("red", "green", "blue")

@@ -9,11 +9,12 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from helpers import mask_at
 from test_custom_images import SETTINGS, config_of, write_table
 
 from smaflib import files, pipeline
 from smaflib.apps.corrections import Correction, read_corrections, write_correction
-from smaflib.apps.masks import make_masks, mask_at, open_masks
+from smaflib.apps.masks import make_masks, open_masks
 from smaflib.config import Config, check_settings
 from smaflib.data.masks import read_mask, save_mask
 from smaflib.errors import ConfigError, DataError, RunError
@@ -33,7 +34,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """That folder as a call finds it later; whoever trains in it fails."""
-    kept = finished.with_name("kept")
+    kept = finished.with_name(f"{finished.name}_kept")
     if not kept.exists():
         shutil.copytree(finished, kept)
     shutil.rmtree(finished)
@@ -99,11 +100,11 @@ def test_threshold_and_left_out_of_single_photos(folder: Path) -> None:
     } | {"masks/3.png", "overlays/3.jpg", "overlays_before/3.jpg"}
     assert not (out / "masks/3.png").exists()
     assert (read_mask(out / "masks/2.png") > 0).sum() < (
-        read_mask(folder.with_name("kept") / "out/masks/2.png") > 0
+        read_mask(folder.with_name(f"{folder.name}_kept") / "out/masks/2.png") > 0
     ).sum()
     assert rows_of(out)[-1] == {"image": "3.png", "label": "blue", "share": "", "confidence": "", "check": "left out"}
     assert "left out" in (out / "index.html").read_text()
-    assert mask_at(open_masks(out), "2", 0.99)[1].tolist() == read_mask(out / "made/2.png").tolist()
+    assert mask_at(open_masks(out), "2", 0.99).tolist() == read_mask(out / "made/2.png").tolist()
     write_correction(out, "3")
     write_correction(out, "2", bg_score=None)
     assert (out / "corrections.csv").read_text() == "image,bg_score,leave_out,note\n2.png,,,too large\n3,,,blurred\n"
@@ -264,7 +265,7 @@ def test_interrupted_call_continues_to_the_same_bytes(
     make_masks(config_in(folder), out)
     resumed = contents(out)
     shutil.rmtree(out)
-    shutil.copytree(folder.with_name("kept") / "out", out)
+    shutil.copytree(folder.with_name(f"{folder.name}_kept") / "out", out)
     draw(out, "1")
     write_correction(out, "2", 0.6)
     make_masks(config_in(folder), out)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from helpers import mask_at
 from test_custom_images import config_of
 
 from smaflib.apps.corrections import Correction, read_corrections, write_correction
-from smaflib.apps.masks import make_masks, mask_at, open_masks
+from smaflib.apps.masks import make_masks, open_masks
 from smaflib.apps.review import Review
 from smaflib.config import load_config
 from smaflib.data.masks import read_mask
@@ -23,7 +24,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Photos, a table, and ``out`` with finished masks; a copy lies beside."""
     folder = tmp_path_factory.mktemp("finished")
     make_masks(config_of(folder), folder / "out")
-    shutil.copytree(folder, folder.with_name("kept"))
+    shutil.copytree(folder, folder.with_name(f"{folder.name}_kept"))
     return folder
 
 
@@ -31,7 +32,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def out(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Those masks as a person finds them; whoever trains fails."""
     shutil.rmtree(finished)
-    shutil.copytree(finished.with_name("kept"), finished)
+    shutil.copytree(finished.with_name(f"{finished.name}_kept"), finished)
     monkeypatch.setattr("smaflib.apps.masks.train_teacher", lambda work: pytest.fail("trained"))
     monkeypatch.setattr("smaflib.explorer.widget.REST_SECONDS", 0)
     return finished / "out"
@@ -138,7 +139,7 @@ def test_next_call_applies_all_decisions(out: Path) -> None:
     assert after.keys() == before.keys() - {"4"}
     assert {name for name, mask in after.items() if mask.tolist() != before[name].tolist()} == {"1", "2"}
     assert set(after["1"].unique().tolist()) <= {0, 2}  # red
-    assert after["2"].tolist() == mask_at(open_masks(out), "2", 0.95)[1].tolist()
+    assert after["2"].tolist() == mask_at(open_masks(out), "2", 0.95).tolist()
     again = Review(out)
     assert set(ids(again)) == {"0", "1", "2", "3", "5"} and set(ids(again)[:2]) == {"3", "5"}
     again.decide("Enter")

@@ -66,8 +66,8 @@ def iou(one: Tensor, other: Tensor) -> float:
 def judge(name: str, sign: Signs, usual_peak: float) -> tuple[float, str]:
     """Confidence in the mask of a class, in [0, 1], and in plain words what to check, which may be nothing.
 
-    The confidence is the mean of the scales' agreement and of how far the peak exceeds the median of all masks: they
-    rank masks better than any other sign or mean of signs (the ``choose`` folds of the benchmark).
+    The confidence is the mean of two numbers: the agreement of the scales, and the peak p beside the usual one m of
+    this folder, p / (p + m). Of what was tried on the ``choose`` folds of the benchmark, it ranked masks best.
     """
     if not sign.share:
         return 0.0, f"'{name}' has no pixel"

@@ -35,9 +35,8 @@ def photos_config(images: Path, labels: Path | None, out: Path, settings: Sequen
     Without a table of labels ``out/labels.csv`` is taken, and written if it is not there (:func:`write_label_table`).
     """
     paths = {"data.images": images, "data.labels": labels or out / "labels.csv"}
-    named = [
-        f"{key}={json.dumps(str(path.absolute()), ensure_ascii=False)}" for key, path in paths.items()
-    ]  # a path may look like YAML
+    # As JSON, since a path may look like YAML.
+    named = [f"{key}={json.dumps(str(path.absolute()), ensure_ascii=False)}" for key, path in paths.items()]
     config = load_config(SHIPPED / "configs" / "custom.yaml", [*named, *settings])
     if labels is None:
         check_out(out.absolute())

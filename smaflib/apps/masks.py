@@ -17,7 +17,6 @@ from urllib.parse import quote
 import pandas as pd
 import torch
 from PIL import Image
-from torch import Tensor
 
 from smaflib import files
 from smaflib.apps.confidence import Signs, judge, signs
@@ -28,7 +27,6 @@ from smaflib.data.sample import Samples
 from smaflib.errors import ConfigError
 from smaflib.evaluation import evaluate
 from smaflib.pipeline import check_custom, check_networks, self_train_rounds, train_teacher, write_maps, write_masks
-from smaflib.pseudo_masks import pseudo_mask
 from smaflib.reactivation import hard_labels
 from smaflib.report.html import write_page
 from smaflib.report.palette import class_color
@@ -110,17 +108,6 @@ def open_masks(out: Path, config: Config | None = None, retrain: bool = False) -
     return Workspace(out, config, leave_out=left_out)
 
 
-def mask_at(work: Workspace, image_id: str, bg_score: float | None = None) -> tuple[Tensor, Tensor]:
-    """A photo's mask at a background threshold, by default that of all photos, before and after the CRF.
-
-    Both are uint8 (H, W) at the working size; nothing is written.
-    """
-    samples, score = work.samples(), work.mask_bg_score() if bg_score is None else bg_score
-    index = samples.image_ids.index(image_id)
-    maps = work.mask_maps("student", samples)[index]
-    return hard_labels(maps, score), pseudo_mask(samples[index].image, maps, score, work.config.pseudo_masks)
-
-
 def _is_trained(work: Workspace) -> bool:
     return is_finished(work.checkpoint("student"), work.config.self_training)
 
@@ -195,10 +182,11 @@ def _write_overlays(work: Workspace, record: dict[str, Any], own: Mapping[str, f
         scales, score = [each.present(index)[1] for each in single], own.get(name, chosen)
         peaks = torch.stack([cam.amax(dim=(1, 2)) for cam in teacher.read(name)[0]]).sum(dim=0)[present].tolist()
         values = (present + 1).tolist()
-        record["photos"][name]["signs"] = signs(fused, scales, score, final[index], values, peaks)
+        image, mask = samples[index].image, final[index]
+        record["photos"][name]["signs"] = signs(fused, scales, score, mask, values, peaks)
         before = made[index] if name in drawn else hard_labels(maps[index], score)
-        for overlay, mask in zip(overlays, (final[index], before), strict=True):
-            picture = Image.fromarray(overlay_mask(samples[index].image, mask))
+        for overlay, labels in zip(overlays, (mask, before), strict=True):
+            picture = Image.fromarray(overlay_mask(image, labels))
             picture.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE))
             files.save_image(overlay, picture)
 
