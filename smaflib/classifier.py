@@ -45,15 +45,15 @@ def train_classifier(
     Returns the network in eval mode and its learning curve.
     """
     num_classes = len(samples.class_names)
-    eps = settings.pretraining == "eps"
+    eps, random = settings.pretraining == "eps", attention.pretrained and not settings.solve_head
     if settings.checkpoint is not None:
         network = load_attention_network(settings.checkpoint, model, num_classes)
     else:
-        # EPS needs a background map, and so does what a student starts from if the maps come from elsewhere.
+        # EPS needs a background map, and so does a random head from which a student starts.
         with seeded(derive_seed(runtime.seed, "initial weights")):
-            network = AttentionNetwork(model, num_classes, background=eps or attention.pretrained)
+            network = AttentionNetwork(model, num_classes, background=eps or random)
     network.to(runtime.device)
-    if settings.checkpoint is not None or attention.pretrained:  # nothing to train
+    if settings.checkpoint is not None or random:  # nothing to train
         if checkpoint:
             write_weights(checkpoint, network.state_dict(), iteration=settings.iterations, history=[])
         return network.eval(), []

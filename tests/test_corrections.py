@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from helpers import mask_at
 from test_custom_images import SETTINGS, config_of, write_table
 
@@ -69,6 +70,15 @@ def draw(out: Path, name: str, size: tuple[int, int] = (40, 48)) -> np.ndarray:
     mask[: size[0] // 2, : size[1] // 2] = 1
     save_mask(out / "corrected" / f"{name}.png", mask)
     return mask
+
+
+def made_by(out: Path, network: str) -> bool:
+    """Whether the masks are those of a network, and shown."""
+    work = open_masks(out)
+    own = pipeline.write_masks(work, network, f"of {network}")
+    pairs = list(zip(own, work.masks(work.samples(), "made"), strict=True))
+    shutil.rmtree(work.path(f"of {network}"))
+    return all(torch.equal(*pair) for pair in pairs) and (out / "index.html").is_file()
 
 
 def test_edited_label_remakes_its_photo_alone_with_the_networks_that_exist(folder: Path) -> None:
@@ -229,11 +239,12 @@ def test_retraining_learns_corrections_and_keeps_them(
         context.setattr("smaflib.self_training.self_train", learning := Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             make_masks(config, out, retrain=True)
-    assert not (out / "masks").exists()
+    assert made_by(out, "teacher")  # first masks, while the student is trained
     samples, targets = learning.call_args.args[1:3]
     assert samples.image_ids == ["0", "1", "2", "3", "5"]
     assert targets[1][:, :, :24].tolist() == [(drawn == value)[:, :24].astype(float).tolist() for value in (1, 2)]
     make_masks(config, out, retrain=True)
+    assert made_by(out, "student")
     once = contents(out)
     assert "of which the networks learned 1: " in capsys.readouterr().out
     assert (out / "labels.csv").read_text() == "mine" and read_corrections(out)["4"].leave_out

@@ -71,22 +71,26 @@ def make_masks(config: Config, out: Path, retrain: bool = False) -> Path:
         check_networks(config, samples.class_names)
         samples.check_images()
     with files.locked(out, "smaf masks"):
-        record = _claim(work, config, samples, corrections, corrected, retrain)
-        if not _is_trained(work):
-            train_teacher(work)
-            write_maps(work, "teacher")
-            self_train_rounds(work)
-        write_maps(work, "student")
         own = {name: each.bg_score for name, each in corrections.items() if each.bg_score is not None}
-        write_masks(work, "student", "made", own)
-        _write_overlays(work, record, own)
-        files.write_json(out / "made.json", record)
+        record = _claim(work, config, samples, corrected, retrain)
+        for network in ("student",) if _is_trained(work) else ("teacher", "student"):
+            if network == "teacher":
+                train_teacher(work)
+            elif not _is_trained(work):
+                print(f"first masks: {out / 'index.html'}; better ones follow")
+                self_train_rounds(work)
+            _renew(work, record, samples, corrections, corrected, network)
+            write_maps(work, network)
+            write_masks(work, network, "made", own)
+            _write_overlays(work, record, own, network)
+            files.write_json(out / "made.json", record)
+            write_sheet(work, samples, record)
         if corrected:
             drawn, learned = work.corrected(), len(corrected.keys() & record["learned"]["corrected"].keys())
             scores = evaluate(work.masks(drawn, "made"), drawn.ground_truth or (), drawn.class_names)
             about = f"{len(drawn)} corrected photos, of which the networks learned {learned}"
             print(f"mIoU of the made masks on {about}: {100 * scores.miou:.1f} %")
-        return write_sheet(work, samples, record)
+        return out / "index.html"
 
 
 def check_out(out: Path) -> None:
@@ -113,16 +117,10 @@ def _is_trained(work: Workspace) -> bool:
 
 
 def _claim(
-    work: Workspace,
-    config: Config,
-    samples: Samples,
-    corrections: Mapping[str, Correction],
-    corrected: Mapping[str, str],
-    retrain: bool,
+    work: Workspace, config: Config, samples: Samples, corrected: Mapping[str, str], retrain: bool
 ) -> dict[str, Any]:
-    """Write ``made.json``, and delete what no longer fits; ConfigError if only a new training could help."""
-    out, names, trained = work.folder, samples.class_names, _is_trained(work)
-    labels = {file.image_id: [names[number] for number in file.labels] for file in samples.files}
+    """Read ``made.json``, or begin anew where networks no longer fit; ConfigError if that needs ``retrain``."""
+    out, names, trained, labels = work.folder, samples.class_names, _is_trained(work), _labels(samples)
     learned: dict[str, Any] = {
         "class_names": list(names),
         "photos": {file.image_id: file.image.stat().st_size for file in samples.files},
@@ -146,10 +144,30 @@ def _claim(
             shutil.rmtree(folder)
         files.write_text(out / "config.yaml", dump_config(config))
         record = {"learned": learned, "photos": {}}
+        files.write_json(out / "made.json", record)
+    return record
+
+
+def _labels(samples: Samples) -> dict[str, list[str]]:
+    return {file.image_id: [samples.class_names[number] for number in file.labels] for file in samples.files}
+
+
+def _renew(
+    work: Workspace,
+    record: dict[str, Any],
+    samples: Samples,
+    corrections: Mapping[str, Correction],
+    corrected: Mapping[str, str],
+    network: str,
+) -> None:
+    """Write into ``made.json`` what a network's masks are made from, and delete those made from something else."""
+    out, labels = work.folder, _labels(samples)
     for name in labels:
         correction, last = corrections.get(name, Correction()), record["photos"].get(name, {})
         new = {"labels": labels[name], "bg_score": correction.bg_score, "corrected": corrected.get(name)}
-        depends = {work.maps("student").path(name): ["labels"], out / "made" / f"{name}.png": ["labels", "bg_score"]}
+        new |= {"network": network}
+        made = {out / "made" / f"{name}.png": ["labels", "bg_score", "network"]}
+        depends = made | {work.maps("student").path(name): ["labels"]}
         for path, causes in (depends | dict.fromkeys(_shown(out, name), list(new))).items():
             differs = any(new[cause] != last.get(cause) for cause in causes)
             if path.parent.name in SHOWN if correction.leave_out else differs:
@@ -157,7 +175,6 @@ def _claim(
         if not correction.leave_out and not new.items() <= last.items():
             record["photos"][name] = new
     files.write_json(out / "made.json", record)
-    return record
 
 
 def _shown(out: Path, image_id: str) -> tuple[Path, Path, Path]:
@@ -166,11 +183,11 @@ def _shown(out: Path, image_id: str) -> tuple[Path, Path, Path]:
     return Path(f"{mask}.png"), Path(f"{overlay}.jpg"), Path(f"{before}.jpg")
 
 
-def _write_overlays(work: Workspace, record: dict[str, Any], own: Mapping[str, float]) -> None:
+def _write_overlays(work: Workspace, record: dict[str, Any], own: Mapping[str, float], network: str) -> None:
     """Write masks and overlays that are missing, and the signs of their photos into the record."""
-    samples, chosen = work.samples(), work.mask_bg_score()
-    maps, made, final = work.mask_maps("student", samples), work.masks(samples, "made"), work.masks(samples)
-    single = [work.mask_maps("student", samples, [scale]) for scale in work.config.attention.scales]
+    samples, chosen = work.samples(), work.mask_bg_score(network)
+    maps, made, final = work.mask_maps(network, samples), work.masks(samples, "made"), work.masks(samples)
+    single = [work.mask_maps(network, samples, [scale]) for scale in work.config.attention.scales]
     teacher, drawn = work.maps("teacher"), {file.image_id: file.mask for file in work.corrected().files}
     for index, name in enumerate(progress(samples.image_ids, total=len(samples), desc="overlays")):
         path, *overlays = _shown(work.folder, name)
@@ -191,7 +208,7 @@ def _write_overlays(work: Workspace, record: dict[str, Any], own: Mapping[str, f
             files.save_image(overlay, picture)
 
 
-def write_sheet(work: Workspace, samples: Samples, record: dict[str, Any]) -> Path:
+def write_sheet(work: Workspace, samples: Samples, record: dict[str, Any]) -> None:
     """Write ``masks.csv`` and the contact sheet: the most doubtful first, those left out last."""
     rows, cards = list[dict[str, Any]](), list[dict[str, Any]]()
     usual_peak = median([1e-6, *(sign[-1] for photo in record["photos"].values() for sign in photo.get("signs", ()))])
@@ -215,4 +232,4 @@ def write_sheet(work: Workspace, samples: Samples, record: dict[str, Any]) -> Pa
     files.write_text(work.path("masks.csv"), table.to_csv(index=False, float_format="%.3f", lineterminator="\n"))
     cards.sort(key=lambda card: (card["doubt"], card["name"]))
     legend = sorted({(row["number"] + 1, row["label"]) for row in rows})
-    return write_page(work.path("index.html"), "contact_sheet.html.j2", cards=cards, legend=legend, color=class_color)
+    write_page(work.path("index.html"), "contact_sheet.html.j2", cards=cards, legend=legend, color=class_color)
