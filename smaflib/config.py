@@ -290,7 +290,7 @@ class SelfTrainingConfig(TrainingConfig):
     # soft: the reactivated maps, as in the paper; hard: 1 for the best class of a pixel or the background, else 0.
     # Refinement yields masks, and soft targets keep the background threshold on their objects.
     targets: Literal["soft", "hard"] = "soft"
-    saliency_weight: Fraction = 0.0  # share of the saliency maps in the targets, with EPS only; 0 in the paper
+    saliency_weight: Fraction = 0.0  # share of the saliency maps, if there are any, in the targets; 0 in the paper
     fresh_head: bool = False  # initialise the student's last layer to zero, not from the teacher
     control: bool = False  # also train a student on single-scale targets: the control for the paper's claim
 
@@ -364,7 +364,7 @@ class PseudoMaskConfig(StageConfig):
     """Stage 5: argmax over background and fused maps, then refinement."""
 
     bg_score: BgScore | Literal["auto"] | None = None  # None: that of attention; auto: chosen from the student's maps
-    saliency_weight: Fraction = 0.0  # share of the saliency maps in the masks, with EPS only; 0 in the paper
+    saliency_weight: Fraction = 0.0  # share of the saliency maps, if there are any, in the masks; 0 in the paper
     refine: RefinementName = "crf"  # crf, par, none, or package.module:attribute
     crf: CrfConfig = CrfConfig()  # or the name of a preset: reference, irn, deeplab, mini, soft
     par: ParConfig = ParConfig()
@@ -477,13 +477,16 @@ class Config(StageConfig):
     def supervision(self) -> str:
         """What the maps were learned from; numbers of different supervision are not comparable."""
         source, model = self.attention.source, self.attention.options.model or ""
+        eps = not self.attention.pretrained and self.classifier.pretraining == "eps"
+        weights = self.self_training.saliency_weight, self.pseudo_masks.saliency_weight
+        learned = "images alone" if source == "dino" or "dino" in model else "ImageNet labels"
         if source == "imagenet+classifier":
-            return "image labels and ImageNet labels"
-        if not self.attention.pretrained:
-            return "image labels" + (" and saliency maps" if self.classifier.pretraining == "eps" else "")
-        if source in CLIP_SOURCES:
-            return "image-text pairs"
-        return "images alone" if source == "dino" or "dino" in model else "ImageNet labels"
+            learned = "image labels and ImageNet labels"
+        elif not self.attention.pretrained:
+            learned = "image labels"
+        elif source in CLIP_SOURCES:
+            learned = "image-text pairs"
+        return learned + (" and saliency maps" if eps or (self.data.saliency and any(weights)) else "")
 
     @property
     def custom_code(self) -> dict[str, str]:

@@ -225,12 +225,17 @@ def test_networks_are_evaluated_at_the_training_splits_oracle_threshold(copy: Wo
     assert score == 0.35 and {r["fusion"] for r in own} == {"max"}
 
 
-def test_saliency_takes_part_only_where_the_teacher_knows_it(copy: Workspace) -> None:
+def test_saliency_chooses_the_threshold_only_where_the_teacher_knows_it(copy: Workspace) -> None:
     settings = {"saliency_weight": 0.4}
     work = changed(copy, self_training=settings, pseudo_masks=settings | {"bg_score": "auto", "refine": "none"})
     eps, samples = changed(work, classifier={"pretraining": "eps"}), copy.samples()
     blended = blend_saliency(eps.denoised("student", samples)[0], SaliencyMaps(samples)[0], 0.4)
     assert torch.equal(eps.mask_maps("student", samples)[0], blended)
+    assert torch.equal(work.mask_maps("student", samples)[0], blended)
+    without = dataclasses.replace(
+        samples, files=tuple(dataclasses.replace(each, saliency=None) for each in samples.files)
+    )
+    assert not torch.equal(work.mask_maps("student", without)[0], blended)
     for kind in (work, eps):
         for path in [*kind.path("masks").glob("*.png"), *kind.path("bg_scores").glob("student.json")]:
             path.unlink()
