@@ -4,8 +4,8 @@
     python -m benchmarks.confidence COCO_SMALL VOC12_SMALL final
 
 Both folders are in VOC's layout. Signs and their weights were chosen on the ``choose`` folds of
-:mod:`benchmarks.own_photos`; ``final`` reports on its held-out folds, and on the first 100 photos of VOC's ``val``
-list. A fold is the folder of one user. Results go to results/confidence.json, a record per fold; existing records are
+:mod:`benchmarks.own_photos`; ``final`` reports on its held-out folds, and on VOC's ``val`` list of 200
+photos. A fold is the folder of one user. Results go to results/confidence.json, a record per fold; existing records are
 not computed again: delete the file after a change of the recipe.
 """
 
@@ -32,7 +32,7 @@ from smaflib.runs.environment import git_state
 
 RESULTS = Path(__file__).parent / "results" / "confidence.json"
 TUNED = "photos/labels.csv"  # beside COCO_SMALL: what earlier choices of recipes have seen
-NUM_VOC = 100
+NUM_VOC = 200
 
 
 def folds_of(coco: Path, voc: Path) -> dict[str, tuple[Path, list[dict[str, str]]]]:

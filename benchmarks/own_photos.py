@@ -2,13 +2,15 @@
 
     python -m benchmarks.own_photos PHOTOS choose "today:" "finer: attention.scales=[0.5,0.75,1.0]"
     python -m benchmarks.own_photos PHOTOS final "today:" "chosen: ..."
+    python -m benchmarks.own_photos PHOTOS curve "today:"
 
-PHOTOS is a folder in VOC's layout: ``JPEGImages``, ``SegmentationClass`` with VOC's values, ``labels.csv``. Each fold
+PHOTOS is a folder in VOC's layout: ``JPEGImages``, ``SegmentationClass`` with VOC's values, ``labels.csv``, and maybe
+``saliency``, which recipes with a ``saliency_weight`` use. Each fold
 of about 40 photos stands for one user's folder: its classes are the names in its labels, its masks serve evaluation
 only. ``choose`` compares recipes, each a name, a colon and settings, on :data:`FOLDS` folds. ``final`` evaluates on
-:data:`HELD_OUT` folds whose photos ``choose`` never sees; photos in ``--tuned TABLE`` are never held out. A recipe
-named ``teacher ...`` trains no student. Results go to results/own_photos.json, a record per recipe and fold; existing
-records are not computed again.
+:data:`HELD_OUT` folds whose photos ``choose`` never sees; photos in ``--tuned TABLE`` are never held out. ``curve``
+evaluates on folders of 5 to 200 photos. A recipe named ``teacher ...`` trains no student. Results go to
+results/own_photos.json, a record per recipe and fold; existing records are not computed again.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from smaflib.workspace import Workspace
 RESULTS = Path(__file__).parent / "results" / "own_photos.json"
 PRESET = PROJECT_ROOT / "configs" / "custom.yaml"
 FOLDS, HELD_OUT = 4, 2
+CURVE = {5: 8, 20: 3, 40: 2, 100: 1, 200: 1}  # photos in a folder: number of folders
 HEAD = {"image": "image", "labels": "labels"}
 NETWORKS = ("teacher", "student")
 
@@ -62,6 +65,12 @@ def split(rows: Sequence[dict[str, str]], tuned: Iterable[str] = ()) -> dict[str
     return {f"choose {k}": others[k::FOLDS] for k in range(FOLDS)} | final
 
 
+def grow(folds: dict[str, list[dict[str, str]]]) -> dict[str, list[dict[str, str]]]:
+    """Folders of growing size, ``curve 5 0`` ...: the photos that no choice has seen come first."""
+    rows = [row for name in sorted(folds, reverse=True) for row in folds[name]]
+    return {f"curve {size} {k}": rows[k * size :][:size] for size, number in CURVE.items() for k in range(number)}
+
+
 def make_folder(photos: Path, rows: Sequence[dict[str, str]], folder: Path) -> list[str]:
     """Write the table and the masks of one fold, as its user would have them: with the classes of its labels alone.
 
@@ -84,6 +93,8 @@ def make_folder(photos: Path, rows: Sequence[dict[str, str]], folder: Path) -> l
         mask = np.asarray(Image.open(photos / "SegmentationClass" / name))
         files.save_image(folder / "masks" / name, Image.fromarray(value_of[mask]))
     paths = {"images": photos / "JPEGImages", "labels": folder / "labels.csv", "masks": folder / "masks"}
+    if (photos / "saliency").is_dir():
+        paths["saliency"] = photos / "saliency"
     settings = [f"data.{key}={files.absolute(path)}" for key, path in paths.items()]
     return ["data.kind=folder", f"data.class_names=[{','.join(names)}]", *settings]
 
@@ -118,6 +129,7 @@ def score(work: Workspace, network: str, samples: Samples) -> dict[str, Any]:
 def evaluate_recipes(photos: Path, purpose: str, recipes: Sequence[str], tuned: Path | None, scratch: Path) -> None:
     """Measure each recipe on each fold of a purpose, and keep the records as they come."""
     folds = split(read_rows(photos / "labels.csv"), (row["image"] for row in read_rows(tuned)) if tuned else ())
+    folds |= grow(folds)
     for text in recipes:
         name, _, settings = (part.strip() for part in text.partition(":"))
         for fold, rows in folds.items():
@@ -140,7 +152,7 @@ def read_rows(table: Path) -> list[dict[str, str]]:
 def table(records: Sequence[dict[str, Any]]) -> str:
     """Mean and standard deviation over folds, a row per purpose and recipe; mIoU in %."""
     rows = [
-        {"purpose": record["fold"].split()[0], "recipe": record["recipe"], "minutes": record["seconds"] / 60}
+        {"purpose": record["fold"].rpartition(" ")[0], "recipe": record["recipe"], "minutes": record["seconds"] / 60}
         | {f"{network}, fused": record[network]["fused"]["mIoU"] for network in NETWORKS if network in record}
         | {f"{network}, masks": record[network]["refined_auto"]["mIoU"] for network in NETWORKS if network in record}
         for record in records
@@ -152,7 +164,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", metavar="PHOTOS", type=Path)
-    parser.add_argument("purpose", choices=["choose", "final"])
+    parser.add_argument("purpose", choices=["choose", "final", "curve"])
     parser.add_argument("recipes", nargs="*", metavar="NAME:SETTINGS")
     parser.add_argument("--tuned", type=Path, metavar="TABLE", help="photos that an earlier choice has seen")
     parser.add_argument("--scratch", type=Path, default=PROJECT_ROOT / "build" / "own_photos")

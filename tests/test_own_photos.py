@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from benchmarks.own_photos import RESULTS, make_folder, split
+from benchmarks.own_photos import RESULTS, grow, make_folder, split
 from smaflib import files
 from smaflib.config import load_config
 from smaflib.data import load_samples
@@ -35,6 +35,23 @@ def test_folds_worked_out_by_hand():
         "final 0": ["1"],
         "final 1": ["5"],
     }
+
+
+def test_folders_grow_from_photos_that_no_choice_has_seen():
+    rows = [{"image": str(k), "labels": "cat"} for k in range(240)]
+    folds = split(rows)
+    folders = grow(folds)
+    assert {name: len(rows) for name, rows in folders.items() if name[-1] in "02"} == {
+        "curve 5 0": 5,
+        "curve 5 2": 5,
+        "curve 20 0": 20,
+        "curve 20 2": 20,
+        "curve 40 0": 40,
+        "curve 100 0": 100,
+        "curve 200 0": 200,
+    }
+    assert folders["curve 40 0"] == folds["final 1"] and folders["curve 40 1"] == folds["final 0"]
+    assert folders["curve 5 1"] == folds["final 1"][5:10]
 
 
 def test_a_fold_is_a_folder_with_the_classes_of_its_own_labels(tmp_path):
