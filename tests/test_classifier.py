@@ -160,6 +160,9 @@ def test_solved_head_leaves_the_backbone_alone_and_is_stored(tmp_path: Path) -> 
     # What is complete is loaded: other images would give another head.
     again, same_history = train_teacher(make_samples(2, saliency=False), config, CPU, path)
     assert same_weights(again, network) and same_history == history
+    # A student of ImageNet's maps starts from the same head, not from a random one.
+    given = config.model_copy(update={"attention": config.attention.model_copy(update={"source": "imagenet"})})
+    assert same_weights(train_teacher(samples, given, CPU)[0], network)
 
 
 # --- a finished teacher -----------------------------------------------------------------------------------------------
