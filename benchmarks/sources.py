@@ -7,8 +7,8 @@ mirror images, as they are and after PAR, then after the dense CRF of IRN. PAR w
 ToCo. Image labels are given. The background threshold of each row is chosen on the first 50 photos of voc12_small's
 *train*, before PAR and CRF; numbers are those of its *val* and of coco_small. ``--teacher`` adds the classifier of a
 run of ``configs/voc12-small.yaml``. ``--students`` trains on the maps of ImageNet's classifier on *train*, after the
-CRF: one student on those of scale 1, one on the fused ones, measured on *val* alone. Rows
-that OUT.json holds are not computed again.
+CRF: one student on those of scale 1, one on the fused ones, measured on *val* alone. They start from a head that is
+solved from the image labels, which has a row of its own. Rows that OUT.json holds are not computed again.
 """
 
 from __future__ import annotations
@@ -145,6 +145,7 @@ def train_students(shared: Path, folder: Path, seeds: Sequence[int]) -> dict[str
             attention=config.attention,
             checkpoint=work.checkpoint("start"),
         )
+        found.setdefault("start of the students", as_source(start))
         targets = MaskMaps(work.masks(samples, targets_folder.name), len(samples.class_names))
         how = (config.self_training, bg_score, runtime)
         network, _ = self_train(start, samples, targets, *how, checkpoint=checkpoint)
@@ -192,7 +193,7 @@ def main() -> None:
             continue
         start, betas = time.perf_counter(), choose_thresholds(source, chosen_on)
         for set_name, samples in sets.items():
-            if name.startswith("student") and set_name == "coco_small":
+            if "student" in name and set_name == "coco_small":
                 continue
             for row, ious in measure(source, samples, betas, name in args.par).items():
                 facts = {"source": name, "supervision": source.supervision, "data": set_name, "masks": row}
