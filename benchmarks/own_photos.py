@@ -40,7 +40,7 @@ from smaflib.workspace import Workspace
 RESULTS = Path(__file__).parent / "results" / "own_photos.json"
 PRESET = PROJECT_ROOT / "configs" / "custom.yaml"
 FOLDS, HELD_OUT = 4, 2
-CURVE = {5: 8, 20: 3, 40: 2, 100: 1, 200: 1}  # photos in a folder: number of folders
+CURVE = {5: 3, 20: 2, 40: 2, 100: 1, 200: 1}  # photos in a folder: number of folders
 HEAD = {"image": "image", "labels": "labels"}
 NETWORKS = ("teacher", "student")
 
