@@ -365,6 +365,8 @@ class PseudoMaskConfig(StageConfig):
 
     bg_score: BgScore | Literal["auto"] | None = None  # None: that of attention; auto: chosen from the student's maps
     saliency_weight: Fraction = 0.0  # share of the saliency maps, if there are any, in the masks; 0 in the paper
+    # Connected parts smaller than this share of the image take the label around them; 0 in the paper.
+    min_part: Fraction = 0.0
     refine: RefinementName = "crf"  # crf, par, none, or package.module:attribute
     crf: CrfConfig = CrfConfig()  # or the name of a preset: reference, irn, deeplab, mini, soft
     par: ParConfig = ParConfig()

@@ -13,7 +13,7 @@ from torch import Tensor
 from smaflib import pseudo_masks as module
 from smaflib.config import CrfConfig, ParConfig, PseudoMaskConfig
 from smaflib.data.masks import read_mask
-from smaflib.pseudo_masks import pseudo_mask, write_pseudo_masks
+from smaflib.pseudo_masks import pseudo_mask, without_specks, write_pseudo_masks
 from smaflib.refinement import dense_crf, pixel_adaptive_refinement
 
 CRF = CrfConfig(iterations=3, bilateral_sxy=10, bilateral_srgb=8, bilateral_compat=6)
@@ -49,6 +49,28 @@ def test_crf_refines_the_hard_labels_over_all_classes() -> None:
     refined = pseudo_mask(sample.image, denoised, 0.5, PseudoMaskConfig(crf=CRF))
     assert torch.equal(refined, dense_crf(sample.image, hard, CRF, num_labels=4))
     assert not torch.equal(refined, hard)
+
+
+def test_specks_take_the_label_around_them() -> None:
+    mask = torch.zeros(10, 10, dtype=torch.uint8)
+    mask[:6, :5] = 1
+    mask[2, 2] = 0  # a hole
+    mask[4:6, 2:4] = 2  # four pixels, of which two touch the border of class 1
+    mask[8, 8] = mask[9, 9] = 1  # a diagonal does not connect
+    for min_part, labels in ((0.0, mask), (0.01, mask), (1.0, mask)):  # of 1.0 all parts are smaller
+        assert torch.equal(without_specks(mask, min_part), labels)
+    clean = mask.clone()
+    clean[2, 2], clean[8, 8], clean[9, 9] = 1, 0, 0
+    assert torch.equal(without_specks(mask, 0.02), clean)
+    larger = without_specks(mask, 0.05)
+    assert larger[4, 2:4].tolist() == [1, 1] and not (larger == 2).any()
+    maps, config = [RandomMaps(2)[index] for index in range(2)], UNREFINED.model_copy(update={"min_part": 0.02})
+    samples = make_samples(2, SIZE)
+    hard = [pseudo_mask(sample.image, each, 0.5, UNREFINED) for sample, each in zip(samples, maps, strict=True)]
+    expected = [without_specks(each, 0.02) for each in hard]
+    assert not torch.equal(hard[0], expected[0])
+    assert all(map(torch.equal, module.pseudo_masks(samples, maps, 0.5, config), expected))
+    assert torch.equal(pseudo_mask(samples[0].image, maps[0], 0.5, config), expected[0])
 
 
 def test_existing_masks_are_kept_and_maps_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

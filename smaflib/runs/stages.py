@@ -79,7 +79,7 @@ STAGES: tuple[Stage, ...] = (
         outputs=("checkpoints/student*.safetensors", "cams/student*/**", "figures/05_*.png"),
         required_outputs=("checkpoints/student*.safetensors", "cams/student*/**"),
         settings=("self_training",),
-        settings_of_masks=("pseudo_masks.crf", "pseudo_masks.par", "pseudo_masks.backend"),
+        settings_of_masks=tuple(f"pseudo_masks.{name}" for name in ("crf", "par", "backend", "min_part")),
         code=("self_training", "pseudo_masks", "refinement"),
     ),
     Stage(
