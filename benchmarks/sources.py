@@ -56,15 +56,17 @@ STUDENTS = [
     "attention.flip=false",
     "self_training.saliency_weight=0",
     "self_training.start_share=0",
-    "self_training.learning_rate=0.002",  # of configs/custom.yaml, where the backbone is frozen, too
+    "self_training.iterations=100",
+    "self_training.whole_images=true",
+    "self_training.resize_range=[224,448]",
+    "self_training.learning_rate=0.002",
     "self_training.head_multiplier=1",
-    "self_training.crop_size=224",
-    "self_training.resize_range=[224,384]",
     "pseudo_masks.crf=irn",
     "pseudo_masks.saliency_weight=0",
     "pseudo_masks.num_workers=1",
 ]
-"""Of configs/voc12-small.yaml, for one core of a laptop: the head alone learns, from smaller crops."""
+"""The student of configs/custom.yaml: its head alone learns, from whole photos. Crops of 224 pixels, and all layers,
+were worse on 100 photos of train, seed 7."""
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(2, 20))
 KINDS = {"scale 1": (1.0,), "fused": SCALES}
 
