@@ -90,7 +90,7 @@ def write_attention_maps(
     # A thread compresses and writes a batch while the next one is computed.
     with ThreadPoolExecutor(max_workers=1) as writer, memory_advice("leave the largest scale out of attention.scales"):
         written: Future[None] = writer.submit(lambda: None)
-        desc = f"attention of {samples.split}"
+        desc = f"attention of {samples.split} images"
         for batch in load_views(samples, config.scales, runtime, missing, desc, source.patch):
             how = ([samples.files[index].labels for index in batch.indices], config.flip, runtime, config.caa)
             cams = [class_attention(source, images, *how).cpu() for images in batch.views]

@@ -17,6 +17,8 @@ from smaflib.apps.masks import make_masks
 from smaflib.config import Config, check_settings
 from smaflib.data.masks import read_mask
 from smaflib.errors import ConfigError, DataError
+from smaflib.report.html import write_page
+from smaflib.report.palette import class_color
 
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 SETTINGS = {
@@ -80,6 +82,13 @@ def test_every_photo_gets_a_mask_an_overlay_and_a_place_on_the_sheet(made: tuple
     assert html.count("background: #e69f00") == html.count("background: #56b4e9") == 4
     assert "</i>1 blue</li>" in html and "</i>2 red</li>" in html
     assert html.count("<figure>") == 6 and "masks/3.png" in html and not network_references(html)
+
+
+def test_a_long_legend_is_folded(tmp_path: Path) -> None:
+    for number, tag in ((24, "<details open>"), (25, "<details>")):
+        legend = [(value, f"class {value}") for value in range(1, number + 1)]
+        write_page(tmp_path / "sheet.html", "contact_sheet.html.j2", cards=[], legend=legend, color=class_color)
+        assert tag in (tmp_path / "sheet.html").read_text()
 
 
 def test_second_call_makes_what_is_missing(

@@ -72,6 +72,19 @@ def test_labels_are_drafted_once_and_belong_to_the_user_afterwards(
     assert load_samples(make.call_args.args[0], "train").class_names == ("dog", "person")
 
 
+def test_a_list_of_class_names_is_all_that_is_drafted(
+    photos: Path, make: Mock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    predicting(monkeypatch, {162: 0.06, 254: 0.05, 963: 0.8}, {665: 0.06, 670: 0.05, 831: 0.2})  # 963 is a pizza
+    code, _ = masks("--set", "data.class_names=[person,motorbike,dog]")
+    assert code == 0
+    assert (tmp_path / "out" / "labels.csv").read_text().splitlines()[1:] == [
+        "a.jpg,dog,dog 0.11;person 0.00;motorbike 0.00",
+        "b.jpg,motorbike,motorbike 0.11;person 0.00;dog 0.00",
+    ]
+    assert load_samples(make.call_args.args[0], "train").image_labels.tolist() == [[0, 0, 1], [0, 1, 0]]
+
+
 def test_subfolders_are_labels_and_photos_beside_them_show_none(photos: Path, make: Mock, tmp_path: Path) -> None:
     for folder in ("dog", "gr\u00fcner, Apfel", ".hidden", "dog/deeper", "empty"):
         (photos / folder).mkdir()

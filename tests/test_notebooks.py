@@ -360,7 +360,7 @@ def test_photos_become_masks_a_review_and_an_export(tmp_path):
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
     assert "application/vnd.jupyter.widget-view+json" in cells[-2].outputs[-1].data
-    assert "2 photos in masks_coco/instances.json; " in cells[-1].outputs[-1].text
+    assert "2 masks; " in cells[-1].outputs[-1].text
     told = json.loads((tmp_path / "masks_coco" / "instances.json").read_text())
     assert [each["name"] for each in told["categories"]] == ["cat", "cup", "drink"] and len(told["images"]) == 2
 

@@ -48,8 +48,8 @@ def write_label_table(config: Config) -> str:
     """Write ``data.labels`` for the photos in ``data.images``, unless it is there; returns a sentence on its origin.
 
     A subfolder's name is the label of its photos; photos beside subfolders have none. Without subfolders, labels are
-    the names whose probability is at least LIKELY (benchmarks/drafts.py). DataError if there is no photo, one cannot
-    be read or two would share a mask; nothing is written.
+    the names, those of ``data.class_names`` if it has any, whose probability is at least LIKELY (benchmarks/drafts.py).
+    DataError if there is no photo, one cannot be read or two would share a mask; nothing is written.
     """
     folder, table = config.data.images, config.data.labels
     assert folder is not None and table is not None  # Config has checked it
@@ -64,10 +64,11 @@ def write_label_table(config: Config) -> str:
     if not any(row["labels"] for row in rows):
         origin = "are drafts from ImageNet, which has no person: correct the table and give the same command again."
         make_runtime(config)  # sets torch's threads
-        network, names = ImageNetClassifier(), coarse_names()
+        wanted = config.data.class_names
+        network, names = ImageNetClassifier(), match_classes(wanted) if wanted else coarse_names()
         for row in progress(rows, len(rows), "draft labels"):
             found = network.probabilities(open_image(folder / row["image"]))
-            scores = {name: float(found[numbers].sum()) for name, numbers in names.items()}
+            scores = {name: float(found[[*numbers]].sum()) for name, numbers in names.items()}
             likeliest = sorted(scores, key=lambda name: -scores[name])[:5]
             row["labels"] = ";".join(name for name in likeliest if scores[name] >= LIKELY)
             row["scores"] = ";".join(f"{name} {scores[name]:.2f}" for name in likeliest)

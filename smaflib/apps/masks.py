@@ -137,7 +137,7 @@ def _claim(
     if changed and work.path("checkpoints").is_dir() and not retrain:
         raise ConfigError(
             f"{out} was made with other settings, photos or classes: {'; '.join(changed[:5])}; choose another --out, "
-            "or give --retrain, which trains anew and keeps what you wrote"
+            "or give --retrain (in Python retrain=True), which trains anew and keeps what you wrote"
         )
     if settings or not record or (learned != before and (retrain or not trained)):
         for folder in filter(Path.is_dir, map(out.joinpath, MADE)):

@@ -130,7 +130,7 @@ class Samples(Sequence[Sample]):
     def check_images(self) -> None:
         """Read every image; a :class:`DataError` lists those that cannot be used."""
         problems = []
-        for index in progress(range(len(self)), len(self), f"read {self.split}"):
+        for index in progress(range(len(self)), len(self), f"read {self.split} images"):
             try:
                 self[index]
             except DataError as error:

@@ -50,3 +50,14 @@ def test_enter_accepts_delete_leaves_out_and_both_show_the_next_photo(review: Lo
     review.get_by_role("button", name="leave out").click()
     expect(status).to_have_text(f"{ids[3]}: left out; 3 of 6 reviewed")
     assert [*read_corrections(lab_work / "out")] == [*ids[:2], ids[3]]
+
+
+def test_a_strip_of_many_photos_is_low_and_shows_the_present_one(review: Locator) -> None:
+    strip, panels = review.locator(".smaf-strip"), review.locator(".smaf-panels")
+    strip.evaluate("it => { it.style.width = '60px'; }")  # a row per photo: 54 pixels, 6 between, 5 at both ends
+    for key, times, photo, scrolled in [("PageUp", 6, 0, 0), ("PageDown", 2, 2, 71), ("PageDown", 3, 5, 364 - 162)]:
+        for _ in range(times):
+            panels.press(key)
+        expect(strip.locator("button").nth(photo)).to_have_attribute("aria-pressed", "true")
+        # The middle of the thumbnail is in the middle of the strip: 2 * 60 + 5 + 27 - 162 / 2.
+        assert strip.evaluate("it => [it.clientHeight, it.scrollHeight, it.scrollTop]") == [162, 364, scrolled]

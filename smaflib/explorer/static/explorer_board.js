@@ -64,6 +64,7 @@ function createBoard(root, on) {
       }));
     }
     [...strip.children].forEach((button, number) => button.setAttribute("aria-pressed", String(number === index)));
+    strip.scrollTop = (strip.children[index]?.offsetTop ?? 0) - strip.clientHeight / 2 + 27; // the middle of a thumbnail
   };
   // Wide enough: the numbers are beside the panels, and everything fits on one screen.
   const arrange = () => {
