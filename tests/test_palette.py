@@ -54,7 +54,7 @@ def test_no_two_class_colours_are_closer_than_19(sight: str) -> None:
 
 def test_a_class_keeps_its_colour_whatever_else_there_is() -> None:
     assert class_colors(20)[:3] == class_colors(3) == [[230, 159, 0], [86, 180, 233], [0, 158, 115]]
-    assert len(class_colors(80)) == 80 and class_colors(80)[12] == class_colors(1)[0]
+    assert len(class_colors(80)) == 80 and class_colors(80)[23] == class_colors(1)[0]
 
 
 def test_each_scale_has_its_own_style_in_all_plots() -> None:

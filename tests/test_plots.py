@@ -70,10 +70,10 @@ def test_row_of_pixels_has_an_axis_per_step_and_the_background_where_it_joins() 
 
 
 def test_masks_are_drawn_in_the_class_colours() -> None:
-    image, mask = torch.zeros(3, 9, 9, dtype=torch.uint8), torch.full((9, 9), 13, dtype=torch.uint8)
+    image, mask = torch.zeros(3, 9, 9, dtype=torch.uint8), torch.full((9, 9), 24, dtype=torch.uint8)
     mask[4:] = 2
     panel = overlay_mask(image, mask, opacity=1)
-    assert [panel[1, 4].tolist(), panel[7, 4].tolist()] == class_colors(2)  # the thirteenth begins again
+    assert [panel[1, 4].tolist(), panel[7, 4].tolist()] == class_colors(2)  # the 24th begins again
 
 
 def test_window_is_a_square_around_the_objects_that_stays_in_the_image() -> None:

@@ -77,7 +77,7 @@ def make_masks(config: Config, out: Path, retrain: bool = False) -> Path:
             if network == "teacher":
                 train_teacher(work)
             elif not _is_trained(work):
-                print(f"first masks: {out / 'index.html'}; better ones follow")
+                print(f"first masks: {out / 'index.html'}; the network now trains on them")
                 self_train_rounds(work)
             _renew(work, record, samples, corrections, corrected, network)
             write_maps(work, network)

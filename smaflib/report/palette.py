@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 CLASS_COLORS = tuple(
-    "#e69f00 #56b4e9 #009e73 #78004b #d2ff96 #0072b2 #966900 #b4ffe1 #0000c3 #2d3c00 #a5f0ff #3c8787".split()
+    "#e69f00 #56b4e9 #009e73 #78004b #d2ff96 #0072b2 #966900 #b4ffe1 #0000c3 #2d3c00 #a5f0ff #3c8787 #000069 #0078ff "
+    "#ffff00 #69b45a #3c3cb4 #b42d3c #5ac3b4 #69d296 #870f78 #fff069 #0f96f0".split()
 )
 """Any two are at least 19 apart in CIELAB, for normal sight, deuteranopia and protanopia: four of Okabe and Ito's
-set, then the farthest of a grid over all colours. No larger set was found, so colours repeat from the thirteenth class
-on; names on the regions tell them apart (:func:`smaflib.report.plots.show_panels`)."""
+set, then one by one the farthest of a grid over all colours but black and white. They repeat from the 24th class on."""
 
 LINE_COLORS = ("#0072b2", "#e69f00", "#009e73", "#78004b", "#56b4e9", "#966900")
 """Colours of :data:`CLASS_COLORS` that are dark enough for a line on white."""
