@@ -26,7 +26,7 @@ SETTINGS = {
     "classifier": {"solve_head": {"iterations": 50}},
     "attention": {"scales": [0.5, 1.0], "bg_score": "auto"},
     "self_training": TRAINING | {"whole_images": True, "iterations": 20},
-    "pseudo_masks": {"num_workers": 1},
+    "pseudo_masks": {"num_workers": 1, "min_part": 0.01},
 }
 
 

@@ -98,6 +98,7 @@ class Settings:
     denoise: bool = True
     reactivate: bool = True
     crf: CrfConfig | None = None  # None: no CRF
+    min_part: float = 0.0  # after the CRF, as in pseudo_masks.min_part
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,9 @@ def explore(sample: Sample, cams: Sequence[Tensor], scales: Sequence[float], set
     kept = torch.full((len(cams[0]),), float(not settings.denoise))
     kept[list(settings.image_label)] = 1
     denoised = fuse_and_denoise(used_cams, size, kept, settings.fusion, used_scales, weights)
-    refinement = PseudoMaskConfig(crf=settings.crf) if settings.crf else PseudoMaskConfig(refine="none")
+    refinement = PseudoMaskConfig(refine="none")
+    if settings.crf:
+        refinement = PseudoMaskConfig(crf=settings.crf, min_part=settings.min_part)
     mask = pseudo_mask(sample.image, denoised, settings.bg_score, refinement)
     target = reactivate(denoised, settings.bg_score)[1 + number] if settings.reactivate else denoised[number]
     scale_maps = torch.stack([at_size(cam[number], size) for cam in cams])

@@ -107,7 +107,8 @@ class Explorer(widgets.GridBox):  # type: ignore[misc]
     @property
     def settings(self) -> Settings:
         value, numbers = self._values(), range(len(self.gallery.scales))
-        crf = self.gallery.config.pseudo_masks.crf.model_copy(update={name: value[name] for name in CRF_RANGES})
+        masks = self.gallery.config.pseudo_masks
+        crf = masks.crf.model_copy(update={name: value[name] for name in CRF_RANGES})
         return Settings(
             class_number=value["class_number"],
             image_label=tuple(sorted(value["image_label"])),
@@ -117,6 +118,7 @@ class Explorer(widgets.GridBox):  # type: ignore[misc]
             denoise=value["denoise"],
             reactivate=value["reactivate"],
             crf=crf if value["crf"] else None,
+            min_part=masks.min_part,
         )
 
     def _use(self, gallery: Gallery, index: int, remark: str = "") -> None:
