@@ -194,6 +194,7 @@ if "smaflib.runs.kernel" in sys.orig_argv:
     # How many processes there are decides no result, nor does the supervision that tables of later stages name.
     ASKED = ("data.num_workers", "self_training.batch_size", "segmentation.batch_size", "segmentation.enabled")
     ASKED += ("attention.source", "attention.options.model", "classifier.pretraining")
+    ASKED += ("self_training.saliency_weight", "pseudo_masks.saliency_weight")
 
     def open_run(*args, stage, **options):
         run = opens(*args, stage=stage, **options)

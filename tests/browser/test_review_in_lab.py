@@ -58,12 +58,12 @@ def test_labels_are_chips(review: Locator, lab_work: Path) -> None:
     tags = chips.locator("div.jupyter-widget-tag")
     had = tags.inner_text().strip()  # the only one
     new = {"red": "blue", "blue": "red"}[had]
-    chips.click()  # shows where to type
-    chips.locator("input").fill(new)
+    chips.locator("input").fill(new, timeout=20_000)
     chips.locator("input").press("Enter")  # adds the label, and accepts nothing
     expect(tags).to_have_count(2)
     tags.first.locator(".jupyter-widget-tag-close").click()
     expect(tags).to_have_text([new])
+    review.page.screenshot(path="/tmp/chips.png")
     review.get_by_role("button", name="accept").click()
     expect(review.locator(".smaf-status")).to_contain_text("accepted")
     (changed,) = set(table.read_text().splitlines()) - set(before)
