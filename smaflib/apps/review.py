@@ -10,7 +10,6 @@ from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
-import traitlets
 
 from smaflib.apps.corrections import read_corrections, write_correction
 from smaflib.apps.masks import open_masks
@@ -58,16 +57,9 @@ class Review(Explorer):
             tooltip = f"{what}; next ({key} in the panels)"
             buttons.append(widgets.Button(description=text, tooltip=tooltip, layout={"width": "auto"}))
             buttons[-1].on_click(lambda button, key=key: decide(key))
-        label, names = self.controls["image_label"], self.gallery.class_names
-        label.layout.display = "none"  # a click there would drop all other labels
-        self.chips = widgets.TagsInput(allowed_tags=list(names), allow_duplicates=False, placeholder="add a label")
-        to_names, to_numbers = (lambda value: [names[n] for n in value]), (lambda value: tuple(map(names.index, value)))
-        traitlets.link((label, "value"), (self.chips, "value"), transform=(to_names, to_numbers))
         # A key that was pressed before its photo was shown was meant for the one before.
         self.board.on_msg(lambda board, sent, buffers: decide(sent[0]) if sent[1] == board.index else None)
-        self.children[0].children = [
-            widgets.HBox([*buttons, self.chips, self.doubt], layout={"align_items": "center"})
-        ]  # not tabs
+        self.children[0].children = [widgets.HBox([*buttons, self.doubt], layout={"align_items": "center"})]  # not tabs
         self.add_class("smaf-review")
         self.controls["crf"].value = self._first["crf"] = self.gallery.config.pseudo_masks.refine == "crf"
         self.controls["upload"].layout.display = "none"  # another photo has no mask here
