@@ -45,7 +45,6 @@ def test_folders_grow_from_photos_that_no_choice_has_seen():
         "curve 5 0": 5,
         "curve 5 2": 5,
         "curve 20 0": 20,
-        "curve 20 2": 20,
         "curve 40 0": 40,
         "curve 100 0": 100,
         "curve 200 0": 200,
