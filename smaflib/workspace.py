@@ -107,14 +107,14 @@ class Workspace:
         Args:
             scales: the scales to fuse; None: all. A single scale is taken as it is.
             rule: fusion rule; None: the config's.
-            saliency_weight: share of the samples' saliency maps, where all have one.
+            saliency_weight: share of the samples' saliency maps, if there are any.
             options: of :class:`~smaflib.maps.FusedMaps`, such as ``denoise=False``.
         """
         from smaflib.maps import FusedMaps
 
         rule = rule or ("sum" if scales is not None and len(scales) == 1 else self.config.attention.fusion)
         maps = self.maps(network, "train" if samples.split == "train" else "val")
-        weight = saliency_weight if samples.has_saliency else 0.0
+        weight = saliency_weight if any(each.saliency for each in samples.files) else 0.0
         return FusedMaps(maps, samples, rule, scales, saliency_weight=weight, **options)
 
     def mask_maps(self, network: str, samples: Samples, scales: Sequence[float] | None = None) -> FusedMaps:

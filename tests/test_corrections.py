@@ -244,7 +244,7 @@ def test_retraining_learns_corrections_and_keeps_them(
     assert samples.image_ids == ["0", "1", "2", "3", "5"]
     assert targets[1][:, :, :24].tolist() == [(drawn == value)[:, :24].astype(float).tolist() for value in (1, 2)]
     make_masks(config, out, retrain=True)
-    assert made_by(out, "student")
+    assert made_by(out, "student") and not made_by(out, "teacher")
     once = contents(out)
     assert "of which the networks learned 1: " in capsys.readouterr().out
     assert (out / "labels.csv").read_text() == "mine" and read_corrections(out)["4"].leave_out

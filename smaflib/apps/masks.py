@@ -46,8 +46,8 @@ MADE = ("checkpoints", "cams", "bg_scores", "made", *SHOWN)
 def make_masks(config: Config, out: Path, retrain: bool = False) -> Path:
     """Learn from images and image labels, and write a mask for each image. An interrupted call resumes.
 
-    A later call makes anew, with the networks that are there, what depends on changed labels and on a person's files
-    (:mod:`smaflib.apps.corrections`).
+    The teacher's masks come first; the student's replace them. A later call makes anew, with the networks that are
+    there, what depends on changed labels and on a person's files (:mod:`smaflib.apps.corrections`).
 
     Args:
         config: of kind ``folder``, such as ``configs/custom.yaml`` with the paths set.
@@ -77,7 +77,7 @@ def make_masks(config: Config, out: Path, retrain: bool = False) -> Path:
             if network == "teacher":
                 train_teacher(work)
             elif not _is_trained(work):
-                print(f"first masks: {out / 'index.html'}; the network now trains on them")
+                print(f"first masks: {files.shown_path(out / 'index.html')}; the network now trains on them")
                 self_train_rounds(work)
             _renew(work, record, samples, corrections, corrected, network)
             write_maps(work, network)
@@ -161,13 +161,14 @@ def _renew(
     network: str,
 ) -> None:
     """Write into ``made.json`` what a network's masks are made from, and delete those made from something else."""
-    out, labels = work.folder, _labels(samples)
-    for name in labels:
+    out = work.folder
+    for name, labels in _labels(samples).items():
         correction, last = corrections.get(name, Correction()), record["photos"].get(name, {})
-        new = {"labels": labels[name], "bg_score": correction.bg_score, "corrected": corrected.get(name)}
-        new |= {"network": network}
-        made = {out / "made" / f"{name}.png": ["labels", "bg_score", "network"]}
-        depends = made | {work.maps("student").path(name): ["labels"]}
+        new = {"labels": labels, "bg_score": correction.bg_score, "corrected": corrected.get(name), "network": network}
+        depends = {
+            work.maps("student").path(name): ["labels"],
+            out / "made" / f"{name}.png": ["labels", "bg_score", "network"],
+        }
         for path, causes in (depends | dict.fromkeys(_shown(out, name), list(new))).items():
             differs = any(new[cause] != last.get(cause) for cause in causes)
             if path.parent.name in SHOWN if correction.leave_out else differs:

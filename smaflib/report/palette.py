@@ -13,7 +13,7 @@ CLASS_COLORS = tuple(
     "#ffff00 #69b45a #3c3cb4 #b42d3c #5ac3b4 #69d296 #870f78 #fff069 #0f96f0".split()
 )
 """Any two are at least 19 apart in CIELAB, for normal sight, deuteranopia and protanopia: four of Okabe and Ito's
-set, then one by one the farthest of a grid over all colours but black and white. They repeat from the 24th class on."""
+set, then one by one the farthest of a grid without very dark and pale colours. They repeat from the 24th class on."""
 
 LINE_COLORS = ("#0072b2", "#e69f00", "#009e73", "#78004b", "#56b4e9", "#966900")
 """Colours of :data:`CLASS_COLORS` that are dark enough for a line on white."""
