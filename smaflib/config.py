@@ -95,7 +95,7 @@ class StageConfig(BaseModel):
 
 
 class DataConfig(StageConfig):
-    """Images and image labels. Masks serve evaluation only (but see ``label_source``)."""
+    """Images and image labels. Masks serve evaluation only."""
 
     kind: DataKind = "voc"  # mini, voc, coco, folder, or package.module:attribute
     # voc: the folder with JPEGImages; coco: the folder with annotations/ and train2014/; mini: where the set is drawn,
@@ -104,9 +104,8 @@ class DataConfig(StageConfig):
     images: ProjectPath | None = None  # folder: the folder of images
     # labels, saliency and masks may be relative to root
     labels: DataPath | None = None  # CSV with the columns image,labels (labels joined by ;)
-    # auto: VOC's Annotations if present, else labels.csv in data.root; masks: breaks the image-level setting, which the
-    # run reports
-    label_source: Literal["auto", "csv", "xml", "masks"] = "xml"
+    # auto: VOC's Annotations if present, else labels.csv in data.root
+    label_source: Literal["auto", "csv", "xml"] = "xml"
     class_names: tuple[ClassName, ...] = ()  # (): VOC's 20, COCO's 80, or the names in the CSV, sorted
     # voc: ImageSets/Segmentation/<name>.txt, or the path of a .txt list; coco: train2014
     train_split: str = "train"
@@ -204,13 +203,7 @@ class ClassifierConfig(TrainingConfig):
     eps_lambda: Fraction = 0.5  # weight of the foreground estimate against the background estimate
 
 
-def _has_place(prompt: str) -> str:
-    if prompt.count("{}") != 1:
-        raise ValueError("a prompt must have one {} for the word, such as 'a photo of a {}.'")
-    return prompt
-
-
-Prompt = Annotated[str, AfterValidator(_has_place)]
+Prompt = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]  # one {} for the word, such as "a photo of a {}."
 
 
 class SourceOptions(StageConfig):
@@ -354,12 +347,6 @@ class ParConfig(StageConfig):
     position_weight: Weight = 0.01  # of proximity relative to similarity
 
 
-class CustomRefinement(StageConfig):
-    """Refinement by custom code."""
-
-    name: str  # package.module:attribute
-
-
 class PseudoMaskConfig(StageConfig):
     """Stage 5: argmax over background and fused maps, then refinement."""
 
@@ -375,11 +362,9 @@ class PseudoMaskConfig(StageConfig):
     num_workers: Count = 0  # processes on a CPU; 0: one per core
 
     @property
-    def refinement(self) -> CrfConfig | ParConfig | CustomRefinement | None:
-        """The settings of the refinement named by ``refine``; None: no refinement."""
-        if is_custom(self.refine):
-            return CustomRefinement(name=self.refine)
-        return {"crf": self.crf, "par": self.par, "none": None}[self.refine]
+    def refinement(self) -> CrfConfig | ParConfig | str | None:
+        """The settings of the refinement named by ``refine``, or the name of custom code; None: no refinement."""
+        return {"crf": self.crf, "par": self.par, "none": None}.get(self.refine, self.refine)
 
 
 class SegmentationConfig(TrainingConfig):
@@ -529,12 +514,9 @@ def listed(overrides: str | Sequence[str] | None) -> tuple[str, ...]:
 def load_config(path: str | Path, overrides: str | Sequence[str] | None = ()) -> Config:
     """Read a YAML file, apply overrides, check everything.
 
-    Args:
-        overrides: such as ``"classifier.iterations=100"``; values are YAML, so ``null``, ``true`` and lists work.
-
-    Raises:
-        ConfigError: if the file is not a YAML mapping, a setting does not exist (the closest one is suggested) or a
-            value is invalid.
+    Overrides are such as ``"classifier.iterations=100"``; values are YAML, so ``null``, ``true`` and lists work.
+    ConfigError if the file is not a YAML mapping, a setting does not exist (the closest one is suggested) or a value is
+    invalid.
     """
     if not (path := Path(path)).is_file():
         raise FileNotFoundError(f"there is no config file {path}; smaflib comes with those in configs/")

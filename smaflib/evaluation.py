@@ -151,9 +151,7 @@ def sweep_thresholds(
 ) -> dict[float, SegmentationMetrics]:
     """Scores of attention maps at every background threshold in ``config.thresholds``, in rising order.
 
-    Args:
-        denoised: per image (K, H, W) in [0, 1]; may be lazy.
-        ground_truths: per image uint8 (H, W), 255 is void; may be lazy.
+    Both sequences may be lazy: per image (K, H, W) in [0, 1], and uint8 (H, W) where 255 is void.
     """
     config = config or EvaluationConfig()
     rising = sorted(set(config.thresholds))  # searchsorted needs the order
@@ -244,9 +242,8 @@ def score_on_objects(
 ) -> dict[tuple[str, str], float]:
     """Mean scores in [0, 1], before and after reactivation, of maps as in :func:`sweep_thresholds`.
 
-    Returns:
-        By ("denoised" or "reactivated", "score on objects" or "score on background"): the mean score of the true class
-        on objects, of the best class on background.
+    By ("denoised" or "reactivated", "score on objects" or "score on background"): the mean score of the true class on
+    objects, of the best class on background.
     """
     sums = {(step, place): [0.0, 0] for step in ("denoised", "reactivated") for place in ("objects", "background")}
     for maps, ground_truth in zip(denoised, ground_truths, strict=True):

@@ -7,7 +7,6 @@ no earlier stage run again (:mod:`smaflib.runs.stages`).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from smaflib.classifier import train_classifier
 from smaflib.config import AttentionConfig, Config, SelfTrainingConfig, Split, Variant
 from smaflib.data import load_samples
 from smaflib.data.classes import VOID_LABEL
-from smaflib.data.masks import MaskFiles
+from smaflib.data.masks import MaskFiles, save_mask
 from smaflib.data.voc import SPLITS
 from smaflib.errors import ConfigError, DataError, InputError
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
@@ -93,10 +92,8 @@ def train_student(
 ) -> tuple[AttentionNetwork, History]:
     """Stage 4: train one student on one teacher's maps of the training split.
 
-    Args:
-        name: of the student's checkpoint.
-        teacher: its maps are learned, and the student starts from its weights.
-        changes: of ``self_training``, for this student alone, such as ``fused=False`` for the control.
+    The student starts from the teacher's weights. ``changes`` are settings of ``self_training`` for this student alone,
+    such as ``fused=False`` for the control.
     """
     from smaflib.self_training import self_train
 
@@ -187,13 +184,17 @@ def train_segmentation(work: Workspace) -> tuple[SegmentationNetwork, History]:
 
 
 def write_segmentation(work: Workspace, split: Split = "val") -> MaskFiles:
-    """Stage 6: the segmentation network's masks of a split."""
-    from smaflib import segmentation
+    """Stage 6: the segmentation network's masks of a split, as palette PNGs; processes share the images."""
+    from smaflib.segmentation import segment_many
 
     config, samples, folder = work.config, work.samples(split), work.path("masks_segmenter")
-    if missing_files(folder, samples.image_ids):
+    if missing := missing_files(folder, samples.image_ids):
         run_in_processes(num_processes(config), write_segmentation, replace(work), split)
-        segmentation.write_segmentation(work.segmenter(), samples, folder, config.segmentation, work.make_runtime())
+        missing = missing_files(folder, samples.image_ids)
+        network, runtime = work.segmenter(), work.make_runtime()
+        masks = segment_many(network, samples, config.segmentation, runtime, missing, f"segment {split}")
+        for index, mask in zip(missing, masks, strict=True):
+            save_mask(folder / f"{samples.image_ids[index]}.png", samples.at_full_size(index, mask))
     barrier()  # every process has written its masks
     return work.masks(samples, "masks_segmenter")
 
@@ -214,13 +215,9 @@ def evaluate_network(
 ) -> tuple[list[dict[str, Any]], float | None]:
     """Tidy records of a network's maps on the images that have ground truth, and the background threshold.
 
-    ``iou_sweep`` is the mIoU at every threshold of ``evaluation.thresholds``.
-
-    Args:
-        variant: name of the records.
-        scales: as in :meth:`~smaflib.workspace.Workspace.denoised`. Records of a single one name it, others the rule.
-        rule: as there; ``denoise=False`` keeps the maps of absent classes.
-        bg_score: background threshold; None: the oracle, which has the highest mIoU of the first split, for all splits.
+    ``iou_sweep`` is the mIoU at every threshold of ``evaluation.thresholds``. Scales and rule are as in
+    :meth:`~smaflib.workspace.Workspace.denoised`; records of a single scale name it, others the rule. Without
+    ``bg_score`` it is the oracle, which has the highest mIoU of the first split, for all splits.
     """
     from smaflib.evaluation import sweep_thresholds
 
@@ -271,11 +268,10 @@ def check_networks(config: Config, class_names: Sequence[str] = CLASS_NAMES) -> 
     given, settings = config.classifier.checkpoint, config.segmentation
     model = config.model.model_copy(update={"weights": None}) if given else config.model
     network = AttentionNetwork(model, num_classes=1, background=True)
-    for stage in ("self_training",) if given else ("classifier", "self_training"):
-        check_batch_norm(network, getattr(config, stage), stage, number, device)
+    check_batch_norm(network, number, device)
     if settings.enabled:
         segmenter = SegmentationNetwork(settings.model or config.model, settings, num_classes=1)
-        check_batch_norm(segmenter, settings, "segmentation", number, device)
+        check_batch_norm(segmenter, number, device)
     if config.attention.source != "classifier":
         make_source(config.attention, class_names, None if config.attention.pretrained else network)
 
@@ -286,10 +282,9 @@ def check_custom(config: Config) -> None:
         try:
             with seeded(0), torch.no_grad():
                 _try_custom(config, setting, name)
-        except InputError as error:
-            raise ConfigError(f"{setting}: {error}") from error
         except Exception as error:
-            raise ConfigError(f"{setting}: {name} failed on a tiny input: {type(error).__name__}: {error}") from error
+            cause = error if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+            raise ConfigError(f"{setting}: {name} failed on a tiny input: {cause}") from error
 
 
 def _try_custom(config: Config, setting: str, name: str) -> None:
@@ -307,14 +302,12 @@ def _try_custom(config: Config, setting: str, name: str) -> None:
         _check_maps(load_custom(name)(image, torch.rand(3, 24, 20)), (3, 24, 20))
     else:  # a backbone or a source of maps
         model = (config.segmentation.model if setting.startswith("segmentation") else config.model) or config.model
-        images = torch.randn(2, 3, 64, 96)
-        for background in (True, False):
-            network = AttentionNetwork(model.model_copy(update={"weights": None}), 2, background)
-            network = copy.deepcopy(network).eval()  # as a student is of its teacher
-            own = setting == "attention.source"
-            source = make_source(config.attention, ("a", "b"), network) if own else as_source(network)
-            with torch.set_grad_enabled(source.needs_gradients):
-                _check_maps(source.attend(images, [[0, 1]] * 2).maps.detach(), (2, 2, None, None))
+        network = AttentionNetwork(model.model_copy(update={"weights": None}), 2, background=True).eval()
+        own = setting == "attention.source"
+        source = make_source(config.attention, ("a", "b"), network) if own else as_source(network)
+        with torch.set_grad_enabled(source.needs_gradients):
+            maps = source.attend(torch.randn(2, 3, 64, 96), [[0, 1]] * 2).maps
+        _check_maps(maps.detach(), (2, 2, None, None))
 
 
 def _check_maps(maps: Tensor, shape: tuple[int | None, ...]) -> Tensor:

@@ -6,6 +6,7 @@ do is in docs/extend.md; :func:`smaflib.pipeline.check_custom` tries them before
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import pkgutil
@@ -51,13 +52,11 @@ def load_custom(name: str) -> Callable[..., Any]:
 def custom_file(name: str) -> Path:
     """The file of the module of a name, found without importing it; ConfigError if there is none."""
     searched, module = _extend_search(), name.partition(":")[0]
-    try:
+    with contextlib.suppress(ImportError, ValueError):
         spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.has_location or spec.origin is None:
-        raise ConfigError(f"cannot load {name}: there is no file of {module} in {searched}")
-    return Path(spec.origin)
+        if spec and spec.has_location and spec.origin:
+            return Path(spec.origin)
+    raise ConfigError(f"cannot load {name}: there is no file of {module} in {searched}")
 
 
 def _extend_search() -> str:

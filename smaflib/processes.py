@@ -9,50 +9,38 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
-import pickle
-import sys
+import signal
 import tempfile
 import threading
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from multiprocessing import connection
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from smaflib.config import Config
-from smaflib.errors import ConfigError, RunError
+from smaflib.errors import RunError
 from smaflib.runtime import LOCAL_RANK, LOCAL_SIZE
 
 Item = TypeVar("Item")
-Call = Callable[[], object]
 
 RESTARTS = 3  # of all processes after one was killed; finished files are not made again
 TIMEOUT = datetime.timedelta(minutes=30)  # for a process that waits: another may take long to refine its masks
-RAISED = 3  # exit code of a process whose function raised an error, which it has sent to the process that waits
 
 
 def num_processes(config: Config) -> int:
-    """How many processes share a stage's work: ``processes``, where ``auto`` is one per GPU, and one without a GPU.
+    """How many processes share a stage's work: ``processes``, but not more than the smallest batch has images.
 
-    ConfigError if there are fewer GPUs, or fewer images in a batch.
+    ``auto`` is one per GPU, and one without a GPU.
     """
     trainings = [config.classifier, config.self_training] + [config.segmentation] * config.segmentation.enabled
-    smallest_batch = min(training.batch_size for training in trainings)
     gpus = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
-    if config.processes == "auto":
-        return max(1, min(gpus, smallest_batch))
-    if gpus and config.processes > gpus:
-        raise ConfigError(f"processes is {config.processes}, but this machine has {gpus} GPU(s); set processes=auto")
-    if config.processes > smallest_batch:
-        few = f"the smallest training batch has {smallest_batch} images; set processes={smallest_batch}"
-        raise ConfigError(f"processes is {config.processes}, but {few}, or a larger batch_size")
-    return config.processes
+    wanted = max(1, gpus) if config.processes == "auto" else config.processes
+    return min(wanted, *(training.batch_size for training in trainings))
 
 
 def run_in_processes(number: int, function: Callable[..., object], *arguments: Any, **named: Any) -> None:
@@ -64,68 +52,41 @@ def run_in_processes(number: int, function: Callable[..., object], *arguments: A
     The function is defined at the top of a module, as its arguments must be picklable; it resumes what was interrupted,
     and writes its results to files.
 
-    Raises:
-        Exception: what the function raised in one of the processes, with its traceback as a note.
-        RunError: if processes were killed more than :data:`RESTARTS` times.
+    RunError if the function raises, with the traceback of the process, or if processes were killed more than
+    :data:`RESTARTS` times.
     """
     if number == 1 or num_ranks() > 1:
         return
+    call = partial(function, *arguments, **named)
     for _ in range(1 + RESTARTS):
         with tempfile.TemporaryDirectory(prefix="smaf-ranks-") as folder:
-            codes = _run_once(number, Path(folder, "meeting"), partial(function, *arguments, **named))
-        if not codes:
-            return
-    ended = f"{number} processes of {function.__name__} ended {1 + RESTARTS} times, at last with exit code {codes}"
+            group = start_processes(_work, (number, Path(folder, "meeting"), call), number, join=False)
+            try:
+                while not group.join():
+                    pass
+                return
+            except ProcessException as error:
+                # Where one was killed, the errors of the others only say that they have lost it.
+                killed = {process.exitcode for process in group.processes} - {0, 1, -signal.SIGTERM}
+                if not killed:
+                    raise RunError(str(error).strip()) from None
+            finally:
+                for process in group.processes:
+                    process.kill()
+                    process.join()
+    ended = f"{number} processes of {function.__name__} ended {1 + RESTARTS} times, at last with exit code {killed}"
     raise RunError(f"{ended}. Code -9 usually means that the memory was full: lower processes or batch_size")
 
 
-def _run_once(number: int, meeting: Path, call: Call) -> list[int]:
-    """Exit codes of processes that were killed; none if all have finished."""
-    context = multiprocessing.get_context("spawn")  # a process that has used a GPU cannot be forked
-    errors: SimpleQueue[Exception] = context.SimpleQueue()
-    processes = [context.Process(target=_work, args=(rank, number, meeting, errors, call)) for rank in range(number)]
-    try:
-        for process in processes:
-            process.start()
-        running = processes
-        while running and not any(process.exitcode for process in processes):
-            connection.wait([process.sentinel for process in running])
-            running = [process for process in running if process.exitcode is None]
-        codes = [process.exitcode for process in processes if process.exitcode]
-        # Where one was killed, the errors of the others only say that they have lost it.
-        if set(codes) == {RAISED}:
-            raise errors.get()
-        return codes
-    finally:
-        for process in processes:
-            if process.pid is not None:
-                process.kill()
-                process.join()
-
-
-def _work(rank: int, number: int, meeting: Path, errors: SimpleQueue[Exception], call: Call) -> None:
+def _work(rank: int, number: int, meeting: Path, call: Callable[[], object]) -> None:
     end_with_parent()
     os.environ |= {LOCAL_RANK: str(rank), LOCAL_SIZE: str(number)}
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    try:
-        store = dist.FileStore(str(meeting), number)  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, timeout=TIMEOUT, rank=rank, world_size=number)
-        call()
-        barrier()  # a process that leaves early breaks the connections of the others
-        dist.destroy_process_group()
-    except Exception as error:
-        error.add_note(f"In process {rank}:\n{''.join(traceback.format_exception(error))}")
-        errors.put(_sendable(error))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(RAISED)  # at once, without waiting for the other processes
-
-
-def _sendable(error: Exception) -> Exception:
-    try:
-        return pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RunError(f"{type(error).__name__}: {error}")
+    store = dist.FileStore(str(meeting), number)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, timeout=TIMEOUT, rank=rank, world_size=number)
+    call()
+    barrier()  # a process that leaves early breaks the connections of the others
+    dist.destroy_process_group()
 
 
 def end_with_parent() -> None:

@@ -13,17 +13,9 @@ from smaflib.data.masks import strongest
 
 
 def denoise(fused: Tensor, image_label: Tensor) -> Tensor:
-    """Erase the maps of classes that the image does not show.
+    """Set the maps, (..., K, H, W) in [0, 1], to zero for classes that the image label, (..., K) in {0, 1}, lacks.
 
-    Args:
-        fused: (K, H, W) or (B, K, H, W), in [0, 1].
-        image_label: (K,) or (B, K) in {0, 1}.
-
-    Returns:
-        As ``fused``; absent classes are zero.
-
-    Raises:
-        ValueError: if the label does not match.
+    ValueError if the label does not match.
 
     Example:
         >>> fused = torch.tensor([[[0.75, 0.25]], [[0.5, 1.0]]])  # two classes, one row of two pixels
@@ -31,10 +23,8 @@ def denoise(fused: Tensor, image_label: Tensor) -> Tensor:
         [[[0.75, 0.25]], [[0.0, 0.0]]]
     """
     if image_label.shape != fused.shape[:-2]:
-        raise ValueError(
-            f"image_label must be {tuple(fused.shape[:-2])} to match the maps {tuple(fused.shape)}, got "
-            f"{tuple(image_label.shape)}; the background has no image label"
-        )
+        shapes = f"{tuple(image_label.shape)} does not match the maps {tuple(fused.shape)}"
+        raise ValueError(f"image_label {shapes}; the background has no image label")
     return fused * image_label.to(fused)[..., None, None]
 
 
@@ -44,13 +34,7 @@ def blend_saliency(denoised: Tensor, saliency: Tensor, weight: float) -> Tensor:
     The salient share of a pixel goes to its classes in proportion, the whole of it to the strongest. Saliency knows
     borders and no classes, attention knows classes and no borders. The paper does not do this: its rule is weight 0.
 
-    Args:
-        denoised: (K, H, W) in [0, 1], absent classes zero.
-        saliency: (H, W) in [0, 1].
-        weight: share of the saliency map, in [0, 1].
-
-    Returns:
-        (K, H, W) in [0, 1]; a pixel without any class stays without.
+    Maps (K, H, W), saliency (H, W) and weight are in [0, 1], and so is the result, (K, H, W).
 
     Example:
         >>> blend_saliency(torch.tensor([[[0.5, 0.5]]]), saliency=torch.tensor([[1.0, 0.0]]), weight=0.5).tolist()
@@ -64,18 +48,10 @@ def blend_saliency(denoised: Tensor, saliency: Tensor, weight: float) -> Tensor:
 def reactivate(denoised: Tensor, bg_score: float) -> Tensor:
     """Divide every pixel by its strongest score, a constant background included: the winner becomes 1.
 
-    Where the background is strongest, every class stays below 1. The ratios inside a pixel stay, and a pixel's scores
-    need not sum to 1.
+    Denoised maps, (..., K, H, W) in [0, 1], become (..., K+1, H, W) in [0, 1], background first. Where the background
+    is strongest, every class stays below 1. The ratios inside a pixel stay, and its scores need not sum to 1.
 
-    Args:
-        denoised: (K, H, W) or (B, K, H, W), in [0, 1], absent classes zero.
-        bg_score: background threshold, in (0, 1].
-
-    Returns:
-        (K+1, H, W) or (B, K+1, H, W) in [0, 1], background first.
-
-    Raises:
-        ValueError: if ``bg_score`` is not in (0, 1]: with 0, a pixel without any class is divided by 0.
+    ValueError if ``bg_score`` is not in (0, 1]: with 0, a pixel without any class would be divided by 0.
 
     Example:
         >>> reactivate(torch.tensor([[[0.5, 0.125]]]), bg_score=0.25).tolist()

@@ -63,11 +63,7 @@ def make_runtime(config: Config) -> Runtime:
     torch.set_num_threads(config.num_threads or num_cores())
     torch.backends.cudnn.deterministic = True
     keep_freed_memory()
-    fastest = fastest_precision(device)
-    precision = fastest if config.precision == "auto" else config.precision
-    if precision == "bf16" and device.type != "mps" and fastest != "bf16":
-        what = "this CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
-        raise ConfigError(f"{what} would only emulate precision=bf16; set precision=auto or precision=float32")
+    precision = fastest_precision(device) if config.precision == "auto" else config.precision
     return Runtime(device, precision, config.seed, config.data.num_workers)
 
 

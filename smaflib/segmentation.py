@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from smaflib.classifier import standardize_features
 from smaflib.config import ModelConfig, SegmentationConfig
 from smaflib.data.classes import VOID_LABEL
-from smaflib.data.masks import save_mask, strongest
+from smaflib.data.masks import strongest
 from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import scaled_size
 from smaflib.data.views import load_views
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, SummedBranches
-from smaflib.processes import missing_files
 from smaflib.refinement import refine_many
 from smaflib.runtime import Runtime, derive_seed, device_of, memory_advice, seeded
 from smaflib.training import Batch, Batches, CropField, History, fit
@@ -25,25 +24,15 @@ from smaflib.training import Batch, Batches, CropField, History, fit
 
 def train_segmenter(
     samples: Samples,
-    masks: Sequence[Tensor],
-    model: ModelConfig,
+    masks: Sequence[Tensor],  # per sample uint8 (H, W): pseudo masks, or the ground truth; 255 does not count
+    model: ModelConfig,  # backbone and weights, unless settings.model names others
     settings: SegmentationConfig,
     runtime: Runtime,
     *,
-    student: AttentionNetwork | None = None,
-    checkpoint: Path | None = None,
+    student: AttentionNetwork | None = None,  # the network starts from it, see start_as_student
+    checkpoint: Path | None = None,  # file of the weights; an unfinished training resumes from it
 ) -> tuple[SegmentationNetwork, History]:
-    """Train a segmentation network.
-
-    Args:
-        samples: the training split.
-        masks: per sample uint8 (H, W): pseudo masks, or the ground truth for the upper bound; 255 does not count.
-        model: backbone and weights, unless ``settings.model`` names others.
-        student: the network starts from it (:func:`start_as_student`), which has learned from image labels only.
-        checkpoint: file of the weights; an unfinished training resumes from it.
-
-    Returns the network in eval mode and its learning curve.
-    """
+    """Train a segmentation network on a split; returns it in eval mode with its learning curve."""
     with seeded(derive_seed(runtime.seed, "segmenter's initial weights")):
         network = SegmentationNetwork(settings.model or model, settings, len(samples.class_names)).to(runtime.device)
     if student is not None:
@@ -162,14 +151,3 @@ def _probabilities(network: nn.Module, images: Tensor, size: tuple[int, int], fl
         return probabilities
     plain, mirrored = probabilities.chunk(2)
     return (plain + mirrored.flip(-1)) / 2
-
-
-def write_segmentation(
-    network: SegmentationNetwork, samples: Samples, folder: Path, settings: SegmentationConfig, runtime: Runtime
-) -> None:
-    """Segment a split into palette PNGs, ``<image_id>.png``; existing files are skipped, processes share the images."""
-    image_ids = samples.image_ids
-    missing = missing_files(folder, image_ids)
-    masks = segment_many(network, samples, settings, runtime, missing, f"segment {samples.split}")
-    for index, mask in zip(missing, masks, strict=True):
-        save_mask(folder / f"{image_ids[index]}.png", samples.at_full_size(index, mask))

@@ -44,8 +44,7 @@ def self_train(
         bg_score: background threshold of the targets.
         checkpoint: file of the weights; an unfinished training resumes from it.
 
-    Returns:
-        The student in eval mode and its learning curve.
+    Returns the student in eval mode and its learning curve.
     """
     student = with_background(teacher).to(runtime.device)
     if settings.fresh_head:
@@ -67,10 +66,8 @@ def self_train(
 def mac_loss(logits: Tensor, target: Tensor, weight: float = 100.0) -> Tensor:
     """L_mac: mean squared error between the student's softmax and the reactivated target.
 
-    Args:
-        logits: (B, K+1, h, w), background first; upsampled (bilinear, corners aligned) to the target's size.
-        target: (B, K+1, H, W) in [0, 1], background first.
-        weight: factor of the loss; 100 in the reference code.
+    Logits (B, K+1, h, w) are upsampled (bilinear, corners aligned) to the target, (B, K+1, H, W) in [0, 1]; both have
+    the background first. The weight is that of the reference code.
 
     Example:
         >>> import torch

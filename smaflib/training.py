@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from smaflib.config import TrainingConfig
 from smaflib.data.sample import Sample
-from smaflib.data.transforms import Crop, draw_crop, jitter_colors, normalize, scaled_size, whole_image
+from smaflib.data.transforms import Crop, draw_crop, jitter_colors, normalize, whole_image
 from smaflib.errors import ConfigError
 from smaflib.models.weights import OPTIMIZER, fill, read_metadata, read_weights, write_weights
 from smaflib.processes import num_ranks, rank, sum_gradients, sum_over_ranks
@@ -116,14 +116,13 @@ def fit(
     ``start_share`` needs the initial weights of the first time. Several processes (:mod:`smaflib.processes`) compute a
     part of each batch and take the same steps as one.
 
-    Raises:
-        FloatingPointError: if a loss is not finite. On a GPU losses are read when they are logged or saved.
-        ConfigError: if memory runs out, or several processes cannot share batch norm.
+    FloatingPointError if a loss is not finite; on a GPU losses are read when they are logged or saved. ConfigError if
+    memory runs out, or several processes cannot share batch norm.
     """
     config, batches = batches.config, copy.copy(batches)
     batches.part = slice(rank(), None, num_ranks())
     runtime.place(network).train()
-    check_batch_norm(network, config, stage, num_ranks(), runtime.device)
+    check_batch_norm(network, num_ranks(), runtime.device)
     if num_ranks() > 1 and runtime.device.type == "cuda":
         # torch's own conversion would lose the activations inside of timm's layers.
         from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
@@ -198,22 +197,12 @@ def _numbers(losses: Sequence[Losses]) -> list[dict[str, float]]:
     return numbers
 
 
-def check_batch_norm(network: nn.Module, config: TrainingConfig, stage: str, number: int, device: torch.device) -> None:
-    """Refuse batch norm that learns from one value, or in several processes on a CPU: SyncBatchNorm needs GPUs."""
+def check_batch_norm(network: nn.Module, number: int, device: torch.device) -> None:
+    """Refuse batch norm that learns its statistics in several processes on a CPU: SyncBatchNorm needs GPUs."""
     learned = any(isinstance(layer, nn.BatchNorm2d) and layer.training for layer in network.train().modules())
     if learned and number > 1 and device.type == "cpu":
         advice = "set processes=1 (one process uses all cores), or model.freeze_batch_norm=true"
         raise ConfigError(f"batch norm cannot learn its statistics in several processes on a CPU; {advice}")
-    if learned and config.batch_size == 1:  # a larger batch has a value per image
-        name = "resize_range" if config.whole_images else "crop_size"
-        side = config.resize_range[0] if config.whole_images else config.crop_size
-        smallest = scaled_size((side, side), min(getattr(config, "loss_scales", [1])))
-        try:
-            with torch.no_grad():
-                copy.deepcopy(network).to(device)(torch.zeros(1, 3, *smallest, device=device))
-        except ValueError as error:
-            cause = f"{stage}.batch_size=1 with {stage}.{name}={side} is too small for batch norm ({error})"
-            raise ConfigError(f"{cause}; raise batch_size, or {name} where the feature map is one cell") from error
 
 
 def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from smaflib import files
-from smaflib.config import BgScore, Config, Split
+from smaflib.config import Config, Split
 
 if TYPE_CHECKING:
     from smaflib.data.masks import MaskFiles
@@ -36,7 +36,6 @@ class Workspace:
     _samples: dict[Split, Samples] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def path(self, *parts: str) -> Path:
-        """A path inside the folder."""
         return self.folder.joinpath(*parts)
 
     def checkpoint(self, network: str) -> Path:
@@ -81,10 +80,14 @@ class Workspace:
 
     def segmenter(self) -> SegmentationNetwork:
         """The segmentation network from its checkpoint, in eval mode on the CPU; ConfigError if it cannot be read."""
-        from smaflib.models.networks import load_segmentation_network
+        from smaflib.models.networks import SegmentationNetwork
+        from smaflib.models.weights import fill, read_weights
 
-        settings, num_classes = self.config.segmentation, len(self.samples().class_names)
-        return load_segmentation_network(self.checkpoint("segmenter"), self.config.model, settings, num_classes)
+        settings, path = self.config.segmentation, self.checkpoint("segmenter")
+        model = (settings.model or self.config.model).model_copy(update={"weights": None})
+        network = SegmentationNetwork(model, settings, len(self.samples().class_names))
+        fill(network, read_weights(path), source=str(path))
+        return network.eval()
 
     def maps(self, network: str, split: Split = "train") -> AttentionMaps:
         """A network's attention maps of a split, per scale, which :func:`smaflib.pipeline.write_maps` writes."""
@@ -104,11 +107,9 @@ class Workspace:
     ) -> FusedMaps:
         """A network's maps of some samples of a split, fused and denoised when read.
 
-        Args:
-            scales: the scales to fuse; None: all. A single scale is taken as it is.
-            rule: fusion rule; None: the config's.
-            saliency_weight: share of the samples' saliency maps, if there are any.
-            options: of :class:`~smaflib.maps.FusedMaps`, such as ``denoise=False``.
+        ``scales`` are those to fuse, by default all; a single one is taken as it is. The fusion rule is by default the
+        config's, ``saliency_weight`` the share of the samples' saliency maps, if there are any. ``options`` are those
+        of :class:`~smaflib.maps.FusedMaps`, such as ``denoise=False``.
         """
         from smaflib.maps import FusedMaps
 
@@ -159,7 +160,7 @@ class Workspace:
         from smaflib.thresholds import choose_bg_score
 
         stored = self.path("bg_scores", f"{name}.json")
-        known = files.read_json(stored, {}, dict[Literal["bg_score"], BgScore])
+        known = files.read_json(stored, {})
         if not known:
             eps = self.config.classifier.pretraining == "eps"
             known = {"bg_score": choose_bg_score(maps, SaliencyMaps(self.samples()) if eps else None)}

@@ -258,7 +258,7 @@ def test_masks_and_saliency_are_found_by_name(photos: Path) -> None:
         ("image,labels\n,cat\n", "line 2: no image name"),
         ("image,labels\na.jpg,cat,dog\n", r"line 2: more fields than columns \(dog\); separate labels by ;"),
         ("image,labels\na.jpg,cat\n\na.jpg,dog\n", r"line 4: a\.jpg is already listed on line 2; put all labels"),
-        ("image,labels\na.jpg,cat\na.png,dog\n", r"line 3: a\.png is already .* masks are named a\.png"),
+        ("image,labels\na.jpg,cat\na.png,dog\n", r"line 3: a\.png is already .* would share a\.png"),
         (
             "image,labels\na.jpg,cat\nA.png,dog\n",
             r"a\.jpg and A\.png would share the mask A\.png; rename one, or correct .*labels\.csv",
@@ -289,11 +289,9 @@ def test_missing_folder_and_missing_csv_are_named(photos: Path) -> None:
         load(photos, labels=photos / "nowhere.csv")
 
 
-def test_masks_need_the_order_of_classes_and_are_no_source_of_labels(photos: Path) -> None:
+def test_masks_need_the_order_of_classes(photos: Path) -> None:
     with pytest.raises(DataError, match=r"data\.masks needs data\.class_names, in the order of the mask values"):
         load(photos, masks=photos)
-    with pytest.raises(DataError, match="label_source: masks needs data.kind: voc"):
-        load(photos, label_source="masks")
 
 
 @pytest.mark.parametrize(

@@ -158,11 +158,10 @@ def test_class_name_that_no_xml_has_is_refused_with_the_nearest(root: Path) -> N
     assert len(load(root, class_names=("cat", "dog", "sofa", "zebra"))) == 3  # no object is without a class
 
 
-def test_xml_and_csv_and_masks_give_the_same_labels(root: Path) -> None:
+def test_xml_and_csv_give_the_same_labels(root: Path) -> None:
     expected = [[1, 0, 0], [0, 1, 1], [0, 0, 1]]
     assert load(root, label_source="xml").image_labels.tolist() == expected
     assert load(root, label_source="csv", labels="labels.csv").image_labels.tolist() == expected
-    assert load(root, label_source="masks").image_labels.tolist() == expected
 
 
 def test_difficult_objects_count_and_parts_and_unknown_classes_do_not(root: Path) -> None:
@@ -230,8 +229,6 @@ STRUCTURE: list[tuple[str, object, dict[str, Any], str]] = [
     ("Annotations/b.xml", None, {}, r"b\.xml cannot be read \(.*No such file.*; add it, or set"),
     ("Annotations/b.xml", "<annotation><object>", {}, r"b\.xml cannot be read \(no element"),
     ("labels.csv", "image,labels\na,cat\nb,dog\n", CSV, r"no line in .*labels\.csv for c \(1 of 3 missing\)"),
-    ("SegmentationClass/b.png", None, {"label_source": "masks"}, r"no mask in .*SegmentationClass for b "),
-    ("SegmentationClass/c.png", np.full((8, 12), 4), {"label_source": "masks"}, r"c\.png holds the value 4; with 3 cl"),
     ("Saliency", None, {"saliency": "Saliency"}, r"there is no folder .*Saliency; correct data\.saliency"),
 ]
 

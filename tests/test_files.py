@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -63,18 +62,10 @@ def test_json_round_trip_without_nan(tmp_path: Path) -> None:
     assert read_json(tmp_path / "absent.json", {"x": 1}) == {"x": 1}
 
 
-@pytest.mark.parametrize(
-    ("content", "default", "schema", "cause"),
-    [
-        ("{", {}, None, "property name"),
-        ("[1]", {}, None, "valid dictionary"),
-        ('{"a": "x"}', {}, dict[str, int], "valid integer"),
-    ],
-)
-def test_damaged_json_is_named(tmp_path: Path, content: str, default: Any, schema: Any, cause: str) -> None:
-    (tmp_path / "a.json").write_text(content)
-    with pytest.raises(RunError, match=rf"(?s)a\.json is damaged; delete it.*{cause}"):
-        read_json(tmp_path / "a.json", default, schema)
+def test_damaged_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(RunError, match=r"(?s)a\.json is damaged; delete it.*property name"):
+        read_json(tmp_path / "a.json", {})
 
 
 def test_lock_keeps_others_out_and_is_free_afterwards(tmp_path: Path) -> None:

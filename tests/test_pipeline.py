@@ -262,32 +262,6 @@ def test_networks_that_cannot_be_built_are_refused(settings: dict[str, Any], mes
         check_networks(changed(tiny(tmp_path), **settings).config)
 
 
-DEEPLABV3 = {"architecture": "deeplabv3", "batch_size": 1, "aspp_dilations": [1, 2, 3]}
-
-
-@pytest.mark.parametrize(
-    ("groups", "message"),
-    [
-        ({"segmentation": DEEPLABV3}, r"segmentation\.batch_size=1 with segmentation\.crop_size=32 is too small"),
-        ({"segmentation": DEEPLABV3 | {"batch_size": 2}}, None),
-        ({"classifier": {"batch_size": 1, "crop_size": 4}}, r"classifier\.crop_size=4 is"),  # a map of one cell
-        ({"classifier": {"batch_size": 1}}, None),
-        ({"self_training": {"batch_size": 1, "whole_images": True, "resize_range": [8, 48]}}, r"resize_range=8 is"),
-        ({"self_training": {"batch_size": 1, "crop_size": 4}, "classifier": {"checkpoint": "t.pth"}}, "self_training"),
-        ({"segmentation": {"batch_size": 1, "loss_scales": [0.1, 1]}}, r"segmentation\.crop_size=32 is"),
-        ({"model": {"freeze_batch_norm": True}, "classifier": {"batch_size": 1, "crop_size": 4}}, None),
-    ],
-)
-def test_batch_norm_that_would_learn_from_one_value_is_refused(groups: dict[str, Any], message: str | None) -> None:
-    config = tiny_config(**groups)
-    if message is None:
-        check_networks(config)
-    else:
-        with pytest.raises(ConfigError, match=message) as caught:
-            check_networks(config)
-        assert "\n" not in str(caught.value) and "raise batch_size" in str(caught.value)
-
-
 # --- custom code ------------------------------------------------------------------------------------------------------
 
 CUSTOM = """

@@ -82,7 +82,7 @@ def test_several_processes_learn_what_one_learns(tmp_path: Path, capfd: pytest.C
 
 def test_a_training_resumes_with_another_number_of_processes(tmp_path: Path) -> None:
     path = tmp_path / "teacher.safetensors"
-    with pytest.raises(RuntimeError, match="stopped half way"):
+    with pytest.raises(RunError, match="stopped half way"):
         run_in_processes(2, stop_half_way, path)
     assert "optimizer.0.momentum_buffer" in load_file(path)
     samples, config = make_samples(7), half_way()
@@ -184,7 +184,7 @@ def end_second(folder: Path, how: str) -> None:
     if rank() == 1:
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        raise {"unpicklable": subprocess.CalledProcessError, "OSError": OSError}[how](28, "No space left on device")
+        raise OSError(28, "No space left on device")
     barrier()
 
 
@@ -197,11 +197,10 @@ def test_processes_that_are_killed_again_and_again_are_given_up(
     assert len(list(tmp_path.glob("1.*"))) == 2
 
 
-def test_what_a_process_raises_is_raised_here(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No space left on device") as raised:
+def test_what_a_process_raises_is_told_here(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"Process 1 (.|\n)*end_second(.|\n)*No space left on device"):
         run_in_processes(2, end_second, tmp_path, "OSError")
-    assert raised.value.errno == 28 and "In process 1:" in raised.value.__notes__[0]
-    assert "end_second" in raised.value.__notes__[0] and len(list(tmp_path.glob("1.*"))) == 1  # not started again
+    assert len(list(tmp_path.glob("1.*"))) == 1  # not started again
     assert not children_of(os.getpid())
 
 
@@ -233,12 +232,9 @@ def test_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert num_processes(config("auto", device="cpu")) == 1
     assert num_processes(config(2, device="cpu")) == 2
-    with pytest.raises(ConfigError, match="processes is 3, but the smallest training batch has 2 images; set .*=2"):
-        check_networks(config(3, device="cpu"))
+    assert num_processes(config(3, device="cpu")) == 2  # images of the smallest batch
     with pytest.raises(ConfigError, match="batch norm cannot learn its statistics in several processes on a CPU; set"):
         check_networks(config(2, device="cpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert num_processes(config("auto")) == 2  # images of the smallest batch
-    with pytest.raises(ConfigError, match=r"processes is 9, but this machine has 8 GPU\(s\); set processes=auto"):
-        num_processes(config(9))
+    assert num_processes(config("auto")) == 2

@@ -17,13 +17,13 @@ from smaflib.files import PARTIAL, PROJECT_ROOT, absolute
 from smaflib.runs import Run, find_run, open_run
 from smaflib.runs.inputs import difference, notebook_hash, outside_files, stage_inputs, why_not_complete
 from smaflib.runs.manifest import (
+    Record,
     clear_stage,
     describe_results,
     put_entry,
     read_manifest,
     write_manifest,
 )
-from smaflib.runs.metrics import Record
 from smaflib.runs.stages import STAGES, Stage, counts, stage_named
 
 CHAIN = (
@@ -260,7 +260,7 @@ def test_difference_in_words():
     assert difference(before, before | {"attention.fusion": "max"}) == "attention.fusion differs (sum | max)"
     changed = {"smaflib.cams": "sha256:2", "smaflib.maps": "sha256:2"}
     assert difference(before, before | changed) == "smaflib.cams and 1 more changed"
-    assert difference(before, before | changed, lambda name: name == "smaflib.cams") == "smaflib.maps changed"
+    assert difference(before, before | changed, keep_stale=True) is None
     assert difference(before, before | {"attention.denoise": True}) == "attention.denoise differs (- | True)"
 
 

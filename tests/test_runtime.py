@@ -53,12 +53,6 @@ def test_runtime_follows_the_config(torch_settings: None, bf16_circuits: dict[st
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
 
 
-def test_bf16_is_refused_where_it_would_be_emulated(torch_settings: None, bf16_circuits: dict[str, bool]) -> None:
-    bf16_circuits["avx512_bf16"] = False
-    with pytest.raises(ConfigError, match="this CPU would only emulate precision=bf16; set precision=auto or"):
-        make_runtime(with_settings(device="cpu", precision="bf16"))
-
-
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_device_that_is_not_there_is_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)

@@ -24,8 +24,7 @@ RARE = 10  # images; a class on fewer is learned badly
 def check_data(config: Config, run_folder: Path | None = None) -> tuple[list[str], list[str]]:
     """Read every image, saliency map and mask of both splits; ``run_folder`` contains a mini set.
 
-    Returns:
-        Facts, such as counts and labels without pixels; and problems that would stop a run, such as damaged files.
+    Returns facts, such as counts and labels without pixels, and problems that would stop a run, such as damaged files.
     """
     facts: list[str] = []
     problems: list[str] = []

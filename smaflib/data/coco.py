@@ -33,7 +33,7 @@ def load_coco(data: DataConfig, split: Split, run_folder: Path | None = None) ->
     assert data.root is not None  # Config has checked it
     name, class_names = getattr(data, f"{split}_split"), data.class_names or COCO_CLASSES
     check_class_names(class_names)
-    instances, _ = _read_instances(data, split)
+    instances = _read_instances(data, split)
     if not instances:
         raise DataError(f"{name} has no image of {', '.join(class_names)}; check data.class_names")
     labels = {image_id: tuple(sorted({k for k, _ in found})) for image_id, _, found in instances}
@@ -50,15 +50,15 @@ def write_coco_masks(data: DataConfig, split: Split, run_folder: Path | None) ->
 
     Large instances are painted first, so that a table does not hide what is on it. A crowd is painted as its class,
     like a single instance. Pixels of classes outside ``data.class_names`` are background. An image with an instance
-    that cannot be drawn gets no mask, so that evaluation leaves it out. Without ``run_folder`` nothing is written.
-    Returns sentences on such images and on annotations that are ignored.
+    that is only a box gets no mask, so that evaluation leaves it out. Without ``run_folder`` nothing is written.
+    Returns sentences on such images.
     """
     try:
         from pycocotools import mask as runs
     except ImportError as error:
         raise DataError("masks from COCO's outlines need pycocotools; install it: pip install pycocotools") from error
     name, unpainted = getattr(data, f"{split}_split"), dict[str, int]()
-    instances, ignored = _read_instances(data, split)
+    instances = _read_instances(data, split)
     for image_id, image, found in progress(instances, total=len(instances), desc=f"masks of {name}"):
         path = run_folder / "data" / name / f"{image_id}.png" if run_folder else None
         if path and path.is_file():
@@ -71,37 +71,24 @@ def write_coco_masks(data: DataConfig, split: Split, run_folder: Path | None) ->
             for number, outline in sorted(outlines, key=lambda each: runs.area(each[1]), reverse=True):
                 mask[runs.decode(outline).astype(bool)] = number + 1
             save_mask(path, mask)
-    notes = [f"{ignored} annotations ignored: their image_id or category_id is not in the file"] if ignored else []
-    if unpainted:
-        few = f"{len(unpainted)} images, such as {', '.join(list(unpainted)[:3])}"
-        notes.append(f"{sum(unpainted.values())} instances without a valid outline, so no mask for {few}")
-    return notes
+    few = f"{len(unpainted)} images, such as {', '.join(list(unpainted)[:3])}"
+    return [f"{sum(unpainted.values())} instances without an outline, so no mask for {few}"] if unpainted else []
 
 
-def _outline(runs: Any, image: dict[str, Any], instance: dict[str, Any]) -> dict[str, Any] | None:
-    """The run lengths of an instance for pycocotools (``runs``); None if its outline is missing or damaged.
-
-    pycocotools itself paints whatever is in memory if run lengths end early, and fills the memory for a NaN.
-    """
-    try:
-        size, outline = [image["height"], image["width"]], instance["segmentation"]
-        if isinstance(outline, list):
-            parts = [part for part in outline if len(part) >= 6]  # fewer than three points have no area
-            drawable = np.abs(np.concatenate(parts)).max() < 1e5
-            return runs.merge(runs.frPyObjects(parts, *size)) if drawable else None
-        if isinstance(counts := outline["counts"], list):
-            outline, complete = runs.frPyObjects(outline, *size), sum(counts) == size[0] * size[1]
-        else:
-            complete = runs.encode(runs.decode(outline))["counts"] == counts.encode()
-        return outline if complete and outline["size"] == size else None
-    except Exception:  # what else is wrong in such a file
+def _outline(runs: Any, image: dict[str, Any], instance: dict[str, Any]) -> Any:
+    """The run lengths of an instance for pycocotools (``runs``); None if it has a box only."""
+    size, outline = (image["height"], image["width"]), instance.get("segmentation")
+    if not outline:
         return None
+    if isinstance(outline, list):
+        return runs.merge(runs.frPyObjects(outline, *size))
+    return runs.frPyObjects(outline, *size) if isinstance(outline["counts"], list) else outline
 
 
-def _read_instances(data: DataConfig, split: Split) -> tuple[list[Any], int]:
-    """Id, entry, and pairs of class number and instance of each image; number of annotations that fit none."""
+def _read_instances(data: DataConfig, split: Split) -> list[Any]:
+    """Id, entry, and pairs of class number and instance of each image."""
     assert data.root is not None
-    path, ignored = data.root / "annotations" / f"instances_{getattr(data, f'{split}_split')}.json", 0
+    path = data.root / "annotations" / f"instances_{getattr(data, f'{split}_split')}.json"
     if not path.is_file():
         raise DataError(f"there is no file {path}; unpack the annotations of COCO there; a split is called train2014")
     class_names = data.class_names or COCO_CLASSES
@@ -111,7 +98,6 @@ def _read_instances(data: DataConfig, split: Split) -> tuple[list[Any], int]:
         images: dict[Any, Any] = {each["id"]: (image_stem(each["file_name"]), each, []) for each in content["images"]}
         for each in content["annotations"]:
             image, name = images.get(each.get("image_id")), names.get(each.get("category_id"))
-            ignored += image is None or name is None
             if image and name in class_names:
                 image[2].append((class_names.index(name), each))
         found = [images[number] for number in sorted(images) if images[number][2]]
@@ -122,4 +108,4 @@ def _read_instances(data: DataConfig, split: Split) -> tuple[list[Any], int]:
         raise DataError(f"data.class_names: {path} has no category {absent[0]!r}{nearest(absent[0], known)}")
     if others := sorted(known.difference(class_names)) if not data.class_names else []:
         raise DataError(f"{path} has categories that are not COCO's, such as {others[0]!r}; set data.class_names")
-    return found[: data.max_images], ignored
+    return found[: data.max_images]

@@ -17,8 +17,6 @@ def load_folder(data: DataConfig, split: Split) -> Samples:
     the rotated image.
     """
     assert data.images is not None and data.labels is not None  # Config has checked it
-    if data.label_source == "masks":
-        raise DataError("data.label_source: masks needs data.kind: voc; a folder of images takes its labels from a CSV")
     if data.masks and not data.class_names:
         raise DataError("data.masks needs data.class_names, in the order of the mask values 1 to K")
     rows = read_label_rows(data.labels).values()

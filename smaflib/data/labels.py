@@ -28,39 +28,35 @@ class LabelRow:
 def read_label_rows(path: Path) -> dict[str, LabelRow]:
     """Read a CSV with the columns ``image`` and ``labels``; other columns and empty lines are ignored.
 
-    European spreadsheets put ``;`` between the columns; there a comma separates labels, too.
-
-    Returns:
-        The rows by :func:`image_stem`. Their class names are checked by :func:`class_numbers`.
+    European spreadsheets put ``;`` between the columns; there a comma separates labels, too. Returns the rows by
+    :func:`image_stem`; their class names are checked by :func:`class_numbers`.
     """
     if not path.is_file():
         raise DataError(f"there is no CSV file {path}; set data.labels to a file with the columns image,labels")
     text = read_text(path)
     mark = _delimiter(text)
-    reader = csv.DictReader(io.StringIO(text), strict=True, skipinitialspace=True, delimiter=mark)
+    reader = csv.DictReader(io.StringIO(text), strict=True, skipinitialspace=True, delimiter=mark, restval="")
     rows: dict[str, LabelRow] = {}
     try:
-        columns = [name.strip().lower() for name in reader.fieldnames or ()]
+        reader.fieldnames = columns = [name.strip().lower() for name in reader.fieldnames or ()]
         if not {"image", "labels"} <= set(columns):
-            raise DataError(
-                f"{path}: the first line must name the columns image,labels, separated by a comma (labels of one image "
-                f"by a semicolon) or the other way round; it is {','.join(columns)!r}"
-            )
-        reader.fieldnames = columns
+            raise DataError(f"{path}: the first line must be image,labels or image;labels; it is {','.join(columns)!r}")
         for fields in reader:
-            if mark == ";":
-                fields["labels"] = (fields["labels"] or "").replace(",", ";")
-            row = _read_row(f"{path}, line {reader.line_num}", reader.line_num, fields)
-            if row is None:
-                continue
-            stem = image_stem(row.image)
-            if stem in rows:
+            line, more = reader.line_num, ", ".join(filter(str.strip, fields.pop(None, ())))
+            if more:  # an unquoted delimiter between two labels would otherwise lose all but the first
                 raise DataError(
-                    f"{path}, line {row.line}: {row.image} is already listed on line {rows[stem].line}; put all labels "
-                    "of an image on one line, and rename images that differ in their extension only: masks are named "
-                    f"{stem}.png"
+                    f"{path}, line {line}: more fields than columns ({more}); separate labels by ; within quotes"
                 )
-            rows[stem] = row
+            image, labels = fields["image"].strip(), fields["labels"]
+            if not any(map(str.strip, fields.values())):
+                continue
+            if not image:
+                raise DataError(f"{path}, line {line}: no image name; add it or delete the line")
+            if (stem := image_stem(image)) in rows:
+                before = f"{image} is already listed on line {rows[stem].line}; put all labels of an image on one line"
+                raise DataError(f"{path}, line {line}: {before}, and rename images that would share {stem}.png")
+            names = map(str.strip, (labels.replace(",", ";") if mark == ";" else labels).split(";"))
+            rows[stem] = LabelRow(line, image, tuple(dict.fromkeys(filter(None, names))))
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.reader.line_num}: {error}; check the quotes of that line") from error
     if not rows:
@@ -88,27 +84,12 @@ def _delimiter(text: str) -> str:
     return ";" if {"image", "labels"} <= {*head.split(";")} else ","
 
 
-def _read_row(where: str, line: int, fields: dict[str | None, str | list[str] | None]) -> LabelRow | None:
-    values = {name: (value or "").strip() for name, value in fields.items() if not isinstance(value, list)}
-    # An unquoted delimiter between two labels would otherwise lose all but the first.
-    if extra := [value for value in fields.get(None) or () if value.strip()]:
-        raise DataError(f"{where}: more fields than columns ({', '.join(extra)}); separate labels by ; within quotes")
-    if not any(values.values()):
-        return None
-    labels = tuple(dict.fromkeys(name.strip() for name in values["labels"].split(";") if name.strip()))
-    if not values["image"]:
-        raise DataError(f"{where}: no image name; add it or delete the line")
-    return LabelRow(line, values["image"], labels)
-
-
 def class_numbers(labels: Sequence[str], class_names: Sequence[str], where: str) -> tuple[int, ...]:
     """The class numbers, 0 to K-1 and ascending, of one image's labels; ``where`` is file and line, for the error."""
     for name in labels:
         if name not in class_names:
-            raise DataError(
-                f"{where}: there is no class {name!r}{nearest(name, class_names)}; the classes are "
-                f"{', '.join(class_names)} (data.class_names)"
-            )
+            known = f"{nearest(name, class_names)}; the classes are {', '.join(class_names)} (data.class_names)"
+            raise DataError(f"{where}: there is no class {name!r}{known}")
     return tuple(sorted(class_names.index(name) for name in labels))
 
 

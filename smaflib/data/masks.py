@@ -102,10 +102,8 @@ def check_mask_values(mask: Tensor, num_classes: int, path: object) -> None:
     """Refuse a mask (H, W) with values other than 0 to ``num_classes`` and 255."""
     wrong = [value for value in mask_values(mask) if num_classes < value < VOID_LABEL]
     if wrong:
-        raise DataError(
-            f"{path} holds the value {wrong[0]}; with {num_classes} classes a mask holds 0 (background), 1 to "
-            f"{num_classes} and 255 (void)"
-        )
+        values = f"0 (background), 1 to {num_classes} and 255 (void)"
+        raise DataError(f"{path} holds the value {wrong[0]}; with {num_classes} classes a mask holds {values}")
 
 
 def save_mask(path: Path, mask: Tensor | np.ndarray) -> None:

@@ -30,10 +30,8 @@ def fetch_voc12(folder: Path) -> Path:
     try:
         VOCDetection(folder, year="2012", image_set="trainval", download=True)
     except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"VOC 2012 could not be downloaded ({error}). The server is down from time to time: try again later, or "
-            f"put VOCtrainval_11-May-2012.tar from elsewhere into {folder} and repeat the command"
-        ) from error
+        cure = f"try again later, or put VOCtrainval_11-May-2012.tar from elsewhere into {folder}"
+        raise DataError(f"VOC 2012 could not be downloaded ({error}); {cure} and repeat the command") from error
     return folder / "VOCdevkit" / "VOC2012"
 
 
@@ -41,10 +39,8 @@ def make_data(config: Config, run_folder: Path) -> dict[str, dict[str, Any]]:
     """Draw the mini data set, or paint COCO's masks for evaluation, unless it exists; then read and describe all data.
 
     The mini set goes to ``data.root`` or the run folder, COCO's masks to the run folder unless ``data.masks`` is set.
-
-    Returns:
-        By split what :func:`summarize` says, which is also written to ``data.json``. Ground truth that cannot be used
-        is left out from then on (:meth:`smaflib.workspace.Workspace.samples`), so that it never stops a run.
+    Returns what :func:`summarize` says by split, which is also written to ``data.json``. Ground truth that cannot be
+    used is left out from then on (:meth:`smaflib.workspace.Workspace.samples`), so that it never stops a run.
     """
     data = config.data
     if data.kind == "coco" and data.masks is None:

@@ -23,9 +23,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from smaflib.config import DataConfig, Split
-from smaflib.data.classes import VOC_CLASSES, VOID_LABEL
+from smaflib.data.classes import VOC_CLASSES
 from smaflib.data.labels import IMAGE_ENDINGS, check_class_names, class_numbers, image_stem, nearest, read_label_rows
-from smaflib.data.masks import check_mask_values, decoding, mask_values, read_mask
+from smaflib.data.masks import check_mask_values, decoding, read_mask
 from smaflib.data.sample import Sample, SampleFiles, Samples
 from smaflib.data.transforms import working_size
 from smaflib.errors import DataError
@@ -50,10 +50,7 @@ def load_voc(data: DataConfig, split: Split) -> Samples:
     masks_folder = data.masks or data.root / "SegmentationClass"
     masks = list_pngs(masks_folder if data.masks or masks_folder.is_dir() else None, "data.masks")
     annotations = data.root / "Annotations"
-    if data.label_source == "masks":
-        require_all(list(images), masks, f"mask in {masks_folder}", "add it or change data.label_source")
-        labels = {image_id: _labels_of_mask(masks[image_id], len(class_names)) for image_id in images}
-    elif data.label_source == "xml" or (data.label_source == "auto" and annotations.is_dir()):
+    if data.label_source == "xml" or (data.label_source == "auto" and annotations.is_dir()):
         files = {compose(path.stem): path for path in annotations.glob("*.xml")}
         names = {image_id: _names_in_xml(files.get(image_id, annotations / f"{image_id}.xml")) for image_id in images}
         if split == "train" and not data.max_images:  # a part of the images may lack a class
@@ -101,10 +98,8 @@ def read_sample(files: SampleFiles, num_classes: int, oriented: bool) -> Sample:
     mask = read_mask(files.mask) if files.mask else None
     for what, path, part in (("saliency map", files.saliency, saliency), ("mask", files.mask, mask)):
         if part is not None and part.shape != image.shape[1:]:
-            raise DataError(
-                f"the {what} {path} is {part.shape[1]} x {part.shape[0]} pixels, but its image {files.image} is "
-                f"{image.shape[2]} x {image.shape[1]}; bring both to one size"
-            )
+            size = f"its image {files.image} is {image.shape[2]} x {image.shape[1]}; bring both to one size"
+            raise DataError(f"the {what} {path} is {part.shape[1]} x {part.shape[0]} pixels, but {size}")
     if mask is not None:
         check_mask_values(mask, num_classes, files.mask)
     return Sample(files.image_id, image, image_label, saliency, mask)
@@ -126,10 +121,8 @@ def read_image(path: Path, oriented: bool = False, side: int | None = None, cont
 def open_image(path: str | Path, longest_side: int = 512, content: bytes | None = None) -> Tensor:
     """Read a photo as uint8 (3, H, W), RGB, upright; a larger one is shrunk to ``longest_side`` pixels.
 
-    ``content`` is that of a file which is not on this disk; ``path`` is its name.
-
-    Raises:
-        DataError: if there is no such file, or it is no JPEG, PNG or WebP image.
+    ``content`` is that of a file which is not on this disk; ``path`` is its name. DataError if there is no such file,
+    or it is no JPEG, PNG or WebP image.
     """
     image = read_image(Path(path), True, longest_side, content)
     height, width = working_size(image.shape[1:], longest_side)
@@ -189,10 +182,8 @@ def list_pngs(folder: Path | None, setting: str) -> dict[str, Path]:
 def require_all(image_ids: Sequence[str], there: Collection[str], what: str, cure: str) -> None:
     """Raise a :class:`DataError` with their number and the first three, if images lack a file."""
     if missing := [image_id for image_id in image_ids if image_id not in there]:
-        raise DataError(
-            f"there is no {what} for {', '.join(missing[:3])}{nearest(missing[0], list(there))} ({len(missing)} of "
-            f"{len(image_ids)} missing); {cure}"
-        )
+        few = f"{', '.join(missing[:3])}{nearest(missing[0], there)} ({len(missing)} of {len(image_ids)} missing)"
+        raise DataError(f"there is no {what} for {few}; {cure}")
 
 
 def _read_split(data: DataConfig, split: Split) -> dict[str, Path]:
@@ -228,9 +219,3 @@ def _check_class_names(class_names: Sequence[str], found: set[str]) -> None:
     if absent and (unknown := sorted(found.difference(class_names))):
         hint = f"{nearest(absent[0], unknown)}; they have {', '.join(unknown)}, which are no classes"
         raise DataError(f"data.class_names: no XML of the split has {absent[0]!r}{hint}")
-
-
-def _labels_of_mask(path: Path, num_classes: int) -> tuple[int, ...]:
-    mask = read_mask(path)
-    check_mask_values(mask, num_classes, path)
-    return tuple(value - 1 for value in mask_values(mask) if value not in (0, VOID_LABEL))

@@ -73,9 +73,8 @@ def build_backbone(config: ModelConfig) -> Backbone:
     deviation, and gives features (B, C, h, w); its attribute ``num_features`` is C. Optional are ``features(images)``
     with ``skip_channels``, for ``segmentation.skip_channels``, and ``early_layers()``, for ``model.freeze_early``.
 
-    Raises:
-        ConfigError: if there is no such model or no such weights, it has no features at this output stride, or
-            the weights do not fit.
+    ConfigError if there is no such model or no such weights, it has no features at this output stride, or the weights
+    do not fit.
     """
     name, weights = config.backbone, config.weights
     backbone: Backbone
@@ -114,10 +113,8 @@ def _timm_name(backbone: str) -> str:
         if timm.models.is_model_pretrained(each) or (timm.is_model(each) and "." not in each):
             return each
     near = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=3, cutoff=0.0)
-    raise ConfigError(
-        f"model.backbone is {backbone!r}, which is neither slim, resnet38, a model of timm nor "
-        f"package.module:attribute; the nearest are {', '.join(f'timm/{match}' for match in near)}"
-    )
+    known = f"slim, resnet38, a model of timm nor package.module:attribute; the nearest are timm/{', timm/'.join(near)}"
+    raise ConfigError(f"model.backbone is {backbone!r}, which is neither {known}")
 
 
 @functools.cache  # builds models without values, and each stage of a run builds its networks anew

@@ -161,13 +161,3 @@ def load_attention_network(path: Path, config: ModelConfig, num_classes: int) ->
     network = AttentionNetwork(config.model_copy(update={"weights": None}), num_classes, background)
     fill(network, state, source=str(path))
     return network.eval()
-
-
-def load_segmentation_network(
-    path: Path, model: ModelConfig, settings: SegmentationConfig, num_classes: int
-) -> SegmentationNetwork:
-    """Rebuild a segmentation network, in eval mode on the CPU, from a checkpoint of a run."""
-    model = (settings.model or model).model_copy(update={"weights": None})
-    network = SegmentationNetwork(model, settings, num_classes)
-    fill(network, read_weights(path), source=str(path))
-    return network.eval()

@@ -38,17 +38,12 @@ OPTIMIZER = "optimizer."  # prefix of the optimizer's state in the checkpoint of
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file or a PyTorch checkpoint, whatever its suffix; nothing in the file is executed.
 
-    Raises:
-        ConfigError: if the file is missing, incomplete, or holds more than weights or several networks.
+    ConfigError if the file is missing, incomplete, or holds more than weights or several networks.
     """
     if not path.is_file():
         raise ConfigError(f"there is no weights file {path}; give a .safetensors or .pth file")
     with path.open("rb") as file:
         magic = file.read(8)
-    if magic == b"\x12\x01" + bytes(6):
-        raise ConfigError(
-            f"{path} is an MXNet file; convert it once: python -m tools.convert_resnet38 {path} OUT.safetensors"
-        )
     if not magic.startswith((b"PK", b"\x80\x02")):  # zip archive, or the pickle that torch wrote before version 1.6
         try:
             return _unwrapped(load_file(path))
@@ -57,10 +52,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ConfigError(
-            f"{path} holds more than weights, and loading that could run code; load it where you trust it and save "
-            f"the state dict alone ({str(error).partition(chr(10))[0]:.300})"
-        ) from error
+        cure = "load it where you trust it and save the state dict alone"
+        raise ConfigError(f"{path} holds more than weights, and loading that could run code; {cure}") from error
     except Exception as error:  # damaged bytes raise whatever the unpickler's next step raises
         raise ConfigError(f"{path} is not a complete PyTorch checkpoint ({error!r:.300})") from error
     states = _states_inside(checkpoint)
@@ -107,9 +100,8 @@ def image_level_weights(path: Path, allow_mask_weights: bool = False) -> dict[st
     head = [n for n in state if SEGMENTATION_HEAD.match(n) and (has_backbone or not n.startswith("classifier."))]
     if head and not allow_mask_weights:
         raise ConfigError(
-            f"{path} holds a segmentation network. It has learned from pixel masks, so a run that starts from it is "
-            "not supervised by image labels alone; take ImageNet weights, or set allow_mask_weights=true and say so "
-            "beside your numbers"
+            f"{path} holds a segmentation network, which has learned from pixel masks: take ImageNet weights, or set "
+            "allow_mask_weights=true and say so beside your numbers"
         )
     return {name.removeprefix("backbone."): value for name, value in state.items() if name not in head}
 
@@ -178,10 +170,8 @@ def fill(module: nn.Module, state: dict[str, Tensor], source: str, network: str 
     """Copy a state dict into a module, in the module's float type; all of it or nothing.
 
     The counters of batch norm may be missing, as in old files; the state of an optimizer, in the checkpoint of an
-    unfinished training, is left out. ``source`` and ``network`` are named in messages.
-
-    Raises:
-        ConfigError: lists the names that are missing, unknown, of another shape, or hold NaN or infinity.
+    unfinished training, is left out. ConfigError lists the names that are missing, unknown, of another shape, or hold
+    NaN or infinity; ``source`` and ``network`` are named in it.
     """
     own = module.state_dict()
     wrapper = _wrapper(own)  # of the network itself, which read_weights has taken off

@@ -15,9 +15,9 @@ from smaflib.runtime import device_of
 
 
 def wrap(
-    model: nn.Module,
-    classes: Sequence[int] | None = None,
-    mean: Sequence[float] | None = None,
+    model: nn.Module,  # images (B, 3, H, W) of any size to logits (B, N)
+    classes: Sequence[int] | None = None,  # numbers of the K classes whose maps are wanted; None: all N
+    mean: Sequence[float] | None = None,  # of the pixels in [0, 1]; None: as timm's models say, or ImageNet's
     std: Sequence[float] | None = None,
 ) -> CamNetwork:
     """Give a classifier class attention maps, for :func:`~smaflib.cams.multi_scale_cams`.
@@ -25,13 +25,7 @@ def wrap(
     It must compute its logits by one linear layer from the spatial mean of its last features, with at most a layer norm
     in between, as ResNet, EfficientNet, ConvNeXt, DenseNet and RegNet do. The model is put in eval mode.
 
-    Args:
-        model: images (B, 3, H, W) of any size to logits (B, N).
-        classes: numbers of the K classes whose maps are wanted; None: all N.
-        mean: with ``std``, of the pixels in [0, 1] that the model expects; None: as timm's models say, or ImageNet's.
-
-    Raises:
-        ValueError: if the model has another head, as a vision transformer.
+    ValueError if the model has another head, as a vision transformer.
 
     Source: Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016.
 
@@ -124,8 +118,7 @@ def _find_parts(model: nn.Module, input_size: Sequence[int]) -> tuple[nn.Module,
                     return source, norm, last
     raise ValueError(
         f"{type(model).__name__} has no class activation maps: its logits are not a linear layer of the mean of its "
-        "last features, as those of a ResNet, EfficientNet, ConvNeXt or DenseNet are. Give multi_scale_cams a module "
-        "of your own: forward makes maps of images, attention makes them non-negative (docs/extend.md)"
+        "last features. Give multi_scale_cams a module with forward and attention (docs/extend.md)"
     )
 
 

@@ -39,9 +39,8 @@ def dense_crf(
             whose two best labels are equally probable.
         device: where torch computes; by default where ``image`` is.
 
-    Returns:
-        uint8 (H, W), the most probable label of each pixel, on the device of ``image``. ValueError if shapes or labels
-        do not fit, ConfigError if pydensecrf is asked for and not installed.
+    Returns uint8 (H, W), the most probable label of each pixel, on the device of ``image``. ValueError if shapes or
+    labels do not fit, ConfigError if pydensecrf is asked for and not installed.
 
     Source: Kraehenbuehl and Koltun, "Efficient inference in fully connected CRFs", NIPS 2011.
 
@@ -95,13 +94,9 @@ def pydensecrf_mean_field(image: Tensor, energies: Tensor, counts: Tensor, param
 def _check(image: Tensor, given: Tensor, num_labels: int | None) -> None:
     hard = given.dim() == 2
     if given.shape[-2:] != image.shape[-2:] or image.dtype != torch.uint8:
-        raise ValueError(
-            f"dense_crf needs a uint8 image (3, H, W) and labels (H, W) or scores (L, H, W) of its size, got "
-            f"{image.dtype} {tuple(image.shape)} and {tuple(given.shape)}"
-        )
+        found = f"{image.dtype} {tuple(image.shape)}"
+        raise ValueError(f"the CRF needs a uint8 image of the size of {tuple(given.shape)}, got {found}")
     if hard and (num_labels is None or int(given.max()) >= min(num_labels, VOID_LABEL)):
         raise ValueError(f"label {int(given.max())} is not below num_labels={num_labels}; void has no unary")
     if not hard and not (len(given) <= VOID_LABEL and bool((given.isfinite() & (given >= 0)).all())):
-        raise ValueError(
-            "dense_crf needs finite scores of 0 or more, of 255 labels at most; apply softmax or ReLU first"
-        )
+        raise ValueError("the CRF needs finite scores of 0 or more, of 255 labels at most; apply softmax or ReLU first")

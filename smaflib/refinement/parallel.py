@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smaflib.config import CrfBackend, CrfConfig, CustomRefinement, ParConfig
+from smaflib.config import CrfBackend, CrfConfig, ParConfig
 from smaflib.data.masks import strongest
 from smaflib.plugins import load_custom
 from smaflib.processes import end_with_parent
@@ -24,13 +24,13 @@ from smaflib.refinement.crf import choose_backend, dense_crf
 from smaflib.refinement.par import pixel_adaptive_refinement
 from smaflib.runtime import CPU, num_cores
 
-IMAGES_PER_PROCESS = 4  # queued for each, so that memory does not grow with the data set
+IMAGES_PER_PROCESS = 2  # queued for each, so that memory does not grow with the data set
 FEW_IMAGES = 8  # fewer are refined in this process: worker processes take 1.4 s to start
 
 Job: TypeAlias = tuple[Tensor, Tensor]  # an image, uint8 (3, H, W), and its hard labels (H, W) or scores (L, H, W)
-Params: TypeAlias = CrfConfig | ParConfig | CustomRefinement
-"""Which refinement, and its settings. A custom one is a callable of an image, uint8 (3, H, W), and scores, float32
-(K+1, H, W) in [0, 1], background first, and returns refined scores of that shape. Worker processes import it."""
+Params: TypeAlias = CrfConfig | ParConfig | str
+"""The settings of a refinement, or the name of a custom one: a callable of an image, uint8 (3, H, W), and scores,
+float32 (K+1, H, W) in [0, 1], background first, that returns refined scores. Worker processes import it."""
 
 
 def refine(
@@ -53,7 +53,7 @@ def refine(
         refined = pixel_adaptive_refinement(image, scores, params)
     else:
         with torch.no_grad():
-            refined = load_custom(params.name)(image, scores)
+            refined = load_custom(params)(image, scores)
     return strongest(refined)[1].to(torch.uint8).cpu()
 
 
@@ -72,8 +72,8 @@ def refine_many(
     """
     if isinstance(params, CrfConfig):
         backend, device = choose_backend(backend, device)
-    elif isinstance(params, CustomRefinement):
-        load_custom(params.name)  # workers get this process's import path, which then leads to it
+    elif isinstance(params, str):
+        load_custom(params)  # workers get this process's import path, which then leads to it
     refine_one = functools.partial(refine, params=params, num_labels=num_labels, backend=backend, device=device)
     num_workers, rest = num_workers or num_cores(), iter(jobs)
     first = list(itertools.islice(rest, FEW_IMAGES))
@@ -105,28 +105,20 @@ def _on_all_cores(jobs: Iterable[Job], refine_one: Callable[..., Tensor], num_wo
     waiting: deque[Future[np.ndarray]] = deque()
     try:
         for image, given in jobs:
-            # Tensors would each need a file handle and shared memory; arrays are sent by value. Most channels are 0.
-            shown = given.flatten(1).any(dim=1).bool()
-            waiting.append(pool.submit(_refine_packed, image.numpy(), given[shown].numpy(), shown.numpy(), refine_one))
+            # Tensors would each need a file handle and shared memory; arrays are sent by value.
+            waiting.append(pool.submit(_refine_arrays, image.numpy(), given.numpy(), refine_one))
             if len(waiting) >= IMAGES_PER_PROCESS * num_workers:
                 yield torch.from_numpy(waiting.popleft().result())
         while waiting:
             yield torch.from_numpy(waiting.popleft().result())
     except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a process that refined masks was killed, usually because memory is short; lower pseudo_masks.num_workers "
-            "or segmentation.test_crf_workers"
-        ) from error
+        advice = "lower pseudo_masks.num_workers or segmentation.test_crf_workers"
+        raise RuntimeError(f"a process that refined masks was killed, usually for memory; {advice}") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _refine_packed(
-    image: np.ndarray, packed: np.ndarray, shown: np.ndarray, refine_one: Callable[..., Tensor]
-) -> np.ndarray:
-    """``packed`` holds the channels, or the rows of hard labels, that are not 0 everywhere: those ``shown``."""
-    given = np.zeros((len(shown), *packed.shape[1:]), packed.dtype)
-    given[shown] = packed
+def _refine_arrays(image: np.ndarray, given: np.ndarray, refine_one: Callable[..., Tensor]) -> np.ndarray:
     return refine_one(torch.from_numpy(image), torch.from_numpy(given)).numpy()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import get_args
@@ -28,8 +28,7 @@ PACKAGES = [Path(__file__).parents[1], Path(__file__).parents[2] / "minidata"]
 """The library, and the data set that it draws."""
 
 SHOWS = ("", "errors", "report", "explorer", "runs", "apps")
-"""Parts of the library, ``""`` for its ``__init__``, that decide no artifact: a change executes the notebook again and
-clears nothing."""
+"""Parts of the library, ``""`` for its ``__init__``, that only show results: a change runs no stage again."""
 
 DATA_FOLDERS = {
     "voc": "JPEGImages Annotations SegmentationClass SegmentationClassAug labels.csv".split(),
@@ -61,17 +60,15 @@ def stage_inputs(run: Run, stage: Stage, notebook: Path, outside: Mapping[str, s
     }
 
 
-def why_not_complete(
-    folder: Path, stage: Stage, inputs: Entry, ignored: Callable[[str], bool] = lambda name: False
-) -> str | None:
+def why_not_complete(folder: Path, stage: Stage, inputs: Entry, keep_stale: bool = False) -> str | None:
     """Why a stage of a run folder has to run, in words; None if it is complete and unchanged.
 
-    Changes of inputs that are ``ignored`` do not count.
+    With ``keep_stale`` changes in the library's code do not count.
     """
     entry = read_manifest(folder)["stages"].get(stage.name)
     if entry is None:
         return NEVER_RAN
-    if reason := difference(entry.get("inputs", {}), inputs, ignored):
+    if reason := difference(entry.get("inputs", {}), inputs, keep_stale):
         return reason
     if entry["status"] != "complete":
         return RESUMES
@@ -80,9 +77,10 @@ def why_not_complete(
     return None if entry.get("records") == record_hash(folder, stage) else "its records in metrics.json changed"
 
 
-def difference(before: Entry, now: Entry, ignored: Callable[[str], bool] = lambda name: False) -> str | None:
+def difference(before: Entry, now: Entry, keep_stale: bool = False) -> str | None:
     """The first input that changed, in words, such as ``attention.fusion differs (sum | max)``; None if none did."""
-    changed = [name for name in changed_names(before, now) if not ignored(name)]
+    library = tuple(package.name for package in PACKAGES) if keep_stale else ()
+    changed = [name for name in changed_names(before, now) if not name.startswith(library)]
     if not changed:
         return None
     name, more = changed[0], f" and {len(changed) - 1} more" if len(changed) > 1 else ""
@@ -90,16 +88,6 @@ def difference(before: Entry, now: Entry, ignored: Callable[[str], bool] = lambd
     if any(str(value).startswith("sha256:") for value in (left, right)):
         return f"{name}{more} changed"
     return f"{name} differs ({left} | {right}){more and f',{more}'}"
-
-
-def is_code(name: str) -> bool:
-    """Whether an input is a module of the library."""
-    return name.partition(".")[0] in [package.name for package in PACKAGES]
-
-
-def only_shows(name: str) -> bool:
-    """Whether an input is a module of the library that decides no artifact."""
-    return is_code(name) and (name.split(".") + [""])[1] in SHOWS
 
 
 def outside_files(config: Config) -> dict[str, str]:
@@ -129,12 +117,13 @@ def _content_hash(path: Path) -> str:
 
 
 def code_hashes() -> dict[str, str]:
-    """A hash of each module of :data:`PACKAGES` by its name; comments, docstrings and layout do not count."""
+    """A hash of each module by its name, without those that only show; comments, docstrings and layout do not count."""
     hashes = {}
     for package in PACKAGES:
         for path in sorted(package.rglob("*.py")):
             name = ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
-            hashes[name] = _module_hash(path, path.stat().st_mtime_ns)
+            if (name.split(".") + [""])[1] not in SHOWS:
+                hashes[name] = _module_hash(path, path.stat().st_mtime_ns)
     return hashes
 
 
@@ -150,10 +139,10 @@ def notebook_hash(notebook: Path) -> str:
 
 
 def notebook_cells(notebook: Path) -> list[Entry]:
-    """Cells of a notebook, each with ``source`` as one text and ``tags``; RunError if it cannot be read."""
+    """Cells of a notebook, each with ``source`` as one text; RunError if it cannot be read."""
     try:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]  # importing nbformat would take longer
-        return [{"tags": cell["metadata"].get("tags", []), **cell, "source": "".join(cell["source"])} for cell in cells]
+        return [{**cell, "source": "".join(cell["source"])} for cell in cells]
     except FileNotFoundError as error:
         raise RunError(f"the notebook {display_path(notebook)} is missing") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -1,7 +1,6 @@
 """The kernel that executes a notebook: a process of this interpreter, which ends with its runner.
 
-papermill starts ``python -m smaflib.runs.kernel -f <connection file>``. ipykernel ends by itself when its parent is
-killed, but leaves the worker processes that a notebook has started; this kernel ends them, too.
+ipykernel ends by itself when its parent is killed, and the workers of :mod:`smaflib.processes` and torch with it.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ import re
 import signal
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +27,6 @@ class NotebookKernel:
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self.cell = 0  # index of the running one
         self.last_words: list[str] = []  # what a kernel that crashed wrote to its log
         self.peak_memory_mb: int | None = None  # most memory that the kernel has held, on Linux
         self._pid: int | None = None
@@ -52,7 +48,6 @@ class NotebookKernel:
                     cwd=cwd,
                     progress_bar=bar if sys.stderr.isatty() else False,
                     kernel_manager_class=self._manager_class(folder),
-                    on_cell_start=self._start_cell,
                     on_cell_complete=self._note_memory,
                     store_widget_state=False,
                     coalesce_streams=True,
@@ -101,9 +96,6 @@ class NotebookKernel:
 
         return ThisInterpreter
 
-    def _start_cell(self, cell_index: int, **_: object) -> None:
-        self.cell = cell_index
-
     def _note_memory(self, **_: object) -> None:
         with contextlib.suppress(OSError):
             peak = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{self._pid}/status").read_text())
@@ -134,17 +126,7 @@ def _terminal() -> str:
     return os.devnull
 
 
-def _end_with_parent() -> None:
-    """Kill this process group, workers included, once the parent process is gone."""
-    parent = os.getppid()
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os.killpg(0, signal.SIGKILL)
-
-
 if __name__ == "__main__":
-    if os.name == "posix" and os.getpgrp() == os.getpid():  # never a group that others belong to
-        threading.Thread(target=_end_with_parent, daemon=True).start()
     from ipykernel.kernelapp import launch_new_instance
 
     faulthandler.enable(os.dup(2), all_threads=False)  # ipykernel replaces 2 by a pipe that dies with it

@@ -1,18 +1,56 @@
-"""The manifest proves which stages of a run are complete, and from which inputs they were made."""
+"""What a run has measured, and the manifest that proves which stages are complete and from which inputs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from smaflib import files
-from smaflib.runs.metrics import read_records, replace_records
 from smaflib.runs.stages import Stage
 
 Entry = dict[str, Any]  # of a stage: status, inputs, artifacts, records, made, seconds, ...
+
+
+Number = Annotated[float | None, AfterValidator(lambda number: number if math.isfinite(number or 0) else None)]
+"""NaN and infinity, which are not JSON, become null."""
+
+
+class Record(BaseModel):
+    """A measurement and what it was taken of."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    stage: str
+    variant: str = ""
+    split: str = "train"
+    scale: Number = None
+    fusion: str | None = None
+    object_size: Literal["all", "small", "medium", "large"] = "all"
+    class_name: str = "mean"
+    bg_score: Number = None
+    metric: str
+    value: Number  # IoU, precision, recall and accuracy in [0, 1]
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The records of ``metrics.json``; none if there is no such file."""
+    return files.read_json(folder / "metrics.json", [])
+
+
+def replace_records(folder: Path, stage: str, records: Iterable[dict[str, Any]]) -> None:
+    """Replace a stage's records in ``metrics.json``, which is kept in pipeline order; without records it is deleted."""
+    others = [record for record in read_records(folder) if record["stage"] != stage]
+    if whole := [*others, *records]:
+        files.write_json(folder / "metrics.json", sorted(whole, key=lambda record: record["stage"]))
+    else:
+        (folder / "metrics.json").unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path) -> Entry:
@@ -37,9 +75,8 @@ def put_entry(folder: Path, stage: Stage, entry: Entry | None) -> None:
 def describe_results(folder: Path, stage: Stage) -> Entry:
     """What a finished stage made, for its manifest entry.
 
-    Returns:
-        ``artifacts``: size and SHA-256 of each file, a folder as one entry; ``records``: hash of its measurements;
-        ``made``: hash of what later stages may read, so without figures and executed notebooks, which hold times.
+    ``artifacts``: size and SHA-256 of each file, a folder as one entry; ``records``: hash of its measurements;
+    ``made``: hash of what later stages may read, so without figures and executed notebooks, which hold times.
     """
     artifacts = {}
     for path in made_by(folder, stage):

@@ -17,8 +17,7 @@ from smaflib.config import Config, config_differences, dump_config, listed, load
 from smaflib.errors import ConfigError, RunError
 from smaflib.files import RUNS_FOLDER, absolute, display_path, expanded, shown_path
 from smaflib.plugins import search_in
-from smaflib.runs.manifest import made_by, missing_outputs, read_manifest
-from smaflib.runs.metrics import Record, read_records, replace_records
+from smaflib.runs.manifest import Record, made_by, missing_outputs, read_manifest, read_records, replace_records
 from smaflib.runs.stages import STAGES, Stage, stage_named
 from smaflib.workspace import Workspace
 
@@ -40,7 +39,7 @@ class Run(Workspace):
         return self.folder.name
 
     def record(self, stage: str, records: Iterable[dict[str, Any]]) -> None:
-        """Write a stage's measurements, each a :class:`~smaflib.runs.metrics.Record`, in place of its earlier ones."""
+        """Write a stage's measurements, each a :class:`~smaflib.runs.manifest.Record`, in place of its earlier ones."""
         name = stage_named(stage, self.stages).name
         replace_records(self.folder, name, [Record(**record | {"stage": name}).model_dump() for record in records])
 
@@ -75,10 +74,9 @@ class Run(Workspace):
             absent = missing_outputs(self.folder, stage_named(name, self.stages))
             if absent or status != "complete":
                 what = f"{absent[0]} is missing" if absent else "it has not finished"
-                raise RunError(
-                    f"{stage} needs {name}, but in {shown_path(self.folder)} {what}. "
-                    f"This command makes it:\n  {self.command('--until', name.partition('_')[2])}"
-                )
+                command = self.command("--until", name.partition("_")[2])
+                where = shown_path(self.folder)
+                raise RunError(f"{stage} needs {name}, but in {where} {what}. This command makes it:\n  {command}")
 
     def command(self, *arguments: str) -> str:
         """The ``smaf run`` command of this run."""

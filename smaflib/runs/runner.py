@@ -23,30 +23,19 @@ from smaflib import files
 from smaflib.config import changed_names, flat_settings, load_config
 from smaflib.errors import RunError
 from smaflib.files import RUNS_FOLDER, SHIPPED, absolute, display_path, duration, shown_path
+from smaflib.runs import manifest
 from smaflib.runs.environment import describe_machine
 from smaflib.runs.inputs import (
     NEVER_RAN,
     RESUMES,
     difference,
-    is_code,
     notebook_cells,
-    only_shows,
     outside_files,
     stage_inputs,
     why_not_complete,
 )
 from smaflib.runs.kernel import NotebookKernel
-from smaflib.runs.manifest import (
-    Entry,
-    clear_stage,
-    describe_results,
-    hash_value,
-    missing_outputs,
-    put_entry,
-    read_manifest,
-    write_manifest,
-)
-from smaflib.runs.metrics import read_records, replace_records
+from smaflib.runs.manifest import Entry, hash_value, read_manifest, read_records, replace_records
 from smaflib.runs.run import Run, find_run, open_run, run_folder
 from smaflib.runs.stages import STAGES, Stage, stage_named
 
@@ -91,7 +80,7 @@ def run_notebooks(
     run = open_run(folder, config_file, overrides, stages=stages)
     with files.locked(folder, "smaf run"):
         for stage in rerun:
-            put_entry(folder, stage, None)
+            manifest.put_entry(folder, stage, None)
         chain = _Chain(run, notebooks, outside_files(config), sources, keep_stale)
         changed = [stage for stage in chosen if chain.run_stage(stage, may_reuse=stage not in rerun)]
         index = run.path("index.html")
@@ -121,51 +110,44 @@ class _Chain:
         folder, notebook = self.run.folder, self.notebooks / f"{stage.name}.ipynb"
         inputs = stage_inputs(self.run, stage, notebook, self.outside)
         entry = read_manifest(folder)["stages"].get(stage.name)
-        reason = why_not_complete(folder, stage, inputs, self._ignored)
+        reason = why_not_complete(folder, stage, inputs, self.keep_stale)
         if entry and reason is None:
             took = duration(entry["seconds"])
             _log(f"{stage.name}  complete, skipped (took {took}{_stale(entry, inputs)})")
             return False
         _describe_run(self.run)
         for source in self.sources if may_reuse else ():
-            refusal = why_not_complete(source, stage, inputs, self._ignored)
+            refusal = why_not_complete(source, stage, inputs, self.keep_stale)
             if refusal is None:
                 entry = _reuse(source, folder, stage)
                 _log(f"{stage.name}  reused from {source.name}{_stale(entry, inputs)}")
                 return True
             refusal = "has not finished" if refusal == RESUMES else refusal
             reason = f"{f'{reason}; ' if reason != NEVER_RAN else ''}{source.name}: {refusal}"
-        # Modules that only show a result execute the notebook again, on the artifacts that are there.
-        keeps = self._ignored if self.keep_stale else only_shows
-        resumed = entry if entry and difference(entry.get("inputs", {}), inputs, keeps) is None else None
-        if resumed and difference(resumed["inputs"], inputs):
-            reason = f"{reason}{_stale(resumed, inputs) if self.keep_stale else '; its artifacts stay'}"
-        if resumed and self.keep_stale:
-            inputs = resumed["inputs"]  # without the option it runs again
+        resumed = entry if entry and difference(entry.get("inputs", {}), inputs, self.keep_stale) is None else None
+        if resumed:  # without --keep-stale it would run again
+            reason, inputs = f"{reason}{_stale(resumed, inputs)}", resumed["inputs"]
         if reason != NEVER_RAN or not sys.stderr.isatty():  # a terminal shows the bar
             what = {NEVER_RAN: "starts", RESUMES: RESUMES}.get(str(reason), f"starts ({reason})")
             _log(f"{stage.name}  {what}")
-        clear_stage(folder, stage, resumed)
+        manifest.clear_stage(folder, stage, resumed)
         self._execute(stage, notebook, inputs, resumed is not None)
         return True
-
-    def _ignored(self, name: str) -> bool:
-        return self.keep_stale and is_code(name)
 
     def _execute(self, stage: Stage, notebook: Path, inputs: Entry, resumed: bool) -> None:
         """Execute a stage and keep its manifest entry."""
         folder, begun = self.run.folder, time.monotonic()
         started = datetime.now(UTC).isoformat(timespec="seconds")
         entry = {"status": "running", "started": started, "resumed": resumed, "inputs": inputs}
-        put_entry(folder, stage, entry)
+        manifest.put_entry(folder, stage, entry)
         kernel, result = NotebookKernel(stage.name), Entry(status="failed")
         try:
             with _stopping(kernel.kill):
                 self._execute_notebook(stage, notebook, kernel)
-            if absent := missing_outputs(folder, stage):
+            if absent := manifest.missing_outputs(folder, stage):
                 made = f"{stage.name} ended without making {', '.join(absent)}"
                 raise RunError(f"{made}. {self._how_to_resume()}", exit_code=1)
-            result = {"status": "complete", **describe_results(folder, stage)}
+            result = {"status": "complete", **manifest.describe_results(folder, stage)}
         except KeyboardInterrupt as stop:
             signum = signal.Signals(stop.args[0] if stop.args else signal.SIGINT)
             raise RunError(
@@ -173,14 +155,13 @@ class _Chain:
             ) from None
         finally:
             result |= {"seconds": round(time.monotonic() - begun, 1), "peak_memory_mb": kernel.peak_memory_mb}
-            put_entry(folder, stage, entry | result)
+            manifest.put_entry(folder, stage, entry | result)
         _log(f"{stage.name}  done in {duration(result['seconds'])}")
 
     def _execute_notebook(self, stage: Stage, notebook: Path, kernel: NotebookKernel) -> None:
         """Execute one notebook into the run folder; a failed one is kept as ``<name>.failed.ipynb``."""
         import nbformat
         from nbclient.exceptions import DeadKernelError
-        from papermill.exceptions import PapermillExecutionError, strip_color
 
         logging.getLogger("papermill").setLevel(logging.CRITICAL)  # its errors come as exceptions
         parameters = {
@@ -198,30 +179,14 @@ class _Chain:
         except Exception as error:
             if running.is_file():
                 running.replace(failed)
-            cell, what, trace = kernel.cell, f"{type(error).__name__}: {error}", list[str]()
-            if isinstance(error, PapermillExecutionError):
-                cell, what = error.cell_index, f"{error.ename}: {error.evalue}"
-                trace = strip_color("\n".join(error.traceback)).strip().splitlines()
-            elif isinstance(error, DeadKernelError):
-                what = "the kernel died; if dmesg shows 'out of memory', use smaller batches or fewer workers"
-                trace = kernel.last_words
-            raise RunError(self._failure(notebook, failed, cell, what, trace), exit_code=1) from error
+            cause = str(error).strip()
+            if isinstance(error, DeadKernelError):
+                cause = "the kernel died; if dmesg shows 'out of memory', use smaller batches or fewer workers"
+                cause = "\n".join([cause, *kernel.last_words])
+            where = f"{shown_path(notebook)} failed; the notebook so far: {shown_path(failed)}"
+            raise RunError(f"{where}\n{cause}\n{self._how_to_resume()}", exit_code=1) from error
         finally:
             running.unlink(missing_ok=True)
-
-    def _failure(self, notebook: Path, failed: Path, cell_index: int, error: str, trace: list[str]) -> str:
-        """What went wrong, where, and how to go on, over several lines."""
-        cells = notebook_cells(notebook)
-        given = next((i for i, cell in enumerate(cells) if "parameters" in cell["tags"]), -1)
-        number = cell_index - (cell_index > given)  # papermill inserts a cell after the parameters
-        source = cells[number]["source"].splitlines()
-        lines = [f"{shown_path(notebook)} failed in cell {number + 1} of {len(cells)}:"]
-        lines += [f"    {line}" for line in source[:6]] + ["    ..."] * (len(source) > 6)
-        lines.append(error)
-        if trace:
-            lines += [f"  last lines of its traceback (all of it, and the notebook so far: {shown_path(failed)}):"]
-            lines += [f"    {line}" for line in trace[-12:]]
-        return "\n".join([*lines, self._how_to_resume()])
 
     def _how_to_resume(self) -> str:
         custom = self.notebooks != SHIPPED / "notebooks"  # other notebooks would start from nothing
@@ -244,8 +209,8 @@ def _reuse(source: Path, folder: Path, stage: Stage) -> Entry:
     Killed in between, it leaves a stage without an entry, which the next call starts from nothing.
     """
     entry: Entry = read_manifest(source)["stages"][stage.name]
-    put_entry(folder, stage, None)
-    clear_stage(folder, stage)
+    manifest.put_entry(folder, stage, None)
+    manifest.clear_stage(folder, stage)
     for key in entry["artifacts"]:
         (folder / key).parent.mkdir(parents=True, exist_ok=True)
         if key.endswith("/"):
@@ -254,7 +219,7 @@ def _reuse(source: Path, folder: Path, stage: Stage) -> Entry:
             _link(str(source / key), str(folder / key))
     replace_records(folder, stage.name, [record for record in read_records(source) if record["stage"] == stage.name])
     entry["reused_from"] = display_path(source)
-    put_entry(folder, stage, entry)
+    manifest.put_entry(folder, stage, entry)
     return entry
 
 
@@ -278,7 +243,7 @@ def _describe_run(run: Run) -> None:
         "supervision": run.config.supervision,
         **describe_machine(run.make_runtime()),
     }
-    write_manifest(run.folder, facts | {"stages": read_manifest(run.folder)["stages"]})
+    manifest.write_manifest(run.folder, facts | {"stages": read_manifest(run.folder)["stages"]})
 
 
 @contextlib.contextmanager

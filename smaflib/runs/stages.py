@@ -64,7 +64,7 @@ STAGES: tuple[Stage, ...] = (
         outputs=("cams/teacher*/**", "bg_scores/teacher.json", "figures/03_*.png"),
         required_outputs=("cams/teacher/**",),
         settings=("attention", "evaluation.thresholds"),
-        code=("maps", "evaluation", "thresholds", "explorer"),
+        code=("maps", "evaluation", "thresholds"),
     ),
     Stage(
         "04_denoise_and_reactivate",
@@ -110,10 +110,7 @@ STAGES: tuple[Stage, ...] = (
         outputs=("figures/08_*.png", "explorer.html"),
         extra_inputs=(ABLATION,),
         settings=("evaluation.paper_results",),
-        code=tuple(
-            "apps explorer.page explorer.state models.pretrained report.html report.notebook "
-            "runs.environment runs.inputs runs.kernel runs.runner".split()
-        ),
+        code=("models.pretrained",),
     ),
 )
 
