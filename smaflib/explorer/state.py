@@ -26,7 +26,7 @@ from skimage.data import data_dir
 from torch import Tensor
 
 from minidata import make_mini
-from smaflib.cams import FUSIONS, at_size, multi_scale_cams
+from smaflib.cams import at_size, multi_scale_cams
 from smaflib.classifier import predict_label
 from smaflib.config import Config, CrfConfig, EvaluationConfig, FusionRule, PseudoMaskConfig
 from smaflib.data import Sample, load_samples
@@ -72,11 +72,6 @@ def data_url(image: Tensor, side: int | None = None, kind: str = "JPEG") -> str:
     content = io.BytesIO()
     picture.save(content, kind, quality=88)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"
-
-
-def rule_title(rule: str) -> str:
-    """Title of a fusion rule: ``size-adaptive``; a custom rule keeps its name."""
-    return rule.replace("_", "-") if rule in FUSIONS else rule
 
 
 def to_bytes(values: Tensor) -> bytes:
@@ -181,9 +176,6 @@ class Gallery:
     about: str = ""  # what the reader should know about these images
     knows_photos: bool = True  # whether the networks recognise photos, so that others may be added
     _cams: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
-        self._num_stored = len(self.samples)  # photos come later, and may be named like one of the images
 
     @classmethod
     def pretrained(cls, num_images: int = 8, seed: int = UNSEEN_SEED) -> Gallery:
@@ -301,11 +293,11 @@ class Gallery:
         network = getattr(source, "network", source)
         if hasattr(network, "image_logits"):  # a source without a classifier of these classes predicts nothing
             label = predict_label(network.eval(), image, self.config)
-        self.samples.append(Sample(Path(name).stem, image, label))
+        self.samples.append(Sample(name, image, label))  # with its ending, which no image of a run has
         return len(self.samples) - 1
 
     def _is_stored(self, index: int, role: str, flip: bool) -> bool:
-        stored = role in self.stored and flip == self.config.attention.flip and index < self._num_stored
+        stored = role in self.stored and flip == self.config.attention.flip
         return stored and self.stored[role].path(self.samples[index].image_id).is_file()
 
 

@@ -299,7 +299,7 @@ class Explorer(widgets.GridBox):  # type: ignore[misc]
             "erased": settings.denoise and number not in settings.image_label,
             "scales": list(gallery.scales),
             "weights": list(settings.weights),
-            "rule": state.rule_title(settings.fusion),
+            "rule": settings.fusion,
             "denoise": settings.denoise,
             "reactivate": settings.reactivate,
             "crf": "no CRF" if settings.crf is None else "CRF" if result.settings.crf else "before the CRF",
@@ -341,7 +341,6 @@ def _make_controls(gallery: Gallery) -> dict[str, Any]:
     first, crf = gallery.first_settings(0), gallery.config.pseudo_masks.crf
     classes = [(name, number) for number, name in enumerate(gallery.names(0))]
     searched = synonyms() if isinstance(gallery, PhotoGallery) else ()
-    rules = [(state.rule_title(rule), rule) for rule in fusion_rules(first.fusion)]
     roles = [("classifier (teacher)" if role == "teacher" else role, role) for role in gallery.roles]
 
     def look(text: str, width: int = 310, label: int = 104) -> dict[str, Any]:
@@ -368,7 +367,7 @@ def _make_controls(gallery: Gallery) -> dict[str, Any]:
         "image_label": widgets.SelectMultiple(options=classes, rows=min(6, len(classes)), **look("image label")),
         "role": widgets.Dropdown(options=roles, **look("source" if isinstance(gallery, PhotoGallery) else "stage")),
         "flip": box(gallery.config.attention.flip, "flip"),
-        "fusion": widgets.Dropdown(options=rules, value=first.fusion, **look("fusion rule")),
+        "fusion": widgets.Dropdown(options=fusion_rules(first.fusion), value=first.fusion, **look("fusion rule")),
         "bg_score": slider(first.bg_score, 0.01, 0.98, 0.01, **look("background")),
         "denoise": box(True, "denoise"),
         "reactivate": box(True, "reactivate"),

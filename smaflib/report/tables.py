@@ -15,7 +15,7 @@ from smaflib.files import RUNS_FOLDER
 from smaflib.runs import Run, find_run
 from smaflib.runs.stages import ABLATION
 
-ROW = ["stage", "variant", "fusion", "split", "scale"]  # index of the results; labelled() makes it readable
+ROW = ["stage", "variant", "fusion", "split", "scale"]  # index of the results; by_name() makes it readable
 
 MEASURES = {  # column: (metric, object size)
     "mIoU": ("iou", "all"),
@@ -108,15 +108,6 @@ def class_table(metrics: pd.DataFrame) -> pd.DataFrame:
     return _by_row(ious.assign(column=ious["class_name"])).reindex(columns=ious["class_name"].unique())
 
 
-def labelled(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of results for people: each variant by its label and fusion rule."""
-    if "fusion" not in table.index.names:
-        return table
-    keys = table.index.to_frame(index=False)
-    keys["variant"] = [variant_label(*pair) for pair in zip(keys["variant"], keys["fusion"], strict=True)]
-    return table.set_axis(pd.MultiIndex.from_frame(keys.drop(columns="fusion")))
-
-
 def paper_table(metrics: pd.DataFrame, paper_results: Mapping[Variant, float]) -> pd.DataFrame:
     """A run's mIoU beside the paper's, in percent, for the variants that the run measured (fused by the rule ``sum``).
 
@@ -136,10 +127,8 @@ def paper_table(metrics: pd.DataFrame, paper_results: Mapping[Variant, float]) -
 def compare_runs(folders: Sequence[str | Path], measure: str = "mIoU") -> pd.DataFrame:
     """A column of :func:`results_table` for several runs, by name or folder, then ``<run> - <first run>`` in points.
 
-    RunError or ValueError if there is no such run or measure.
+    RunError if there is no such run.
     """
-    if measure not in MEASURES:
-        raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {measure!r}")
     runs = [find_run(str(folder)) for folder in folders]
     labels = _labels(runs)
     results = {label: results_table(run.metrics())[measure] for label, run in zip(labels, runs, strict=True)}
@@ -151,12 +140,11 @@ def compare_runs(folders: Sequence[str | Path], measure: str = "mIoU") -> pd.Dat
 
 def flat_comparison(folders: Sequence[str | Path], measure: str = "mIoU") -> pd.DataFrame:
     """:func:`compare_runs` as text with one decimal, a name per row."""
-    table = labelled(compare_runs(folders, measure))
-    text = table.map("{:.1f}".format, na_action="ignore")
-    differences = table.columns[len(folders) :]
-    text[differences] = table[differences].map("{:+.1f}".format, na_action="ignore")
-    rows = [" ".join(str(part) for part in key if part) for key in table.index]
-    return text.fillna("").set_axis(pd.Index(rows, name=measure))
+    table = by_name(compare_runs(folders, measure), numbered=True)
+    forms = ["{:.1f}" if column < len(folders) else "{:+.1f}" for column in range(table.shape[1])]
+    for name, form in zip(table.columns, forms, strict=True):
+        table[name] = table[name].map(form.format, na_action="ignore")
+    return table.fillna("").rename_axis(index=measure)
 
 
 def comparison_text(folders: Sequence[str | Path], measure: str = "mIoU") -> str:
@@ -165,9 +153,8 @@ def comparison_text(folders: Sequence[str | Path], measure: str = "mIoU") -> str
     table = flat_comparison(folders, measure).rename_axis(None).to_string()
     lines = [f"{measure}, percent; differences in percentage points", table]
     for run, label in zip(runs[1:], _labels(runs)[1:], strict=True):
-        differences = config_differences(runs[0].config, run.config)
-        lines += [f"\nsettings of {runs[0].name} | {label}:" + ("" if differences else " the same")]
-        lines += [f"  {line}" for line in differences]
+        differences = config_differences(runs[0].config, run.config) or ["the same"]
+        lines += [f"\nsettings of {runs[0].name} | {label}:", *(f"  {line}" for line in differences)]
     return "\n".join(lines)
 
 
@@ -176,7 +163,7 @@ def results_text(run: Run) -> str:
     table = results_table(run.metrics())
     if table.empty:
         return f"{run.name}: no results yet"
-    text = labelled(table).reset_index().to_string(index=False, na_rep="-", float_format="{:.1f}".format)
+    text = by_name(table, numbered=True).to_string(na_rep="-", float_format="{:.1f}".format)
     return f"{run.name}: IoU in percent; learned from {run.config.supervision}\n{text}"
 
 
@@ -282,15 +269,12 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 def measurements(runs: Iterable[tuple[str, int, Run]], measure: str = "mIoU") -> pd.DataFrame:
     """A column of :func:`results_table` for several runs, each with the label of its settings and its seed.
 
-    The ``value`` is in percent; a ``row`` has a name such as ``06 pseudo masks, train``.
+    The ``value`` is in percent; a ``row`` is named as by :func:`by_name`.
     """
-    found = []
+    found: list[tuple[Any, ...]] = []
     for setting, seed, run in runs:
-        table = labelled(results_table(run.metrics()))
-        for record in table.dropna(subset=[measure]).reset_index().to_dict("records"):
-            scale = f", scale {record['scale']}" if record["scale"] else ""
-            row = f"{record['stage'][:2]} {record['variant']}, {record['split']}{scale}"
-            found.append({"setting": setting, "seed": seed, "row": row, "value": float(record[measure])})
+        values = by_name(results_table(run.metrics()), numbered=True)[measure].dropna()
+        found += [(setting, seed, row, value) for row, value in values.items()]
     return pd.DataFrame(found, columns=["setting", "seed", "row", "value"])
 
 

@@ -29,7 +29,7 @@ class Static:
     """The page, and the same settings in this process on the same 8-bit maps."""
 
     def __init__(self, context: BrowserContext, gallery: Gallery, path: Path, index: int = 0) -> None:
-        path.write_text(explorer_page(gallery, "Attention explorer", index), encoding="utf-8")
+        path.write_text(explorer_page(gallery, index), encoding="utf-8")
         self.watched = Watched(context.new_page(), (path.as_uri(),))
         self.page = self.watched.page
         self.page.goto(path.as_uri())

@@ -178,7 +178,7 @@ function compute(image) {
   const view = {
     size, image: picture, truth, class_names, colors, class_number: cls, likeliest, erased, scales, weights, denoise,
     reactivate, crf: "no CRF",
-    rule: DATA.rules.find(([rule]) => rule === state.fusion)[1],
+    rule: state.fusion,
     maps: maps.map(toBytes), fused: toBytes(fused), target: toBytes(target), mask, iou, curve,
   };
   const [row, col] = state.pixel, i = row * size[1] + col;
@@ -203,7 +203,7 @@ async function choose(index) {
   if (image.likeliest.length || !image.label.includes(state.cls)) state.cls = image.label[0] ?? image.classes[0];
   form.elements.cls.replaceChildren(...image.classes.map((number) => new Option(image.class_names[number], number)));
   form.elements.cls.value = state.cls;
-  board.setImages(DATA.thumbs, index);
+  board.setImages(DATA.images, index);
   await redraw();
 }
 
@@ -236,7 +236,7 @@ function buildControls() {
     menu("cls", "class", []), menu("role", "stage", roles), "<h3>scales and weights</h3>",
     ...DATA.scales.map((scale, s) => `<div class="scale">${box(`on_${s}`, `scale ${scale}`)}<input type="range" name="weight_${s}"
       min="0" max="2" step="0.1" aria-label="weight of scale ${scale}"><output></output></div>`),
-    menu("fusion", "fusion rule", DATA.rules),
+    menu("fusion", "fusion rule", DATA.rules.map((rule) => [rule, rule])),
     slider("bg", "background", 0.98, 0.01, 0.01), `<div class="boxes">${box("denoise", "denoise")}${box("reactivate", "reactivate")}</div>`,
     slider("opacity", "opacity", 1, 0.05), menu("colormap", "colour map", Object.keys(luts).map((name) => [name, name])),
     `<button type="button" name="reset">reset</button>`,
