@@ -40,35 +40,24 @@ app.add_typer(data_app, name="data")
 
 ConfigFile = Annotated[Path, typer.Argument(help="Settings, such as configs/mini.yaml.", callback=find_config)]
 Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as seed=1; repeatable."),
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting, such as seed=1; repeatable.")
 ]
-Name = Annotated[
-    str | None, typer.Option("--name", metavar="N", help="Name of the run folder; the config file's name by default.")
-]
+Name = Annotated[str | None, typer.Option(help="Name of the run folder; by default the config file's.")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run in papermill_runs/, or the path of a run folder.")]
 RunsFolder = Annotated[
-    Path,
-    typer.Option(
-        "--runs", metavar="DIR", help="Folder of runs.", show_default="papermill_runs", callback=Path.absolute
-    ),
+    Path, typer.Option("--runs", help="Folder of runs.", show_default="papermill_runs", callback=Path.absolute)
 ]
 Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")]
 Measure = Annotated[
-    Literal["mIoU", "small", "medium", "large", "precision", "recall"],
-    typer.Option(help="small, medium and large: IoU by object size."),
+    Literal["mIoU", "small", "medium", "large", "precision", "recall"], typer.Option(help="Sizes: IoU of such objects.")
 ]
 Seeds = Annotated[str, typer.Option(metavar="N-N", help="Seeds: a range such as 0-4, or 0,1,2.")]
-Part = Annotated[
-    str, typer.Option(metavar="I/N", help="Run every N-th seed from the I-th on; other parts may run elsewhere.")
-]
+Part = Annotated[str, typer.Option(metavar="I/N", help="Run every N-th seed from the I-th on, the others elsewhere.")]
 Cluster = Annotated[
     Literal["slurm", "local", "debug"] | None,
     typer.Option(help="Submit the runs with submitit; local and debug are for trials."),
 ]
-Slurm = Annotated[
-    list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of sbatch, such as gres=gpu:1; repeatable.")
-]
+Slurm = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="For sbatch, as gres=gpu:1; repeatable.")]
 
 # Commands import what they need, so that --help and typos do not wait for torch, pandas and papermill.
 
@@ -86,8 +75,7 @@ def run(
     from_stage: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Rerun from this stage on.")] = None,
     until_stage: Until = None,
     reuse: Annotated[
-        list[str] | None,
-        typer.Option(metavar="RUN", help="Reuse finished stages of this run if the inputs match; repeatable."),
+        list[str] | None, typer.Option(help="Reuse stages of this run if inputs match; repeatable.")
     ] = None,
     keep_stale: Annotated[bool, typer.Option("--keep-stale", help="Keep stages made by other code.")] = False,
     runs: RunsFolder = RUNS_FOLDER,
@@ -109,8 +97,7 @@ def sweep(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the run folders and the tables.")],
     seeds: Seeds = "0-2",
     grid: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=V,V", help="A setting and its values; repeatable for all combinations."),
+        list[str] | None, typer.Option(metavar="KEY=V,V", help="A setting and values; repeat for combinations.")
     ] = None,
     settings: Settings = None,
     until_stage: Until = None,
@@ -213,8 +200,7 @@ def report(name: RunName, runs: RunsFolder = RUNS_FOLDER) -> None:
     from smaflib.runs import find_run
 
     found = find_run(name, runs)
-    typer.echo(results_text(found))
-    typer.echo(f"report: {write_index(found)}")
+    typer.echo(f"{results_text(found)}\nreport: {write_index(found)}")
 
 
 @app.command()
@@ -243,9 +229,7 @@ def masks(
     images: Annotated[Path, typer.Option(metavar="DIR", help="Folder of images.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for masks/, overlays/ and index.html.")],
     labels: Annotated[Path | None, typer.Option(metavar="CSV", help="Table image,labels; or it is drafted.")] = None,
-    backbone: Annotated[
-        str | None, typer.Option(metavar="NAME", help="timm/NAME; timm/tf_efficientnet_lite2 by default.")
-    ] = None,
+    backbone: Annotated[str | None, typer.Option(help="timm/NAME; timm/tf_efficientnet_lite2 by default.")] = None,
     settings: Settings = None,
     retrain: Annotated[bool, typer.Option("--retrain", help="Train anew on changed labels, photos, settings.")] = False,
 ) -> None:
