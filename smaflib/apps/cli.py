@@ -28,9 +28,7 @@ class _PlainErrors(TyperGroup):
         except (InputError, RunError, OSError) as error:
             if ctx.params["debug"]:
                 raise
-            # A name from a table may hold characters that control a terminal.
-            text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(error)[:2000])
-            typer.echo(f"error: {text}", err=True)
+            typer.echo(f"error: {str(error)[:2000]}", err=True)
             raise typer.Exit(error.exit_code if isinstance(error, RunError) else 2) from None
 
 
@@ -184,12 +182,12 @@ def compare(
     form: Annotated[Literal["text", "csv", "md", "tex"], typer.Option("--format")] = "text",
 ) -> None:
     """Print runs side by side, with differences to the first run and the settings that differ."""
-    from smaflib.report.tables import FORMATS, comparison_text, flat_comparison
+    from smaflib.report.tables import FORMATS, compare_runs, comparison_text
 
     if form == "text":
         typer.echo(comparison_text(names, measure))
     else:
-        typer.echo(FORMATS[form](flat_comparison(names, measure)), nl=False)
+        typer.echo(FORMATS[form](compare_runs(names, measure)), nl=False)
 
 
 @app.command()

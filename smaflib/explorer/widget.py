@@ -110,13 +110,9 @@ class Explorer(widgets.GridBox):  # type: ignore[misc]
         masks = self.gallery.config.pseudo_masks
         crf = masks.crf.model_copy(update={name: value[name] for name in CRF_RANGES})
         return Settings(
-            class_number=value["class_number"],
+            **{name: value[name] for name in ("class_number", "fusion", "bg_score", "denoise", "reactivate")},
             image_label=tuple(sorted(value["image_label"])),
             weights=tuple(value[f"weight_{i}"] if value[f"scale_{i}"] else 0.0 for i in numbers),
-            fusion=value["fusion"],
-            bg_score=value["bg_score"],
-            denoise=value["denoise"],
-            reactivate=value["reactivate"],
             crf=crf if value["crf"] else None,
             min_part=masks.min_part,
         )
@@ -255,7 +251,6 @@ class Explorer(widgets.GridBox):  # type: ignore[misc]
         """Show the controls' settings, then ``remark`` until the next change; the slower CRF follows after a rest."""
         if self._refining is not None:
             self._refining.cancel()
-            self._refining = None
         settings, index, scales = self.settings, self.board.index, self.gallery.scales
         sample, cams = self.gallery.samples[index], self.gallery.cams(index, self.role, self.controls["flip"].value)
         plain = state.explore(sample, cams, scales, replace(settings, crf=None))

@@ -127,30 +127,22 @@ def paper_table(metrics: pd.DataFrame, paper_results: Mapping[Variant, float]) -
 def compare_runs(folders: Sequence[str | Path], measure: str = "mIoU") -> pd.DataFrame:
     """A column of :func:`results_table` for several runs, by name or folder, then ``<run> - <first run>`` in points.
 
-    RunError if there is no such run.
+    Text with one decimal, a name per row. RunError if there is no such run.
     """
     runs = [find_run(str(folder)) for folder in folders]
     labels = _labels(runs)
-    results = {label: results_table(run.metrics())[measure] for label, run in zip(labels, runs, strict=True)}
-    table = pd.concat(results, axis=1).sort_index(level="stage", sort_remaining=False, kind="stable")
+    columns = {label: results_table(run.metrics())[measure] for label, run in zip(labels, runs, strict=True)}
+    table = pd.concat(columns, axis=1).sort_index(level="stage", sort_remaining=False, kind="stable").dropna(how="all")
+    text = table.map("{:.1f}".format)
     for label in labels[1:]:
-        table[f"{label} - {labels[0]}"] = table[label] - table[labels[0]]
-    return table.dropna(how="all")
-
-
-def flat_comparison(folders: Sequence[str | Path], measure: str = "mIoU") -> pd.DataFrame:
-    """:func:`compare_runs` as text with one decimal, a name per row."""
-    table = by_name(compare_runs(folders, measure), numbered=True)
-    forms = ["{:.1f}" if column < len(folders) else "{:+.1f}" for column in range(table.shape[1])]
-    for name, form in zip(table.columns, forms, strict=True):
-        table[name] = table[name].map(form.format, na_action="ignore")
-    return table.fillna("").rename_axis(index=measure)
+        text[f"{label} - {labels[0]}"] = (table[label] - table[labels[0]]).map("{:+.1f}".format)
+    return by_name(text, numbered=True).replace(["nan", "+nan"], "").rename_axis(index=measure)
 
 
 def comparison_text(folders: Sequence[str | Path], measure: str = "mIoU") -> str:
     """:func:`compare_runs` for a terminal, then the settings in which the runs differ."""
     runs = [find_run(str(folder)) for folder in folders]
-    table = flat_comparison(folders, measure).rename_axis(None).to_string()
+    table = compare_runs(folders, measure).rename_axis(None).to_string()
     lines = [f"{measure}, percent; differences in percentage points", table]
     for run, label in zip(runs[1:], _labels(runs)[1:], strict=True):
         differences = config_differences(runs[0].config, run.config) or ["the same"]
