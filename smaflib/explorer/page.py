@@ -20,7 +20,7 @@ from smaflib import cams as cams_module
 from smaflib import files
 from smaflib.cams import FUSIONS, fuse_cams, fusion_rules
 from smaflib.data.transforms import scaled_size
-from smaflib.explorer.state import COLOR_MAPS, CURVE_SCORES, THUMBNAIL_SIDE, Gallery, color_table, data_url
+from smaflib.explorer.state import COLOR_TABLE, CURVE_SCORES, THUMBNAIL_SIDE, Gallery, data_url
 from smaflib.models.pretrained import ROLES
 from smaflib.report.html import page_text
 from smaflib.report.palette import class_colors
@@ -50,10 +50,10 @@ def explorer_page(gallery: Gallery, index: int = 0) -> str:
         # The browser cannot run a custom rule; its maps are computed here, from all scales.
         "computed_rules": [rule for rule in rules if rule not in FUSIONS],
         "curve_scores": list(CURVE_SCORES),
-        "luts": {name: base64.b64encode(color_table(name)).decode() for name in COLOR_MAPS},
+        "lut": base64.b64encode(COLOR_TABLE).decode(),
         "constants": {name.lower(): getattr(cams_module, name) for name in CONSTANTS},
         "start": {"index": index, "cls": first.class_number, "role": gallery.roles[0], "fusion": first.fusion}
-        | {"bg": first.bg_score, "denoise": True, "reactivate": True, "opacity": 0.75, "colormap": COLOR_MAPS[0]},
+        | {"bg": first.bg_score, "denoise": True, "reactivate": True, "opacity": 0.75},
         "images": images,
     }
     css, board, page = (

@@ -86,9 +86,9 @@ def row_sliders(sample: Sample, fused: Tensor, bg_score: float, class_names: tup
         outlined = (plots.draw_outline(panel, sample.mask, class_names) for panel in maps)
         panels = (plots.picture(sample.image), *outlined, plots.overlay_mask(sample.image, mask, class_names))
         figure = Figure(figsize=(8, 5.4), layout="constrained")
-        above, below = figure.subfigures(2, 1, height_ratios=(1, 1.5))  # type: ignore[misc]  # two, as asked for
+        *above, upper, lower = figure.subplot_mosaic("ABCD;EEEE;FFFF", height_ratios=(4, 3, 3)).values()
         titles = ("image", "denoised", "target, reactivated", "mask")
-        for axis, title, panel in zip(above.subplots(1, 4), titles, panels, strict=True):
+        for axis, title, panel in zip(above, titles, panels, strict=True):
             plots.show_panel(axis, panel)
             axis.axhline(row, color="white", linewidth=1, linestyle="--")
             axis.set_title(title, fontsize=9)
@@ -97,9 +97,7 @@ def row_sliders(sample: Sample, fused: Tensor, bg_score: float, class_names: tup
             "target: each pixel divided by its highest score": target[:, row],
         }
         truth = None if sample.mask is None else sample.mask[row]
-        plots.draw_pixel_row(
-            below.subplots(2, 1, sharex=True), steps, class_names, sample.image_label.bool().tolist(), truth
-        )
+        plots.draw_pixel_row([upper, lower], steps, class_names, sample.image_label.bool().tolist(), truth)
         score = _score(mask, sample, len(class_names), "; ")
         figure.suptitle(f"row {row}, background threshold {bg_score:.2f}{score}", fontsize=11)
         return figure

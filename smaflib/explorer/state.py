@@ -50,17 +50,11 @@ THUMBNAIL_SIDE = 96  # in pixels, the longest
 PHOTOS = ("chelsea.png", "coffee.png", "camera.png", "rocket.jpg", "astronaut.png")
 """Photos inside scikit-image's wheel. Its documentation calls each of them CC0 or free of known restrictions."""
 
-COLOR_MAPS: tuple[str, ...] = ("inferno", "viridis", "cividis", "magma", "gray")
-"""Matplotlib's colour maps of rising lightness, which read the same for colour-blind readers."""
+COLOR_TABLE = (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8).tobytes()
+"""256 RGB colours of rising lightness, three bytes each: those of maps in all figures."""
 
 ABOUT_DRAWN = "A controlled experiment, synthetic on purpose: code drew these images, so each pixel's class is known."
 ABOUT_PHOTOS = "The network learned to name photos from names alone, never where things are. No ground truth here."
-
-
-def color_table(name: str) -> bytes:
-    """256 RGB colours of one of :data:`COLOR_MAPS`, three bytes each."""
-    colors = matplotlib.colormaps[name](np.arange(256))[:, :3]
-    return bytes((colors * 255).round().astype(np.uint8))
 
 
 def data_url(image: Tensor, side: int | None = None, kind: str = "JPEG") -> str:
@@ -152,9 +146,8 @@ def explore(sample: Sample, cams: Sequence[Tensor], scales: Sequence[float], set
     kept = torch.full((len(cams[0]),), float(not settings.denoise))
     kept[list(settings.image_label)] = 1
     denoised = fuse_and_denoise(used_cams, size, kept, settings.fusion, used_scales, weights)
-    refinement = PseudoMaskConfig(refine="none")
-    if settings.crf:
-        refinement = PseudoMaskConfig(crf=settings.crf, min_part=settings.min_part)
+    plain = PseudoMaskConfig(refine="none")
+    refinement = PseudoMaskConfig(crf=settings.crf, min_part=settings.min_part) if settings.crf else plain
     mask = pseudo_mask(sample.image, denoised, settings.bg_score, refinement)
     target = reactivate(denoised, settings.bg_score)[1 + number] if settings.reactivate else denoised[number]
     scale_maps = torch.stack([at_size(cam[number], size) for cam in cams])

@@ -31,7 +31,7 @@ from smaflib.errors import DataError, InputError
 from smaflib.explorer import state
 from smaflib.explorer.page import save_page
 from smaflib.explorer.sliders import CRF_RANGES, make_control, slider_options
-from smaflib.explorer.state import COLOR_MAPS, Exploration, Gallery, PhotoGallery, Settings
+from smaflib.explorer.state import Exploration, Gallery, PhotoGallery, Settings
 from smaflib.report.palette import class_colors
 from smaflib.runs import Run
 from smaflib.sources.imagenet import synonyms
@@ -54,8 +54,7 @@ class Board(anywidget.AnyWidget):
     reading = traitlets.Dict().tag(sync=True)
     status = traitlets.Dict().tag(sync=True)  # {"text", "kind"}; kind: "", "busy" or "error"
     opacity = traitlets.Float(0.75).tag(sync=True)
-    colormap = traitlets.Unicode(COLOR_MAPS[0]).tag(sync=True)
-    luts = traitlets.Dict().tag(sync=True)
+    lut = traitlets.Bytes(state.COLOR_TABLE).tag(sync=True)
 
 
 class Explorer(widgets.GridBox):  # type: ignore[misc]
@@ -73,7 +72,7 @@ class Explorer(widgets.GridBox):  # type: ignore[misc]
         self.galleries = [*galleries] or [Gallery.photos(), Gallery.pretrained()]
         if not self.galleries[0].samples:
             raise DataError('this gallery holds no image yet; name files or a folder: Explorer.of_photos("my_photos")')
-        self.board = Board(luts={name: state.color_table(name) for name in COLOR_MAPS})
+        self.board = Board()
         self._panel, self._about = widgets.VBox(), widgets.HTML()
         self._panel.add_class("smaf-controls")
         self.tabs = widgets.ToggleButtons()
@@ -134,13 +133,10 @@ class Explorer(widgets.GridBox):  # type: ignore[misc]
 
     def _connect(self) -> None:
         controls, board = self.controls, self.board
-        appearance = ("opacity", "colormap")  # the board redraws what it has
+        traitlets.dlink((controls["opacity"], "value"), (board, "opacity"))  # the board redraws what it has
         redraw = self._reporting(lambda change: None if _is_rounding(change) else self._draw())
-        for name in self._values():
-            if name in appearance:
-                traitlets.dlink((controls[name], "value"), (board, name))
-            elif name not in ("search", "upload"):
-                controls[name].observe(redraw, "value")
+        for name in self._values().keys() - {"opacity", "search", "upload"}:
+            controls[name].observe(redraw, "value")
         controls["previous"].on_click(self._reporting(lambda button: self._go(board.index - 1)))
         controls["next"].on_click(self._reporting(lambda button: self._go(board.index + 1)))
         controls["reset"].on_click(self._reporting(lambda button: self._reset()))
@@ -368,7 +364,6 @@ def _make_controls(gallery: Gallery) -> dict[str, Any]:
         "reactivate": box(True, "reactivate"),
         "crf": box(False, "CRF"),
         "opacity": slider(0.75, 0.0, 1.0, 0.05, **look("opacity")),
-        "colormap": widgets.Dropdown(options=COLOR_MAPS, **look("colour map")),
         "upload": widgets.FileUpload(accept="image/*", description="add a photo", layout={"width": "auto"}),
     }
     for i, scale in enumerate(gallery.scales):
@@ -394,4 +389,4 @@ def _arrange(controls: dict[str, Any], gallery: Gallery) -> list[Any]:
     parts += [controls["image_label"], controls["role"], head]
     parts += [row(f"scale_{i}", f"weight_{i}") for i in range(len(gallery.scales))]
     parts += [controls["fusion"], controls["bg_score"], row("flip", "denoise", "reactivate"), row("crf"), crf]
-    return [*parts, controls["opacity"], controls["colormap"]]
+    return [*parts, controls["opacity"]]

@@ -115,13 +115,11 @@ def paper_table(metrics: pd.DataFrame, paper_results: Mapping[Variant, float]) -
     """
     measured = results_table(metrics).reset_index()
     measured = measured[measured["fusion"].isin(["", "sum"])].drop_duplicates("variant")  # the training split's row
-    values, rows = dict(zip(measured["variant"], measured["mIoU"], strict=True)), {}
-    for variant, paper in paper_results.items():
-        if variant in values:
-            difference = values[variant] - paper
-            note = "below" if difference < -PAPER_TOLERANCE else ""
-            rows[variant_label(variant)] = [values[variant], paper, difference, note]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["run", "paper", "difference", "note"]).round(1)
+    columns = {"paper": pd.Series(paper_results, dtype=float), "run": measured.set_index("variant")["mIoU"]}
+    table = pd.concat(columns, axis=1, join="inner")
+    table["difference"] = table["run"] - table["paper"]
+    table["note"] = ["below" if gap < -PAPER_TOLERANCE else "" for gap in table["difference"]]
+    return table[["run", "paper", "difference", "note"]].rename(index=variant_label).round(1)
 
 
 def compare_runs(folders: Sequence[str | Path], measure: str = "mIoU") -> pd.DataFrame:

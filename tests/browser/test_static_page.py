@@ -98,7 +98,6 @@ def test_each_control_changes_picture_and_numbers(static: Static) -> None:
     static.role = "student"
     static.change("scale 1", lambda: static.field("role").select_option("student"))
     numbers = static.board.iou()
-    static.change("fused", lambda: static.field("colormap").select_option("cividis"))
     static.change("fused", lambda: static.slide("opacity", 0.3))
     assert static.board.iou() == numbers
     at = static.board.root.locator(".smaf-key")  # the curve's point at the threshold
