@@ -21,7 +21,6 @@ from smaflib import files
 from smaflib.cams import FUSIONS, fuse_cams, fusion_rules
 from smaflib.data.transforms import scaled_size
 from smaflib.explorer.state import COLOR_TABLE, CURVE_SCORES, THUMBNAIL_SIDE, Gallery, data_url
-from smaflib.models.pretrained import ROLES
 from smaflib.report.html import page_text
 from smaflib.report.palette import class_colors
 from smaflib.runs import Run
@@ -78,7 +77,7 @@ def page_image(gallery: Gallery, index: int) -> dict[str, Any]:
     image, mask = _shrunk(sample.image, factor, "area"), sample.mask
     if mask is not None:
         mask = _shrunk(mask[None], factor, "nearest-exact")[0]
-    roles = [role for role in gallery.roles if role in ROLES and flip in gallery.flips(index, role)]
+    roles = [role for role in gallery.roles if flip in gallery.flips(index, role)]
     by_role = {role: gallery.cams(index, role, flip) for role in roles}
     response = torch.stack([cam.amax(dim=(1, 2)) for cams in by_role.values() for cam in cams]).amax(dim=0)
     others = [number for number in response.argsort(descending=True).tolist() if number not in label]

@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,6 @@ from smaflib.models.pretrained import ROLES, UNSEEN_SEED, pretrained_config, pre
 from smaflib.pseudo_masks import pseudo_mask
 from smaflib.reactivation import reactivate
 from smaflib.runs import Run, find_run
-from smaflib.sources.gradcam import METHODS, GradCamSource
 from smaflib.sources.imagenet import LIKELY, ImageNetClassifier, imagenet_config, synonyms
 
 CURVE_SCORES: tuple[float, ...] = tuple(round(0.02 * step, 2) for step in range(1, 50))  #: Background thresholds.
@@ -161,7 +159,7 @@ class Gallery:
     samples: list[Sample]
     class_names: tuple[str, ...]
     config: Config  # first values of the settings
-    networks: dict[str, Any]  # by role or name of a source; may be empty
+    networks: dict[str, Any]  # by role; may be empty
     stored: dict[str, AttentionMaps] = field(default_factory=dict)  # finished maps, preferred over the networks
     bg_score: float | None = None  # first background threshold; None: that of the config
     title: str = "images"
@@ -225,9 +223,8 @@ class Gallery:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Networks and sources whose maps are available."""
-        known = (role for role in ROLES if role in self.stored or role in self.networks)
-        return tuple(dict.fromkeys([*known, *self.networks]))
+        """Networks whose maps are available."""
+        return tuple(role for role in ROLES if role in self.stored or role in self.networks)
 
     def names(self, index: int) -> tuple[str, ...]:
         return self.class_names
@@ -283,14 +280,9 @@ class PhotoGallery(Gallery):
     """
 
     def __init__(self) -> None:
-        self.network = ImageNetClassifier()
-        networks: dict[str, Any] = {"teacher": self.network}
-        if find_spec("pytorch_grad_cam"):
-            networks |= {method: GradCamSource.of_classifier(self.network, method) for method in METHODS}
-            for layer in ("blocks.5", "blocks.4"):  # earlier, so sharper, and less of the class
-                module = self.network.model.get_submodule(layer)
-                networks[f"layercam, {layer}"] = GradCamSource.of_classifier(self.network, "layercam", module)
-        super().__init__([], self.network.class_names, imagenet_config(), networks, title="photos", about=ABOUT_PHOTOS)
+        self.network, config = ImageNetClassifier(), imagenet_config()
+        networks = {"teacher": self.network}
+        super().__init__([], self.network.class_names, config, networks, title="photos", about=ABOUT_PHOTOS)
         self._classes: dict[int, list[int]] = {}  # by index: ImageNet's numbers of the classes that are offered
         self._found: dict[int, Tensor] = {}  # by index: (1000,) probabilities
 
@@ -307,12 +299,10 @@ class PhotoGallery(Gallery):
         return [(self.class_names[number], float(self._found[index][number])) for number in likeliest]
 
     def cams(self, index: int, role: str, flip: bool) -> list[Tensor]:
-        classes = self._recognise(index)
-        # Gradients are taken of the offered classes only; a class activation map of all is as cheap.
-        key = (index, role, flip, *(() if role in ROLES else classes))
+        key, classes = (index, role, flip), self._recognise(index)
         if key not in self._cams:
-            cams = multi_scale_cams(self.networks[role], self.samples[index].image, self.scales, flip, classes=classes)
-            self._cams[key] = [cam.half() for cam in cams]  # half, for memory
+            cams = multi_scale_cams(self.network, self.samples[index].image, self.scales, flip)
+            self._cams[key] = [cam.half() for cam in cams]  # of all classes; half, for memory
         return [cam[classes].float() for cam in self._cams[key]]
 
     def add_class(self, index: int, text: str) -> int:

@@ -97,7 +97,7 @@ class Explorer(widgets.GridBox):  # type: ignore[misc]
 
     @property
     def role(self) -> str:
-        """Network or source whose maps are shown."""
+        """Network whose maps are shown."""
         return str(self.controls["role"].value)
 
     def _values(self) -> dict[str, Any]:
@@ -356,7 +356,7 @@ def _make_controls(gallery: Gallery) -> dict[str, Any]:
         ),
         "class_number": widgets.Dropdown(options=classes, **look("class")),
         "image_label": widgets.SelectMultiple(options=classes, rows=min(6, len(classes)), **look("image label")),
-        "role": widgets.Dropdown(options=roles, **look("source" if isinstance(gallery, PhotoGallery) else "stage")),
+        "role": widgets.Dropdown(options=roles, **look("stage")),
         "flip": box(gallery.config.attention.flip, "flip"),
         "fusion": widgets.Dropdown(options=fusion_rules(first.fusion), value=first.fusion, **look("fusion rule")),
         "bg_score": slider(first.bg_score, 0.01, 0.98, 0.01, **look("background")),
