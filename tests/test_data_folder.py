@@ -164,6 +164,7 @@ def test_labels_are_written_into_tables_of_any_form(tmp_path: Path) -> None:
         b"image,labels\n a.jpg , cat\nb\n\nc,\n": b"image,labels\na.jpg,cat;dog\nb,\nc,\n",
         b"by,labels,image\nme,,b\n,ape,old/a.png\n": b"by,labels,image\nme,,b\n,cat;dog,old/a.png\n",
         b"image,labels,note\na\n": b"image,labels,note\na,cat;dog,\n",
+        b"image,labels,,\na,ape,my,dog\n": b"image,labels,,\na,cat;dog,my,dog\n",
         b'\xef\xbb\xbfImage; "labels"\r\na;ape,cat\r\n': b'\xef\xbb\xbfImage;labels\na;"cat;dog"\n',
         b'image,labels\n"a, b",cat\na,\n': b'image,labels\n"a, b",cat\na,cat;dog\n',
     }.items():

@@ -165,13 +165,13 @@ def test_run_is_explored_with_its_stored_maps_first(run: Run) -> None:
     assert len(gallery.samples) == 3 and gallery.roles == ("teacher",)
     assert all(sample.mask is not None for sample in gallery.samples)
     assert float(gallery.cams(1, "teacher", True)[3].max()) == 2
-    assert gallery.flips(1, "teacher") == (True,)  # as in the run; there is no network for other views
+    assert gallery.flips("teacher") == (True,)  # as in the run; there is no network for other views
     with pytest.raises(DataError, match="the teacher network is missing"):
         gallery.cams(1, "teacher", False)
 
     add_teacher(run)
     gallery = Gallery.of_run(run, 2)
-    assert gallery.flips(1, "teacher") == (True, False)
+    assert gallery.flips("teacher") == (True, False)
     assert float(gallery.cams(1, "teacher", True)[3].max()) == 2
     network = load_attention_network(ASSETS / "mini_teacher.safetensors", gallery.config.model, 6)
     expected = multi_scale_cams(network, gallery.samples[1].image, gallery.scales, flip=False)

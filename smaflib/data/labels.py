@@ -68,7 +68,10 @@ class Table:
         self.path, self.delimiter, self.rows = path, marks[0], dict[str, tuple[int, dict[str, str]]]()
         reader = csv.DictReader(io.StringIO(text), strict=True, skipinitialspace=True, delimiter=self.delimiter)
         self.head = reader.fieldnames or []
-        reader.fieldnames = self.columns = [name.strip().lower() for name in self.head]
+        names = [name.strip().lower() for name in self.head]
+        # Columns without a name, or with the same one, are kept apart.
+        self.columns = [f"{name} {number}" * (name in names[:number]) or name for number, name in enumerate(names)]
+        reader.fieldnames = self.columns
         try:
             for fields in reader:
                 self._add(f"{path}, line {reader.line_num}", reader.line_num, fields)

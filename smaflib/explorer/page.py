@@ -77,8 +77,7 @@ def page_image(gallery: Gallery, index: int) -> dict[str, Any]:
     image, mask = _shrunk(sample.image, factor, "area"), sample.mask
     if mask is not None:
         mask = _shrunk(mask[None], factor, "nearest-exact")[0]
-    roles = [role for role in gallery.roles if flip in gallery.flips(index, role)]
-    by_role = {role: gallery.cams(index, role, flip) for role in roles}
+    by_role = {role: gallery.cams(index, role, flip) for role in gallery.roles}
     response = torch.stack([cam.amax(dim=(1, 2)) for cams in by_role.values() for cam in cams]).amax(dim=0)
     others = [number for number in response.argsort(descending=True).tolist() if number not in label]
     classes = sorted([*label, *others[:MAX_OTHERS]])

@@ -242,23 +242,20 @@ class Gallery:
         weights = (1.0,) * len(self.scales)
         return Settings(numbers[0] if numbers else 0, numbers, weights, attention.fusion, bg_score)
 
-    def flips(self, index: int, role: str) -> tuple[bool, ...]:
+    def flips(self, role: str) -> tuple[bool, ...]:
         """Which maps are available: with the mirror image, without, or both."""
-        if role in self.networks:
-            return (True, False)
-        return (self.config.attention.flip,) if self._is_stored(index, role, self.config.attention.flip) else ()
+        return (True, False) if role in self.networks else (self.config.attention.flip,)
 
     def cams(self, index: int, role: str, flip: bool) -> list[Tensor]:
         """Per scale (K, h_s, w_s), with ``flip`` the mean of both mirror images; DataError if there are none."""
         key = (index, role, flip)
         if key not in self._cams:
-            sample = self.samples[index]
-            if self._is_stored(index, role, flip):
+            sample, attention = self.samples[index], self.config.attention
+            if role in self.stored and flip == attention.flip:
                 self._cams[key], _ = self.stored[role].read(sample.image_id)
             elif role in self.networks:
-                classes, caa = sample.image_label.nonzero()[:, 0].tolist(), self.config.attention.caa
-                views = (sample.image, self.scales, flip)
-                self._cams[key] = multi_scale_cams(self.networks[role], *views, classes=classes, caa=caa)
+                views, classes = (sample.image, self.scales, flip), sample.image_label.nonzero()[:, 0].tolist()
+                self._cams[key] = multi_scale_cams(self.networks[role], *views, classes=classes, caa=attention.caa)
             else:
                 raise DataError(f"there are no such maps of {sample.image_id}, and the {role} network is missing")
         return self._cams[key]
@@ -267,10 +264,6 @@ class Gallery:
         """:func:`explore` an image; ``flip`` defaults to the run's setting."""
         flip = self.config.attention.flip if flip is None else flip
         return explore(self.samples[index], self.cams(index, role, flip), self.scales, settings)
-
-    def _is_stored(self, index: int, role: str, flip: bool) -> bool:
-        stored = role in self.stored and flip == self.config.attention.flip
-        return stored and self.stored[role].path(self.samples[index].image_id).is_file()
 
 
 class PhotoGallery(Gallery):

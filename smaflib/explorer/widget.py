@@ -29,14 +29,13 @@ from torch import Tensor
 from smaflib.cams import fusion_rules
 from smaflib.errors import DataError, InputError
 from smaflib.explorer import state
-from smaflib.explorer.page import save_page
+from smaflib.explorer.page import STATIC, save_page
 from smaflib.explorer.sliders import CRF_RANGES, make_control, slider_options
 from smaflib.explorer.state import Exploration, Gallery, PhotoGallery, Settings
 from smaflib.report.palette import class_colors
 from smaflib.runs import Run
 from smaflib.sources.imagenet import synonyms
 
-STATIC = Path(__file__).parent / "static"
 REST_SECONDS = 0.25  # without a change, then the CRF starts, so that it does not run while a slider is dragged
 
 
@@ -188,9 +187,9 @@ class Explorer(widgets.GridBox):  # type: ignore[misc]
             controls["image_label"].value = first.image_label
             if not (keep_class and controls["class_number"].value in first.image_label):
                 controls["class_number"].value = first.class_number
-            flips = self.gallery.flips(index, self.role)
+            flips = self.gallery.flips(self.role)
             controls["flip"].disabled = len(flips) < 2
-            if flips and controls["flip"].value not in flips:
+            if controls["flip"].value not in flips:
                 controls["flip"].value = flips[0]
 
     def _reset(self) -> None:

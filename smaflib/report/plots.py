@@ -124,10 +124,10 @@ def window_around(mask: Tensor, margin: float = 0.6) -> tuple[slice, slice]:
 
     ``margin`` on each side is a share of the objects' longer side.
     """
-    rows, columns = (torch.nonzero((mask > 0).any(dim=dim))[:, 0] for dim in (1, 0))
-    if not len(rows):
+    places = torch.nonzero(mask > 0)  # (N, 2)
+    if not len(places):
         return slice(None), slice(None)
-    extents = [(int(places[0]), int(places[-1]) + 1) for places in (rows, columns)]
+    extents = [(int(column.min()), int(column.max()) + 1) for column in places.T]
     side = round((1 + 2 * margin) * max(end - start for start, end in extents))
     windows = []
     for (start, end), length in zip(extents, mask.shape, strict=True):
