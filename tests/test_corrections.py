@@ -157,7 +157,7 @@ def test_corrected_mask_replaces_the_made_one_and_counts(folder: Path, capsys: p
         ("image,bg_score,leave_out\n1.png,nan,\n", "line 2: .*bg_score is 'nan'"),
         ("image,bg_score,leave_out\n1.png,often,\n", "line 2: .*bg_score is 'often'"),
         ("image,bg_score,leave_out\n1.png,,perhaps\n", "line 2: .*leave_out is 'perhaps'"),
-        ("image,bg_score,leave_out\n1.png,0.2,\n1,0.3,\n", "line 3: '1' is there twice"),
+        ("image,bg_score,leave_out\n1.png,0.2,\n1,0.3,\n", "line 3: 1 is already listed on line 2"),
         ("image,threshold\n1.png,0.2\n", "must name the columns image,bg_score,leave_out"),
         ("", "must name the columns"),
     ],

@@ -161,9 +161,10 @@ def test_labels_that_are_written_are_read_and_other_rows_stay(
 def test_labels_are_written_into_tables_of_any_form(tmp_path: Path) -> None:
     table = tmp_path / "labels.csv"
     for before, after in {
-        b"image,labels\n a.jpg , cat\nb\n\nc,\n": b"image,labels\na.jpg ,cat;dog\nb,\n\nc,\n",
-        b"by,labels,image\nme\n,ape,old/a.png\n": b"by,labels,image\nme,,\n,cat;dog,old/a.png\n",
+        b"image,labels\n a.jpg , cat\nb\n\nc,\n": b"image,labels\na.jpg,cat;dog\nb,\nc,\n",
+        b"by,labels,image\nme,,b\n,ape,old/a.png\n": b"by,labels,image\nme,,b\n,cat;dog,old/a.png\n",
         b"image,labels,note\na\n": b"image,labels,note\na,cat;dog,\n",
+        b"image,labels,,\na,ape,my,dog\n": b"image,labels,,\na,cat;dog,my,dog\n",
         b'\xef\xbb\xbfImage; "labels"\r\na;ape,cat\r\n': b'\xef\xbb\xbfImage;labels\na;"cat;dog"\n',
         b'image,labels\n"a, b",cat\na,\n': b'image,labels\n"a, b",cat\na,cat;dog\n',
     }.items():
@@ -257,8 +258,8 @@ def test_masks_and_saliency_are_found_by_name(photos: Path) -> None:
         ("image,labels\n", "lists no image"),
         ("image,labels\n,cat\n", "line 2: no image name"),
         ("image,labels\na.jpg,cat,dog\n", r"line 2: more fields than columns \(dog\); separate labels by ;"),
-        ("image,labels\na.jpg,cat\n\na.jpg,dog\n", r"line 4: a\.jpg is already listed on line 2; put all labels"),
-        ("image,labels\na.jpg,cat\na.png,dog\n", r"line 3: a\.png is already .* would share a\.png"),
+        ("image,labels\na.jpg,cat\n\na.jpg,dog\n", r"line 4: a\.jpg is already listed on line 2; put all of an image"),
+        ("image,labels\na.jpg,cat\na.png,dog\n", r"line 3: a\.png is already .* masks are named a\.png"),
         (
             "image,labels\na.jpg,cat\nA.png,dog\n",
             r"a\.jpg and A\.png would share the mask A\.png; rename one, or correct .*labels\.csv",
@@ -289,9 +290,11 @@ def test_missing_folder_and_missing_csv_are_named(photos: Path) -> None:
         load(photos, labels=photos / "nowhere.csv")
 
 
-def test_masks_need_the_order_of_classes(photos: Path) -> None:
+def test_masks_need_the_order_of_classes_and_are_no_source_of_labels(photos: Path) -> None:
     with pytest.raises(DataError, match=r"data\.masks needs data\.class_names, in the order of the mask values"):
         load(photos, masks=photos)
+    with pytest.raises(DataError, match="label_source: masks needs data.kind: voc"):
+        load(photos, label_source="masks")
 
 
 @pytest.mark.parametrize(

@@ -165,24 +165,17 @@ def test_run_is_explored_with_its_stored_maps_first(run: Run) -> None:
     assert len(gallery.samples) == 3 and gallery.roles == ("teacher",)
     assert all(sample.mask is not None for sample in gallery.samples)
     assert float(gallery.cams(1, "teacher", True)[3].max()) == 2
-    assert gallery.flips(1, "teacher") == (True,)  # as in the run; there is no network for other views
+    assert gallery.flips("teacher") == (True,)  # as in the run; there is no network for other views
     with pytest.raises(DataError, match="the teacher network is missing"):
         gallery.cams(1, "teacher", False)
-    with pytest.raises(DataError, match="this run has kept none"):
-        gallery.add_photo("a.png", png(np.zeros((32, 32, 3))))
 
     add_teacher(run)
     gallery = Gallery.of_run(run, 2)
-    assert gallery.flips(1, "teacher") == (True, False)
+    assert gallery.flips("teacher") == (True, False)
     assert float(gallery.cams(1, "teacher", True)[3].max()) == 2
     network = load_attention_network(ASSETS / "mini_teacher.safetensors", gallery.config.model, 6)
     expected = multi_scale_cams(network, gallery.samples[1].image, gallery.scales, flip=False)
     assert all(map(torch.equal, gallery.cams(1, "teacher", False), expected))
-
-    # A photo of the same name is another picture with other maps.
-    photo = gallery.add_photo(f"{gallery.samples[1].image_id}.png", png(np.zeros((40, 64, 3))))
-    expected = multi_scale_cams(network, gallery.samples[photo].image, gallery.scales)
-    assert all(map(torch.equal, gallery.cams(photo, "teacher", True), expected))
 
 
 def test_background_threshold_is_the_one_that_the_run_has_resolved(run: Run) -> None:

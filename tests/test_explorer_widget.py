@@ -155,18 +155,6 @@ def test_search_adds_a_class_to_the_label_and_shows_it(photos: PhotoGallery) -> 
     assert explorer.board.status["kind"] == "error" and "'a person'" in explorer.board.status["text"]
 
 
-def test_photos_are_seen_by_gradients_too(photos: PhotoGallery) -> None:
-    explorer = Explorer(photos)
-    source = explorer.controls["role"]
-    assert [value for _, value in source.options][:3] == ["teacher", "gradcam", "gradcam++"]
-    plain = explorer.exploration.fused
-    source.value = "layercam"
-    assert 0.01 < (explorer.exploration.fused - plain).abs().mean() < 0.3
-    source.value = "layercam, blocks.4"
-    explorer.controls["search"].value = "teapot"  # a class whose gradient has not been taken
-    assert explorer.settings.class_number == 5 and explorer.exploration.fused.max() > 0.9
-
-
 def test_saved_page_holds_the_photos(photos: PhotoGallery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     explorer = Explorer(photos, index=1)
@@ -177,12 +165,6 @@ def test_saved_page_holds_the_photos(photos: PhotoGallery, tmp_path: Path, monke
     for number, image in enumerate(data["images"]):
         assert image["class_names"] == list(photos.names(number)) and image["label"] == [0] and image["truth"] is None
         assert image["likeliest"][0][0] == photos.names(number)[0]
-
-
-def test_a_network_of_photos_takes_a_photo_itself(explorer: Explorer) -> None:
-    explorer.gallery.knows_photos = True
-    upload(explorer, "mine.png", picture())
-    assert explorer.board.index == 3 and len(explorer.board.images) == 4
 
 
 def test_in_a_kernel_the_crf_waits_for_a_rest_and_runs_once(

@@ -97,7 +97,7 @@ def test_results_are_printed_with_one_decimal(run):
     assert "no results yet" in results_text(run)
     run.record("03", attention_records())
     lines = results_text(run).splitlines()
-    assert lines[-1].split()[-7:] == ["train", "64.6", "27.0", "-", "-", "80.0", "-"]
+    assert lines[-1].split() == ["03", "fused", "64.6", "27.0", "-", "-", "80.0", "-"]
 
 
 def test_eight_rows_are_shown_and_the_others_and_val_are_folded(run):
@@ -214,10 +214,10 @@ def test_runs_are_compared_with_the_first(tmp_path):
     second.record("03", [iou(0.645), iou(0.20, object_size="small")])
     table = compare_runs([first.folder, second.folder])
     assert list(table.columns) == ["first", "second", "second - first"]
-    assert table.loc[("03_multi_scale_attention", "fused", "", "train", "")].tolist() == pytest.approx([60, 64.5, 4.5])
-    assert math.isnan(table["second - first"].iloc[1])
+    assert table.loc["03 fused"].tolist() == ["60.0", "64.5", "+4.5"]
+    assert table.loc["03 single, scale 1"].tolist() == ["50.0", "", ""]
     small = compare_runs([first.folder, second.folder], "small")
-    assert len(small) == 1 and small["second"].iloc[0] == pytest.approx(20.0)
+    assert small["second"].tolist() == ["20.0"]
 
     text = comparison_text([first.folder, second.folder])
     assert "+4.5" in text and "seed: 0 | 1" in text
@@ -230,11 +230,9 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     assert list(compare_runs(folders).columns[:2]) == [str(folder) for folder in folders]
 
 
-def test_comparison_needs_runs_and_a_known_measure(run):
+def test_comparison_needs_runs(run):
     with pytest.raises(RunError, match="no run 'nowhere'"):
         compare_runs([run.folder, "nowhere"])
-    with pytest.raises(ValueError, match="small"):
-        compare_runs([run.folder, run.folder], "tiny")
 
 
 # pages
@@ -311,7 +309,7 @@ def test_formulas_become_mathml_and_prose_stays(run):
 
 $$\mathcal{L} = \sum_i a*b*c_i \text{ over } i$$
 
-It costs $5 and $6, `$HOME` and `$$PATH$$` are code, $a_1*b$ and $a_2*b$ are not.
+Here `$HOME` is code, $a_1*b$ and $a_2*b$ are not.
 
 \begin{align}
 x &= 1
@@ -323,7 +321,7 @@ price = "$x$"
     picture = new_output("display_data", data={"image/png": PIXEL})
     body = notebook_body(executed_notebook(run, "02_classifier", text, picture))
     assert body.count("<math") == 5 and body.count('display="block"') == 2
-    assert "costs $5 and $6, <code>$HOME</code> and <code>$$PATH$$</code> are" in body
+    assert "Here <code>$HOME</code> is" in body
     assert "<em>" not in body and "xmlns" not in body and "align}" not in body
     page = parsed(body)
     assert 'price = "$x$"' in page.text and page.img["alt"] == "The loss $L_{mac}$"

@@ -122,11 +122,11 @@ def test_tables_by_hand(chain: FakeChain, config: Path, tmp_path: Path) -> None:
     ]
     (row,) = rows_of(out / "results.csv")
     assert row["attention.fusion=sum"] == "62.0 ± 2.8 (2)" and row["attention.fusion=max"] == "60.0 ± 1.4 (2)"
-    assert row["row"] == "03 fused, train"
+    assert row["row"] == "03 fused"
     (row,) = rows_of(out / "differences.csv")
     assert row["attention.fusion=max - attention.fusion=sum"] == "-2.0 ± 1.4 (2)"  # -1 and -3: paired
     markdown, latex = (out / "results.md").read_text(), (out / "results.tex").read_text()
-    assert markdown.endswith("\n| --- | --- | --- |\n| 03 fused, train | 62.0 ± 2.8 (2) | 60.0 ± 1.4 (2) |\n")
+    assert markdown.endswith("\n| --- | --- | --- |\n| 03 fused | 62.0 ± 2.8 (2) | 60.0 ± 1.4 (2) |\n")
     assert r"62.0 $\pm$ 2.8 (2) & 60.0 $\pm$ 1.4 (2) \\" in latex and "attention.fusion=sum" in latex
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -31,58 +30,33 @@ RUNS = {FULL: None, "single-scale": "fused", "undenoised": "denoise", "unreactiv
 """By the name of a run, the setting of ``self_training`` that it switches off; its folder is ``seed<N>-<name>``."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A row: its label, how its masks are made, and where they are measured."""
 
     label: str
     how: str
     run: str = FULL  # a key of RUNS
     masks: Variant = Variant.PSEUDO_MASKS  # what notebook 06 measures at the run's background threshold
-    maps: Variant | None = Variant.STUDENT_FUSED  # what 03 or 05 measures before refinement, at the oracle threshold
 
 
 ROWS: dict[str, Row] = {
     FULL: Row("the whole chain", "nothing is left out"),
-    "no_fusion": Row(
-        "without fusion",
-        "targets and masks come from single-scale maps: no fusion anywhere",
-        "single-scale",
-        Variant.STUDENT_REFINED,
-        Variant.STUDENT,
-    ),
-    "one_pass": Row(
-        "one pass per image",
-        "the student of fused targets makes its masks from single-scale maps",
-        masks=Variant.STUDENT_REFINED,
-        maps=Variant.STUDENT,
-    ),
-    "no_denoising": Row(
-        "without denoising",
-        "targets keep the maps of classes that the image does not show; the masks still use image labels",
-        "undenoised",
-    ),
-    "no_reactivation": Row(
-        "without reactivation",
-        "targets are the denoised scores and the background threshold, not divided by the strongest score",
-        "unreactivated",
-    ),
-    "no_self_training": Row(
-        "without self-training",
-        "the masks come from the teacher's fused maps",
-        masks=Variant.TEACHER_FUSED_REFINED,
-        maps=Variant.TEACHER_FUSED,
-    ),
-    "no_crf": Row(
-        "without CRF", "each pixel gets its strongest class, unrefined", masks=Variant.UNREFINED_MASKS, maps=None
-    ),
-    "control": Row(
-        "control: single-scale targets",
-        "only the targets come from single-scale maps; the masks come from fused ones",
-        "single-scale",
-    ),
+    "no_fusion": Row("without fusion", "targets and masks of one scale", "single-scale", Variant.STUDENT_REFINED),
+    "one_pass": Row("one pass per image", "fused targets, masks of one scale", masks=Variant.STUDENT_REFINED),
+    "no_denoising": Row("without denoising", "targets keep absent classes; masks do not", "undenoised"),
+    "no_reactivation": Row("without reactivation", "targets are not divided by the strongest score", "unreactivated"),
+    "no_self_training": Row("without self-training", "the teacher's masks", masks=Variant.TEACHER_FUSED_REFINED),
+    "no_crf": Row("without CRF", "each pixel gets its strongest class, unrefined", masks=Variant.UNREFINED_MASKS),
+    "control": Row("control: single-scale targets", "targets of one scale, masks of fused maps", "single-scale"),
 }
 """By the name that files hold."""
+
+MAPS = {
+    Variant.PSEUDO_MASKS: Variant.STUDENT_FUSED,
+    Variant.STUDENT_REFINED: Variant.STUDENT,
+    Variant.TEACHER_FUSED_REFINED: Variant.TEACHER_FUSED,
+}
+"""What notebook 03 or 05 measures before the refinement of masks, at the oracle threshold."""
 
 LABELS = {name: row.label for name, row in ROWS.items()}
 
@@ -114,15 +88,15 @@ def _write_result(run: Run, seeds: Sequence[int]) -> None:
         return  # the file, and with it notebook 08, stays as it is
     manifest = read_manifest(next(run.path("ablation").glob(f"seed*-{FULL}")))
     machine = ("device", "precision", "python", "platform", "git_commit", "git_dirty", "packages")
-    facts = {
+    facts = {key: manifest.get(key) for key in machine} | {
         "command": command(run, seeds),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seeds": list(seeds),
         "settings": run.config.model_dump(mode="json"),
-        **{key: manifest.get(key) for key in machine},
         "variants": {name: row.how for name, row in ROWS.items()},
+        "records": records,
     }
-    files.write_json(run.path(ABLATION), facts | {"records": records})
+    files.write_json(run.path(ABLATION), facts)
 
 
 def _measured(run: Run, seed: int, name: str) -> list[dict[str, Any]]:
@@ -135,7 +109,7 @@ def _measured(run: Run, seed: int, name: str) -> list[dict[str, Any]]:
     metrics = metrics[(metrics["split"] == "train") & (metrics["class_name"] == "mean") & (metrics["metric"] == "iou")]
     metrics = metrics[metrics["fusion"].isna() | (metrics["fusion"] == run.config.attention.fusion)]
     found = []
-    for choice, variant, stages in (("own", row.masks, ["06"]), ("oracle", row.maps, ["03", "05"])):
+    for choice, variant, stages in (("own", row.masks, ["06"]), ("oracle", MAPS.get(row.masks), ["03", "05"])):
         chosen = metrics[(metrics["variant"] == variant) & metrics["stage"].str[:2].isin(stages)]
         for bg_score, size, value in chosen[["bg_score", "object_size", "value"]].itertuples(index=False, name=None):
             where = {"seed": seed, "variant": name, "bg_choice": choice, "bg_score": bg_score, "object_size": size}

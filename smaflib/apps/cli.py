@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from smaflib.errors import InputError, RunError
-from smaflib.files import RUNS_FOLDER, SHIPPED, duration, expanded, find_config, read_text, shown_path, write_text
+from smaflib.files import RUNS_FOLDER, SHIPPED, duration, expanded, find_config, read_text, shown_path, write_json
 
 
 class _PlainErrors(TyperGroup):
@@ -28,9 +28,7 @@ class _PlainErrors(TyperGroup):
         except (InputError, RunError, OSError) as error:
             if ctx.params["debug"]:
                 raise
-            # A name from a table may hold characters that control a terminal.
-            text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(error)[:2000])
-            typer.echo(f"error: {text}", err=True)
+            typer.echo(f"error: {str(error)[:2000]}", err=True)
             raise typer.Exit(error.exit_code if isinstance(error, RunError) else 2) from None
 
 
@@ -40,35 +38,24 @@ app.add_typer(data_app, name="data")
 
 ConfigFile = Annotated[Path, typer.Argument(help="Settings, such as configs/mini.yaml.", callback=find_config)]
 Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as seed=1; repeatable."),
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting, such as seed=1; repeatable.")
 ]
-Name = Annotated[
-    str | None, typer.Option("--name", metavar="N", help="Name of the run folder; the config file's name by default.")
-]
+Name = Annotated[str | None, typer.Option(help="Name of the run folder; by default the config file's.")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run in papermill_runs/, or the path of a run folder.")]
 RunsFolder = Annotated[
-    Path,
-    typer.Option(
-        "--runs", metavar="DIR", help="Folder of runs.", show_default="papermill_runs", callback=Path.absolute
-    ),
+    Path, typer.Option("--runs", help="Folder of runs.", show_default="papermill_runs", callback=Path.absolute)
 ]
 Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")]
 Measure = Annotated[
-    Literal["mIoU", "small", "medium", "large", "precision", "recall"],
-    typer.Option(help="small, medium and large: IoU by object size."),
+    Literal["mIoU", "small", "medium", "large", "precision", "recall"], typer.Option(help="Sizes: IoU of such objects.")
 ]
 Seeds = Annotated[str, typer.Option(metavar="N-N", help="Seeds: a range such as 0-4, or 0,1,2.")]
-Part = Annotated[
-    str, typer.Option(metavar="I/N", help="Run every N-th seed from the I-th on; other parts may run elsewhere.")
-]
+Part = Annotated[str, typer.Option(metavar="I/N", help="Run every N-th seed from the I-th on, the others elsewhere.")]
 Cluster = Annotated[
     Literal["slurm", "local", "debug"] | None,
     typer.Option(help="Submit the runs with submitit; local and debug are for trials."),
 ]
-Slurm = Annotated[
-    list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of sbatch, such as gres=gpu:1; repeatable.")
-]
+Slurm = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="For sbatch, as gres=gpu:1; repeatable.")]
 
 # Commands import what they need, so that --help and typos do not wait for torch, pandas and papermill.
 
@@ -86,8 +73,7 @@ def run(
     from_stage: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Rerun from this stage on.")] = None,
     until_stage: Until = None,
     reuse: Annotated[
-        list[str] | None,
-        typer.Option(metavar="RUN", help="Reuse finished stages of this run if the inputs match; repeatable."),
+        list[str] | None, typer.Option(help="Reuse stages of this run if inputs match; repeatable.")
     ] = None,
     keep_stale: Annotated[bool, typer.Option("--keep-stale", help="Keep stages made by other code.")] = False,
     runs: RunsFolder = RUNS_FOLDER,
@@ -109,8 +95,7 @@ def sweep(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the run folders and the tables.")],
     seeds: Seeds = "0-2",
     grid: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=V,V", help="A setting and its values; repeatable for all combinations."),
+        list[str] | None, typer.Option(metavar="KEY=V,V", help="A setting and values; repeat for combinations.")
     ] = None,
     settings: Settings = None,
     until_stage: Until = None,
@@ -177,12 +162,12 @@ def lab(
     target.mkdir(parents=True, exist_ok=True)
     for notebook in (SHIPPED / "notebooks").glob("*.ipynb"):
         if not (target / notebook.name).exists():
-            text = notebook.read_text(encoding="utf-8")
-            if student:
-                content = json.loads(text)
-                kept = [cell for cell in content["cells"] if "solution" not in cell["metadata"].get("tags", [])]
-                text = json.dumps(content | {"cells": kept}, indent=1)
-            write_text(target / notebook.name, text)
+            content = json.loads(notebook.read_text(encoding="utf-8"))
+            hidden = {"solution"} if student else set()
+            content["cells"] = [
+                each for each in content["cells"] if hidden.isdisjoint(each["metadata"].get("tags", []))
+            ]
+            write_json(target / notebook.name, content)
     typer.echo(f"notebooks: {target}")
     if start:
         # The parent folder, so that runs and reports beside the notebooks can be opened.
@@ -197,12 +182,12 @@ def compare(
     form: Annotated[Literal["text", "csv", "md", "tex"], typer.Option("--format")] = "text",
 ) -> None:
     """Print runs side by side, with differences to the first run and the settings that differ."""
-    from smaflib.report.tables import FORMATS, comparison_text, flat_comparison
+    from smaflib.report.tables import FORMATS, compare_runs, comparison_text
 
     if form == "text":
         typer.echo(comparison_text(names, measure))
     else:
-        typer.echo(FORMATS[form](flat_comparison(names, measure)), nl=False)
+        typer.echo(FORMATS[form](compare_runs(names, measure)), nl=False)
 
 
 @app.command()
@@ -213,8 +198,7 @@ def report(name: RunName, runs: RunsFolder = RUNS_FOLDER) -> None:
     from smaflib.runs import find_run
 
     found = find_run(name, runs)
-    typer.echo(results_text(found))
-    typer.echo(f"report: {write_index(found)}")
+    typer.echo(f"{results_text(found)}\nreport: {write_index(found)}")
 
 
 @app.command()
@@ -243,9 +227,7 @@ def masks(
     images: Annotated[Path, typer.Option(metavar="DIR", help="Folder of images.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for masks/, overlays/ and index.html.")],
     labels: Annotated[Path | None, typer.Option(metavar="CSV", help="Table image,labels; or it is drafted.")] = None,
-    backbone: Annotated[
-        str | None, typer.Option(metavar="NAME", help="timm/NAME; timm/tf_efficientnet_lite2 by default.")
-    ] = None,
+    backbone: Annotated[str | None, typer.Option(help="timm/NAME; timm/tf_efficientnet_lite2 by default.")] = None,
     settings: Settings = None,
     retrain: Annotated[bool, typer.Option("--retrain", help="Train anew on changed labels, photos, settings.")] = False,
 ) -> None:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from smaflib.reactivation import hard_labels
 
-STEP = 0.3
-"""How far the background threshold is moved, as a share of it."""
+STEP = 0.3  # how far the background threshold is moved, as a share of it
 
 
 class Signs(NamedTuple):

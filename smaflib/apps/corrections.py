@@ -5,8 +5,6 @@ The table has the columns ``image,bg_score,leave_out``; an empty field changes n
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from smaflib import files
 from smaflib.config import StageConfig
-from smaflib.data.labels import image_stem, nearest
+from smaflib.data.labels import Table, nearest
 from smaflib.data.sample import Samples
 from smaflib.errors import DataError
 from smaflib.workspace import Workspace
@@ -36,14 +34,12 @@ def read_corrections(out: Path, samples: Samples | None = None) -> dict[str, Cor
     Raises:
         DataError: names the line of a wrong value, or of a photo that ``samples`` do not have.
     """
-    path, found = out / TABLE, dict[str, Correction]()
-    for line, row in _read(path)[1]:
-        image_id, where = image_stem(row["image"]), f"{path}, line {line}: {row['image']!r}"
+    found = {}
+    for image_id, (line, row) in Table(out / TABLE, COLUMNS).rows.items():
+        where = f"{out / TABLE}, line {line}: {row['image']!r}"
         if samples is not None and image_id not in (known := samples.image_ids):
             raise DataError(f"{where} is no photo of the table of labels{nearest(image_id, known)}")
-        if image_id in found:
-            raise DataError(f"{where} is there twice; put all corrections of a photo on one line")
-        values = {name: row[name].replace(",", ".") for name in COLUMNS[1:] if row[name]}
+        values = {name: row[name].replace(",", ".") for name in COLUMNS[1:] if row[name]}  # 0,2 of a spreadsheet
         try:
             found[image_id] = Correction.model_validate(values)
         except ValidationError as error:
@@ -60,30 +56,8 @@ def write_correction(out: Path, image_id: str, bg_score: float | None = None, le
         DataError: if the table cannot be read.
     """
     Correction(bg_score=bg_score, leave_out=leave_out)
-    columns, read = _read(out / TABLE)
-    rows = [row for _, row in read]
-    row = next((row for row in rows if image_stem(row["image"]) == image_id), None)
-    if row is None:
-        rows.append(row := {"image": image_id})
-    row |= {"bg_score": "" if bg_score is None else f"{bg_score:g}", "leave_out": "yes" if leave_out else ""}
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    files.write_text(out / TABLE, text.getvalue())
-
-
-def _read(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """The columns of the table, and its rows by line; a spreadsheet may have written semicolons and decimal commas."""
-    if not path.is_file():
-        return list(COLUMNS), []
-    lines = files.read_text(path).splitlines() or [""]
-    table = csv.DictReader(lines, delimiter=";" if ";" in lines[0] else ",", skipinitialspace=True)
-    columns = [name.strip() for name in table.fieldnames or ()]
-    if not set(COLUMNS) <= set(columns):
-        raise DataError(f"{path}: the first line must name the columns {','.join(COLUMNS)}; it is {lines[0]!r}")
-    table.fieldnames = columns
-    return columns, [(table.line_num, {name: (row[name] or "").strip() for name in columns}) for row in table]
+    values = {"bg_score": "" if bg_score is None else f"{bg_score:g}", "leave_out": "yes" if leave_out else ""}
+    Table(out / TABLE, COLUMNS).write(image_id, **values)
 
 
 def check_corrected(work: Workspace, samples: Samples) -> dict[str, str]:

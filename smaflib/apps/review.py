@@ -24,14 +24,14 @@ class MaskGallery(Gallery):
     def __init__(self, out: Path) -> None:
         self.work, self.decided = open_masks(out), read_corrections(out)
         samples, table = self.work.samples(), pd.read_csv(out / "masks.csv", dtype=str, na_filter=False)
-        table["image"] = table["image"].map(image_stem)
-        self.doubts = {name: rows[rows["check"] != ""] for name, rows in table.groupby("image", sort=False)}
+        self.doubts: dict[str, list[str]] = {}
+        for image, label, check in zip(table["image"], table["label"], table["check"], strict=True):
+            self.doubts.setdefault(image_stem(image), []).extend([f"{label}: {check}"] if check else [])
         order = {name: rank for rank, name in enumerate(self.doubts)}
         ids = sorted(samples.image_ids, key=lambda name: (name in self.decided, order.get(name, len(order))))
         images = [samples[samples.image_ids.index(name)] for name in ids]
         maps = {"student": self.work.maps("student")}
         super().__init__(images, samples.class_names, self.work.config, {}, maps, self.work.mask_bg_score(), out.name)
-        self.knows_photos = False
 
     def first_settings(self, index: int) -> Settings:
         correction = self.decided.get(self.samples[index].image_id)
@@ -68,11 +68,9 @@ class Review(Explorer):
         super()._open(index, keep_class)
         gallery: Any = self.gallery
         image_id = gallery.samples[index].image_id
-        doubts = gallery.doubts.get(image_id, pd.DataFrame({"label": [], "check": []}))
         with self._without_redraw():
             self.controls["bg_score"].value = gallery.first_settings(index).bg_score
-        lines = [f"{label}: {check}" for label, check in zip(doubts["label"], doubts["check"], strict=True)]
-        self.doubt.value = html.escape(" · ".join([image_id, *lines]))
+        self.doubt.value = html.escape(" · ".join([image_id, *gallery.doubts.get(image_id, [])]))
 
     def decide(self, key: str) -> None:
         """Store what is set for the photo, accepted (``Enter``) or left out (``Delete``), and show the next one."""

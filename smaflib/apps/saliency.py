@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,11 @@ def write_saliency(images: Path, out: Path, model: str) -> int:
 
 def open_session(model: str) -> Any:
     """A session of rembg for a model; ConfigError as above."""
-    if not (find_spec("rembg") and find_spec("onnxruntime")):
-        raise ConfigError('smaf saliency needs the package rembg: pip install "smaflib[saliency]"')
-    import onnxruntime
-    import rembg.sessions
-
+    try:
+        import onnxruntime
+        import rembg.sessions
+    except ImportError as error:
+        raise ConfigError('smaf saliency needs the package rembg: pip install "smaflib[saliency]"') from error
     try:
         if model in MODELS:
             return rembg.new_session(model)

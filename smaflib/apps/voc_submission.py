@@ -12,8 +12,8 @@ from PIL import Image
 
 from smaflib.data.masks import VOC_PALETTE
 from smaflib.data.sample import SampleFiles, Samples
-from smaflib.data.voc import read_sample
-from smaflib.errors import ConfigError, DataError
+from smaflib.data.voc import read_sample, require_all
+from smaflib.errors import ConfigError
 from smaflib.files import replacing, shown_path
 from smaflib.runs import Run
 from smaflib.segmentation import segment_many
@@ -27,9 +27,8 @@ def write_submission(run: Run, image_ids: Sequence[str], images: Path, target: P
 
     A ConfigError if the run has no segmentation network, a DataError if an image is missing or damaged.
     """
-    if absent := [name for name in image_ids if not (images / f"{name}.jpg").is_file()]:
-        first = f"{len(absent)} images are missing in {images}, the first is {absent[0]}.jpg"
-        raise DataError(f"{first}; unpack VOC 2012's test archive there")
+    there = {path.stem for path in images.glob("*.jpg")}
+    require_all(image_ids, there, f"image in {images}", "unpack VOC 2012's test archive there")
     if not run.checkpoint("segmenter").is_file():
         raise ConfigError(f"the run {shown_path(run.folder)} has no segmentation network; run it to stage 07")
     listed = tuple(SampleFiles(image_id, images / f"{image_id}.jpg", ()) for image_id in image_ids)

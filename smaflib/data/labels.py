@@ -1,4 +1,4 @@
-"""Image labels from a CSV with the columns ``image,labels``; the classes of an image are joined by ``;``."""
+"""Tables of images that people edit, and image labels from the columns ``image,labels``, joined by ``;``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import codecs
 import csv
 import difflib
 import io
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from smaflib.errors import DataError
 from smaflib.files import compose, read_text, write_text
@@ -16,8 +17,7 @@ from smaflib.files import compose, read_text, write_text
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
-@dataclass(frozen=True, slots=True)  # there may be 100,000 of them
-class LabelRow:
+class LabelRow(NamedTuple):
     """A line of the CSV: ``image`` with or without extension; no ``labels`` if it shows none of the classes."""
 
     line: int
@@ -28,68 +28,98 @@ class LabelRow:
 def read_label_rows(path: Path) -> dict[str, LabelRow]:
     """Read a CSV with the columns ``image`` and ``labels``; other columns and empty lines are ignored.
 
-    European spreadsheets put ``;`` between the columns; there a comma separates labels, too. Returns the rows by
-    :func:`image_stem`; their class names are checked by :func:`class_numbers`.
+    Where ``;`` separates the columns, a comma separates labels, too.
+
+    Returns:
+        The rows by :func:`image_stem`. Their class names are checked by :func:`class_numbers`.
     """
     if not path.is_file():
         raise DataError(f"there is no CSV file {path}; set data.labels to a file with the columns image,labels")
-    text = read_text(path)
-    mark = _delimiter(text)
-    reader = csv.DictReader(io.StringIO(text), strict=True, skipinitialspace=True, delimiter=mark, restval="")
-    rows: dict[str, LabelRow] = {}
-    try:
-        reader.fieldnames = columns = [name.strip().lower() for name in reader.fieldnames or ()]
-        if not {"image", "labels"} <= set(columns):
-            raise DataError(f"{path}: the first line must be image,labels or image;labels; it is {','.join(columns)!r}")
-        for fields in reader:
-            line, more = reader.line_num, ", ".join(filter(str.strip, fields.pop(None, ())))
-            if more:  # an unquoted delimiter between two labels would otherwise lose all but the first
-                raise DataError(
-                    f"{path}, line {line}: more fields than columns ({more}); separate labels by ; within quotes"
-                )
-            image, labels = fields["image"].strip(), fields["labels"]
-            if not any(map(str.strip, fields.values())):
-                continue
-            if not image:
-                raise DataError(f"{path}, line {line}: no image name; add it or delete the line")
-            if (stem := image_stem(image)) in rows:
-                before = f"{image} is already listed on line {rows[stem].line}; put all labels of an image on one line"
-                raise DataError(f"{path}, line {line}: {before}, and rename images that would share {stem}.png")
-            names = map(str.strip, (labels.replace(",", ";") if mark == ";" else labels).split(";"))
-            rows[stem] = LabelRow(line, image, tuple(dict.fromkeys(filter(None, names))))
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.reader.line_num}: {error}; check the quotes of that line") from error
-    if not rows:
+    table = Table(path, ("image", "labels"))
+    if not table.rows:
         raise DataError(f"{path} lists no image")
+    rows = {}
+    for stem, (line, values) in table.rows.items():
+        labels = re.split("[;,]" if table.delimiter == ";" else ";", values["labels"])
+        names = tuple(dict.fromkeys(name.strip() for name in labels if name.strip()))
+        rows[stem] = LabelRow(line, values["image"], names)
     return rows
 
 
+class Table:
+    """A CSV with a line per image; European spreadsheets put ``;`` between the columns. No file: no rows.
+
+    Attributes:
+        rows: number of the line and values by column, of each image by :func:`image_stem`.
+
+    Raises:
+        DataError: if one of ``columns`` is missing, or a line cannot be read.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        text = read_text(path) if path.is_file() else ",".join(columns)
+        head = re.sub(r'[ \t\r"]', "", text.partition("\n")[0])
+        marks = [mark for mark in ",;" if {*columns} <= {*head.lower().split(mark)}]
+        if not marks:
+            raise DataError(
+                f"{path}: the first line must name the columns {','.join(columns)}, separated by a comma (labels of "
+                f"one image by a semicolon) or the other way round; it is {head!r}"
+            )
+        self.path, self.delimiter, self.rows = path, marks[0], dict[str, tuple[int, dict[str, str]]]()
+        reader = csv.DictReader(io.StringIO(text), strict=True, skipinitialspace=True, delimiter=self.delimiter)
+        self.head = reader.fieldnames or []
+        names = [name.strip().lower() for name in self.head]
+        # Columns without a name, or with the same one, are kept apart.
+        self.columns = [f"{name} {number}" * (name in names[:number]) or name for number, name in enumerate(names)]
+        reader.fieldnames = self.columns
+        try:
+            for fields in reader:
+                self._add(f"{path}, line {reader.line_num}", reader.line_num, fields)
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.reader.line_num}: {error}; check the quotes of that line") from error
+
+    def _add(self, where: str, line: int, fields: dict[str | None, Any]) -> None:
+        # An unquoted delimiter between two labels would otherwise lose all but the first.
+        if extra := [field for field in fields.pop(None, ()) if field.strip()]:
+            more = f"more fields than columns ({', '.join(extra)})"
+            raise DataError(f"{where}: {more}; separate labels by ; within quotes")
+        values = {str(name): (value or "").strip() for name, value in fields.items()}
+        stem = image_stem(values["image"])
+        if stem in self.rows:
+            raise DataError(
+                f"{where}: {values['image']} is already listed on line {self.rows[stem][0]}; put all of an image on "
+                f"one line, and rename images that differ in their extension only: masks are named {stem}.png"
+            )
+        if stem:
+            self.rows[stem] = (line, values)
+        elif any(values.values()):
+            raise DataError(f"{where}: no image name; add it or delete the line")
+
+    def write(self, image_id: str, **values: str) -> None:
+        """Write the file with other values for one image, whose line is added if there is none; the rest stays."""
+        _, row = self.rows.setdefault(image_id, (0, {"image": image_id}))
+        row |= values
+        bom = "\ufeff" if self.path.is_file() and self.path.read_bytes().startswith(codecs.BOM_UTF8) else ""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, delimiter=self.delimiter, lineterminator="\n")
+        writer.writerow(dict(zip(self.columns, self.head, strict=True)))
+        writer.writerows(row for _, row in self.rows.values())
+        write_text(self.path, bom + text.getvalue())
+
+
 def write_labels(path: Path, image_id: str, labels: Sequence[str]) -> None:
-    """Replace the labels of one image in a table that :func:`read_label_rows` has read; all else in it stays."""
-    text, bom = read_text(path), "\ufeff" if path.read_bytes().startswith(codecs.BOM_UTF8) else ""
-    mark = _delimiter(text)
-    rows = list(csv.reader(io.StringIO(text), skipinitialspace=True, delimiter=mark))
-    columns = [name.strip().lower() for name in rows[0]]
-    for row in filter(None, rows[1:]):
-        row += [""] * (len(columns) - len(row))  # lines may end before the labels
-        if image_stem(row[columns.index("image")].strip()) == image_id:
-            row[columns.index("labels")] = ";".join(labels)
-    changed = io.StringIO()
-    csv.writer(changed, delimiter=mark, lineterminator="\n").writerows(rows)
-    write_text(path, bom + changed.getvalue())
-
-
-def _delimiter(text: str) -> str:
-    head = text.partition("\n")[0].lower().translate({ord(character): None for character in ' \t\r"'})
-    return ";" if {"image", "labels"} <= {*head.split(";")} else ","
+    """Replace the labels of one image in a table; all else in it stays."""
+    Table(path, ("image", "labels")).write(image_id, labels=";".join(labels))
 
 
 def class_numbers(labels: Sequence[str], class_names: Sequence[str], where: str) -> tuple[int, ...]:
     """The class numbers, 0 to K-1 and ascending, of one image's labels; ``where`` is file and line, for the error."""
     for name in labels:
         if name not in class_names:
-            known = f"{nearest(name, class_names)}; the classes are {', '.join(class_names)} (data.class_names)"
-            raise DataError(f"{where}: there is no class {name!r}{known}")
+            raise DataError(
+                f"{where}: there is no class {name!r}{nearest(name, class_names)}; the classes are "
+                f"{', '.join(class_names)} (data.class_names)"
+            )
     return tuple(sorted(class_names.index(name) for name in labels))
 
 

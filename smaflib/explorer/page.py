@@ -7,7 +7,6 @@ The page holds the maps of a few images at the network's own resolution in 8 bit
 from __future__ import annotations
 
 import base64
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,71 +20,47 @@ from smaflib import cams as cams_module
 from smaflib import files
 from smaflib.cams import FUSIONS, fuse_cams, fusion_rules
 from smaflib.data.transforms import scaled_size
-from smaflib.explorer.state import COLOR_MAPS, CURVE_SCORES, THUMBNAIL_SIDE, Gallery, color_table, data_url, rule_title
-from smaflib.models.pretrained import ROLES
+from smaflib.explorer.state import COLOR_TABLE, CURVE_SCORES, THUMBNAIL_SIDE, Gallery, data_url
 from smaflib.report.html import page_text
 from smaflib.report.palette import class_colors
-from smaflib.report.plots import show_scales
 from smaflib.runs import Run
 
 STATIC = Path(__file__).parent / "static"
 CONSTANTS = ("PEAK_EPSILON", "REFERENCE_EXTENT", "SIZE_SHARPNESS")  # of smaflib.cams, for the same in JavaScript
-MAX_BYTES = 5_000_000  # of a page: as many images as fit are included
+MAX_BYTES = 4_900_000  # of the images in a page: as many as fit are included
 PAGE_SIDE = 512  # longest side of an image in the page, in pixels; larger ones are shrunk together with their maps
 MAX_OTHERS = 6  # classes outside the image label whose maps are kept: those that respond most
 
 
-def explorer_page(gallery: Gallery, title: str = "", index: int = 0, max_bytes: int = MAX_BYTES) -> str:
-    """A self-contained HTML page that explores as many images as fit, ``index`` first; ValueError if none fits."""
-    title, first = title or f"Attention explorer · {gallery.title}", gallery.first_settings(index)
-    rules = fusion_rules(first.fusion)
-    facts: dict[str, Any] = {
+def explorer_page(gallery: Gallery, index: int = 0) -> str:
+    """A self-contained HTML page that explores as many images as fit, and begins with image ``index``."""
+    first, rules = gallery.first_settings(index), fusion_rules(gallery.config.attention.fusion)
+    images: list[dict[str, Any]] = []
+    for number in range(len(gallery.samples)):
+        image = page_image(gallery, number)
+        if images and len(json.dumps([*images, image])) > MAX_BYTES:
+            break
+        images.append(image)
+    if index >= len(images):
+        index, first = 0, gallery.first_settings(0)
+    facts = {
         "scales": list(gallery.scales),
-        "rules": [[rule, rule_title(rule)] for rule in rules],
+        "rules": rules,
         # The browser cannot run a custom rule; its maps are computed here, from all scales.
         "computed_rules": [rule for rule in rules if rule not in FUSIONS],
         "curve_scores": list(CURVE_SCORES),
-        "luts": {name: base64.b64encode(color_table(name)).decode() for name in COLOR_MAPS},
+        "lut": base64.b64encode(COLOR_TABLE).decode(),
         "constants": {name.lower(): getattr(cams_module, name) for name in CONSTANTS},
         "start": {"index": index, "cls": first.class_number, "role": gallery.roles[0], "fusion": first.fusion}
-        | {"bg": first.bg_score, "denoise": True, "reactivate": True, "opacity": 0.75, "colormap": COLOR_MAPS[0]},
-        "thumbs": [],
-        "images": [],
+        | {"bg": first.bg_score, "denoise": True, "reactivate": True, "opacity": 0.75},
+        "images": images,
     }
-    still = _still(gallery, index)
-    left = max_bytes - len(_fill(facts, title, still))
-    for number, sample in enumerate(gallery.samples):
-        image = page_image(gallery, number)
-        thumb = {"name": image["name"], "thumb": data_url(sample.image, THUMBNAIL_SIDE)}
-        left -= len(json.dumps([image, thumb]))
-        if left < 0:
-            break
-        facts["images"].append(image)
-        facts["thumbs"].append(thumb)
-    if not facts["images"]:
-        raise ValueError(f"not even one image fits into a page of {max_bytes} bytes")
-    if index >= len(facts["images"]):
-        facts["start"] |= {"index": 0, "cls": gallery.first_settings(0).class_number}
-    return _fill(facts, title, still)
-
-
-def _still(gallery: Gallery, index: int) -> str:
-    """One image at every scale as a ``data:`` URL: what the page shows where scripts are switched off."""
-    settings, role, sample = gallery.first_settings(index), gallery.roles[0], gallery.samples[index]
-    cams, shown = gallery.cams(index, role, gallery.config.attention.flip), gallery.explore(index, role, settings)
-    parts = (sample.image, cams, shown.denoised, shown.mask, gallery.scales, settings.class_number, sample.mask)
-    figure, content = show_scales(*parts, bg_score=settings.bg_score, class_names=gallery.names(index)), io.BytesIO()
-    figure.savefig(content, format="webp", dpi=70, bbox_inches="tight")
-    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
-
-
-def _fill(facts: dict[str, Any], title: str, still: str) -> str:
     css, board, page = (
         (STATIC / name).read_text(encoding="utf-8")
         for name in ("explorer.css", "explorer_board.js", "explorer_page.js")
     )
     data = json.dumps(facts, allow_nan=False).replace("<", "\\u003c")  # "<" inside a script element could end it
-    parts = {"title": title, "still": still, "num_images": len(facts["images"]), "css": css, "data": data}
+    parts = {"title": f"Attention explorer · {gallery.title}", "num_images": len(images), "css": css, "data": data}
     return page_text("explorer.html.j2", script=board + page, **parts)
 
 
@@ -102,8 +77,7 @@ def page_image(gallery: Gallery, index: int) -> dict[str, Any]:
     image, mask = _shrunk(sample.image, factor, "area"), sample.mask
     if mask is not None:
         mask = _shrunk(mask[None], factor, "nearest-exact")[0]
-    roles = [role for role in gallery.roles if role in ROLES and flip in gallery.flips(index, role)]
-    by_role = {role: gallery.cams(index, role, flip) for role in roles}
+    by_role = {role: gallery.cams(index, role, flip) for role in gallery.roles}
     response = torch.stack([cam.amax(dim=(1, 2)) for cams in by_role.values() for cam in cams]).amax(dim=0)
     others = [number for number in response.argsort(descending=True).tolist() if number not in label]
     classes = sorted([*label, *others[:MAX_OTHERS]])
@@ -119,6 +93,7 @@ def page_image(gallery: Gallery, index: int) -> dict[str, Any]:
             maps[role]["fused"] = {rule: data_url(fused.flatten(0, 1)[None], kind="PNG")}
     return {
         "name": sample.image_id,
+        "thumb": data_url(sample.image, THUMBNAIL_SIDE),
         "class_names": list(names),
         "colors": class_colors(len(names)),
         "likeliest": gallery.probabilities(index),

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ipywidgets as widgets
-import numpy as np
 from IPython.display import Image as Picture
 from IPython.display import display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -56,24 +55,17 @@ def scale_sliders(
     objects: list[tuple[float, str, tuple[int, int]]] = []
     for index, sample in enumerate(samples):
         for k in samples.files[index].labels:
-            share, size = float("nan"), f"image {index + 1}"
-            if sample.mask is not None:
-                share = float((sample.mask == k + 1).float().mean())
-                size = f"{share:.1%}, {SIZES[sum(share >= limit for limit in size_limits)]}, {size}"
-            objects.append((share, f"{names[k]}, {size}", (index, k)))
+            share = float("nan") if sample.mask is None else float((sample.mask == k + 1).float().mean())
+            size = f", {share:.1%}, {SIZES[sum(share >= limit for limit in size_limits)]}" if share == share else ""
+            objects.append((share, f"{names[k]}{size}, image {index + 1}", (index, k)))
     objects.sort()
 
     def draw(object: tuple[int, int], fusion: str, **weights: float) -> Figure:
-        if not any(weights.values()):
-            raise ValueError("every scale has weight 0; give one of them more")
         sample, number = samples[object[0]], object[1]
         cams, size = read(sample.image_id)
         fused = fuse_cams(cams, size, fusion, maps.scales, [*weights.values()])
         mask = hard_labels(denoise(fused, sample.image_label), bg_score)
-        weighed = ", ".join(
-            f"{scale:g} × {weight:g}" for scale, weight in zip(maps.scales, weights.values(), strict=True)
-        )
-        title = f"scales {weighed}; background threshold {bg_score:g}; {_score(mask, sample, len(names))}".rstrip("; ")
+        title = f"background threshold {bg_score:g}{_score(mask, sample, len(names), '; ')}"
         look: dict[str, Any] = {"bg_score": bg_score, "class_names": names, "title": title}
         return plots.show_scales(sample.image, cams, fused, mask, maps.scales, number, sample.mask, **look)
 
@@ -94,9 +86,9 @@ def row_sliders(sample: Sample, fused: Tensor, bg_score: float, class_names: tup
         outlined = (plots.draw_outline(panel, sample.mask, class_names) for panel in maps)
         panels = (plots.picture(sample.image), *outlined, plots.overlay_mask(sample.image, mask, class_names))
         figure = Figure(figsize=(8, 5.4), layout="constrained")
-        above, below = figure.subfigures(2, 1, height_ratios=(1, 1.5))  # type: ignore[misc]  # two, as asked for
+        *above, upper, lower = figure.subplot_mosaic("ABCD;EEEE;FFFF", height_ratios=(4, 3, 3)).values()
         titles = ("image", "denoised", "target, reactivated", "mask")
-        for axis, title, panel in zip(above.subplots(1, 4), titles, panels, strict=True):
+        for axis, title, panel in zip(above, titles, panels, strict=True):
             plots.show_panel(axis, panel)
             axis.axhline(row, color="white", linewidth=1, linestyle="--")
             axis.set_title(title, fontsize=9)
@@ -105,11 +97,9 @@ def row_sliders(sample: Sample, fused: Tensor, bg_score: float, class_names: tup
             "target: each pixel divided by its highest score": target[:, row],
         }
         truth = None if sample.mask is None else sample.mask[row]
-        plots.draw_pixel_row(
-            below.subplots(2, 1, sharex=True), steps, class_names, sample.image_label.bool().tolist(), truth
-        )
-        score = _score(mask, sample, len(class_names))
-        figure.suptitle(f"row {row}, background threshold {bg_score:.2f}{score and ': ' + score}", fontsize=11)
+        plots.draw_pixel_row([upper, lower], steps, class_names, sample.image_label.bool().tolist(), truth)
+        score = _score(mask, sample, len(class_names), "; ")
+        figure.suptitle(f"row {row}, background threshold {bg_score:.2f}{score}", fontsize=11)
         return figure
 
     first_row = int(strongest.amax(dim=1).argmax())
@@ -156,10 +146,7 @@ def sliders(draw: Callable[..., Figure], controls: Mapping[str, dict[str, Any]])
     """
 
     def show(**values: Any) -> None:
-        try:
-            display(_png(draw(**values)))
-        except ValueError as error:  # such as all weights at 0
-            print(error)
+        display(_png(draw(**values)))
 
     first = _png(draw(**{name: options["value"] for name, options in controls.items()}))
     if os.environ.get(PROGRESS_FILE):  # a run: nbclient would store the state of widgets that nobody can move
@@ -195,9 +182,6 @@ def _png(figure: Figure) -> Picture:
     return Picture(content.getvalue())
 
 
-def _score(mask: Tensor, sample: Sample, num_classes: int) -> str:
+def _score(mask: Tensor, sample: Sample, num_classes: int, before: str = "") -> str:
     """The mean IoU as a caption; empty without ground truth."""
-    if sample.mask is None:
-        return ""
-    score = image_score(mask, sample.mask, num_classes)
-    return "" if np.isnan(score) else f"mean IoU {score:.0%}"
+    return "" if sample.mask is None else f"{before}mean IoU {image_score(mask, sample.mask, num_classes):.0%}"

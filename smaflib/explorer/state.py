@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,7 @@ from skimage.data import data_dir
 from torch import Tensor
 
 from minidata import make_mini
-from smaflib.cams import FUSIONS, at_size, multi_scale_cams
-from smaflib.classifier import predict_label
+from smaflib.cams import at_size, multi_scale_cams
 from smaflib.config import Config, CrfConfig, EvaluationConfig, FusionRule, PseudoMaskConfig
 from smaflib.data import Sample, load_samples
 from smaflib.data.labels import IMAGE_ENDINGS
@@ -40,7 +38,6 @@ from smaflib.models.pretrained import ROLES, UNSEEN_SEED, pretrained_config, pre
 from smaflib.pseudo_masks import pseudo_mask
 from smaflib.reactivation import reactivate
 from smaflib.runs import Run, find_run
-from smaflib.sources.gradcam import METHODS, GradCamSource
 from smaflib.sources.imagenet import LIKELY, ImageNetClassifier, imagenet_config, synonyms
 
 CURVE_SCORES: tuple[float, ...] = tuple(round(0.02 * step, 2) for step in range(1, 50))  #: Background thresholds.
@@ -51,17 +48,11 @@ THUMBNAIL_SIDE = 96  # in pixels, the longest
 PHOTOS = ("chelsea.png", "coffee.png", "camera.png", "rocket.jpg", "astronaut.png")
 """Photos inside scikit-image's wheel. Its documentation calls each of them CC0 or free of known restrictions."""
 
-COLOR_MAPS: tuple[str, ...] = ("inferno", "viridis", "cividis", "magma", "gray")
-"""Matplotlib's colour maps of rising lightness, which read the same for colour-blind readers."""
+COLOR_TABLE = (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8).tobytes()
+"""256 RGB colours of rising lightness, three bytes each: those of maps in all figures."""
 
 ABOUT_DRAWN = "A controlled experiment, synthetic on purpose: code drew these images, so each pixel's class is known."
 ABOUT_PHOTOS = "The network learned to name photos from names alone, never where things are. No ground truth here."
-
-
-def color_table(name: str) -> bytes:
-    """256 RGB colours of one of :data:`COLOR_MAPS`, three bytes each."""
-    colors = matplotlib.colormaps[name](np.arange(256))[:, :3]
-    return bytes((colors * 255).round().astype(np.uint8))
 
 
 def data_url(image: Tensor, side: int | None = None, kind: str = "JPEG") -> str:
@@ -72,11 +63,6 @@ def data_url(image: Tensor, side: int | None = None, kind: str = "JPEG") -> str:
     content = io.BytesIO()
     picture.save(content, kind, quality=88)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"
-
-
-def rule_title(rule: str) -> str:
-    """Title of a fusion rule: ``size-adaptive``; a custom rule keeps its name."""
-    return rule.replace("_", "-") if rule in FUSIONS else rule
 
 
 def to_bytes(values: Tensor) -> bytes:
@@ -158,9 +144,8 @@ def explore(sample: Sample, cams: Sequence[Tensor], scales: Sequence[float], set
     kept = torch.full((len(cams[0]),), float(not settings.denoise))
     kept[list(settings.image_label)] = 1
     denoised = fuse_and_denoise(used_cams, size, kept, settings.fusion, used_scales, weights)
-    refinement = PseudoMaskConfig(refine="none")
-    if settings.crf:
-        refinement = PseudoMaskConfig(crf=settings.crf, min_part=settings.min_part)
+    plain = PseudoMaskConfig(refine="none")
+    refinement = PseudoMaskConfig(crf=settings.crf, min_part=settings.min_part) if settings.crf else plain
     mask = pseudo_mask(sample.image, denoised, settings.bg_score, refinement)
     target = reactivate(denoised, settings.bg_score)[1 + number] if settings.reactivate else denoised[number]
     scale_maps = torch.stack([at_size(cam[number], size) for cam in cams])
@@ -174,16 +159,12 @@ class Gallery:
     samples: list[Sample]
     class_names: tuple[str, ...]
     config: Config  # first values of the settings
-    networks: dict[str, Any]  # by role or name of a source; may be empty
+    networks: dict[str, Any]  # by role; may be empty
     stored: dict[str, AttentionMaps] = field(default_factory=dict)  # finished maps, preferred over the networks
     bg_score: float | None = None  # first background threshold; None: that of the config
     title: str = "images"
     about: str = ""  # what the reader should know about these images
-    knows_photos: bool = True  # whether the networks recognise photos, so that others may be added
     _cams: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
-        self._num_stored = len(self.samples)  # photos come later, and may be named like one of the images
 
     @classmethod
     def pretrained(cls, num_images: int = 8, seed: int = UNSEEN_SEED) -> Gallery:
@@ -195,8 +176,7 @@ class Gallery:
             samples = load_samples(config.model_copy(update={"data": data}), "train").with_ground_truth()
             images = list(samples)
         networks: dict[str, Any] = {role: pretrained_network(role) for role in ROLES}
-        facts: dict[str, Any] = {"title": "drawn set", "about": ABOUT_DRAWN, "knows_photos": False}
-        return cls(images, samples.class_names, config, networks, **facts)
+        return cls(images, samples.class_names, config, networks, title="drawn set", about=ABOUT_DRAWN)
 
     @staticmethod
     def photos(files: str | Path | Iterable[str | Path] | None = None) -> PhotoGallery:
@@ -243,9 +223,8 @@ class Gallery:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Networks and sources whose maps are available."""
-        known = (role for role in ROLES if role in self.stored or role in self.networks)
-        return tuple(dict.fromkeys([*known, *self.networks]))
+        """Networks whose maps are available."""
+        return tuple(role for role in ROLES if role in self.stored or role in self.networks)
 
     def names(self, index: int) -> tuple[str, ...]:
         return self.class_names
@@ -263,23 +242,20 @@ class Gallery:
         weights = (1.0,) * len(self.scales)
         return Settings(numbers[0] if numbers else 0, numbers, weights, attention.fusion, bg_score)
 
-    def flips(self, index: int, role: str) -> tuple[bool, ...]:
+    def flips(self, role: str) -> tuple[bool, ...]:
         """Which maps are available: with the mirror image, without, or both."""
-        if role in self.networks:
-            return (True, False)
-        return (self.config.attention.flip,) if self._is_stored(index, role, self.config.attention.flip) else ()
+        return (True, False) if role in self.networks else (self.config.attention.flip,)
 
     def cams(self, index: int, role: str, flip: bool) -> list[Tensor]:
         """Per scale (K, h_s, w_s), with ``flip`` the mean of both mirror images; DataError if there are none."""
         key = (index, role, flip)
         if key not in self._cams:
-            sample = self.samples[index]
-            if self._is_stored(index, role, flip):
+            sample, attention = self.samples[index], self.config.attention
+            if role in self.stored and flip == attention.flip:
                 self._cams[key], _ = self.stored[role].read(sample.image_id)
             elif role in self.networks:
-                classes, caa = sample.image_label.nonzero()[:, 0].tolist(), self.config.attention.caa
-                views = (sample.image, self.scales, flip)
-                self._cams[key] = multi_scale_cams(self.networks[role], *views, classes=classes, caa=caa)
+                views, classes = (sample.image, self.scales, flip), sample.image_label.nonzero()[:, 0].tolist()
+                self._cams[key] = multi_scale_cams(self.networks[role], *views, classes=classes, caa=attention.caa)
             else:
                 raise DataError(f"there are no such maps of {sample.image_id}, and the {role} network is missing")
         return self._cams[key]
@@ -289,25 +265,6 @@ class Gallery:
         flip = self.config.attention.flip if flip is None else flip
         return explore(self.samples[index], self.cams(index, role, flip), self.scales, settings)
 
-    def add_photo(self, name: str, content: bytes) -> int:
-        """Add an encoded picture, shrunk to 512 pixels, with the label that the first network predicts; its index.
-
-        DataError if the picture cannot be read, or there is no network to compute its maps.
-        """
-        if not self.networks:
-            raise DataError("a photo needs a network to compute its maps, and this run has kept none")
-        image = open_image(name, content=content)
-        source, label = next(iter(self.networks.values())), torch.zeros(len(self.class_names))
-        network = getattr(source, "network", source)
-        if hasattr(network, "image_logits"):  # a source without a classifier of these classes predicts nothing
-            label = predict_label(network.eval(), image, self.config)
-        self.samples.append(Sample(Path(name).stem, image, label))
-        return len(self.samples) - 1
-
-    def _is_stored(self, index: int, role: str, flip: bool) -> bool:
-        stored = role in self.stored and flip == self.config.attention.flip and index < self._num_stored
-        return stored and self.stored[role].path(self.samples[index].image_id).is_file()
-
 
 class PhotoGallery(Gallery):
     """Photos under ImageNet's classifier; each offers its likeliest classes and those that were searched.
@@ -316,18 +273,14 @@ class PhotoGallery(Gallery):
     """
 
     def __init__(self) -> None:
-        self.network = ImageNetClassifier()
-        networks: dict[str, Any] = {"teacher": self.network}
-        if find_spec("pytorch_grad_cam"):
-            networks |= {method: GradCamSource.of_classifier(self.network, method) for method in METHODS}
-            for layer in ("blocks.5", "blocks.4"):  # earlier, so sharper, and less of the class
-                module = self.network.model.get_submodule(layer)
-                networks[f"layercam, {layer}"] = GradCamSource.of_classifier(self.network, "layercam", module)
-        super().__init__([], self.network.class_names, imagenet_config(), networks, title="photos", about=ABOUT_PHOTOS)
+        self.network, config = ImageNetClassifier(), imagenet_config()
+        networks = {"teacher": self.network}
+        super().__init__([], self.network.class_names, config, networks, title="photos", about=ABOUT_PHOTOS)
         self._classes: dict[int, list[int]] = {}  # by index: ImageNet's numbers of the classes that are offered
         self._found: dict[int, Tensor] = {}  # by index: (1000,) probabilities
 
     def add_photo(self, name: str, content: bytes) -> int:
+        """Add an encoded picture, shrunk to 512 pixels, and return its index; DataError if it cannot be read."""
         self.samples.append(Sample(Path(name).stem, open_image(name, content=content), torch.zeros(0)))
         return len(self.samples) - 1
 
@@ -339,12 +292,10 @@ class PhotoGallery(Gallery):
         return [(self.class_names[number], float(self._found[index][number])) for number in likeliest]
 
     def cams(self, index: int, role: str, flip: bool) -> list[Tensor]:
-        classes = self._recognise(index)
-        # Gradients are taken of the offered classes only; a class activation map of all is as cheap.
-        key = (index, role, flip, *(() if role in ROLES else classes))
+        key, classes = (index, role, flip), self._recognise(index)
         if key not in self._cams:
-            cams = multi_scale_cams(self.networks[role], self.samples[index].image, self.scales, flip, classes=classes)
-            self._cams[key] = [cam.half() for cam in cams]  # half, for memory
+            cams = multi_scale_cams(self.network, self.samples[index].image, self.scales, flip)
+            self._cams[key] = [cam.half() for cam in cams]  # of all classes; half, for memory
         return [cam[classes].float() for cam in self._cams[key]]
 
     def add_class(self, index: int, text: str) -> int:

@@ -29,14 +29,13 @@ from torch import Tensor
 from smaflib.cams import fusion_rules
 from smaflib.errors import DataError, InputError
 from smaflib.explorer import state
-from smaflib.explorer.page import save_page
+from smaflib.explorer.page import STATIC, save_page
 from smaflib.explorer.sliders import CRF_RANGES, make_control, slider_options
-from smaflib.explorer.state import COLOR_MAPS, Exploration, Gallery, PhotoGallery, Settings
+from smaflib.explorer.state import Exploration, Gallery, PhotoGallery, Settings
 from smaflib.report.palette import class_colors
 from smaflib.runs import Run
 from smaflib.sources.imagenet import synonyms
 
-STATIC = Path(__file__).parent / "static"
 REST_SECONDS = 0.25  # without a change, then the CRF starts, so that it does not run while a slider is dragged
 
 
@@ -54,8 +53,7 @@ class Board(anywidget.AnyWidget):
     reading = traitlets.Dict().tag(sync=True)
     status = traitlets.Dict().tag(sync=True)  # {"text", "kind"}; kind: "", "busy" or "error"
     opacity = traitlets.Float(0.75).tag(sync=True)
-    colormap = traitlets.Unicode(COLOR_MAPS[0]).tag(sync=True)
-    luts = traitlets.Dict().tag(sync=True)
+    lut = traitlets.Bytes(state.COLOR_TABLE).tag(sync=True)
 
 
 class Explorer(widgets.GridBox):  # type: ignore[misc]
@@ -73,7 +71,7 @@ class Explorer(widgets.GridBox):  # type: ignore[misc]
         self.galleries = [*galleries] or [Gallery.photos(), Gallery.pretrained()]
         if not self.galleries[0].samples:
             raise DataError('this gallery holds no image yet; name files or a folder: Explorer.of_photos("my_photos")')
-        self.board = Board(luts={name: state.color_table(name) for name in COLOR_MAPS})
+        self.board = Board()
         self._panel, self._about = widgets.VBox(), widgets.HTML()
         self._panel.add_class("smaf-controls")
         self.tabs = widgets.ToggleButtons()
@@ -98,7 +96,7 @@ class Explorer(widgets.GridBox):  # type: ignore[misc]
 
     @property
     def role(self) -> str:
-        """Network or source whose maps are shown."""
+        """Network whose maps are shown."""
         return str(self.controls["role"].value)
 
     def _values(self) -> dict[str, Any]:
@@ -110,13 +108,9 @@ class Explorer(widgets.GridBox):  # type: ignore[misc]
         masks = self.gallery.config.pseudo_masks
         crf = masks.crf.model_copy(update={name: value[name] for name in CRF_RANGES})
         return Settings(
-            class_number=value["class_number"],
+            **{name: value[name] for name in ("class_number", "fusion", "bg_score", "denoise", "reactivate")},
             image_label=tuple(sorted(value["image_label"])),
             weights=tuple(value[f"weight_{i}"] if value[f"scale_{i}"] else 0.0 for i in numbers),
-            fusion=value["fusion"],
-            bg_score=value["bg_score"],
-            denoise=value["denoise"],
-            reactivate=value["reactivate"],
             crf=crf if value["crf"] else None,
             min_part=masks.min_part,
         )
@@ -138,13 +132,10 @@ class Explorer(widgets.GridBox):  # type: ignore[misc]
 
     def _connect(self) -> None:
         controls, board = self.controls, self.board
-        appearance = ("opacity", "colormap")  # the board redraws what it has
+        traitlets.dlink((controls["opacity"], "value"), (board, "opacity"))  # the board redraws what it has
         redraw = self._reporting(lambda change: None if _is_rounding(change) else self._draw())
-        for name in self._values():
-            if name in appearance:
-                traitlets.dlink((controls[name], "value"), (board, name))
-            elif name not in ("search", "upload"):
-                controls[name].observe(redraw, "value")
+        for name in self._values().keys() - {"opacity", "search", "upload"}:
+            controls[name].observe(redraw, "value")
         controls["previous"].on_click(self._reporting(lambda button: self._go(board.index - 1)))
         controls["next"].on_click(self._reporting(lambda button: self._go(board.index + 1)))
         controls["reset"].on_click(self._reporting(lambda button: self._reset()))
@@ -196,9 +187,9 @@ class Explorer(widgets.GridBox):  # type: ignore[misc]
             controls["image_label"].value = first.image_label
             if not (keep_class and controls["class_number"].value in first.image_label):
                 controls["class_number"].value = first.class_number
-            flips = self.gallery.flips(index, self.role)
+            flips = self.gallery.flips(self.role)
             controls["flip"].disabled = len(flips) < 2
-            if flips and controls["flip"].value not in flips:
+            if controls["flip"].value not in flips:
                 controls["flip"].value = flips[0]
 
     def _reset(self) -> None:
@@ -214,7 +205,7 @@ class Explorer(widgets.GridBox):  # type: ignore[misc]
         with self._without_redraw():
             self.controls["upload"].value = ()  # so that the same file can be chosen again
         upload = uploads[0]
-        known = [each for each in (self.gallery, *self.galleries) if each.knows_photos]
+        known = [each for each in (self.gallery, *self.galleries) if isinstance(each, PhotoGallery)]
         gallery = known[0] if known else Gallery.photos(())
         index = gallery.add_photo(str(upload["name"]), bytes(upload["content"]))
         label, names = gallery.first_settings(index).image_label, gallery.names(index)
@@ -255,7 +246,6 @@ class Explorer(widgets.GridBox):  # type: ignore[misc]
         """Show the controls' settings, then ``remark`` until the next change; the slower CRF follows after a rest."""
         if self._refining is not None:
             self._refining.cancel()
-            self._refining = None
         settings, index, scales = self.settings, self.board.index, self.gallery.scales
         sample, cams = self.gallery.samples[index], self.gallery.cams(index, self.role, self.controls["flip"].value)
         plain = state.explore(sample, cams, scales, replace(settings, crf=None))
@@ -299,7 +289,7 @@ class Explorer(widgets.GridBox):  # type: ignore[misc]
             "erased": settings.denoise and number not in settings.image_label,
             "scales": list(gallery.scales),
             "weights": list(settings.weights),
-            "rule": state.rule_title(settings.fusion),
+            "rule": settings.fusion,
             "denoise": settings.denoise,
             "reactivate": settings.reactivate,
             "crf": "no CRF" if settings.crf is None else "CRF" if result.settings.crf else "before the CRF",
@@ -341,7 +331,6 @@ def _make_controls(gallery: Gallery) -> dict[str, Any]:
     first, crf = gallery.first_settings(0), gallery.config.pseudo_masks.crf
     classes = [(name, number) for number, name in enumerate(gallery.names(0))]
     searched = synonyms() if isinstance(gallery, PhotoGallery) else ()
-    rules = [(state.rule_title(rule), rule) for rule in fusion_rules(first.fusion)]
     roles = [("classifier (teacher)" if role == "teacher" else role, role) for role in gallery.roles]
 
     def look(text: str, width: int = 310, label: int = 104) -> dict[str, Any]:
@@ -366,15 +355,14 @@ def _make_controls(gallery: Gallery) -> dict[str, Any]:
         ),
         "class_number": widgets.Dropdown(options=classes, **look("class")),
         "image_label": widgets.SelectMultiple(options=classes, rows=min(6, len(classes)), **look("image label")),
-        "role": widgets.Dropdown(options=roles, **look("source" if isinstance(gallery, PhotoGallery) else "stage")),
+        "role": widgets.Dropdown(options=roles, **look("stage")),
         "flip": box(gallery.config.attention.flip, "flip"),
-        "fusion": widgets.Dropdown(options=rules, value=first.fusion, **look("fusion rule")),
+        "fusion": widgets.Dropdown(options=fusion_rules(first.fusion), value=first.fusion, **look("fusion rule")),
         "bg_score": slider(first.bg_score, 0.01, 0.98, 0.01, **look("background")),
         "denoise": box(True, "denoise"),
         "reactivate": box(True, "reactivate"),
         "crf": box(False, "CRF"),
         "opacity": slider(0.75, 0.0, 1.0, 0.05, **look("opacity")),
-        "colormap": widgets.Dropdown(options=COLOR_MAPS, **look("colour map")),
         "upload": widgets.FileUpload(accept="image/*", description="add a photo", layout={"width": "auto"}),
     }
     for i, scale in enumerate(gallery.scales):
@@ -400,4 +388,4 @@ def _arrange(controls: dict[str, Any], gallery: Gallery) -> list[Any]:
     parts += [controls["image_label"], controls["role"], head]
     parts += [row(f"scale_{i}", f"weight_{i}") for i in range(len(gallery.scales))]
     parts += [controls["fusion"], controls["bg_score"], row("flip", "denoise", "reactivate"), row("crf"), crf]
-    return [*parts, controls["opacity"], controls["colormap"]]
+    return [*parts, controls["opacity"]]

@@ -9,7 +9,7 @@ import jinja2
 import nbformat
 from latex2mathml.converter import convert as latex_to_mathml
 from nbconvert import HTMLExporter
-from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath, MathInlineParser
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbconvert.preprocessors import TagRemovePreprocessor
 
 
@@ -34,15 +34,7 @@ def notebook_body(notebook: Path) -> str:
 def _markdown_to_html(context: jinja2.runtime.Context, source: str) -> str:
     attachments = context.get("cell", {}).get("attachments", {})
     renderer = _WithMathML(escape=False, exclude_anchor_links=True, attachments=attachments)
-    return MarkdownWithMath(renderer, inline=_ProseWithPrices(hard_wrap=False)).render(source)
-
-
-class _ProseWithPrices(MathInlineParser):
-    """A formula has no space inside its dollars, so that "$5 and $6" is none."""
-
-    SPECIFICATION = MathInlineParser.SPECIFICATION | {
-        "inline_math_tex": r"(?<![\\$])\$(?=\S)(?P<math_inline_tex>[^$`\n]+?)(?<=\S)(?<!\\)\$(?![\d$])"
-    }
+    return MarkdownWithMath(renderer).render(source)
 
 
 class _WithMathML(IPythonRenderer):

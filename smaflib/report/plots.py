@@ -124,10 +124,10 @@ def window_around(mask: Tensor, margin: float = 0.6) -> tuple[slice, slice]:
 
     ``margin`` on each side is a share of the objects' longer side.
     """
-    rows, columns = (torch.nonzero((mask > 0).any(dim=dim))[:, 0] for dim in (1, 0))
-    if not len(rows):
+    places = torch.nonzero(mask > 0)  # (N, 2)
+    if not len(places):
         return slice(None), slice(None)
-    extents = [(int(places[0]), int(places[-1]) + 1) for places in (rows, columns)]
+    extents = [(int(column.min()), int(column.max()) + 1) for column in places.T]
     side = round((1 + 2 * margin) * max(end - start for start, end in extents))
     windows = []
     for (start, end), length in zip(extents, mask.shape, strict=True):
@@ -153,13 +153,11 @@ def show_panels(
     shape: dict[str, Any] = {"figsize": (side * width, side * sum(heights) + 0.5), "height_ratios": heights}
     figure, axes = plt.subplots(len(rows), width, squeeze=False, layout="constrained", **shape)
     box = {"facecolor": "black", "alpha": 0.65, "linewidth": 0, "pad": 1.5}
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for row_axes, row in zip(axes, rows, strict=True):
-        for axis, panel in zip(row_axes, row, strict=False):
-            show_panel(axis, panel)
-    for row_axes, texts in zip(axes, captions, strict=False):
-        for axis, text in zip(row_axes, texts, strict=False):
+    for axes_of_row, row, texts in itertools.zip_longest(axes, rows, captions, fillvalue=()):
+        for axis, panel, text in itertools.zip_longest(axes_of_row, row, texts):
+            axis.set_axis_off()
+            if panel is not None:
+                show_panel(axis, panel)
             if text:
                 axis.text(0.02, 0.98, text, transform=axis.transAxes, va="top", fontsize=8, color="white", bbox=box)
     for axis, column in zip(axes[0], columns, strict=False):

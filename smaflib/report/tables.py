@@ -15,7 +15,7 @@ from smaflib.files import RUNS_FOLDER
 from smaflib.runs import Run, find_run
 from smaflib.runs.stages import ABLATION
 
-ROW = ["stage", "variant", "fusion", "split", "scale"]  # index of the results; labelled() makes it readable
+ROW = ["stage", "variant", "fusion", "split", "scale"]  # index of the results; by_name() makes it readable
 
 MEASURES = {  # column: (metric, object size)
     "mIoU": ("iou", "all"),
@@ -108,15 +108,6 @@ def class_table(metrics: pd.DataFrame) -> pd.DataFrame:
     return _by_row(ious.assign(column=ious["class_name"])).reindex(columns=ious["class_name"].unique())
 
 
-def labelled(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of results for people: each variant by its label and fusion rule."""
-    if "fusion" not in table.index.names:
-        return table
-    keys = table.index.to_frame(index=False)
-    keys["variant"] = [variant_label(*pair) for pair in zip(keys["variant"], keys["fusion"], strict=True)]
-    return table.set_axis(pd.MultiIndex.from_frame(keys.drop(columns="fusion")))
-
-
 def paper_table(metrics: pd.DataFrame, paper_results: Mapping[Variant, float]) -> pd.DataFrame:
     """A run's mIoU beside the paper's, in percent, for the variants that the run measured (fused by the rule ``sum``).
 
@@ -124,50 +115,36 @@ def paper_table(metrics: pd.DataFrame, paper_results: Mapping[Variant, float]) -
     """
     measured = results_table(metrics).reset_index()
     measured = measured[measured["fusion"].isin(["", "sum"])].drop_duplicates("variant")  # the training split's row
-    values, rows = dict(zip(measured["variant"], measured["mIoU"], strict=True)), {}
-    for variant, paper in paper_results.items():
-        if variant in values:
-            difference = values[variant] - paper
-            note = "below" if difference < -PAPER_TOLERANCE else ""
-            rows[variant_label(variant)] = [values[variant], paper, difference, note]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["run", "paper", "difference", "note"]).round(1)
+    columns = {"paper": pd.Series(paper_results, dtype=float), "run": measured.set_index("variant")["mIoU"]}
+    table = pd.concat(columns, axis=1, join="inner")
+    table["difference"] = table["run"] - table["paper"]
+    table["note"] = ["below" if gap < -PAPER_TOLERANCE else "" for gap in table["difference"]]
+    return table[["run", "paper", "difference", "note"]].rename(index=variant_label).round(1)
 
 
 def compare_runs(folders: Sequence[str | Path], measure: str = "mIoU") -> pd.DataFrame:
     """A column of :func:`results_table` for several runs, by name or folder, then ``<run> - <first run>`` in points.
 
-    RunError or ValueError if there is no such run or measure.
+    Text with one decimal, a name per row. RunError if there is no such run.
     """
-    if measure not in MEASURES:
-        raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {measure!r}")
     runs = [find_run(str(folder)) for folder in folders]
     labels = _labels(runs)
-    results = {label: results_table(run.metrics())[measure] for label, run in zip(labels, runs, strict=True)}
-    table = pd.concat(results, axis=1).sort_index(level="stage", sort_remaining=False, kind="stable")
+    columns = {label: results_table(run.metrics())[measure] for label, run in zip(labels, runs, strict=True)}
+    table = pd.concat(columns, axis=1).sort_index(level="stage", sort_remaining=False, kind="stable").dropna(how="all")
+    text = table.map("{:.1f}".format)
     for label in labels[1:]:
-        table[f"{label} - {labels[0]}"] = table[label] - table[labels[0]]
-    return table.dropna(how="all")
-
-
-def flat_comparison(folders: Sequence[str | Path], measure: str = "mIoU") -> pd.DataFrame:
-    """:func:`compare_runs` as text with one decimal, a name per row."""
-    table = labelled(compare_runs(folders, measure))
-    text = table.map("{:.1f}".format, na_action="ignore")
-    differences = table.columns[len(folders) :]
-    text[differences] = table[differences].map("{:+.1f}".format, na_action="ignore")
-    rows = [" ".join(str(part) for part in key if part) for key in table.index]
-    return text.fillna("").set_axis(pd.Index(rows, name=measure))
+        text[f"{label} - {labels[0]}"] = (table[label] - table[labels[0]]).map("{:+.1f}".format)
+    return by_name(text, numbered=True).replace(["nan", "+nan"], "").rename_axis(index=measure)
 
 
 def comparison_text(folders: Sequence[str | Path], measure: str = "mIoU") -> str:
     """:func:`compare_runs` for a terminal, then the settings in which the runs differ."""
     runs = [find_run(str(folder)) for folder in folders]
-    table = flat_comparison(folders, measure).rename_axis(None).to_string()
+    table = compare_runs(folders, measure).rename_axis(None).to_string()
     lines = [f"{measure}, percent; differences in percentage points", table]
     for run, label in zip(runs[1:], _labels(runs)[1:], strict=True):
-        differences = config_differences(runs[0].config, run.config)
-        lines += [f"\nsettings of {runs[0].name} | {label}:" + ("" if differences else " the same")]
-        lines += [f"  {line}" for line in differences]
+        differences = config_differences(runs[0].config, run.config) or ["the same"]
+        lines += [f"\nsettings of {runs[0].name} | {label}:", *(f"  {line}" for line in differences)]
     return "\n".join(lines)
 
 
@@ -176,7 +153,7 @@ def results_text(run: Run) -> str:
     table = results_table(run.metrics())
     if table.empty:
         return f"{run.name}: no results yet"
-    text = labelled(table).reset_index().to_string(index=False, na_rep="-", float_format="{:.1f}".format)
+    text = by_name(table, numbered=True).to_string(na_rep="-", float_format="{:.1f}".format)
     return f"{run.name}: IoU in percent; learned from {run.config.supervision}\n{text}"
 
 
@@ -282,15 +259,12 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 def measurements(runs: Iterable[tuple[str, int, Run]], measure: str = "mIoU") -> pd.DataFrame:
     """A column of :func:`results_table` for several runs, each with the label of its settings and its seed.
 
-    The ``value`` is in percent; a ``row`` has a name such as ``06 pseudo masks, train``.
+    The ``value`` is in percent; a ``row`` is named as by :func:`by_name`.
     """
-    found = []
+    found: list[tuple[Any, ...]] = []
     for setting, seed, run in runs:
-        table = labelled(results_table(run.metrics()))
-        for record in table.dropna(subset=[measure]).reset_index().to_dict("records"):
-            scale = f", scale {record['scale']}" if record["scale"] else ""
-            row = f"{record['stage'][:2]} {record['variant']}, {record['split']}{scale}"
-            found.append({"setting": setting, "seed": seed, "row": row, "value": float(record[measure])})
+        values = by_name(results_table(run.metrics()), numbered=True)[measure].dropna()
+        found += [(setting, seed, row, value) for row, value in values.items()]
     return pd.DataFrame(found, columns=["setting", "seed", "row", "value"])
 
 

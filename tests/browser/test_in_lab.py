@@ -96,7 +96,6 @@ def test_controls_change_picture_and_numbers(lab_page: Lab) -> None:
     lab.change("scale 1", lambda: lab.menu("class").select_option("crane"), class_number=2)
     labels = lab.root.locator(".widget-select-multiple select")
     lab.change("mask", lambda: labels.select_option(["llama", "ram", "crane"]), image_label=(0, 1, 2))
-    lab.change("fused", lambda: lab.menu("colour map").select_option("viridis"))
 
 
 def test_crf_follows_when_nothing_moves(lab_page: Lab) -> None:

@@ -178,7 +178,7 @@ function compute(image) {
   const view = {
     size, image: picture, truth, class_names, colors, class_number: cls, likeliest, erased, scales, weights, denoise,
     reactivate, crf: "no CRF",
-    rule: DATA.rules.find(([rule]) => rule === state.fusion)[1],
+    rule: state.fusion,
     maps: maps.map(toBytes), fused: toBytes(fused), target: toBytes(target), mask, iou, curve,
   };
   const [row, col] = state.pixel, i = row * size[1] + col;
@@ -195,7 +195,7 @@ const board = createBoard(document.getElementById("smaf-board"), {
   pixel: (pixel) => { state.pixel = pixel; redraw(); },
   image: (index) => { if (index >= 0 && index < DATA.images.length) choose(index); },
 });
-const luts = Object.fromEntries(Object.entries(DATA.luts).map(([name, text]) => [name, unpack(text)]));
+const lut = unpack(DATA.lut);
 
 async function choose(index) {
   const image = DATA.images[index];
@@ -203,7 +203,7 @@ async function choose(index) {
   if (image.likeliest.length || !image.label.includes(state.cls)) state.cls = image.label[0] ?? image.classes[0];
   form.elements.cls.replaceChildren(...image.classes.map((number) => new Option(image.class_names[number], number)));
   form.elements.cls.value = state.cls;
-  board.setImages(DATA.thumbs, index);
+  board.setImages(DATA.images, index);
   await redraw();
 }
 
@@ -218,7 +218,7 @@ async function redraw() {
       others && `${others} further classes, which are not in the image label and respond least, are left out here.`,
       isComputed() && `${state.fusion} is Python: its maps were made with this page, from all scales alike.`,
     ].filter(Boolean).join(" "), "");
-    Object.assign(board, { look: { opacity: state.opacity, lut: luts[state.colormap] }, pixel: state.pixel, reading });
+    Object.assign(board, { look: { opacity: state.opacity, lut }, pixel: state.pixel, reading });
     board.setView(view);
   } catch (error) {
     board.setStatus(error.message, "error");
@@ -236,9 +236,9 @@ function buildControls() {
     menu("cls", "class", []), menu("role", "stage", roles), "<h3>scales and weights</h3>",
     ...DATA.scales.map((scale, s) => `<div class="scale">${box(`on_${s}`, `scale ${scale}`)}<input type="range" name="weight_${s}"
       min="0" max="2" step="0.1" aria-label="weight of scale ${scale}"><output></output></div>`),
-    menu("fusion", "fusion rule", DATA.rules),
+    menu("fusion", "fusion rule", DATA.rules.map((rule) => [rule, rule])),
     slider("bg", "background", 0.98, 0.01, 0.01), `<div class="boxes">${box("denoise", "denoise")}${box("reactivate", "reactivate")}</div>`,
-    slider("opacity", "opacity", 1, 0.05), menu("colormap", "colour map", Object.keys(luts).map((name) => [name, name])),
+    slider("opacity", "opacity", 1, 0.05),
     `<button type="button" name="reset">reset</button>`,
   ].join("");
   const fields = form.elements;
@@ -246,7 +246,7 @@ function buildControls() {
     // The slider has steps of 0.01: a run's threshold between them is kept until the slider is moved.
     if (event.target === fields.bg) state.bg = Number(fields.bg.value);
     Object.assign(state, { cls: Number(fields.cls.value), role: fields.role.value, fusion: fields.fusion.value,
-      denoise: fields.denoise.checked, reactivate: fields.reactivate.checked, opacity: Number(fields.opacity.value), colormap: fields.colormap.value,
+      denoise: fields.denoise.checked, reactivate: fields.reactivate.checked, opacity: Number(fields.opacity.value),
       on: DATA.scales.map((_, s) => fields[`on_${s}`].checked), weights: DATA.scales.map((_, s) => Number(fields[`weight_${s}`].value)) });
     showValues();
     redraw();
@@ -258,7 +258,7 @@ function buildControls() {
 
 function fill() {
   const fields = form.elements;
-  for (const name of ["role", "fusion", "bg", "opacity", "colormap"]) fields[name].value = state[name];
+  for (const name of ["role", "fusion", "bg", "opacity"]) fields[name].value = state[name];
   for (const name of ["denoise", "reactivate"]) fields[name].checked = state[name];
   DATA.scales.forEach((_, s) => { fields[`on_${s}`].checked = state.on[s]; fields[`weight_${s}`].value = state.weights[s]; });
   showValues();

@@ -15,11 +15,11 @@ export default {
       image: (index) => { if (index >= 0 && index < model.get("images").length) tell("index", index); },
     });
     let shown; // the class to which the image label has scrolled
-    const luts = Object.fromEntries(Object.entries(model.get("luts")).map(([name, table]) => [name, bytes(table)]));
+    const lut = bytes(model.get("lut"));
     const show = {
       images: () => board.setImages(model.get("images"), model.get("index")),
       status: () => board.setStatus(model.get("status").text ?? "", model.get("status").kind ?? ""),
-      look: () => board.setLook({ opacity: model.get("opacity"), lut: luts[model.get("colormap")] }),
+      look: () => board.setLook({ opacity: model.get("opacity"), lut }),
       reading: () => {
         // The values of an earlier pixel may arrive while a later one is marked.
         const pixel = model.get("pixel"), reading = model.get("reading");
@@ -34,7 +34,7 @@ export default {
         shown = option?.text;
       },
     };
-    const heard = { images: ["images", "index"], status: ["status"], look: ["opacity", "colormap"], reading: ["reading"], view: ["view"] };
+    const heard = { images: ["images", "index"], status: ["status"], look: ["opacity"], reading: ["reading"], view: ["view"] };
     for (const [what, names] of Object.entries(heard)) {
       for (const name of names) model.on(`change:${name}`, show[what]);
       show[what]();
