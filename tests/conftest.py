@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from hypothesis import settings
 
 from smaflib import plugins
+from smaflib.apps.masks import make_masks
 from smaflib.explorer.state import PHOTOS, Gallery, PhotoGallery
 
 # One thread: sums in one order, and threads that wait for each other on busy cores take ten times as long.
@@ -22,10 +24,10 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: the first call of a torch kernel is slow. In CI the examples are the same every time.
-settings.register_profile("smaflib", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.register_profile("smaflib", deadline=None, max_examples=25, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("smaflib")
 
-SLOWEST = ("test_notebooks", "test_presets", "test_processes", "test_in_lab", "test_installed", "test_segmentation")
+SLOWEST = ("test_notebooks", "test_in_lab", "test_processes", "test_presets", "test_installed", "test_runner")
 """Files that start first, so that no worker waits for one of them at the end."""
 
 
@@ -55,6 +57,26 @@ def photos(photo_maps: PhotoGallery) -> PhotoGallery:
     gallery.samples, gallery._cams, gallery._found = [*gallery.samples], {**gallery._cams}, {**gallery._found}
     gallery._classes = {index: [*classes] for index, classes in gallery._classes.items()}
     return gallery
+
+
+@pytest.fixture(scope="session")
+def masks_kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six photos, a table, and ``out`` with finished masks, made once; nobody changes this copy."""
+    from test_custom_images import config_of
+
+    folder = tmp_path_factory.mktemp("masks") / "work"
+    make_masks(config_of(folder), folder / "out")
+    return shutil.copytree(folder, folder.with_name("kept"))
+
+
+@pytest.fixture
+def masks_folder(masks_kept: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That folder where it was made, as a later call finds it; whoever trains fails."""
+    folder = masks_kept.with_name("work")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(masks_kept, folder)
+    monkeypatch.setattr("smaflib.apps.masks.train_teacher", lambda work: pytest.fail("trained"))
+    return folder
 
 
 @pytest.fixture

@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from smaflib.apps.ablation import FULL, RUNS, ablate, ablation_table, command, read_ablation
-from smaflib.apps.cli import app
 from smaflib.config import Variant
-from smaflib.errors import ConfigError
 from smaflib.runs import Run, open_run, runner
 from smaflib.runs.manifest import write_manifest
 from smaflib.runs.stages import ABLATION
@@ -123,14 +120,6 @@ def test_result_says_where_it_comes_from_and_stays_if_nothing_is_new(chain: Fake
     assert run.path(ABLATION).stat().st_mtime_ns == before  # so notebook 08 does not run again
 
 
-def test_ablation_needs_ground_truth(chain: FakeChain, tmp_path: Path) -> None:
-    settings = [f"data.images={tmp_path}", f"data.labels={tmp_path / 'labels.csv'}"]
-    (tmp_path / "folder.yaml").write_text("data: {kind: folder}\n")
-    run = open_run(tmp_path / "run", tmp_path / "folder.yaml", settings)
-    with pytest.raises(ConfigError, match=r"set data\.masks"):
-        ablate(run, [0])
-
-
 def by_hand(*values: tuple[str, int, float]) -> list[dict[str, Any]]:
     return [
         {"variant": name, "seed": seed, "bg_choice": choice, "object_size": size, "value": value + more}
@@ -154,13 +143,3 @@ def test_table_by_hand() -> None:
     one_seed = ablation_table(by_hand((FULL, 0, 0.5), ("no_crf", 0, 0.4)))
     assert one_seed.loc["without CRF", "to full"] == "-10.0"
     assert ablation_table(by_hand((FULL, 0, 0.5))).loc["the whole chain", "to full"] == "–"
-
-
-def test_command_line(chain: FakeChain, run: Run) -> None:
-    words = ["ablate", str(run.config_file), "--seeds", "4,5", "--name", "x", "--runs", str(run.folder.parent)]
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 0, result.output
-    assert "64.5 ± 0.7" in result.output and "ablation.json" in result.output
-    assert chain.calls[0][2] == [str(run.folder.parent / "x")]
-    refused = CliRunner().invoke(app, ["ablate", str(run.config_file), "--name", "../escaped"])
-    assert refused.exit_code == 2 and "plain folder name" in refused.output

@@ -47,17 +47,9 @@ def test_maps_of_a_network_that_can_be_worked_out_by_hand(flip: bool) -> None:
     torch.testing.assert_close(cam[1], torch.zeros(2, 4), rtol=0, atol=1e-5)  # never negative
 
 
-def test_every_scale_is_a_forward_pass_of_the_resized_image() -> None:
-    cams = multi_scale_cams(slim_network(), some_image(), scales=(0.5, 1.0, 2.0))
-    assert [tuple(cam.shape) for cam in cams] == [(3, 3, 4), (3, 5, 7), (3, 10, 14)]
-    assert all(bool((cam >= 0).all()) for cam in cams)
-    assert multi_scale_cams(slim_network(), some_image(9, 9), scales=[0.01])[0].shape == (3, 1, 1)
-
-
-@pytest.mark.parametrize("background", [False, True])
-def test_flips_commute_with_attention(background: bool) -> None:
+def test_flips_commute_with_attention() -> None:
     """Attention to the mirror image is the mirrored attention, for a network that knows left from right."""
-    network, image = slim_network(background), some_image()
+    network, image = slim_network(), some_image()
     scales = (0.5, 1.0, 1.5)
     cams, mirrored = (multi_scale_cams(network, picture, scales) for picture in (image, image.flip(-1)))
     for cam, other in zip(cams, mirrored, strict=True):
@@ -93,14 +85,7 @@ def test_weights_of_the_scales_by_hand() -> None:
         torch.testing.assert_close(pair, fuse_cams([one], (1, 2), rule, (1.0,)), atol=1e-4, rtol=0)
 
 
-def test_maps_are_brought_to_the_images_size_between_cell_centres() -> None:
-    # Bilinear with align_corners=False: two cells on four pixels lie at 0.5 and 2.5.
-    fused = fuse_cams([torch.tensor([[[0.0, 1.0]]])], (2, 4))
-    assert fused.shape == (1, 2, 4)
-    assert fused[0, 0].tolist() == fused[0, 1].tolist() == pytest.approx([0, 0.25, 0.75, 1], abs=1e-5)
-
-
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(seed=st.integers(0, 2**20), rule=st.sampled_from(RULES))
 def test_every_class_peaks_at_1(seed: int, rule: str) -> None:
     cams = some_cams(seed)
@@ -147,18 +132,6 @@ def test_maps_come_back_in_half_precision(tmp_path: Path) -> None:
         assert back.dtype == torch.float32 and torch.equal(back, cam.half().float())
     assert torch.equal(maps.fused("a.b", "mean"), fuse_cams(again, (9, 11), "mean"))
     assert [path.name for path in maps.folder.iterdir()] == ["a.b.safetensors.gz"]
-
-
-def test_some_scales_in_a_chosen_order(tmp_path: Path) -> None:
-    maps = AttentionMaps(tmp_path, (0.5, 1.0, 2.0))
-    cams = some_cams(0)
-    maps.write("a", cams, (9, 11))
-    halves = [cam.half().float() for cam in cams]
-    assert torch.equal(maps.fused("a", scales=[1.0]), fuse_cams(halves[1:2], (9, 11)))
-    expected = fuse_cams([halves[2], halves[0]], (9, 11), "size_adaptive", (2.0, 0.5))
-    assert torch.equal(maps.fused("a", "size_adaptive", scales=(2.0, 0.5)), expected)
-    # A reader that wants fewer scales than were written finds them in the same file.
-    assert torch.equal(AttentionMaps(tmp_path, (2.0,)).read("a")[0][0], halves[2])
 
 
 def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:

@@ -10,13 +10,7 @@ import torch
 from helpers import make_samples, new_teacher, same_weights, tiny_config, train_teacher
 from torch import Tensor
 
-from smaflib.classifier import (
-    classification_loss,
-    classification_scores,
-    classify,
-    saliency_loss,
-    standardize_features,
-)
+from smaflib.classifier import classification_loss, classification_scores, classify, saliency_loss, standardize_features
 from smaflib.config import ClassifierConfig, Config
 from smaflib.data.transforms import normalize
 from smaflib.data.views import views_of
@@ -63,13 +57,6 @@ def test_saliency_loss_by_hand(
     given_saliency = torch.tensor([saliency]).float()
     loss = saliency_loss(certain_logits(argmax_labels), given_saliency, torch.tensor([label]).float(), config)
     assert float(loss) == pytest.approx(expected, abs=1e-6)
-
-
-def test_saliency_is_resized_to_the_logit_maps() -> None:
-    logits, label = certain_logits([[1, 0], [0, 0]]), torch.tensor([[1.0, 0.0]])
-    saliency = torch.zeros(1, 8, 8)
-    saliency[0, :4, :4] = 1
-    assert float(saliency_loss(logits, saliency, label, eps_config())) == pytest.approx(0, abs=1e-6)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

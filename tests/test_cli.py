@@ -85,21 +85,6 @@ def test_bad_input_exits_with_2(monkeypatch, config_file, arguments, message):
     assert not (config_file.parent / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("model.backbone=timm/tf_efficentnet_lite2", "timm/tf_efficientnet_lite"),
-        ("segmentation.model={backbone: resnet5}", "resnet5"),
-    ],
-)
-def test_networks_that_cannot_be_had_stop_a_run_before_its_first_stage(tmp_path, setting, message):
-    config = PROJECT_ROOT / "configs" / "mini.yaml"
-    settings = ["--set", setting, "--set", "segmentation.initial_weights=backbone"]
-    result = smaf("run", config, "--name", "bad", "--runs", tmp_path, *settings)
-    assert result.exit_code == 2 and result.output.startswith("error: ") and message in result.output
-    assert not (tmp_path / "bad").exists()
-
-
 def test_debug_shows_the_traceback_and_faults_always_do(monkeypatch, config_file):
     monkeypatch.setattr(runner, "run_notebooks", Mock(side_effect=ConfigError("no such setting")))
     result = smaf("run", config_file)
@@ -131,20 +116,6 @@ def test_status_lists_all_stages(run):
     assert lines[0].split() == ["00_one_image_end_to_end", "not", "run", "-"]
     assert lines[1].split() == ["01_data", "complete", "1", "min", "01", "s"]
     assert lines[2].endswith("1 min 01 s  reused from papermill_runs/x")
-
-
-def test_report_prints_results_and_its_path(run):
-    result = smaf("report", "first", "--runs", run.folder.parent)
-    assert "64.6" in result.stdout and str(run.path("index.html")) in result.stdout
-    assert run.path("index.html").exists()
-
-
-def test_compare_prints_runs_side_by_side(run, config_file):
-    other = open_run(run.folder.parent / "second", config_file, ["seed=1"])
-    other.record("03", [{"variant": "fused", "metric": "iou", "value": 0.656}])
-    result = smaf("compare", run.folder, other.folder)
-    assert result.exit_code == 0
-    assert "+1.0" in result.stdout and "seed: 0 | 1" in result.stdout
 
 
 def test_a_students_copy_holds_no_solution(tmp_path):

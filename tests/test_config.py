@@ -124,17 +124,6 @@ def test_values_that_do_not_fit_are_refused(override: str) -> None:
     assert override.partition("=")[0] in str(caught.value) and len(str(caught.value)) < 2000
 
 
-def test_all_problems_are_listed_at_once() -> None:
-    with pytest.raises(ConfigError) as caught:
-        check(seed="x", classifier={"iterations": "y", "iteration": 1})
-    lines = str(caught.value).splitlines()
-    assert [line.split(":")[0].split(";")[0].strip() for line in lines[1:]] == [
-        "seed",
-        "classifier.iterations",
-        "there is no setting classifier.iteration",
-    ]
-
-
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
@@ -151,10 +140,6 @@ def test_all_problems_are_listed_at_once() -> None:
 def test_settings_that_need_each_other(groups: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check(**groups)
-
-
-def test_the_drawn_set_brings_its_saliency_maps() -> None:
-    assert check(classifier={"pretraining": "eps"}).data.saliency is None
 
 
 @pytest.mark.parametrize(
@@ -189,24 +174,6 @@ def test_files_that_hold_no_settings(tmp_path: Path, content: bytes, message: st
 def test_a_key_that_is_given_twice_is_refused_with_both_lines(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"some\.yaml is not valid YAML: {message}"):
         load_config(write_yaml(tmp_path, text))
-
-
-def test_merged_mappings_may_repeat_keys_and_an_override_may_not(tmp_path: Path) -> None:
-    text = "data: {kind: mini}\nclassifier: &a {iterations: 7, batch_size: 3}\nself_training: {<<: *a, iterations: 9}\n"
-    config = load_config(write_yaml(tmp_path, text))
-    assert (config.self_training.iterations, config.self_training.batch_size) == (9, 3)
-    with pytest.raises(ConfigError, match="flip is given twice"):
-        load_config(MINI, ["attention={flip: true, flip: false}"])
-    assert load_config(MINI, ["seed=1", "seed=2"]).seed == 2  # the last one, as commands do
-
-
-def test_a_single_string_is_one_override() -> None:
-    assert load_config(MINI, "seed=12").seed == 12
-    assert load_config(MINI, None) == load_config(MINI)
-    with pytest.raises(
-        ConfigError, match=r"must look like key=value, got {'seed': 1}"
-    ):  # papermill -y "overrides: ..."
-        load_config(MINI, [{"seed": 1}])  # type: ignore[list-item]
 
 
 PATHS = (
@@ -298,9 +265,3 @@ def test_a_preset_is_named_in_a_file_and_changed_by_an_override(tmp_path: Path) 
     assert changed.pseudo_masks.crf == CrfConfig(labels="present", iterations=3)
     assert changed.segmentation.test_crf == CrfConfig.model_validate("mini")
     assert "preset" not in dump_config(changed)  # a run records the numbers
-
-
-def test_settings_that_name_custom_code() -> None:
-    assert check(model={"weights": "a:b"}).custom_code == {}
-    config = check(attention={"fusion": "rules:f"}, segmentation={"model": {"backbone": "nets:N"}})
-    assert config.custom_code == {"attention.fusion": "rules:f", "segmentation.model.backbone": "nets:N"}

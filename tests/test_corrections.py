@@ -11,37 +11,23 @@ import numpy as np
 import pytest
 import torch
 from helpers import mask_at
-from test_custom_images import SETTINGS, config_of, write_table
+from test_custom_images import SETTINGS, write_table
 
-from smaflib import files, pipeline
+from smaflib import pipeline
 from smaflib.apps.corrections import Correction, read_corrections, write_correction
 from smaflib.apps.masks import make_masks, open_masks
 from smaflib.config import Config, check_settings
 from smaflib.data.masks import read_mask, save_mask
-from smaflib.errors import ConfigError, DataError, RunError
+from smaflib.errors import ConfigError, DataError
 
 LABELS = [(f"{number}.png", ["red", "blue"][number % 2]) for number in range(6)]
 OURS = {"masks", "made", "overlays", "overlays_before", "cams"}
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photos, a table, and ``out`` with finished masks."""
-    folder = tmp_path_factory.mktemp("finished")
-    make_masks(config_of(folder), folder / "out")
-    return folder
-
-
 @pytest.fixture
-def folder(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """That folder as a call finds it later; whoever trains in it fails."""
-    kept = finished.with_name(f"{finished.name}_kept")
-    if not kept.exists():
-        shutil.copytree(finished, kept)
-    shutil.rmtree(finished)
-    shutil.copytree(kept, finished)
-    monkeypatch.setattr("smaflib.apps.masks.train_teacher", lambda work: pytest.fail("trained"))
-    return finished
+def folder(masks_folder: Path) -> Path:
+    """Photos, a table, and ``out`` with finished masks; a copy is in ``kept``."""
+    return masks_folder
 
 
 def config_in(folder: Path, **data: object) -> Config:
@@ -110,7 +96,7 @@ def test_threshold_and_left_out_of_single_photos(folder: Path) -> None:
     } | {"masks/3.png", "overlays/3.jpg", "overlays_before/3.jpg"}
     assert not (out / "masks/3.png").exists()
     assert (read_mask(out / "masks/2.png") > 0).sum() < (
-        read_mask(folder.with_name(f"{folder.name}_kept") / "out/masks/2.png") > 0
+        read_mask(folder.with_name("kept") / "out/masks/2.png") > 0
     ).sum()
     assert rows_of(out)[-1] == {"image": "3.png", "label": "blue", "share": "", "confidence": "", "check": "left out"}
     assert "left out" in (out / "index.html").read_text()
@@ -217,13 +203,6 @@ def test_new_classes_and_photos_need_a_new_training_and_settings_another_folder(
     assert contents(out) == before
 
 
-def test_class_without_a_photo_keeps_the_values_of_masks(folder: Path) -> None:
-    write_table(folder / "labels.csv", [(name, "red") for name, _ in LABELS])
-    out = folder / "out"
-    make_masks(config_in(folder), out)
-    assert set(np.unique(read_mask(out / "masks/0.png"))) <= {0, 2}
-
-
 def test_retraining_learns_corrections_and_keeps_them(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,15 +231,6 @@ def test_retraining_learns_corrections_and_keeps_them(
     assert contents(out) == once
 
 
-def test_second_command_on_the_folder_changes_nothing(folder: Path) -> None:
-    out = folder / "out"
-    write_correction(out, "2", 0.9)
-    before = contents(out)
-    with files.locked(out, "smaf masks"), pytest.raises(RunError, match="another smaf masks is running"):
-        make_masks(config_in(folder), out)
-    assert contents(out) == before
-
-
 @pytest.mark.parametrize("where", ["write_maps", "write_masks", "_write_overlays", "write_sheet"])
 def test_interrupted_call_continues_to_the_same_bytes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, where: str, tmp_path: Path
@@ -276,7 +246,7 @@ def test_interrupted_call_continues_to_the_same_bytes(
     make_masks(config_in(folder), out)
     resumed = contents(out)
     shutil.rmtree(out)
-    shutil.copytree(folder.with_name(f"{folder.name}_kept") / "out", out)
+    shutil.copytree(folder.with_name("kept") / "out", out)
     draw(out, "1")
     write_correction(out, "2", 0.6)
     make_masks(config_in(folder), out)

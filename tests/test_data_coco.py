@@ -90,13 +90,6 @@ def test_labels_are_the_classes_of_the_instances_and_empty_images_are_left_out(r
     assert load(root, max_images=1).image_ids == ["COCO_train2014_000000000003"]
 
 
-def test_some_classes_only(root: Path) -> None:
-    samples = load(root, class_names=["dog"])
-    assert samples.image_ids == ["COCO_train2014_000000000007"] and names_of(samples) == [["dog"]]
-    with pytest.raises(DataError, match=r"train2014\.json has no category 'bird'"):
-        load(root, class_names=["bird"])
-
-
 def test_masks_are_painted_large_instances_first(root: Path, tmp_path: Path) -> None:
     assert not load(root).has_ground_truth
     make_data(config(root), tmp_path / "run")
@@ -109,16 +102,6 @@ def test_masks_are_painted_large_instances_first(root: Path, tmp_path: Path) -> 
     assert np.array_equal(table.numpy(), expected)
     assert int((crowd == 1).sum()) == 9 and bool((crowd[2:5, 1:4] == 1).all())
     assert load_samples(config(root), "val", tmp_path / "run").has_ground_truth
-
-
-def test_masks_of_the_config_are_used_instead(root: Path, tmp_path: Path) -> None:
-    make_data(config(root), tmp_path / "run")
-    folder = tmp_path / "run" / "data" / "train2014"
-    make_data(config(root, masks=folder), tmp_path / "other")
-    assert not (tmp_path / "other/data").exists()
-    assert load(root, masks=folder).has_ground_truth
-    with pytest.raises(DataError, match="data.masks"):
-        load(root, masks=tmp_path / "no_such_folder")
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", '{"images": [', ""])
@@ -181,14 +164,6 @@ def no_segmentation(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name != "segmentation"}
 
 
-def test_fields_that_labels_and_masks_do_not_need_may_be_missing(root: Path, tmp_path: Path) -> None:
-    bare = {name: DOG[name] for name in ("image_id", "category_id", "segmentation")}
-    change(root, annotations=[bare])
-    make_data(config(root), tmp_path / "run")
-    (mask,) = load_samples(config(root), "train", tmp_path / "run").ground_truth or ()
-    assert int((mask > 0).sum()) == 9
-
-
 @pytest.mark.parametrize(
     ("parts", "settings", "words"),
     [
@@ -224,14 +199,3 @@ def test_two_images_of_one_id_are_refused(root: Path, other: str) -> None:
     change(root, annotations=[DOG, DOG | {"id": 2, "image_id": 8}])
     with pytest.raises(DataError, match=rf"a\.jpg and {other} would share the mask [aA]\.png; rename one"):
         load(root)
-
-
-def test_letters_of_a_mac_are_the_same_letters(root: Path, tmp_path: Path) -> None:
-    composed, decomposed = "caf\u00e9", "cafe\u0301"
-    Image.new("RGB", (WIDTH, HEIGHT)).save(root / "train2014" / f"{composed}.jpg")
-    images = [{"id": 7, "file_name": f"images/{decomposed}.jpg", "width": WIDTH, "height": HEIGHT}]
-    change(root, images=images, annotations=[DOG], categories=[{"id": 18, "name": decomposed}])
-    settings = config(root, class_names=[composed], val_split="train2014")
-    make_data(settings, tmp_path / "run")
-    samples = load_samples(settings, "train", tmp_path / "run")
-    assert samples.image_ids == [composed] and samples.class_names == (composed,) and samples.has_ground_truth

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from smaflib.config import Config, check_settings
+from smaflib.config import Config
 from smaflib.data import Samples, load_samples
 from smaflib.data.labels import image_stem, read_label_rows, write_labels
 from smaflib.data.masks import save_mask
@@ -78,14 +78,6 @@ def test_images_of_any_size_are_worked_on_at_one_size(photos: Path) -> None:
         assert samples.at_full_size(number, mask).shape == sample.full_size
 
 
-def test_folders_have_a_working_size_and_data_sets_of_the_field_have_none() -> None:
-    folder = {"kind": "folder", "images": "a", "labels": "b"}
-    assert check_settings({"data": folder}).data.longest_side == 512
-    assert check_settings({"data": folder | {"longest_side": None}}).data.longest_side is None
-    for data in ({"kind": "voc", "root": "a"}, {"kind": "coco", "root": "a"}, {"kind": "mini"}):
-        assert check_settings({"data": data}).data.longest_side is None
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -109,12 +101,6 @@ def test_csv_is_read_as_programs_write_it(photos: Path, text: bytes) -> None:
     samples = load(photos, text)
     assert samples.image_ids == ["a", "c"]
     assert samples.image_labels.tolist() == [[1, 1], [0, 1]]
-
-
-def test_names_may_hold_quotes_commas_and_letters_of_any_language(photos: Path) -> None:
-    Image.new("RGB", (4, 4)).save(photos / "grün, 1.png")
-    samples = load(photos, 'image,labels\n"grün, 1.png","Bär, groß;貓"\n')
-    assert samples.image_ids == ["grün, 1"] and samples.class_names == ("Bär, groß", "貓")
 
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"], exclude_characters=',;"'), min_size=1)
@@ -272,15 +258,6 @@ def test_bad_csv_is_refused_with_line_and_cure(photos: Path, text: str | bytes, 
     with pytest.raises(DataError, match=words) as caught:
         load(photos, text, class_names=("cat", "dog"))
     assert "labels.csv" in str(caught.value)
-
-
-def test_name_without_ending_must_be_clear(photos: Path) -> None:
-    Image.new("RGB", (4, 4)).save(photos / "a.png")
-    assert load(photos, "image,labels\na.jpg,cat\n")[0].image.shape == (3, HEIGHT, WIDTH)
-    with pytest.raises(
-        DataError, match=r"no image in .* for a \(did you mean 'a\.(jpg|png)'\?\).*, with extensions where needed"
-    ):
-        load(photos, "image,labels\na,cat\n")
 
 
 def test_missing_folder_and_missing_csv_are_named(photos: Path) -> None:

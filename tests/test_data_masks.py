@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from smaflib.data.masks import VOC_PALETTE, check_mask_values, read_mask, resize_mask, save_mask
+from smaflib.data.masks import VOC_PALETTE, read_mask, resize_mask, save_mask
 from smaflib.errors import DataError
 
 MASKS = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=40))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(mask=MASKS, as_tensor=st.booleans())
 def test_saved_mask_reads_back_unchanged(tmp_path: Path, mask: np.ndarray, as_tensor: bool) -> None:
     path = tmp_path / "mask.png"
@@ -73,12 +73,6 @@ def test_palette_that_an_editor_has_sorted_is_read_by_colour(tmp_path: Path, ord
     assert np.array_equal(read_mask(tmp_path / "a.png"), NUMBERS)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_mask_of_colours_is_read_by_colour(tmp_path: Path, mode: str) -> None:
-    Image.fromarray(VOC_PALETTE[NUMBERS]).convert(mode).save(tmp_path / "a.png")
-    assert np.array_equal(read_mask(tmp_path / "a.png"), NUMBERS)
-
-
 def test_grey_palette_holds_class_numbers(tmp_path: Path) -> None:
     picture = Image.fromarray(NUMBERS)
     picture.putpalette(np.arange(256, dtype=np.uint8).repeat(3).tobytes())
@@ -101,12 +95,6 @@ def test_resized_mask_gives_each_pixel_the_label_of_most_of_it() -> None:
     assert resize_mask(mask, (4, 4)).tolist() == rows
     assert resize_mask(mask, (2, 2)).tolist() == [[0, 3], [255, 3]]
     assert resize_mask(mask, (40, 40))[5::10, 5::10].tolist() == rows
-
-
-def test_value_beyond_the_classes_is_named_with_their_count() -> None:
-    check_mask_values(torch.tensor([[0, 1, 2, 255]], dtype=torch.uint8), 2, Path("cat.png"))
-    with pytest.raises(DataError, match=r"cat\.png holds the value 7; with 2 classes"):
-        check_mask_values(torch.tensor([[0, 7, 255]], dtype=torch.uint8), 2, Path("cat.png"))
 
 
 @pytest.mark.parametrize("mask", [np.zeros((4, 4), np.float32), np.array([[0, 256]]), np.array([[-1, 0]])], ids=str)

@@ -45,22 +45,6 @@ def test_labels_of_the_field_become_a_csv(tmp_path: Path, protocol: int, dtype: 
     assert target.read_text() == "image,labels\n2007_000032,cat;dog\n2007_000039,cow\n"
 
 
-@pytest.mark.parametrize(
-    "key", [2007000032, np.int64(2007000032), "2007000032", b"2007_000032", "2007_000032.jpg", "JPEGImages/2007_000032"]
-)
-def test_ids_in_other_spellings_are_vocs(tmp_path: Path, key: Any) -> None:
-    np.save(tmp_path / "a.npy", {key: np.array([0, 1])}, allow_pickle=True)  # type: ignore[arg-type]
-    convert(tmp_path / "a.npy", tmp_path / "labels.csv", ["cat", "cow"])
-    assert (tmp_path / "labels.csv").read_text() == "image,labels\n2007_000032,cow\n"
-
-
-def test_two_spellings_of_one_id_are_refused(tmp_path: Path) -> None:
-    table = {2007000032: np.array([0, 1]), "2007_000032": np.array([1, 0])}
-    np.save(tmp_path / "a.npy", table, allow_pickle=True)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="'2007_000032' is given twice"):
-        convert(tmp_path / "a.npy", tmp_path / "labels.csv", ["cat", "cow"])
-
-
 class Trap:
     """Unpickled without care, it makes a file."""
 
@@ -165,24 +149,6 @@ def test_masks_that_cannot_be_used_are_a_problem_of_the_check_and_leave_a_run_wi
     assert words in summary["train"]["unusable"] and "object_shares" not in summary["train"]
     samples = work.samples()
     assert len(samples) == 3 and not samples.annotated and samples.ground_truth is None
-
-
-def test_masks_that_cannot_be_read_are_not_said_to_hold_no_class(photos: Path) -> None:
-    for path in (photos / "masks").iterdir():
-        path.write_bytes(b"no picture")
-    _, problems = check_data(photos_config(photos))
-    assert len(problems) == 3 and all("cannot be read" in problem for problem in problems)
-
-
-def test_a_photo_that_cannot_be_used_is_no_matter_of_the_masks(photos: Path, tmp_path: Path) -> None:
-    (photos / "1.jpg").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"1\.jpg cannot be read as an image"):
-        make_data(photos_config(photos), tmp_path)
-
-
-def test_check_counts_the_negatives(photos: Path) -> None:
-    (photos / "labels.csv").write_text("image,labels\n0,cat\n1,dog\n2,\n")
-    assert "train: without any label, so negatives for all classes: 1 images" in check_data(photos_config(photos))[0]
 
 
 def test_check_on_the_command_line(photos: Path, tmp_path: Path) -> None:

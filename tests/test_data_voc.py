@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from smaflib.config import Config
 from smaflib.data import Samples, load_samples
 from smaflib.data.check import check_data
 from smaflib.data.masks import save_mask
-from smaflib.data.voc import open_image, read_image, read_saliency
+from smaflib.data.voc import open_image, read_image
 from smaflib.errors import DataError
 
 CLASSES = ("cat", "dog", "sofa")
@@ -85,12 +83,6 @@ def test_sample_has_the_documented_shapes_and_ranges(root: Path) -> None:
     assert sample.saliency.unique().tolist() == pytest.approx([0.2, 1.0])
 
 
-def test_splits_follow_their_lists_in_order(root: Path) -> None:
-    (root / "ImageSets/Segmentation/train.txt").write_text("\ufeffc\r\n\r\n b \r\na", encoding="utf-8")
-    assert load(root).image_ids == ["c", "b", "a"]
-    assert load_samples(config(root), "val").image_ids == ["d"]
-
-
 @pytest.mark.parametrize(
     ("listed", "image_ids"),
     [
@@ -117,10 +109,7 @@ def test_list_is_read_as_meant(root: Path, listed: str, image_ids: list[str], en
     ("listed", "words"),
     [
         ("a b\n", r"no image in .*JPEGImages for a b "),
-        (
-            "a\nx/b.jpg\ny/b.jpg\n",
-            r"b\.jpg and y/b\.jpg would share the mask b\.png; rename one, or correct the list",
-        ),
+        ("a\nx/b.jpg\ny/b.jpg\n", r"b\.jpg and y/b\.jpg would share the mask b\.png; rename one, or correct the list"),
         ("C.jpg\nc.jpg\n", r"C\.jpg and c\.jpg would share the mask c\.png"),
         ("b\nC\n", r"no image in .* for C \(did you mean 'c'\?\) \(1 of 2"),
     ],
@@ -133,20 +122,6 @@ def test_row_that_means_no_image_or_the_same_is_refused(root: Path, listed: str,
         load(root)
 
 
-def test_letters_of_a_mac_are_the_same_letters(root: Path) -> None:
-    composed, decomposed = "caf\u00e9", "cafe\u0301"
-    for path in ("JPEGImages/a.jpg", "Annotations/a.xml", "SegmentationClass/a.png", "Saliency/a.png"):
-        (root / path).rename((root / path).with_stem(decomposed))
-    (root / LISTS).write_text(f"{composed}\n", encoding="utf-8")
-    samples = load(root, saliency="Saliency")
-    assert samples.image_ids == [composed] and samples.has_ground_truth and samples.has_saliency
-    assert samples[0].image.shape == (3, HEIGHT, WIDTH)
-    (root / LISTS).write_text(f"{decomposed}\n", encoding="utf-8")
-    (root / "labels.csv").write_text(f"image,labels\n{decomposed},{decomposed}\n", encoding="utf-8")
-    samples = load(root, class_names=(composed,), **CSV)
-    assert samples.image_ids == [composed] and samples.image_labels.tolist() == [[1]]
-
-
 def test_class_name_that_no_xml_has_is_refused_with_the_nearest(root: Path) -> None:
     (root / "Annotations/b.xml").write_text(annotation("sofa", "dining table"))
     with pytest.raises(DataError, match=r"'Dining-Table' \(did you mean 'dining table'\?\); they have dining table"):
@@ -156,12 +131,6 @@ def test_class_name_that_no_xml_has_is_refused_with_the_nearest(root: Path) -> N
     assert load(root, class_names=()).class_names[14] == "person"
     (root / "Annotations/b.xml").write_text(annotation("sofa", "dog"))
     assert len(load(root, class_names=("cat", "dog", "sofa", "zebra"))) == 3  # no object is without a class
-
-
-def test_xml_and_csv_give_the_same_labels(root: Path) -> None:
-    expected = [[1, 0, 0], [0, 1, 1], [0, 0, 1]]
-    assert load(root, label_source="xml").image_labels.tolist() == expected
-    assert load(root, label_source="csv", labels="labels.csv").image_labels.tolist() == expected
 
 
 def test_difficult_objects_count_and_parts_and_unknown_classes_do_not(root: Path) -> None:
@@ -186,19 +155,6 @@ def test_orientation_flag_does_not_turn_voc_images(root: Path) -> None:
     exif[0x0112] = 6  # a viewer turns the picture by a quarter
     Image.new("RGB", (WIDTH, HEIGHT)).save(root / "JPEGImages/a.jpg", exif=exif)
     assert load(root).with_ground_truth()[0].image.shape == (3, HEIGHT, WIDTH)
-
-
-def test_saliency_maps_are_opened_only_on_request(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[str] = []
-    open_image = Image.open
-    monkeypatch.setattr(
-        Image, "open", lambda file, **given: opened.append(file.parent.name) or open_image(file, **given)
-    )
-    samples = load(root, saliency="Saliency")
-    assert [sample.saliency for sample in samples] == [None] * 3 and opened == ["JPEGImages"] * 3
-    opened.clear()
-    assert all(sample.saliency is not None for sample in samples.with_saliency())
-    assert opened == ["JPEGImages", "Saliency"] * 3
 
 
 def test_saliency_must_be_there_for_training_images_only(root: Path) -> None:
@@ -275,34 +231,6 @@ def test_truncated_and_deep_images_are_refused(root: Path) -> None:
         read_image(root / "deep.png")
 
 
-def deep_png(colour_type: int, channels: int, value: int) -> bytes:
-    """A PNG of 1 x 1 pixels with 16 bits per channel, which Pillow cannot write in colour."""
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, colour_type, 0, 0, 0)),
-        (b"IDAT", zlib.compress(b"\0" + struct.pack(">H", value) * channels)),
-        (b"IEND", b""),
-    ]
-    parts = [
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
-@pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
-def test_sixteen_bits_per_channel_are_refused(tmp_path: Path, colour_type: int, channels: int) -> None:
-    (tmp_path / "deep.png").write_bytes(deep_png(colour_type, channels, 1000))
-    for read in (read_image, read_saliency):
-        with pytest.raises(DataError, match=r"deep\.png has more than 8 bits per channel .*; save it with 8 bits"):
-            read(tmp_path / "deep.png")
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "CMYK", "RGBA"])
-def test_other_modes_become_rgb(tmp_path: Path, mode: str) -> None:
-    path = tmp_path / ("white.jpg" if mode == "CMYK" else "white.png")
-    Image.new("RGBA" if mode in ("LA", "RGBA") else "RGB", (3, 2), "white").convert(mode).save(path)
-    assert (read_image(path) == 255).all() and (read_saliency(path) == 1).all()
-
-
 def test_saliency_of_zero_and_one_is_refused_with_the_cure(root: Path) -> None:
     pixels = np.zeros((HEIGHT, WIDTH), np.uint8)
     Image.fromarray(pixels).save(root / "Saliency/a.png")  # nothing is salient
@@ -314,11 +242,6 @@ def test_saliency_of_zero_and_one_is_refused_with_the_cure(root: Path) -> None:
         samples[1]
     _, problems = check_data(config(root, saliency="Saliency"))
     assert len(problems) == 1 and "b.png holds 0 and 1" in problems[0]
-
-
-def test_grey_saliency_may_be_stored_as_colour(tmp_path: Path) -> None:
-    Image.new("RGB", (3, 2), (51, 51, 51)).save(tmp_path / "map.png")
-    assert read_saliency(tmp_path / "map.png").unique().tolist() == pytest.approx([0.2])
 
 
 # The mini set is read by the same loader.

@@ -11,12 +11,10 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from benchmarks.drafts import RESULTS, scores_of
-from smaflib import files
 from smaflib.apps.cli import app
-from smaflib.apps.drafts import coarse_names, photos_config
+from smaflib.apps.drafts import coarse_names
 from smaflib.data import load_samples
-from smaflib.sources.imagenet import KINDS, LIKELY, NUM_CLASSES, ImageNetClassifier, match_classes
+from smaflib.sources.imagenet import KINDS, NUM_CLASSES, ImageNetClassifier, match_classes
 
 DRAFTED = "are drafts from ImageNet, which has no person: correct the table and give the same command again."
 
@@ -120,20 +118,6 @@ def test_photos_that_cannot_be_labelled_leave_nothing_behind(
     assert code == 2 and words in output and not make.called and not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_other_files_gets_no_table(photos: Path, make: Mock, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "letter.txt").write_text("dear")
-    code, output = masks()
-    assert code == 2 and "is not empty and was not written by smaf masks" in output
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["letter.txt"]
-
-
-def test_settings_take_any_path_and_the_table_of_the_user(tmp_path: Path) -> None:
-    config = photos_config(tmp_path / "\U0001f60a: 'x', #1", tmp_path / "no", tmp_path / "out", ["seed=3"])
-    assert (config.data.images, config.data.labels) == (tmp_path / "\U0001f60a: 'x', #1", tmp_path / "no")
-    assert config.seed == 3 and not (tmp_path / "out").exists()  # a table that is given is not drafted
-
-
 def test_names_are_coarse_and_known_to_the_source_imagenet() -> None:
     names = coarse_names()
     assert names["dog"] == [*range(151, 269)] and names["dining table"] == [532] and names["timber wolf"] == [269]
@@ -142,17 +126,3 @@ def test_names_are_coarse_and_known_to_the_source_imagenet() -> None:
     matched = match_classes([*names])
     assert all({*numbers} <= {*matched[name]} for name, numbers in names.items())
     assert not {"person", "giraffe"} & names.keys() and len(KINDS) > 40
-
-
-def test_precision_and_recall_by_hand() -> None:
-    drafted = torch.tensor([[1, 1], [1, 0], [1, 0], [0, 0]]).bool()
-    true = torch.tensor([[1, 0], [1, 0], [0, 0], [1, 1]]).bool()
-    assert scores_of(drafted[:, 0], true[:, 0]) == {"precision": 66.7, "recall": 66.7, "F1": 66.7, "labels": 3}
-    assert scores_of(drafted[:, 1], true[:, 1]) == {"precision": 0.0, "recall": 0.0, "F1": 0.0, "labels": 1}
-    assert scores_of(drafted, true) == {"precision": 50.0, "recall": 50.0, "F1": 50.0, "labels": 4}
-
-
-def test_the_threshold_is_the_one_that_was_chosen() -> None:
-    results = files.read_json(RESULTS, {})
-    assert results["threshold"] == LIKELY == max(results["choice"], key=lambda each: each["F0.5"])["threshold"]
-    assert results["not known"] == ["person"] and len(results["classes"]) == 19

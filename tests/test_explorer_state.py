@@ -16,14 +16,7 @@ from smaflib.cams import multi_scale_cams
 from smaflib.config import CrfConfig, PseudoMaskConfig, dump_config
 from smaflib.data import Sample, make_data
 from smaflib.errors import DataError, RunError
-from smaflib.explorer.state import (
-    CURVE_SCORES,
-    PHOTOS,
-    Gallery,
-    PhotoGallery,
-    Settings,
-    explore,
-)
+from smaflib.explorer.state import CURVE_SCORES, Gallery, PhotoGallery, Settings, explore
 from smaflib.maps import AttentionMaps
 from smaflib.models.networks import load_attention_network
 from smaflib.models.pretrained import ASSETS, pretrained_config
@@ -101,12 +94,6 @@ def test_curve_by_hand() -> None:
     low, high = CURVE_SCORES.index(0.48), CURVE_SCORES.index(0.52)
     assert curve[low].tolist() == pytest.approx([0, 1, 1 / 2])
     assert curve[high].tolist() == pytest.approx([0, 1, 0])  # the hit has become background, the false alarm is left
-
-
-def test_pixel_has_a_value_at_each_scale() -> None:
-    result = explore(row_sample(), CAMS, SCALES, replace(BOTH, weights=(1.0, 0.5)))
-    expected = {"scale 1": 0.5, "scale 2": 1.0, "fused": 0.75, "target": 1.0}
-    assert result.read(0, 1) == pytest.approx(expected, abs=1e-4)
 
 
 def test_crf_is_the_one_of_the_pseudo_masks(pretrained: Gallery) -> None:
@@ -263,7 +250,3 @@ def test_photos_of_a_folder_are_its_pictures_in_order_at_working_size(tmp_path: 
 def test_a_tiny_or_thin_photo_is_explored(photos: PhotoGallery, size: tuple[int, int]) -> None:
     index = photos.add_photo("thin.png", png(np.full((*size, 3), 127)))
     assert photos.explore(index, "teacher", photos.first_settings(index)).mask.shape == size
-
-
-def test_the_photos_of_the_package_are_all_there() -> None:
-    assert len(Gallery.photos().samples) == len(PHOTOS)

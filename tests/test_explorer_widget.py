@@ -68,16 +68,6 @@ def test_numbers_on_the_board_are_those_of_the_exploration_and_json(explorer: Ex
     assert explorer.board.opacity == 0.4 and explorer.board.view is view  # appearance only
 
 
-def test_other_image_keeps_the_class_if_it_can(explorer: Explorer) -> None:
-    explorer.controls["class_number"].value = 2  # crane, which image 1 shows too
-    explorer.controls["previous"].click()
-    assert explorer.board.index == 1 and explorer.settings.image_label == (2, 5) and explorer.settings.class_number == 2
-    explorer.controls["previous"].click()
-    assert explorer.settings.image_label == (5,) and explorer.settings.class_number == 5
-    explorer.controls["previous"].click()
-    assert explorer.board.index == 0  # there is none before
-
-
 def test_errors_are_shown_and_the_picture_stays(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
         explorer.controls[f"scale_{number}"].value = False
@@ -194,14 +184,3 @@ def test_in_a_kernel_the_crf_waits_for_a_rest_and_runs_once(
     assert refined == [pytest.approx(0.44)]
     assert explorer.exploration.settings == explorer.settings and explorer.settings.crf is not None
     assert explorer.board.status["kind"] == "" and torch.equal(explorer.exploration.mask, expected(explorer).mask)
-
-
-def test_a_runs_settings_and_networks_are_offered_as_they_are(pretrained: Gallery) -> None:
-    gallery = replace(pretrained, networks={"teacher": pretrained.networks["teacher"]})
-    crf = gallery.config.pseudo_masks.crf.model_copy(update={"bilateral_sxy": 250.0, "iterations": 40})
-    masks = gallery.config.pseudo_masks.model_copy(update={"crf": crf})
-    gallery.config = gallery.config.model_copy(update={"pseudo_masks": masks})
-    explorer = Explorer(gallery)
-    explorer.controls["crf"].value = True
-    assert explorer.settings.crf == crf  # beyond the sliders' usual range
-    assert explorer.controls["role"].options == (("classifier (teacher)", "teacher"),)

@@ -167,12 +167,6 @@ def test_a_ring_and_a_pixel_worked_out_by_hand(folder: Path, tmp_path: Path) -> 
     assert {path.name for path in (tmp_path / "new").iterdir()} == set(FORMS)
 
 
-def test_outline_of_a_straight_edge_has_no_point_per_pixel(tmp_path: Path) -> None:
-    export_masks(make_folder(tmp_path, [np.ones((200, 300), np.uint8)]), "labelme", tmp_path / "new")
-    (shape,) = json.loads((tmp_path / "new/0.json").read_text())["shapes"]
-    assert len(shape["points"]) <= 9  # corners are cut by half a pixel
-
-
 def test_unfinished_masks_are_not_exported(folder: Path, tmp_path: Path) -> None:
     (folder / "masks/1.png").unlink()
     with pytest.raises(RunError, match=r"no masks yet of 1 \(1 of 2\); give the same smaf masks command again"):

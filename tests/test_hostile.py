@@ -1,4 +1,4 @@
-"""Bad input on the command line: one message that names it, exit code 1 or 2, and nothing written.
+"""Names of runs on the command line that are refused: one message, exit code 1 or 2, and nothing written.
 
 Settings are in test_config.py, weights in test_weights.py, tables of labels and pictures in test_data_*.py.
 """
@@ -9,13 +9,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from smaflib.apps.cli import app
-from smaflib.data.labels import read_label_rows
-from smaflib.errors import DataError
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -39,16 +35,3 @@ def refused(folder: Path, *words: object, naming: object) -> None:
 def test_names_that_lead_out_of_the_folder_of_runs(tmp_path: Path, name: str) -> None:
     words = ("run", "configs/mini.yaml", "--runs", tmp_path / "runs", f"--name={name}")
     refused(tmp_path, *words, naming="must be a plain folder name")
-
-
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.binary(max_size=200) | st.text(max_size=200).map(lambda text: b"image,labels\n" + text.encode()))
-def test_any_bytes_are_a_table_or_an_error(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "labels.csv"
-    path.write_bytes(content)
-    try:
-        rows = read_label_rows(path)
-    except DataError as error:
-        assert str(path) in str(error)
-    else:
-        assert rows and all(row.image for row in rows.values())

@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from minidata import dataset as mini
-from minidata.dataset import CLASS_NAMES, PREFERRED_SCENES, VOID, Scene, draw_scene, make_mini
-from minidata.drawing import SCENES
+from minidata.dataset import CLASS_NAMES, VOID, Scene, draw_scene, make_mini
 from smaflib.data.masks import VOC_PALETTE
 
 SIZE = 128
@@ -39,14 +38,6 @@ def test_part_is_a_smallish_share_of_each_class(scenes: list[Scene]) -> None:
         assert len(values) > 20, name
         assert 0.15 < np.mean(values) < 0.36, name
         assert min(values) > 0.05, name
-
-
-def test_class_prefers_its_scene(scenes: list[Scene]) -> None:
-    single = [scene for scene in scenes if len(scene.objects) == 1]
-    at_home = [scene.scene_name == PREFERRED_SCENES[scene.class_names[0]] for scene in single]
-    assert np.mean(at_home) == pytest.approx(0.6, abs=0.08)
-    abroad = Counter(scene.scene_name for scene, home in zip(single, at_home, strict=True) if not home)
-    assert set(abroad) == set(SCENES)
 
 
 def test_saliency_is_as_good_as_a_detector_and_no_better(scenes: list[Scene]) -> None:
@@ -153,19 +144,6 @@ def test_files_are_the_same_with_two_workers(mini_root: Path, tmp_path: Path, mo
     assert files_below(root) == files_below(mini_root)
     assert seen == [(12, "mini data set")] * 12
     assert [path.name for path in tmp_path.iterdir()] == ["mini"]
-
-
-def test_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
-    begun = []
-
-    def interrupt(iterable, *, total, desc):  # type: ignore[no-untyped-def]
-        begun.append(next(iter(iterable)))
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        make_mini(tmp_path / "mini", 20, 0, progress=interrupt)
-    assert begun == [draw_scene(0, 0).class_names]  # it had really started to write
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_existing_data_is_never_touched(tmp_path: Path) -> None:

@@ -41,15 +41,6 @@ def test_attention_is_softmax_with_a_background_and_relu_without() -> None:
     assert AttentionNetwork(model_config(), 3, background=False).attention(-logits).abs().max() == 0
 
 
-def test_new_layers_are_all_but_the_backbone() -> None:
-    networks: list[AttentionNetwork | SegmentationNetwork]
-    networks = [AttentionNetwork(model_config(head_channels=5), 3, background=True)]
-    networks += [SegmentationNetwork(model_config(), SegmentationConfig(skip_channels=skip), 3) for skip in (0, 8)]
-    for network in networks:
-        new = {id(parameter) for layer in network.new_layers() for parameter in layer.parameters()}
-        assert new == {id(p) for name, p in network.named_parameters() if not name.startswith("backbone.")}
-
-
 # --- frozen layers ----------------------------------------------------------------------------------------------------
 
 
@@ -124,33 +115,6 @@ def test_student_of_a_plain_teacher_starts_with_a_background_logit_of_zero() -> 
     # Where every class logit is negative, the strongest map is the background.
     negative = (logits[:, 1:] < 0).all(dim=1)
     assert bool((logits.argmax(dim=1)[negative] == 0).all())
-
-
-# --- the segmentation network -----------------------------------------------------------------------------------------
-
-
-def test_segmentation_network_sums_its_branches() -> None:
-    config = SegmentationConfig(aspp_dilations=(1, 3))
-    network = SegmentationNetwork(model_config(), config, 2).eval()
-    for branch in network.aspp:
-        nn.init.zeros_(branch.weight)  # type: ignore[arg-type]
-        nn.init.constant_(branch.bias, 1.5)  # type: ignore[arg-type]
-    logits = network(random_images(1, 3, 32, 48))
-    assert logits.shape == (1, 3, 4, 6) and bool((logits == 3.0).all())
-
-
-def test_torchvisions_deeplabv3_head_on_the_same_backbone() -> None:
-    config = SegmentationConfig(architecture="deeplabv3", aspp_dilations=(1, 2))
-    network = SegmentationNetwork(model_config(), config, 3).eval()
-    logits = network(random_images(2, 3, 32, 40))
-    assert logits.shape == (2, 4, 4, 5)
-    assert len(network.aspp[0].convs) == 4  # a 1x1 convolution, the two dilated ones, the pooled branch
-    assert not torch.equal(logits[0], logits[1])
-
-
-def test_skip_gives_maps_at_stride_4() -> None:
-    config = SegmentationConfig(aspp_dilations=(1,), skip_channels=8)
-    assert SegmentationNetwork(model_config(), config, 2)(random_images(2, 3, 32, 48)).shape == (2, 3, 8, 12)
 
 
 # --- networks from checkpoints ----------------------------------------------------------------------------------------

@@ -1,49 +1,13 @@
-"""The choice of the recipe for custom photos, by folds."""
+"""The recipe for custom photos is the one that was chosen by folds."""
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
-from benchmarks.own_photos import RESULTS, grow, make_folder, split
+from benchmarks.own_photos import RESULTS, make_folder
 from smaflib import files
 from smaflib.config import load_config
 from smaflib.data import load_samples
 from smaflib.data.classes import VOC_CLASSES
-
-
-@given(st.integers(12, 120), st.data())
-def test_folds_hold_every_photo_once_and_no_held_out_photo_was_seen_before(number, data):
-    rows = [{"image": f"{k}.jpg", "labels": "cat"} for k in range(number)]
-    tuned = data.draw(st.sets(st.integers(0, number - 1), max_size=number // 3))
-    folds = split(rows, [f"{k}.jpg" for k in tuned])
-    everything = [row["image"] for fold in folds.values() for row in fold]
-    assert sorted(everything) == sorted(row["image"] for row in rows)
-    held = [row["image"] for name, fold in folds.items() if name.startswith("final") for row in fold]
-    assert len(held) == number // 3
-    assert not {f"{k}.jpg" for k in tuned} & set(held)
-
-
-def test_folds_worked_out_by_hand():
-    rows = [{"image": str(k), "labels": "cat"} for k in range(6)]
-    of = {name: [row["image"] for row in fold] for name, fold in split(rows, ["0"]).items()}
-    assert of == {  # 2 of the 5 that are new, as far apart as can be: the first and the last
-        "choose 0": ["0"],
-        "choose 1": ["2"],
-        "choose 2": ["3"],
-        "choose 3": ["4"],
-        "final 0": ["1"],
-        "final 1": ["5"],
-    }
-
-
-def test_folders_grow_from_photos_that_no_choice_has_seen():
-    rows = [{"image": str(k), "labels": "cat"} for k in range(240)]
-    folds = split(rows)
-    folders = grow(folds)
-    assert [len(rows) for rows in folders.values()] == [5] * 3 + [20] * 2 + [40] * 2 + [100, 200]
-    assert folders["curve 40 0"] == folds["final 1"] and folders["curve 40 1"] == folds["final 0"]
-    assert folders["curve 5 1"] == folds["final 1"][5:10]
 
 
 def test_a_fold_is_a_folder_with_the_classes_of_its_own_labels(tmp_path):

@@ -1,15 +1,13 @@
-"""Colour-blind readers can tell the class colours apart, and a scale looks the same in all plots."""
+"""Colour-blind readers can tell the class colours apart."""
 
 from __future__ import annotations
 
 import itertools
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from smaflib.report.palette import CLASS_COLORS, SCALES, class_colors, scale_style
-from smaflib.report.plots import plot_curves
+from smaflib.report.palette import CLASS_COLORS, class_colors
 
 # Machado, Oliveira and Fernandes, "A Physiologically-based Model for Simulation of Color Vision Deficiency", IEEE
 # TVCG 15(6), 2009: severity 1.0, for linear RGB.
@@ -55,12 +53,3 @@ def test_no_two_class_colours_are_closer_than_19(sight: str) -> None:
 def test_a_class_keeps_its_colour_whatever_else_there_is() -> None:
     assert class_colors(20)[:3] == class_colors(3) == [[230, 159, 0], [86, 180, 233], [0, 158, 115]]
     assert len(class_colors(80)) == 80 and class_colors(80)[23] == class_colors(1)[0]
-
-
-def test_each_scale_has_its_own_style_in_all_plots() -> None:
-    looks = [tuple(map(str, scale_style(scale).values())) for scale in SCALES]
-    assert len(set(looks)) == len(SCALES)
-    assert len({scale_style(scale)["linestyle"] for scale in (0.5, 1.0, 1.5, 2.0)}) == 4  # readable in grey, too
-    curves = pd.DataFrame({"teacher, scale 2": [0.2, 0.4], "fused (sum)": [0.5, 0.5]})
-    drawn = [(line.get_color(), line.get_linestyle()) for line in plot_curves(curves, "IoU").axes[0].lines]
-    assert drawn == [(scale_style(2.0)["color"], scale_style(2.0)["linestyle"]), ("black", "-")]

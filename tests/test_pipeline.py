@@ -71,16 +71,6 @@ def copy(done: Workspace, tmp_path: Path) -> Workspace:
     return dataclasses.replace(done, folder=tmp_path / "copy")
 
 
-def test_everything_lies_where_the_workspace_says(done: Workspace) -> None:
-    made = {path.relative_to(done.folder).as_posix() for path in done.folder.rglob("*") if path.is_file()}
-    ids = done.samples().image_ids
-    assert {f"checkpoints/{name}.safetensors" for name in ("teacher", "student", "segmenter")} <= made
-    assert {f"cams/{name}/{image_id}.safetensors.gz" for name in ("teacher", "student") for image_id in ids} <= made
-    assert {f"masks/{image_id}.png" for image_id in ids} <= made
-    assert len(done.masks(done.samples("val"), "masks_segmenter")) == 2
-    assert done.maps("student", "val").folder.name == "student_val"
-
-
 def test_calling_the_chain_again_changes_nothing(copy: Workspace) -> None:
     before = {path: path.stat().st_mtime_ns for path in copy.folder.rglob("*.*") if path.suffix != ".json"}
     for _ in range(2):
@@ -94,15 +84,6 @@ def test_calling_the_chain_again_changes_nothing(copy: Workspace) -> None:
     assert {path: time for path, time in after.items() if path not in checkpoints} == {
         path: time for path, time in before.items() if path not in checkpoints
     }
-
-
-def test_missing_maps_are_made_again_alike_and_the_others_stay(copy: Workspace) -> None:
-    maps = copy.maps("teacher")
-    first, second = (maps.path(image_id) for image_id in copy.samples().image_ids[:2])
-    whole, kept = first.read_bytes(), second.stat().st_mtime_ns
-    first.unlink()
-    write_maps(copy, "teacher")
-    assert first.read_bytes() == whole and second.stat().st_mtime_ns == kept
 
 
 def test_a_single_image_goes_the_same_way(done: Workspace) -> None:

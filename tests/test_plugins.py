@@ -48,12 +48,6 @@ def test_what_cannot_be_loaded_is_named_with_its_cause(home: Path, name: str, ca
     assert cause in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["no_such_module:f", "no.such.module:f", "sys:exit"])
-def test_code_without_a_file_has_no_hash(home: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match=f"cannot load {name}"):
-        custom_file(name)
-
-
 def test_modules_beside_the_config_are_found_in_child_processes(home: Path) -> None:
     beside = home / "configs"
     beside.mkdir()
@@ -65,8 +59,3 @@ def test_modules_beside_the_config_are_found_in_child_processes(home: Path) -> N
     env = os.environ | {"PYTHONPATH": str(PROJECT_ROOT)}
     done = subprocess.run([sys.executable, "-c", script], cwd="/", env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("<function f") == 2, done.stderr
-
-
-def test_installed_packages_come_first(home: Path) -> None:
-    (home / "json.py").write_text("def loads(text): return 'shadowed'")
-    assert load_custom("json:loads")("1") == 1

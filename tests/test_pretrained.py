@@ -14,7 +14,7 @@ from tools.make_assets import export_networks
 
 
 def test_their_maps_lie_on_the_objects_of_images_they_have_never_seen(tmp_path):
-    make_mini(tmp_path / "data", 16, 1, seed=987)
+    make_mini(tmp_path / "data", 8, 1, seed=987)
     config = short_config(tmp_path / "data")
     samples, attention = load_samples(config, "train"), config.attention
     for role in ("teacher", "student"):

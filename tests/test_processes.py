@@ -15,21 +15,16 @@ from typing import Any
 import pytest
 import torch
 from helpers import TRAINING, make_samples, tiny_config
+from ranks import end_second
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smaflib import processes
+from smaflib import pipeline, processes
 from smaflib.classifier import train_classifier
-from smaflib.config import Config, dump_config
+from smaflib.config import Config
 from smaflib.data import make_data
 from smaflib.errors import ConfigError, RunError
-from smaflib.pipeline import (
-    check_networks,
-    train_student,
-    train_teacher,
-    write_maps,
-    write_masks,
-)
+from smaflib.pipeline import check_networks, train_student, train_teacher, write_maps, write_masks
 from smaflib.processes import barrier, num_processes, rank, run_in_processes
 from smaflib.runtime import Runtime
 from smaflib.segmentation import train_segmenter
@@ -37,24 +32,23 @@ from smaflib.self_training import self_train
 from smaflib.training import load_history
 from smaflib.workspace import Workspace
 
-LONG: dict[str, Any] = TRAINING | {"iterations": 50, "batch_size": 5, "optimizer": "sgd", "learning_rate": 0.01}
+LONG: dict[str, Any] = TRAINING | {"iterations": 10, "batch_size": 5, "optimizer": "sgd", "learning_rate": 0.01}
 """Not AdamW: where a gradient is next to zero, its first steps are as long as elsewhere, with a rounding's sign."""
 
 FROZEN = {"freeze_batch_norm": True}
 
 
 def train_all(folder: Path) -> None:
-    """Teachers, student and segmentation network after 25 steps, in batches of five: the parts differ in size."""
+    """Teachers, student and segmentation network, in batches of five: the parts differ in size."""
     torch.set_num_threads(1)
     samples, runtime = make_samples(7), Runtime()
     masks: list[Tensor] = [sample.mask for sample in samples.with_ground_truth()]  # type: ignore[misc]
     masks[0][:, :20] = 255  # so that the parts differ in the pixels that count
-    settings = LONG | {"iterations": 25}
     for kind in ("plain", "eps"):
-        config = tiny_config(model=FROZEN, classifier=settings | {"pretraining": kind})
+        config = tiny_config(model=FROZEN, classifier=LONG | {"pretraining": kind})
         path = folder / f"{kind}.safetensors"
         teacher, _ = train_classifier(samples, config.model, config.classifier, runtime, checkpoint=path)
-    config = tiny_config(model=FROZEN, self_training=settings, segmentation=settings)
+    config = tiny_config(model=FROZEN, self_training=LONG, segmentation=LONG)
     maps = [torch.rand(3, 32, 40, generator=torch.Generator().manual_seed(n)) for n in range(7)]
     path = folder / "student.safetensors"
     self_train(teacher, samples, maps, config.self_training, 0.3, runtime, checkpoint=path)
@@ -62,54 +56,19 @@ def train_all(folder: Path) -> None:
     train_segmenter(samples, masks, config.model, config.segmentation, runtime, checkpoint=path)
 
 
-def test_several_processes_learn_what_one_learns(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    one, three = tmp_path / "one", tmp_path / "three"
-    train_all(one)
-    capfd.readouterr()
-    run_in_processes(3, train_all, three)
-    assert "classifier:" in capfd.readouterr().err  # the progress bar of rank 0
-    names = sorted(path.name for path in one.iterdir())
-    assert len(names) == 4
-    for name in names:
-        expected, found = load_file(one / name), load_file(three / name)
-        assert expected.keys() == found.keys()
-        for key, value in expected.items():
-            difference = float((found[key].float() - value.float()).abs().max())
-            assert difference <= 1e-5 * float(value.float().abs().max()), (name, key)
-        for left, right in zip(load_history(one / name), load_history(three / name), strict=True):
-            assert right == pytest.approx(left, rel=1e-4)
+def make_all(work: Workspace) -> None:
+    """Maps, student and masks of a teacher; the maps of the masks are the teacher's."""
+    write_maps(work, "teacher")
+    train_student(work)
+    if rank() == 0:
+        shutil.copytree(work.path("cams", "teacher"), work.path("cams", "student"))
+    barrier()
+    write_masks(work)
 
 
-def test_a_training_resumes_with_another_number_of_processes(tmp_path: Path) -> None:
-    path = tmp_path / "teacher.safetensors"
-    with pytest.raises(RunError, match="stopped half way"):
-        run_in_processes(2, stop_half_way, path)
-    assert "optimizer.0.momentum_buffer" in load_file(path)
-    samples, config = make_samples(7), half_way()
-    finished, _ = train_classifier(samples, config.model, config.classifier, Runtime(), checkpoint=path)
-    whole, _ = train_classifier(samples, config.model, config.classifier, Runtime())
-    for left, right in zip(finished.state_dict().values(), whole.state_dict().values(), strict=True):
-        assert torch.allclose(left.float(), right.float(), rtol=1e-4, atol=1e-6)
-
-
-def half_way() -> Config:
-    settings = LONG | {"iterations": 20, "checkpoint_minutes": 0, "momentum": 0.9}
-    return tiny_config(model=FROZEN, classifier=settings)
-
-
-def stop_half_way(path: Path) -> None:
-    import smaflib.training
-
-    save = smaflib.training._save_unfinished
-
-    def save_and_stop(*arguments: Any, **metadata: Any) -> None:
-        save(*arguments, **metadata)
-        if metadata["iteration"] == 10:
-            raise RuntimeError("stopped half way")
-
-    smaflib.training._save_unfinished = save_and_stop
-    config = half_way()
-    train_classifier(make_samples(7), config.model, config.classifier, Runtime(), checkpoint=path)
+def train_and_make_all(folder: Path, work: Workspace) -> None:
+    train_all(folder)
+    make_all(work)
 
 
 def workspace(folder: Path, number: int, **groups: Any) -> Workspace:
@@ -124,25 +83,38 @@ def workspace(folder: Path, number: int, **groups: Any) -> Workspace:
     return work
 
 
-def test_maps_targets_and_masks_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
-    """Given the same weights, the same bytes."""
-    one, two = (workspace(tmp_path / str(number), number, self_training={"refine": "crf"}) for number in (1, 2))
-    train_teacher(one)
-    two.checkpoint("teacher").parent.mkdir()
-    shutil.copy(one.checkpoint("teacher"), two.checkpoint("teacher"))
-    for work in (one, two):
-        write_maps(work, "teacher")
-    student, curve = train_student(two)
-    assert curve == load_history(two.checkpoint("student")) and len(curve) == 6
-    alone, _ = train_student(one)
-    for left, right in zip(student.state_dict().values(), alone.state_dict().values(), strict=True):
-        assert torch.allclose(left.float(), right.float(), rtol=1e-4, atol=1e-4)
-    shutil.copy(two.checkpoint("student"), one.checkpoint("student"))
-    for work in (one, two):
-        shutil.copytree(work.path("cams", "teacher"), work.path("cams", "student"))
-        write_masks(work)
+def test_two_processes_learn_and_make_what_one_does(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Networks up to rounding; given the same weights, maps and masks are the same bytes."""
+    one, two = (workspace(tmp_path / name, 2, self_training={"refine": "crf"}) for name in ("one", "two"))
+    asked: list[tuple[int, str]] = []
+    with monkeypatch.context() as alone:
+        alone.setattr(pipeline, "run_in_processes", lambda n, call, *_, **__: asked.append((n, call.__name__)))
+        train_teacher(one)
+        two.checkpoint("teacher").parent.mkdir()
+        shutil.copy(one.checkpoint("teacher"), two.checkpoint("teacher"))
+        train_all(tmp_path / "one_all")
+        capfd.readouterr()
+        run_in_processes(2, train_and_make_all, tmp_path / "two_all", two)
+        assert "classifier:" in capfd.readouterr().err  # the progress bar of rank 0
+        make_all(one)
+    assert asked == [(2, name) for name in ("train_teacher", "write_maps", "train_student", "write_masks")]
+    for name in ("plain", "eps", "student", "segmenter"):
+        assert_close(tmp_path / "one_all" / f"{name}.safetensors", tmp_path / "two_all" / f"{name}.safetensors")
+    assert_close(one.checkpoint("student"), two.checkpoint("student"), 1e-4)
     made = [bytes_in(work, "cams", "masks") for work in (one, two)]
     assert made[0] == made[1] and len(made[0]) == 7 + 7 + 7
+
+
+def assert_close(one: Path, other: Path, tolerance: float = 1e-5) -> None:
+    expected, found = load_file(one), load_file(other)
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        difference = float((found[key].float() - value.float()).abs().max())
+        assert difference <= tolerance * max(float(value.float().abs().max()), 1e-2), (one.name, key)
+    for left, right in zip(load_history(one), load_history(other), strict=True):
+        assert right == pytest.approx(left, rel=1e-4)
 
 
 def bytes_in(work: Workspace, *folders: str) -> dict[Path, bytes]:
@@ -157,38 +129,33 @@ def children_of(pid: int) -> list[int]:
     return [int(row[0]) for row in rows if row[1] == str(pid) and "multiprocessing.spawn" in row[2]]
 
 
-def test_a_killed_process_is_started_again(tmp_path: Path) -> None:
-    """After its first checkpoint one of the two is killed; the result is that of an undisturbed training."""
-    settings = LONG | {"iterations": 60, "checkpoint_minutes": 0}
+def test_a_training_of_which_a_process_was_killed_resumes_with_another_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its first checkpoint one of the two is killed; alone it ends as an undisturbed training."""
+    settings = LONG | {"iterations": 60, "checkpoint_minutes": 0, "momentum": 0.9}
     calm, hit = (workspace(tmp_path / str(number), number, classifier=settings) for number in (1, 2))
-    killed: list[int] = []
+    path = hit.checkpoint("teacher")
 
     def kill() -> None:
-        while not hit.checkpoint("teacher").is_file():
+        while not path.is_file():
             time.sleep(0.01)
-        killed.append(children_of(os.getpid())[-1])
-        os.kill(killed[0], signal.SIGKILL)
+        os.kill(children_of(os.getpid())[-1], signal.SIGKILL)
 
+    monkeypatch.setattr(processes, "RESTARTS", 0)
     thread = threading.Thread(target=kill)
     thread.start()
-    several, _ = train_teacher(hit)
+    with pytest.raises(RunError, match="2 processes of train_teacher ended 1 times"):
+        train_teacher(hit)
     thread.join()
-    alone, _ = train_teacher(calm)
-    assert killed and not children_of(os.getpid())
-    for left, right in zip(several.state_dict().values(), alone.state_dict().values(), strict=True):
-        assert torch.allclose(left.float(), right.float(), rtol=1e-5, atol=1e-6)
+    assert "optimizer.0.momentum_buffer" in load_file(path) and not children_of(os.getpid())
+    resumed, _ = train_teacher(Workspace(hit.folder, calm.config))
+    whole, _ = train_teacher(calm)
+    for left, right in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True):
+        assert torch.allclose(left.float(), right.float(), rtol=1e-4, atol=1e-6)
 
 
-def end_second(folder: Path, how: str) -> None:
-    (folder / f"{rank()}.{time.monotonic_ns()}").touch()
-    if rank() == 1:
-        if how == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise OSError(28, "No space left on device")
-    barrier()
-
-
-def test_processes_that_are_killed_again_and_again_are_given_up(
+def test_processes_that_are_killed_are_started_again_and_at_last_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes, "RESTARTS", 1)
@@ -205,18 +172,15 @@ def test_what_a_process_raises_is_told_here(tmp_path: Path) -> None:
 
 
 def test_processes_end_with_the_one_that_waits(tmp_path: Path) -> None:
-    work = workspace(tmp_path, 2, classifier=LONG | {"iterations": 1000, "checkpoint_minutes": 0})
-    (tmp_path / "config.yaml").write_text(dump_config(work.config), encoding="utf-8")
-    code = "import sys; from pathlib import Path; from smaflib import config, pipeline, workspace\n"
-    code += "folder = Path(sys.argv[1]); "
-    code += "pipeline.train_teacher(workspace.Workspace(folder, config.load_config(folder / 'config.yaml')))"
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.DEVNULL)
+    code = "import sys, pathlib, ranks, smaflib.processes\n"
+    code += "smaflib.processes.run_in_processes(2, ranks.wait, pathlib.Path(sys.argv[1]))"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env)
     try:
-        while not work.checkpoint("teacher").is_file():
+        while len(workers := [int(path.stem) for path in tmp_path.glob("*.pid")]) < 2:
             assert process.poll() is None
             time.sleep(0.05)
-        workers = children_of(process.pid)
-        assert len(workers) == 2
+        assert sorted(children_of(process.pid)) == sorted(workers)
     finally:
         process.kill()
         process.wait()

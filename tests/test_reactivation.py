@@ -63,7 +63,7 @@ def test_image_without_classes_is_background_and_never_nan() -> None:
     assert bool((target[0] == 1).all()) and not target[1:].any()
 
 
-@settings(max_examples=50)
+@settings(max_examples=20)
 @given(maps=MAPS, bg_score=BG_SCORES)
 def test_the_strongest_class_is_exactly_1_and_stays_the_strongest(maps: Tensor, bg_score: float) -> None:
     scores, target = with_background_score(maps, bg_score), reactivate(maps, bg_score)
@@ -77,14 +77,6 @@ def unique_winner(scores: Tensor) -> Tensor:
     """Pixels whose strongest score is ahead by more than a rounding of the division."""
     best = scores.topk(2, dim=0).values
     return best[1] < best[0] * (1 - 1e-6)
-
-
-@settings(max_examples=50)
-@given(maps=MAPS, bg_score=BG_SCORES)
-def test_the_ratios_inside_a_pixel_stay(maps: Tensor, bg_score: float) -> None:
-    scores, target = with_background_score(maps, bg_score), reactivate(maps, bg_score)
-    # a/b = c/d, written without division: a pixel's scores are its target times its peak.
-    torch.testing.assert_close(target * scores.amax(dim=0), scores, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("bg_score", [0.0, 1.5, float("nan")])
@@ -101,14 +93,6 @@ def test_hard_targets_by_hand() -> None:
     expected = [[[0.0, 1.0, 1.0]], [[1.0, 0.0, 0.0]], [[0.0, 0.0, 0.0]]]  # the last pixel: the first of equals
     assert hard_targets(denoised, bg_score=0.375).tolist() == expected
     assert torch.equal(hard_targets(denoised[None], bg_score=0.375)[0], torch.tensor(expected))
-
-
-@settings(max_examples=50)
-@given(maps=MAPS, bg_score=BG_SCORES)
-def test_hard_targets_are_the_mask_of_the_maps(maps: Tensor, bg_score: float) -> None:
-    target = hard_targets(maps, bg_score)
-    assert torch.equal(target.sum(dim=0), torch.ones(maps.shape[1:]))
-    assert torch.equal(target.argmax(dim=0), hard_labels(maps, bg_score).long())
 
 
 # --- what no mask can hold --------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 import json
 import math
-import re
 from pathlib import Path
 
 import matplotlib
@@ -11,7 +10,6 @@ from helpers import network_references
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from smaflib.errors import RunError
 from smaflib.report.html import write_index
 from smaflib.report.notebook import notebook_body
 from smaflib.report.tables import (
@@ -21,10 +19,8 @@ from smaflib.report.tables import (
     compare_runs,
     comparison_text,
     conclusion,
-    folded,
     headline,
     results_table,
-    results_text,
 )
 from smaflib.runs import Run, open_run
 from smaflib.runs.stages import ABLATION
@@ -91,24 +87,6 @@ def test_results_are_percent_in_pipeline_order(run):
     assert all(math.isnan(fused[column]) for column in (2, 3, 5))
     by_class = class_table(run.metrics())  # without the mean
     assert list(by_class.columns) == ["cat", "dog"] and by_class.iloc[0].tolist() == pytest.approx([90.0, 30.0])
-
-
-def test_results_are_printed_with_one_decimal(run):
-    assert "no results yet" in results_text(run)
-    run.record("03", attention_records())
-    lines = results_text(run).splitlines()
-    assert lines[-1].split() == ["03", "fused", "64.6", "27.0", "-", "-", "80.0", "-"]
-
-
-def test_eight_rows_are_shown_and_the_others_and_val_are_folded(run):
-    run.record(
-        "03", [iou(0.1 + 0.01 * i, "single", scale=float(i), split=s) for s in ("train", "val") for i in range(1, 11)]
-    )
-    shown, *folds = re.split("<details>", folded(results_table(run.metrics())).data)
-    assert [part.count("<tr>") - 1 for part in (shown, *folds)] == [8, 10, 10]
-    assert "<summary>all rows, train</summary>" in folds[0] and "<summary>all rows, val</summary>" in folds[1]
-    assert "03_multi" not in shown + "".join(folds) and "single, scale 10" not in shown
-    assert "no ground truth" in folded(results_table(new_run(run.folder, "empty").metrics())).data
 
 
 def test_the_chain_is_shown_in_the_runs_own_scale_and_rule(run):
@@ -223,18 +201,6 @@ def test_runs_are_compared_with_the_first(tmp_path):
     assert "+4.5" in text and "seed: 0 | 1" in text
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    folders = [new_run(tmp_path / parent, "mini").folder for parent in ("a", "b")]
-    assert list(compare_runs(folders).columns[:2]) == [str(folder) for folder in folders]
-
-
-def test_comparison_needs_runs(run):
-    with pytest.raises(RunError, match="no run 'nowhere'"):
-        compare_runs([run.folder, "nowhere"])
-
-
 # pages
 
 
@@ -296,14 +262,6 @@ def test_index_begins_with_the_result_and_the_scales_and_ends_with_the_tables(ru
     assert [image["src"] for image in page.find_all("img", class_="plot")] == ["figures/08_sizes.png"]
 
 
-def test_best_of_each_split_is_marked_once_there_are_results(run):
-    assert "Nothing has been measured yet" in write_index(run).read_text()
-    run.record("03", [iou(0.5, "single"), iou(0.6), iou(0.7, split="val")])
-    style = parsed(write_index(run).read_text())
-    bold = re.findall(r"#(\w+) \{\s*font-weight: bold", "".join(each.text for each in style.main.find_all("style")))
-    assert sorted(style.find("td", id=cell).text for cell in bold) == ["60.0", "70.0"]
-
-
 def test_formulas_become_mathml_and_prose_stays(run):
     text = r"""## The loss $L_{mac}$
 
@@ -325,18 +283,3 @@ price = "$x$"
     assert "<em>" not in body and "xmlns" not in body and "align}" not in body
     page = parsed(body)
     assert 'price = "$x$"' in page.text and page.img["alt"] == "The loss $L_{mac}$"
-
-
-def test_checks_are_left_out_of_pages(run):
-    cells = [new_code_cell("total = 1 < 2", outputs=[new_output("stream", name="stdout", text="plain")])]
-    answer = new_output("stream", name="stdout", text="No answer yet")
-    cells.append(new_code_cell("check(1)", metadata={"tags": ["check"]}, outputs=[answer]))
-    nbformat.write(new_notebook(cells=cells), run.path("a.ipynb"))
-    body = notebook_body(run.path("a.ipynb"))
-    assert "plain" in body and "total" not in body and "No answer yet" not in body
-
-
-def test_markdown_outputs_may_hold_formulas_and_a_damaged_formula_stays_as_it_is(run):
-    output = new_output("display_data", data={"text/markdown": "IoU $= \\frac{1}{2}$"})
-    body = notebook_body(executed_notebook(run, "02_classifier", r"so $\left($ fails", output))
-    assert "<mfrac>" in body and "<code>\\left(</code>" in body

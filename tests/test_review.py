@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from helpers import mask_at
-from test_custom_images import config_of
 
 from smaflib.apps.corrections import Correction, read_corrections, write_correction
 from smaflib.apps.masks import make_masks, open_masks
@@ -19,23 +17,11 @@ from smaflib.data.masks import read_mask
 TABLE = "image,labels\n0.png,red\n1.png,blue\n2.png,red\n3.png,blue\n4.png,red\n5.png,blue\n"
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photos, a table, and ``out`` with finished masks; a copy lies beside."""
-    folder = tmp_path_factory.mktemp("finished")
-    make_masks(config_of(folder), folder / "out")
-    shutil.copytree(folder, folder.with_name(f"{folder.name}_kept"))
-    return folder
-
-
 @pytest.fixture
-def out(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Those masks as a person finds them; whoever trains fails."""
-    shutil.rmtree(finished)
-    shutil.copytree(finished.with_name(f"{finished.name}_kept"), finished)
-    monkeypatch.setattr("smaflib.apps.masks.train_teacher", lambda work: pytest.fail("trained"))
+def out(masks_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Finished masks as a person finds them."""
     monkeypatch.setattr("smaflib.explorer.widget.REST_SECONDS", 0)
-    return finished / "out"
+    return masks_folder / "out"
 
 
 def by_doubt(out: Path) -> list[str]:
@@ -59,17 +45,6 @@ def test_photos_come_by_doubt_and_reviewed_ones_last(out: Path) -> None:
     assert ids(review) == [name for name in order if name not in (order[0], order[number])] + [order[0], order[number]]
     review._go(5)
     assert review.settings.bg_score == 0.31
-
-
-def test_doubts_are_shown_as_text(out: Path) -> None:
-    table = pd.read_csv(out / "masks.csv", dtype=str, na_filter=False)
-    table.loc[0, ["label", "check"]] = ["007", "<small>"]
-    table.loc[1:, "check"] = ""
-    table.to_csv(out / "masks.csv", index=False)
-    review, (first, second, *_) = Review(out), by_doubt(out)
-    assert review.doubt.value == f"{first} · 007: &lt;small&gt;"
-    review._go(1)
-    assert review.doubt.value == second
 
 
 def test_shown_mask_is_the_one_that_was_made(out: Path) -> None:
@@ -144,15 +119,6 @@ def test_next_call_applies_all_decisions(out: Path) -> None:
     assert set(ids(again)) == {"0", "1", "2", "3", "5"} and set(ids(again)[:2]) == {"3", "5"}
     again.decide("Enter")
     assert again.board.status["text"].endswith("accepted; 4 of 5 reviewed")
-
-
-def test_photo_that_was_left_out_by_mistake_is_taken_back(out: Path) -> None:
-    review = Review(out)
-    review.decide("Delete")
-    assert read_corrections(out) == {ids(review)[0]: Correction(leave_out=True)}
-    review._go(0)
-    review.decide("Enter")
-    assert read_corrections(out) == {ids(review)[0]: Correction()}
 
 
 def test_table_that_cannot_be_written_is_reported_and_the_photo_stays(out: Path) -> None:

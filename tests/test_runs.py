@@ -15,24 +15,12 @@ from smaflib.config import Config, DataConfig, changed_names, load_config
 from smaflib.errors import RunError
 from smaflib.files import PARTIAL, PROJECT_ROOT, absolute
 from smaflib.runs import Run, find_run, open_run
-from smaflib.runs.inputs import difference, notebook_hash, outside_files, stage_inputs, why_not_complete
-from smaflib.runs.manifest import (
-    Record,
-    clear_stage,
-    describe_results,
-    put_entry,
-    read_manifest,
-    write_manifest,
-)
+from smaflib.runs.inputs import notebook_hash, outside_files, stage_inputs, why_not_complete
+from smaflib.runs.manifest import Record, clear_stage, describe_results, put_entry, read_manifest, write_manifest
 from smaflib.runs.stages import STAGES, Stage, counts, stage_named
 
 CHAIN = (
-    Stage(
-        "01_make",
-        "?",
-        outputs=("data.json", "cams/*/**"),
-        required_outputs=("data.json", "cams/*/**"),
-    ),
+    Stage("01_make", "?", outputs=("data.json", "cams/*/**"), required_outputs=("data.json", "cams/*/**")),
     Stage("02_use", "?", depends_on=("01_make",), outputs=("result.txt",), settings=("seed",)),
 )
 
@@ -156,26 +144,6 @@ def test_without_a_config_file_a_run_has_its_own_settings_and_a_new_one_those_of
     assert open_run(tmp_path / "new").config == load_config(PROJECT_ROOT / "configs" / "mini.yaml")
 
 
-def test_home_is_replaced_in_the_folder_of_a_run(monkeypatch, tmp_path, config_file):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert open_run("~/a", "$HOME/tiny.yaml").folder == tmp_path / "a"
-    assert find_run("~/a").folder == tmp_path / "a"
-
-
-def test_settings_that_no_longer_exist_are_an_error_of_the_run(run, config_file):
-    run.path("config.yaml").write_text("gone: 1\n")
-    run.path("data.json").write_text("{}")
-    with pytest.raises(RunError, match="another --name"):
-        open_run(run.folder, config_file)
-
-
-def test_find_run_names_those_that_exist(run):
-    assert find_run("tiny", run.folder.parent).config == run.config
-    assert find_run(str(run.folder)).name == "tiny"
-    with pytest.raises(RunError, match="there are: tiny"):
-        find_run("tinny", run.folder.parent)
-
-
 # metrics
 
 
@@ -189,13 +157,6 @@ def test_records_are_tidy_and_pandas_reads_them(run):
     assert table.loc[1, ["split", "class_name", "scale"]].tolist() == ["train", "mean", 1.5]
     assert table["fusion"].isna().all() and run.metrics()["fusion"].isna().all()  # NaN there, None here
     pd.testing.assert_frame_equal(table.drop(columns="fusion"), run.metrics().drop(columns="fusion"), check_dtype=False)
-
-
-def test_stage_replaces_its_own_records_only(run):
-    run.record("01_make", [{"metric": "iou", "value": 0.1}])
-    run.record("02_use", [{"metric": "iou", "value": 0.2}, {"metric": "recall", "value": 0.3}])
-    run.record("02_use", [{"metric": "iou", "value": 0.4}])
-    assert run.metrics()["value"].tolist() == [0.1, 0.4]
 
 
 # what is complete
@@ -254,16 +215,6 @@ def test_reasons_to_run_a_stage_again(run, tmp_path):
     assert reason(run, notebook) == "resumes"
 
 
-def test_difference_in_words():
-    before = {"attention.fusion": "sum", "smaflib.cams": "sha256:1", "smaflib.maps": "sha256:1"}
-    assert difference(before, before) is None
-    assert difference(before, before | {"attention.fusion": "max"}) == "attention.fusion differs (sum | max)"
-    changed = {"smaflib.cams": "sha256:2", "smaflib.maps": "sha256:2"}
-    assert difference(before, before | changed) == "smaflib.cams and 1 more changed"
-    assert difference(before, before | changed, keep_stale=True) is None
-    assert difference(before, before | {"attention.denoise": True}) == "attention.denoise differs (- | True)"
-
-
 def test_status_verifies_the_content_of_artifacts(tmp_path, config_file):
     run, stage = open_run(tmp_path / "runs" / "tiny", config_file), STAGES[1]
     run.path("data.json").write_text("{}")
@@ -275,19 +226,6 @@ def test_status_verifies_the_content_of_artifacts(tmp_path, config_file):
 
     assert "01_data                    complete" in status() and "data.json" not in status()
     assert "data.json is missing or damaged" in status("--verify")
-
-
-def test_stage_depends_on_what_earlier_ones_made(run, tmp_path):
-    first, second = (write_notebook(tmp_path / f"{stage.name}.ipynb", "x = 1") for stage in CHAIN)
-    make_stage(run, first)
-    make_stage(run, second, number=1)
-    before = inputs(run, second)
-    run.path("01_make.ipynb").write_text("executed at another time")
-    make_stage(run, first)
-    assert inputs(run, second) == before
-    run.record("01_make", [{"metric": "iou", "value": 0.75}])
-    put_entry(run.folder, CHAIN[0], {"status": "complete", **describe_results(run.folder, CHAIN[0])})
-    assert reason(run, second) == "01_make changed"
 
 
 def test_other_inputs_clear_a_stage_and_leave_others_alone(run, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,15 +11,7 @@ from helpers import tiny_config
 
 from smaflib.config import Config
 from smaflib.errors import ConfigError
-from smaflib.runtime import (
-    PROGRESS_FILE,
-    Runtime,
-    derive_seed,
-    fastest_precision,
-    make_runtime,
-    num_cores,
-    progress,
-)
+from smaflib.runtime import PROGRESS_FILE, Runtime, derive_seed, fastest_precision, make_runtime, num_cores, progress
 
 
 @pytest.fixture
@@ -83,14 +74,6 @@ def test_derived_seed_is_the_same_in_every_process() -> None:
     assert derive_seed(0, "classifier", 3) == 5339080801387294889
 
 
-def test_progress_passes_items_on_in_order(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.delenv(PROGRESS_FILE, raising=False)
-    monkeypatch.delenv("JPY_PARENT_PID", raising=False)
-    assert list(progress(iter("abc"), total=3, desc="letters")) == ["a", "b", "c"]
-    captured = capsys.readouterr()
-    assert "letters" in captured.err and captured.out == ""  # plain text, and not between the results
-
-
 def test_progress_in_a_notebook_is_not_shown_as_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,13 +86,3 @@ def test_progress_in_a_notebook_is_not_shown_as_an_error(
     monkeypatch.setenv("JPY_PARENT_PID", "1")  # of a kernel and the processes that it starts
     assert list(progress("abc", total=3, desc="letters")) == ["a", "b", "c"]
     assert "letters: 100%" in capsys.readouterr().out
-
-
-def test_progress_goes_to_the_runners_terminal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "terminal"
-    monkeypatch.setenv(PROGRESS_FILE, str(path))
-    assert list(progress([10, 20, 30], total=3, desc="numbers")) == [10, 20, 30]
-    assert "numbers" in path.read_text() and "0/3" in path.read_text()
-    assert capsys.readouterr().err == ""

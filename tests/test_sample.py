@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CLASSES, make_samples
-from hypothesis import given
-from hypothesis import strategies as st
+from helpers import make_samples
 
 from smaflib.data.sample import Sample, SampleFiles, Samples
 from smaflib.errors import DataError
@@ -62,12 +60,6 @@ def test_cache_reads_once_and_never_gives_one_samples_picture_for_another() -> N
         samples[4]
 
 
-@given(start=st.integers(-6, 6), stop=st.integers(-6, 6), step=st.sampled_from([-2, -1, 1, 2]))
-def test_slices_are_those_of_a_list(start: int, stop: int, step: int) -> None:
-    samples = make_samples(5)
-    assert samples[start:stop:step].image_ids == samples.image_ids[start:stop:step]
-
-
 def test_ground_truth_and_saliency_need_every_image() -> None:
     samples = make_samples(3)
     bare = dataclasses.replace(samples.files[1], mask=None, saliency=None)
@@ -77,9 +69,3 @@ def test_ground_truth_and_saliency_need_every_image() -> None:
     assert some.annotated.image_ids == ["image0", "image2"] and some.examples(2)[1].mask is not None
     with pytest.raises(DataError, match="'train' has images without ground truth; set data.masks"):
         some.with_ground_truth()
-
-
-def test_empty_split_has_neither_ground_truth_nor_saliency() -> None:
-    empty = make_samples(0)
-    assert not empty.has_ground_truth and not empty.has_saliency
-    assert empty.image_labels.shape == (0, len(CLASSES)) and list(empty) == []

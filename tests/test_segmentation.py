@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from helpers import (
     PixelNetwork,
     generator,
     make_samples,
-    new_segmenter,
     same_weights,
     tiny_config,
     train_segmentation,
@@ -26,7 +24,7 @@ from smaflib.evaluation import evaluate
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
 from smaflib.refinement import dense_crf
 from smaflib.runtime import Runtime
-from smaflib.segmentation import multi_scale_logits, segment, segment_many, segmentation_loss, start_as_student
+from smaflib.segmentation import segment, segment_many, segmentation_loss, start_as_student
 
 CPU = Runtime(seed=0)
 
@@ -51,13 +49,6 @@ def test_loss_by_hand_and_void_does_not_count() -> None:
     mask = torch.tensor([[[1, 0, 255]]], dtype=torch.uint8)
     expected = (-math.log(3 / 4) - math.log(1 / 2)) / 2
     assert float(segmentation_loss(logits, mask)) == pytest.approx(expected, rel=1e-6)
-
-
-def test_loss_of_void_alone_is_zero_with_a_gradient() -> None:
-    logits = torch.randn(1, 3, 2, 2, requires_grad=True)
-    loss = segmentation_loss(logits, torch.full((1, 4, 4), 255, dtype=torch.uint8))
-    loss.backward()
-    assert float(loss.detach()) == 0 and logits.grad is not None and not logits.grad.any()
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -87,15 +78,6 @@ def test_outside_of_the_image_is_void(monkeypatch: pytest.MonkeyPatch) -> None:
     inside = mask != 255
     assert int(inside.sum()) == 2 * 32 * 26  # 32 x 40 images, the long side brought to 32
     assert set(mask[inside].tolist()) <= {0, 1, 2, 3} and bool((mask[inside] > 0).any())
-
-
-def test_features_of_a_frozen_backbone_are_standardised(tmp_path: Path) -> None:
-    config = tiny_config(model={"freeze_backbone": True})
-    samples, path = make_samples(3), tmp_path / "segmenter.safetensors"
-    network, _ = train_segmentation(samples, true_masks(3), config, CPU, path)
-    assert same_weights(network.backbone, new_segmenter(config, 3, CPU).backbone)
-    assert float(network.standardize.running_mean.abs().max()) > 0  # type: ignore[union-attr, operator]
-    assert same_weights(train_segmentation(samples, true_masks(3), config, CPU, path)[0], network)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -202,19 +184,3 @@ def test_a_split_is_segmented_like_each_image(crf: CrfConfig | None) -> None:
     for sample, mask in zip(samples, segment_many(network, samples, settings, CPU), strict=True):
         # Several images in a forward pass are sums of another order: a tie may be decided otherwise.
         assert (mask != segment(network, sample.image, settings, CPU)).float().mean() < 0.01
-
-
-# --- several scales ---------------------------------------------------------------------------------------------------
-
-
-def test_views_of_several_scales_and_their_maximum() -> None:
-    def mean_pool(images: Tensor) -> Tensor:  # a network of stride 4 that passes its input on
-        return torch.nn.functional.avg_pool2d(images, 4)
-
-    images = torch.rand(2, 3, 16, 24, generator=generator(0))
-    (single,) = multi_scale_logits(mean_pool, images, (1.0,))  # type: ignore[arg-type]
-    assert torch.equal(single, mean_pool(images))
-    half, whole, strongest = multi_scale_logits(mean_pool, images, (0.5, 1.0))  # type: ignore[arg-type]
-    assert half.shape == (2, 3, 2, 3) and torch.equal(whole, single)
-    upsampled = torch.nn.functional.interpolate(half, size=(4, 6), mode="bilinear", align_corners=False)
-    assert torch.equal(strongest, torch.maximum(upsampled, whole)) and not torch.equal(strongest, whole)

@@ -16,7 +16,6 @@ from smaflib.cams import multi_scale_cams
 from smaflib.config import AttentionConfig, SourceOptions
 from smaflib.data.classes import VOC_CLASSES
 from smaflib.data.prepare import make_data
-from smaflib.data.transforms import normalize
 from smaflib.data.views import views_of
 from smaflib.errors import ConfigError
 from smaflib.models.networks import AttentionNetwork
@@ -97,15 +96,6 @@ def test_a_class_is_the_mean_of_its_members_by_their_probability(classifier: Ima
     assert shares[1, 340] == 1 and shares[2].sum() == 0
 
 
-def test_maps_of_classes_are_those_of_the_classifier(classifier: ImageNetClassifier) -> None:
-    source = make_source(AttentionConfig(source="imagenet"), ["zebra", "person"], None)
-    (cam,) = multi_scale_cams(source, IMAGE, [1.0])
-    classifier.classes = [340]
-    (expected,) = multi_scale_cams(classifier, IMAGE, [1.0])
-    torch.testing.assert_close(cam[:1], expected, rtol=1e-4, atol=1e-4)
-    assert (cam[1] == 0).all()
-
-
 def test_imagenet_and_a_network_agree_by_hand_and_the_network_alone_maps_what_imagenet_lacks() -> None:
     class Known(AttentionSource):
         members = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])  # of classes 0 and 2, not 1
@@ -169,14 +159,6 @@ def test_gradcam_of_all_classes_in_one_pass_is_the_packages(classifier: ImageNet
         cam(view[None], [ClassifierOutputTarget(number)])
         torch.testing.assert_close(found, torch.from_numpy(made[-1][0]).relu(), rtol=1e-3, atol=1e-4)
     assert maps.amax() > 0
-
-
-def test_gradcam_of_a_linear_head_is_its_class_activation_map() -> None:
-    network = pretrained_network("teacher")
-    source = make_source(AttentionConfig(source="gradcam"), list("abcdef"), network)
-    maps = source(IMAGE, [0, 4]).maps
-    logits = network(normalize(IMAGE)[None])[0, 1:]
-    torch.testing.assert_close(maps, logits[[0, 4]].relu(), rtol=1e-3, atol=1e-3)
 
 
 def test_a_layer_by_name_and_one_that_is_not_there() -> None:
@@ -270,9 +252,9 @@ def test_a_source_that_makes_maps_of_the_classes_asked_for_must_be_told_them(cla
 @pytest.mark.parametrize("source", ["imagenet", "xgradcam"])
 def test_a_student_learns_from_a_source(source: str, tmp_path: Path) -> None:
     """The whole chain; with ImageNet's classes no teacher is trained."""
-    data = {"num_train": 6, "num_val": 2, "image_size": 64}
+    data = {"num_train": 3, "num_val": 1, "image_size": 64}
     options = {"class_numbers": {name: [number] for number, name in enumerate(CLASS_NAMES)}}
-    attention = {"source": source, "options": options if source == "imagenet" else {}}
+    attention = {"source": source, "options": options if source == "imagenet" else {}, "scales": [1.0]}
     config = tiny_config(data=data, attention=attention, classifier={"pretraining": "plain"})
     make_data(config, tmp_path)
     work = Workspace(tmp_path, config)
@@ -282,7 +264,7 @@ def test_a_student_learns_from_a_source(source: str, tmp_path: Path) -> None:
     write_maps(work, "teacher")
     self_train_rounds(work)
     assert len(write_masks(work)) == len(work.samples())
-    maps = [work.maps("teacher").read(name)[0][1] for name in work.samples().image_ids]
+    maps = [work.maps("teacher").read(name)[0][0] for name in work.samples().image_ids]
     shown = work.samples().image_labels.bool()
     assert any(bool(cam[label].any()) for cam, label in zip(maps, shown, strict=True))
     if source == "xgradcam":  # gradients are taken of the classes that are asked for

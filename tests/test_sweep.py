@@ -6,14 +6,13 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 from typer.testing import CliRunner
 
 from smaflib import files
 from smaflib.apps.cli import app
-from smaflib.apps.sweep import Job, parse_grid, parse_seeds, plan, run_jobs, shared_stage, write_tables
+from smaflib.apps.sweep import parse_seeds, plan, run_jobs, write_tables
 from smaflib.errors import ConfigError, RunError
 from smaflib.runs import open_run, runner
 
@@ -76,21 +75,6 @@ def test_seeds(text: str, seeds: list[int]) -> None:
     assert parse_seeds(text) == seeds
 
 
-def test_grid() -> None:
-    texts = ["attention.fusion=sum,max", "attention.scales=[0.5, 1],[1]", "crf=null"]
-    assert parse_grid(texts) == {
-        "attention.fusion": ["sum", "max"],
-        "attention.scales": [[0.5, 1], [1]],
-        "crf": [None],
-    }
-
-
-@pytest.mark.parametrize("texts", [["attention.fusion"], ["a="], ["a=[1"], ["a=1", "a=2"], ["a={b: 1, b: 2}"]])
-def test_wrong_grid(texts: list[str]) -> None:
-    with pytest.raises(ConfigError, match="--grid must be a setting and all its values|--grid .* is not valid YAML"):
-        parse_grid(texts)
-
-
 def test_plan_is_seed_by_seed_with_names_that_are_folders(config: Path, tmp_path: Path) -> None:
     planned = plan([0, 1], GRID | {"attention.scales": [[0.5, 1.0]]}, config, tmp_path, ["num_threads=1"])
     assert [job.name for job in planned] == [
@@ -130,13 +114,6 @@ def test_tables_by_hand(chain: FakeChain, config: Path, tmp_path: Path) -> None:
     assert r"62.0 $\pm$ 2.8 (2) & 60.0 $\pm$ 1.4 (2) \\" in latex and "attention.fusion=sum" in latex
 
 
-def test_one_seed_without_a_grid_has_no_spread(chain: FakeChain, config: Path, tmp_path: Path) -> None:
-    sweep(config, tmp_path / "sweep", [0], {})
-    (row,) = rows_of(tmp_path / "sweep" / "results.csv")
-    assert row["value"] == "60.0"
-    assert (tmp_path / "sweep" / "differences.md").read_text() == "no measurements yet\n"
-
-
 def test_failed_seed_is_named_and_the_others_run(chain: FakeChain, config: Path, tmp_path: Path) -> None:
     chain.failing, out = "seed0-fusion-max", tmp_path / "sweep"
     failures = sweep(config, out, [0, 1], GRID)
@@ -165,28 +142,7 @@ def test_parts_share_the_seeds_and_the_tables(chain: FakeChain, config: Path, tm
             sweep(config, out, [0, 1], GRID, part=wrong)
 
 
-@pytest.mark.parametrize("grid", [{"attention.fusion": ["sum", "mode"]}, {"attention.bogus": [1]}])
-def test_settings_that_do_not_fit_are_refused_before_anything_runs(
-    chain: FakeChain, config: Path, tmp_path: Path, grid: dict[str, Any]
-) -> None:
-    with pytest.raises(ConfigError, match=next(iter(grid)).partition(".")[2]):
-        sweep(config, tmp_path / "sweep", [0, 1], grid)
-    assert not chain.calls and not (tmp_path / "sweep").exists()
-
-
 # --- clusters ---------------------------------------------------------------------------------------------------------
-
-
-def test_stage_that_the_runs_of_a_seed_share(config: Path, tmp_path: Path) -> None:
-    def shared(grid: dict[str, list[Any]], until: str = "08_results") -> str | None:
-        return shared_stage(plan([0], grid, config, tmp_path, until=until))
-
-    assert shared(GRID) == "02_classifier"
-    assert shared({"segmentation.batch_size": [1, 2]}) == "06_pseudo_masks"
-    assert shared({"segmentation.batch_size": [1, 2]}, "03_multi_scale_attention") == "03_multi_scale_attention"
-    assert shared({"segmentation": [{}, {"enabled": False}]}) == "06_pseudo_masks"
-    assert shared({"model.backbone": ["slim", "resnet38"]}) is None  # only the data is shared
-    assert shared({}) is None
 
 
 def test_jobs_of_a_cluster_wait_for_what_they_share(chain: FakeChain, config: Path, tmp_path: Path) -> None:
@@ -212,18 +168,7 @@ def test_processes_of_a_cluster_report_what_failed(config: Path, tmp_path: Path)
     assert failure.startswith("seed0: failed or cancelled") and "RunError: another smaf run" in log.read_text()
 
 
-def test_preempted_job_leaves_no_result(monkeypatch: pytest.MonkeyPatch, config: Path, tmp_path: Path) -> None:
-    monkeypatch.setattr(runner, "run_notebooks", Mock(side_effect=RunError("stopped by SIGTERM", exit_code=143)))
-    job = Job("seed0", "", 0, (), config, tmp_path, "08_results")
-    with pytest.raises(SystemExit, match="143"):
-        job()
-    assert job.checkpoint().function is job
-
-
-@pytest.mark.parametrize(
-    ("cluster", "options", "message"),
-    [("slurm", [], "srun"), ("local", ["bogus=1"], "bogus")],
-)
+@pytest.mark.parametrize(("cluster", "options", "message"), [("slurm", [], "srun"), ("local", ["bogus=1"], "bogus")])
 def test_cluster_that_is_not_available(
     cluster: str, options: list[str], message: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

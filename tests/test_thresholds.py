@@ -30,13 +30,6 @@ def test_separation_by_hand() -> None:
     assert values[0.2] == pytest.approx(2 / 9 * 0.16 / (0.56 / 9), rel=1e-5)
 
 
-def test_only_the_strongest_class_counts() -> None:
-    maps = two_levels(0.2, 0.6)
-    assert torch.equal(separation(torch.cat([maps, maps * 0.5])), separation(maps))
-    for constant in (0.0, 0.3, 0.7):
-        assert separation(torch.full((2, 37, 41), constant)).tolist() == [0.0] * len(CANDIDATES)
-
-
 @given(low=st.sampled_from(CANDIDATES[:-4]), gap=st.sampled_from([0.2, 0.3]))
 def test_choice_lies_between_the_groups(low: float, gap: float) -> None:
     chosen = choose_bg_score([two_levels(low - 0.02, low + gap), torch.zeros(1, 3, 3)])

@@ -126,21 +126,6 @@ def test_checkpoint_of_pytorch_is_unwrapped(
     assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
 
 
-def test_prefixes_that_not_all_names_have_stay(tmp_path: Path) -> None:
-    names = {"model.0.weight", "module.0.bias", "encoder.x"}
-    save_file({name: torch.ones(1) for name in names}, tmp_path / "a.safetensors")
-    assert read_weights(tmp_path / "a.safetensors").keys() == names
-
-
-def test_a_network_whose_own_names_look_wrapped_reads_its_weights(tmp_path: Path) -> None:
-    network = nn.ModuleDict({"net": small_net()})  # as many custom backbones are
-    for state in (network.state_dict(), small_net().state_dict()):
-        save_file(state, tmp_path / "a.safetensors")
-        fill(network, read_weights(tmp_path / "a.safetensors"), source="a file")
-        again = {name.removeprefix("net."): value for name, value in state.items()}
-        assert all(torch.equal(network.state_dict()[f"net.{name}"], value) for name, value in again.items())
-
-
 # --- checkpoints of the reference -------------------------------------------------------------------------------------
 
 
@@ -183,13 +168,6 @@ def test_mismatching_names_are_listed() -> None:
 
 
 # --- for backbones ----------------------------------------------------------------------------------------------------
-
-
-def test_slim_backbone_from_a_file_without_its_classifier(tmp_path: Path) -> None:
-    path, source = tmp_path / "slim.safetensors", SlimResNet()
-    save_file(source.state_dict() | {"fc.weight": torch.ones(7, 96)}, path)
-    again = build_backbone(ModelConfig(backbone="slim", weights=str(path)))
-    assert all(torch.equal(value, source.state_dict()[name]) for name, value in again.state_dict().items())
 
 
 def test_segmentation_weights_are_refused_unless_allowed(tmp_path: Path) -> None:

@@ -16,9 +16,6 @@ from smaflib.data.transforms import normalize
 MODELS = {
     "timm resnet18": lambda: timm.create_model("resnet18", num_classes=7),
     "timm efficientnet": lambda: timm.create_model("efficientnet_b0", num_classes=7),
-    "timm convnext": lambda: timm.create_model("convnext_atto", num_classes=7),
-    "torchvision resnet18": lambda: torchvision.models.resnet18(num_classes=7),
-    "torchvision efficientnet": lambda: torchvision.models.efficientnet_b0(num_classes=7),
     "torchvision convnext": lambda: torchvision.models.convnext_tiny(num_classes=7),
     "torchvision densenet": lambda: torchvision.models.densenet121(num_classes=7),
     "torchvision regnet": lambda: torchvision.models.regnet_y_400mf(num_classes=7),

@@ -33,25 +33,30 @@ def find_chromium() -> str | None:
     return next((found for name in candidates if name and (found := shutil.which(name))), None)
 
 
-# Not for the session: playwright keeps an event loop running in this thread, and later tests want none.
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+@pytest.fixture(scope="session")
+def chromium_path() -> str:
     path = find_chromium()
     if path is None:
         what = "there is no Chromium: `make browser` gets one where apt-get can; SMAF_CHROMIUM names one"
         if os.environ.get("CI", "").lower() not in ("", "0", "false"):
             pytest.fail(what)
         pytest.skip(what)
+    return path
+
+
+# Not for the session: playwright keeps an event loop running in this thread, and later tests want none.
+@pytest.fixture(scope="module")
+def browser(chromium_path: str) -> Iterator[Browser]:
     with sync_playwright() as playwright:
         # No sandbox: in containers there is no user namespace for it, and all pages are from this project.
         arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
         expect.set_options(timeout=START_SECONDS * 1000)
-        chromium = playwright.chromium.launch(executable_path=path, headless=True, args=arguments)
+        chromium = playwright.chromium.launch(executable_path=chromium_path, headless=True, args=arguments)
         yield chromium
         chromium.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def lab_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that JupyterLab shows."""
     work = tmp_path_factory.mktemp("lab") / "work"
@@ -59,8 +64,8 @@ def lab_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work
 
 
-@pytest.fixture(scope="module")
-def lab(lab_work: Path) -> Iterator[Any]:
+@pytest.fixture(scope="session")
+def lab(lab_work: Path, chromium_path: str) -> Iterator[Any]:
     """JupyterLab in a new folder with a copy of explore.ipynb, and without the user's settings."""
     work, home = lab_work, lab_work.parent
     shutil.copy(ROOT / "notebooks" / "explore.ipynb", work)

@@ -13,11 +13,10 @@ from smaflib.apps.corrections import write_correction
 from smaflib.apps.masks import make_masks
 
 
-@pytest.fixture(scope="module")
-def sheet(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Path:  # no Chromium: nothing is made
-    folder = tmp_path_factory.mktemp("sheet")
-    write_correction(folder / "out", "3", leave_out=True)
-    return make_masks(config_of(folder), folder / "out")
+@pytest.fixture
+def sheet(browser: Browser, masks_folder: Path) -> Path:
+    write_correction(masks_folder / "out", "3", leave_out=True)
+    return make_masks(config_of(masks_folder), masks_folder / "out")
 
 
 @pytest.mark.parametrize("width", [400, 1200])

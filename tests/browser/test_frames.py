@@ -1,8 +1,7 @@
-"""The explorer inside a report and a notebook's output: nothing is cut off, and the theme matches its surroundings."""
+"""The explorer inside a report: nothing is cut off, and a dark page is dark."""
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from playwright.sync_api import Browser, Page
 
 from smaflib.explorer.page import explorer_page
 from smaflib.explorer.state import Gallery
-from smaflib.report.html import page_text, write_index
+from smaflib.report.html import write_index
 from smaflib.runs import open_run
 
 DARK = "rgb(20, 23, 29)"
@@ -71,19 +70,4 @@ def test_a_dark_report_inverts_plots_and_dims_pictures(browser: Browser, index: 
         for name in ("08_sizes", "03_scales")
     }
     assert "invert" in filters["08_sizes"] and "invert" not in filters["03_scales"]
-    context.close()
-
-
-def test_in_a_dark_jupyterlab_it_is_dark_even_if_the_system_is_not(
-    browser: Browser, pretrained: Gallery, tmp_path: Path
-) -> None:
-    path = tmp_path / "notebook.html"
-    fit = f"<script>{page_text('fit_frames.js')}</script>"
-    frame = f'<iframe srcdoc="{html.escape(explorer_page(pretrained))}"></iframe>{fit}'
-    path.write_text(f'<body data-jp-theme-light="false">{frame}</body>', encoding="utf-8")
-    context = browser.new_context(color_scheme="light", offline=True)
-    page = context.new_page()
-    page.goto(path.as_uri())
-    await_fit(page)
-    assert page.frames[1].evaluate("getComputedStyle(document.body).backgroundColor") == DARK
     context.close()

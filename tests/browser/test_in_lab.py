@@ -6,7 +6,6 @@ Controls change the picture, and the explorer's numbers are the library's.
 from __future__ import annotations
 
 import re
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,7 +23,6 @@ from smaflib.explorer.state import LIKELIEST_CLASSES, PHOTOS, Exploration, Galle
 
 FIRST = 2  # the drawn image that the tests begin with
 AWAIT_SECONDS = 20.0
-REDRAW_SECONDS = 1.0  # the aim is 0.2 on two idle cores; a busy machine must not fail the test
 
 
 class Lab:
@@ -138,13 +136,6 @@ def await_reading(lab: Lab) -> tuple[int, int]:
     row, col = lab.board.pixel()
     assert lab.board.values() == pytest.approx(lab.expected().read(row, col), abs=0.0005001)  # three decimals
     return row, col
-
-
-def test_moves_are_fast(lab_page: Lab, record_property: Any) -> None:
-    lab = lab_page
-    seconds = [lab.board.after(lambda: lab.handle("background").press("ArrowRight")) for _ in range(5)]
-    record_property("redraw", round(statistics.median(seconds), 3))
-    assert statistics.median(seconds) < REDRAW_SECONDS, seconds
 
 
 def test_screenshot_for_the_readme(lab_page: Lab, screenshots: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,18 +10,22 @@ import nbformat
 import pytest
 from driving import BoardPage, open_notebook
 from playwright.sync_api import Browser, Locator, expect
-from test_custom_images import config_of
 
 from smaflib.apps.corrections import Correction, read_corrections
-from smaflib.apps.masks import make_masks
 from smaflib.apps.review import MaskGallery
 
 
 @pytest.fixture(scope="module")
-def review(browser: Browser, lab: str, lab_work: Path) -> Iterator[Locator]:
-    """The notebook's review of six tiny photos, in ``lab_work / "out"``."""
-    make_masks(config_of(lab_work), lab_work / "out")
-    cells = [nbformat.v4.new_code_cell("from smaflib.apps.review import Review\nReview('out')")]
+def out(masks_kept: Path) -> Path:
+    folder = masks_kept.with_name("work")
+    shutil.rmtree(folder, ignore_errors=True)
+    return shutil.copytree(masks_kept, folder) / "out"
+
+
+@pytest.fixture(scope="module")
+def review(browser: Browser, lab: str, lab_work: Path, out: Path) -> Iterator[Locator]:
+    """The notebook's review of six tiny photos."""
+    cells = [nbformat.v4.new_code_cell(f"from smaflib.apps.review import Review\nReview({str(out)!r})")]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}  # else JupyterLab asks which
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), lab_work / "review.ipynb")
     watched = open_notebook(browser, lab, "review.ipynb")
@@ -30,8 +35,8 @@ def review(browser: Browser, lab: str, lab_work: Path) -> Iterator[Locator]:
     watched.page.context.close()
 
 
-def test_enter_accepts_delete_leaves_out_and_both_show_the_next_photo(review: Locator, lab_work: Path) -> None:
-    ids = [sample.image_id for sample in MaskGallery(lab_work / "out").samples]
+def test_enter_accepts_delete_leaves_out_and_both_show_the_next_photo(review: Locator, out: Path) -> None:
+    ids = [sample.image_id for sample in MaskGallery(out).samples]
     photos, status = review.locator(".smaf-strip button"), review.locator(".smaf-status")
     panels, board = review.locator(".smaf-panels"), BoardPage(review.locator(".smaf-board"))
     board.click_pixel(5, 5, (40, 48), "mask")  # the keys go to the panels
@@ -40,16 +45,16 @@ def test_enter_accepts_delete_leaves_out_and_both_show_the_next_photo(review: Lo
         expect(photos.nth(index + 1)).to_have_attribute("aria-pressed", "true")
         expect(status).to_have_text(f"{ids[index]}: {said}; {index + 1} of 6 reviewed")
     decided = {ids[0]: Correction(), ids[1]: Correction(leave_out=True)}
-    assert read_corrections(lab_work / "out") == decided
+    assert read_corrections(out) == decided
 
     review.locator(".smaf-panels button").first.press("Enter")  # enlarges a panel, as a button does
     expect(review.locator("figure.smaf-large")).to_have_count(1)
     panels.press("PageDown")
     expect(photos.nth(3)).to_have_attribute("aria-pressed", "true")
-    assert read_corrections(lab_work / "out") == decided
+    assert read_corrections(out) == decided
     review.get_by_role("button", name="leave out").click()
     expect(status).to_have_text(f"{ids[3]}: left out; 3 of 6 reviewed")
-    assert [*read_corrections(lab_work / "out")] == [*ids[:2], ids[3]]
+    assert [*read_corrections(out)] == [*ids[:2], ids[3]]
 
 
 def test_a_strip_of_many_photos_is_low_and_shows_the_present_one(review: Locator) -> None:
