@@ -33,6 +33,7 @@ from smaflib.maps import write_attention_maps
 from smaflib.models.networks import AttentionNetwork
 from smaflib.refinement import dense_crf
 from smaflib.runtime import Runtime, keep_freed_memory
+from smaflib.sources import as_source
 
 BACKBONES = ("timm/tf_efficientnet_lite2", "timm/resnet101.tv_in1k", "resnet38")
 CROPS = (321, 448, 512)
@@ -95,7 +96,8 @@ def measure_maps(backbones: Sequence[str], runtimes: Sequence[Runtime], clock: C
         views = [view.expand(number, -1, -1, -1) for view in views_of(photos_of(None, 1)[0], SCALES)]
 
         def maps(network: nn.Module = network, runtime: Runtime = runtime, views: list[Tensor] = views) -> list[Tensor]:
-            return [class_attention(network, view.to(clock.device), True, runtime).cpu() for view in views]
+            source = as_source(network)
+            return [class_attention(source, view.to(clock.device), [], True, runtime).cpu() for view in views]
 
         taken, memory = clock.time(maps)
         names = {"backbone": backbone, "precision": runtime.precision, "photos at once": number}

@@ -1,6 +1,7 @@
 """Sources of attention side by side on photos with masks, nothing trained but the classifier.
 
-    python -m benchmarks.sources SHARED OUT.json [--sources NAME ...] [--teacher RUN] [--students SEED ...] [--num N]
+    python -m benchmarks.sources SHARED OUT.json [--sources NAME ...] [--teacher RUN] [--students SEED ...]
+        [--num N] [--correlation EXPONENT]
 
 SHARED holds ``voc12_small`` and ``coco_small``. Per source: maps of scale 1 and their sum over three scales, without
 mirror images, as they are and after PAR, then after the dense CRF of IRN. PAR works at half the photo's size, as in
@@ -8,7 +9,9 @@ ToCo. Image labels are given. The background threshold of each row is chosen on 
 *train*, before PAR and CRF; numbers are those of its *val* and of coco_small. ``--teacher`` adds the classifier of a
 run of ``configs/voc12-small.yaml``. ``--students`` trains on the maps of ImageNet's classifier on *train*, after the
 CRF: one student on those of scale 1, one on the fused ones, measured on *val* alone. They start from a head that is
-solved from the image labels, which has a row of its own. Rows that OUT.json holds are not computed again.
+solved from the image labels, which has a row of its own. ``--correlation`` measures
+ImageNet's maps and the classifier's once more, after pixel correlation. Rows that OUT.json holds are not computed
+again.
 """
 
 from __future__ import annotations
@@ -68,12 +71,14 @@ STUDENTS = [
 """The student of configs/custom.yaml: its head alone learns, from whole photos. Crops of 224 pixels, tried first, and
 all layers were worse on 100 photos of train, seed 7; crops had then been seen on *val*, too (seed 0)."""
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(2, 20))
+CORRELATED = ("imagenet", "classifier")
 KINDS = {"scale 1": (1.0,), "fused": SCALES}
 
 
-def maps_of(source: AttentionSource, image: Tensor, classes: list[int]) -> dict[str, Tensor]:
+def maps_of(source: AttentionSource, image: Tensor, classes: list[int], correlation: float | None) -> dict[str, Tensor]:
     """Maps (P, H, W) of the classes that the image shows, of one scale and of all."""
-    cams = dict(zip(SCALES, multi_scale_cams(source, image, SCALES, flip=False, classes=classes), strict=True))
+    maps = multi_scale_cams(source, image, SCALES, flip=False, classes=classes, correlation=correlation)
+    cams = dict(zip(SCALES, maps, strict=True))
     size = (image.shape[-2], image.shape[-1])
     return {kind: fuse_cams([cams[scale][classes] for scale in used], size) for kind, used in KINDS.items()}
 
@@ -83,11 +88,11 @@ def whole_labels(mask: Tensor, classes: list[int]) -> Tensor:
     return torch.tensor([0, *(number + 1 for number in classes)], dtype=torch.uint8)[mask.long()]
 
 
-def choose_thresholds(source: AttentionSource, samples: Samples) -> dict[str, float]:
+def choose_thresholds(source: AttentionSource, samples: Samples, correlation: float | None) -> dict[str, float]:
     num = len(samples.class_names)
     counts = {key: torch.zeros(num + 1, num + 1) for key in itertools.product(KINDS, THRESHOLDS)}
     for sample, files in progress(zip(samples, samples.files, strict=True), total=len(samples), desc="thresholds"):
-        for kind, maps in maps_of(source, sample.image, [*files.labels]).items():
+        for kind, maps in maps_of(source, sample.image, [*files.labels], correlation).items():
             for beta in THRESHOLDS:
                 mask = whole_labels(hard_labels(maps, beta), [*files.labels])
                 counts[kind, beta] += confusion_matrix(mask, sample.mask, num)
@@ -95,7 +100,9 @@ def choose_thresholds(source: AttentionSource, samples: Samples) -> dict[str, fl
     return {kind: max(THRESHOLDS, key=lambda beta: scores[kind, beta]) for kind in KINDS}
 
 
-def measure(source: AttentionSource, samples: Samples, betas: dict[str, float], par: bool) -> dict[str, Tensor]:
+def measure(
+    source: AttentionSource, samples: Samples, betas: dict[str, float], par: bool, correlation: float | None
+) -> dict[str, Tensor]:
     """IoU by class, (K+1,), of each row."""
     num, crf = len(samples.class_names), CrfConfig.model_validate("irn")
     before = {"": None, ", PAR": ParConfig()} if par else {"": None}
@@ -103,7 +110,7 @@ def measure(source: AttentionSource, samples: Samples, betas: dict[str, float], 
     counts = {row: torch.zeros(num + 1, num + 1) for row in rows}
     for sample, files in progress(zip(samples, samples.files, strict=True), total=len(samples), desc=samples.split):
         classes = [*files.labels]
-        for kind, maps in maps_of(source, sample.image, classes).items():
+        for kind, maps in maps_of(source, sample.image, classes, correlation).items():
             scores = with_background_score(maps, betas[kind])
             for name, settings in before.items():
                 each = refined_at_half(sample.image, scores, settings) if settings else scores
@@ -167,6 +174,7 @@ def main() -> None:
     parser.add_argument("--students", nargs="+", type=int, default=[], metavar="SEED")
     parser.add_argument("--num", type=int, help="photos of each set; by default all")
     parser.add_argument("--sources", nargs="*", default=["imagenet", "gradcam", "layercam"])
+    parser.add_argument("--correlation", type=float, metavar="EXPONENT")
     parser.add_argument("--par", nargs="*", default=["imagenet"], help="sources that PAR refines: seconds per photo")
     args = parser.parse_args()
     voc, coco = args.shared / "voc12_small", args.shared / "coco_small"
@@ -187,14 +195,17 @@ def main() -> None:
         "rows": read_json(args.out, {"rows": []})["rows"],
     }
     done = {row["source"] for row in result["rows"]}
-    for name, source in sources.items():
+    rows = [(name, source, None) for name, source in sources.items()]
+    if args.correlation:
+        rows += [(f"{name}, correlation", sources[name], args.correlation) for name in CORRELATED if name in sources]
+    for name, source, correlation in rows:
         if name in done:
             continue
-        start, betas = time.perf_counter(), choose_thresholds(source, chosen_on)
+        start, betas = time.perf_counter(), choose_thresholds(source, chosen_on, correlation)
         for set_name, samples in sets.items():
             if "student" in name and set_name == "coco_small":
                 continue
-            for row, ious in measure(source, samples, betas, name in args.par).items():
+            for row, ious in measure(source, samples, betas, name in args.par, correlation).items():
                 facts = {"source": name, "supervision": source.supervision, "data": set_name, "masks": row}
                 facts |= {"bg_score": betas[row.split(",")[0].removesuffix(" + CRF")], "photos": len(samples)}
                 facts |= {"miou": float(ious.nanmean()), "miou_known": float(ious[known].nanmean())}

@@ -18,6 +18,7 @@ from smaflib.plugins import load_custom
 from smaflib.runtime import Runtime, device_of
 from smaflib.sources import AttentionSource, Classes, as_source
 from smaflib.sources.caa import refine_by_affinity
+from smaflib.sources.correlation import correlate, nearest
 
 PEAK_EPSILON = 0.5e-5
 """Added to a peak before dividing by it: half the reference's 1e-5, which it adds to sums over two flips, not means."""
@@ -31,6 +32,7 @@ def multi_scale_cams(
     runtime: Runtime = Runtime(),
     classes: Sequence[int] | None = None,
     caa: float | None = None,
+    correlation: float | None = None,
 ) -> list[Tensor]:
     """Class attention maps of an image at several scales.
 
@@ -42,9 +44,11 @@ def multi_scale_cams(
         runtime: precision; the device is the network's.
         classes: numbers of the classes asked for; gradients, transformers and CLIP make maps of these alone.
         caa: refine the maps by the source's affinity (:func:`~smaflib.sources.caa.refine_by_affinity`).
+        correlation: exponent; refine them by :func:`~smaflib.sources.correlation.correlate`.
 
     Returns:
-        Per scale (K, h_s, w_s): non-negative float32 on the CPU, at the network's stride.
+        Per scale (K, h_s, w_s): non-negative float32 on the CPU, at the network's stride; with ``correlation`` all of
+        one size.
 
     Raises:
         ValueError: if the source needs ``classes`` and they are not given.
@@ -63,8 +67,28 @@ def multi_scale_cams(
         raise ValueError(
             f"{type(source).__name__} only makes maps of the classes asked for; pass classes=[0] or others"
         )
-    views, asked = views_of(image, scales, source.patch), [list(classes or ())]
-    return [class_attention(source, view[None], asked, flip, runtime, caa)[0].cpu() for view in views]
+    views = [view[None] for view in views_of(image, scales, source.patch)]
+    cams = attend_views(source, views, scales, [list(classes or ())], flip, runtime, caa, correlation)
+    return [maps[0] for maps in cams]
+
+
+def attend_views(
+    source: AttentionSource,
+    views: Sequence[Tensor],
+    scales: Sequence[float],
+    classes: Classes,
+    flip: bool,
+    runtime: Runtime,
+    caa: float | None,
+    correlation: float | None,
+) -> list[Tensor]:
+    """Maps of a batch at every scale: (B, 3, H_s, W_s), normalised, to (B, K, h_s, w_s) on the CPU."""
+    cams = [class_attention(source, images, classes, flip, runtime, caa) for images in views]
+    if correlation is not None:
+        with torch.no_grad(), runtime.autocast():
+            features = source.features(views[nearest(scales)].to(device_of(source)))
+        cams = correlate(cams, scales, features, correlation)
+    return [maps.cpu() for maps in cams]
 
 
 def class_attention(

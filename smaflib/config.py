@@ -236,14 +236,17 @@ class AttentionConfig(StageConfig):
     scales: tuple[Scale, ...] = Field((0.5, 1.0, 1.5, 2.0), min_length=1)
     flip: bool = True
     # Of the maps. classifier: the class logit maps of teacher and student. gradcam, gradcam++, layercam, xgradcam: from
-    # their gradients; with options.model, of an ImageNet classifier. imagenet+classifier: where the teacher and
-    # ImageNet's classifier both respond; the teacher's for classes that ImageNet lacks. Without training: imagenet,
-    # vit, vit-rollout, dino, clip-es, maskclip, sclip, clearclip, naclip. Or package.module:attribute
+    # their gradients; with options.model, of an ImageNet classifier. imagenet+classifier: ImageNet's for the classes
+    # that it knows, those of teacher and student for the others. Without training: imagenet, vit, vit-rollout, dino,
+    # clip-es, maskclip, sclip, clearclip, naclip. Or package.module:attribute
     source: MapSource = "classifier"
     options: SourceOptions = SourceOptions()
     # Spread the maps over patches that attend to each other (CAA of CLIP-ES), in boxes from this share of a map's peak:
     # 0.4 for VOC, 0.7 for COCO in the paper. For vit, dino and CLIP.
     caa: Fraction | None = None
+    # Spread the maps over pixels whose features look alike (SEAM's pixel correlation, untrained): the exponent of the
+    # cosine of their features; null: off. For convolutional networks.
+    correlation: Annotated[float, Field(gt=0, le=100)] | None = None
     fusion: FusionRule = "sum"  # sum, mean, max, size_adaptive, or package.module:attribute
     # Background threshold: a pixel where every class scores lower is background. auto: chosen from the teacher's maps
     # without ground truth (smaflib/thresholds.py).
@@ -259,7 +262,7 @@ class AttentionConfig(StageConfig):
     @property
     def own_student(self) -> bool:
         """Whether a student's maps are its logit maps, and not made by ``source`` as the teacher's."""
-        return self.pretrained or self.source in ("classifier", "imagenet+classifier")
+        return self.pretrained or self.source == "classifier"
 
     @property
     def single_scale(self) -> float:
@@ -497,6 +500,8 @@ class Config(StageConfig):
             raise ValueError("classifier.pretraining=eps learns from saliency maps, but data.saliency is not set")
         if self.attention.caa is not None and self.attention.source not in (*VIT_SOURCES, *CLIP_SOURCES):
             raise ValueError("attention.caa needs the affinity of patches, which vit, dino and CLIP know; set null")
+        if self.attention.correlation is not None and self.attention.source not in ("classifier", *IMAGENET_SOURCES):
+            raise ValueError("attention.correlation is for the sources classifier and imagenet; set null")
         if data.kind in ("voc", "coco") and data.root is None:
             raise ValueError("data.root is not set; give the folder that holds JPEGImages (voc) or annotations (coco)")
         if data.kind == "folder" and (data.images is None or data.labels is None):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from smaflib.cams import Fusion, class_attention, fuse_cams
+from smaflib.cams import Fusion, attend_views, fuse_cams
 from smaflib.config import AttentionConfig
 from smaflib.data.masks import strongest
 from smaflib.data.sample import Samples
@@ -92,8 +92,9 @@ def write_attention_maps(
         written: Future[None] = writer.submit(lambda: None)
         desc = f"attention of {samples.split} images"
         for batch in load_views(samples, config.scales, runtime, missing, desc, source.patch):
-            how = ([samples.files[index].labels for index in batch.indices], config.flip, runtime, config.caa)
-            cams = [class_attention(source, images, *how).cpu() for images in batch.views]
+            classes = [samples.files[index].labels for index in batch.indices]
+            how = (config.flip, runtime, config.caa, config.correlation)
+            cams = attend_views(source, batch.views, config.scales, classes, *how)
             written.result()
             written = writer.submit(write, batch, cams)
         written.result()

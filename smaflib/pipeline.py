@@ -28,7 +28,7 @@ from smaflib.models.networks import AttentionNetwork, SegmentationNetwork
 from smaflib.plugins import load_custom
 from smaflib.processes import barrier, gather, missing_files, num_processes, part, run_in_processes
 from smaflib.reactivation import denoise, reactivate
-from smaflib.runtime import make_runtime, seeded
+from smaflib.runtime import Runtime, make_runtime, seeded
 from smaflib.sources import as_source, make_source
 from smaflib.training import History, check_batch_norm, is_finished
 from smaflib.workspace import Workspace
@@ -54,8 +54,8 @@ def attend(
     ``network`` is a teacher, a student or a source (:meth:`~smaflib.workspace.Workspace.source`).
     """
     classes = image_label.nonzero()[:, 0].tolist()
-    views = (attention.scales, attention.flip)
-    cams = multi_scale_cams(network, image, *views, classes=classes, caa=attention.caa)
+    how = (attention.scales, attention.flip, Runtime(), classes, attention.caa, attention.correlation)
+    cams = multi_scale_cams(network, image, *how)
     fused = fuse_cams(cams, (image.shape[-2], image.shape[-1]), attention.fusion, attention.scales)
     denoised = denoise(fused, image_label)
     return ImageMaps(cams, fused, denoised, reactivate(denoised, bg_score))
@@ -274,6 +274,8 @@ def check_networks(config: Config, class_names: Sequence[str] = CLASS_NAMES) -> 
         check_batch_norm(segmenter, number, device)
     if config.attention.source != "classifier":
         make_source(config.attention, class_names, None if config.attention.pretrained else network)
+    elif config.attention.correlation is not None:
+        as_source(network).features(torch.zeros(1, 3, 64, 64))
 
 
 def check_custom(config: Config) -> None:

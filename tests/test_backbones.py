@@ -60,7 +60,7 @@ def alive_model(name: str, seed: int = 0) -> Any:
 def test_output_stride_is_as_promised(name: str, output_stride: int) -> None:
     with torch.device("meta"):  # shapes without arithmetic
         backbone = timm_backbone(f"timm/{name}", output_stride=output_stride)
-        early, late = backbone.features(torch.empty(2, 3, 96, 160))
+        early, *_, late = backbone.features(torch.empty(2, 3, 96, 160))
     assert early.shape == (2, backbone.skip_channels, 24, 40)
     assert late.shape == (2, backbone.num_features, 96 // output_stride, 160 // output_stride)
 
@@ -100,7 +100,7 @@ def test_resnets_of_torchvision_are_timms(name: str, output_stride: int, tmp_pat
     backbone = timm_backbone(name, output_stride=output_stride, weights=weights).eval()
     image = normalize(random_image())
     with torch.no_grad():
-        early, late = backbone.features(image)
+        early, *_, late = backbone.features(image)
         stem = model.maxpool(model.relu(model.bn1(model.conv1(image))))
         assert torch.equal(early, model.layer1(stem))
         assert torch.equal(model.fc(late.mean(dim=(2, 3))), model(image))
@@ -123,7 +123,7 @@ def test_features_are_those_of_timms_own_preprocessing_where_names_differ(tmp_pa
     backbone = timm_backbone("timm/test_convnext", output_stride=32, weights=str(tmp_path / "convnext.safetensors"))
     assert "model.stem_0.weight" in backbone.state_dict() and "stem.0.weight" in model.state_dict()
     with torch.no_grad():
-        early, late = backbone.eval().features(normalize(image))
+        early, *_, late = backbone.eval().features(normalize(image))
         mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
         expected = model.forward_intermediates((image / 255 - mean) / std, intermediates_only=True)
     torch.testing.assert_close(late, expected[-1], rtol=1e-4, atol=1e-4)

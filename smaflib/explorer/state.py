@@ -38,6 +38,7 @@ from smaflib.models.pretrained import ROLES, UNSEEN_SEED, pretrained_config, pre
 from smaflib.pseudo_masks import pseudo_mask
 from smaflib.reactivation import reactivate
 from smaflib.runs import Run, find_run
+from smaflib.runtime import Runtime
 from smaflib.sources.imagenet import LIKELY, ImageNetClassifier, imagenet_config, synonyms
 
 CURVE_SCORES: tuple[float, ...] = tuple(round(0.02 * step, 2) for step in range(1, 50))  #: Background thresholds.
@@ -254,8 +255,9 @@ class Gallery:
             if role in self.stored and flip == attention.flip:
                 self._cams[key], _ = self.stored[role].read(sample.image_id)
             elif role in self.networks:
-                views, classes = (sample.image, self.scales, flip), sample.image_label.nonzero()[:, 0].tolist()
-                self._cams[key] = multi_scale_cams(self.networks[role], *views, classes=classes, caa=attention.caa)
+                views = (self.networks[role], sample.image, self.scales, flip)
+                classes, refined = sample.image_label.nonzero()[:, 0].tolist(), (attention.caa, attention.correlation)
+                self._cams[key] = multi_scale_cams(*views, Runtime(), classes, *refined)
             else:
                 raise DataError(f"there are no such maps of {sample.image_id}, and the {role} network is missing")
         return self._cams[key]

@@ -41,15 +41,14 @@ class TimmBackbone(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
         self.model = model
-        self.skip_channels, self.num_features = model.feature_info.channels()
+        self.skip_channels, *_, self.num_features = model.feature_info.channels()
 
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, C, h, w)
-        return self.features(images)[1]
+        return self.features(images)[-1]
 
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features at stride 4 and at the output stride."""
-        early, late = self.model(images * self.scale + self.shift)
-        return early, late
+    def features(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Features from stride 4 on, the last ones at the output stride."""
+        return tuple(self.model(images * self.scale + self.shift))
 
     def early_layers(self) -> list[nn.Module]:
         """The layers up to stride 4, which ``model.freeze_early`` freezes; none in HRNet, where timm names no end."""
@@ -70,8 +69,9 @@ def build_backbone(config: ModelConfig) -> Backbone:
     ``model.backbone`` is ``slim``, ``resnet38``, ``timm/`` and the name of a convolutional timm model, torchvision's
     name of a ResNet (the same network and weights, from timm), or ``package.module:attribute``. The latter is called
     with the config and returns a module that takes images (B, 3, H, W), normalised with ImageNet's mean and standard
-    deviation, and gives features (B, C, h, w); its attribute ``num_features`` is C. Optional are ``features(images)``
-    with ``skip_channels``, for ``segmentation.skip_channels``, and ``early_layers()``, for ``model.freeze_early``.
+    deviation, and gives features (B, C, h, w); its attribute ``num_features`` is C. Optional are ``features(images)``,
+    those from stride 4 on, with ``skip_channels``, for ``segmentation.skip_channels`` and ``attention.correlation``,
+    and ``early_layers()``, for ``model.freeze_early``.
 
     ConfigError if there is no such model or no such weights, it has no features at this output stride, or the weights
     do not fit.
@@ -119,16 +119,16 @@ def _timm_name(backbone: str) -> str:
 
 @functools.cache  # builds models without values, and each stage of a run builds its networks anew
 def _extractor_options(name: str, output_stride: int) -> dict[str, Any]:
-    """Arguments for ``timm.create_model`` that give features at stride 4 and at the output stride."""
+    """Arguments for ``timm.create_model`` that give features from stride 4 to the output stride."""
     reductions = [info["reduction"] for info in getattr(meta_model(name), "feature_info", [])]
     if 4 in reductions:
         at_4 = len(reductions) - 1 - reductions[::-1].index(4)
-        options: dict[str, Any] = {"features_only": True, "out_indices": (at_4, len(reductions) - 1)}
+        options: dict[str, Any] = {"features_only": True, "out_indices": (*range(at_4, len(reductions)),)}
         for every in (options, options | {"output_stride": output_stride}):
             with contextlib.suppress(Exception):  # families refuse in different ways: unknown argument, wrong shape
                 model = meta_model(name, **every).eval()
-                early, late = model(torch.empty(1, 3, 96, 160, device="meta"))
-                skip, width = model.feature_info.channels()
+                early, *_, late = model(torch.empty(1, 3, 96, 160, device="meta"))
+                skip, *_, width = model.feature_info.channels()
                 fits = early.shape == (1, skip, 24, 40)
                 fits &= late.shape == (1, width, 96 // output_stride, 160 // output_stride)
                 if fits and type(model).__name__ != "FeatureGetterNet":  # timm's class for transformers

@@ -127,7 +127,7 @@ class SegmentationNetwork(BackboneNetwork):
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, K+1, h, w) logits, background first
         if not self.skip:
             return self.aspp(self.standardize(self.backbone(images)))
-        early, late = self.backbone.features(images)
+        early, *_, late = self.backbone.features(images)
         logits = self.aspp(self.standardize(late))
         finer = F.interpolate(logits, size=early.shape[2:], mode="bilinear", align_corners=False)
         return self.mix(finer + self.early(early))

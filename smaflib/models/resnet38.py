@@ -84,17 +84,17 @@ class ResNet38(nn.Module):
         self.bn7 = nn.BatchNorm2d(4096)
 
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 4096, H/8, W/8)
-        return self.features(images)[1]
+        return self.features(images)[-1]
 
     def early_layers(self) -> list[nn.Module]:
         """The layers that ``model.freeze_early`` freezes; the reference never trains them."""
         return [self.conv1a, self.b2, self.b2_1, self.b2_2]
 
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features at stride 4, (B, 256, H/4, W/4), and at stride 8, (B, 4096, H/8, W/8)."""
-        early = x = images
+    def features(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Features at stride 4, (B, 256, H/4, W/4), and at stride 8 of three layers, the last (B, 4096, H/8, W/8)."""
+        x, kept = images, list[Tensor]()
         for name, layer in self.named_children():  # in the order of __init__
             x = layer(x)
-            if name == "b3_2":
-                early = x
-        return early, F.relu(x)
+            if name in ("b3_2", "b4_5", "b5_2"):
+                kept.append(x)
+        return *kept, F.relu(x)

@@ -43,13 +43,14 @@ class SlimResNet(nn.Module):
         self.layer4 = nn.Sequential(ResidualBlock(c3, c4, dilation=2), ResidualBlock(c4, c4, dilation=2))
 
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 96, H/8, W/8)
-        return self.features(images)[1]
+        return self.features(images)[-1]
 
     def early_layers(self) -> list[nn.Module]:
         """The layers that ``model.freeze_early`` freezes: all at stride 2."""
         return [self.stem, self.layer1]
 
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features at stride 4, (B, 32, H/4, W/4), and at stride 8, (B, 96, H/8, W/8)."""
+    def features(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Features at stride 4, (B, 32, H/4, W/4), and at stride 8 of two layers, the last (B, 96, H/8, W/8)."""
         early = self.layer2(self.layer1(self.stem(images)))
-        return early, self.layer4(self.layer3(early))
+        middle = self.layer3(early)
+        return early, middle, self.layer4(middle)

@@ -74,6 +74,11 @@ class CamNetwork(nn.Module):
         scale, shift = (each.to(images.device) for each in self._renormalization)
         return self.model(images * scale + shift)
 
+    def intermediate_features(self, images: Tensor) -> list[Tensor]:
+        """A timm model's features of every stride, (B, C, h, w) each."""
+        scale, shift = (each.to(images.device) for each in self._renormalization)
+        return self.model.forward_intermediates(images * scale + shift, intermediates_only=True)  # type: ignore
+
     def cells(self, images: Tensor) -> Tensor:
         """The last features, (B, C, h, w), as the last layer sees their mean."""
         source, norm, _ = self._parts

@@ -52,8 +52,10 @@ STAGES: tuple[Stage, ...] = (
         depends_on=("01_data",),
         outputs=("checkpoints/teacher*.safetensors", "figures/02_*.png"),
         required_outputs=("checkpoints/teacher.safetensors",),
-        settings=tuple(
-            "model classifier attention.scales attention.flip attention.source attention.options attention.caa".split()
+        settings=(
+            "model",
+            "classifier",
+            *(f"attention.{name}" for name in "scales flip source options caa correlation".split()),
         ),
         code=("models", "processes", "training", "classifier", "cams", "sources", "reactivation"),
     ),

@@ -40,6 +40,10 @@ class AttentionSource(nn.Module):
         """Maps of a batch, float32 (B, 3, H, W), normalised with ImageNet's mean and standard deviation."""
         raise NotImplementedError
 
+    def features(self, images: Tensor) -> Sequence[Tensor]:
+        """Features between stride 4 and the last ones, (B, C, h, w) each, for pixel correlation."""
+        raise NotImplementedError
+
     def forward(self, image: Tensor, classes: Sequence[int], scale: float = 1.0) -> Attention:
         """Maps (K, h, w) of the K classes asked for, and affinity, of an image, uint8 (3, H, W), at one scale.
 
@@ -65,6 +69,13 @@ class NetworkSource(AttentionSource):
     def attend(self, images: Tensor, classes: Classes) -> Attention:
         logits = self.network(images).float()
         return Attention(self.network.attention(logits))  # type: ignore[operator]
+
+    def features(self, images: Tensor) -> Sequence[Tensor]:
+        backbone = getattr(self.network, "backbone", None)
+        found = backbone.features(images)[1:-1] if backbone is not None and hasattr(backbone, "features") else ()
+        if not found:
+            raise ConfigError("attention.correlation needs a backbone with features() between the first and the last")
+        return found
 
 
 class CustomSource(AttentionSource):

@@ -181,12 +181,15 @@ class ImageNetSource(AttentionSource):
         maps = maps.relu() * self.members.any(dim=1)[:, None]
         return Attention(maps.view(*maps.shape[:2], *cells.shape[2:]))
 
+    def features(self, images: Tensor) -> Sequence[Tensor]:
+        every = self.classifier.intermediate_features(images)
+        return [each for each in every[:-1] if each.shape[-1] <= -(-images.shape[-1] // 8)]
+
 
 class ImageNetAndNetwork(AttentionSource):
-    """Where a network and ImageNet's classifier both respond: the geometric mean of their maps.
+    """ImageNet's maps of the classes that it knows, a network's of the others.
 
-    Classes that ImageNet lacks have the network's maps. Maps need no common scale: each class is fused by itself and
-    brought to a peak of 1.
+    Maps need no common scale: each class is fused by itself and brought to a peak of 1.
     """
 
     supervision = "image labels and ImageNet labels"
@@ -196,10 +199,15 @@ class ImageNetAndNetwork(AttentionSource):
         self.imagenet, self.network = imagenet, NetworkSource(network)
 
     def attend(self, images: Tensor, classes: Classes) -> Attention:
-        trained, known = self.network.attend(images, classes).maps, self.imagenet.attend(images, classes).maps
+        known, is_known = self.imagenet.attend(images, classes).maps, self.imagenet.members.any(dim=1)
+        if all(asked and is_known[list(asked)].all() for asked in classes):
+            return Attention(known)  # the network has nothing to say
+        trained = self.network.attend(images, classes).maps
         known = F.interpolate(known, size=trained.shape[2:], mode="bilinear")  # of another stride
-        is_known = self.imagenet.members.any(dim=1)[:, None, None]
-        return Attention(torch.where(is_known, (trained * known).sqrt(), trained))
+        return Attention(torch.where(is_known[:, None, None], known, trained))
+
+    def features(self, images: Tensor) -> Sequence[Tensor]:
+        return self.imagenet.features(images)
 
 
 def make_known(attention: AttentionConfig, class_names: Sequence[str]) -> ImageNetSource:
