@@ -155,6 +155,8 @@ def test_run_is_explored_with_its_stored_maps_first(run: Run) -> None:
     assert gallery.flips("teacher") == (True,)  # as in the run; there is no network for other views
     with pytest.raises(DataError, match="the teacher network is missing"):
         gallery.cams(1, "teacher", False)
+    with pytest.raises(DataError, match="this run has kept none"):
+        gallery.add_photo("a.png", png(np.zeros((32, 32, 3))))
 
     add_teacher(run)
     gallery = Gallery.of_run(run, 2)
@@ -163,6 +165,11 @@ def test_run_is_explored_with_its_stored_maps_first(run: Run) -> None:
     network = load_attention_network(ASSETS / "mini_teacher.safetensors", gallery.config.model, 6)
     expected = multi_scale_cams(network, gallery.samples[1].image, gallery.scales, flip=False)
     assert all(map(torch.equal, gallery.cams(1, "teacher", False), expected))
+
+    # A photo of the same name is another picture with other maps.
+    photo = gallery.add_photo(f"{gallery.samples[1].image_id}.png", png(np.zeros((40, 64, 3))))
+    expected = multi_scale_cams(network, gallery.samples[photo].image, gallery.scales)
+    assert all(map(torch.equal, gallery.cams(photo, "teacher", True), expected))
 
 
 def test_background_threshold_is_the_one_that_the_run_has_resolved(run: Run) -> None:

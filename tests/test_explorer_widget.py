@@ -157,6 +157,12 @@ def test_saved_page_holds_the_photos(photos: PhotoGallery, tmp_path: Path, monke
         assert image["likeliest"][0][0] == photos.names(number)[0]
 
 
+def test_a_network_of_photos_takes_a_photo_itself(explorer: Explorer) -> None:
+    explorer.gallery.knows_photos = True
+    upload(explorer, "mine.png", picture())
+    assert explorer.board.index == 3 and len(explorer.board.images) == 4
+
+
 def test_in_a_kernel_the_crf_waits_for_a_rest_and_runs_once(
     explorer: Explorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

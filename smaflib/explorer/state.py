@@ -26,6 +26,7 @@ from torch import Tensor
 
 from minidata import make_mini
 from smaflib.cams import at_size, multi_scale_cams
+from smaflib.classifier import predict_label
 from smaflib.config import Config, CrfConfig, EvaluationConfig, FusionRule, PseudoMaskConfig
 from smaflib.data import Sample, load_samples
 from smaflib.data.labels import IMAGE_ENDINGS
@@ -165,6 +166,7 @@ class Gallery:
     bg_score: float | None = None  # first background threshold; None: that of the config
     title: str = "images"
     about: str = ""  # what the reader should know about these images
+    knows_photos: bool = True  # whether the networks recognise photos, so that others may be added
     _cams: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -177,7 +179,8 @@ class Gallery:
             samples = load_samples(config.model_copy(update={"data": data}), "train").with_ground_truth()
             images = list(samples)
         networks: dict[str, Any] = {role: pretrained_network(role) for role in ROLES}
-        return cls(images, samples.class_names, config, networks, title="drawn set", about=ABOUT_DRAWN)
+        facts: dict[str, Any] = {"title": "drawn set", "about": ABOUT_DRAWN, "knows_photos": False}
+        return cls(images, samples.class_names, config, networks, **facts)
 
     @staticmethod
     def photos(files: str | Path | Iterable[str | Path] | None = None) -> PhotoGallery:
@@ -252,8 +255,9 @@ class Gallery:
         key = (index, role, flip)
         if key not in self._cams:
             sample, attention = self.samples[index], self.config.attention
-            if role in self.stored and flip == attention.flip:
-                self._cams[key], _ = self.stored[role].read(sample.image_id)
+            stored = self.stored.get(role) if flip == attention.flip else None
+            if stored and stored.path(sample.image_id).is_file():  # an added photo has none
+                self._cams[key], _ = stored.read(sample.image_id)
             elif role in self.networks:
                 views = (self.networks[role], sample.image, self.scales, flip)
                 classes, refined = sample.image_label.nonzero()[:, 0].tolist(), (attention.caa, attention.correlation)
@@ -266,6 +270,21 @@ class Gallery:
         """:func:`explore` an image; ``flip`` defaults to the run's setting."""
         flip = self.config.attention.flip if flip is None else flip
         return explore(self.samples[index], self.cams(index, role, flip), self.scales, settings)
+
+    def add_photo(self, name: str, content: bytes) -> int:
+        """Add an encoded picture, shrunk to 512 pixels, with the label that the first network predicts; its index.
+
+        DataError if the picture cannot be read, or there is no network to compute its maps.
+        """
+        if not self.networks:
+            raise DataError("a photo needs a network to compute its maps, and this run has kept none")
+        image = open_image(name, content=content)
+        source, label = next(iter(self.networks.values())), torch.zeros(len(self.class_names))
+        network = getattr(source, "network", source)
+        if hasattr(network, "image_logits"):  # a source without a classifier of these classes predicts nothing
+            label = predict_label(network.eval(), image, self.config)
+        self.samples.append(Sample(name, image, label))  # with its ending, which no image of a run has
+        return len(self.samples) - 1
 
 
 class PhotoGallery(Gallery):
@@ -282,7 +301,6 @@ class PhotoGallery(Gallery):
         self._found: dict[int, Tensor] = {}  # by index: (1000,) probabilities
 
     def add_photo(self, name: str, content: bytes) -> int:
-        """Add an encoded picture, shrunk to 512 pixels, and return its index; DataError if it cannot be read."""
         self.samples.append(Sample(Path(name).stem, open_image(name, content=content), torch.zeros(0)))
         return len(self.samples) - 1
 

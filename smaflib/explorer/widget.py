@@ -205,7 +205,7 @@ class Explorer(widgets.GridBox):  # type: ignore[misc]
         with self._without_redraw():
             self.controls["upload"].value = ()  # so that the same file can be chosen again
         upload = uploads[0]
-        known = [each for each in (self.gallery, *self.galleries) if isinstance(each, PhotoGallery)]
+        known = [each for each in (self.gallery, *self.galleries) if each.knows_photos]
         gallery = known[0] if known else Gallery.photos(())
         index = gallery.add_photo(str(upload["name"]), bytes(upload["content"]))
         label, names = gallery.first_settings(index).image_label, gallery.names(index)
