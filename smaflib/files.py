@@ -120,9 +120,12 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, default: Any) -> Any:
     """Read JSON that a command has written; ``default`` if there is no such file, RunError if it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+        if not isinstance(value, type(default)):
+            raise ValueError(f"it holds {type(value).__name__}, not {type(default).__name__}")
     except ValueError as error:
         raise RunError(f"{display_path(path)} is damaged; delete it to run its stages again\n{error}") from error
+    return value
 
 
 def save_image(path: Path, image: Image.Image) -> None:

@@ -267,11 +267,9 @@ def test_missing_folder_and_missing_csv_are_named(photos: Path) -> None:
         load(photos, labels=photos / "nowhere.csv")
 
 
-def test_masks_need_the_order_of_classes_and_are_no_source_of_labels(photos: Path) -> None:
+def test_masks_need_the_order_of_classes(photos: Path) -> None:
     with pytest.raises(DataError, match=r"data\.masks needs data\.class_names, in the order of the mask values"):
         load(photos, masks=photos)
-    with pytest.raises(DataError, match="label_source: masks needs data.kind: voc"):
-        load(photos, label_source="masks")
 
 
 @pytest.mark.parametrize(
