@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from smaflib.errors import InputError, RunError
-from smaflib.files import RUNS_FOLDER, SHIPPED, duration, expanded, find_config, read_text, shown_path, write_json
+from smaflib.files import RUNS_FOLDER, SHIPPED, duration, expanded, find_config, read_text, shown_path, write_text
 
 
 class _PlainErrors(TyperGroup):
@@ -162,12 +162,12 @@ def lab(
     target.mkdir(parents=True, exist_ok=True)
     for notebook in (SHIPPED / "notebooks").glob("*.ipynb"):
         if not (target / notebook.name).exists():
-            content = json.loads(notebook.read_text(encoding="utf-8"))
-            hidden = {"solution"} if student else set()
-            content["cells"] = [
-                each for each in content["cells"] if hidden.isdisjoint(each["metadata"].get("tags", []))
-            ]
-            write_json(target / notebook.name, content)
+            text = notebook.read_text(encoding="utf-8")
+            if student:
+                content = json.loads(text)
+                kept = [each for each in content["cells"] if "solution" not in each["metadata"].get("tags", [])]
+                text = json.dumps(content | {"cells": kept}, indent=1)
+            write_text(target / notebook.name, text)
     typer.echo(f"notebooks: {target}")
     if start:
         # The parent folder, so that runs and reports beside the notebooks can be opened.
