@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smaflib.config import closest_to_one
 from smaflib.data.views import views_of
 from smaflib.plugins import load_custom
 from smaflib.runtime import Runtime, device_of
 from smaflib.sources import AttentionSource, Classes, as_source
 from smaflib.sources.caa import refine_by_affinity
-from smaflib.sources.correlation import correlate, nearest
+from smaflib.sources.correlation import correlate
 
 PEAK_EPSILON = 0.5e-5
 """Added to a peak before dividing by it: half the reference's 1e-5, which it adds to sums over two flips, not means."""
@@ -48,7 +49,7 @@ def multi_scale_cams(
 
     Returns:
         Per scale (K, h_s, w_s): non-negative float32 on the CPU, at the network's stride; with ``correlation`` all of
-        one size.
+        the size of the scale closest to 1.
 
     Raises:
         ValueError: if the source needs ``classes`` and they are not given.
@@ -85,9 +86,10 @@ def attend_views(
     """Maps of a batch at every scale: (B, 3, H_s, W_s), normalised, to (B, K, h_s, w_s) on the CPU."""
     cams = [class_attention(source, images, classes, flip, runtime, caa) for images in views]
     if correlation is not None:
+        at = [*scales].index(closest_to_one(scales))
         with torch.no_grad(), runtime.autocast():
-            features = source.features(views[nearest(scales)].to(device_of(source)))
-        cams = correlate(cams, scales, features, correlation)
+            features = source.features(views[at].to(device_of(source)))
+        cams = correlate(cams, (cams[at].shape[-2], cams[at].shape[-1]), features, correlation)
     return [maps.cpu() for maps in cams]
 
 

@@ -230,6 +230,11 @@ class SourceOptions(StageConfig):
     )
 
 
+def closest_to_one(scales: Sequence[float]) -> float:
+    """The scale at which images are closest to their original size."""
+    return min(scales, key=lambda scale: abs(math.log(scale)))
+
+
 class AttentionConfig(StageConfig):
     """Stages 2 and 3: multi-scale attention, fusion, denoising, reactivation."""
 
@@ -267,7 +272,7 @@ class AttentionConfig(StageConfig):
     @property
     def single_scale(self) -> float:
         """The scale closest to the original size: the baseline for fusion."""
-        return min(self.scales, key=lambda scale: abs(math.log(scale)))
+        return closest_to_one(self.scales)
 
 
 class SelfTrainingConfig(TrainingConfig):

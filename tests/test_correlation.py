@@ -25,10 +25,10 @@ def test_the_cosine_of_centred_features_is_raised_to_the_exponent() -> None:
     # Centred: (1, 0), (-1, 0), (0, 0), so that the last cell is like none, not even itself.
     features = torch.tensor([[[[2.0, 0.0, 1.0]], [[3.0, 3.0, 3.0]]]])
     assert affinity([features], (1, 3), exponent=2)[0].tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
-    # Two features of equal weight: cosines 1 and -1 of the first, 1 and 1 of the second, mean 1 and 0.
-    same = torch.tensor([[[[1.0, -1.0]]], [[[1.0, -1.0]]]])
-    mixed = affinity([same, same.flip(0)], (1, 2), exponent=1)
-    assert mixed.shape == (2, 2, 2) and torch.equal(mixed[0], torch.eye(2))
+    # Features of any size weigh the same. Cells 0 and 1 have the cosines 1 and 0, so 0.5; cell 2 is like neither.
+    small, large = torch.tensor([[[[1.0, 1.0, -2.0]]]]), torch.tensor([[[[90.0, 0.0, -90.0]], [[0.0, 90.0, -90.0]]]])
+    expected = torch.tensor([[2 / 3, 1 / 3, 0], [1 / 3, 2 / 3, 0], [0, 0, 1]])
+    torch.testing.assert_close(affinity([small, large], (1, 3), exponent=1)[0], expected)
 
 
 @given(st.integers(0, 10**6), st.floats(0.5, 8))
@@ -36,7 +36,7 @@ def test_maps_stay_between_zero_and_their_maximum(seed: int, exponent: float) ->
     source = generator(seed)
     maps = [torch.rand(2, 3, height, 4, generator=source) for height in (2, 3, 5)]
     features = [torch.randn(2, 5, 6, 8, generator=source), torch.randn(2, 4, 3, 4, generator=source)]
-    for before, after in zip(maps, correlate(maps, [0.5, 1.0, 2.0], features, exponent), strict=True):
+    for before, after in zip(maps, correlate(maps, (3, 4), features, exponent), strict=True):
         assert after.shape == (2, 3, 3, 4) and bool((after >= 0).all())
         assert bool((after.amax(dim=(2, 3)) <= before.amax(dim=(2, 3)) + 1e-5).all())
 

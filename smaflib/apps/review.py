@@ -32,6 +32,7 @@ class MaskGallery(Gallery):
         images = [samples[samples.image_ids.index(name)] for name in ids]
         maps = {"student": self.work.maps("student")}
         super().__init__(images, samples.class_names, self.work.config, {}, maps, self.work.mask_bg_score(), out.name)
+        self.knows_photos = False
 
     def first_settings(self, index: int) -> Settings:
         correction = self.decided.get(self.samples[index].image_id)

@@ -70,7 +70,7 @@ class Table:
         self.head = reader.fieldnames or []
         names = [name.strip().lower() for name in self.head]
         # Columns without a name, or with the same one, are kept apart.
-        self.columns = [f"{name} {number}" * (name in names[:number]) or name for number, name in enumerate(names)]
+        self.columns = [f"{name} {number}" if name in names[:number] else name for number, name in enumerate(names)]
         reader.fieldnames = self.columns
         try:
             for fields in reader:

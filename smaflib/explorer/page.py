@@ -35,10 +35,11 @@ MAX_OTHERS = 6  # classes outside the image label whose maps are kept: those tha
 def explorer_page(gallery: Gallery, index: int = 0) -> str:
     """A self-contained HTML page that explores as many images as fit, and begins with image ``index``."""
     first, rules = gallery.first_settings(index), fusion_rules(gallery.config.attention.fusion)
-    images: list[dict[str, Any]] = []
+    images, left = list[dict[str, Any]](), MAX_BYTES
     for number in range(len(gallery.samples)):
         image = page_image(gallery, number)
-        if images and len(json.dumps([*images, image])) > MAX_BYTES:
+        left -= len(json.dumps(image))
+        if images and left < 0:
             break
         images.append(image)
     if index >= len(images):

@@ -125,7 +125,7 @@ def crf_sliders(
         row = [plots.picture(sample.image), *(plots.overlay_mask(sample.image, mask, class_names) for mask in masks)]
         captions = ["", *(_score(mask, sample, len(class_names)) for mask in (before, after)), ""]
         columns = ["image", "before the CRF", "after the CRF", "ground truth"]
-        return plots.show_panels([row], columns, title="the dense CRF", side=2.4, captions=[captions[: len(row)]])
+        return plots.show_panels([row], columns, title="the dense CRF", side=2.4, captions=[captions])
 
     controls = {}
     for name, (tooltip, *bounds) in CRF_RANGES.items():
@@ -183,6 +183,6 @@ def _png(figure: Figure) -> Picture:
 
 
 def _score(mask: Tensor, sample: Sample, num_classes: int, before: str = "") -> str:
-    """The mean IoU as a caption; empty without ground truth."""
+    """The mean IoU as a caption, after ``before``; empty without ground truth."""
     score = float("nan") if sample.mask is None else image_score(mask, sample.mask, num_classes)
     return f"{before}mean IoU {score:.0%}" if score == score else ""

@@ -75,9 +75,11 @@ class CamNetwork(nn.Module):
         return self.model(images * scale + shift)
 
     def intermediate_features(self, images: Tensor) -> list[Tensor]:
-        """A timm model's features of every stride, (B, C, h, w) each."""
+        """A timm model's features of every stride but the last, (B, C, h, w) each."""
         scale, shift = (each.to(images.device) for each in self._renormalization)
-        return self.model.forward_intermediates(images * scale + shift, intermediates_only=True)  # type: ignore
+        indices, model = [*range(len(self.model.feature_info) - 1)], self.model  # type: ignore[arg-type]
+        how = {"indices": indices, "stop_early": True, "intermediates_only": True}
+        return model.forward_intermediates(images * scale + shift, **how)  # type: ignore[operator]
 
     def cells(self, images: Tensor) -> Tensor:
         """The last features, (B, C, h, w), as the last layer sees their mean."""

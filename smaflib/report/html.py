@@ -19,7 +19,34 @@ from smaflib.runs.stages import Stage
 
 FIRST_FIGURE = "00_scales"  # of the report
 
-CAPTIONS = files.read_json(Path(__file__).parent / "templates" / "captions.json", {})  # of figures, by file name
+CAPTIONS = {  # of figures, by file name
+    FIRST_FIGURE: "Compare smallest and largest scale: which finds the small object, which the large one whole?",
+    "00_mask": "From hesitant attention to a sharp mask. White: the ground truth's outline, which no step read.",
+    "01_images_per_class": "A class with few images is learned badly.",
+    "01_samples": "The labels above the images are all that the method is told about them.",
+    "01_object_sizes": "Dotted: the limits of small and large objects in all tables below.",
+    "02_learning_curves": "The loss should fall and level off.",
+    "02_attention": "Look for objects of which the bright area covers one part only.",
+    "03_scales": "The same objects at every scale: follow the IoU from left to right, for small and for large ones.",
+    "03_object_sizes": "Is the scale that is best for small objects also the best for large ones?",
+    "03_objects": "Where the lines cross, the best scale changes.",
+    "03_background_score": "Only the ground truth tells where a curve peaks; dotted is what the run chose without it.",
+    "04_steps": "Denoising removes classes that are not in the image; reactivation makes what is left certain.",
+    "04_row": "The highest line of each pixel is at 1 in the last row: that is what the student learns.",
+    "05_learning_curves": "The student, and the control that learns from one scale alone.",
+    "05_student": "Compare teacher and student at the same scale: what has the student added, and was it right?",
+    "05_changes": "Blue was gained by self-training, orange was lost; these images are the extremes.",
+    "06_kernels": "Pixels that influence the marked one: near pixels, and pixels of similar colour.",
+    "06_pseudo_masks": "The borders move to where colours change. Compare with the last column, the ground truth.",
+    "06_crf_parameters": "Coloured pixels change their label with one parameter. White: this run's mask.",
+    "07_learning_curves": "The segmentation network learns the pseudo masks, mistakes included.",
+    "07_segmentation": "Images that the network was not trained on, and without any label.",
+    "08_sizes": "What each stage gains, for small, medium and large objects.",
+    "08_best_cases": "The best images by mean IoU.",
+    "08_worst_cases": "The worst images: a part for the whole, a neighbour, or a wrong class?",
+    "08_learning_curves": "All trainings of the run.",
+    "08_ablation": "Each dot is a seed. A step has shown its worth if it moves the dots by more than they spread.",
+}
 
 
 def write_index(run: Run, command: str | None = None) -> Path:

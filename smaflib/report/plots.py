@@ -153,11 +153,13 @@ def show_panels(
     shape: dict[str, Any] = {"figsize": (side * width, side * sum(heights) + 0.5), "height_ratios": heights}
     figure, axes = plt.subplots(len(rows), width, squeeze=False, layout="constrained", **shape)
     box = {"facecolor": "black", "alpha": 0.65, "linewidth": 0, "pad": 1.5}
-    for axes_of_row, row, texts in itertools.zip_longest(axes, rows, captions, fillvalue=()):
-        for axis, panel, text in itertools.zip_longest(axes_of_row, row, texts):
-            axis.set_axis_off()
-            if panel is not None:
-                show_panel(axis, panel)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for row_axes, row in zip(axes, rows, strict=True):
+        for axis, panel in zip(row_axes, row, strict=False):
+            show_panel(axis, panel)
+    for row_axes, texts in zip(axes, captions, strict=False):
+        for axis, text in zip(row_axes, texts, strict=False):
             if text:
                 axis.text(0.02, 0.98, text, transform=axis.transAxes, va="top", fontsize=8, color="white", bbox=box)
     for axis, column in zip(axes[0], columns, strict=False):

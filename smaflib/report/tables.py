@@ -131,10 +131,10 @@ def compare_runs(folders: Sequence[str | Path], measure: str = "mIoU") -> pd.Dat
     labels = _labels(runs)
     columns = {label: results_table(run.metrics())[measure] for label, run in zip(labels, runs, strict=True)}
     table = pd.concat(columns, axis=1).sort_index(level="stage", sort_remaining=False, kind="stable").dropna(how="all")
-    text = table.map("{:.1f}".format)
+    text = table.map("{:.1f}".format, na_action="ignore")
     for label in labels[1:]:
-        text[f"{label} - {labels[0]}"] = (table[label] - table[labels[0]]).map("{:+.1f}".format)
-    return by_name(text, numbered=True).replace(["nan", "+nan"], "").rename_axis(index=measure)
+        text[f"{label} - {labels[0]}"] = (table[label] - table[labels[0]]).map("{:+.1f}".format, na_action="ignore")
+    return by_name(text.astype(object).fillna(""), numbered=True).rename_axis(index=measure)
 
 
 def comparison_text(folders: Sequence[str | Path], measure: str = "mIoU") -> str:

@@ -74,7 +74,7 @@ class NetworkSource(AttentionSource):
         backbone = getattr(self.network, "backbone", None)
         found = backbone.features(images)[1:-1] if backbone is not None and hasattr(backbone, "features") else ()
         if not found:
-            raise ConfigError("attention.correlation needs a backbone with features() between the first and the last")
+            raise ConfigError("attention.correlation needs a backbone whose features() gives three tensors or more")
         return found
 
 

@@ -6,7 +6,6 @@ Supervised Semantic Segmentation", CVPR 2020), on features as they are: nothing 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 
 def affinity(features: Sequence[Tensor], size: tuple[int, int], exponent: float) -> Tensor:
-    """How alike any two cells of a grid are: rows of sum 1, (B, hw, hw).
+    """How alike any two cells of a grid are: (B, hw, hw), rows of sum 1, or 0 for a cell that is like none.
 
     Args:
         features: (B, C_i, h_i, w_i) each; brought to the grid, centred, and of equal weight.
@@ -30,28 +29,17 @@ def affinity(features: Sequence[Tensor], size: tuple[int, int], exponent: float)
 
 
 def correlate(
-    maps: Sequence[Tensor], scales: Sequence[float], features: Sequence[Tensor], exponent: float
+    maps: Sequence[Tensor], size: tuple[int, int], features: Sequence[Tensor], exponent: float
 ) -> list[Tensor]:
-    """Spread the maps of every scale over one grid: that of the scale nearest to 1, where the features come from.
+    """Bring the maps of every scale to one grid of ``size`` (h, w) and spread them by :func:`affinity`.
 
     Per scale (B, K, h_s, w_s) to (B, K, h, w); non-negative maps stay so, no value exceeds the map's maximum.
 
     Example:
         >>> maps, looks = torch.tensor([[[[1.0, 0.0, 0.0, 0.0]]]]), torch.tensor([[[[5.0, 5.0, -5.0, -5.0]]]])
-        >>> correlate([maps], [1.0], [looks], exponent=3)[0].tolist()
+        >>> correlate([maps], (1, 4), [looks], exponent=3)[0].tolist()
         [[[[0.5, 0.5, 0.0, 0.0]]]]
     """
-    height, width = maps[nearest(scales)].shape[2:]
-    weights = affinity(features, (height, width), exponent)
-    resized = [F.interpolate(each, size=(height, width), mode="bilinear") for each in maps]
+    weights = affinity(features, size, exponent)
+    resized = [F.interpolate(each, size=size, mode="bilinear") for each in maps]
     return [(each.flatten(2) @ weights.transpose(1, 2)).view_as(each) for each in resized]
-
-
-def nearest(scales: Sequence[float]) -> int:
-    """The position of the scale nearest to 1.
-
-    Example:
-        >>> nearest([0.5, 0.75, 1.5])
-        1
-    """
-    return min(range(len(scales)), key=lambda number: abs(math.log(scales[number])))

@@ -183,7 +183,7 @@ class ImageNetSource(AttentionSource):
 
     def features(self, images: Tensor) -> Sequence[Tensor]:
         every = self.classifier.intermediate_features(images)
-        return [each for each in every[:-1] if each.shape[-1] <= -(-images.shape[-1] // 8)]
+        return [each for each in every if each.shape[-1] <= -(-images.shape[-1] // 8)]
 
 
 class ImageNetAndNetwork(AttentionSource):
