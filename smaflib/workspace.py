@@ -75,8 +75,17 @@ class Workspace:
         attention, teacher = self.config.attention, name == "teacher"
         if attention.own_student and not teacher:
             return as_source(self.network(name))
-        network = None if attention.pretrained else self.network(name)
+        network = None if attention.pretrained or self.untrained else self.network(name)
         return make_source(attention, self.samples().class_names, network)
+
+    @property
+    def untrained(self) -> bool:
+        """Whether ImageNet's classifier maps all classes, so that no trained network takes part."""
+        from smaflib.sources.imagenet import match_classes
+
+        attention, names = self.config.attention, self.samples().class_names
+        numbers = match_classes(names, attention.options.class_numbers)
+        return attention.source == "imagenet+classifier" and all(numbers.values())
 
     def segmenter(self) -> SegmentationNetwork:
         """The segmentation network from its checkpoint, in eval mode on the CPU; ConfigError if it cannot be read."""

@@ -38,6 +38,8 @@ from smaflib.workspace import Workspace
 OVERLAY_SIDE = 1024
 """Longest side of an overlay, in pixels."""
 
+NUM_FIRST, USUAL_BG_SCORE = 8, 0.5
+
 BY_A_PERSON = {"labels.csv", "corrections.csv", "corrected"}
 SHOWN = ("masks", "overlays", "overlays_before")
 MADE = ("checkpoints", "cams", "bg_scores", "made", *SHOWN)
@@ -46,8 +48,9 @@ MADE = ("checkpoints", "cams", "bg_scores", "made", *SHOWN)
 def make_masks(config: Config, out: Path, retrain: bool = False) -> Path:
     """Learn from images and image labels, and write a mask for each image. An interrupted call resumes.
 
-    The teacher's masks come first; the student's replace them. A later call makes anew, with the networks that are
-    there, what depends on changed labels and on a person's files (:mod:`smaflib.apps.corrections`).
+    The first :data:`NUM_FIRST` photos come first, then all by the teacher, then by the student; where ImageNet's
+    classifier knows all classes, nothing is trained. A later call makes anew, with the networks that are there, what
+    depends on changed labels and on a person's files (:mod:`smaflib.apps.corrections`).
 
     Args:
         config: of kind ``folder``, such as ``configs/custom.yaml`` with the paths set.
@@ -77,14 +80,18 @@ def make_masks(config: Config, out: Path, retrain: bool = False) -> Path:
             if network == "teacher":
                 train_teacher(work)
             elif not _is_trained(work):
-                print(f"first masks: {files.shown_path(out / 'index.html')}; the network now trains on them")
+                print(f"{files.shown_path(out / 'index.html')}: all masks; the network now trains on them")
                 self_train_rounds(work)
-            _renew(work, record, samples, corrections, corrected, network)
-            write_maps(work, network)
-            write_masks(work, network, "made", own)
-            _write_overlays(work, record, own, network)
-            files.write_json(out / "made.json", record)
-            write_sheet(work, samples, record)
+            for part in [work] if work.path("masks").is_dir() else [_first(work), work]:
+                whole = part is work
+                _renew(part, record, samples, corrections, corrected, network if whole else f"{network} at first")
+                write_maps(part, network)
+                write_masks(part, network, "made", own)
+                _write_overlays(part, record, own, network)
+                files.write_json(out / "made.json", record)
+                write_sheet(part, samples if whole else part.samples(), record)
+                if not whole:
+                    print(f"{files.shown_path(out / 'index.html')}: the first masks")
         if corrected:
             drawn, learned = work.corrected(), len(corrected.keys() & record["learned"]["corrected"].keys())
             scores = evaluate(work.masks(drawn, "made"), drawn.ground_truth or (), drawn.class_names)
@@ -113,7 +120,16 @@ def open_masks(out: Path, config: Config | None = None, retrain: bool = False) -
 
 
 def _is_trained(work: Workspace) -> bool:
-    return is_finished(work.checkpoint("student"), work.config.self_training)
+    return work.untrained or is_finished(work.checkpoint("student"), work.config.self_training)
+
+
+def _first(work: Workspace) -> Workspace:
+    """The first photos alone. Instead of ``bg_score: auto``, which needs the maps of all, they get a usual one."""
+    masks, bg_score = work.config.pseudo_masks, work.config.attention.bg_score
+    if (masks.bg_score or bg_score) == "auto":
+        masks = masks.model_copy(update={"bg_score": USUAL_BG_SCORE})
+    config = work.config.model_copy(update={"pseudo_masks": masks})
+    return replace(work, config=config, leave_out=work.leave_out.union(work.samples().image_ids[NUM_FIRST:]))
 
 
 def _claim(
@@ -125,12 +141,11 @@ def _claim(
         "class_names": list(names),
         "photos": {file.image_id: file.image.stat().st_size for file in samples.files},
         "labels": {name: labels[name] for name in work.samples().image_ids},
-        "corrected": dict(corrected) if config.self_training.refine != "none" else {},
+        "corrected": {} if work.untrained or config.self_training.refine == "none" else dict(corrected),
     }
     record: dict[str, Any] = files.read_json(out / "made.json", {})
     before = record.get("learned", learned)
     changed = config_differences(config, load_config(out / "config.yaml")) if record else []
-    settings = bool(changed)
     if trained:
         changed += [f"class {name}" for name in names if name not in before["class_names"]]
         changed += [f"photo {name}" for name in sorted(dict(before["photos"].items() ^ learned["photos"].items()))]
@@ -139,7 +154,7 @@ def _claim(
             f"{out} was made with other settings, photos or classes: {'; '.join(changed[:5])}; choose another --out, "
             "or give --retrain (in Python retrain=True), which trains anew and keeps what you wrote"
         )
-    if settings or not record or (learned != before and (retrain or not trained)):
+    if changed or not record or (learned != before and (retrain or not trained)):
         for folder in filter(Path.is_dir, map(out.joinpath, MADE)):
             shutil.rmtree(folder)
         files.write_text(out / "config.yaml", dump_config(config))
@@ -189,7 +204,8 @@ def _write_overlays(work: Workspace, record: dict[str, Any], own: Mapping[str, f
     samples, chosen = work.samples(), work.mask_bg_score(network)
     maps, made, final = work.mask_maps(network, samples), work.masks(samples, "made"), work.masks(samples)
     single = [work.mask_maps(network, samples, [scale]) for scale in work.config.attention.scales]
-    teacher, drawn = work.maps("teacher"), {file.image_id: file.mask for file in work.corrected().files}
+    teacher = work.maps("student" if work.untrained else "teacher")
+    drawn = {file.image_id: file.mask for file in work.corrected().files}
     for index, name in enumerate(progress(samples.image_ids, total=len(samples), desc="overlays")):
         path, *overlays = _shown(work.folder, name)
         if not path.is_file():

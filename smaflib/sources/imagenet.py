@@ -49,13 +49,19 @@ motorcycle motorbike: 665 670; mouse computer_mouse: 673; phone cell_phone mobil
 potted_plant pottedplant: 738; refrigerator fridge: 760; sheep: 348 349; snake: 52-68; sofa couch: 831
 spider: 72-77; tie necktie: 451 906; train: 466 547 705 820; truck: 555 569 675 717 864 867; turtle: 33-37
 tv television tvmonitor tv_monitor: 664 851; wine_glass: 572
-giraffe person people man woman skis surfboard sink: -
+person people human man woman child: 399-400 411 433 445 451-452 457 459 474 501 514-515 518 529 560 568 578 601 608 \
+610 614 617 630 638-639 643 652 655 658 667 689 697 715 735 770 774-775 793 796 801 806 808 834 836-837 841-842 869 887 \
+903 906 981-983
+giraffe skis surfboard sink: -
 """.replace("; ", "\n")
     .strip()
     .splitlines()
 )
-"""ImageNet numbers of classes that WordNet's names miss or mistake: a beagle is not called dog, a hot dog is. The last
-ones are shown by no class, whatever its name says."""
+"""ImageNet numbers of classes that WordNet's names miss or mistake: a beagle is not called dog, a hot dog is. A person is
+what people wear (CLIP-ES asks CLIP for a "person with clothes"), a ballplayer, a groom and a diver. The last ones are
+shown by no class, whatever its name says."""
+
+TEMPERATURE = 2.0  #: Of the softmax that weighs classes by how likely an image shows them.
 
 
 @cache
@@ -72,8 +78,8 @@ def match_classes(names: Sequence[str], given: Mapping[str, Sequence[int]] = {})
     none of ``names``, or a number that is not one of the thousand.
 
     Example:
-        >>> match_classes(["Zebras", "wolf", "person"])
-        {'Zebras': (340,), 'wolf': (269, 270, 271, 272), 'person': ()}
+        >>> match_classes(["Zebras", "wolf", "giraffe"])
+        {'Zebras': (340,), 'wolf': (269, 270, 271, 272), 'giraffe': ()}
     """
     wrong = [f"{name}: {n}" for name, numbers in given.items() for n in numbers if not 0 <= n < NUM_CLASSES]
     wrong += [f"{name}: no such class here" for name in given if name not in names]
@@ -161,29 +167,30 @@ class ImageNetSource(AttentionSource):
             row[list(numbers)] = 1
         self.register_buffer("members", table)
 
-    def shares(self, logits: Tensor) -> Tensor:  # (B, 1000) -> (B, K, 1000)
+    def shares(self, logits: Tensor, members: Tensor) -> Tensor:  # (B, 1000), (K, 1000) -> (B, K, 1000)
         """How probable each member of a class is among them, for a whole image; zero for a class without members."""
-        return logits[:, None].masked_fill(self.members == 0, -torch.inf).softmax(dim=2).nan_to_num()
+        return (logits[:, None] / TEMPERATURE).masked_fill(members == 0, -torch.inf).softmax(dim=2).nan_to_num()
 
     def scores(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, K), for gradients
         logits = self.classifier.logits(images)
-        return (self.shares(logits.detach()) * logits[:, None]).sum(dim=2)
+        return (self.shares(logits.detach(), self.members) * logits[:, None]).sum(dim=2)
 
     def attend(self, images: Tensor, classes: Classes) -> Attention:
-        """How much more a cell speaks for a class than for the mean of the thousand.
+        """How much more a cell speaks for a class than for what else the image may show.
 
-        A class is the mean of its members, weighted by :meth:`shares`. Means come before the cells: K maps, not 1000.
+        A class is the mean of its members, what else that of all others, weighted by :meth:`shares`. Means come before
+        the cells: K maps, not 1000.
         """
         cells, weight, bias = self.classifier.cells(images).float(), self.classifier.weight, self.classifier.bias
-        shares = self.shares(cells.mean(dim=(2, 3)) @ weight.T + bias)
-        weights = shares @ weight - weight.mean(dim=0)  # (B, K, C)
-        maps = weights @ cells.flatten(2) + (shares @ bias - bias.mean())[..., None]
+        logits = cells.mean(dim=(2, 3)) @ weight.T + bias
+        contrast = self.shares(logits, self.members) - self.shares(logits, 1 - self.members)  # (B, K, 1000)
+        maps = (contrast @ weight) @ cells.flatten(2) + (contrast @ bias)[..., None]
         maps = maps.relu() * self.members.any(dim=1)[:, None]
         return Attention(maps.view(*maps.shape[:2], *cells.shape[2:]))
 
     def features(self, images: Tensor) -> Sequence[Tensor]:
         every = self.classifier.intermediate_features(images)
-        return [each for each in every if each.shape[-1] <= -(-images.shape[-1] // 8)]
+        return [each for each in every if each.shape[-1] <= -(-images.shape[-1] // 4)]  # from stride 4 on
 
 
 class ImageNetAndNetwork(AttentionSource):
