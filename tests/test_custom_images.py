@@ -12,6 +12,7 @@ from helpers import TRAINING, network_references
 from PIL import Image
 from typer.testing import CliRunner
 
+from smaflib.apps import masks
 from smaflib.apps.cli import app
 from smaflib.apps.masks import make_masks
 from smaflib.config import Config, check_settings
@@ -130,6 +131,33 @@ def test_training_that_was_not_finished_begins_again_with_changed_labels(
         teachers.append((out / "checkpoints/teacher.safetensors").stat().st_mtime_ns)
     assert teachers[0] != teachers[1] == teachers[2]
     assert (out / "labels.csv").read_text() == "of a person"
+
+
+def test_nothing_is_trained_where_imagenet_knows_all_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, sheets, write_sheet = Mock(side_effect=RuntimeError), [], masks.write_sheet
+    monkeypatch.setattr(masks, "train_teacher", train)
+    monkeypatch.setattr(masks, "write_sheet", lambda *call: (sheets.append(call[1].image_ids), write_sheet(*call)))
+    numbers = {name: [*range(first, 1000, 2)] for first, name in enumerate(COLORS)}
+    attention = {"source": "imagenet+classifier", "options": {"class_numbers": numbers}, "scales": [1.0, 2.0]}
+    rows = draw_photos(tmp_path / "photos", 4)
+    data = {"kind": "folder", "images": tmp_path / "photos", "labels": write_table(tmp_path / "labels.csv", rows)}
+    config = check_settings(SETTINGS | {"data": data, "attention": attention | {"bg_score": "auto"}})
+    made = {}
+    for first in (2, 4):  # first masks, which the whole folder's replace
+        monkeypatch.setattr(masks, "NUM_FIRST", first)
+        make_masks(config, out := tmp_path / f"out{first}")
+        made[first] = {path.relative_to(out): path.read_bytes() for path in out.rglob("*.*") if path.suffix != ".lock"}
+    assert made[2] == made[4] and not (out / "checkpoints").exists()
+    assert [len(ids) for ids in sheets] == [2, 4, 4, 4]
+
+    write_table(tmp_path / "labels.csv", [("0.png", "red;blue"), *rows[1:]])
+    times = {path: path.stat().st_mtime_ns for path in (out / "masks").iterdir()}
+    make_masks(config, out)
+    assert [path.name for path, time in times.items() if path.stat().st_mtime_ns != time] == ["0.png"]
+    write_table(tmp_path / "labels.csv", [("0.png", "unicorn"), *rows[1:]])
+    with pytest.raises(RuntimeError):
+        make_masks(config, out)
+    assert train.call_count == 1
 
 
 def test_bad_photos_leave_nothing_behind(config: Config, tmp_path: Path) -> None:

@@ -15,7 +15,10 @@ from smaflib.data.voc import find_images, list_files, open_image
 from smaflib.errors import DataError
 from smaflib.files import SHIPPED, shown_path, write_text
 from smaflib.runtime import make_runtime, progress
-from smaflib.sources.imagenet import KINDS, LIKELY, NUM_CLASSES, ImageNetClassifier, match_classes, synonyms
+from smaflib.sources.imagenet import KINDS, NUM_CLASSES, ImageNetClassifier, match_classes, synonyms
+
+PROBABLE = 0.05
+"""Probability from which a label is drafted; chosen by benchmarks/drafts.py."""
 
 
 def coarse_names() -> dict[str, list[int]]:
@@ -48,7 +51,7 @@ def write_label_table(config: Config) -> str:
     """Write ``data.labels`` for the photos in ``data.images``, unless it is there; returns a sentence on its origin.
 
     A subfolder's name is the label of its photos; photos beside subfolders have none. Without subfolders, labels are
-    the names, those of ``data.class_names`` if it has any, whose probability is at least LIKELY (benchmarks/drafts.py).
+    the names, those of ``data.class_names`` if it has any, whose probability is at least :data:`PROBABLE`.
     DataError if there is no photo, one cannot be read or two would share a mask; nothing is written.
     """
     folder, table = config.data.images, config.data.labels
@@ -62,7 +65,7 @@ def write_label_table(config: Config) -> str:
     rows = [{"image": photo, "labels": photo.rpartition("/")[0]} for photo in photos]
     origin = "are the names of the subfolders; photos beside these show none of them."
     if not any(row["labels"] for row in rows):
-        origin = "are drafts from ImageNet, which has no person: correct the table and give the same command again."
+        origin = "are drafts from ImageNet's classifier: correct the table and give the same command again."
         make_runtime(config)  # sets torch's threads
         wanted = config.data.class_names
         network, names = ImageNetClassifier(), match_classes(wanted) if wanted else coarse_names()
@@ -70,7 +73,7 @@ def write_label_table(config: Config) -> str:
             found = network.probabilities(open_image(folder / row["image"]))
             scores = {name: float(found[[*numbers]].sum()) for name, numbers in names.items()}
             likeliest = sorted(scores, key=lambda name: -scores[name])[:5]
-            row["labels"] = ";".join(name for name in likeliest if scores[name] >= LIKELY)
+            row["labels"] = ";".join(name for name in likeliest if scores[name] >= PROBABLE)
             row["scores"] = ";".join(f"{name} {scores[name]:.2f}" for name in likeliest)
     write_text(table, pd.DataFrame(rows).to_csv(index=False))
     return f"The labels in {shown_path(table)} {origin}"
