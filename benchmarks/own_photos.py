@@ -9,7 +9,8 @@ PHOTOS is a folder in VOC's layout: ``JPEGImages``, ``SegmentationClass`` with V
 of about 40 photos stands for one user's folder: its classes are the names in its labels, its masks serve evaluation
 only. ``choose`` compares recipes, each a name, a colon and settings, on :data:`FOLDS` folds. ``final`` evaluates on
 :data:`HELD_OUT` folds whose photos ``choose`` never sees; photos in ``--tuned TABLE`` are never held out. ``curve``
-evaluates on folders of 5 to 200 photos. A recipe named ``teacher ...`` trains no student. Results go to
+evaluates on folders of 5 to 200 photos. A recipe named ``teacher ...`` trains no student; where ImageNet's classifier
+knows all classes, no recipe trains, and the student's numbers are those of its maps. Results go to
 results/own_photos.json, a record per recipe and fold; existing records are not computed again.
 """
 
@@ -100,16 +101,17 @@ def make_folder(photos: Path, rows: Sequence[dict[str, str]], folder: Path) -> l
 
 
 def measure(name: str, settings: Sequence[str], data: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Train by a recipe on one fold and evaluate teacher and student."""
+    """Train by a recipe on one fold, where it trains, and evaluate teacher and student."""
     work = Workspace(folder, load_config(PRESET, [*data, *settings]))
     samples = work.samples().annotated
     begun = time.monotonic()
-    train_teacher(work)
-    write_maps(work, "teacher")
-    networks = ["teacher"]
-    if not name.startswith("teacher"):
+    networks = ["teacher"] if name.startswith("teacher") else ["student"] if work.untrained else [*NETWORKS]
+    if "teacher" in networks:
+        train_teacher(work)
+    if networks == [*NETWORKS]:
+        write_maps(work, "teacher")
         self_train_rounds(work)
-        networks.append("student")
+    write_maps(work, networks[-1])
     seconds = round(time.monotonic() - begun)
     return {"seconds": seconds} | {network: score(work, network, samples) for network in networks}
 
