@@ -1,9 +1,10 @@
 """Kill ``smaf masks`` at random moments, correct something in between; in the end the bytes of an undisturbed run.
 
-    python -m benchmarks.kill_masks --kills 15
+    python -m benchmarks.kill_masks --kills 15 [--set KEY=VALUE ...]
 
 Twelve drawn images; half of the kills fall into the training, half into the call after labels and thresholds were
-corrected. Ends with status 1 at the first difference.
+corrected. With numbers for all names (``attention.options.class_numbers``) nothing is trained. Ends with status 1 at
+the first difference.
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ def hashes(out: Path) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=15)
-    kills, chance = parser.parse_args().kills, random.Random(0)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", dest="settings")
+    given, chance = parser.parse_args(), random.Random(0)
+    kills = given.kills
+    SETTINGS.extend(given.settings)
     with tempfile.TemporaryDirectory() as name:
         data, found, seconds = Path(name) / "data", [], [0.0, 0.0]
         make_mini(data, 12, 1, size=96)
