@@ -41,7 +41,7 @@ def test_every_control_sets_the_numbers_and_reset_undoes_it(explorer: Explorer) 
         "denoise": (False, {"denoise": False}),
         "reactivate": (False, {"reactivate": False}),
         "class_number": (4, {"class_number": 4}),
-        "image_label": ((0, 5), {"image_label": (0, 5)}),
+        "image_label": (["plant", "llama"], {"image_label": (0, 5)}),
         "flip": (False, {}),
         "role": ("student", {}),
         "crf": (True, {"crf": explorer.gallery.config.pseudo_masks.crf}),
@@ -109,7 +109,7 @@ def test_photos_go_to_imagenets_network_and_their_label_can_be_corrected(explore
     assert "first.png: the network predicts" in explorer.board.status["text"]
     upload(explorer, "second.png", picture(1))  # the same gallery takes it
     assert explorer.board.index == 1 and len(explorer.board.images) == 2
-    explorer.controls["image_label"].value = (1,)
+    explorer.controls["image_label"].value = [explorer.gallery.names(1)[1]]
     assert set(explorer.exploration.mask.unique().tolist()) <= {0, 2} and not explorer.board.status["text"]
     explorer.controls["reset"].click()
     explorer.tabs.value = 0
@@ -124,7 +124,7 @@ def test_photos_are_the_first_tab_and_the_drawn_set_the_second(photos: PhotoGall
     view = explorer.board.view
     assert view["likeliest"][0][0] == "Egyptian cat" and view["truth"] is None and "search" in explorer.controls
     explorer.controls["next"].click()
-    offered = [name for name, _ in explorer.controls["image_label"].options]
+    offered = explorer.controls["image_label"].allowed_tags
     assert offered == list(photos.names(1)) == explorer.board.view["class_names"] and offered[0] == "espresso"
     explorer.tabs.value = 1
     assert "controlled experiment" in explorer._about.value and explorer.board.view["curve"] is not None

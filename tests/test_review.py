@@ -84,15 +84,33 @@ def test_key_counts_for_the_photo_that_was_shown_when_it_was_pressed(out: Path) 
 def test_changed_label_is_written_into_its_row_alone(out: Path) -> None:
     review = Review(out)
     review._go(ids(review).index("3"))
-    review.controls["image_label"].value = (0, 1)
+    review.controls["image_label"].value = ["red", "blue"]
     assert float(review.gallery.explore(review.board.index, "student", review.settings).denoised[1].max()) > 0
     review.decide("Enter")
     assert (out.parent / "labels.csv").read_text() == TABLE.replace("3.png,blue", "3.png,blue;red")
     review._go(ids(review).index("3"))
     assert review.settings.image_label == (0, 1)
-    review.controls["image_label"].value = (1,)
+    review.controls["image_label"].value = ["red"]
     review.decide("Delete")  # what is left out needs no label
     assert "3.png,blue;red\n" in (out.parent / "labels.csv").read_text()
+
+
+def test_new_name_becomes_a_label_without_a_mask_until_the_networks_learn_it(out: Path) -> None:
+    review = Review(out)
+    review._go(ids(review).index("3"))
+    chips = review.controls["image_label"]
+    chips.value = ["blue", "a;b"]
+    review.board._handle_custom_msg(["Enter", review.board.index], [])
+    assert review.board.status["kind"] == "error" and "'a;b' is unusable" in review.board.status["text"]
+    chips.value = ["blue", "amber"]  # sorted it would be the first: the numbers of the others stay
+    review.decide("Enter")
+    assert review.board.status["text"].endswith("a new class (amber) needs make_masks(..., retrain=True)")
+    assert (out.parent / "labels.csv").read_text() == TABLE.replace("3.png,blue", "3.png,blue;amber")
+    for again in (review, Review(out)):
+        again._go(ids(again).index("3"))
+        assert again.controls["image_label"].value == ["blue", "amber"] and again.settings.image_label == (0, 2)
+        assert again.exploration.mask.tolist() == read_mask(out / "masks" / "3.png").tolist()
+        assert "amber" in again.board.view["class_names"] and again.controls["image_label"].allowed_tags == []
 
 
 def test_next_call_applies_all_decisions(out: Path) -> None:
@@ -105,7 +123,7 @@ def test_next_call_applies_all_decisions(out: Path) -> None:
         review.decide(key)
 
     before = {path.stem: read_mask(path) for path in (out / "masks").glob("*.png")}
-    decide("1", "Enter", image_label=(1,))
+    decide("1", "Enter", image_label=["red"])
     decide("2", "Enter", bg_score=0.95)
     decide("4", "Delete")
     decide("0", "Enter")

@@ -109,9 +109,10 @@ def check_out(out: Path) -> None:
 
 def open_masks(out: Path, config: Config | None = None, retrain: bool = False) -> Workspace:
     """The folder of :func:`make_masks`: without the photos left out, and with the classes that its networks know."""
+    keep = config is None or any(out.glob("corrected/*.png"))
     config, known = config or load_config(out / "config.yaml"), files.read_json(out / "made.json", {})
     work, names = Workspace(out, config), known.get("learned", {}).get("class_names", [])
-    keep = any(out.glob("corrected/*.png")) or (_is_trained(work) and not retrain)
+    keep = keep or (_is_trained(work) and not retrain)
     if keep and names and not config.data.class_names:  # new ones come last: the values in masks stay
         names = (*names, *(name for name in work.samples().class_names if name not in names))
         config = config.model_copy(update={"data": config.data.model_copy(update={"class_names": names})})

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
+import torch.nn.functional as F
 
+from smaflib import files
 from smaflib.apps.corrections import read_corrections, write_correction
 from smaflib.apps.masks import open_masks
-from smaflib.data.labels import image_stem, write_labels
+from smaflib.config import load_config
+from smaflib.data.labels import check_class_names, image_stem, write_labels
 from smaflib.explorer.state import Gallery, Settings
 from smaflib.explorer.widget import Explorer
 
@@ -32,7 +36,17 @@ class MaskGallery(Gallery):
         images = [samples[samples.image_ids.index(name)] for name in ids]
         maps = {"student": self.work.maps("student")}
         super().__init__(images, samples.class_names, self.work.config, {}, maps, self.work.mask_bg_score(), out.name)
-        self.knows_photos = False
+        self.allowed = [*load_config(out / "config.yaml").data.class_names]  # labels; if empty, all
+        self.made: list[str] = files.read_json(out / "made.json", {})["learned"]["class_names"]
+
+    def numbers(self, index: int, names: Sequence[str]) -> tuple[int, ...]:
+        check_class_names(names)
+        self.class_names = tuple(dict.fromkeys([*self.class_names, *names]))  # a new one becomes a class
+        return super().numbers(index, names)
+
+    def cams(self, index: int, role: str, flip: bool) -> list[Any]:
+        missing = len(self.class_names) - len(self.made)  # a new class has no map
+        return [F.pad(cam, (0, 0, 0, 0, 0, missing)) for cam in super().cams(index, role, flip)]
 
     def first_settings(self, index: int) -> Settings:
         correction = self.decided.get(self.samples[index].image_id)
@@ -71,6 +85,7 @@ class Review(Explorer):
         image_id = gallery.samples[index].image_id
         with self._without_redraw():
             self.controls["bg_score"].value = gallery.first_settings(index).bg_score
+            self.controls["image_label"].allowed_tags = gallery.allowed
         self.doubt.value = html.escape(" · ".join([image_id, *gallery.doubts.get(image_id, [])]))
 
     def decide(self, key: str) -> None:
@@ -81,7 +96,7 @@ class Review(Explorer):
         if key == "Enter" and settings.image_label != gallery.first_settings(index).image_label:
             names = [gallery.class_names[number] for number in settings.image_label]
             write_labels(gallery.config.data.labels, sample.image_id, names)
-            label = sample.image_label.new_zeros(len(sample.image_label))
+            label = sample.image_label.new_zeros(len(gallery.class_names))
             label[list(settings.image_label)] = 1
             gallery.samples[index] = replace(sample, image_label=label)
         # The slider rounds; a threshold that was not moved stays the one for all photos.
@@ -90,4 +105,7 @@ class Review(Explorer):
         gallery.decided = read_corrections(self.out)
         reviewed = sum(each.image_id in gallery.decided for each in gallery.samples)
         done = f"{sample.image_id}: {'accepted' if key == 'Enter' else 'left out'}"
-        self._go(index + 1, f"{done}; {reviewed} of {len(gallery.samples)} reviewed")
+        new = [name for name in self.controls["image_label"].value if key == "Enter" and name not in gallery.made]
+        trained = (self.out / "checkpoints").is_dir()
+        learn = f"; a new class ({', '.join(new)}) needs make_masks(..., retrain=True)" if new and trained else ""
+        self._go(index + 1, f"{done}; {reviewed} of {len(gallery.samples)} reviewed{learn}")

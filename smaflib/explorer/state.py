@@ -233,6 +233,10 @@ class Gallery:
     def names(self, index: int) -> tuple[str, ...]:
         return self.class_names
 
+    def numbers(self, index: int, names: Sequence[str]) -> tuple[int, ...]:
+        """Class numbers of an image label, ascending."""
+        return tuple(sorted(map(self.names(index).index, names)))
+
     def probabilities(self, index: int) -> list[tuple[str, float]]:
         """Name and probability of an image's likeliest classes, where the network knows probabilities."""
         return []
@@ -305,7 +309,8 @@ class PhotoGallery(Gallery):
         return len(self.samples) - 1
 
     def names(self, index: int) -> tuple[str, ...]:
-        return tuple(self.class_names[number] for number in self._recognise(index))
+        names = [self.class_names[number] for number in self._recognise(index)]
+        return tuple(f"{name} 2" if name in names[:n] else name for n, name in enumerate(names))  # two are maillots
 
     def probabilities(self, index: int) -> list[tuple[str, float]]:
         likeliest = self._recognise(index)[:LIKELIEST_CLASSES]

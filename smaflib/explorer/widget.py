@@ -109,7 +109,7 @@ class Explorer(widgets.GridBox):  # type: ignore[misc]
         crf = masks.crf.model_copy(update={name: value[name] for name in CRF_RANGES})
         return Settings(
             **{name: value[name] for name in ("class_number", "fusion", "bg_score", "denoise", "reactivate")},
-            image_label=tuple(sorted(value["image_label"])),
+            image_label=self.gallery.numbers(self.board.index, value["image_label"]),
             weights=tuple(value[f"weight_{i}"] if value[f"scale_{i}"] else 0.0 for i in numbers),
             crf=crf if value["crf"] else None,
             min_part=masks.min_part,
@@ -180,11 +180,12 @@ class Explorer(widgets.GridBox):  # type: ignore[misc]
         with self._without_redraw():
             self.board.index = index
             self.board.pixel, self.board.reading = [], {}
-            offered = [(name, number) for number, name in enumerate(self.gallery.names(index))]
+            names = controls["image_label"].allowed_tags = [*self.gallery.names(index)]
+            offered = [(name, number) for number, name in enumerate(names)]
             keep_class = keep_class and list(controls["class_number"].options) == offered
-            for name in () if keep_class else ("class_number", "image_label"):
-                controls[name].options = offered
-            controls["image_label"].value = first.image_label
+            if not keep_class:
+                controls["class_number"].options = offered
+            controls["image_label"].value = [names[number] for number in first.image_label]
             if not (keep_class and controls["class_number"].value in first.image_label):
                 controls["class_number"].value = first.class_number
             flips = self.gallery.flips(self.role)
@@ -227,7 +228,7 @@ class Explorer(widgets.GridBox):  # type: ignore[misc]
         self._open(index)
         with self._without_redraw():
             self.controls["search"].value = ""
-            self.controls["image_label"].value = tuple({*label, number})
+            self.controls["image_label"].value = list(dict.fromkeys([*label, self.gallery.names(index)[number]]))
             self.controls["class_number"].value = number
         self._draw()
 
@@ -354,7 +355,7 @@ def _make_controls(gallery: Gallery) -> dict[str, Any]:
             options=searched, placeholder="any of 1000 names", continuous_update=False, **look("search")
         ),
         "class_number": widgets.Dropdown(options=classes, **look("class")),
-        "image_label": widgets.SelectMultiple(options=classes, rows=min(6, len(classes)), **look("image label")),
+        "image_label": widgets.TagsInput(allow_duplicates=False, placeholder="add a name", layout={"width": "200px"}),
         "role": widgets.Dropdown(options=roles, **look("stage")),
         "flip": box(gallery.config.attention.flip, "flip"),
         "fusion": widgets.Dropdown(options=fusion_rules(first.fusion), value=first.fusion, **look("fusion rule")),
@@ -385,7 +386,7 @@ def _arrange(controls: dict[str, Any], gallery: Gallery) -> list[Any]:
     head = widgets.HTML("<h3>scales and weights</h3>")
     parts = [row("previous", "next", "reset"), row("upload", "page"), controls["class_number"]]
     parts += [controls["search"]] if isinstance(gallery, PhotoGallery) else []
-    parts += [controls["image_label"], controls["role"], head]
+    parts += [widgets.HBox([widgets.Label("image label"), controls["image_label"]]), controls["role"], head]
     parts += [row(f"scale_{i}", f"weight_{i}") for i in range(len(gallery.scales))]
     parts += [controls["fusion"], controls["bg_score"], row("flip", "denoise", "reactivate"), row("crf"), crf]
     return [*parts, controls["opacity"]]

@@ -23,6 +23,7 @@ from smaflib.explorer.state import LIKELIEST_CLASSES, PHOTOS, Exploration, Galle
 
 FIRST = 2  # the drawn image that the tests begin with
 AWAIT_SECONDS = 20.0
+CHIPS, SEARCH = "div.jupyter-widget-tag", "input[list]:not(.jupyter-widget-taginput)"
 
 
 class Lab:
@@ -34,6 +35,7 @@ class Lab:
         self.board = BoardPage(self.root.locator(".smaf-board"))
         self.gallery = Gallery.pretrained(8)
         self.index = FIRST
+        self.field = self.root.locator(".jupyter-widget-taginput")
         self.settings = self.gallery.first_settings(FIRST)
 
     def expected(self) -> Exploration:
@@ -63,7 +65,17 @@ class Lab:
         self.root.get_by_role("button", name=title, exact=True).click()
         expect(self.board.root.locator(".smaf-strip button")).to_have_count(num_images)
         wanted = 1 if title == "photos" else 0
-        expect(self.root.locator("input[list]")).to_have_count(wanted)
+        expect(self.root.locator(SEARCH)).to_have_count(wanted)
+
+    def chips(self) -> list[str]:
+        return self.root.locator(CHIPS).all_inner_texts()
+
+    def add_chip(self, name: str) -> None:
+        self.field.fill(name)
+        self.field.press("Enter")
+
+    def remove_chip(self, name: str) -> None:
+        self.root.locator(CHIPS, has_text=name).locator("i").click()
 
     def _named(self, kind: str, text: str) -> Locator:
         label = self.page.locator(".widget-label", has_text=re.compile(f"^{text}$"))
@@ -92,8 +104,14 @@ def test_controls_change_picture_and_numbers(lab_page: Lab) -> None:
     last = weights.nth(3).locator(".noUi-handle")
     lab.change("fused", lambda: last.press("ArrowLeft"), weights=(0.0, 1.0, 1.0, 0.9))
     lab.change("scale 1", lambda: lab.menu("class").select_option("crane"), class_number=2)
-    labels = lab.root.locator(".widget-select-multiple select")
-    lab.change("mask", lambda: labels.select_option(["llama", "ram", "crane"]), image_label=(0, 1, 2))
+    assert lab.chips() == ["llama", "crane"]
+    lab.change("mask", lambda: lab.add_chip("ram"), image_label=(0, 1, 2))
+    lab.change("mask", lambda: lab.remove_chip("crane"), image_label=(0, 1))
+    lab.add_chip("unicorn")  # no class of these images
+    expect(lab.field).to_have_value("unicorn")
+    lab.field.fill("")
+    lab.change("mask", lambda: lab.add_chip("crane"), image_label=(0, 1, 2))
+    assert lab.chips() == ["llama", "ram", "crane"]
 
 
 def test_crf_follows_when_nothing_moves(lab_page: Lab) -> None:
@@ -162,12 +180,12 @@ def test_photos_are_the_first_tab_with_search_and_a_crf(lab_page: Lab, lab_work:
     lab.box("CRF").click()
     expect(note).to_have_text("no CRF")
 
-    search = lab.root.locator("input[list]")
+    search = lab.root.locator(SEARCH)
     search.fill("lens cap")
     lab.board.after(lambda: search.press("Enter"))
     expect(board.locator('figure[data-key="scale 1"]')).not_to_have_class(re.compile("smaf-off"))
     expect(lab.menu("class").locator("option:checked")).to_have_text("lens cap")
-    expect(lab.root.locator("select[multiple] option:checked")).to_have_text(["Egyptian cat", "lens cap"])
+    expect(lab.root.locator(CHIPS)).to_have_text(["Egyptian cat", "lens cap"])
 
     lab.root.get_by_role("button", name="save as page").click()
     expect(board.locator(".smaf-status")).to_contain_text("explorer_photos.html")
@@ -200,7 +218,7 @@ def test_custom_image_and_a_file_that_is_none(lab_page: Lab, tmp_path: Path) -> 
     # JupyterLab swaps the controls for those of the other network on its own time.
     expect(lab.board.root.locator(".smaf-iou")).to_contain_text("No ground truth")
     expect(lab.board.root.locator(".smaf-strip button")).to_have_count(len(PHOTOS) + 1)  # it has joined the photos
-    expect(lab.root.locator("select[multiple] option")).to_have_count(LIKELIEST_CLASSES)
+    expect(lab.root.locator(".jupyter-widget-tagsinput option")).to_have_count(LIKELIEST_CLASSES)
 
 
 def test_at_1280_pixels_panels_are_large_with_one_pixel_beside_them_and_a_click_enlarges_one(lab_page: Lab) -> None:

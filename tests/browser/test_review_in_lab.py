@@ -57,6 +57,30 @@ def test_enter_accepts_delete_leaves_out_and_both_show_the_next_photo(review: Lo
     assert [*read_corrections(out)] == [*ids[:2], ids[3]]
 
 
+def test_chips_go_into_the_table_when_they_are_accepted_and_enter_in_their_field_accepts_nothing(
+    review: Locator, out: Path
+) -> None:
+    photos, chips = review.locator(".smaf-strip button"), review.locator("div.jupyter-widget-tag")
+    field, decided = review.locator(".jupyter-widget-taginput"), read_corrections(out)
+    review.locator(".smaf-panels").press("PageUp")
+    shown = [each.get_attribute("title") or "" for each in photos.all()]
+    (present,) = [n for n, each in enumerate(photos.all()) if each.get_attribute("aria-pressed") == "true"]
+    before = chips.all_inner_texts()
+    assert before in (["red"], ["blue"])
+    expect(review.locator(".jupyter-widget-tagsinput option")).to_have_count(2)
+    field.fill("kayak")
+    field.press("Enter")
+    expect(chips).to_have_text([*before, "kayak"])
+    field.press("Enter")  # with nothing in it
+    chips.nth(0).locator("i").click()
+    expect(chips).to_have_text(["kayak"])
+    expect(review.locator(".jupyter-widget-tagsinput option")).to_have_count(3)
+    assert read_corrections(out) == decided and "kayak" not in (out.parent / "labels.csv").read_text()
+    review.get_by_role("button", name="accept").click()
+    expect(review.locator(".smaf-status")).to_contain_text("a new class (kayak) needs make_masks(..., retrain=True)")
+    assert f"{shown[present]}.png,kayak\n" in (out.parent / "labels.csv").read_text()
+
+
 def test_a_strip_of_many_photos_is_low_and_shows_the_present_one(review: Locator) -> None:
     strip, panels = review.locator(".smaf-strip"), review.locator(".smaf-panels")
     strip.evaluate("it => { it.style.width = '60px'; }")  # a row per photo: 54 pixels, 6 between, 5 at both ends

@@ -14,7 +14,6 @@ export default {
       decide: (key) => model.send([key, model.get("index")]),
       image: (index) => { if (index >= 0 && index < model.get("images").length) tell("index", index); },
     });
-    let shown; // the class to which the image label has scrolled
     const lut = bytes(model.get("lut"));
     const show = {
       images: () => board.setImages(model.get("images"), model.get("index")),
@@ -29,16 +28,24 @@ export default {
         const view = model.get("view"), decoded = { maps: view.maps?.map(bytes) };
         for (const name of ["image", "truth", "fused", "target", "mask"]) decoded[name] = bytes(view[name]);
         if (view.maps) board.setView({ ...view, ...decoded });
-        const option = root.closest(".smaf-explorer")?.querySelectorAll("select[multiple] option")[view.class_number];
-        if (option && option.text !== shown) option.parentElement.scrollTop = option.offsetTop - option.parentElement.offsetTop;
-        shown = option?.text;
+        // A review takes any name; it offers those of the classes.
+        const offered = root.closest(".smaf-explorer")?.querySelector(".jupyter-widget-tagsinput datalist");
+        offered?.replaceChildren(...(view.class_names ?? []).map((name) => new Option(name, name)));
       },
     };
+    // Chromium fires no change when Enter is pressed in the field of the chips, so that ipywidgets would not add one.
+    const enter = ({ key, target }) => {
+      if (key === "Enter" && target.matches(".smaf-explorer .jupyter-widget-taginput")) target.dispatchEvent(new Event("change"));
+    };
+    document.addEventListener("keyup", enter);
     const heard = { images: ["images", "index"], status: ["status"], look: ["opacity"], reading: ["reading"], view: ["view"] };
     for (const [what, names] of Object.entries(heard)) {
       for (const name of names) model.on(`change:${name}`, show[what]);
       show[what]();
     }
-    return () => { for (const [what, names] of Object.entries(heard)) names.forEach((name) => model.off(`change:${name}`, show[what])); };
+    return () => {
+      document.removeEventListener("keyup", enter);
+      for (const [what, names] of Object.entries(heard)) names.forEach((name) => model.off(`change:${name}`, show[what]));
+    };
   },
 };
