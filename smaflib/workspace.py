@@ -81,11 +81,12 @@ class Workspace:
     @property
     def untrained(self) -> bool:
         """Whether ImageNet's classifier maps all classes, so that no trained network takes part."""
+        attention = self.config.attention
+        if attention.source != "imagenet+classifier":
+            return False
         from smaflib.sources.imagenet import match_classes
 
-        attention, names = self.config.attention, self.samples().class_names
-        numbers = match_classes(names, attention.options.class_numbers)
-        return attention.source == "imagenet+classifier" and all(numbers.values())
+        return all(match_classes(self.samples().class_names, attention.options.class_numbers).values())
 
     def segmenter(self) -> SegmentationNetwork:
         """The segmentation network from its checkpoint, in eval mode on the CPU; ConfigError if it cannot be read."""

@@ -49,17 +49,17 @@ motorcycle motorbike: 665 670; mouse computer_mouse: 673; phone cell_phone mobil
 potted_plant pottedplant: 738; refrigerator fridge: 760; sheep: 348 349; snake: 52-68; sofa couch: 831
 spider: 72-77; tie necktie: 451 906; train: 466 547 705 820; truck: 555 569 675 717 864 867; turtle: 33-37
 tv television tvmonitor tv_monitor: 664 851; wine_glass: 572
-person people human man woman child: 399-400 411 433 445 451-452 457 459 474 501 514-515 518 529 560 568 578 601 608 \
-610 614 617 630 638-639 643 652 655 658 667 689 697 715 735 770 774-775 793 796 801 806 808 834 836-837 841-842 869 887 \
-903 906 981-983
+person people human man woman child: 399-400 411 433 445 451-452 457 459 474 501 514-515 518 529 560 568 578 601 \
+608 610 614 617 630 638-639 643 652 655 658 667 689 697 715 735 770 774-775 793 796 801 806 808 834 836-837 841-842 \
+869 887 903 906 981-983
 giraffe skis surfboard sink: -
 """.replace("; ", "\n")
     .strip()
     .splitlines()
 )
-"""ImageNet numbers of classes that WordNet's names miss or mistake: a beagle is not called dog, a hot dog is. A person is
-what people wear (CLIP-ES asks CLIP for a "person with clothes"), a ballplayer, a groom and a diver. The last ones are
-shown by no class, whatever its name says."""
+"""ImageNet numbers of classes that WordNet's names miss or mistake: a beagle is not called dog, a hot dog is. A person
+is what people wear (CLIP-ES asks CLIP for a "person with clothes"), a ballplayer, a groom and a diver. The last ones
+are shown by no class, whatever its name says."""
 
 TEMPERATURE = 2.0  #: Of the softmax that weighs classes by how likely an image shows them.
 
