@@ -70,7 +70,6 @@ def run(
     config: ConfigFile,
     name: Name = None,
     settings: Settings = None,
-    from_stage: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Rerun from this stage on.")] = None,
     until_stage: Until = None,
     reuse: Annotated[
         list[str] | None, typer.Option(help="Reuse stages of this run if inputs match; repeatable.")
@@ -86,7 +85,7 @@ def run(
     from smaflib.runs.runner import run_notebooks
 
     folder = notebooks.absolute() if notebooks else SHIPPED / "notebooks"
-    run_notebooks(config, name, settings or [], from_stage, until_stage, folder, runs, reuse or [], keep_stale)
+    run_notebooks(config, name, settings or [], until_stage, folder, runs, reuse or [], keep_stale)
 
 
 @app.command()

@@ -6,9 +6,7 @@ ipykernel ends by itself when its parent is killed, and the workers of :mod:`sma
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -28,7 +26,6 @@ class NotebookKernel:
     def __init__(self, title: str) -> None:
         self.title = title
         self.last_words: list[str] = []  # what a kernel that crashed wrote to its log
-        self.peak_memory_mb: int | None = None  # most memory that the kernel has held, on Linux
         self._pid: int | None = None
 
     def execute(self, notebook: Path, target: Path, parameters: dict[str, Any], cwd: Path) -> NotebookNode:
@@ -48,7 +45,6 @@ class NotebookKernel:
                     cwd=cwd,
                     progress_bar=bar if sys.stderr.isatty() else False,
                     kernel_manager_class=self._manager_class(folder),
-                    on_cell_complete=self._note_memory,
                     store_widget_state=False,
                     coalesce_streams=True,
                     shutdown_kernel="immediate",  # tearing a kernel down takes two seconds
@@ -75,7 +71,7 @@ class NotebookKernel:
 
         kernel, log = self, Path(folder, "log")
         log.touch()
-        command = [sys.executable, "-m", "smaflib.runs.kernel", "-f", "{connection_file}"]
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         spec = KernelSpec(argv=command, display_name="Python 3", language="python", env=_environment(folder))
         # Sockets in a folder of this user: other users could listen to ports. The system limits their paths.
         transport = "ipc" if os.name == "posix" and len(os.fsencode(folder)) < 80 else "tcp"
@@ -95,11 +91,6 @@ class NotebookKernel:
             start_kernel = _async_start_kernel
 
         return ThisInterpreter
-
-    def _note_memory(self, **_: object) -> None:
-        with contextlib.suppress(OSError):
-            peak = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{self._pid}/status").read_text())
-            self.peak_memory_mb = round(int(peak[1]) / 1024) if peak else None
 
 
 def _environment(folder: str) -> dict[str, str]:
@@ -124,10 +115,3 @@ def _terminal() -> str:
         name = os.ttyname(sys.stderr.fileno())
         return name if os.access(name, os.W_OK) else os.devnull
     return os.devnull
-
-
-if __name__ == "__main__":
-    from ipykernel.kernelapp import launch_new_instance
-
-    faulthandler.enable(os.dup(2), all_threads=False)  # ipykernel replaces 2 by a pipe that dies with it
-    launch_new_instance()
