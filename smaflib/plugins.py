@@ -4,8 +4,6 @@ Reading a config imports none of it. What a fusion rule, a source of maps, a bac
 do is in docs/extend.md; :func:`smaflib.pipeline.check_custom` tries them before a run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import os
@@ -34,19 +32,16 @@ def search_in(*folders: Path) -> None:
 
 
 def load_custom(name: str) -> Callable[..., Any]:
-    """Import what a name such as ``my_rules:softmax_sum`` stands for; ConfigError if it cannot be called.
+    """Import what a name such as ``my_rules:softmax_sum`` stands for; ConfigError if it cannot be found.
 
     A module is searched for on Python's path, then in :data:`FOLDERS`, the working directory and the checkout.
     """
     searched = _extend_search()
     try:
-        value = pkgutil.resolve_name(name)
+        return pkgutil.resolve_name(name)
     except (Exception, SystemExit) as error:
         cause = f"{type(error).__name__}: {error}. Modules are searched for in {searched}"
         raise ConfigError(f"cannot load {name}: {cause}") from error
-    if not callable(value):
-        raise ConfigError(f"{name} is a {type(value).__name__} and cannot be called")
-    return value
 
 
 def custom_file(name: str) -> Path:

@@ -33,7 +33,6 @@ def test_a_name_is_a_module_and_an_attribute(home: Path) -> None:
     [
         ("no_such_module:f", "ModuleNotFoundError: No module named 'no_such_module'. Modules are searched for in"),
         ("own_rules:g", "module 'own_rules' has no attribute 'g'"),
-        ("own_rules:A.x", "is a int and cannot be called"),
         ("own_rules.py:f", "'own_rules' is not a package"),
         ("own rules:f", "invalid format"),
         ("own_broken:f", "ZeroDivisionError: division by zero"),

@@ -1,7 +1,5 @@
 """The report of a run: HTML pages that load nothing from a network."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +121,6 @@ def _figure_facts(path: Path) -> dict[str, Any]:
             "path": f"figures/{path.name}",
             "caption": caption,
             "alt": " ".join(description.split()),
-            "plot": image.info.get("Kind") == "plot",
             "width": image.width,
             "height": image.height,
         }

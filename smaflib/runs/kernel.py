@@ -3,21 +3,15 @@
 ipykernel ends by itself when its parent is killed, and the workers of :mod:`smaflib.processes` and torch with it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smaflib.files import HOME, PROJECT_ROOT
-
-if TYPE_CHECKING:
-    from jupyter_client.manager import AsyncKernelManager
-    from nbformat import NotebookNode
 
 
 class NotebookKernel:
@@ -28,7 +22,7 @@ class NotebookKernel:
         self.last_words: list[str] = []  # what a kernel that crashed wrote to its log
         self._pid: int | None = None
 
-    def execute(self, notebook: Path, target: Path, parameters: dict[str, Any], cwd: Path) -> NotebookNode:
+    def execute(self, notebook: Path, target: Path, parameters: dict[str, Any], cwd: Path) -> Any:
         """Execute a notebook with papermill, writing it to ``target`` after each cell; then end kernel and workers."""
         import papermill
 
@@ -64,7 +58,7 @@ class NotebookKernel:
                 else:
                     os.kill(self._pid, signal.SIGTERM)
 
-    def _manager_class(self, folder: str) -> type[AsyncKernelManager]:
+    def _manager_class(self, folder: str) -> type:
         """Starts kernels of this interpreter; an installed kernel called python3 may belong to another one."""
         from jupyter_client.kernelspec import KernelSpec
         from jupyter_client.manager import AsyncKernelManager

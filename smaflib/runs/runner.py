@@ -4,8 +4,6 @@ A stage counts as complete only when the manifest says so, and the manifest is w
 moment leaves a stage that the same command resumes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -25,15 +23,7 @@ from smaflib.errors import RunError
 from smaflib.files import RUNS_FOLDER, SHIPPED, absolute, display_path, duration, shown_path
 from smaflib.runs import manifest
 from smaflib.runs.environment import describe_machine
-from smaflib.runs.inputs import (
-    NEVER_RAN,
-    RESUMES,
-    difference,
-    notebook_cells,
-    outside_files,
-    stage_inputs,
-    why_not_complete,
-)
+from smaflib.runs.inputs import difference, notebook_hash, outside_files, stage_inputs, why_not_complete
 from smaflib.runs.kernel import NotebookKernel
 from smaflib.runs.manifest import Entry, hash_value, read_manifest, read_records, replace_records
 from smaflib.runs.run import Run, find_run, open_run, run_folder
@@ -64,11 +54,9 @@ def run_notebooks(
     config_file = absolute(config_file)
     config = load_config(config_file, overrides)
     for stage in chosen:
-        notebook_cells(notebooks / f"{stage.name}.ipynb")  # it can be read
+        notebook_hash(notebooks / f"{stage.name}.ipynb")  # it can be read
     folder = run_folder(runs, config_file.stem if name is None else name)
     sources = [find_run(source, runs).folder for source in reuse]
-    if folder in sources:
-        raise RunError(f"--reuse {folder.name} is the run itself; name another one")
     entries = read_manifest(folder)["stages"]
     done = [each for each in chosen if entries.get(each.name, {}).get("status") == "complete"]
     if config.custom_code or (stages == STAGES and done != list(chosen)):
@@ -117,14 +105,11 @@ class _Chain:
                 _reuse(source, folder, stage)
                 _log(f"{stage.name}  reused from {source.name}")
                 return True
-            refusal = "has not finished" if refusal == RESUMES else refusal
-            reason = f"{f'{reason}; ' if reason != NEVER_RAN else ''}{source.name}: {refusal}"
+            reason = f"{reason}; {source.name}: {refusal}"
         resumed = entry if entry and difference(entry.get("inputs", {}), inputs, self.keep_stale) is None else None
         if resumed:  # without --keep-stale it would run again
             inputs = resumed["inputs"]
-        if reason != NEVER_RAN or not sys.stderr.isatty():  # a terminal shows the bar
-            what = {NEVER_RAN: "starts", RESUMES: RESUMES}.get(str(reason), f"starts ({reason})")
-            _log(f"{stage.name}  {what}")
+        _log(f"{stage.name}  {'resumes' if resumed else 'starts'} ({reason})")
         manifest.clear_stage(folder, stage, resumed)
         self._execute(stage, notebook, inputs, resumed is not None)
         return True
