@@ -84,8 +84,7 @@ def refine_many(
 def _on_all_cores(jobs: Iterable[Job], refine_one: Callable[..., Tensor], num_workers: int) -> Iterator[Tensor]:
     # pydensecrf holds Python's lock, so threads would not help.
     # Workers are forked from a server that has imported this module, so that later calls start them at once.
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "pydensecrf.densecrf"])
     pool = ProcessPoolExecutor(num_workers, context, _start_worker)
     waiting: deque[Future[np.ndarray]] = deque()

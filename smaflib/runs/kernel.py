@@ -53,10 +53,7 @@ class NotebookKernel:
         """End the kernel and its workers at once."""
         if self._pid is not None:
             with contextlib.suppress(OSError):  # it has ended
-                if os.name == "posix":
-                    os.killpg(self._pid, signal.SIGKILL)
-                else:
-                    os.kill(self._pid, signal.SIGTERM)
+                os.killpg(self._pid, signal.SIGKILL)
 
     def _manager_class(self, folder: str) -> type:
         """Starts kernels of this interpreter; an installed kernel called python3 may belong to another one."""
@@ -68,7 +65,7 @@ class NotebookKernel:
         command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         spec = KernelSpec(argv=command, display_name="Python 3", language="python", env=_environment(folder))
         # Sockets in a folder of this user: other users could listen to ports. The system limits their paths.
-        transport = "ipc" if os.name == "posix" and len(os.fsencode(folder)) < 80 else "tcp"
+        transport = "ipc" if len(os.fsencode(folder)) < 80 else "tcp"
 
         class ThisInterpreter(AsyncKernelManager):
             kernel_spec = spec

@@ -221,7 +221,7 @@ def _stopping(kill_kernel: Callable[[], None]) -> Iterator[None]:
         kill_kernel()  # nbclient would ask politely and wait for the cell
         raise KeyboardInterrupt(signum)  # asyncio lets it through
 
-    wanted = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
+    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     # What is ignored stays ignored: nohup does that, and a shell for jobs in the background.
     before = {number: signal.getsignal(number) for number in wanted if signal.getsignal(number) != signal.SIG_IGN}
     try:
