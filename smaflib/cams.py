@@ -5,8 +5,6 @@ range, shrinking it brings large ones. Maps of different scales err in different
 any one of them (section 3.2 of the paper).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -4,8 +4,6 @@
 "Railroad is not a Train", CVPR 2021) also makes the maps explain a saliency map, which teaches them object borders.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +17,6 @@ from smaflib.config import AttentionConfig, ClassifierConfig, Config, HeadSolver
 from smaflib.data.sample import Sample, Samples
 from smaflib.data.transforms import Crop
 from smaflib.data.views import load_views
-from smaflib.errors import ConfigError
 from smaflib.models.networks import AttentionNetwork, SegmentationNetwork, load_attention_network
 from smaflib.models.weights import fill, read_weights, write_weights
 from smaflib.runtime import Runtime, derive_seed, device_of, progress, seeded
@@ -57,10 +54,6 @@ def train_classifier(
         if checkpoint:
             write_weights(checkpoint, network.state_dict(), iteration=settings.iterations, history=[])
         return network.eval(), []
-    if eps and not samples.has_saliency:
-        raise ConfigError(
-            "classifier.pretraining is 'eps', but not every image has a saliency map; set data.saliency or use plain"
-        )
     if settings.solve_head is not None:
         return network, solve_head(network, samples, settings.solve_head, attention, runtime, checkpoint)
     samples, fields = (samples.with_saliency(), crop_saliency) if eps else (samples, None)

@@ -5,15 +5,13 @@ otherwise. A YAML file in ``configs/`` overrides them for a data set, ``--set ke
 checked before anything starts; an unknown name is an error.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
@@ -151,7 +149,7 @@ class ModelConfig(StageConfig):
     output_stride: Literal[8, 16, 32] = 8  # image pixels per cell of the logit maps, where the backbone allows it
     head_channels: Count = 0  # width of an extra 1x1 conv + BatchNorm + ReLU; SMAF uses 128
     freeze_backbone: bool = False  # train only the head, on standardised features; for a few dozen photos
-    freeze_early: bool = False  # the first layers; resnet38: conv1a, b2, b2_1, b2_2, as in the reference
+    freeze_early: bool = False  # the first layers of slim or resnet38: conv1a, b2, b2_1, b2_2, as in the reference
     freeze_batch_norm: bool = True  # statistics and affine parameters; pointless without pretrained weights
 
 
@@ -405,7 +403,7 @@ class Variant(StrEnum):
 
     label: str
 
-    def __new__(cls, value: str, label: str) -> Variant:
+    def __new__(cls, value: str, label: str) -> Self:
         variant = str.__new__(cls, value)
         variant._value_, variant.label = value, label
         return variant
@@ -491,7 +489,7 @@ class Config(StageConfig):
         return {key: flat[key] for key in flat if key.split(".")[-1] in choices and is_custom(flat[key])}
 
     @model_validator(mode="after")
-    def _check_combinations(self) -> Config:
+    def _check_combinations(self) -> Self:
         data, model, segmentation = self.data, self.model, self.segmentation
         plain = self.classifier.pretraining == "plain"
         if self.classifier.solve_head and not (model.freeze_backbone and plain and not model.head_channels):
@@ -511,8 +509,6 @@ class Config(StageConfig):
             raise ValueError("data.root is not set; give the folder that holds JPEGImages (voc) or annotations (coco)")
         if data.kind == "folder" and (data.images is None or data.labels is None):
             raise ValueError("data.images and data.labels must be set: a folder of images and a CSV image,labels")
-        if data.kind == "voc" and data.label_source == "csv" and data.labels is None:
-            raise ValueError("data.label_source=csv, but data.labels is not set; give the CSV image,labels")
         return self
 
 
@@ -597,23 +593,10 @@ def changed_names(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     return [name for name in {**before, **now} if before.get(name, "-") != now.get(name, "-")]
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML forbids a key twice in a mapping; PyYAML silently takes the last one."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node, lines = super().compose_mapping_node(anchor), dict[str, int]()
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if (name := str(key.value)) in lines:
-                raise yaml.YAMLError(f"{name} is given twice, in lines {lines[name]} and {line}; keep one or join them")
-            lines[name] = line
-        return node
-
-
 def parse_yaml(text: str | bytes, what: str) -> Any:
     """Read YAML; ConfigError says ``what`` is not valid."""
     try:
-        return yaml.load(text, _UniqueKeys)
+        return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates that do not exist
         raise ConfigError(f"{what} is not valid YAML: {str(error):.300}") from error
 

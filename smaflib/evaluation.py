@@ -1,7 +1,5 @@
 """Stage 7: scores of masks over all pixels, per class and per object size. The only stage that needs ground truth."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

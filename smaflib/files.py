@@ -1,7 +1,5 @@
 """Paths, and files that are either complete or absent: written under a temporary name, then renamed."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -63,13 +61,12 @@ def compose(name: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Read UTF-8, or UTF-16 or Windows-1252 as some programs of Windows write it, with composed letters."""
+    """Read UTF-8, or Windows-1252 as some programs of Windows write it, with composed letters."""
     content = path.read_bytes()
-    marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")
     try:
-        return compose(content.decode("utf-16" if marked else "utf-8-sig"))
+        return compose(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        if not marked and b"\0" not in content:  # as a spreadsheet's own format would hold
+        if b"\0" not in content:  # as a spreadsheet's own format would hold
             with contextlib.suppress(UnicodeDecodeError):
                 return compose(content.decode("cp1252"))
         raise DataError(f"{path} is not UTF-8 ({error}); save it as UTF-8, a table as 'CSV UTF-8'") from error

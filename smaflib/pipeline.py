@@ -5,8 +5,6 @@ the explorer call these. A module that a later stage is the first to use is impo
 no earlier stage run again (:mod:`smaflib.runs.stages`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +63,7 @@ def attend(
 
 
 def train_teacher(work: Workspace) -> tuple[AttentionNetwork, History]:
-    """Stage 1: the classifier; ConfigError if EPS is asked for and not every image has a saliency map."""
+    """Stage 1: the classifier."""
     config, samples, checkpoint = work.config, work.samples(), work.checkpoint("teacher")
     trained = config.classifier.checkpoint is None and config.classifier.solve_head is None
     if trained and not is_finished(checkpoint, config.classifier):
@@ -76,7 +74,7 @@ def train_teacher(work: Workspace) -> tuple[AttentionNetwork, History]:
     )
 
 
-def write_maps(work: Workspace, network: str, split: Split = "train") -> AttentionMaps:
+def write_maps(work: Workspace, network: str, split: Split = "train") -> "AttentionMaps":
     """Stage 2: a network's attention maps of a split."""
     from smaflib.maps import ENDING, write_attention_maps
 

@@ -4,10 +4,8 @@ Reading a config imports none of it. What a fusion rule, a source of maps, a bac
 do is in docs/extend.md; :func:`smaflib.pipeline.check_custom` tries them before a run.
 """
 
-from __future__ import annotations
-
-import contextlib
-import importlib.util
+import importlib
+import inspect
 import os
 import pkgutil
 import sys
@@ -34,36 +32,23 @@ def search_in(*folders: Path) -> None:
 
 
 def load_custom(name: str) -> Callable[..., Any]:
-    """Import what a name such as ``my_rules:softmax_sum`` stands for; ConfigError if it cannot be called.
+    """Import what a name such as ``my_rules:softmax_sum`` stands for; ConfigError if it cannot be found.
 
     A module is searched for on Python's path, then in :data:`FOLDERS`, the working directory and the checkout.
     """
-    searched = _extend_search()
-    try:
-        value = pkgutil.resolve_name(name)
-    except (Exception, SystemExit) as error:
-        cause = f"{type(error).__name__}: {error}. Modules are searched for in {searched}"
-        raise ConfigError(f"cannot load {name}: {cause}") from error
-    if not callable(value):
-        raise ConfigError(f"{name} is a {type(value).__name__} and cannot be called")
-    return value
-
-
-def custom_file(name: str) -> Path:
-    """The file of the module of a name, found without importing it; ConfigError if there is none."""
-    searched, module = _extend_search(), name.partition(":")[0]
-    with contextlib.suppress(ImportError, ValueError):
-        spec = importlib.util.find_spec(module)
-        if spec and spec.has_location and spec.origin:
-            return Path(spec.origin)
-    raise ConfigError(f"cannot load {name}: there is no file of {module} in {searched}")
-
-
-def _extend_search() -> str:
-    """Let Python find modules in the folders, which are returned for messages."""
     listed = filter(None, os.environ.get(FOLDERS, "").split(os.pathsep))
     folders = list(dict.fromkeys([*listed, str(Path.cwd()), str(PROJECT_ROOT)]))
     # At the end: a module in these folders must not replace an installed package of the same name.
     sys.path += [folder for folder in folders if folder not in sys.path]
     importlib.invalidate_caches()  # the file may be younger than what Python knows of its folder
-    return ", ".join(folders)
+    try:
+        return pkgutil.resolve_name(name)
+    except (Exception, SystemExit) as error:
+        cause = f"{type(error).__name__}: {error}. Modules are searched for in {', '.join(folders)}"
+        raise ConfigError(f"cannot load {name}: {cause}") from error
+
+
+def custom_file(name: str) -> Path:
+    """The file of the module of a name, which is imported."""
+    load_custom(name)
+    return Path(inspect.getfile(sys.modules[name.partition(":")[0]]))

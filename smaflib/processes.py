@@ -4,12 +4,9 @@ A *rank* is a process's number among them, from 0 on. All of them must call :fun
 sums in the same order. A process that works alone has rank 0 of 1, and nothing is sent.
 """
 
-from __future__ import annotations
-
 import datetime
 import multiprocessing
 import os
-import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +25,6 @@ from smaflib.runtime import LOCAL_RANK, LOCAL_SIZE
 
 Item = TypeVar("Item")
 
-RESTARTS = 3  # of all processes after one was killed; finished files are not made again
 TIMEOUT = datetime.timedelta(minutes=30)  # for a process that waits: another may take long to refine its masks
 
 
@@ -46,36 +42,27 @@ def num_processes(config: Config) -> int:
 def run_in_processes(number: int, function: Callable[..., object], *arguments: Any, **named: Any) -> None:
     """Call a function in several new processes at once; returns when it has returned in all of them.
 
-    With one process, or inside one of several, nothing is called: the caller does the work. If a process is killed,
-    the others are ended and all are started again. They end with the process that started them, however that ends.
+    With one process, or inside one of several, nothing is called: the caller does the work. If one ends early, the
+    others are ended. They end with the process that started them, however that ends.
 
-    The function is defined at the top of a module, as its arguments must be picklable; it resumes what was interrupted,
-    and writes its results to files.
+    The function is defined at the top of a module, as its arguments must be picklable, and writes its results to files.
 
-    RunError if the function raises, with the traceback of the process, or if processes were killed more than
-    :data:`RESTARTS` times.
+    RunError if the function raises, with the traceback of the process, or if a process is killed, with the signal.
     """
     if number == 1 or num_ranks() > 1:
         return
     call = partial(function, *arguments, **named)
-    for _ in range(1 + RESTARTS):
-        with tempfile.TemporaryDirectory(prefix="smaf-ranks-") as folder:
-            group = start_processes(_work, (number, Path(folder, "meeting"), call), number, join=False)
-            try:
-                while not group.join():
-                    pass
-                return
-            except ProcessException as error:
-                # Where one was killed, the errors of the others only say that they have lost it.
-                killed = {process.exitcode for process in group.processes} - {0, 1, -signal.SIGTERM}
-                if not killed:
-                    raise RunError(str(error).strip()) from None
-            finally:
-                for process in group.processes:
-                    process.kill()
-                    process.join()
-    ended = f"{number} processes of {function.__name__} ended {1 + RESTARTS} times, at last with exit code {killed}"
-    raise RunError(f"{ended}. Code -9 usually means that the memory was full: lower processes or batch_size")
+    with tempfile.TemporaryDirectory(prefix="smaf-ranks-") as folder:
+        group = start_processes(_work, (number, Path(folder, "meeting"), call), number, join=False)
+        try:
+            while not group.join():
+                pass
+        except ProcessException as error:
+            raise RunError(str(error).strip()) from None
+        finally:
+            for process in group.processes:
+                process.kill()
+                process.join()
 
 
 def _work(rank: int, number: int, meeting: Path, call: Callable[[], object]) -> None:

@@ -1,7 +1,5 @@
 """Stage 5: from fused maps to the masks that a segmentation network can learn from."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,8 +22,6 @@ def pseudo_mask(
     denoised: Tensor,
     bg_score: float,
     config: PseudoMaskConfig = PseudoMaskConfig(),
-    *,
-    device: torch.device = CPU,
 ) -> Tensor:
     """Label each pixel with its strongest class, or as background where no class exceeds ``bg_score``; then refine.
 
@@ -34,7 +30,6 @@ def pseudo_mask(
         denoised: (K, H, W) in [0, 1].
         bg_score: background threshold.
         config: the refinement; ``refine: none`` gives :func:`~smaflib.reactivation.hard_labels`.
-        device: for refinements in torch.
 
     Returns:
         uint8 (H, W), 0 is background.
@@ -50,7 +45,7 @@ def pseudo_mask(
         mask = hard_labels(denoised, bg_score)
     else:
         unary = _unary(denoised, bg_score, config)
-        mask = refine(image, unary, config.refinement, len(denoised) + 1, config.backend, device)
+        mask = refine(image, unary, config.refinement, len(denoised) + 1, config.backend)
     return without_specks(mask, config.min_part)
 
 

@@ -4,8 +4,6 @@ Section 3.3 of the paper. Both are one line of arithmetic each, which is the poi
 and dividing a pixel by its strongest score makes a weakly activated body as certain as the strongly activated head.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

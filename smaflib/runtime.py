@@ -1,7 +1,5 @@
 """Device, precision, threads, seeds and progress: what a computation needs beside its inputs."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import hashlib

@@ -1,7 +1,5 @@
 """Stage 6: an ordinary segmentation network, trained on the pseudo masks as if a person had drawn them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Section 3.4 of the paper. The teacher is frozen and its maps are computed once; the student starts from its weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -5,8 +5,6 @@ Otsu's criterion on the attention maps. ``benchmarks/bg_score.py`` compares both
 best threshold on the ground truth.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -30,8 +28,6 @@ def choose_bg_score(denoised: Sequence[Tensor], saliency: Sequence[Tensor] | Non
         >>> 0.25 <= choose_bg_score([maps], saliency=[torch.tensor([[1.0, 0.0]])]) < 0.75
         True
     """
-    if not len(denoised):
-        raise ValueError("a background threshold can only be chosen from at least one image")
     chosen = range(0, len(denoised), -(-len(denoised) // MAX_IMAGES))
     if saliency is None:
         values = torch.stack([separation(denoised[index]) for index in chosen]).mean(dim=0)

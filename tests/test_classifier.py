@@ -14,7 +14,6 @@ from smaflib.classifier import classification_loss, classification_scores, class
 from smaflib.config import ClassifierConfig, Config
 from smaflib.data.transforms import normalize
 from smaflib.data.views import views_of
-from smaflib.errors import ConfigError
 from smaflib.models import load_attention_network
 from smaflib.runtime import Runtime
 from smaflib.training import Batches, load_history
@@ -82,14 +81,6 @@ def test_classifier_learns_three_colours() -> None:
     logits = classify(network, samples, CPU)
     assert logits.shape == (6, 3)
     assert torch.equal(logits.argmax(dim=1), samples.image_labels.argmax(dim=1))
-
-
-def test_eps_without_saliency_maps_is_refused() -> None:
-    config = tiny_config(classifier={"pretraining": "eps"})
-    with pytest.raises(
-        ConfigError, match="'eps', but not every image has a saliency map; set data.saliency or use plain"
-    ):
-        train_teacher(make_samples(saliency=False), config, CPU)
 
 
 # --- frozen backbones -------------------------------------------------------------------------------------------------

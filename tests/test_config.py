@@ -130,7 +130,6 @@ def test_values_that_do_not_fit_are_refused(override: str) -> None:
         ({"data": {"kind": "voc"}}, "data.root is not set"),
         ({"data": {"kind": "coco"}}, "data.root is not set"),
         ({"data": {"kind": "folder", "images": "photos"}}, "data.images and data.labels must be set"),
-        ({"data": {"kind": "voc", "root": "x", "label_source": "csv"}}, "data.labels is not set"),
         ({"data": {"kind": "voc", "root": "x"}, "classifier": {"pretraining": "eps"}}, "data.saliency is not set"),
         ({"classifier": {"solve_head": {}}}, "solve_head needs model.freeze_backbone=true"),
         ({"segmentation": {"initial_weights": "student", "model": {}}}, "does not fit the backbone"),
@@ -160,20 +159,6 @@ def test_files_that_hold_no_settings(tmp_path: Path, content: bytes, message: st
     assert len(str(caught.value)) < 4000
     with pytest.raises(FileNotFoundError, match=r"no config file .*absent\.yaml; smaflib comes with those in configs/"):
         load_config(tmp_path / "absent.yaml")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("seed: 1\nattention: {flip: true}\ndata: {kind: mini}\nattention: {bg_score: 0.3}\n", "attention .* 2 and 4"),
-        ("data:\n  kind: mini\n  num_val: 2\n  num_val: 3\n", "num_val is given twice, in lines 3 and 4"),
-        ("segmentation: {test_crf: {iterations: 1, iterations: 2}}\n", "iterations is given twice, in lines 1 and 1"),
-        ('seed: 1\n"seed": 2\n', "seed is given twice"),
-    ],
-)
-def test_a_key_that_is_given_twice_is_refused_with_both_lines(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=rf"some\.yaml is not valid YAML: {message}"):
-        load_config(write_yaml(tmp_path, text))
 
 
 PATHS = (

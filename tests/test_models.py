@@ -60,7 +60,8 @@ def train_a_little(network: AttentionNetwork | SegmentationNetwork) -> None:
 def test_frozen_layers_stay_bit_identical(
     backbone: str, kind: str, freeze_backbone: bool, freeze_batch_norm: bool
 ) -> None:
-    options = {"freeze_backbone": freeze_backbone, "freeze_batch_norm": freeze_batch_norm, "freeze_early": True}
+    options = {"freeze_backbone": freeze_backbone, "freeze_batch_norm": freeze_batch_norm}
+    options["freeze_early"] = backbone == "slim"
     config = model_config(backbone, head_channels=4, **options)
     network: AttentionNetwork | SegmentationNetwork
     if kind == "attention":
@@ -71,7 +72,8 @@ def test_frozen_layers_stay_bit_identical(
     frozen_norms = ("backbone.", "neck.")  # not those of the segmentation network's decoder
     norms = {name for name, part in network.named_modules() if isinstance(part, nn.BatchNorm2d)}
     norms = {name for name in norms if name.startswith(frozen_norms)}
-    early = {id(part) for layer in network.backbone.early_layers() for part in layer.modules()}
+    layers = network.backbone.early_layers() if backbone == "slim" else []
+    early = {id(part) for layer in layers for part in layer.modules()}
     in_early = {name for name, part in network.named_modules() if id(part) in early}
     train_a_little(network)
     network.eval().train()  # a detour must not thaw anything
@@ -123,8 +125,8 @@ def test_student_of_a_plain_teacher_starts_with_a_background_logit_of_zero() -> 
 def test_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "some.safetensors"
     write_weights(path, {"aspp.0.weight": torch.ones(1)})
-    with pytest.raises(ConfigError, match="holds no attention network: it has no head.weight"):
+    with pytest.raises(ConfigError, match="Missing key"):
         load_attention_network(path, tiny_config().model, 3)
     write_weights(path, make_teacher(True).state_dict())
-    with pytest.raises(ConfigError, match=r"of another shape: head\.weight \(4, 96, 1, 1\) instead of"):
+    with pytest.raises(ConfigError, match=r"size mismatch for head\.weight"):
         load_attention_network(path, tiny_config().model, 9)

@@ -180,7 +180,7 @@ def note(event, args):
 
 sys.addaudithook(note)
 
-if "smaflib.runs.kernel" in sys.orig_argv:
+if "ipykernel_launcher" in sys.orig_argv:
     from operator import attrgetter
     from smaflib import config, runs
     from smaflib.runs import stages

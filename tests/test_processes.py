@@ -19,7 +19,7 @@ from ranks import end_second
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smaflib import pipeline, processes
+from smaflib import pipeline
 from smaflib.classifier import train_classifier
 from smaflib.config import Config
 from smaflib.data import make_data
@@ -129,9 +129,7 @@ def children_of(pid: int) -> list[int]:
     return [int(row[0]) for row in rows if row[1] == str(pid) and "multiprocessing.spawn" in row[2]]
 
 
-def test_a_training_of_which_a_process_was_killed_resumes_with_another_number(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_training_of_which_a_process_was_killed_resumes_with_another_number(tmp_path: Path) -> None:
     """After its first checkpoint one of the two is killed; alone it ends as an undisturbed training."""
     settings = LONG | {"iterations": 60, "checkpoint_minutes": 0, "momentum": 0.9}
     calm, hit = (workspace(tmp_path / str(number), number, classifier=settings) for number in (1, 2))
@@ -142,10 +140,9 @@ def test_a_training_of_which_a_process_was_killed_resumes_with_another_number(
             time.sleep(0.01)
         os.kill(children_of(os.getpid())[-1], signal.SIGKILL)
 
-    monkeypatch.setattr(processes, "RESTARTS", 0)
     thread = threading.Thread(target=kill)
     thread.start()
-    with pytest.raises(RunError, match="2 processes of train_teacher ended 1 times"):
+    with pytest.raises(RunError, match="process . terminated with signal SIGKILL"):
         train_teacher(hit)
     thread.join()
     assert "optimizer.0.momentum_buffer" in load_file(path) and not children_of(os.getpid())
@@ -155,19 +152,9 @@ def test_a_training_of_which_a_process_was_killed_resumes_with_another_number(
         assert torch.allclose(left.float(), right.float(), rtol=1e-4, atol=1e-6)
 
 
-def test_processes_that_are_killed_are_started_again_and_at_last_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(processes, "RESTARTS", 1)
-    with pytest.raises(RunError, match=r"2 processes of end_second ended 2 times, at last with exit code .*-9.*memory"):
-        run_in_processes(2, end_second, tmp_path, "killed")
-    assert len(list(tmp_path.glob("1.*"))) == 2
-
-
 def test_what_a_process_raises_is_told_here(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"Process 1 (.|\n)*end_second(.|\n)*No space left on device"):
-        run_in_processes(2, end_second, tmp_path, "OSError")
-    assert len(list(tmp_path.glob("1.*"))) == 1  # not started again
+        run_in_processes(2, end_second, tmp_path)
     assert not children_of(os.getpid())
 
 

@@ -255,7 +255,7 @@ def end_process(image: Tensor, scores: Tensor) -> Tensor:
 
 def test_a_killed_worker_is_an_error() -> None:
     killing = f"{__name__}:end_process"
-    with pytest.raises(RuntimeError, match="was killed, usually for memory"):
+    with pytest.raises(RuntimeError, match="terminated abruptly"):
         list(refine_many(many_jobs(9, soft=True), killing, 9, num_workers=2))
 
 
@@ -271,7 +271,3 @@ def test_jobs_are_taken_as_there_is_room() -> None:
     next(masks)
     masks.close()  # type: ignore[attr-defined]
     assert len(taken) <= max(2 * parallel.IMAGES_PER_PROCESS, parallel.FEW_IMAGES) + 1
-    taken.clear()
-    for index, _ in enumerate(parallel._one_ahead(jobs())):  # for a GPU
-        assert len(taken) <= index + 2
-    assert len(taken) == 60

@@ -77,9 +77,9 @@ class Chain:
 
     folder: Path
 
-    def run(self, from_stage: str | None = None, until_stage: str | None = None, **options: object) -> Run:
+    def run(self, until_stage: str | None = None, **options: object) -> Run:
         arguments = {"notebooks": self.folder / "notebooks", "runs": self.folder / "runs", "stages": CHAIN} | options
-        return run_notebooks(self.folder / "tiny.yaml", None, [], from_stage, until_stage, **arguments)
+        return run_notebooks(self.folder / "tiny.yaml", None, [], until_stage, **arguments)
 
     def reuse(self, name: str, *settings: str, sources: Sequence[str] = ("tiny",), **options: object) -> Path:
         folders = {"notebooks": self.folder / "notebooks", "runs": self.folder / "runs", "stages": CHAIN}
@@ -192,8 +192,6 @@ def test_manifest_proves_what_ran(original):
     assert stage["inputs"]["data.kind"] == "mini" and stage["inputs"]["smaflib.cams"].startswith("sha256:")
     assert "data.num_train" not in stage["inputs"] and later["inputs"]["data.num_train"] == 2
     assert later["inputs"]["01_make"] == stage["made"]
-    if Path("/proc/self/status").exists():
-        assert 20 < stage["peak_memory_mb"] < 2000
 
 
 def test_complete_stages_are_skipped_with_a_line_each(finished, capfd):
@@ -213,15 +211,6 @@ def test_changed_code_with_the_same_result_runs_one_stage(finished, capfd):
     assert finished.log == ["01", "02", "01"]
     err = capfd.readouterr().err
     assert "01_make  starts (its notebook changed)" in err and re.search(r"01_make  done in \d+ s", err)
-
-
-def test_from_starts_from_nothing_and_until_stops(finished):
-    finished.file("cams/old.npz").touch()
-    finished.run(from_stage="01", until_stage="make")
-    assert finished.log == ["01", "02", "01"]
-    assert not finished.file("cams/old.npz").exists()
-    finished.run(from_stage="01")  # later stages, too, though nothing they need changed
-    assert finished.log == ["01", "02", "01", "01", "02"]
 
 
 # code of the library
@@ -259,17 +248,13 @@ def test_module_that_only_shows_runs_nothing_again(chain, toolbox):
     assert chain.log == ["01", "02"]
 
 
-def test_keep_stale_keeps_what_another_version_made_and_says_so(chain, toolbox, capfd):
+def test_keep_stale_keeps_what_another_version_made(chain, toolbox):
     manifest = json.loads(chain.file("manifest.json").read_text())
     manifest["stages"]["02_use"]["status"] = "failed"
     chain.file("manifest.json").write_text(json.dumps(manifest))
     (toolbox / "cams.py").write_text("value = 2")
     chain.run(keep_stale=True)
-    err = capfd.readouterr().err
-    stale = "kept by --keep-stale though toolbox.cams changed"
-    assert re.search(rf"01_make  complete, skipped \(took \d+ s; {stale}\)", err)
-    assert f"02_use  starts (resumes; {stale})" in err
-    assert chain.log == ["01", "02", "02"]
+    assert chain.log == ["01", "02", "02"] and chain.entry("02_use")["resumed"]
     chain.run()
     assert chain.log == ["01", "02", "02", "01", "02"]
 
@@ -324,8 +309,7 @@ def test_failing_cell_is_reported_with_how_to_resume(chain, kernels):
         chain.run()
     message = str(error.value)
     assert "01_make.ipynb failed" in message and "ValueError: value is 1" in message
-    command = f"smaf run {chain.folder / 'tiny.yaml'} --name tiny --runs {chain.folder / 'runs'}"
-    assert f"{command} --notebooks {chain.folder / 'notebooks'}" in message
+    assert "The same command resumes it." in message
     assert error.value.exit_code == 1
     assert chain.entry("01_make")["status"] == "failed"
     assert chain.file("01_make.failed.ipynb").exists() and not chain.file("01_make.ipynb").exists()
@@ -338,7 +322,7 @@ def test_failing_cell_is_reported_with_how_to_resume(chain, kernels):
 
 def test_dead_kernel_fails_the_stage(chain, kernels):
     chain.write("01_make", "import ctypes", "ctypes.string_at(0)")
-    with pytest.raises(RunError, match=r"the kernel died(.|\n)*Segmentation fault"):
+    with pytest.raises(RunError, match="the kernel died"):
         chain.run()
     assert chain.entry("01_make")["status"] == "failed"
 
@@ -378,7 +362,7 @@ def test_stopped_run_leaves_no_kernel(chain, kernels):
 
     helper = threading.Thread(target=stop)
     helper.start()
-    with pytest.raises(RunError, match=r"01_make was stopped by SIGTERM(.|\n)*smaf run") as error:
+    with pytest.raises(RunError, match="01_make was stopped by SIGTERM") as error:
         chain.run()
     helper.join()
     assert error.value.exit_code == 143 and chain.entry("01_make")["status"] == "failed"
@@ -390,7 +374,7 @@ def test_stopped_run_leaves_no_kernel(chain, kernels):
 
 def test_second_runner_is_kept_out(finished):
     with locked(finished.file(""), "smaf run"), pytest.raises(RunError, match="tiny"):
-        finished.run(from_stage="01")
+        finished.run()
     assert finished.log == ["01", "02"]
 
 
@@ -412,11 +396,6 @@ def test_what_cannot_run_leaves_no_folder_behind(tmp_path, settings, words):
 
 
 def test_wrong_stage_is_refused(chain):
-    for from_stage, until_stage, message in (
-        ("03", None, "no stage '03'"),
-        (None, "maek", "no stage 'maek'"),
-        ("use", "make", "nothing would run"),
-    ):
-        with pytest.raises(RunError, match=message):
-            chain.run(from_stage, until_stage)
+    with pytest.raises(RunError, match="no stage 'maek'"):
+        chain.run("maek")
     assert not chain.file("").exists()

@@ -212,7 +212,7 @@ def test_reasons_to_run_a_stage_again(run, tmp_path):
     write_notebook(notebook, "x = 2")
     assert reason(run, notebook) == "its notebook changed"
     put_entry(run.folder, CHAIN[0], {"status": "running", "inputs": inputs(run, notebook)})
-    assert reason(run, notebook) == "resumes"
+    assert reason(run, notebook) == "has not finished"
 
 
 def test_status_verifies_the_content_of_artifacts(tmp_path, config_file):

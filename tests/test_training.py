@@ -252,7 +252,7 @@ def test_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     path, config, network = tmp_path / "net.safetensors", training(), tiny_network()
     fit(network, batches_of(config), label_loss(network), Runtime(), path)  # type: ignore[arg-type]
     network.head = nn.Conv2d(4, 7, 1)
-    with pytest.raises(ConfigError, match=r"head\.bias \(3,\) instead of \(7,\)"):
+    with pytest.raises(ConfigError, match=r"size mismatch for head\.bias"):
         fit(network, batches_of(config), label_loss(network), Runtime(), path)  # type: ignore[arg-type]
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ConfigError, match="not a complete safetensors file"):

@@ -94,7 +94,7 @@ class Malicious:
 def test_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
     path, trace = tmp_path / "a.pth", tmp_path / "trace"
     torch.save({"state_dict": {"head.weight": torch.ones(2)}, "args": Malicious(trace)}, path)
-    with pytest.raises(ConfigError, match=r"a\.pth holds more than weights, and loading that could run code"):
+    with pytest.raises(ConfigError, match=r"a\.pth is not a complete PyTorch checkpoint .* holds more than weights"):
         read_weights(path)
     assert not trace.exists()
 
@@ -106,14 +106,6 @@ def test_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
         lambda state: state,
         lambda state: {"state_dict": state, "epoch": 3},
         lambda state: {"model": {f"module.{name}": value for name, value in state.items()}, "lr": 0.1},
-        lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},  # torch.compile
-        lambda state: {
-            "state_dict": {f"model._orig_mod.{name}": v for name, v in state.items()},
-            "epoch": 1,
-        },  # Lightning
-        lambda state: {f"module._orig_mod.net.{name}": value for name, value in state.items()},
-        lambda state: {f"_orig_mod.module.{name}": value for name, value in state.items()},
-        lambda state: {name.replace("0.", "0._orig_mod."): value for name, value in state.items()},  # a part compiled
         lambda state: {"Net": {"model_state": state, "objective_vectors": torch.zeros(2)}, "iter": 7},
     ],
 )
@@ -149,22 +141,13 @@ def test_reference_checkpoint_gets_our_names_and_the_background_first() -> None:
 
 def test_mismatching_names_are_listed() -> None:
     state = small_net().state_dict()
-    state["extra"] = torch.ones(1)
+    with pytest.raises(ConfigError, match="the weights of some file do not fit Sequential: NaN or infinite: 0.bias"):
+        fill(small_net(), state | {"0.bias": torch.tensor([0.0, float("nan")])}, source="some file")
     del state["1.bias"]
-    state["0.weight"] = torch.ones(2, 4, 1, 1)
-    state["0.bias"] = torch.tensor([0.0, float("nan")])
-    network = small_net()
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    with pytest.raises(ConfigError) as caught:
-        fill(network, state, source="some file")
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    assert str(caught.value).splitlines() == [
-        "the weights of some file do not fit Sequential:",
-        "  1 missing: 1.bias",
-        "  1 not known to the network: extra",
-        "  1 of another shape: 0.weight (2, 4, 1, 1) instead of (2, 3, 1, 1)",
-        "  1 NaN or infinite: 0.bias",
-    ]
+    with pytest.raises(
+        ConfigError, match=r'Missing.* "1\.bias"(.|\n)*Unexpected.* "extra"(.|\n)*mismatch for 0\.weight'
+    ):
+        fill(small_net(), state | {"extra": torch.ones(1), "0.weight": torch.ones(2, 4, 1, 1)}, source="some file")
 
 
 # --- for backbones ----------------------------------------------------------------------------------------------------
@@ -183,8 +166,5 @@ def test_segmentation_weights_are_refused_unless_allowed(tmp_path: Path) -> None
         save_file({name: torch.ones(1)}, path)
         with pytest.raises(ConfigError, match="holds a segmentation network"):
             image_level_weights(path)
-    save_file({f"model.{name}": value for name, value in state.items()} | {"model.aspp.0.weight": torch.ones(1)}, path)
-    with pytest.raises(ConfigError, match="holds a segmentation network"):
-        image_level_weights(path)
     save_file({"classifier.1.weight": torch.ones(1), "features.0.weight": torch.ones(1)}, path)
     assert len(image_level_weights(path)) == 2

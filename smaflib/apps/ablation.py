@@ -4,8 +4,6 @@
 runs record all that the rows need.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -147,5 +145,5 @@ def ablation_table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(columns).reindex(order).fillna("").replace("", "–").rename(index=LABELS)
 
 
-def _spreads(values: Any, form: str = "{:.1f}") -> pd.Series[str]:
+def _spreads(values: Any, form: str = "{:.1f}") -> "pd.Series[str]":
     return pd.Series({name: spread(row, form) for name, row in values.iterrows()}, dtype=object)

@@ -1,7 +1,5 @@
 """The command ``smaf``: run the chain, inspect runs, compare them."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -70,7 +68,6 @@ def run(
     config: ConfigFile,
     name: Name = None,
     settings: Settings = None,
-    from_stage: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Rerun from this stage on.")] = None,
     until_stage: Until = None,
     reuse: Annotated[
         list[str] | None, typer.Option(help="Reuse stages of this run if inputs match; repeatable.")
@@ -86,7 +83,7 @@ def run(
     from smaflib.runs.runner import run_notebooks
 
     folder = notebooks.absolute() if notebooks else SHIPPED / "notebooks"
-    run_notebooks(config, name, settings or [], from_stage, until_stage, folder, runs, reuse or [], keep_stale)
+    run_notebooks(config, name, settings or [], until_stage, folder, runs, reuse or [], keep_stale)
 
 
 @app.command()
@@ -191,27 +188,15 @@ def compare(
 
 
 @app.command()
-def report(name: RunName, runs: RunsFolder = RUNS_FOLDER) -> None:
-    """Rewrite the report of a run, index.html, and print the results."""
-    from smaflib.report.html import write_index
-    from smaflib.report.tables import results_text
-    from smaflib.runs import find_run
-
-    found = find_run(name, runs)
-    typer.echo(f"{results_text(found)}\nreport: {write_index(found)}")
-
-
-@app.command()
 def status(
     name: RunName,
-    runs: RunsFolder = RUNS_FOLDER,
     verify: Annotated[bool, typer.Option("--verify", help="Compare all artifacts with their hashes.")] = False,
 ) -> None:
     """List the stages of a run with their state and time."""
     from smaflib.runs import find_run
     from smaflib.runs.manifest import damaged_artifacts, read_manifest
 
-    found = find_run(name, runs)
+    found = find_run(name)
     entries = read_manifest(found.folder)["stages"]
     for stage in found.stages:
         entry = entries.get(stage.name, {})
@@ -300,12 +285,11 @@ def submit(
     images: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the test images, JPEGImages.")],
     split: Annotated[Path, typer.Option("--list", metavar="TXT", help="ImageSets/Segmentation/test.txt.")],
     target: Annotated[Path, typer.Option("--out", metavar="ZIP", help="The file for VOC's evaluation server.")],
-    runs: RunsFolder = RUNS_FOLDER,
 ) -> None:
     """Segment VOC's test images and write the zip for its evaluation server."""
     from smaflib.apps.voc_submission import write_submission
     from smaflib.runs import find_run
 
     ids = [line.strip() for line in read_text(split).splitlines() if line.strip()]
-    write_submission(find_run(name, runs), ids, images, target)
+    write_submission(find_run(name), ids, images, target)
     typer.echo(f"{target}: {len(ids)} masks")

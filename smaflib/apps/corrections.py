@@ -3,8 +3,6 @@
 The table has the columns ``image,bg_score,leave_out``; an empty field changes nothing. No command changes either.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -5,8 +5,6 @@ exactly the object's pixels. Programs that round corners or paint the line add u
 outlines: an outline goes into a hole and back on one line.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -98,9 +96,9 @@ def _labelme(photos: Photos, names: Names, out: Path) -> None:
             for number, (name, region) in enumerate(objects)
             for part in outlines(region)
         ]
-        # Windows has no relative path to another drive.
-        path = os.path.relpath(image, out) if image.anchor == out.anchor else str(image)
-        photo = {"imagePath": path, "imageData": None, "imageHeight": mask.shape[0], "imageWidth": mask.shape[1]}
+        height, width = mask.shape
+        size = {"imageHeight": height, "imageWidth": width}
+        photo = {"imagePath": os.path.relpath(image, out), "imageData": None} | size
         content = {"version": "5.5.0", "flags": {}, "shapes": shapes} | photo
         files.write_text(out / f"{image.stem}.json", json.dumps(content))
 

@@ -1,7 +1,5 @@
 """Saliency maps of photos from U2-Net or IS-Net, which the package rembg runs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

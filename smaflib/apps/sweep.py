@@ -4,8 +4,6 @@ Every run is an ordinary run folder. Runs of one seed reuse each other's finishe
 once, and a killed sweep resumes with the same command.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -1,9 +1,6 @@
 """Predictions for VOC's evaluation server, which alone knows the masks of the test images."""
 
-from __future__ import annotations
-
 import functools
-import io
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +10,7 @@ from PIL import Image
 from smaflib.data.masks import VOC_PALETTE
 from smaflib.data.sample import SampleFiles, Samples
 from smaflib.data.voc import read_sample, require_all
-from smaflib.errors import ConfigError
-from smaflib.files import replacing, shown_path
+from smaflib.files import replacing
 from smaflib.runs import Run
 from smaflib.segmentation import segment_many
 
@@ -29,14 +25,12 @@ def write_submission(run: Run, image_ids: Sequence[str], images: Path, target: P
     """
     there = {path.stem for path in images.glob("*.jpg")}
     require_all(image_ids, there, f"image in {images}", "unpack VOC 2012's test archive there")
-    if not run.checkpoint("segmenter").is_file():
-        raise ConfigError(f"the run {shown_path(run.folder)} has no segmentation network; run it to stage 07")
     listed = tuple(SampleFiles(image_id, images / f"{image_id}.jpg", ()) for image_id in image_ids)
     samples = Samples(listed, run.samples().class_names, "test", functools.partial(read_sample, oriented=False))
     masks = segment_many(run.segmenter(), samples, run.config.segmentation, run.make_runtime(), desc="test images")
     with replacing(target) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for image_id, mask in zip(image_ids, masks, strict=True):
-            picture, buffer = Image.fromarray(mask.numpy()), io.BytesIO()
+            picture = Image.fromarray(mask.numpy())
             picture.putpalette(VOC_PALETTE.tobytes())
-            picture.save(buffer, "png")
-            archive.writestr(f"{SERVER_FOLDER}/{image_id}.png", buffer.getvalue())
+            with archive.open(f"{SERVER_FOLDER}/{image_id}.png", "w") as file:
+                picture.save(file, "png")

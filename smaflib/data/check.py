@@ -1,7 +1,5 @@
 """Inspect every file of a data set before a long run: ``smaf data check``."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,15 +8,12 @@ import numpy as np
 from smaflib.config import Config
 from smaflib.data import load_samples
 from smaflib.data.classes import VOID_LABEL
-from smaflib.data.coco import write_coco_masks
 from smaflib.data.masks import mask_values
 from smaflib.data.prepare import NO_CLASS, summarize
 from smaflib.data.sample import Samples
 from smaflib.data.voc import SPLITS
 from smaflib.errors import InputError
 from smaflib.runtime import progress
-
-RARE = 10  # images; a class on fewer is learned badly
 
 
 def check_data(config: Config, run_folder: Path | None = None) -> tuple[list[str], list[str]]:
@@ -35,8 +30,6 @@ def check_data(config: Config, run_folder: Path | None = None) -> tuple[list[str
             problems.append(f"{split}: {error}")
             continue
         found = _check_samples(samples, problems) if len(samples) else ["no images"]
-        if config.data.kind == "coco" and not config.data.masks:
-            found += write_coco_masks(config.data, split, None)
         facts += [f"{split}: {fact}" for fact in found]
     return facts, problems
 
@@ -71,9 +64,4 @@ def _check_samples(samples: Samples, problems: list[str]) -> list[str]:
     if sizes:
         (low_h, low_w), (mid_h, mid_w), (high_h, high_w) = np.percentile(sizes, (0, 50, 100), axis=0).astype(int)
         facts.append(f"width {low_w} to {high_w} (median {mid_w}), height {low_h} to {high_h} (median {mid_h})")
-    if negatives := sum(not files.labels for files in samples.files):
-        facts.append(f"without any label, so negatives for all classes: {negatives} images")
-    rare = [name for name, count in counts.items() if count < RARE]
-    if samples.split == "train" and rare:
-        facts.append(f"on fewer than {RARE} images, so learned badly: {', '.join(rare)}")
     return facts + [f"{what}: {len(few)}, such as {', '.join(few[:5])}" for what, few in differing.items() if few]

@@ -1,7 +1,5 @@
 """The classes of the public data sets, and the mask value that counts nowhere."""
 
-from __future__ import annotations
-
 VOID_LABEL = 255  # mask value of pixels that count neither as hit nor as miss
 
 VOC_CLASSES = (

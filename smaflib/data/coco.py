@@ -4,8 +4,6 @@
 archives unpack: ``train2014``, ``val2014``, ``train2017``, ``val2017``.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -45,41 +43,31 @@ def load_coco(data: DataConfig, split: Split, run_folder: Path | None = None) ->
     return make_samples(data, split, class_names, images, labels, masks, oriented=False)
 
 
-def write_coco_masks(data: DataConfig, split: Split, run_folder: Path | None) -> list[str]:
+def write_coco_masks(data: DataConfig, split: Split, run_folder: Path) -> None:
     """Paint the instances of a split into palette PNGs below ``data`` of a run, for evaluation; existing ones are kept.
 
     Large instances are painted first, so that a table does not hide what is on it. A crowd is painted as its class,
     like a single instance. Pixels of classes outside ``data.class_names`` are background. An image with an instance
-    that is only a box gets no mask, so that evaluation leaves it out. Without ``run_folder`` nothing is written.
-    Returns sentences on such images.
+    that is only a box gets no mask, so that evaluation leaves it out.
     """
     try:
         from pycocotools import mask as runs
     except ImportError as error:
         raise DataError("masks from COCO's outlines need pycocotools; install it: pip install pycocotools") from error
-    name, unpainted = getattr(data, f"{split}_split"), dict[str, int]()
-    instances = _read_instances(data, split)
+    name, instances = getattr(data, f"{split}_split"), _read_instances(data, split)
     for image_id, image, found in progress(instances, total=len(instances), desc=f"masks of {name}"):
-        path = run_folder / "data" / name / f"{image_id}.png" if run_folder else None
-        if path and path.is_file():
+        path, size = run_folder / "data" / name / f"{image_id}.png", (image["height"], image["width"])
+        if path.is_file() or not all(each.get("segmentation") for _, each in found):
             continue
-        outlines = [(number, _outline(runs, image, each)) for number, each in found]
-        if undrawn := sum(outline is None for _, outline in outlines):
-            unpainted[image_id] = undrawn
-        elif path:
-            mask = np.zeros((image["height"], image["width"]), dtype=np.uint8)
-            for number, outline in sorted(outlines, key=lambda each: runs.area(each[1]), reverse=True):
-                mask[runs.decode(outline).astype(bool)] = number + 1
-            save_mask(path, mask)
-    few = f"{len(unpainted)} images, such as {', '.join(list(unpainted)[:3])}"
-    return [f"{sum(unpainted.values())} instances without an outline, so no mask for {few}"] if unpainted else []
+        outlines = [(number, _outline(runs, size, each["segmentation"])) for number, each in found]
+        mask = np.zeros(size, dtype=np.uint8)
+        for number, outline in sorted(outlines, key=lambda each: runs.area(each[1]), reverse=True):
+            mask[runs.decode(outline).astype(bool)] = number + 1
+        save_mask(path, mask)
 
 
-def _outline(runs: Any, image: dict[str, Any], instance: dict[str, Any]) -> Any:
-    """The run lengths of an instance for pycocotools (``runs``); None if it has a box only."""
-    size, outline = (image["height"], image["width"]), instance.get("segmentation")
-    if not outline:
-        return None
+def _outline(runs: Any, size: tuple[int, int], outline: Any) -> Any:
+    """The run lengths of polygons or of other run lengths, by pycocotools (``runs``)."""
     if isinstance(outline, list):
         return runs.merge(runs.frPyObjects(outline, *size))
     return runs.frPyObjects(outline, *size) if isinstance(outline["counts"], list) else outline

@@ -1,7 +1,5 @@
 """Tables of images that people edit, and image labels from the columns ``image,labels``, joined by ``;``."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 import difflib

@@ -1,7 +1,5 @@
 """Masks as palette PNGs in the colours of PASCAL VOC, and safe decoding of images."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import warnings

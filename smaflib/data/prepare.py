@@ -1,9 +1,6 @@
 """Before a run: download or draw data, paint COCO's masks, and summarise what a data set holds."""
 
-from __future__ import annotations
-
 import hashlib
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +42,7 @@ def make_data(config: Config, run_folder: Path) -> dict[str, dict[str, Any]]:
     data = config.data
     if data.kind == "coco" and data.masks is None:
         for split in SPLITS:
-            for note in write_coco_masks(data, split, run_folder):
-                warnings.warn(f"{split}: {note}", stacklevel=2)
+            write_coco_masks(data, split, run_folder)
     root = data.root or run_folder / "data"
     if data.kind == "mini" and not (root.is_dir() and any(root.iterdir())):
         from minidata import make_mini  # minidata imports this package

@@ -1,7 +1,5 @@
 """Geometry and colour of training: the same random crop is applied to image, saliency, maps and mask."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Images as a network sees them: at several scales and normalised, decoded by loader workers."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,6 @@
 ``SegmentationClass`` and a folder of saliency maps. The mini set has the same layout.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import re
@@ -40,8 +38,7 @@ def load_voc(data: DataConfig, split: Split) -> Samples:
     Image labels come from ``data.label_source``. In XML every object counts, ``difficult`` ones too, as in the label
     lists of the field; unknown classes are ignored, so that ``data.class_names`` may be a subset of VOC's 20.
 
-    Images may lack a mask, but not a saliency map once ``data.saliency`` is set. A missing list ``train_aug`` is
-    replaced by the images of ``SegmentationClassAug`` without those of ``data.val_split``.
+    Images may lack a mask, but not a saliency map once ``data.saliency`` is set.
     """
     assert data.root is not None  # Config has checked it
     class_names = data.class_names or tuple(VOC_CLASSES)
@@ -189,16 +186,11 @@ def require_all(image_ids: Sequence[str], there: Collection[str], what: str, cur
 def _read_split(data: DataConfig, split: Split) -> dict[str, Path]:
     """The images of a split list by id."""
     assert data.root is not None
-    path, augmented = data.split_list(split), data.root / "SegmentationClassAug"
-    if path.stem == "train_aug" and not path.is_file() and augmented.is_dir():
-        held_out = _read_split(data.model_copy(update={"max_images": None}), "val")
-        masks = [compose(mask.stem) for mask in list_files(augmented, (".png",), "")]
-        rows = [image_id for image_id in masks if image_id not in held_out]
-    elif path.is_file():
-        rows = list(dict.fromkeys(filter(None, map(str.strip, read_text(path).splitlines()))))
-    else:
+    path = data.split_list(split)
+    if not path.is_file():
         ready = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt"))) or "none"
         raise DataError(f"there is no split list {path}; data.train_split and data.val_split can be: {ready}")
+    rows = list(dict.fromkeys(filter(None, map(str.strip, read_text(path).splitlines()))))
     cure = "set data.root to the folder that holds it"
     return find_images(rows[: data.max_images], data.root / "JPEGImages", cure, f"correct the list {path}")
 

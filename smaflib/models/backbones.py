@@ -1,7 +1,5 @@
 """Feature extractors by name: the slim network, ResNet38, a convolutional model of timm, or a custom module."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import functools
@@ -11,12 +9,12 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from smaflib.config import NAMED_WEIGHTS, ModelConfig
+from smaflib.config import ModelConfig
 from smaflib.data.transforms import IMAGENET_MEAN, IMAGENET_STD, renormalization
 from smaflib.errors import ConfigError
 from smaflib.models.resnet38 import ResNet38
 from smaflib.models.slim import SlimResNet
-from smaflib.models.weights import extractor_name, fill, image_level_weights, meta_model, timm_model
+from smaflib.models.weights import fill, image_level_weights, meta_model, timm_model
 from smaflib.plugins import is_custom, load_custom
 
 BUILT_IN: dict[str, type[SlimResNet] | type[ResNet38]] = {"slim": SlimResNet, "resnet38": ResNet38}
@@ -50,14 +48,6 @@ class TimmBackbone(nn.Module):
         """Features from stride 4 on, the last ones at the output stride."""
         return tuple(self.model(images * self.scale + self.shift))
 
-    def early_layers(self) -> list[nn.Module]:
-        """The layers up to stride 4, which ``model.freeze_early`` freezes; none in HRNet, where timm names no end."""
-        # timm names the module that ends at stride 4; modules run in the order in which they are registered.
-        end = extractor_name(self.model.feature_info.module_name()[0])
-        modules = [(extractor_name(name), module) for name, module in self.model.named_modules() if name]
-        until = next((number for number, (name, _) in enumerate(modules, start=1) if name == end), 0)
-        return [module for name, module in modules[:until] if not end.startswith(f"{name}_")]  # not those around it
-
 
 Backbone: TypeAlias = SlimResNet | ResNet38 | TimmBackbone
 """``num_features`` is the number of channels, ``skip_channels`` that at stride 4; for custom ones see below."""
@@ -84,8 +74,6 @@ def build_backbone(config: ModelConfig) -> Backbone:
         backbone = cast(Backbone, load_custom(name)(config))
     else:
         return _build_timm(config)
-    if weights in NAMED_WEIGHTS:
-        raise ConfigError(f"model.weights is {weights!r}, but there are no such weights of {name}; give a file or null")
     if weights is not None:
         state = image_level_weights(Path(weights), config.allow_mask_weights)
         if name in BUILT_IN:

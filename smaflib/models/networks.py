@@ -1,7 +1,5 @@
 """The networks of the method: images in, logit maps out, background first."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Self, TypeVar
@@ -12,7 +10,6 @@ from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 from smaflib.config import ModelConfig, SegmentationConfig
-from smaflib.errors import ConfigError
 from smaflib.models.backbones import build_backbone
 from smaflib.models.weights import attention_state, fill, read_weights
 
@@ -32,7 +29,9 @@ class BackboneNetwork(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        frozen: list[nn.Module] = [*self.backbone.early_layers()] if self.config.freeze_early else []
+        frozen: list[nn.Module] = []
+        if self.config.freeze_early:
+            frozen += self.backbone.early_layers()  # type: ignore[operator]
         if self.config.freeze_backbone:
             frozen += [self.backbone, self.standardize]
         if self.config.freeze_batch_norm:  # the reference freezes all, including the new one in its head
@@ -155,9 +154,7 @@ def with_background(teacher: Network) -> Network:
 def load_attention_network(path: Path, config: ModelConfig, num_classes: int) -> AttentionNetwork:
     """Rebuild a teacher or student, in eval mode on the CPU, from a checkpoint of a run, of the reference or of EPS."""
     state = attention_state(read_weights(path), num_classes)
-    if "head.weight" not in state:
-        raise ConfigError(f"{path} holds no attention network: it has no head.weight")
-    background = len(state["head.weight"]) == num_classes + 1
+    background = len(state.get("head.weight", ())) == num_classes + 1
     network = AttentionNetwork(config.model_copy(update={"weights": None}), num_classes, background)
     fill(network, state, source=str(path))
     return network.eval()

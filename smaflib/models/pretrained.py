@@ -4,8 +4,6 @@ With them notebook 00 and the explorer show real attention maps right after inst
 from a run of ``configs/mini.yaml``, in half precision.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Literal, get_args

@@ -4,8 +4,6 @@ Wu, Shen, van den Hengel, "Wider or Deeper: Revisiting the ResNet Model for Visu
 wide pre-activation blocks, here without strides after the fourth stage. Layers have the names of published checkpoints.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

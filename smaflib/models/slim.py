@@ -1,7 +1,5 @@
 """A residual network that trains on a laptop's CPU in a minute."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 CHANNELS = (16, 32, 64, 96)

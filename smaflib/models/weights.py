@@ -1,11 +1,7 @@
 """Weights from files and packages: read without running code, compared with the network, written atomically."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
-import os
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -46,33 +42,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         magic = file.read(8)
     if not magic.startswith((b"PK", b"\x80\x02")):  # zip archive, or the pickle that torch wrote before version 1.6
         try:
-            return _unwrapped(load_file(path))
+            return load_file(path)
         except SafetensorError as error:
             raise ConfigError(f"{path} is not a complete safetensors file ({error})") from error
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        cure = "load it where you trust it and save the state dict alone"
-        raise ConfigError(f"{path} holds more than weights, and loading that could run code; {cure}") from error
     except Exception as error:  # damaged bytes raise whatever the unpickler's next step raises
-        raise ConfigError(f"{path} is not a complete PyTorch checkpoint ({error!r:.300})") from error
+        cure = "if it holds more than weights, load it where you trust it and save the state dict alone"
+        raise ConfigError(f"{path} is not a complete PyTorch checkpoint ({error!r:.300}); {cure}") from error
     states = _states_inside(checkpoint)
     if len(states) != 1:
         what = f"{len(states)} networks" if states else "no state dict"
         raise ConfigError(f"{path} holds {what}; save the one state dict that you mean to its own file")
-    return _unwrapped(states[0])
-
-
-def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take off what torch.compile, DataParallel and Lightning put before names."""
-    state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
-    return {name[len(_wrapper(state)) :]: value for name, value in state.items()}
-
-
-def _wrapper(state: dict[str, Tensor]) -> str:
-    """What all names begin with, such as ``module.model.``, of the known wrappers; ``""`` if it is none."""
-    known = re.match(r"((module|_forward_module|model|net|network)\.)*", os.path.commonprefix(list(state)))
-    return known[0] if known else ""
+    return {name.removeprefix("module."): value for name, value in states[0].items()}  # DataParallel's
 
 
 def _states_inside(node: Any) -> list[dict[str, Tensor]]:
@@ -167,31 +149,21 @@ def extractor_name(name: str) -> str:
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], source: str, network: str = "") -> None:
-    """Copy a state dict into a module, in the module's float type; all of it or nothing.
+    """Copy a state dict into a module, in the module's float type.
 
     The counters of batch norm may be missing, as in old files; the state of an optimizer, in the checkpoint of an
     unfinished training, is left out. ConfigError lists the names that are missing, unknown, of another shape, or hold
     NaN or infinity; ``source`` and ``network`` are named in it.
     """
-    own = module.state_dict()
-    wrapper = _wrapper(own)  # of the network itself, which read_weights has taken off
     state = {name: value for name, value in state.items() if not name.startswith(OPTIMIZER)}
-    state = {wrapper + name.removeprefix(wrapper): value for name, value in state.items()}
-    problems = {
-        "missing": [name for name in own.keys() - state if not name.endswith("num_batches_tracked")],
-        "not known to the network": list(state.keys() - own),
-        "of another shape": [
-            f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-            for name in own.keys() & state
-            if state[name].shape != own[name].shape
-        ],
-        "NaN or infinite": [name for name, value in state.items() if not value.isfinite().all()],
-    }
-    lines = [f"  {len(names)} {what}: {', '.join(sorted(names)[:8])}" for what, names in problems.items() if names]
-    if lines:
-        head = f"the weights of {source} do not fit {network or type(module).__name__}:"
-        raise ConfigError("\n".join([head, *lines]))
-    module.load_state_dict(own | state)
+    counters = {name: value for name, value in module.state_dict().items() if name.endswith("num_batches_tracked")}
+    try:
+        if wrong := [name for name, value in state.items() if not value.isfinite().all()]:
+            raise RuntimeError(f"NaN or infinite: {', '.join(wrong)}")
+        module.load_state_dict(counters | state)
+    except RuntimeError as error:
+        lines = "\n".join(line[:500] for line in str(error).splitlines())
+        raise ConfigError(f"the weights of {source} do not fit {network or type(module).__name__}: {lines}") from error
 
 
 def attention_state(state: dict[str, Tensor], num_classes: int) -> dict[str, Tensor]:

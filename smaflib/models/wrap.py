@@ -1,7 +1,5 @@
 """Class attention maps of a trained classifier, such as those of timm and torchvision, as it is."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +17,7 @@ def wrap(
     classes: Sequence[int] | None = None,  # numbers of the K classes whose maps are wanted; None: all N
     mean: Sequence[float] | None = None,  # of the pixels in [0, 1]; None: as timm's models say, or ImageNet's
     std: Sequence[float] | None = None,
-) -> CamNetwork:
+) -> "CamNetwork":
     """Give a classifier class attention maps, for :func:`~smaflib.cams.multi_scale_cams`.
 
     It must compute its logits by one linear layer from the spatial mean of its last features, with at most a layer norm

@@ -1,7 +1,5 @@
 """Dense CRF: move the borders of a labelling to the edges of its image."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import numpy as np

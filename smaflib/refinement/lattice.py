@@ -10,8 +10,6 @@ scaling of the axes, the missing neighbours and the rounding follow the implemen
 "Efficient inference in fully connected CRFs", NIPS 2011, which pydensecrf wraps, so that both give the same result.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -53,10 +51,8 @@ class Lattice:
     neighbors: Tensor
 
 
-def build_lattice(features: Tensor, most_per_bag: int | None = None) -> Lattice:
+def build_lattice(features: Tensor) -> Lattice:
     """Prepare the filter for points, float32 (d, N), each feature divided by its kernel's standard deviation."""
-    if most_per_bag is None and features.device.type != "cpu":
-        most_per_bag = MOST_PER_BAG
     num_features, num_points = features.shape
     if num_points % POINTS_AT_ONCE:
         features = torch.cat([features, features.new_zeros(num_features, 1)], dim=1)
@@ -72,7 +68,7 @@ def build_lattice(features: Tensor, most_per_bag: int | None = None) -> Lattice:
         slice_weights=weights.T[:num_points].contiguous() * lost,
         points=(order % features.shape[1]).clamp(max=num_points - 1).int(),
         splat_weights=weights.reshape(-1).index_select(0, order),
-        bags=vertex_bags(starts, most_per_bag),
+        bags=vertex_bags(starts, None if features.device.type == "cpu" else MOST_PER_BAG),
         neighbors=find_neighbors(table, steps),
     )
 

@@ -8,8 +8,6 @@ Source: Kraehenbuehl and Koltun, "Efficient inference in fully connected CRFs wi
 2011, algorithm 1.
 """
 
-from __future__ import annotations
-
 import functools
 
 import torch

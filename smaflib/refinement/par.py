@@ -7,8 +7,6 @@ Source: Ru, Zhan, Yu and Du, "Learning affinity from attention: end-to-end weakl
 transformers", CVPR 2022, section 3.3; constants of its published code.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional

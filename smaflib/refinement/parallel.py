@@ -1,6 +1,4 @@
-"""Refinement of many images: on all cores, or on a GPU while the next image is decoded."""
-
-from __future__ import annotations
+"""Refinement of many images, on all cores or on a GPU."""
 
 import functools
 import itertools
@@ -8,8 +6,7 @@ import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ProcessPoolExecutor
 from typing import TypeAlias
 
 import numpy as np
@@ -68,7 +65,6 @@ def refine_many(
     """:func:`refine` of a whole data set, in its order and in bounded memory: jobs are taken as there is room.
 
     On the CPU ``num_workers`` processes compute; 0: one per core; 1, or fewer than ``FEW_IMAGES`` jobs: this one.
-    For a GPU a thread takes the next job.
     """
     if isinstance(params, CrfConfig):
         backend, device = choose_backend(backend, device)
@@ -79,27 +75,16 @@ def refine_many(
     first = list(itertools.islice(rest, FEW_IMAGES))
     few, jobs = len(first) < FEW_IMAGES, itertools.chain(first, rest)
     del first  # or their scores would stay in memory
-    if device.type != "cpu":
-        yield from itertools.starmap(refine_one, _one_ahead(jobs))
-    elif num_workers == 1 or few:
+    if device.type != "cpu" or num_workers == 1 or few:
         yield from itertools.starmap(refine_one, jobs)
     else:
         yield from _on_all_cores(jobs, refine_one, num_workers)
 
 
-def _one_ahead(jobs: Iterator[Job]) -> Iterator[Job]:
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(next, jobs, None)
-        while job := coming.result():
-            coming = reader.submit(next, jobs, None)
-            yield job
-
-
 def _on_all_cores(jobs: Iterable[Job], refine_one: Callable[..., Tensor], num_workers: int) -> Iterator[Tensor]:
     # pydensecrf holds Python's lock, so threads would not help.
     # Workers are forked from a server that has imported this module, so that later calls start them at once.
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "pydensecrf.densecrf"])
     pool = ProcessPoolExecutor(num_workers, context, _start_worker)
     waiting: deque[Future[np.ndarray]] = deque()
@@ -111,9 +96,6 @@ def _on_all_cores(jobs: Iterable[Job], refine_one: Callable[..., Tensor], num_wo
                 yield torch.from_numpy(waiting.popleft().result())
         while waiting:
             yield torch.from_numpy(waiting.popleft().result())
-    except BrokenProcessPool as error:
-        advice = "lower pseudo_masks.num_workers or segmentation.test_crf_workers"
-        raise RuntimeError(f"a process that refined masks was killed, usually for memory; {advice}") from error
     finally:
         pool.shutdown(cancel_futures=True)
 

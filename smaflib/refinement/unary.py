@@ -1,7 +1,5 @@
 """Unary energies of a dense CRF: the probability of each label at a pixel, regardless of the other pixels."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

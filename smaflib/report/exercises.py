@@ -1,7 +1,5 @@
 """Checks the answers to the notebooks' exercises, and folds their solutions."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import textwrap

@@ -1,7 +1,5 @@
 """The report of a run: HTML pages that load nothing from a network."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +72,6 @@ def write_index(run: Run, command: str | None = None) -> Path:
         manifest=manifest,
         stages=stages,
         total=duration(sum(stage["seconds"] or 0 for stage in stages)),
-        peak=max((stage["peak_memory_mb"] or 0 for stage in stages), default=0),
         headline=headline(metrics),
         first=next((figure for figure in figures if figure["name"] == FIRST_FIGURE), None),
         results=_folded(results_table(metrics), run),
@@ -103,7 +100,7 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
 def _stage_facts(run: Run, stage: Stage, entry: dict[str, Any]) -> dict[str, Any]:
     number, _, word = stage.name.partition("_")
     figures = sorted(path for path in run.path("figures").glob(f"{number}_*") if path.suffix in (".png", ".webp"))
-    recorded = dict.fromkeys(("reused_from", "seconds", "peak_memory_mb")) | {"status": "not run"} | entry
+    recorded = dict.fromkeys(("reused_from", "seconds")) | {"status": "not run"} | entry
     return recorded | {
         "name": stage.name,
         "number": number,
@@ -124,7 +121,6 @@ def _figure_facts(path: Path) -> dict[str, Any]:
             "path": f"figures/{path.name}",
             "caption": caption,
             "alt": " ".join(description.split()),
-            "plot": image.info.get("Kind") == "plot",
             "width": image.width,
             "height": image.height,
         }

@@ -1,7 +1,5 @@
 """Executed notebooks as HTML that loads nothing from a network."""
 
-from __future__ import annotations
-
 from html import escape
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Masks are stored in VOC's palette (:data:`smaflib.data.masks.VOC_PALETTE`), whos
 colour-blind reader; figures use the colours below.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 CLASS_COLORS = tuple(

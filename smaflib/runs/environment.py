@@ -1,7 +1,5 @@
 """What numbers depend on besides settings and code: device, versions, commit."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import platform
@@ -20,7 +18,7 @@ PACKAGES = (
 ).split()
 
 
-def describe_machine(runtime: Runtime) -> dict[str, Any]:
+def describe_machine(runtime: "Runtime") -> dict[str, Any]:
     """The device by name, the processor, the precision, Python, platform, commit and package versions."""
     import torch
 

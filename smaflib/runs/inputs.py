@@ -4,8 +4,6 @@ Such as ``{"attention.fusion": "sum", "its notebook": hash, "smaflib.cams": hash
 "02_classifier": hash}``. The manifest keeps it. A stage with the same inputs is skipped, resumed, or reused.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 from collections.abc import Mapping
@@ -15,14 +13,10 @@ from typing import get_args
 
 from smaflib import files
 from smaflib.config import FREE_SETTINGS, Config, Split, changed_names, flat_settings
-from smaflib.errors import RunError
-from smaflib.files import display_path
 from smaflib.plugins import custom_file, is_custom
 from smaflib.runs.manifest import Entry, damaged_artifacts, hash_value, read_manifest, record_hash
 from smaflib.runs.run import Run
 from smaflib.runs.stages import Stage, counts
-
-NEVER_RAN, RESUMES = "has not run", "resumes"
 
 PACKAGES = [Path(__file__).parents[1], Path(__file__).parents[2] / "minidata"]
 """The library, and the data set that it draws."""
@@ -31,7 +25,7 @@ SHOWS = ("", "errors", "report", "explorer", "runs", "apps")
 """Parts of the library, ``""`` for its ``__init__``, that only show results: a change runs no stage again."""
 
 DATA_FOLDERS = {
-    "voc": "JPEGImages Annotations SegmentationClass SegmentationClassAug labels.csv".split(),
+    "voc": "JPEGImages Annotations SegmentationClass labels.csv".split(),
     "coco": ["annotations", "{}"],
 }
 """By ``data.kind``: what is read below ``data.root``; ``{}`` is the name of a split."""
@@ -67,11 +61,11 @@ def why_not_complete(folder: Path, stage: Stage, inputs: Entry, keep_stale: bool
     """
     entry = read_manifest(folder)["stages"].get(stage.name)
     if entry is None:
-        return NEVER_RAN
+        return "has not run"
     if reason := difference(entry.get("inputs", {}), inputs, keep_stale):
         return reason
     if entry["status"] != "complete":
-        return RESUMES
+        return "has not finished"
     if damaged := damaged_artifacts(folder, entry):
         return f"{damaged[0]} is missing or damaged"
     return None if entry.get("records") == record_hash(folder, stage) else "its records in metrics.json changed"
@@ -134,19 +128,8 @@ def _module_hash(path: Path, _changed: int) -> str:
 
 def notebook_hash(notebook: Path) -> str:
     """Hash of a notebook's code; text, comments, layout and outputs do not count."""
-    cells = [cell["source"] for cell in notebook_cells(notebook) if cell["cell_type"] == "code"]
-    return hash_value([_code_only(source) for source in cells])
-
-
-def notebook_cells(notebook: Path) -> list[Entry]:
-    """Cells of a notebook, each with ``source`` as one text; RunError if it cannot be read."""
-    try:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]  # importing nbformat would take longer
-        return [{**cell, "source": "".join(cell["source"])} for cell in cells]
-    except FileNotFoundError as error:
-        raise RunError(f"the notebook {display_path(notebook)} is missing") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{display_path(notebook)} cannot be read as a notebook: {error!r}") from error
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]  # importing nbformat would take longer
+    return hash_value([_code_only("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"])
 
 
 def _code_only(source: str) -> str:

@@ -3,23 +3,15 @@
 ipykernel ends by itself when its parent is killed, and the workers of :mod:`smaflib.processes` and torch with it.
 """
 
-from __future__ import annotations
-
 import contextlib
-import faulthandler
 import os
-import re
 import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smaflib.files import HOME, PROJECT_ROOT
-
-if TYPE_CHECKING:
-    from jupyter_client.manager import AsyncKernelManager
-    from nbformat import NotebookNode
 
 
 class NotebookKernel:
@@ -28,10 +20,9 @@ class NotebookKernel:
     def __init__(self, title: str) -> None:
         self.title = title
         self.last_words: list[str] = []  # what a kernel that crashed wrote to its log
-        self.peak_memory_mb: int | None = None  # most memory that the kernel has held, on Linux
         self._pid: int | None = None
 
-    def execute(self, notebook: Path, target: Path, parameters: dict[str, Any], cwd: Path) -> NotebookNode:
+    def execute(self, notebook: Path, target: Path, parameters: dict[str, Any], cwd: Path) -> Any:
         """Execute a notebook with papermill, writing it to ``target`` after each cell; then end kernel and workers."""
         import papermill
 
@@ -48,7 +39,6 @@ class NotebookKernel:
                     cwd=cwd,
                     progress_bar=bar if sys.stderr.isatty() else False,
                     kernel_manager_class=self._manager_class(folder),
-                    on_cell_complete=self._note_memory,
                     store_widget_state=False,
                     coalesce_streams=True,
                     shutdown_kernel="immediate",  # tearing a kernel down takes two seconds
@@ -63,22 +53,19 @@ class NotebookKernel:
         """End the kernel and its workers at once."""
         if self._pid is not None:
             with contextlib.suppress(OSError):  # it has ended
-                if os.name == "posix":
-                    os.killpg(self._pid, signal.SIGKILL)
-                else:
-                    os.kill(self._pid, signal.SIGTERM)
+                os.killpg(self._pid, signal.SIGKILL)
 
-    def _manager_class(self, folder: str) -> type[AsyncKernelManager]:
+    def _manager_class(self, folder: str) -> type:
         """Starts kernels of this interpreter; an installed kernel called python3 may belong to another one."""
         from jupyter_client.kernelspec import KernelSpec
         from jupyter_client.manager import AsyncKernelManager
 
         kernel, log = self, Path(folder, "log")
         log.touch()
-        command = [sys.executable, "-m", "smaflib.runs.kernel", "-f", "{connection_file}"]
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         spec = KernelSpec(argv=command, display_name="Python 3", language="python", env=_environment(folder))
         # Sockets in a folder of this user: other users could listen to ports. The system limits their paths.
-        transport = "ipc" if os.name == "posix" and len(os.fsencode(folder)) < 80 else "tcp"
+        transport = "ipc" if len(os.fsencode(folder)) < 80 else "tcp"
 
         class ThisInterpreter(AsyncKernelManager):
             kernel_spec = spec
@@ -95,11 +82,6 @@ class NotebookKernel:
             start_kernel = _async_start_kernel
 
         return ThisInterpreter
-
-    def _note_memory(self, **_: object) -> None:
-        with contextlib.suppress(OSError):
-            peak = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{self._pid}/status").read_text())
-            self.peak_memory_mb = round(int(peak[1]) / 1024) if peak else None
 
 
 def _environment(folder: str) -> dict[str, str]:
@@ -124,10 +106,3 @@ def _terminal() -> str:
         name = os.ttyname(sys.stderr.fileno())
         return name if os.access(name, os.W_OK) else os.devnull
     return os.devnull
-
-
-if __name__ == "__main__":
-    from ipykernel.kernelapp import launch_new_instance
-
-    faulthandler.enable(os.dup(2), all_threads=False)  # ipykernel replaces 2 by a pipe that dies with it
-    launch_new_instance()

@@ -1,7 +1,5 @@
 """What a run has measured, and the manifest that proves which stages are complete and from which inputs."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

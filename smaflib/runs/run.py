@@ -3,8 +3,6 @@
 Notebooks open a run with :func:`open_run`; :mod:`smaflib.runs.runner` executes notebooks and keeps the manifest.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -13,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smaflib import files
-from smaflib.config import Config, config_differences, dump_config, listed, load_config
-from smaflib.errors import ConfigError, RunError
+from smaflib.config import config_differences, dump_config, listed, load_config
+from smaflib.errors import RunError
 from smaflib.files import RUNS_FOLDER, absolute, display_path, expanded, shown_path
 from smaflib.plugins import search_in
 from smaflib.runs.manifest import Record, made_by, missing_outputs, read_manifest, read_records, replace_records
@@ -43,7 +41,7 @@ class Run(Workspace):
         name = stage_named(stage, self.stages).name
         replace_records(self.folder, name, [Record(**record | {"stage": name}).model_dump() for record in records])
 
-    def metrics(self) -> pd.DataFrame:
+    def metrics(self) -> "pd.DataFrame":
         """All measurements so far, a row per record; ``pandas.read_json("metrics.json")`` gives the same."""
         import pandas as pd
 
@@ -52,17 +50,12 @@ class Run(Workspace):
         table.attrs["supervision"] = self.config.supervision  # tables show it below their numbers
         return table
 
-    def save_figure(self, figure: Figure, name: str) -> Path:
-        """Save a figure as ``figures/<name>.png`` for the report; its title becomes the picture's description.
-
-        The file says whether it is a plot or holds pictures: a dark page turns the colours of a plot, not of a photo.
-        """
+    def save_figure(self, figure: "Figure", name: str) -> Path:
+        """Save a figure as ``figures/<name>.png`` for the report; its title becomes the picture's description."""
         path = self.path("figures", f"{name}.png")
         description = figure.get_suptitle() or "; ".join(axes.get_title() for axes in figure.axes if axes.get_title())
-        kind = "pictures" if any(axes.images for axes in figure.axes) else "plot"
-        facts = {"Description": description, "Kind": kind}
         with files.replacing(path) as temporary:
-            figure.savefig(temporary, dpi=110, bbox_inches="tight", metadata=facts)
+            figure.savefig(temporary, dpi=110, bbox_inches="tight", metadata={"Description": description})
         return path
 
     def require(self, stage: str) -> None:
@@ -119,7 +112,7 @@ def open_run(
     # A folder in which no stage has made what later ones read belongs to nobody.
     if not stored.is_file() or not any(made_by(run.folder, each) for each in stages if each.required_outputs):
         files.write_text(stored, dump_config(config))
-    if differences := config_differences(_load_stored(stored), config):
+    if differences := config_differences(load_config(stored), config):
         listing = "\n".join(f"  {line}" for line in differences)
         raise RunError(
             f"the run folder {shown_path(run.folder)} belongs to other settings (setting: there | now):\n{listing}\n"
@@ -136,7 +129,7 @@ def read_run(folder: str | Path) -> Run:
     stored = folder / "config.yaml"
     if not stored.is_file():
         raise RunError(f"{shown_path(folder)} is not a run folder: it holds no config.yaml")
-    manifest, config = read_manifest(folder), _load_stored(stored)
+    manifest, config = read_manifest(folder), load_config(stored)
     config_file = absolute(manifest.get("config_file", stored))
     if config.custom_code:
         search_in(config_file.parent)
@@ -150,10 +143,3 @@ def find_run(name: str, runs: Path = RUNS_FOLDER) -> Run:
             return read_run(folder)
     names = ", ".join(sorted(stored.parent.name for stored in runs.glob("*/config.yaml")))
     raise RunError(f"there is no run {name!r} in {shown_path(runs)}; there are: {names or 'none'}")
-
-
-def _load_stored(stored: Path) -> Config:
-    try:
-        return load_config(stored)
-    except ConfigError as error:
-        raise RunError(f"the settings of an existing run no longer fit; give another --name.\n{error}") from error

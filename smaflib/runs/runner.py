@@ -4,8 +4,6 @@ A stage counts as complete only when the manifest says so, and the manifest is w
 moment leaves a stage that the same command resumes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -20,31 +18,24 @@ from pathlib import Path
 from types import FrameType
 
 from smaflib import files
-from smaflib.config import changed_names, flat_settings, load_config
+from smaflib.config import flat_settings, load_config
 from smaflib.errors import RunError
 from smaflib.files import RUNS_FOLDER, SHIPPED, absolute, display_path, duration, shown_path
 from smaflib.runs import manifest
 from smaflib.runs.environment import describe_machine
-from smaflib.runs.inputs import (
-    NEVER_RAN,
-    RESUMES,
-    difference,
-    notebook_cells,
-    outside_files,
-    stage_inputs,
-    why_not_complete,
-)
+from smaflib.runs.inputs import difference, notebook_hash, outside_files, stage_inputs, why_not_complete
 from smaflib.runs.kernel import NotebookKernel
 from smaflib.runs.manifest import Entry, hash_value, read_manifest, read_records, replace_records
 from smaflib.runs.run import Run, find_run, open_run, run_folder
 from smaflib.runs.stages import STAGES, Stage, stage_named
+
+HOW_TO_RESUME = "The same command resumes it."
 
 
 def run_notebooks(
     config_file: str | Path,  # a YAML file of settings, relative to the checkout
     name: str | None = None,  # of the run folder; by default the config file's
     overrides: Sequence[str] = (),  # key=value on top of the file
-    from_stage: str | None = None,  # run this stage and all later ones again, even if they are complete
     until_stage: str | None = None,  # the last stage
     notebooks: Path = SHIPPED / "notebooks",
     runs: Path = RUNS_FOLDER,
@@ -60,29 +51,22 @@ def run_notebooks(
         RunError: if the run cannot start (exit code 2), a notebook fails (1), or a signal ends the run (128 + number).
     """
     chosen = stages[: stages.index(stage_named(until_stage, stages)) + 1] if until_stage else stages
-    rerun = chosen[stages.index(stage_named(from_stage, stages)) :] if from_stage else ()
-    if from_stage and not rerun:
-        raise RunError(f"--from {from_stage} comes after --until {until_stage}; nothing would run")
     config_file = absolute(config_file)
     config = load_config(config_file, overrides)
     for stage in chosen:
-        notebook_cells(notebooks / f"{stage.name}.ipynb")  # it can be read
+        notebook_hash(notebooks / f"{stage.name}.ipynb")  # it can be read
     folder = run_folder(runs, config_file.stem if name is None else name)
     sources = [find_run(source, runs).folder for source in reuse]
-    if folder in sources:
-        raise RunError(f"--reuse {folder.name} is the run itself; name another one")
     entries = read_manifest(folder)["stages"]
-    begun = [each for each in chosen if each not in rerun and entries.get(each.name, {}).get("status") == "complete"]
-    if config.custom_code or (stages == STAGES and begun != list(chosen)):
+    done = [each for each in chosen if entries.get(each.name, {}).get("status") == "complete"]
+    if config.custom_code or (stages == STAGES and done != list(chosen)):
         from smaflib.pipeline import check_config  # imports torch, which a call that skips everything does not need
 
         check_config(config, folder, networks=len(chosen) > 2)
     run = open_run(folder, config_file, overrides, stages=stages)
     with files.locked(folder, "smaf run"):
-        for stage in rerun:
-            manifest.put_entry(folder, stage, None)
         chain = _Chain(run, notebooks, outside_files(config), sources, keep_stale)
-        changed = [stage for stage in chosen if chain.run_stage(stage, may_reuse=stage not in rerun)]
+        changed = [stage for stage in chosen if chain.run_stage(stage)]
         index = run.path("index.html")
         if changed or not index.is_file():
             from smaflib.report.html import write_index
@@ -105,31 +89,27 @@ class _Chain:
     sources: Sequence[Path]  # folders of the runs whose stages may be reused
     keep_stale: bool
 
-    def run_stage(self, stage: Stage, may_reuse: bool) -> bool:
+    def run_stage(self, stage: Stage) -> bool:
         """Skip, reuse or execute a stage; returns whether it was not skipped."""
         folder, notebook = self.run.folder, self.notebooks / f"{stage.name}.ipynb"
         inputs = stage_inputs(self.run, stage, notebook, self.outside)
         entry = read_manifest(folder)["stages"].get(stage.name)
         reason = why_not_complete(folder, stage, inputs, self.keep_stale)
         if entry and reason is None:
-            took = duration(entry["seconds"])
-            _log(f"{stage.name}  complete, skipped (took {took}{_stale(entry, inputs)})")
+            _log(f"{stage.name}  complete, skipped (took {duration(entry['seconds'])})")
             return False
         _describe_run(self.run)
-        for source in self.sources if may_reuse else ():
+        for source in self.sources:
             refusal = why_not_complete(source, stage, inputs, self.keep_stale)
             if refusal is None:
-                entry = _reuse(source, folder, stage)
-                _log(f"{stage.name}  reused from {source.name}{_stale(entry, inputs)}")
+                _reuse(source, folder, stage)
+                _log(f"{stage.name}  reused from {source.name}")
                 return True
-            refusal = "has not finished" if refusal == RESUMES else refusal
-            reason = f"{f'{reason}; ' if reason != NEVER_RAN else ''}{source.name}: {refusal}"
+            reason = f"{reason}; {source.name}: {refusal}"
         resumed = entry if entry and difference(entry.get("inputs", {}), inputs, self.keep_stale) is None else None
         if resumed:  # without --keep-stale it would run again
-            reason, inputs = f"{reason}{_stale(resumed, inputs)}", resumed["inputs"]
-        if reason != NEVER_RAN or not sys.stderr.isatty():  # a terminal shows the bar
-            what = {NEVER_RAN: "starts", RESUMES: RESUMES}.get(str(reason), f"starts ({reason})")
-            _log(f"{stage.name}  {what}")
+            inputs = resumed["inputs"]
+        _log(f"{stage.name}  {'resumes' if resumed else 'starts'} ({reason})")
         manifest.clear_stage(folder, stage, resumed)
         self._execute(stage, notebook, inputs, resumed is not None)
         return True
@@ -145,16 +125,13 @@ class _Chain:
             with _stopping(kernel.kill):
                 self._execute_notebook(stage, notebook, kernel)
             if absent := manifest.missing_outputs(folder, stage):
-                made = f"{stage.name} ended without making {', '.join(absent)}"
-                raise RunError(f"{made}. {self._how_to_resume()}", exit_code=1)
+                raise RunError(f"{stage.name} ended without making {', '.join(absent)}", exit_code=1)
             result = {"status": "complete", **manifest.describe_results(folder, stage)}
         except KeyboardInterrupt as stop:
             signum = signal.Signals(stop.args[0] if stop.args else signal.SIGINT)
-            raise RunError(
-                f"{stage.name} was stopped by {signum.name}. {self._how_to_resume()}", 128 + signum
-            ) from None
+            raise RunError(f"{stage.name} was stopped by {signum.name}. {HOW_TO_RESUME}", 128 + signum) from None
         finally:
-            result |= {"seconds": round(time.monotonic() - begun, 1), "peak_memory_mb": kernel.peak_memory_mb}
+            result["seconds"] = round(time.monotonic() - begun, 1)
             manifest.put_entry(folder, stage, entry | result)
         _log(f"{stage.name}  done in {duration(result['seconds'])}")
 
@@ -184,31 +161,17 @@ class _Chain:
                 cause = "the kernel died; if dmesg shows 'out of memory', use smaller batches or fewer workers"
                 cause = "\n".join([cause, *kernel.last_words])
             where = f"{shown_path(notebook)} failed; the notebook so far: {shown_path(failed)}"
-            raise RunError(f"{where}\n{cause}\n{self._how_to_resume()}", exit_code=1) from error
+            raise RunError(f"{where}\n{cause}\n{HOW_TO_RESUME}", exit_code=1) from error
         finally:
             running.unlink(missing_ok=True)
 
-    def _how_to_resume(self) -> str:
-        custom = self.notebooks != SHIPPED / "notebooks"  # other notebooks would start from nothing
-        options = ["--notebooks", shown_path(self.notebooks)] if custom else []
-        for source in self.sources:
-            options += ["--reuse", source.name if source.parent == self.run.folder.parent else shown_path(source)]
-        options += ["--keep-stale"] if self.keep_stale else []
-        return f"This command resumes it:\n  {self.run.command(*options)}"
 
-
-def _stale(entry: Entry, inputs: Entry) -> str:
-    """What ``--keep-stale`` ignores, for a line of the log."""
-    changed = changed_names(entry["inputs"], inputs)
-    return f"; kept by --keep-stale though {', '.join(changed)} changed" if changed else ""
-
-
-def _reuse(source: Path, folder: Path, stage: Stage) -> Entry:
+def _reuse(source: Path, folder: Path, stage: Stage) -> None:
     """Give a run a stage of another one, with records and manifest entry; artifacts are hard links.
 
     Killed in between, it leaves a stage without an entry, which the next call starts from nothing.
     """
-    entry: Entry = read_manifest(source)["stages"][stage.name]
+    entry = read_manifest(source)["stages"][stage.name]
     manifest.put_entry(folder, stage, None)
     manifest.clear_stage(folder, stage)
     for key in entry["artifacts"]:
@@ -218,9 +181,7 @@ def _reuse(source: Path, folder: Path, stage: Stage) -> Entry:
         else:
             _link(str(source / key), str(folder / key))
     replace_records(folder, stage.name, [record for record in read_records(source) if record["stage"] == stage.name])
-    entry["reused_from"] = display_path(source)
-    manifest.put_entry(folder, stage, entry)
-    return entry
+    manifest.put_entry(folder, stage, entry | {"reused_from": display_path(source)})
 
 
 def _link(source: str, target: str) -> None:
@@ -260,7 +221,7 @@ def _stopping(kill_kernel: Callable[[], None]) -> Iterator[None]:
         kill_kernel()  # nbclient would ask politely and wait for the cell
         raise KeyboardInterrupt(signum)  # asyncio lets it through
 
-    wanted = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
+    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     # What is ignored stays ignored: nohup does that, and a shell for jobs in the background.
     before = {number: signal.getsignal(number) for number in wanted if signal.getsignal(number) != signal.SIG_IGN}
     try:

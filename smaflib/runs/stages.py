@@ -1,7 +1,5 @@
 """The stages of the chain, a notebook each: what each depends on and what it makes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

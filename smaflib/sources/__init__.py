@@ -3,8 +3,6 @@
 Fusion, denoising, reactivation, refinement and self-training take the maps of any source.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -103,8 +101,6 @@ def make_source(attention: AttentionConfig, class_names: Sequence[str], network:
     ConfigError if a class name, a layer or the weights do not fit the source, or its package is missing.
     """
     name = attention.source
-    if not class_names:
-        raise ConfigError("there are no classes to make attention maps of")
     if name == "classifier":
         assert network is not None  # a classifier is trained before it is asked
         return NetworkSource(network)

@@ -3,8 +3,6 @@
 Attention between patches carries a class's score to similar patches, but only from a box around where the map is high.
 """
 
-from __future__ import annotations
-
 import torch
 from scipy import ndimage
 from torch import Tensor

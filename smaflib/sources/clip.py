@@ -5,8 +5,6 @@ The others change the attention of the last block and compare patches with texts
 ``sclip`` (Wang et al., ECCV 2024), ``clearclip`` (Lan et al., ECCV 2024), ``naclip`` (Hajimiri et al., WACV 2025).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,12 +44,9 @@ def _neighbours(query: Tensor, key: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 METHODS: dict[str, tuple[Weighting, bool, float]] = {
-    "plain": (lambda q, k, grid: similar(q, k), True, 40.0),
     "maskclip": (lambda q, k, grid: torch.eye(q.shape[1], device=q.device)[None], False, 40.0),
     "sclip": (lambda q, k, grid: similar(q, q) + similar(k, k), True, 65.0),
-    "sclip_reduced": (lambda q, k, grid: similar(q, q) + similar(k, k), False, 50.0),
     "clearclip": (lambda q, k, grid: similar(q, q), False, 50.0),
-    "kk": (lambda q, k, grid: similar(k, k), False, 40.0),
     "naclip": (_neighbours, False, 40.0),
 }
 """Per method the attention of the last block, whether its residual paths stay, and the factor of its cosines.
@@ -236,10 +231,6 @@ def _open_clip(options: SourceOptions) -> tuple[Any, Any]:
     except ImportError:
         raise ConfigError("CLIP needs the package open_clip; run: pip install 'smaflib[clip]'") from None
     name, weights = options.model or MODEL, options.weights or "openai"
-    if (settings := open_clip.get_model_config(name)) is None:
-        raise ConfigError(f"open_clip knows no model {name}; open_clip.list_models() names them")
-    if not isinstance(settings["vision_cfg"].get("layers"), int) or "patch_size" not in settings["vision_cfg"]:
-        raise ConfigError(f"{name} has no vision transformer; take one such as {MODEL}")
     names = {tag for model, tag in open_clip.list_pretrained() if model == name}
     if weights in names:
         model = open_clip.create_model(name, pretrained=weights)

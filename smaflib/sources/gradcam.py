@@ -3,13 +3,8 @@
 The package makes a map of activations and gradients; here one forward pass gives those of all classes.
 """
 
-from __future__ import annotations
-
-import difflib
 from collections.abc import Callable, Sequence
-from functools import cached_property
-from importlib.util import find_spec
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -38,23 +33,19 @@ class GradCamSource(AttentionSource):
         self, network: nn.Module, layer: nn.Module, scores: Callable[[Tensor], Tensor], method: str, supervision: str
     ) -> None:
         super().__init__()
-        if find_spec("pytorch_grad_cam") is None:
-            raise ConfigError(f"{method} needs the package grad-cam; run: pip install 'smaflib[gradcam]'")
-        self.network, self.scores, self.method, self.supervision = network, scores, method, supervision
+        try:
+            import pytorch_grad_cam
+        except ImportError as error:
+            raise ConfigError(f"{method} needs the package grad-cam; run: pip install 'smaflib[gradcam]'") from error
+        self.network, self.scores, self.supervision = network, scores, supervision
         self._layer = [layer]  # in a list, as it is a module of the network already
-
-    @cached_property
-    def _cam(self) -> Any:
-        import pytorch_grad_cam  # not above: it takes seconds, and the explorer offers it to all who look at photos
-
-        cam = getattr(pytorch_grad_cam, METHODS[self.method])(self.network, self._layer)
-        cam.activations_and_grads.release()  # its hooks would keep every activation
-        return cam
+        self._cam = getattr(pytorch_grad_cam, METHODS[method])(network, self._layer)
+        self._cam.activations_and_grads.release()  # its hooks would keep every activation
 
     @classmethod
     def of_classifier(
         cls, classifier: imagenet.ImageNetClassifier, method: str, layer: nn.Module | None = None
-    ) -> GradCamSource:
+    ) -> Self:
         """Of each of ImageNet's thousand classes; by default at the last features."""
         supervision = imagenet.ImageNetSource.supervision
         return cls(classifier, layer or classifier.features, classifier.logits, method, supervision)
@@ -93,10 +84,6 @@ def make(attention: AttentionConfig, class_names: Sequence[str], network: nn.Mod
         trained: Any = network
         scores, supervision = (lambda images: trained.image_logits(trained(images))), AttentionSource.supervision
         layer = trained.backbone
-    if (name := attention.options.layer) is not None:
-        layers = dict(network.named_modules())
-        if name not in layers:
-            near = ", ".join(difflib.get_close_matches(name, layers, n=5, cutoff=0))
-            raise ConfigError(f"attention.options.layer: the network has no layer {name}; near: {near}")
-        layer = layers[name]
+    if attention.options.layer is not None:
+        layer = network.get_submodule(attention.options.layer)
     return GradCamSource(network, layer, scores, attention.source, supervision)

@@ -5,8 +5,6 @@ Transformers", ACL 2020). ``dino``: the heads of a network that learned without 
 Properties in Self-Supervised Vision Transformers", ICCV 2021). Each also gives the affinity of patches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -46,9 +44,6 @@ class VitSource(AttentionSource):
         name = type(model).__name__
         if not hasattr(model, "blocks") or not getattr(model, "num_prefix_tokens", 0):
             raise ConfigError(f"{name} is no vision transformer with a class token; take a ViT or DeiT of timm")
-        self.num_heads = model.blocks[-1].attn.num_heads
-        if head is not None and not 0 <= head < self.num_heads:
-            raise ConfigError(f"attention.options.head is {head}, but {name} has the heads 0 to {self.num_heads - 1}")
         self.model, self.num_classes, self.rollout, self.head = model, num_classes, rollout, head
         self.supervision, self.patch = supervision, model.patch_embed.patch_size[0]
         facts: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
