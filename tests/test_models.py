@@ -60,8 +60,7 @@ def train_a_little(network: AttentionNetwork | SegmentationNetwork) -> None:
 def test_frozen_layers_stay_bit_identical(
     backbone: str, kind: str, freeze_backbone: bool, freeze_batch_norm: bool
 ) -> None:
-    options = {"freeze_backbone": freeze_backbone, "freeze_batch_norm": freeze_batch_norm}
-    options["freeze_early"] = backbone == "slim"
+    options = {"freeze_backbone": freeze_backbone, "freeze_batch_norm": freeze_batch_norm, "freeze_early": True}
     config = model_config(backbone, head_channels=4, **options)
     network: AttentionNetwork | SegmentationNetwork
     if kind == "attention":
@@ -72,8 +71,7 @@ def test_frozen_layers_stay_bit_identical(
     frozen_norms = ("backbone.", "neck.")  # not those of the segmentation network's decoder
     norms = {name for name, part in network.named_modules() if isinstance(part, nn.BatchNorm2d)}
     norms = {name for name in norms if name.startswith(frozen_norms)}
-    layers = network.backbone.early_layers() if backbone == "slim" else []
-    early = {id(part) for layer in layers for part in layer.modules()}
+    early = {id(part) for layer in network.backbone.early_layers() for part in layer.modules()}
     in_early = {name for name, part in network.named_modules() if id(part) in early}
     train_a_little(network)
     network.eval().train()  # a detour must not thaw anything

@@ -249,15 +249,17 @@ def test_index_begins_with_the_result_and_the_scales_and_ends_with_the_tables(ru
     text = write_index(run).read_text()
     page = parsed(text)
     assert headline(run.metrics()) == [
-        ("teacher, fused (train)", pytest.approx(61.1)),
-        ("teacher, fused + CRF (train)", pytest.approx(69.2)),
-        ("pseudo masks (student, fused + CRF) (train)", pytest.approx(68.5)),
+        ("attention, scales fused (train)", pytest.approx(61.1)),
+        ("teacher's masks (train)", pytest.approx(69.2)),
+        ("student's masks (train)", pytest.approx(68.5)),
         ("segmentation network (val)", pytest.approx(57.3)),
     ]
     places = [text.index(part) for part in ("68.5 %", "00_scales.png", "00_mask.png", "08_sizes.png", 'id="results"')]
     assert places == sorted(places)
     assert images(page).count("figures/00_scales.png") == 1
     assert "Compare smallest and largest scale" in page.text and "follow the IoU from left to right" in page.text
+    # A dark page turns the colours of plots, not of photos.
+    assert [image["src"] for image in page.find_all("img", class_="plot")] == ["figures/08_sizes.png"]
 
 
 def test_formulas_become_mathml_and_prose_stays(run):

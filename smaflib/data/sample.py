@@ -126,9 +126,16 @@ class Samples(Sequence[Sample]):
         return replace(self, files=tuple(replace(files, mask=None) for files in self.files))
 
     def check_images(self) -> None:
-        """Read every image; a :class:`DataError` names the first that cannot be used."""
+        """Read every image; a :class:`DataError` lists those that cannot be used."""
+        problems = []
         for index in progress(range(len(self)), len(self), f"read {self.split} images"):
-            self[index]
+            try:
+                self[index]
+            except DataError as error:
+                problems.append(str(error))
+        if problems:
+            more = len(problems) - 10
+            raise DataError("\n".join(problems[:10] + [f"and {more} more"] * (more > 0)))
 
     @property
     def ground_truth(self) -> MaskFiles | None:

@@ -14,7 +14,7 @@ from smaflib.data.transforms import IMAGENET_MEAN, IMAGENET_STD, renormalization
 from smaflib.errors import ConfigError
 from smaflib.models.resnet38 import ResNet38
 from smaflib.models.slim import SlimResNet
-from smaflib.models.weights import fill, image_level_weights, meta_model, timm_model
+from smaflib.models.weights import extractor_name, fill, image_level_weights, meta_model, timm_model
 from smaflib.plugins import is_custom, load_custom
 
 BUILT_IN: dict[str, type[SlimResNet] | type[ResNet38]] = {"slim": SlimResNet, "resnet38": ResNet38}
@@ -47,6 +47,14 @@ class TimmBackbone(nn.Module):
     def features(self, images: Tensor) -> tuple[Tensor, ...]:
         """Features from stride 4 on, the last ones at the output stride."""
         return tuple(self.model(images * self.scale + self.shift))
+
+    def early_layers(self) -> list[nn.Module]:
+        """The layers up to stride 4, which ``model.freeze_early`` freezes; none in HRNet, where timm names no end."""
+        # timm names the module that ends at stride 4; modules run in the order in which they are registered.
+        end = extractor_name(self.model.feature_info.module_name()[0])
+        modules = [(extractor_name(name), module) for name, module in self.model.named_modules() if name]
+        until = next((number for number, (name, _) in enumerate(modules, start=1) if name == end), 0)
+        return [module for name, module in modules[:until] if not end.startswith(f"{name}_")]  # not those around it
 
 
 Backbone: TypeAlias = SlimResNet | ResNet38 | TimmBackbone

@@ -29,9 +29,7 @@ class BackboneNetwork(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        frozen: list[nn.Module] = []
-        if self.config.freeze_early:
-            frozen += self.backbone.early_layers()  # type: ignore[operator]
+        frozen: list[nn.Module] = [*self.backbone.early_layers()] if self.config.freeze_early else []
         if self.config.freeze_backbone:
             frozen += [self.backbone, self.standardize]
         if self.config.freeze_batch_norm:  # the reference freezes all, including the new one in its head

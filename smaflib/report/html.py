@@ -121,6 +121,7 @@ def _figure_facts(path: Path) -> dict[str, Any]:
             "path": f"figures/{path.name}",
             "caption": caption,
             "alt": " ".join(description.split()),
+            "plot": image.info.get("Kind") == "plot",
             "width": image.width,
             "height": image.height,
         }

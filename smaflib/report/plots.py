@@ -6,7 +6,7 @@ Overlays are arrays, uint8 (H, W, 3). Colour maps rise in lightness and read the
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -21,6 +21,9 @@ from torch import Tensor
 
 from smaflib.data.classes import VOID_LABEL
 from smaflib.report.palette import LINE_STYLES, SIZE_COLORS, SIZE_HATCHES, class_colors, line_style, scale_style
+
+if TYPE_CHECKING:
+    from smaflib.training import History
 
 Panel = np.ndarray  # uint8 (H, W, 3)
 SCALE_SIDE, SCALE_DPI = 2.2, 110  # of a panel of show_scales the width in inches, and dots per inch: 200 pixels or more
@@ -85,8 +88,22 @@ def draw_outline(panel: Panel, mask: Tensor | None, class_names: Sequence[str] =
     outlined[:, 1:][objects[:, 1:] != objects[:, :-1]] = 255
     outlined[1:][objects[1:] != objects[:-1]] = 255
     named = [label for label in np.unique(objects).tolist() if 0 < label <= len(class_names)]
-    outlined.names = tuple((*place_of_name(objects == label), class_names[label - 1]) for label in named)
+    outlined.names = _apart(
+        [(*place_of_name(objects == label), class_names[label - 1]) for label in named], objects.shape
+    )
     return outlined
+
+
+def _apart(names: list[tuple[int, int, str]], size: tuple[int, ...]) -> tuple[tuple[int, int, str], ...]:
+    """Move names that would be printed over one above them to the next line, in a panel of ``size``, (H, W)."""
+    line, letter = -(-size[0] // 12), size[1] / 30
+    placed: list[tuple[int, int, str]] = []
+    for row, column, name in sorted(names):
+        for above, other, text in placed:
+            if abs(row - above) < line and abs(column - other) < letter * (len(name) + len(text)) / 2:
+                row = above + line
+        placed.append((row, column, name))
+    return tuple(placed)
 
 
 def place_of_name(region: np.ndarray) -> tuple[int, int]:
@@ -235,7 +252,7 @@ def show_scales(
     return figure
 
 
-def plot_history(histories: Mapping[str, Sequence[Mapping[str, float]]], title: str = "learning curves") -> Figure:
+def plot_history(histories: Mapping[str, History], title: str = "learning curves") -> Figure:
     """Losses over iterations: a panel per loss, a line per training."""
     losses = sorted({name for history in histories.values() for point in history for name in point} - {"iteration"})
     width = max(1, len(losses))

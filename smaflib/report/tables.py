@@ -1,5 +1,7 @@
 """Tables of results: of a run, of several runs, and of seeds."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,16 +88,18 @@ def by_name(table: pd.DataFrame, numbered: bool = False) -> pd.DataFrame:
     return table.set_axis(pd.Index(names, dtype=object)).rename_axis(columns=None)
 
 
-HEADLINE = "teacher_fused teacher_fused_refined pseudo_masks segmentation full_supervision".split()
-
-
 def headline(metrics: pd.DataFrame) -> list[tuple[str, float]]:
     """The chain's main results as (what, mIoU in percent), each at the background threshold that the run has chosen."""
-    table = results_table(metrics).reset_index().dropna(subset=["mIoU"])
+    table, found = results_table(metrics).reset_index().dropna(subset=["mIoU"]), []
+    names = {Variant.TEACHER_FUSED: "attention, scales fused", Variant.TEACHER_FUSED_REFINED: "teacher's masks"}
+    names |= {Variant.PSEUDO_MASKS: "student's masks"}
+    names |= {variant: variant.label for variant in (Variant.SEGMENTATION, Variant.FULL_SUPERVISION)}
     stage = table["stage"].str[:2]  # at its oracle threshold in stage 03
     table = table[(stage == "07") | ((stage != "03") & (table["split"] == "train"))]
-    rows = table.loc[table["variant"].isin(HEADLINE), ["variant", "split", "mIoU"]]
-    return [(f"{variant_label(name)} ({split})", value) for name, split, value in rows.itertuples(index=False)]
+    for variant, what in names.items():
+        rows = table[table["variant"] == variant]
+        found += [(f"{what} ({split})", value) for split, value in zip(rows["split"], rows["mIoU"], strict=True)]
+    return found
 
 
 def class_table(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -271,7 +275,7 @@ def spread_table(values: pd.DataFrame, form: str = "{:.1f}") -> pd.DataFrame:
     that of :func:`spread`.
     """
 
-    def cell(group: "pd.Series[float]") -> str:
+    def cell(group: pd.Series[float]) -> str:
         return spread(group, form) + (f" ({len(group)})" if len(group) > 1 else "")
 
     cells = values.groupby(["row", "setting"], sort=False)["value"].agg(cell).unstack("setting", fill_value="")
