@@ -3,6 +3,8 @@
 Overlays are arrays, uint8 (H, W, 3). Colour maps rise in lightness and read the same for colour-blind readers.
 """
 
+from __future__ import annotations
+
 import itertools
 import re
 from collections.abc import Mapping, Sequence
