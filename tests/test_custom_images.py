@@ -150,10 +150,12 @@ def test_nothing_is_trained_where_imagenet_knows_all_classes(tmp_path: Path, mon
     assert made[2] == made[4] and not (out / "checkpoints").exists()
     assert [len(ids) for ids in sheets] == [2, 4, 4, 4]
 
-    write_table(tmp_path / "labels.csv", [("0.png", "red;blue"), *rows[1:]])
     times = {path: path.stat().st_mtime_ns for path in (out / "masks").iterdir()}
-    make_masks(config, out)
+    for name in ("red;blue", "zebra"):  # a new class that ImageNet's classifier knows
+        write_table(tmp_path / "labels.csv", [("0.png", name), *rows[1:]])
+        make_masks(config, out)
     assert [path.name for path, time in times.items() if path.stat().st_mtime_ns != time] == ["0.png"]
+    assert "3 zebra" in (out / "index.html").read_text()
     write_table(tmp_path / "labels.csv", [("0.png", "unicorn"), *rows[1:]])
     with pytest.raises(RuntimeError):
         make_masks(config, out)

@@ -17,8 +17,8 @@ from smaflib.files import SHIPPED, shown_path, write_text
 from smaflib.runtime import make_runtime, progress
 from smaflib.sources.imagenet import KINDS, NUM_CLASSES, ImageNetClassifier, match_classes, synonyms
 
-PROBABLE = 0.05
-"""Probability from which a label is drafted; chosen by benchmarks/drafts.py."""
+PROBABLE = 0.1
+"""Probability from which a label is drafted (benchmarks/drafts.py)."""
 
 
 def coarse_names() -> dict[str, list[int]]:

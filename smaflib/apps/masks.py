@@ -148,19 +148,22 @@ def _claim(
     before = record.get("learned", learned)
     changed = config_differences(config, load_config(out / "config.yaml")) if record else []
     if trained:
-        changed += [f"class {name}" for name in names if name not in before["class_names"]]
+        changed += [f"class {name}" for name in names if name not in before["class_names"] and not work.untrained]
         changed += [f"photo {name}" for name in sorted(dict(before["photos"].items() ^ learned["photos"].items()))]
     if changed and work.path("checkpoints").is_dir() and not retrain:
         raise ConfigError(
             f"{out} was made with other settings, photos or classes: {'; '.join(changed[:5])}; choose another --out, "
             "or give --retrain (in Python retrain=True), which trains anew and keeps what you wrote"
         )
+    if changed:
+        print(f"{', '.join(changed[:5])}: everything is made anew")
     if changed or not record or (learned != before and (retrain or not trained)):
         for folder in filter(Path.is_dir, map(out.joinpath, MADE)):
             shutil.rmtree(folder)
         files.write_text(out / "config.yaml", dump_config(config))
         record = {"learned": learned, "photos": {}}
-        files.write_json(out / "made.json", record)
+    record["learned"]["class_names"] = [*names]  # masks without training take new ones
+    files.write_json(out / "made.json", record)
     return record
 
 
