@@ -58,6 +58,9 @@ class AttentionMaps:
             tensors = load(gzip.decompress(path.read_bytes()))
             height, width = tensors["size"].tolist()
             return [tensors[name].float() for name in names], (height, width)
+        except FileNotFoundError:
+            who = "notebook 03 (teacher) or 05 (student)"
+            raise DataError(f"there are no attention maps {path}; {who} writes them") from None
         except Exception as error:  # whatever gzip, zlib and safetensors raise for damaged bytes
             cause = f"{path} is not a complete file of attention maps ({error})"
             raise DataError(f"{cause}; delete it and run again") from error

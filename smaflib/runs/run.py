@@ -51,11 +51,16 @@ class Run(Workspace):
         return table
 
     def save_figure(self, figure: "Figure", name: str) -> Path:
-        """Save a figure as ``figures/<name>.png`` for the report; its title becomes the picture's description."""
+        """Save a figure as ``figures/<name>.png`` for the report; its title becomes the picture's description.
+
+        The file says whether it is a plot or holds pictures: a dark page turns the colours of a plot, not of a photo.
+        """
         path = self.path("figures", f"{name}.png")
         description = figure.get_suptitle() or "; ".join(axes.get_title() for axes in figure.axes if axes.get_title())
+        kind = "pictures" if any(axes.images for axes in figure.axes) else "plot"
+        facts = {"Description": description, "Kind": kind}
         with files.replacing(path) as temporary:
-            figure.savefig(temporary, dpi=110, bbox_inches="tight", metadata={"Description": description})
+            figure.savefig(temporary, dpi=110, bbox_inches="tight", metadata=facts)
         return path
 
     def require(self, stage: str) -> None:
