@@ -149,7 +149,7 @@ class ModelConfig(StageConfig):
     output_stride: Literal[8, 16, 32] = 8  # image pixels per cell of the logit maps, where the backbone allows it
     head_channels: Count = 0  # width of an extra 1x1 conv + BatchNorm + ReLU; SMAF uses 128
     freeze_backbone: bool = False  # train only the head, on standardised features; for a few dozen photos
-    freeze_early: bool = False  # the first layers of slim or resnet38: conv1a, b2, b2_1, b2_2, as in the reference
+    freeze_early: bool = False  # the first layers; resnet38: conv1a, b2, b2_1, b2_2, as in the reference
     freeze_batch_norm: bool = True  # statistics and affine parameters; pointless without pretrained weights
 
 

@@ -39,6 +39,7 @@ OVERLAY_SIDE = 1024
 """Longest side of an overlay, in pixels."""
 
 NUM_FIRST, USUAL_BG_SCORE = 8, 0.5
+"""Photos whose masks come first, and their background threshold; ``auto`` chose 0.45 or 0.5 for folders of COCO."""
 
 BY_A_PERSON = {"labels.csv", "corrections.csv", "corrected"}
 SHOWN = ("masks", "overlays", "overlays_before")
@@ -62,7 +63,7 @@ def make_masks(config: Config, out: Path, retrain: bool = False) -> Path:
         Path of the contact sheet.
 
     Raises:
-        ConfigError: if ``out`` holds other files, or masks of other settings, photos or classes.
+        ConfigError: if ``out`` holds other files, or networks of other settings, photos or classes.
         DataError: if an image, a table or a corrected mask cannot be used.
     """
     check_custom(config)

@@ -39,7 +39,7 @@ class AttentionSource(nn.Module):
         raise NotImplementedError
 
     def features(self, images: Tensor) -> Sequence[Tensor]:
-        """Features between stride 4 and the last ones, (B, C, h, w) each, for pixel correlation."""
+        """Features before the last ones, (B, C, h, w) each, for pixel correlation."""
         raise NotImplementedError
 
     def forward(self, image: Tensor, classes: Sequence[int], scale: float = 1.0) -> Attention:
